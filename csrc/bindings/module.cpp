@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: MIT
+// namedmask_kernels._native: the C++ operators as Python sees them. Every function takes arrays that speak DLPack,
+// outputs included (the Python side allocates them), releases the GIL and raises ValueError for a wrong array.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "dlpack_reader.h"
+#include "level.h"
+#include "namedmask/attention_features.h"
+#include "namedmask/bilateral_solver.h"
+#include "namedmask/connected_components.h"
+#include "namedmask/normalized_cut.h"
+
+namespace py = pybind11;
+
+#ifdef NMK_WITH_CUDA
+namespace {
+
+// _native.cuda: the same names, with `stream` = torch.cuda.current_stream().cuda_stream as the last argument.
+void define_cuda(py::module_ m) {
+  using py::arg;
+  using release = py::call_guard<py::gil_scoped_release>;
+  namespace cuda = namedmask::cuda;
+
+  m.def("connected_components", &cuda::connected_components, arg("mask"), arg("offsets"), arg("shapes"), arg("labels"),
+        arg("counts"), arg("workspace"), arg("stream"), release());
+  m.def("component_stats", &cuda::component_stats, arg("labels"), arg("offsets"), arg("shapes"), arg("counts"),
+        arg("areas"), arg("boxes"), arg("stream"), release());
+  m.def("largest_component", &cuda::largest_component, arg("mask"), arg("offsets"), arg("shapes"), arg("out"),
+        arg("workspace"), arg("stream"), release());
+  m.def("fill_holes", &cuda::fill_holes, arg("mask"), arg("offsets"), arg("shapes"), arg("out"), arg("workspace"),
+        arg("stream"), release());
+}
+
+}  // namespace
+#endif
+
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  using py::arg;
+  using release = py::call_guard<py::gil_scoped_release>;
+  namespace cpu = namedmask::cpu;
+
+  m.def("level", [] { return cpu::name(cpu::level()); });  // "portable", "avx2" or "avx512"
+#ifdef NMK_WITH_CUDA
+  m.def("has_cuda", [] { return true; });
+  define_cuda(m.def_submodule("cuda"));
+#else
+  m.def("has_cuda", [] { return false; });  // this build has no CUDA kernels
+#endif
+
+  m.def(
+      "attention_features",
+      [](const namedmask::TensorView& qkv, const namedmask::TensorView& offsets, const namedmask::TensorView& taps,
+         double scale, const std::optional<namedmask::TensorView>& output,
+         const std::optional<namedmask::TensorView>& rows, const std::optional<namedmask::TensorView>& lse,
+         const std::optional<namedmask::TensorView>& key_norms) {
+        const auto pointer = [](const auto& view) { return view ? &*view : nullptr; };
+        cpu::attention_features(qkv, offsets, taps, scale, pointer(output), pointer(rows), pointer(lse),
+                                pointer(key_norms));
+      },
+      arg("qkv"), arg("offsets"), arg("taps"), arg("scale"), arg("output"), arg("rows"), arg("lse"), arg("key_norms"),
+      release());
+  m.def(
+      "bilateral_solver",
+      [](const namedmask::TensorView& target, const namedmask::TensorView& image, const namedmask::TensorView& offsets,
+         const namedmask::TensorView& shapes, const namedmask::TensorView& out, double confidence, double sigma_spatial,
+         double sigma_luma, double sigma_chroma, double smoothness, int64_t iterations, double tolerance) {
+        cpu::bilateral_solver(target, image, offsets, shapes, out,
+                              {confidence, sigma_spatial, sigma_luma, sigma_chroma, smoothness, iterations, tolerance});
+      },
+      arg("target"), arg("image"), arg("offsets"), arg("shapes"), arg("out"), arg("confidence"), arg("sigma_spatial"),
+      arg("sigma_luma"), arg("sigma_chroma"), arg("smoothness"), arg("iterations"), arg("tolerance"), release());
+  m.def("connected_components", &cpu::connected_components, arg("mask"), arg("offsets"), arg("shapes"), arg("labels"),
+        arg("counts"), release());
+  m.def("component_stats", &cpu::component_stats, arg("labels"), arg("offsets"), arg("shapes"), arg("counts"),
+        arg("areas"), arg("boxes"), release());
+  m.def("largest_component", &cpu::largest_component, arg("mask"), arg("offsets"), arg("shapes"), arg("out"),
+        release());
+  m.def("fill_holes", &cpu::fill_holes, arg("mask"), arg("offsets"), arg("shapes"), arg("out"), release());
+  m.def(
+      "normalized_cut",
+      [](const namedmask::TensorView& features, const namedmask::TensorView& offsets,
+         const namedmask::TensorView& shapes, const namedmask::TensorView& vector, const namedmask::TensorView& value,
+         const namedmask::TensorView& residual, const namedmask::TensorView& iterations,
+         const namedmask::TensorView& partition, const namedmask::TensorView& seed,
+         const namedmask::TensorView& foreground, double tau, double eps, double tolerance, int64_t max_iterations) {
+        cpu::normalized_cut(features, offsets, shapes, vector, value, residual, iterations, partition, seed, foreground,
+                            {tau, eps, tolerance, max_iterations});
+      },
+      arg("features"), arg("offsets"), arg("shapes"), arg("vector"), arg("value"), arg("residual"), arg("iterations"),
+      arg("partition"), arg("seed"), arg("foreground"), arg("tau"), arg("eps"), arg("tolerance"), arg("max_iterations"),
+      release());
+}

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: MIT
+// Checks, and the sharing out of heads and blocks of queries; the arithmetic is in attention_features_kernel.h.
+#include "namedmask/attention_features.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "attention_features_levels.h"
+#include "level.h"
+
+namespace namedmask::cpu {
+namespace {
+
+constexpr const char* kOp = "attention_features";
+constexpr int64_t kNormTokens = 64;  // tokens whose key norms are one piece of work
+
+const AttentionKernels& kernels() {
+#if defined(__x86_64__)
+  if (level() == Level::kAVX512) return attention_avx512;
+  if (level() == Level::kAVX2) return attention_avx2;
+#endif
+  return attention_portable;
+}
+
+// Offsets run from 0 to `tokens` and never back; every tap lies in every sequence that is not empty.
+int64_t longest_sequence(const TensorView& offsets, int64_t tokens, const TensorView& taps, bool tapped) {
+  const int64_t count = offsets.shape[0] - 1;
+  const auto* at = offsets.as<int32_t>();
+  if (count < 0 || at[0] != 0 || at[count] != tokens) {
+    throw std::invalid_argument(std::string(kOp) + ": offsets must run from 0 to the " + std::to_string(tokens) +
+                                " tokens of qkv, but " +
+                                (count < 0 ? std::string("are empty")
+                                           : "run from " + std::to_string(at[0]) + " to " + std::to_string(at[count])));
+  }
+  int32_t highest = -1;
+  for (int64_t r = 0; tapped && r < taps.shape[0]; ++r) highest = std::max(highest, taps.as<int32_t>()[r]);
+  int64_t longest = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t length = int64_t{at[b + 1]} - at[b];
+    if (length < 0) {
+      throw std::invalid_argument(std::string(kOp) + ": offsets must not decrease, but sequence " + std::to_string(b) +
+                                  " runs from " + std::to_string(at[b]) + " to " + std::to_string(at[b + 1]));
+    }
+    if (length > 0 && highest >= length) {
+      throw std::invalid_argument(std::string(kOp) + ": tap_rows must lie inside every sequence, but row " +
+                                  std::to_string(highest) + " is asked for and sequence " + std::to_string(b) +
+                                  " has " + std::to_string(length) + " tokens");
+    }
+    longest = std::max(longest, length);
+  }
+  return longest;
+}
+
+// One head of one sequence from query `first` on.
+struct Piece {
+  int64_t sequence, head, first;
+};
+
+}  // namespace
+
+void attention_features(const TensorView& qkv, const TensorView& offsets, const TensorView& taps, double scale,
+                        const TensorView* output, const TensorView* rows, const TensorView* lse,
+                        const TensorView* key_norms) {
+  const DType dtype = qkv.dtype == DType::kBFloat16 || qkv.dtype == DType::kFloat16 ? qkv.dtype : DType::kFloat32;
+  expect(kOp, "qkv", qkv, dtype, {-1, 3, -1, -1});
+  expect(kOp, "offsets", offsets, DType::kInt32, {-1});
+  expect(kOp, "taps", taps, DType::kInt32, {-1});
+  const int64_t tokens = qkv.shape[0], heads = qkv.shape[2], dim = qkv.shape[3], n_taps = taps.shape[0];
+  if (dim > kMaxDim) {
+    throw std::invalid_argument(std::string(kOp) + ": qkv must have heads of at most " + std::to_string(kMaxDim) +
+                                " dimensions, but has " + std::to_string(dim));
+  }
+  if (output) expect(kOp, "output", *output, dtype, {tokens, heads, dim});
+  if (rows) expect(kOp, "rows", *rows, DType::kFloat32, {tokens, heads, n_taps});
+  if (lse) expect(kOp, "lse", *lse, DType::kFloat32, {tokens, heads});
+  if (key_norms) expect(kOp, "key_norms", *key_norms, DType::kFloat32, {tokens});
+  const int64_t longest = longest_sequence(offsets, tokens, taps, rows != nullptr);
+
+  const AttentionKernels& run = kernels();
+  const Stored stored = dtype == DType::kBFloat16  ? Stored::kBFloat16
+                        : dtype == DType::kFloat16 ? Stored::kFloat16
+                                                   : Stored::kFloat32;
+  const int64_t element = stored == Stored::kFloat32 ? 4 : 2;
+  const auto* at = offsets.as<int32_t>();
+  std::vector<Piece> queries, tapped;
+  for (int64_t b = 0; b + 1 < offsets.shape[0]; ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t first = 0; (output || lse) && first < at[b + 1] - at[b]; first += kQueries) {
+        queries.push_back({b, h, first});
+      }
+      for (int64_t r = 0; rows && at[b] < at[b + 1] && r < n_taps; r += kTapRows) tapped.push_back({b, h, r});
+    }
+  }
+  const int64_t norm_pieces = key_norms ? (tokens + kNormTokens - 1) / kNormTokens : 0;
+  const auto n_queries = static_cast<int64_t>(queries.size()), n_tapped = static_cast<int64_t>(tapped.size());
+  const int threads =
+      static_cast<int>(std::clamp<int64_t>(n_queries + n_tapped + norm_pieces, 1, std::max(1, omp_get_max_threads())));
+  const int64_t floats = scratch_floats(rows ? longest : 0);
+  const std::unique_ptr<float[]> scratch(new float[threads * floats]);
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const auto head_of = [&](const Piece& piece) {
+      const int64_t start = (3 * int64_t{at[piece.sequence]} * heads + piece.head) * dim;
+      return AttentionHead{qkv.as<char>() + start * element,
+                           stored,
+                           at[piece.sequence + 1] - at[piece.sequence],
+                           heads,
+                           dim,
+                           static_cast<float>(scale),
+                           scratch.get() + omp_get_thread_num() * floats};
+    };
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < n_queries; ++i) {
+      const Piece& piece = queries[i];
+      const AttentionHead head = head_of(piece);
+      const int64_t first = at[piece.sequence] * heads + piece.head;
+      run.attend(head, piece.first, std::min(head.count, piece.first + kQueries),
+                 output ? output->as<char>() + first * dim * element : nullptr,
+                 lse ? lse->as<float>() + first : nullptr);
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < n_tapped; ++i) {
+      const Piece& piece = tapped[i];
+      float* out = rows->as<float>() + (at[piece.sequence] * heads + piece.head) * n_taps + piece.first;
+      run.tap(head_of(piece), taps.as<int32_t>() + piece.first, std::min(kTapRows, n_taps - piece.first), out,
+              heads * n_taps);
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < norm_pieces; ++i) {
+      const int64_t first = i * kNormTokens;
+      run.key_norms(qkv.as<char>() + 3 * first * heads * dim * element, stored, std::min(kNormTokens, tokens - first),
+                    heads, dim, key_norms->as<float>() + first);
+    }
+  }
+}
+
+}  // namespace namedmask::cpu

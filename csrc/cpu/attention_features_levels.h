@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: MIT
+// The parts of attention_features that exist once per instruction level; see level.h.
+#pragma once
+
+#include <cstdint>
+
+namespace namedmask::cpu {
+
+constexpr int64_t kQueries = 192;  // queries that share a pass over the keys; whole micro rows at every level
+constexpr int64_t kKeys = 64;      // keys that are in work at a time
+constexpr int64_t kTapRows = 12;   // tapped queries that are in work at a time: whole micro rows at every level
+constexpr int64_t kMaxDim = 256;
+
+enum class Stored { kFloat32, kBFloat16, kFloat16 };
+
+// One head of one sequence.
+struct AttentionHead {
+  const void* qkv;  // the sequence's first token, this head's query; then 3 * heads * dim elements to the next token
+  Stored stored;
+  int64_t count, heads, dim;
+  float scale;
+  float* scratch;  // scratch_floats()
+};
+
+struct AttentionKernels {
+  // Queries [begin, end), at most kQueries: output (as stored, `heads * dim` elements from token to token) and lse
+  // (`heads` floats from token to token), both of this head's first query; null where not wanted.
+  void (*attend)(const AttentionHead& head, int64_t begin, int64_t end, void* output, float* lse);
+  // rows[t * stride + r] = the weight that query taps[r] gives to key t; r < n_taps, at most kTapRows.
+  void (*tap)(const AttentionHead& head, const int32_t* taps, int64_t n_taps, float* rows, int64_t stride);
+  // norms[t] = sum of squares of the keys' heads * dim elements of token t.
+  void (*key_norms)(const void* qkv, Stored stored, int64_t count, int64_t heads, int64_t dim, float* norms);
+};
+
+// Floats that a head's kernels need; the longest sequence that is tapped has `tapped` tokens.
+constexpr int64_t scratch_floats(int64_t tapped) {
+  const int64_t attend = 2 * kQueries * kMaxDim + 2 * kKeys * kMaxDim + kTapRows * kKeys + 2 * kQueries;
+  const int64_t tap = kTapRows * kMaxDim + kKeys * kMaxDim + kTapRows * (tapped + kKeys);
+  return attend > tap ? attend : tap;
+}
+
+extern const AttentionKernels attention_portable;
+#if defined(__x86_64__)
+extern const AttentionKernels attention_avx2, attention_avx512;
+#endif
+
+}  // namespace namedmask::cpu

@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: MIT
+// A photo is walked one spatial cell at a time. The pixels of a cell differ in colour only, so a table indexed by the
+// colour's key finds their vertices without hashing or sorting, and neighbours too: those in colour in the same table,
+// those left and above by looking up the neighbouring cell's keys in it. Then the table's used entries are cleared.
+#include "namedmask/bilateral_solver.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "bilateral_solver_levels.h"
+#include "level.h"
+
+namespace namedmask::cpu {
+
+int32_t colour_key(const ColourGrid& grid, int r, int g, int b) {
+  constexpr double kPlanes[3][3] = {{0.299, 0.587, 0.114}, {-0.168736, -0.331264, 0.5}, {0.5, -0.418688, -0.081312}};
+  int32_t key = grid.offset;
+  for (int i = 0; i < 3; ++i) {
+    const double* k = kPlanes[i];
+    const double plane = std::fma(b, k[2], std::fma(g, k[1], r * k[0])) + (i == 0 ? 0.0 : 128.0);
+    key += grid.steps[i] * static_cast<int32_t>(plane / grid.sizes[i]);
+  }
+  return key;
+}
+
+namespace {
+
+constexpr int kLanes = BilateralSystem::kLanes;
+constexpr int kDirections = 10;          // both ways along five axes
+constexpr size_t kKeptBytes = 64 << 20;  // memory that a thread keeps for the next call; 4 MB serve a 512 x 683 photo
+
+const BilateralKernels& kernels() {
+  switch (level()) {
+#if defined(__x86_64__)
+    case Level::kAVX512: return bilateral_avx512;
+    case Level::kAVX2: return bilateral_avx2;
+#endif
+    default: return bilateral_portable;
+  }
+}
+
+// Every axis has a spare cell that stays empty, so that a step over an edge finds nothing instead of wrapping around.
+ColourGrid colour_grid(const BilateralSettings& settings) {
+  ColourGrid grid = {};
+  const int32_t luma_cells = static_cast<int32_t>(255 / settings.sigma_luma) + 2;
+  const int32_t chroma_cells = static_cast<int32_t>(256 / settings.sigma_chroma) + 2;
+  grid.sizes[0] = settings.sigma_luma;
+  grid.sizes[1] = grid.sizes[2] = settings.sigma_chroma;
+  grid.steps[0] = 1;
+  grid.steps[1] = luma_cells;
+  grid.steps[2] = luma_cells * chroma_cells;
+  grid.offset = grid.steps[2];  // the smallest key minus any step is still in the table
+  for (int v = 0; v < 256; ++v) grid.grey[v] = colour_key(grid, v, v, v);
+  return grid;
+}
+
+// first[c] is the first pixel of cell c along one axis; a cell is at least one pixel wide, so none is skipped.
+std::vector<int32_t> cell_starts(int64_t pixels, double sigma) {
+  std::vector<int32_t> first;
+  for (int64_t x = 0; x < pixels; ++x) {
+    if (static_cast<int64_t>(x / sigma) == static_cast<int64_t>(first.size())) first.push_back(static_cast<int32_t>(x));
+  }
+  first.push_back(static_cast<int32_t>(pixels));
+  return first;
+}
+
+// Memory that is not cleared and is used again: in fresh memory the page faults would cost a tenth of the time.
+template <class T>
+class Buffer {
+ public:
+  T* data() const { return data_.get(); }
+  T& operator[](size_t i) const { return data_.get()[i]; }
+  size_t bytes() const { return capacity_ * sizeof(T); }
+
+  void reserve(size_t count) {  // keeps what is there
+    if (count <= capacity_) return;
+    count = std::max(count, capacity_ + capacity_ / 2);
+    void* grown = std::realloc(data_.get(), count * sizeof(T));
+    if (grown == nullptr) throw std::bad_alloc();
+    static_cast<void>(data_.release());
+    data_.reset(static_cast<T*>(grown));
+    capacity_ = count;
+  }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+  size_t capacity_ = 0;
+};
+
+// Target and number of pixels, added as one vector.
+typedef double Sum __attribute__((vector_size(16)));
+
+class Solver {
+ public:
+  // False if the target is not finite.
+  bool run(const float* target, const uint8_t* image, int64_t h, int64_t w, const BilateralSettings& settings,
+           float* out) {
+    prepare(settings);
+    build(target, image, h, w);
+    arrange();
+    if (!fill()) return false;
+    kernels().solve(system_);
+    for (int32_t v = 0; v < count_; ++v) values_[v] = system_.value[place_[v]];
+    kernels().slice(values_.data(), vertex_of_pixel_.data(), h * w, out);
+    return true;
+  }
+
+  size_t bytes() const {
+    return table_.bytes() + vertex_of_pixel_.bytes() + keys_.bytes() + key_.bytes() + degree_.bytes() +
+           joined_.bytes() + sums_.bytes() + lanes_.bytes() + local_.bytes() + place_.bytes() + at_.bytes() +
+           widths_.bytes() + neighbours_.bytes() + floats_.bytes() + values_.bytes();
+  }
+
+ private:
+  void prepare(const BilateralSettings& settings) {
+    settings_ = settings;
+    grid_ = colour_grid(settings);
+    const size_t entries = static_cast<size_t>(grid_.steps[2]) * (static_cast<size_t>(256 / settings.sigma_chroma) + 3);
+    table_.reserve(entries);
+    std::fill_n(table_.data(), entries, 0);
+  }
+
+  // The vertices with their keys, sums and neighbours, and vertex_of_pixel_.
+  void build(const float* target, const uint8_t* image, int64_t h, int64_t w) {
+    const std::vector<int32_t> ys = cell_starts(h, settings_.sigma_spatial);
+    const std::vector<int32_t> xs = cell_starts(w, settings_.sigma_spatial);
+    const size_t columns = xs.size() - 1;
+    std::vector<int32_t> above(columns + 1), current(columns + 1);  // first vertex of each cell of a row of cells
+    vertex_of_pixel_.reserve(h * w);
+    count_ = 0;
+    for (size_t cy = 0; cy + 1 < ys.size(); ++cy) {
+      const int64_t rows = ys[cy + 1] - ys[cy], start = ys[cy] * w;
+      keys_.reserve(rows * w);
+      kernels().keys(image + 3 * start, rows * w, grid_, keys_.data());
+      above.swap(current);
+      for (size_t cx = 0; cx < columns; ++cx) {
+        const int32_t first = current[cx] = count_;
+        reserve_vertices(rows * (xs[cx + 1] - xs[cx]));
+        splat(target + start, vertex_of_pixel_.data() + start, rows, w, xs[cx], xs[cx + 1]);
+        connect(first);
+        if (cx > 0) connect(first, current[cx - 1], first);
+        if (cy > 0) connect(first, above[cx], above[cx + 1]);
+        for (int32_t v = first; v < count_; ++v) table_[key_[v]] = 0;
+      }
+      current[columns] = count_;
+    }
+  }
+
+  // Room for the vertices of a cell of so many pixels.
+  void reserve_vertices(size_t pixels) {
+    const size_t most = count_ + pixels;
+    key_.reserve(most);
+    degree_.reserve(most);
+    joined_.reserve(kDirections * most);
+    sums_.reserve(most);
+    lanes_.reserve(kSums * pixels);
+    local_.reserve(pixels);
+  }
+
+  // Pixels [begin, end) of `rows` rows: one cell. The table then holds its vertices, counted from 1.
+  void splat(const float* target, int32_t* vertex_of_pixel, int64_t rows, int64_t w, int32_t begin, int32_t end) {
+    int32_t* const table = table_.data();
+    int32_t* const key_of = key_.data() + count_;
+    int32_t* local = local_.data();
+    int32_t count = 0;
+    for (int64_t y = 0; y < rows; ++y) {
+      const int32_t* keys = keys_.data() + y * w;
+      // The rows lie too far apart for the processor to guess: ask for the next cell's.
+      __builtin_prefetch(target + y * w + end);
+      __builtin_prefetch(vertex_of_pixel + y * w + end, 1);
+      for (int32_t x = begin; x < end; ++x) {
+        int32_t id = table[keys[x]];
+        if (id == 0) {
+          key_of[count] = keys[x];
+          id = table[keys[x]] = ++count;
+        }
+        *local++ = id - 1;
+      }
+    }
+    Sum* const lanes = lanes_.data();
+    const int32_t first = count_;
+    std::fill_n(lanes, kSums * count, Sum{});
+    local = local_.data();
+    for (int64_t y = 0; y < rows; ++y, target += w, vertex_of_pixel += w) {
+      for (int32_t x = begin; x < end; ++x, ++local) {
+        vertex_of_pixel[x] = first + *local;
+        // Neighbouring pixels are often of one vertex: by turns into several sums, or each would wait for the last.
+        lanes[kSums * *local + (x & (kSums - 1))] += Sum{target[x], 1.0};
+      }
+    }
+    for (int32_t v = 0; v < count; ++v) {
+      const Sum* sum = lanes + kSums * v;
+      sums_[count_ + v] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+    std::fill_n(degree_.data() + count_, count, 0);
+    count_ += count;
+  }
+
+  void join(int32_t a, int32_t b) {
+    joined_[kDirections * a + degree_[a]++] = b;
+    joined_[kDirections * b + degree_[b]++] = a;
+  }
+
+  // The vertices of the cell in work, from `first` on, among themselves.
+  void connect(int32_t first) {
+    for (int32_t v = first; v < count_; ++v) {
+      for (int32_t step : grid_.steps) {
+        if (const int32_t id = table_[key_[v] - step]) join(v, first + id - 1);
+      }
+    }
+  }
+
+  // The same with the vertices [begin, end) of a cell beside it.
+  void connect(int32_t first, int32_t begin, int32_t end) {
+    for (int32_t v = begin; v < end; ++v) {
+      if (const int32_t id = table_[key_[v]]) join(v, first + id - 1);
+    }
+  }
+
+  // Sorts the vertices by number of neighbours: place_, at_ and the system's slices.
+  void arrange() {
+    const int32_t padded = (count_ + kLanes - 1) / kLanes * kLanes;
+    int32_t start[kDirections + 2] = {};
+    size_t edges = 0;
+    for (int32_t v = 0; v < count_; ++v) ++start[kDirections - degree_[v] + 1];
+    for (int d = 0; d <= kDirections; ++d) {
+      edges += static_cast<size_t>(start[d + 1]) * (kDirections - d);
+      start[d + 1] += start[d];
+    }
+    place_.reserve(count_);
+    at_.reserve(count_);
+    for (int32_t v = 0; v < count_; ++v) {
+      const int32_t place = start[kDirections - degree_[v]]++;
+      place_[v] = place;
+      at_[place] = v;
+    }
+    widths_.reserve(padded / kLanes);
+    // Widths only fall, so filling up the slices takes less than one slice of the greatest width.
+    neighbours_.reserve(edges + kLanes * kDirections);
+    int32_t* slice = neighbours_.data();
+    for (int32_t s = 0; s < padded; s += kLanes) {
+      const int32_t width = widths_[s / kLanes] = degree_[at_[s]];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int32_t v = s + lane < count_ ? at_[s + lane] : -1, degree = v < 0 ? 0 : degree_[v];
+        for (int32_t j = 0; j < degree; ++j) slice[j * kLanes + lane] = place_[joined_[kDirections * v + j]];
+        for (int32_t j = degree; j < width; ++j) slice[j * kLanes + lane] = padded;
+      }
+      slice += width * kLanes;
+    }
+    system_.count = padded;
+    system_.widths = widths_.data();
+    system_.neighbours = neighbours_.data();
+  }
+
+  // The rest of the system. False if a sum is not finite, which shows a target that is not: finite ones cannot
+  // overflow a double.
+  bool fill() {
+    const size_t stride = system_.count + kLanes;
+    floats_.reserve(stride * (2 + std::size(system_.scratch)));
+    values_.reserve(count_);
+    float* array = floats_.data();
+    float* const mass = array;
+    float* const value = system_.value = array += stride;
+    for (float*& scratch : system_.scratch) scratch = array += stride;
+    for (float* end = mass + system_.count; end <= array + system_.count; end += stride) std::fill_n(end, kLanes, 0.0f);
+    bool finite = true;
+    for (int64_t i = 0; i < system_.count; ++i) {
+      const Sum sum = i < count_ ? sums_[at_[i]] : Sum{0, 1};
+      finite = finite && std::isfinite(sum[0]);
+      mass[i] = static_cast<float>(sum[1]);
+      value[i] = static_cast<float>(sum[0] / sum[1]);
+    }
+    system_.mass = mass;
+    system_.confidence = settings_.confidence;
+    system_.smoothness = settings_.smoothness;
+    system_.tolerance = settings_.tolerance;
+    system_.iterations = settings_.iterations;
+    return finite;
+  }
+
+  static constexpr int kSums = 4;
+
+  BilateralSettings settings_;
+  ColourGrid grid_ = {};
+  Buffer<int32_t> table_;  // key -> vertex of the cell in work, counted from 1; 0: none
+  Buffer<int32_t> vertex_of_pixel_;
+  Buffer<int32_t> keys_;          // of the pixels of a row of cells
+  Buffer<int32_t> local_;         // vertex of each pixel of a cell, counted from the cell's first
+  Buffer<Sum> lanes_;             // [vertices of a cell, kSums]
+  int32_t count_ = 0;             // vertices, cell after cell:
+  Buffer<int32_t> key_, degree_;  // degree: number of neighbours
+  Buffer<int32_t> joined_;        // neighbours, [count, kDirections]
+  Buffer<Sum> sums_;
+  Buffer<int32_t> place_, at_;  // vertex -> its place in the system, and back
+  Buffer<int32_t> widths_, neighbours_;
+  Buffer<float> floats_, values_;
+  BilateralSystem system_ = {};
+};
+
+}  // namespace
+
+void bilateral_solver(const TensorView& target, const TensorView& image, const TensorView& offsets,
+                      const TensorView& shapes, const TensorView& out, const BilateralSettings& settings) {
+  const char* op = "bilateral_solver";
+  expect(op, "target", target, DType::kFloat32, {-1});
+  expect(op, "image", image, DType::kUInt8, {target.shape[0], 3});
+  expect(op, "out", out, DType::kFloat32, {target.shape[0]});
+  const RaggedShape batch = expect_ragged(op, offsets, shapes, target.shape[0]);
+  if (!(settings.sigma_spatial >= 1 && settings.sigma_luma >= 1 && settings.sigma_chroma >= 1)) {
+    throw std::invalid_argument("bilateral_solver: cell sizes must be at least 1");
+  }
+  std::vector<uint8_t> refused(batch.count, 0);
+  std::exception_ptr failure;
+#pragma omp parallel for schedule(dynamic) if (batch.count > 1)
+  for (int64_t b = 0; b < batch.count; ++b) {
+    if (batch.begin(b) == batch.end(b)) continue;
+    try {
+      thread_local Solver solver;
+      refused[b] = !solver.run(target.as<float>() + batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),
+                               batch.height(b), batch.width(b), settings, out.as<float>() + batch.begin(b));
+      if (solver.bytes() > kKeptBytes) solver = Solver();
+    } catch (...) {  // an exception must not leave a parallel region
+#pragma omp critical(nmk_bilateral_solver)
+      failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+  const auto first = std::find(refused.begin(), refused.end(), 1);
+  if (first != refused.end()) {
+    throw std::invalid_argument("bilateral_solver: target of photo " + std::to_string(first - refused.begin()) +
+                                " has values that are not finite");
+  }
+}
+
+}  // namespace namedmask::cpu

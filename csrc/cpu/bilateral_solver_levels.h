@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: MIT
+// The parts of bilateral_solver that exist once per instruction level; see level.h.
+#pragma once
+
+#include <cstdint>
+
+namespace namedmask::cpu {
+
+// How a colour becomes a key: steps[0] * luma cell + steps[1] * blue cell + steps[2] * red cell + offset.
+struct ColourGrid {
+  double sizes[3];  // of the cells of luma, blue chroma, red chroma
+  int32_t steps[3];
+  int32_t offset;
+  int32_t grey[256];  // the keys of r = g = b, which all lie on a border between chroma cells
+};
+
+// The grid as equations. Vertices stand in slices of kLanes, sorted by number of neighbours, most first, so that the
+// vertices of a slice have (nearly) equally many; `count` is a multiple of kLanes. The last slice may be filled up
+// with vertices without neighbours, of mass 1 and mean 0. Every array has one more slice, which holds zeros.
+struct BilateralSystem {
+  static constexpr int kLanes = 8;
+
+  int64_t count;
+  const int32_t* widths;      // [count / kLanes]: neighbours of a slice
+  const int32_t* neighbours;  // slice after slice [width, kLanes]; a missing one is `count`
+  const float* mass;          // pixels in a cell
+  float* value;               // in: mean of the target in a cell; out: the solution
+  float* scratch[7];
+  double confidence, smoothness, tolerance;
+  int64_t iterations;
+};
+
+struct BilateralKernels {
+  // Keys of n pixels [n, 3].
+  void (*keys)(const uint8_t* rgb, int64_t n, const ColourGrid& grid, int32_t* keys);
+  void (*solve)(const BilateralSystem& system);
+  // out[i] = values[index[i]]
+  void (*slice)(const float* values, const int32_t* index, int64_t n, float* out);
+};
+
+// The key of one colour by the definition, in double.
+int32_t colour_key(const ColourGrid& grid, int r, int g, int b);
+
+extern const BilateralKernels bilateral_portable;
+#if defined(__x86_64__)
+extern const BilateralKernels bilateral_avx2, bilateral_avx512;
+#endif
+
+}  // namespace namedmask::cpu

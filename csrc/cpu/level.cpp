@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT
+#include "level.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace namedmask::cpu {
+namespace {
+
+Level highest() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Level::kAVX512;
+  }
+  if (avx2) return Level::kAVX2;
+#endif
+  return Level::kPortable;
+}
+
+Level choose() {
+  const Level best = highest();
+  const char* asked = std::getenv("NMK_LEVEL");
+  if (asked == nullptr || *asked == '\0') return best;
+  for (Level level : {Level::kPortable, Level::kAVX2, Level::kAVX512}) {
+    if (std::string(asked) != name(level)) continue;
+    if (level <= best) return level;
+    throw std::invalid_argument(std::string("NMK_LEVEL=") + asked + ": this CPU goes up to " + name(best));
+  }
+  throw std::invalid_argument(std::string("NMK_LEVEL=") + asked + ": must be portable, avx2 or avx512");
+}
+
+}  // namespace
+
+Level level() {
+  static const Level chosen = choose();
+  return chosen;
+}
+
+const char* name(Level level) {
+  switch (level) {
+    case Level::kPortable: return "portable";
+    case Level::kAVX2: return "avx2";
+    case Level::kAVX512: return "avx512";
+  }
+  return "unknown";
+}
+
+}  // namespace namedmask::cpu

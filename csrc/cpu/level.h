@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: MIT
+// The instruction level that the CPU kernels run at.
+//
+// A kernel that gains from SIMD has one file per level, NAME_portable.cpp, NAME_avx2.cpp, NAME_avx512.cpp, all
+// including the same NAME_kernel.h, and NAME.cpp picks by level(). Files of a level are compiled with its flags, so
+// what they instantiate must never be shared with the others: the linker keeps one copy of an inline function, and if
+// it is the AVX-512 one, the program dies on older CPUs. Hence in a kernel header: raw pointers, an anonymous
+// namespace, nothing of the standard library but what is a macro, a type or a builtin.
+#pragma once
+
+namespace namedmask::cpu {
+
+enum class Level { kPortable, kAVX2, kAVX512 };
+
+// The highest level that this CPU has and this build contains, found once. The environment variable NMK_LEVEL
+// (portable, avx2, avx512) asks for another; std::invalid_argument when it names none or one that cannot run here.
+Level level();
+
+const char* name(Level level);
+
+}  // namespace namedmask::cpu

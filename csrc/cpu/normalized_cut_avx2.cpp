@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT
+#include "normalized_cut_kernel.h"
+
+namespace namedmask::cpu {
+
+const CutKernels cut_avx2 = {connect};
+
+}  // namespace namedmask::cpu

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: MIT
+// TokenCut's normalised cut of every photo of a packed batch of feature grids.
+//
+// Definition  Rows are divided by max(norm, 1e-12). A_ij = 1 where the cosine of i and j exceeds tau, else eps; D is
+// the
+//             diagonal of A's row sums. vector = v of the second smallest eigenvalue of (D - A) v = value D v, with
+//             v' D v = 1 and its largest absolute entry, the seed, positive (entries within 1e-5 of the largest count
+//             as equal, the first is taken). partition = v above its mean; foreground = the 4-connected component of
+//             the partition that holds the seed. A tau of 1 or more connects nothing, not even a token with itself.
+// Symmetric   Where all tokens are alike - affinities between different tokens are all equal, and so are the
+//             affinities of the tokens with themselves - every vector orthogonal to D 1 is a second eigenvector and no
+//             token stands out: vector 0, partition and foreground empty, seed -1, residual 0, iterations 0; value is
+//             their common eigenvalue (1 for constant features). Photos of 0 and 1 token likewise, value 1.
+// Accuracy    Cosines in float32, everything after in float64. residual = |D^-1/2 ((D - A) v - value D v)|: some
+//             eigenvalue lies within it of `value`, and v is off by about residual / (gap to the other eigenvalues).
+//             Tokens that fall apart into several groups have gaps of 10 eps: hence a small default tolerance, which
+//             costs an iteration or two. A residual above `tolerance` says that max_iterations came first.
+// Arrays      features float32 [T, C]; offsets int32 [B + 1] and shapes int32 [B, 2] as in RaggedShape;
+//             vector float32 [T], partition and foreground bool [T]; value and residual float64 [B], iterations and
+//             seed int32 [B], the seed counted within its photo. All contiguous, outputs allocated by the caller.
+// Errors      std::invalid_argument for a wrong array or setting and for features that are not finite (first photo
+//             named); the outputs are then unspecified.
+// Threads     OpenMP, one region: over photos, or over tiles of the affinity when there is one photo. The bits of a
+// result depend
+//             neither on the threads nor on the batch. Levels differ by the rounding of cosines.
+// Cost        per photo of n tokens n^2 C flops and n^2 / 8 lookups per iteration; per thread 8 n C + n^2 / 8 +
+//             8 n iterations bytes.
+#pragma once
+
+#include "namedmask/tensor_view.h"
+
+namespace namedmask {
+
+struct CutSettings {
+  double tau = 0.2, eps = 1e-5, tolerance = 1e-8;
+  int64_t max_iterations = 128;
+};
+
+namespace cpu {
+
+void normalized_cut(const TensorView& features, const TensorView& offsets, const TensorView& shapes,
+                    const TensorView& vector, const TensorView& value, const TensorView& residual,
+                    const TensorView& iterations, const TensorView& partition, const TensorView& seed,
+                    const TensorView& foreground, const CutSettings& settings);
+
+}  // namespace cpu
+}  // namespace namedmask

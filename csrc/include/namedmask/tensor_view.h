@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: MIT
+// A borrowed n-dimensional array and the checks that every operator makes on its arguments.
+//
+// Operators see arrays only through TensorView: no torch, no Python. A view owns nothing; whoever calls keeps the
+// memory alive for the length of the call (and, for CUDA, until the stream has passed it).
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+namespace namedmask {
+
+enum class DType : uint8_t { kBool, kUInt8, kInt32, kInt64, kFloat16, kBFloat16, kFloat32, kFloat64 };
+enum class Device : uint8_t { kCPU, kCUDA };
+
+constexpr int kMaxDims = 4;
+
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  Device device = Device::kCPU;
+  int device_index = 0;
+  int ndim = 0;
+  int64_t shape[kMaxDims] = {};
+  int64_t strides[kMaxDims] = {};  // in elements, not bytes
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+
+  int64_t size() const {
+    int64_t n = 1;
+    for (int i = 0; i < ndim; ++i) n *= shape[i];
+    return n;
+  }
+
+  bool contiguous() const {
+    if (size() == 0) return true;  // whatever its strides say
+    int64_t expected = 1;
+    for (int i = ndim - 1; i >= 0; --i) {
+      if (shape[i] != 1 && strides[i] != expected) return false;
+      expected *= shape[i];
+    }
+    return true;
+  }
+};
+
+// A cudaStream_t, for headers that know no CUDA; null is the default stream.
+struct Stream {
+  void* handle = nullptr;
+};
+
+const char* name(DType dtype);
+std::string describe(const TensorView& view);  // "float32 [3, 4] on cpu"
+
+// Throws std::invalid_argument "OP: ARGUMENT must be DTYPE [shape] on cpu, contiguous, but is ..." unless the view
+// matches. A -1 in `shape` matches any extent.
+void expect(const char* op, const char* argument, const TensorView& view, DType dtype,
+            std::initializer_list<int64_t> shape, Device device = Device::kCPU);
+
+// A packed batch of grids: photo b owns rows offsets[b] .. offsets[b + 1], its grid is shapes[b] = (height, width).
+struct RaggedShape {
+  const int32_t* offsets = nullptr;  // [count + 1]
+  const int32_t* shapes = nullptr;   // [count, 2]
+  int64_t count = 0;
+
+  int64_t begin(int64_t b) const { return offsets[b]; }
+  int64_t end(int64_t b) const { return offsets[b + 1]; }
+  int64_t height(int64_t b) const { return shapes[2 * b]; }
+  int64_t width(int64_t b) const { return shapes[2 * b + 1]; }
+};
+
+// Checks offsets int32 [B + 1] and shapes int32 [B, 2] on the CPU: offsets start at 0, end at `rows`, and each photo
+// owns exactly height * width rows. Throws std::invalid_argument naming the photo that does not.
+RaggedShape expect_ragged(const char* op, const TensorView& offsets, const TensorView& shapes, int64_t rows);
+
+}  // namespace namedmask

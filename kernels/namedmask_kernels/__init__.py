@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: MIT
+"""Fast batched operators for people who turn ViT features into masks. Depends on torch, numpy and scipy alone."""
+
+# torch before the extension: both then share the one libgomp that torch has loaded.
+import torch  # noqa: F401
+
+from .attention_features import AttentionFeatures, attention_features
+from .backends import explain
+from .bilateral_solver import bilateral_solver
+from .connected_components import Components, connected_components, fill_holes, largest_component
+from .normalized_cut import NormalizedCut, normalized_cut
+from .ragged import Ragged
+
+__all__ = [
+    "AttentionFeatures",
+    "Components",
+    "NormalizedCut",
+    "Ragged",
+    "attention_features",
+    "bilateral_solver",
+    "connected_components",
+    "explain",
+    "fill_holes",
+    "largest_component",
+    "normalized_cut",
+]

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""attention_features for GPUs from sm_80 on: flash attention over packed sequences, and what it has at hand anyway.
+
+One pass over the keys per block of queries with an online softmax (Dao, FlashAttention-2, 2023) gives the output and
+the log-sum-exp. A tapped row is then one exponential per key, and the key norms are a sum: both are small kernels.
+Nothing of size N x N is ever written. No atomics: the same bits every time, alone or in a batch. With 16-bit input the
+softmax weights are rounded to it before they meet the values, as in every flash attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+
+
+class Blocks(NamedTuple):
+    """How `_attend` is cut: queries and keys per block, warps, and stages of the pipeline that loads keys."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# (head dim rounded up to a power of two, bytes of an element) -> Blocks. A table and not autotuning: no first-call
+# search, the same bits on every machine. All fit the 99 kB of shared memory that the smallest sm_8x offers.
+# Not yet measured on a GPU: chosen for no spills and the usual occupancy of FlashAttention-2's sizes.
+BLOCKS = {
+    (32, 2): Blocks(128, 64, 4, 3),
+    (64, 2): Blocks(128, 64, 4, 3),
+    (128, 2): Blocks(128, 64, 8, 2),
+    (256, 2): Blocks(64, 32, 8, 2),
+    (32, 4): Blocks(64, 32, 4, 2),
+    (64, 4): Blocks(64, 32, 8, 2),
+    (128, 4): Blocks(32, 16, 8, 2),
+    (256, 4): Blocks(16, 16, 8, 1),
+}
+TOKENS = 32  # per block of the two small kernels
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _keys_pass(
+    acc, top, total, q, keys, values, token_stride, low, high, length, scale,
+    D: tl.constexpr, PADDED_D: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, WRITE_OUTPUT: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over keys low .. high, in steps of KEYS; only with TAIL may a step reach past `length`."""
+    d = tl.arange(0, PADDED_D)
+    n = tl.arange(0, KEYS)
+    for start in tl.range(low, high, KEYS):
+        inside = start + n < length
+        at = (start + n) * token_stride
+        k_mask = (d < D)[:, None]
+        if TAIL:
+            k_mask = k_mask & inside[None, :]
+        if TAIL or D != PADDED_D:
+            k = tl.load(keys + at[None, :] + d[:, None], mask=k_mask, other=0.0)
+        else:
+            k = tl.load(keys + at[None, :] + d[:, None])
+        scores = tl.dot(q, k, input_precision="ieee") * scale  # [queries, keys], in log2 units
+        if TAIL:
+            scores = tl.where(inside[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        top = new_top
+        if WRITE_OUTPUT:
+            v_mask = (d < D)[None, :]
+            if TAIL:
+                v_mask = v_mask & inside[:, None]
+            if TAIL or D != PADDED_D:
+                v = tl.load(values + at[:, None] + d[None, :], mask=v_mask, other=0.0)
+            else:
+                v = tl.load(values + at[:, None] + d[None, :])
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, top, total
+
+
+@triton.jit
+def _attend(
+    qkv, table, output, lse, scale, token_stride, part_stride, head_stride,
+    D: tl.constexpr, PADDED_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WRITE_OUTPUT: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one sequence and one head: output [T, H, D] and lse [T, H]; grid (blocks, heads).
+
+    table: int32 [blocks, 3], the first token of the sequence, its length, and the block's first query in it
+    scale: the softmax's scale * log2(e), so that the exponentials are powers of two
+    """
+    entry = table + 3 * tl.program_id(0)
+    begin = tl.load(entry).to(tl.int64)
+    length = tl.load(entry + 1)
+    first = tl.load(entry + 2)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+
+    m = first + tl.arange(0, QUERIES)
+    d = tl.arange(0, PADDED_D)
+    mask = (m < length)[:, None] & (d < D)[None, :]
+    queries = qkv + begin * token_stride + head * head_stride
+    keys = queries + part_stride
+    values = keys + part_stride
+    q = tl.load(queries + m[:, None] * token_stride + d[None, :], mask=mask, other=0.0)
+
+    acc = tl.zeros([QUERIES, PADDED_D], tl.float32)
+    top = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    whole = length // KEYS * KEYS
+    acc, top, total = _keys_pass(
+        acc, top, total, q, keys, values, token_stride, 0, whole, length, scale,
+        D, PADDED_D, KEYS, False, WRITE_OUTPUT,
+    )  # fmt: skip
+    acc, top, total = _keys_pass(
+        acc, top, total, q, keys, values, token_stride, whole, length, length, scale,
+        D, PADDED_D, KEYS, True, WRITE_OUTPUT,
+    )  # fmt: skip
+
+    at = (begin + m) * heads + head
+    tl.store(lse + at, (top + tl.log2(total)) * 0.6931471805599453, mask=m < length)
+    if WRITE_OUTPUT:
+        result = (acc / total[:, None]).to(output.dtype.element_ty)
+        tl.store(output + at[:, None] * D + d[None, :], result, mask=mask)
+
+
+@triton.jit
+def _tap(
+    qkv, table, taps, lse, rows, scale, token_stride, part_stride, head_stride, count,
+    D: tl.constexpr, PADDED_D: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """rows [T, H, R]: softmax weight that the query at each of the `count` = R taps of its sequence gives to a token.
+
+    table: as for `_attend`, with the block's first token in place of its first query; grid (blocks, heads)
+    """
+    entry = table + 3 * tl.program_id(0)
+    begin = tl.load(entry).to(tl.int64)
+    length = tl.load(entry + 1)
+    first = tl.load(entry + 2)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+
+    n = first + tl.arange(0, TOKENS)
+    d = tl.arange(0, PADDED_D)
+    queries = qkv + begin * token_stride + head * head_stride
+    mask = (n < length)[:, None] & (d < D)[None, :]
+    k = tl.load(queries + part_stride + n[:, None] * token_stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = (begin + n) * heads + head
+    for r in tl.range(0, count):
+        tapped = tl.load(taps + r)
+        q = tl.load(queries + tapped * token_stride + d, mask=d < D, other=0.0).to(tl.float32)
+        score = tl.sum(k * q[None, :], 1) * scale
+        weight = tl.exp2(score - tl.load(lse + (begin + tapped) * heads + head) * 1.4426950408889634)
+        tl.store(rows + at * count + r, weight, mask=n < length)
+
+
+@triton.jit
+def _key_norms(
+    qkv, norms, tokens, heads, token_stride, part_stride, head_stride,
+    D: tl.constexpr, PADDED_D: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """norms [T]: the sum of k^2 over heads and channels; grid (blocks of tokens)."""
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, PADDED_D)
+    mask = (t < tokens)[:, None] & (d < D)[None, :]
+    total = tl.zeros([TOKENS], tl.float32)
+    for head in tl.range(0, heads):
+        at = part_stride + head * head_stride + t[:, None] * token_stride + d[None, :]
+        k = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(k * k, 1)
+    tl.store(norms + t, total, mask=t < tokens)
+
+
+def block_table(offsets: Tensor, size: int, taps: list[int] | None = None) -> Tensor:
+    """Blocks of `size` tokens of every sequence, as `_attend` takes them; with `taps`, only those that hold one.
+
+    offsets: int32 [B + 1] on the CPU -> int32 [blocks, 3] on the CPU. Blocks of long sequences come first, so that the
+    last ones to finish are short.
+    """
+    lengths, order = offsets.diff().sort(descending=True, stable=True)
+    counts = (lengths + size - 1) // size
+    if taps is not None:
+        held = torch.tensor(sorted({tap // size for tap in taps}), dtype=torch.int32)
+        counts = (lengths > 0) * len(held)
+    block = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    first = size * (block if taps is None else held[block])
+    columns = offsets[:-1][order].repeat_interleave(counts), lengths.repeat_interleave(counts), first
+    return torch.stack([column.to(torch.int32) for column in columns], 1)
+
+
+def attention_features(
+    qkv: Tensor,
+    offsets: Tensor,
+    taps: list[int],
+    scale: float,
+    output: Tensor | None,
+    rows: Tensor | None,
+    lse: Tensor | None,
+    key_norms: Tensor | None,
+) -> None:
+    """Fills the outputs that are given, in the order of the current stream; arrays as in attention_features.h.
+
+    qkv and the outputs lie on one GPU, offsets (which the caller has checked) on the CPU. A sequence may have up to
+    2^31 elements of qkv, a batch any number.
+    """
+    tokens, _, heads, dim = qkv.shape
+    if tokens == 0 or heads == 0:
+        return
+    padded = max(16, triton.next_power_of_2(dim))
+    blocks = BLOCKS[max(32, padded), qkv.element_size()]
+    shape = {"D": dim, "PADDED_D": padded}
+    strides = qkv.stride()[:3]
+
+    if not taps:
+        rows = None
+
+    def to_device(table: Tensor) -> Tensor:  # pinned, so that the copy does not wait for the stream
+        return table.pin_memory().to(qkv.device, non_blocking=True) if qkv.is_cuda else table
+
+    with torch.cuda.device_of(qkv):
+        if output is not None or rows is not None or lse is not None:
+            table = to_device(block_table(offsets, blocks.queries, taps if output is None and lse is None else None))
+            sums = lse if lse is not None else qkv.new_empty(tokens, heads, dtype=torch.float32)
+            _attend[len(table), heads](
+                qkv, table, output, sums, scale * LOG2_E, *strides, **shape, QUERIES=blocks.queries, KEYS=blocks.keys,
+                WRITE_OUTPUT=output is not None, num_warps=blocks.warps, num_stages=blocks.stages,
+            )  # fmt: skip
+        if rows is not None:
+            table, at = to_device(block_table(offsets, TOKENS)), to_device(torch.tensor(taps, dtype=torch.int32))
+            _tap[len(table), heads](
+                qkv, table, at, sums, rows, scale * LOG2_E, *strides, len(taps), **shape, TOKENS=TOKENS
+            )
+        if key_norms is not None:
+            _key_norms[(triton.cdiv(tokens, TOKENS),)](qkv, key_norms, tokens, heads, *strides, **shape, TOKENS=TOKENS)
+
+
+def ahead_of_time() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], dict[str, int]]]:
+    """(label, kernel, types of its arguments, constants, options) of every variant that `attention_features` starts."""
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    strides = dict.fromkeys(("token_stride", "part_stride", "head_stride"), "i32")
+    for dtype in DTYPES:
+        for dim in (32, 64, 128, 256):
+            blocks = BLOCKS[dim, dtype.itemsize]
+            name, dims = names[dtype], {"D": dim, "PADDED_D": dim}
+            array = {"qkv": f"*{name}", "table": "*i32"}
+            for write in (True, False):
+                yield (
+                    f"_attend {name} D={dim}" + ("" if write else " lse only"), _attend,
+                    {**array, "output": f"*{name}", "lse": "*fp32", "scale": "fp32", **strides},
+                    {**dims, "QUERIES": blocks.queries, "KEYS": blocks.keys, "WRITE_OUTPUT": write},
+                    {"num_warps": blocks.warps, "num_stages": blocks.stages},
+                )  # fmt: skip
+            yield (
+                f"_tap {name} D={dim}", _tap,
+                {**array, "taps": "*i32", "lse": "*fp32", "rows": "*fp32", "scale": "fp32", **strides, "count": "i32"},
+                {**dims, "TOKENS": TOKENS}, {},
+            )  # fmt: skip
+            yield (
+                f"_key_norms {name} D={dim}", _key_norms,
+                {"qkv": f"*{name}", "norms": "*fp32", "tokens": "i32", "heads": "i32", **strides},
+                {**dims, "TOKENS": TOKENS}, {},
+            )  # fmt: skip
