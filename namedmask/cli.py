@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: MIT
+"""The commands: parse, call one stage, print. Everything heavy is imported by what needs it, so --help is quick.
+
+Exit codes: 0 finished (photos that could not be used are in errors.jsonl), 1 an error of the program, 2 something that
+the user can mend, 3 finished but every photo failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+alone = typer.Typer(
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)  # namedmask-pseudolabel
+
+Photos = Annotated[Path, typer.Argument(metavar="PHOTOS", help="A folder, a list file (.txt) or a .tar of photos.")]
+Out = Annotated[Path, typer.Option("--out", help="The run folder; made if missing, continued if it is there.")]
+DemoOut = Annotated[Path, typer.Option("--out", help="The demo's folder; made if missing, continued if it is there.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The run folder.")]
+Categories = Annotated[
+    str | None,
+    typer.Option("--categories", help="Names, separated by commas. Without names PHOTOS must be class folders."),
+]
+CategoriesFile = Annotated[Path | None, typer.Option("--categories-file", help="A file with one name a line.")]
+ClipModel = Annotated[
+    str | None, typer.Option("--clip-model", help="open_clip's MODEL:PRETRAINED. (default: ViT-L-14-336:openai)")
+]
+ClipWeights = Annotated[Path | None, typer.Option("--clip-weights", help="A local file with CLIP's weights.")]
+Embeddings = Annotated[
+    Path | None, typer.Option("--embeddings", help="FILE.safetensors (beside FILE.json) instead of a CLIP model.")
+]
+PhotosPerCategory = Annotated[
+    int | None, typer.Option("--photos-per-category", help="Size of the archive of each name. (default: 500)")
+]
+Detector = Annotated[str | None, typer.Option("--detector", help="What finds the object: spectral.")]
+BackboneName = Annotated[
+    str | None, typer.Option("--backbone", help="A timm ViT. (default: vit_small_patch8_224.dino)")
+]
+BackboneWeights = Annotated[Path | None, typer.Option("--backbone-weights", help="A local file with its weights.")]
+Features = Annotated[str | None, typer.Option("--features", help="tokens or keys of the last block. (default: keys)")]
+Centre = Annotated[
+    bool | None,
+    typer.Option("--centre/--no-centre", help="Subtract each photo's mean feature; DINOv2 needs it. (default: no)"),
+]
+Tau = Annotated[float | None, typer.Option("--tau", help="Cosines above it are edges of the graph. (default: 0.2)")]
+ImageSize = Annotated[
+    int | None, typer.Option("--image-size", help="Short side for the backbone, in pixels. (default: 448)")
+]
+Precision = Annotated[
+    str | None, typer.Option("--precision", help="float32 or bfloat16 for the backbone. (default: float32)")
+]
+Refine = Annotated[str | None, typer.Option("--refine", help="bilateral or none. (default: bilateral)")]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes on the CPU.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", min=0, help="Processes with a GPU each. (default: 1 if a GPU is there, else 0)"),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew what was made with other settings.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+# Where each option stands among the settings of a run (`config.RunConfig`).
+SETTINGS = {
+    "photos": ("photos",),
+    "categories": ("categories",),
+    "clip_model": ("index", "clip_model"),
+    "clip_weights": ("index", "clip_weights"),
+    "embeddings": ("index", "embeddings"),
+    "photos_per_category": ("archive", "photos_per_category"),
+    "detector": ("detector", "name"),
+    "backbone": ("detector", "backbone"),
+    "backbone_weights": ("detector", "backbone_weights"),
+    "features": ("detector", "features"),
+    "centre": ("detector", "centre"),
+    "tau": ("detector", "tau"),
+    "image_size": ("detector", "image_size"),
+    "precision": ("detector", "precision"),
+    "refine": ("refine", "name"),
+}
+
+
+def settings_of(options: dict) -> dict:
+    """The options that were given -> the nested settings of RunConfig; paths become absolute."""
+    options = dict(options)
+    options["categories"] = _names(options.get("categories"), options.pop("categories_file", None))
+    given: dict = {}
+    for option, value in options.items():
+        if value is not None:
+            *parts, key = SETTINGS[option]
+            part = given.setdefault(parts[0], {}) if parts else given
+            # abspath keeps links, which the user may turn elsewhere; Path.resolve() would not.
+            part[key] = os.path.abspath(value) if isinstance(value, Path) else value  # noqa: PTH100
+    return given
+
+
+def _names(categories: str | None, file: Path | None) -> list[str] | None:
+    if categories is not None and file is not None:
+        raise UserError("give --categories or --categories-file, not both")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--categories-file {file}: {error}") from None
+        names = [line.strip() for line in text.splitlines()]
+    elif categories is not None:
+        names = [name.strip() for name in categories.split(",")]
+    else:
+        return None
+    if not (names := [name for name in names if name]):
+        raise UserError("no category name was given")
+    return names
+
+
+def command(function: Callable) -> Callable:
+    """Gives every ending its exit code; an error that a person can act on becomes one line."""
+
+    @functools.wraps(function)
+    def wrapper(debug: bool = False, **options) -> None:
+        try:
+            function(**options)
+        except UserError as error:
+            if debug:
+                raise
+            print(f"namedmask: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("namedmask: interrupted; run the same command again to go on", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except (typer.Exit, BrokenPipeError):  # click ends quietly when nobody reads its output any more
+            raise
+        except Exception as error:  # a fault of the program, but for the disk's and the network's
+            if debug:
+                raise
+            print(f"namedmask: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+            raise typer.Exit(2 if isinstance(error, OSError) else 1) from None
+
+    return wrapper
+
+
+def stage_command(*stages: str) -> Callable:
+    """A command that runs stages: the function it decorates is only its signature, the options and the help text."""
+
+    def decorate(signature: Callable) -> Callable:
+        @command
+        @functools.wraps(signature)
+        def run_stages(out, workers=1, gpus=None, overwrite=False, **options) -> None:
+            given = settings_of(options)
+            from . import run
+
+            if not run.start(out, given, stages, workers, gpus, overwrite):
+                raise typer.Exit(3)
+
+        return run_stages
+
+    return decorate
+
+
+@alone.command()
+@stage_command("index", "archive", "pseudolabel", "report")
+def pseudolabel_everything(
+    photos: Photos,
+    out: Out,
+    categories: Categories = None,
+    categories_file: CategoriesFile = None,
+    clip_model: ClipModel = None,
+    clip_weights: ClipWeights = None,
+    embeddings: Embeddings = None,
+    photos_per_category: PhotosPerCategory = None,
+    detector: Detector = None,
+    backbone: BackboneName = None,
+    backbone_weights: BackboneWeights = None,
+    features: Features = None,
+    centre: Centre = None,
+    tau: Tau = None,
+    image_size: ImageSize = None,
+    precision: Precision = None,
+    refine: Refine = None,
+    workers: Workers = 1,
+    gpus: Gpus = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Photos and names in, named masks and a gallery out: index, archive, pseudolabel and report in one go.
+
+    Run it again to continue; what is done is kept.
+    """
+
+
+@app.command()
+@stage_command("index")
+def index(
+    photos: Photos,
+    out: Out,
+    clip_model: ClipModel = None,
+    clip_weights: ClipWeights = None,
+    embeddings: Embeddings = None,
+    workers: Workers = 1,
+    gpus: Gpus = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Photos to CLIP image embeddings."""
+
+
+@app.command()
+@stage_command("archive")
+def archive(
+    out: RunFolder,
+    categories: Categories = None,
+    categories_file: CategoriesFile = None,
+    photos_per_category: PhotosPerCategory = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """The best photos of an index for each name."""
+
+
+@app.command()
+@stage_command("pseudolabel")
+def pseudolabel(
+    out: RunFolder,
+    detector: Detector = None,
+    backbone: BackboneName = None,
+    backbone_weights: BackboneWeights = None,
+    features: Features = None,
+    centre: Centre = None,
+    tau: Tau = None,
+    image_size: ImageSize = None,
+    precision: Precision = None,
+    refine: Refine = None,
+    workers: Workers = 1,
+    gpus: Gpus = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """A mask for every photo of an archive."""
+
+
+@app.command()
+@command
+def report(out: RunFolder, debug: Debug = False) -> None:
+    """The gallery of a run: OUT/report.html."""
+    from .report import write_report
+
+    print(write_report(out))
+
+
+@app.command()
+@command
+def demo(out: DemoOut = Path("namedmask-demo"), overwrite: Overwrite = False, debug: Debug = False) -> None:
+    """The whole method on rendered photos, without a download, and how good its masks are: minutes on two cores."""
+    from .demo.run import run_demo
+
+    run_demo(out, overwrite=overwrite)
+
+
+@app.command()
+@command
+def doctor(debug: Debug = False) -> None:
+    """What is installed, which kernels run where and why not, and where weights are."""
+    from .doctor import examine
+
+    for line in examine():
+        print(line)
+
+
+def main() -> None:
+    """The command `namedmask`."""
+    app()
+
+
+def main_pseudolabel() -> None:
+    """The command `namedmask-pseudolabel`."""
+    alone()

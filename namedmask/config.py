@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""Every setting of a run, and run.toml, where they are kept.
+
+A setting belongs to the part that it changes the result of. What only changes how fast the result comes (workers, GPUs)
+is no setting and is not kept: it may differ when a run is continued.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import UserError
+from .files import atomic_write
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FACTS = "made-with"  # the table of run.toml that is no setting
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class IndexConfig(Part):
+    """Photos -> CLIP image embeddings. Without categories there is no index."""
+
+    clip_model: str = "ViT-L-14-336:openai"  # open_clip's MODEL:PRETRAINED
+    clip_weights: str | None = None  # a local file instead of PRETRAINED
+    embeddings: str | None = None  # embeddings computed elsewhere instead of a CLIP model
+    shard_size: Positive = 1024  # photos per index shard
+
+
+class ArchiveConfig(Part):
+    photos_per_category: Positive = 500
+
+
+class DetectorConfig(Part):
+    """Which pixels are the object."""
+
+    name: Literal["spectral"] = "spectral"
+    backbone: str = "vit_small_patch8_224.dino"  # a timm ViT
+    backbone_weights: str | None = None  # a local file instead of the published weights
+    features: Literal["tokens", "keys"] = "keys"
+    centre: bool = False  # subtract each photo's mean feature
+    tau: Annotated[float, Field(ge=-1, le=1)] = 0.2
+    image_size: Annotated[int, Field(ge=16)] = 448  # short side, pixels
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
+class RefineConfig(Part):
+    """What makes a mask follow edges. The sigmas are the paper's, for a photo whose short side is 512 pixels."""
+
+    name: Literal["bilateral", "none"] = "bilateral"
+    sigma_spatial: Annotated[float, Field(gt=0)] = 16.0
+    sigma_luma: Annotated[float, Field(ge=1)] = 16.0
+    sigma_chroma: Annotated[float, Field(ge=1)] = 8.0
+    smoothness: Annotated[float, Field(gt=0)] = 256.0
+
+
+class RunConfig(Part):
+    """A whole run. `photos` is a folder, a list file or a tar; without `categories` its folders are the categories."""
+
+    photos: str
+    categories: list[str] = []
+    shard_size: Positive = 64  # photos per shard of masks
+    index: IndexConfig = IndexConfig()
+    archive: ArchiveConfig = ArchiveConfig()
+    detector: DetectorConfig = DetectorConfig()
+    refine: RefineConfig = RefineConfig()
+
+
+def make_config(settings: dict) -> RunConfig:
+    """A nested dictionary of settings -> RunConfig; UserError names each wrong value and what was expected."""
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg'].lower()}, got {e['input']!r}"
+            for e in error.errors()
+        ]
+        raise UserError("wrong settings: " + "; ".join(lines)) from None
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """One line for each setting that differs, "detector.tau: 0.2 -> 0.3"."""
+
+    def flat(part: dict, prefix: str = "") -> dict:
+        items = {}
+        for key, value in part.items():
+            items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return items
+
+    a, b = flat(old.model_dump()), flat(new.model_dump())
+    return [f"{key}: {_short(a[key])} -> {_short(b[key])}" for key in a if a[key] != b[key]]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_config(path: Path, config: RunConfig, facts: dict[str, str]) -> None:
+    """Writes run.toml: the settings in force and, under FACTS, versions and device, which are not compared."""
+    settings = config.model_dump(exclude_none=True)
+    with atomic_write(path) as file:
+        file.write(tomli_w.dumps({**settings, FACTS: facts}).encode())
+
+
+def read_config(path: Path) -> RunConfig:
+    """The settings in run.toml; UserError when it is missing or damaged."""
+    settings = _read(path)
+    settings.pop(FACTS, None)
+    return make_config(settings)
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The versions and the device in run.toml; UserError when it is missing or damaged."""
+    return _read(path).get(FACTS, {})
+
+
+def _read(path: Path) -> dict:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} is not the folder of a run") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""What the demo's masks are worth: the truth is rendered again from the seed, where no stage of the pipeline sees it.
+
+- `archive_precision_at_50`: the share of a kind's archive that shows the kind.
+- `trivial_baseline_iou`, `detector_iou`, `refined_iou`: the mean IoU with the visible pixels of the object, over the
+  photos of a kind's archive that show the kind: the same photos for all three. What was retrieved wrongly has no true
+  mask and is counted by the precision. A kind without any such photo counts as 0.
+- `detector_iou` is of the detector's masks as they are; the baseline's are refined by the run's own refiner, and it is
+  the one of `baselines.py` with the highest mean.
+
+A mean is that of the kinds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ..archive import read_archive
+from ..config import RefineConfig, read_config
+from ..distributed import Worker, count_gpus
+from ..errors import UserError
+from ..masks import read_masks
+from ..photos import PhotoSource
+from ..progress import Progress
+from ..threads import kernels_on_one_thread, map_ahead
+from .scenes import Scene, index_photo
+
+SHOWN = 2  # photos a kind on the contact sheet: the first of its archive and the one in the middle
+
+
+class Shown(NamedTuple):
+    """A photo for the contact sheet: uint8 [H, W, 3], its kind, and masks, bool [H, W]."""
+
+    image: np.ndarray
+    kind: str
+    detector: np.ndarray
+    refined: np.ndarray
+    truth: np.ndarray
+
+
+def score(out: Path, seed: int) -> tuple[dict, list[Shown]]:
+    """Compares the masks of the run folder `out` with the truth: (figures as demo.json holds them, what to look at)."""
+    import torch
+
+    from ..refine import Refiner
+    from .baselines import baselines
+
+    config, archive = read_config(out / "run.toml"), read_archive(out / "archive.json")
+    source, refiner, d = PhotoSource(config.photos), Refiner(config.refine), config.detector
+    trivial = baselines(d.image_size, d.features, d.tau, d.centre)
+    names = sorted({entry.photo for entries in archive.photos.values() for entry in entries})
+    retrieved = {name: {entry.photo for entry in archive.photos[name]} for name in archive.categories}
+
+    with Progress("score", Worker()) as progress:
+        progress.total = 2 * len(names)
+        refined, alone = _masks(out / "masks"), _detect_alone(out, progress)
+
+        def compare(name: str) -> tuple[Scene, dict[str, float]]:
+            scene, photo = index_photo(seed, int(Path(name).stem)), source.decode(name)
+            if not np.array_equal(scene.image, photo.pixels):
+                raise UserError(
+                    f"{Path(config.photos) / name} is not what this version renders; start anew with --overwrite"
+                )
+            if not scene.kinds or name not in retrieved[scene.kinds[0]]:
+                return scene, {}
+            masks = {"detector": alone[name], "refined": refined[name]}
+            for baseline, guess in trivial.items():
+                soft = refiner.refine(photo, torch.from_numpy(guess(photo.pixels)).float())
+                masks[baseline] = (soft > 0.5).numpy()
+            return scene, {who: iou(mask, scene.masks[0]) for who, mask in masks.items()}
+
+        found: dict[str, tuple[Scene, dict[str, float]]] = {}
+        with kernels_on_one_thread("cpu") as threads:
+            for name, result in zip(names, map_ahead(compare, names, threads), strict=True):
+                found[name] = result
+                progress.tick(1)
+
+    precision, shown = {}, []
+    ious: dict[str, dict[str, float]] = {who: {} for who in ("detector", "refined", *trivial)}
+    for category in archive.categories:
+        entries = [entry.photo for entry in archive.photos[category]]
+        right = [name for name in entries if found[name][0].kinds == (category,)]
+        precision[category] = len(right) / max(1, len(entries))
+        for who, values in ious.items():
+            values[category] = float(np.mean([found[name][1][who] for name in right])) if right else 0.0
+        for name in right[:: max(1, len(right) // SHOWN)][:SHOWN]:
+            scene = found[name][0]
+            shown.append(Shown(scene.image, category, alone[name], refined[name], scene.masks[0]))
+
+    means = {who: np.mean(list(ious[who].values())) for who in trivial}
+    strongest = max(trivial, key=lambda who: means[who])
+    figures = {
+        "archive_precision_at_50": _figure(precision),
+        "trivial_baseline_iou": _figure(ious[strongest])
+        | {"name": strongest, "all": {who: round(float(mean), 4) for who, mean in means.items()}},
+        "detector_iou": _figure(ious["detector"]),
+        "refined_iou": _figure(ious["refined"]),
+        "photos_per_category": config.archive.photos_per_category,
+        "photos_compared": sum(bool(values) for _, values in found.values()),
+    }
+    return figures, shown
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two masks, bool [H, W]; 0 where both are empty."""
+    return float((a & b).sum() / max(1, (a | b).sum()))
+
+
+def fingerprint(out: Path) -> str:
+    """Tells one set of archive and masks from another."""
+    digest = hashlib.sha256()
+    for path in (out / "archive.json", *sorted((out / "masks").glob("*.jsonl"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def print_figures(figures: Mapping) -> None:
+    """The table of demo.json's figures, and where the time went."""
+    baseline = figures["trivial_baseline_iou"]
+    columns = {
+        f"precision at {figures['photos_per_category']}": "archive_precision_at_50",
+        baseline["name"]: "trivial_baseline_iou",
+        "detector alone": "detector_iou",
+        "refined": "refined_iou",
+    }
+    table = Table(title=f"IoU on {figures['photos_compared']} photos", title_justify="left")
+    table.add_column("kind")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for kind in baseline["per_category"]:
+        table.add_row(kind, *(f"{figures[key]['per_category'][kind]:.3f}" for key in columns.values()))
+    table.add_section()
+    table.add_row("mean", *(f"{figures[key]['mean']:.3f}" for key in columns.values()), style="bold")
+    Console().print(table)
+    print("what takes no learning, refined: " + ", ".join(f"{who} {mean:.3f}" for who, mean in baseline["all"].items()))
+    print(", ".join(f"{stage} {taken:.1f} s" for stage, taken in figures["seconds"].items()))
+
+
+def _figure(per_category: Mapping[str, float]) -> dict:
+    values = {category: round(value, 4) for category, value in per_category.items()}
+    return {"mean": round(float(np.mean(list(per_category.values()))), 4), "per_category": values}
+
+
+def _masks(folder: Path) -> dict[str, np.ndarray]:
+    """Each photo's mask, bool [H, W]; retrieved for two kinds, it has the same mask twice."""
+    return {record.photo: record.mask() for record in read_masks(folder)}
+
+
+def _detect_alone(out: Path, progress: Progress) -> dict[str, np.ndarray]:
+    """The masks before refinement: the pipeline's engine once more, over the same archive, with `refine` none."""
+    from ..pseudolabel import pseudolabel
+
+    config = read_config(out / "run.toml").model_copy(update={"refine": RefineConfig(name="none")})
+    device = "cuda" if count_gpus(None, 1) else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        source, archive = PhotoSource(config.photos), read_archive(out / "archive.json")
+        pseudolabel(source, archive, Path(folder), config, Worker(), device, progress.tick)
+        return _masks(Path(folder))

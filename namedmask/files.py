@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""Files that appear whole or not at all."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Opens a binary file for writing that takes its place at `path`, replacing what is there, when the block ends.
+
+    If the block raises, `path` is left as it was. If the process is killed, a file whose name begins with
+    `TEMPORARY_PREFIX` stays in the folder: `remove_stale` takes it away. After the block the file survives a power cut.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    try:
+        # "x": never into a file that is there. Unlike tempfile's 0600, open gives the permissions of any new file.
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def remove_stale(folder: str | os.PathLike) -> None:
+    """Removes what killed writers left in `folder`; a live writer's file too, so only the lock's holder may call."""
+    for stale in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
+        if stale.is_dir():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink(missing_ok=True)

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: MIT
+"""Photos -> image embeddings, in shards: by a CLIP of open_clip, or taken from embeddings computed elsewhere.
+
+index/photos.jsonl          the photos' names in order; a photo's number is its line, from 0
+index/00000.safetensors     image float16 [n, d], rows L2-normalised; photo int64 [n], the photos' numbers, rising
+index/00000.errors.jsonl    photos of the shard that have no row, and why
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from .config import IndexConfig
+from .distributed import Worker
+from .errors import UserError
+from .files import atomic_write
+from .masks import ErrorRecord, errors_path, write_errors
+from .photos import PhotoError, PhotoSource, decode_ahead
+from .threads import kernels_on_one_thread, map_ahead
+
+CLIP_BATCH = {"cpu": 16, "cuda": 256}
+
+
+class Embedder(Protocol):
+    """What turns photos and names into embeddings that can be compared."""
+
+    def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
+        """Each name with its embedding, float32 [d] L2-normalised, or what is wrong with the photo."""
+
+    def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
+        """float32 [k, d], L2-normalised: one row per name."""
+
+
+def list_photos(source: PhotoSource, folder: Path) -> None:
+    """Writes photos.jsonl, and photos.errors.jsonl with folders and shards that cannot be listed."""
+    errors: list[ErrorRecord] = []
+    with atomic_write(folder / "photos.jsonl") as file:
+        for name in source.names(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason))):
+            file.write(json.dumps({"photo": name}).encode() + b"\n")
+        write_errors(errors_path(folder / "photos.jsonl"), errors)
+
+
+def read_photos(folder: Path) -> Iterator[str]:
+    """The names in photos.jsonl, in order."""
+    with (folder / "photos.jsonl").open("rb") as lines:
+        for line in lines:
+            yield json.loads(line)["photo"]
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05}.safetensors"
+
+
+def missing_shards(folder: Path, config: IndexConfig) -> list[int]:
+    """The numbers of the shards that are not made yet."""
+    count = sum(1 for _ in read_photos(folder))
+    return [s for s in range(-(-count // config.shard_size)) if not shard_path(folder, s).exists()]
+
+
+def build_index(source: PhotoSource, folder: Path, config: IndexConfig, worker: Worker, device: str, tick) -> None:
+    """Embeds every photo of photos.jsonl that is in no finished shard; `tick(photos, found=...)` after each shard."""
+    count = sum(1 for _ in read_photos(folder))
+    shards = -(-count // config.shard_size)
+    names, at = read_photos(folder), 0  # claims only ever rise, so one pass over the list serves them all
+    embedder = None
+    for shard in worker.claim("index", shards):
+        first, size = shard * config.shard_size, min(config.shard_size, count - shard * config.shard_size)
+        found = shard_path(folder, shard).exists()
+        if not found:
+            embedder = embedder or make_embedder(config, device)
+            batch = list(itertools.islice(names, first - at, first - at + size))
+            at = first + size
+            _embed_shard(embedder, source, batch, first, shard_path(folder, shard))
+        tick(size, found=found)
+
+
+def _embed_shard(embedder: Embedder, source: PhotoSource, names: list[str], first: int, path: Path) -> None:
+    from safetensors.numpy import save
+
+    rows, numbers, errors = [], [], []
+    for number, (name, result) in enumerate(embedder.images(source, names), first):
+        if isinstance(result, PhotoError):
+            errors.append(ErrorRecord(name, "index", result.reason))
+        else:
+            rows.append(result.astype(np.float16))
+            numbers.append(number)
+    image = np.stack(rows) if rows else np.zeros((0, 0), np.float16)
+    write_errors(errors_path(path), errors)
+    with atomic_write(path) as file:
+        file.write(save({"image": image, "photo": np.array(numbers, np.int64)}))
+
+
+def make_embedder(config: IndexConfig, device: str) -> Embedder:
+    """The embedder that the settings name. Raises UserError where it cannot be had."""
+    return GivenEmbeddings(config.embeddings) if config.embeddings else Clip(config, device)
+
+
+class Clip:
+    """A CLIP of open_clip, in float32."""
+
+    def __init__(self, config: IndexConfig, device: str):
+        import open_clip
+        import torch
+
+        name, _, pretrained = config.clip_model.partition(":")
+        weights = config.clip_weights or pretrained
+        if name == "namedmask-demo":  # the demo's own, not open_clip's: made known here, where every process comes by
+            from .demo.models import CLIP_WEIGHTS, register
+
+            register()
+            weights = weights or str(CLIP_WEIGHTS)
+        if name not in open_clip.list_models():
+            raise UserError(f"--clip-model {config.clip_model}: open_clip has no {name!r}; see open_clip.list_models()")
+        if config.clip_weights and not Path(config.clip_weights).is_file():
+            raise UserError(f"--clip-weights {config.clip_weights}: there is no such file")
+        if not weights:
+            raise UserError(f"--clip-model {config.clip_model} names no weights; write MODEL:PRETRAINED")
+        torch.manual_seed(0)
+        try:
+            model, _, self.preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=weights, device=device, precision="fp32"
+            )
+        except Exception as error:  # hub, network, file format and key mismatches each have their own exception
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"the weights of CLIP {config.clip_model} could not be had ({reason}); bring the file "
+                "open_clip_pytorch_model.bin or model.safetensors of this model and give it as --clip-weights FILE, or "
+                "bring --embeddings computed elsewhere"
+            ) from error
+        self.model, self.device = model.eval(), device
+        self.tokenizer = open_clip.get_tokenizer(name)
+
+    def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
+        import torch
+        from PIL import Image
+
+        def load(name: str):
+            return self.preprocess(Image.fromarray(source.decode(name).pixels))
+
+        def embed(batch: list) -> list[tuple[str, np.ndarray | PhotoError]]:
+            good = [photo for _, photo in batch if not isinstance(photo, PhotoError)]
+            if good:
+                with torch.inference_mode():
+                    embeddings = self.model.encode_image(torch.stack(good).to(self.device), normalize=True)
+                rows = iter(embeddings.float().cpu().numpy())
+            return [(name, photo if isinstance(photo, PhotoError) else next(rows)) for name, photo in batch]
+
+        loaded = decode_ahead(load, names)
+        batches = iter(lambda: list(itertools.islice(loaded, CLIP_BATCH[self.device.split(":")[0]])), [])
+        with kernels_on_one_thread(self.device) as threads:
+            for batch in map_ahead(embed, batches, threads):
+                yield from batch
+
+    def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
+        import torch
+
+        rows = []
+        with torch.inference_mode():
+            for name in names:
+                tokens = self.tokenizer([prompt.format(name) for prompt in prompts]).to(self.device)
+                mean = self.model.encode_text(tokens, normalize=True).float().mean(0)
+                rows.append(torch.nn.functional.normalize(mean, dim=0))
+        return torch.stack(rows).cpu().numpy()
+
+
+class GivenEmbeddings:
+    """FILE.safetensors with `image` [n, d], `text` [k, d]; FILE.json with `image_files` and `names` in that order."""
+
+    def __init__(self, path: str):
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        listed = Path(path).with_suffix(".json")
+        try:
+            tensors, about = load_file(path), json.loads(listed.read_bytes())
+            image, text, files, names = tensors["image"], tensors["text"], about["image_files"], about["names"]
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise UserError(f"--embeddings {path}: {error}") from None
+        except KeyError as error:
+            raise UserError(f"--embeddings {path}: {error.args[0]!r} is missing there or in {listed.name}") from None
+        if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
+            raise UserError(
+                f"--embeddings {path}: image and text must be [n, d] and [k, d], but are {image.shape} and {text.shape}"
+            )
+        if len(files) != len(image) or len(names) != len(text):
+            raise UserError(
+                f"--embeddings {path}: {len(image)} image and {len(text)} text rows, "
+                f"but {listed.name} lists {len(files)} image_files and {len(names)} names"
+            )
+        self.path = path
+        self.image, self.rows = image, {file: row for row, file in enumerate(files)}
+        self.text, self.names = _unit(text.astype(np.float32)), {name: row for row, name in enumerate(names)}
+
+    def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
+        for name in names:
+            row = self.rows.get(name)
+            if row is None:
+                yield name, PhotoError(name, f"{Path(self.path).name} has no embedding of it")
+            else:
+                yield name, _unit(self.image[row].astype(np.float32))
+
+    def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
+        if missing := [name for name in names if name not in self.names]:
+            raise UserError(f"--embeddings {self.path} has no text embedding of {', '.join(missing)}")
+        return self.text[[self.names[name] for name in names]]
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""How far a stage is: a bar in a terminal, a line now and then elsewhere. The main worker shows it for all."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from .distributed import Worker
+
+LINE_EVERY = 10.0  # seconds, where the output is no terminal
+
+
+class Progress:
+    """A stage's progress; `total` and `note` may be set while it runs."""
+
+    def __init__(self, stage: str, worker: Worker):
+        self.stage, self.worker = stage, worker
+        self.total, self.note = 0, ""
+        self.done = self.skipped = 0
+        self.bar = self.task = None
+
+    def __enter__(self) -> Progress:
+        self.start = self.last_line = time.monotonic()
+        return self
+
+    def tick(self, photos: int, found: bool = False) -> None:
+        """`photos` more are done by this worker, or were `found` done: those do not count towards the rate."""
+        self.skipped = self.worker.count_done(f"{self.stage}/found", photos if found else 0)
+        self.done = self.worker.count_done(self.stage, photos)
+        if not self.worker.is_main:
+            return
+        if sys.stdout.isatty():
+            self._draw()
+        elif (now := time.monotonic()) - self.last_line > LINE_EVERY:
+            self.last_line = now
+            rate = self._rate(now)
+            left = f", {(self.total - self.done) / rate:.0f} s left" if rate else ""
+            print(f"{self.stage}: {self.done} of {self.total} photos, {rate:.1f}/s{left}", flush=True)
+
+    def _rate(self, now: float) -> float:
+        return (self.done - self.skipped) / max(now - self.start, 1e-9)
+
+    def _draw(self) -> None:
+        from rich import progress as rich
+
+        if self.bar is None:
+            self.bar = rich.Progress(
+                rich.TextColumn("{task.description:12}"),
+                rich.BarColumn(),
+                rich.MofNCompleteColumn(),
+                rich.TextColumn("{task.fields[rate]}"),
+                rich.TimeRemainingColumn(),
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(self.stage, total=self.total, rate="")
+        rate = self._rate(time.monotonic())
+        self.bar.update(self.task, completed=self.done, total=self.total, rate=f"{rate:.1f}/s")
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        if error is None and self.worker.is_main:
+            self.tick(0)
+            now = time.monotonic()
+            photos = f"{self.done} photos, {self._rate(now):.1f}/s, " if self.done > self.skipped else ""
+            found = f"{self.skipped} done before, " if self.skipped else ""
+            note = f" ({self.note})" if self.note else ""
+            print(f"{self.stage}: {photos}{found}{now - self.start:.1f} s{note}", flush=True)

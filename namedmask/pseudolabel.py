@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""The engine: a shard of photos -> decode -> detect -> refine -> records -> masks/00000.jsonl.
+
+Each distinct photo of the archive is decoded, detected and refined once, and gives one record for every category it was
+retrieved for. A shard's bytes depend on its photos and the settings alone, not on who made it or when.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+
+from .archive import Archive
+from .config import RunConfig
+from .distributed import Worker
+from .masks import ErrorRecord, MaskRecord, errors_path, write_errors, write_shard
+from .photos import Photo, PhotoError, PhotoSource, decode_ahead
+from .refine import Refiner
+from .saliency.spectral import Detection, SpectralDetector
+from .threads import kernels_on_one_thread, map_ahead
+
+Work = list[tuple[str, list[tuple[str, float | None]]]]  # (photo, its categories with their scores), ...
+
+
+def work_of(archive: Archive) -> Work:
+    """The archive by photo: distinct photos by name, so that those of a tar stand together, with their categories."""
+    work: dict[str, list[tuple[str, float | None]]] = {}
+    for category in archive.categories:
+        for entry in archive.photos[category]:
+            work.setdefault(entry.photo, []).append((category, entry.score))
+    return sorted(work.items())
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05}.jsonl"
+
+
+class Labelled(NamedTuple):
+    """What the engine makes of a photo: its refined mask, bool [H, W], and the mask's score."""
+
+    mask: np.ndarray
+    score: float
+
+
+def mask_score(mask: np.ndarray, separation: float) -> float:
+    """How much a mask, bool [H, W], is to be trusted, in [0, 1]; higher is better, 0 for an empty mask.
+
+    The detector's separation of object and rest, times the share of the photo's border that the mask leaves free:
+    objects seldom frame their photo, backgrounds do. (On 58 photos with ground truth the rank correlation with the IoU
+    was 0.79, against 0.62 for the border and 0.32 for the separation alone.)
+    """
+    if not mask.any():
+        return 0.0
+    border = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]])
+    return separation * float(1 - border.mean())
+
+
+class Labeller:
+    """Detector and refiner of a run, and the seconds that each step has taken so far, summed over threads.
+
+    On the CPU each thread takes a batch through all steps by itself.
+    """
+
+    def __init__(self, config: RunConfig, device: str):
+        self.detector = SpectralDetector(config.detector, device)
+        self.refiner = Refiner(config.refine)
+        self.device = device
+        self.seconds: Counter[str] = Counter()
+        self.counting = Lock()
+
+    def label(self, source: PhotoSource, names: Iterable[str]) -> Iterator[list[tuple[str, Labelled | PhotoError]]]:
+        """Each photo's mask and score, or what is wrong with it, a batch at a time and in order."""
+
+        def decode(name: str) -> Photo:
+            with self._timed("decode"):
+                return source.decode(name)
+
+        with kernels_on_one_thread(self.device) as threads:
+            yield from map_ahead(self._label_batch, self._batches(decode_ahead(decode, names)), threads)
+
+    def _label_batch(self, batch: list[tuple[str, Photo | PhotoError]]) -> list[tuple[str, Labelled | PhotoError]]:
+        photos = [photo for _, photo in batch if isinstance(photo, Photo)]
+        with self._timed("detect"):
+            detections = self.detector.detect(photos) if photos else []
+        with self._timed("refine"):
+            labelled = iter([self._refined(*pair) for pair in zip(photos, detections, strict=True)])
+        return [(name, photo if isinstance(photo, PhotoError) else next(labelled)) for name, photo in batch]
+
+    def _refined(self, photo: Photo, detection: Detection) -> Labelled:
+        mask = (self.refiner.refine(photo, detection.mask) > 0.5).numpy()
+        return Labelled(mask, mask_score(mask, detection.separation))
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        with self.counting:
+            self.seconds[step] += time.perf_counter() - start
+
+    def _batches(self, decoded: Iterable[tuple[str, Photo | PhotoError]]) -> Iterator[list]:
+        batch, tokens = [], 0
+        for name, photo in decoded:
+            cost = self.detector.tokens(photo) if isinstance(photo, Photo) else 0
+            if batch and tokens + cost > self.detector.tokens_per_batch:
+                yield batch
+                batch, tokens = [], 0
+            batch.append((name, photo))
+            tokens += cost
+        if batch:
+            yield batch
+
+
+def pseudolabel(
+    source: PhotoSource,
+    archive: Archive,
+    folder: Path,
+    config: RunConfig,
+    worker: Worker,
+    device: str,
+    tick: Callable[..., None],
+) -> Labeller | None:
+    """Makes every shard of masks that is not there yet; `tick(photos, found=...)` is called as photos are done.
+
+    Returns the labeller, for its timings; None when nothing was left to do.
+    """
+    work = work_of(archive)
+    labeller = None
+    for shard in worker.claim("pseudolabel", -(-len(work) // config.shard_size)):
+        part = work[shard * config.shard_size : (shard + 1) * config.shard_size]
+        if shard_path(folder, shard).exists():
+            tick(len(part), found=True)
+            continue
+        labeller = labeller or Labeller(config, device)
+        records, errors = [], []
+        categories = dict(part)
+        for batch in labeller.label(source, categories):
+            for name, found in batch:
+                if isinstance(found, PhotoError):
+                    errors.append(ErrorRecord(name, "pseudolabel", found.reason))
+                else:
+                    records += [MaskRecord.from_mask(name, found.mask, *c, found.score) for c in categories[name]]
+            tick(len(batch))
+        write_errors(errors_path(shard_path(folder, shard)), errors)
+        write_shard(shard_path(folder, shard), records)
+    return labeller
