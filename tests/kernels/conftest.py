@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: MIT
+"""What all operator tests share: where golden arrays lie and which backends this machine can test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from namedmask_kernels import backends
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes `backend` and `device` runs for each of its module's BACKENDS, on the device that it needs."""
+    if {"backend", "device"} <= set(metafunc.fixturenames):
+        placements = []
+        for backend in metafunc.module.BACKENDS:
+            reason = None
+            if backend in ("cuda", "triton"):
+                if not torch.cuda.is_available():
+                    reason = "no CUDA device here"
+                elif backend == "cuda" and not backends.native().has_cuda():
+                    reason = "this build has no CUDA kernels"
+            device = "cuda" if backend in ("cuda", "triton") else "cpu"
+            marks = [pytest.mark.skip(reason=reason)] if reason else []
+            placements.append(pytest.param(backend, device, marks=marks, id=backend))
+        metafunc.parametrize(("backend", "device"), placements)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("bilateral") -> the arrays of tests/golden/bilateral.npz, made by the peers' own code."""
+    return lambda name: np.load(GOLDEN / f"{name}.npz")

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: MIT
+// A stand-in for <cuda_runtime.h> that runs kernels on the CPU: for testing the logic of csrc/cuda without a GPU.
+//
+// Every thread of a block is a fiber. A fiber runs until it meets a barrier, a warp collective or an atomic; which one
+// runs next is drawn at random (NMK_EMULATOR_SEED), so repeated runs try many orders. Blocks run one after another, in
+// random order. What this cannot show: real memory ordering, races between blocks, speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <tuple>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static  // blocks run one after another, so one copy serves all
+#define __grid_constant__
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0;
+inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+enum class State { kReady, kWarp, kBlock, kDone };  // kWarp, kBlock: waits for the rest of the warp or block
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  State state;
+  unsigned collectives;  // met so far
+  uint64_t offered[2];   // to the other lanes; two, as a lane may be one collective ahead of another
+  static constexpr size_t kStack = 32 << 10;
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline unsigned current, threads;
+inline std::function<void()> body;
+inline std::mt19937 random = [] {
+  const char* seed = std::getenv("NMK_EMULATOR_SEED");
+  return std::mt19937(seed ? std::atoi(seed) : 0);
+}();
+
+inline void pause(State state) {
+  fibers[current].state = state;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+inline void enter() {
+  body();
+  fibers[current].state = State::kDone;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+// Frees the threads first .. last if all of them wait for `state`; a block's barrier does not wait for threads that
+// are done, a warp's collective does (and is stuck then: such a kernel is wrong).
+inline bool free_if_all_wait(unsigned first, unsigned last, State state) {
+  bool any = false;
+  for (unsigned t = first; t < last; ++t) {
+    if (fibers[t].state != state && !(state == State::kBlock && fibers[t].state == State::kDone)) return false;
+    any |= fibers[t].state == state;
+  }
+  for (unsigned t = first; t < last; ++t) {
+    if (fibers[t].state == state) fibers[t].state = State::kReady;
+  }
+  return any;
+}
+
+inline void run_block() {
+  threads = blockDim.x * blockDim.y * blockDim.z;
+  if (fibers.size() < threads) fibers.resize(threads);
+  for (unsigned t = 0; t < threads; ++t) {
+    Fiber& fiber = fibers[t];
+    fiber.state = State::kReady;
+    fiber.collectives = 0;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = Fiber::kStack;
+    makecontext(&fiber.context, enter, 0);
+  }
+  std::vector<unsigned> order(threads);
+  std::iota(order.begin(), order.end(), 0u);
+  while (true) {
+    bool ran = false, left = false;
+    std::shuffle(order.begin(), order.end(), random);
+    for (unsigned t : order) {
+      if (fibers[t].state == State::kReady) {
+        ran = true;
+        current = t;
+        threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
+        swapcontext(&scheduler, &fibers[t].context);
+      }
+      left |= fibers[t].state != State::kDone;
+    }
+    if (!left) return;
+    if (ran) continue;
+    bool freed = false;
+    for (unsigned t = 0; t + 32 <= threads; t += 32) freed |= free_if_all_wait(t, t + 32, State::kWarp);
+    if (!freed && !free_if_all_wait(0, threads, State::kBlock)) {
+      std::fputs("emulator: threads wait for each other at different barriers\n", stderr);
+      std::abort();
+    }
+  }
+}
+
+// Every lane of the warp offers a value; returns the parity under which `lane` finds the others'.
+inline unsigned offer(unsigned mask, uint64_t value) {
+  if (mask != 0xffffffffu) std::abort();  // only whole warps are known
+  Fiber& fiber = fibers[current];
+  const unsigned parity = fiber.collectives++ % 2;
+  fiber.offered[parity] = value;
+  pause(State::kWarp);
+  return parity;
+}
+
+inline void interleave() {  // lets other threads go first, now and then
+  if (random() % 4 == 0) pause(State::kReady);
+}
+
+template <class T, class F>
+T atomic(T* at, F f) {
+  interleave();
+  const T old = *at;
+  *at = f(old);
+  return old;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::pause(emulator::State::kBlock); }
+
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  const unsigned parity = emulator::offer(mask, value), warp = emulator::current / 32 * 32;
+  unsigned word = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    word |= static_cast<unsigned>(emulator::fibers[warp + lane].offered[parity]) << lane;
+  }
+  return word;
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  const unsigned parity = emulator::offer(mask, std::bit_cast<uint32_t>(value));
+  const unsigned from = emulator::current / 32 * 32 + lane % 32;
+  return std::bit_cast<T>(static_cast<uint32_t>(emulator::fibers[from].offered[parity]));
+}
+
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int by) {
+  const int lane = emulator::current % 32;
+  return __shfl_sync(mask, value, lane >= by ? lane - by : lane);
+}
+
+template <class T>
+T atomicAdd(T* at, T value) {
+  return emulator::atomic(at, [&](T old) { return old + value; });
+}
+template <class T>
+T atomicMin(T* at, T value) {
+  return emulator::atomic(at, [&](T old) { return std::min(old, value); });
+}
+template <class T>
+T atomicMax(T* at, T value) {
+  return emulator::atomic(at, [&](T old) { return std::max(old, value); });
+}
+
+inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
+inline int __ffs(int x) { return x ? 1 + std::countr_zero(static_cast<unsigned>(x)) : 0; }
+inline int __popc(unsigned x) { return std::popcount(x); }
+using std::max;
+using std::min;
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  std::tuple<Parameters...> values(arguments...);
+  emulator::body = [&] { std::apply(kernel, values); };
+  std::vector<unsigned> blocks(gridDim.x);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  std::shuffle(blocks.begin(), blocks.end(), emulator::random);
+  for (unsigned block : blocks) {
+    blockIdx = dim3(block);
+    emulator::run_block();
+  }
+  return cudaSuccess;
+}

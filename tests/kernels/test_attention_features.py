@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import namedmask_kernels as nk
+from namedmask_kernels import AttentionFeatures
+
+BACKENDS = ["cpu", "reference"]
+LENGTHS = (65, 1, 0, 197, 64, 193, 3)
+
+
+def packed(lengths, heads=3, dim=64, dtype=torch.float32, seed=0):
+    """(qkv, offsets) of random sequences."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(sum(lengths), 3, heads, dim, generator=generator).to(dtype)
+    return qkv, torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+def exact(qkv, offsets, **settings):
+    return nk.attention_features(qkv.double(), offsets, backend="reference", **settings)
+
+
+def sdpa(qkv, offsets):
+    """torch's own attention, a sequence at a time."""
+    out = [qkv[:0, 0]]
+    for begin, end in itertools.pairwise(offsets):
+        q, k, v = qkv[begin:end].permute(1, 2, 0, 3)[:, None]
+        out.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def same(a, b):
+    """Equal bits in every field."""
+    return all((x is y) or torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [32, 48, 64, 80, 128])
+def test_error_is_at_most_twice_that_of_torch(backend, dim, dtype):
+    qkv, offsets = packed(LENGTHS, dim=dim, dtype=dtype)
+    expected = exact(qkv, offsets)
+    found = nk.attention_features(qkv, offsets, backend=backend)
+    assert found.output.dtype == dtype and found.output.shape == (len(qkv), 3, dim)
+    ours, theirs = (x.double() - expected.output for x in (found.output, sdpa(qkv, offsets)))
+    # The largest of 10^5 errors is a matter of luck in float32: its bound is the rounding that any order may cause.
+    assert ours.norm() <= 2 * theirs.norm()
+    assert ours.abs().max() <= max(2 * theirs.abs().max(), 3e-6)
+    for name in ("rows", "lse", "key_norms"):
+        assert getattr(found, name).dtype == torch.float32
+    torch.testing.assert_close(found.rows.double(), expected.rows, rtol=5e-6, atol=0)
+    torch.testing.assert_close(found.lse.double(), expected.lse, rtol=0, atol=2e-6)
+    torch.testing.assert_close(found.key_norms.double(), expected.key_norms, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dim", [1, 7, 16, 17, 33, 63, 200, 256])
+@pytest.mark.parametrize("length", [1, 2, 63, 129, 192, 193])
+def test_odd_sizes(dim, length):
+    qkv, offsets = packed([length], heads=2, dim=dim)
+    found, expected = nk.attention_features(qkv, offsets, tap_rows=[length - 1, 0]), exact(qkv, offsets)
+    torch.testing.assert_close(found.output.double(), expected.output, rtol=0, atol=4e-6)
+    torch.testing.assert_close(found.rows[..., 1].double(), expected.rows[..., 0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.lse.double(), expected.lse, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("taps", [1, 5, [3, 0, 64, 3], list(range(40)), 0, []], ids=str)
+def test_tapped_rows_are_the_weights_of_those_queries(backend, taps):
+    qkv, offsets = packed((65, 130), dim=48)
+    found = nk.attention_features(qkv, offsets, tap_rows=taps, backend=backend)
+    indices = list(range(taps)) if isinstance(taps, int) else taps
+    assert found.rows.shape == (195, 3, len(indices))
+    for begin, end in ((0, 65), (65, 195)):
+        q, k, _ = qkv[begin:end].double().permute(1, 2, 0, 3)
+        weights = (q @ k.mT * 48**-0.5).softmax(-1)[:, indices].permute(2, 0, 1)
+        torch.testing.assert_close(found.rows[begin:end].double(), weights, rtol=5e-6, atol=0)
+        sums = found.rows[begin:end].double().sum(0)
+        torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_and_steep_weights(backend):
+    """Scores of hundreds: the largest is taken off first, weights too small for float32 are 0."""
+    qkv, offsets = packed((100, 70), dim=32)
+    for scale in (30.0, 0.0, -2.0):
+        expected = exact(qkv, offsets, scale=scale)
+        found = nk.attention_features(qkv, offsets, scale=scale, backend=backend)
+        tolerance = 1e-6 * max(1.0, expected.lse.abs().max().item())
+        torch.testing.assert_close(found.output.double(), expected.output, rtol=0, atol=10 * tolerance)
+        torch.testing.assert_close(found.rows.double(), expected.rows, rtol=10 * tolerance, atol=1e-37)
+        torch.testing.assert_close(found.lse.double(), expected.lse, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_numbers_are_read_and_rounded_as_torch_does(dtype):
+    """A sequence of one token gives its value back: every finite 16-bit number, and NaN and Inf."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    qkv = torch.zeros(2**15, 3, 2, 1, dtype=dtype)
+    qkv[:, 2] = numbers.reshape(-1, 2, 1)
+    offsets = torch.arange(2**15 + 1, dtype=torch.int32)
+    found = nk.attention_features(qkv, offsets, want=["output"]).output.flatten()
+    finite = numbers.isfinite()
+    assert torch.equal(found[finite], numbers[finite]) and not found[~finite].isfinite().any()
+    # Means of two numbers fall between the 16-bit ones, and on ties.
+    qkv = torch.zeros(2**15 - 2, 3, 1, 1, dtype=dtype)
+    pairs = numbers[numbers.abs() < 1e37].float()  # sums of two stay finite
+    pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))][: 2**14 - 1]
+    near = (pairs + pairs.abs() * torch.finfo(dtype).eps).to(dtype).nan_to_num(0, 0, 0)
+    qkv[:, 2, 0, 0] = torch.stack([pairs.to(dtype), near], 1).flatten()
+    offsets = torch.arange(0, len(qkv) + 1, 2, dtype=torch.int32)
+    found = nk.attention_features(qkv, offsets, want=["output"]).output
+    expected = (0.5 * qkv[0::2, 2].float() + 0.5 * qkv[1::2, 2].float()).to(dtype)
+    assert torch.equal(found[0::2], expected) and torch.equal(found[1::2], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_stays_in_its_sequence_and_head(dtype):
+    qkv, offsets = packed((70, 80), dtype=dtype)
+    clean = nk.attention_features(qkv, offsets)
+    qkv[100, 1, 1, 5] = float("nan")
+    found = nk.attention_features(qkv, offsets)
+    assert found.output[70:, 1].isnan().all() and found.rows[70:, 1].isnan().all() and found.lse[70:, 1].isnan().all()
+    for heads in (0, 2):
+        assert torch.equal(found.output[:, heads], clean.output[:, heads])
+    assert torch.equal(found.output[:70], clean.output[:70]) and torch.equal(found.rows[:70], clean.rows[:70])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sequence_in_a_batch_equals_the_sequence_alone(backend, dtype):
+    qkv, offsets = packed(LENGTHS, dim=80, dtype=dtype)
+    batch = nk.attention_features(qkv, offsets, backend=backend)
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        alone = nk.attention_features(
+            qkv[begin:end], torch.tensor([0, end - begin], dtype=torch.int32), backend=backend
+        )
+        assert same(alone, (field[begin:end] for field in batch))
+
+
+def test_threads_do_not_change_the_bits():
+    qkv, offsets = packed((400, 33, 250))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(nk.attention_features(qkv, offsets))
+    finally:
+        torch.set_num_threads(before)
+    assert same(results[0], results[1]) and same(results[0], results[2])
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_every_level_that_runs_here(level, tmp_path):
+    qkv, offsets = packed(LENGTHS, dim=80)
+    np.savez(tmp_path / "in.npz", qkv=qkv.numpy(), offsets=offsets.numpy())
+    code = (
+        "import sys, numpy as np, torch, namedmask_kernels as nk\n"
+        "given = np.load(sys.argv[1] + '/in.npz')\n"
+        "found = nk.attention_features(torch.from_numpy(given['qkv']), torch.from_numpy(given['offsets']))\n"
+        "np.savez(sys.argv[1] + '/out.npz', **{k: v.numpy() for k, v in found._asdict().items()})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"NMK_LEVEL": level},
+        capture_output=True,
+        text=True,
+    )
+    if "this CPU goes up to" in done.stderr:
+        pytest.skip(f"no {level} here")
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "out.npz")
+    for name, field in exact(qkv, offsets)._asdict().items():
+        np.testing.assert_allclose(found[name], field.numpy(), rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_wanted_is_given(backend):
+    qkv, offsets = packed((40, 25), dim=32)
+    everything = nk.attention_features(qkv, offsets, backend=backend)
+    for want in (("output",), ("rows",), ("lse",), ("key_norms",), ("lse", "rows"), ()):
+        found = nk.attention_features(qkv, offsets, want=want, backend=backend)
+        for name in AttentionFeatures._fields:
+            if name in want:
+                assert torch.equal(getattr(found, name), getattr(everything, name))
+            else:
+                assert getattr(found, name) is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(backend):
+    for lengths in ((), (0,), (0, 0)):
+        found = nk.attention_features(*packed(lengths, dim=32), backend=backend)
+        assert found.output.shape == (0, 3, 32) and found.rows.shape == (0, 3, 1) and found.key_norms.shape == (0,)
+    found = nk.attention_features(torch.zeros(5, 3, 0, 8), torch.tensor([0, 5], dtype=torch.int32), backend=backend)
+    assert found.output.shape == (5, 0, 8) and not found.key_norms.any()
+
+
+def test_views_are_read_through_their_strides():
+    qkv, offsets = packed((30, 41), heads=4, dim=40)
+    view = qkv.permute(0, 1, 3, 2)[..., ::2].permute(0, 1, 3, 2)[..., 3:35]
+    wide = torch.stack([offsets, offsets], 1)[:, 0]
+    assert same(nk.attention_features(view, wide), nk.attention_features(view.contiguous(), offsets))
+
+
+def test_every_output_is_written(monkeypatch):
+    qkv, offsets = packed(LENGTHS, dim=32)
+    expected = nk.attention_features(qkv, offsets, tap_rows=1)
+    plain = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
+    assert same(nk.attention_features(qkv, offsets), expected)
+    reference = nk.attention_features(qkv, offsets, backend="reference")
+    assert not any(field.isnan().any() for field in reference)
+
+
+def test_float64_is_the_references():
+    qkv, offsets = packed((9,), dim=8)
+    assert all(field.dtype == torch.float64 for field in exact(qkv, offsets))
+    with pytest.raises(TypeError, match=r"attention_features: qkv must be .* for the cpu backend, but is float64"):
+        nk.attention_features(qkv.double(), offsets)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_input_is_refused_by_name(backend):
+    def refused(error, message, *args, **settings):
+        with pytest.raises(error, match=f"attention_features: {message}"):
+            nk.attention_features(*args, **({"backend": backend} | settings))
+
+    qkv, offsets = packed((4, 6), dim=8)
+    refused(TypeError, "qkv must be a torch tensor, but is ndarray", qkv.numpy(), offsets)
+    refused(TypeError, "offsets must be a torch tensor, but is list", qkv, [0, 10])
+    refused(TypeError, r"qkv must be float32 or .*, but is int64", qkv.long(), offsets)
+    refused(TypeError, "offsets must be int32, but is int64", qkv, offsets.long())
+    refused(ValueError, r"qkv must be \[T, 3, H, D\] .* but is \[10, 2, 3, 8\]", qkv[:, :2], offsets)
+    refused(
+        ValueError, r"qkv must be .* D from 1 to 256, but is \[10, 3, 3, 257\]", torch.zeros(10, 3, 3, 257), offsets
+    )
+    refused(ValueError, r"offsets must be \[B \+ 1\] on cpu, but is \[0\]", qkv, offsets[:0])
+    refused(ValueError, "offsets must run from 0 to the 10 tokens of qkv, but run from 0 to 4", qkv, offsets[:2])
+    refused(ValueError, "offsets must run from 0 to the 10 tokens of qkv, but run from 4 to 10", qkv, offsets[1:])
+    backwards = torch.tensor([0, 7, 4, 10], dtype=torch.int32)
+    refused(ValueError, "offsets must not decrease, but sequence 1 runs from 7 to 4", qkv, backwards)
+    message = "tap_rows must lie inside every sequence, but row 4 is asked for and sequence 0 has 4 tokens"
+    refused(ValueError, message, qkv, offsets, tap_rows=5)
+    refused(ValueError, message, qkv, offsets, tap_rows=[4, 1])
+    refused(ValueError, "tap_rows must not be negative, but is -1", qkv, offsets, tap_rows=-1)
+    refused(ValueError, r"tap_rows must not be negative, but is \[0, -2\]", qkv, offsets, tap_rows=[0, -2])
+    refused(ValueError, r"want must name some of output, .*, but is 'rows'", qkv, offsets, want="rows")
+    refused(ValueError, r"want must name some of .*, but is \('keys',\)", qkv, offsets, want=("keys",))
+    refused(ValueError, "backend 'cuda' cannot run", qkv, offsets, backend="cuda")
+    with pytest.raises(RuntimeError, match="attention_features has no gradient"):
+        nk.attention_features(qkv.requires_grad_(), offsets, backend=backend).output.sum().backward()
+
+
+def test_opcheck():
+    qkv, offsets = packed((4, 6), dim=8)
+    op = torch.ops.namedmask_kernels.attention_features
+    torch.library.opcheck(op, (qkv, offsets, 0.3, [0, 2], True, True, True, True, "cpu"))
+    torch.library.opcheck(op, (qkv.half(), offsets, 0.3, [], True, False, False, False, "cpu"))
+
+
+def test_runs_under_torch_compile():
+    qkv, offsets = packed((20, 31), dim=16)
+    compiled = torch.compile(lambda x, o: nk.attention_features(x, o).rows, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(qkv, offsets), nk.attention_features(qkv, offsets).rows)

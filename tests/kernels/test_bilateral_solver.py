@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import namedmask_kernels as nk
+from namedmask_kernels import Ragged, backends
+from namedmask_kernels.reference import bilateral_solver as reference
+
+BACKENDS = ["cpu", "reference"]
+CASES = ["chelsea", "coffee", "coffee_large", "coffee_side"]
+
+
+@pytest.fixture(scope="module")
+def case(golden):
+    """case(name) -> (target float32, photo, soft, converged): the peer's own arrays."""
+    arrays = golden("bilateral")
+    return lambda name: (
+        arrays[f"{name}_target"].astype(np.float32),
+        arrays[f"{name.split('_')[0]}_photo"],
+        arrays[f"{name}_soft"],
+        arrays[f"{name}_converged"],
+    )
+
+
+def definition(target, image, **changes):
+    """The reference in float64, with the public function's defaults."""
+    parameters = {
+        "confidence": 0.999, "sigma_spatial": 16, "sigma_luma": 16, "sigma_chroma": 8,
+        "smoothness": 256.0, "iterations": 25, "tolerance": 1e-5,
+    } | changes  # fmt: skip
+    return reference.bilateral_solver(target, image, **parameters)
+
+
+def random_photo(seed, h, w):
+    """(target, image): smooth colours with some noise and greys, a blob as target."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:h, :w] / max(h, w, 1)
+    waves = [np.sin(2 * np.pi * (a * x + b * y + c)) for a, b, c in rng.uniform(-2, 2, (3, 3))]
+    image = (128 + 90 * np.stack(waves, axis=-1) + rng.normal(0, 8, (h, w, 3))).clip(0, 255).astype(np.uint8)
+    image[: h // 3] = image[: h // 3, :, :1]
+    return ((x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.1).astype(np.float32), image
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_equals_the_peer(case, golden, name):
+    target, image, soft, converged = case(name)
+    np.testing.assert_allclose(definition(target, image), soft, atol=1e-6)
+    np.testing.assert_allclose(definition(target, image, iterations=2000, tolerance=1e-10), converged, atol=1e-6)
+    vertex, _ = reference.grid(reference.cells(image, 16, 16, 8))
+    assert vertex.max() + 1 == golden("bilateral")[f"{name}_nvertices"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cpu_equals_the_peer(case, name):
+    target, image, soft, converged = case(name)
+    found = nk.bilateral_solver(target, image, backend="cpu")
+    np.testing.assert_allclose(found, soft, atol=1e-5)
+    clear = np.abs(soft - 0.5) > 1e-3
+    assert ((found > 0.5) == (soft > 0.5))[clear].mean() >= 0.999
+    found = nk.bilateral_solver(target, image, iterations=2000, tolerance=1e-7, backend="cpu")
+    np.testing.assert_allclose(found, converged, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.3, -7.0])
+def test_a_constant_target_comes_back(case, backend, value):
+    _, image, _, _ = case("coffee")
+    found = nk.bilateral_solver(np.full(image.shape[:2], value, np.float32), image, backend=backend)
+    np.testing.assert_array_equal(found, np.float32(value))
+
+
+PARAMETERS = st.fixed_dictionaries(
+    {
+        "confidence": st.sampled_from([0.999, 1.0, 0.25]),
+        "sigma_spatial": st.sampled_from([16, 1, 5, 7.3, 1000]),
+        "sigma_luma": st.sampled_from([16, 1, 11.7, 300]),
+        "sigma_chroma": st.sampled_from([8, 10, 2.9, 300]),
+        "smoothness": st.sampled_from([256.0, 0.0, 3.5]),
+        "iterations": st.integers(0, 30),
+    }
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    image=hnp.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3))),
+    seed=st.integers(0, 99),
+    parameters=PARAMETERS,
+)
+def test_cpu_equals_reference_on_small_photos(image, seed, parameters):
+    target = np.random.default_rng(seed).random(image.shape[:2], np.float32)
+    expected = definition(target, image, tolerance=0.0, **parameters)
+    found = nk.bilateral_solver(target, image, tolerance=0.0, **parameters, backend="cpu")
+    np.testing.assert_allclose(found, expected, atol=1e-5 + 1e-7 * parameters["smoothness"] / parameters["confidence"])
+
+
+@pytest.mark.parametrize("shape", [(97, 131), (64, 48), (1, 300), (300, 1), (17, 16)])
+@pytest.mark.parametrize("sigmas", [(16, 16, 8), (7.3, 5.5, 3.25), (1, 1, 1)])
+def test_cpu_equals_reference_on_photos(shape, sigmas):
+    target, image = random_photo(3, *shape)
+    parameters = dict(zip(("sigma_spatial", "sigma_luma", "sigma_chroma"), sigmas, strict=True))
+    found = nk.bilateral_solver(target, image, **parameters, backend="cpu")
+    np.testing.assert_allclose(found, definition(target, image, **parameters), atol=2e-5)
+
+
+def test_colours_on_a_border_between_cells_fall_as_in_the_reference():
+    """All colours whose luma or chroma is a whole number of cells, all greys among them: rounding decides."""
+    r, g, b = np.ogrid[:256, :256, :256]
+    luma = 299 * r + 587 * g + 114 * b
+    blue = 15625 * b - 5273 * r - 10352 * g  # around 0, as chroma
+    red = 15625 * r - 13084 * g - 2541 * b
+    colours = np.argwhere((luma % 16000 == 0) | (blue % 250000 == 0) | (red % 250000 == 0)).astype(np.uint8)
+    image = colours[: len(colours) // 4 * 4].reshape(4, -1, 3)
+    target = np.random.default_rng(1).random(image.shape[:2], np.float32)
+    found = nk.bilateral_solver(target, image, smoothness=0.0, backend="cpu")  # the means of the cells
+    np.testing.assert_allclose(found, definition(target, image, smoothness=0.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_degenerate_photos(backend):
+    for shape in [(0, 5), (5, 0), (0, 0)]:
+        found = nk.bilateral_solver(np.zeros(shape, np.float32), np.zeros((*shape, 3), np.uint8), backend=backend)
+        assert found.shape == shape and found.dtype == np.float32
+    one = nk.bilateral_solver(torch.tensor([[0.25]]), torch.full((1, 1, 3), 255, dtype=torch.uint8), backend=backend)
+    assert one.tolist() == [[0.25]]
+    target, _ = random_photo(0, 40, 50)
+    flat = nk.bilateral_solver(target, np.full((40, 50, 3), 77, np.uint8), sigma_spatial=100, backend=backend)
+    np.testing.assert_allclose(flat, target.mean(), atol=1e-6)
+    empty = Ragged.of_shapes(torch.zeros(0), [])
+    assert nk.bilateral_solver(empty, empty.with_rows(torch.zeros(0, 3, dtype=torch.uint8))).rows.shape == (0,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_photo_in_a_batch_equals_the_photo_alone(backend):
+    photos = [
+        random_photo(s, h, w) for s, (h, w) in enumerate([(40, 70), (1, 1), (0, 4), (97, 33), (64, 64), (5, 200)])
+    ]
+    targets = [torch.from_numpy(t) for t, _ in photos]
+    images = [torch.from_numpy(i) for _, i in photos]
+    batch = nk.bilateral_solver(Ragged.pack(targets), Ragged.pack(images), backend=backend)
+    for target, image, found in zip(targets, images, batch.grids(), strict=True):
+        assert torch.equal(found, nk.bilateral_solver(target, image, backend=backend))
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    photos = [random_photo(s, 60, 80) for s in range(6)]
+    batch = [Ragged.pack([torch.from_numpy(p[i]) for p in photos]) for i in (0, 1)]
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(nk.bilateral_solver(*batch).rows)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_instruction_levels_agree_to_the_bit():
+    # The extension alone, without torch: a process each, and starting torch takes seconds.
+    script = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("namedmask_kernels._native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+rng = np.random.default_rng(0)
+image = rng.integers(0, 99, (90 * 71, 3)).astype(np.uint8)
+image[:2000] = image[:2000, :1]
+target, out = rng.random(len(image), np.float32), np.empty(len(image), np.float32)
+shape = np.array([0, len(image)], np.int32), np.array([[90, 71]], np.int32)
+native.bilateral_solver(target, image, *shape, out, 0.999, 16.0, 20.5, 8.0, 256.0, 25, 1e-5)
+print(native.level(), out.tobytes().hex())
+"""
+
+    def run(level):
+        command = [sys.executable, "-c", script, backends.native().__file__]
+        return subprocess.run(command, env=os.environ | {"NMK_LEVEL": level}, capture_output=True, text=True)
+
+    level, expected = run("portable").stdout.split()
+    assert level == "portable" and len(expected) == 90 * 71 * 8
+    for other in ("avx2", "avx512"):
+        done = run(other)
+        if done.returncode == 0:
+            assert done.stdout.split() == [other, expected]
+        else:
+            assert f"NMK_LEVEL={other}: this CPU goes up to " in done.stderr
+    assert run(backends.native().level()).returncode == 0
+    assert "must be portable, avx2 or avx512" in run("sse9").stderr
+
+
+def test_views_and_other_kinds_are_read_as_they_are():
+    target, image = random_photo(5, 60, 90)
+    expected = nk.bilateral_solver(
+        np.ascontiguousarray(target.T[3::2]), np.ascontiguousarray(image[:, 3::2].swapaxes(0, 1))
+    )
+    views = torch.from_numpy(target).T[3::2], torch.from_numpy(image)[:, 3::2].transpose(0, 1)
+    assert np.array_equal(nk.bilateral_solver(*views).numpy(), expected)
+    assert np.array_equal(nk.bilateral_solver(views[0].bool(), views[1]).numpy(), expected)
+    image_bgr = np.ascontiguousarray(image[..., ::-1])
+    assert np.array_equal(nk.bilateral_solver(target, image_bgr[..., ::-1]), nk.bilateral_solver(target, image))
+
+
+def test_every_output_pixel_is_written(monkeypatch):
+    target, image = map(torch.from_numpy, random_photo(6, 31, 47))
+    expected = nk.bilateral_solver(target, image)
+    plain = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
+    assert torch.equal(nk.bilateral_solver(target, image), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_target_that_is_not_finite_is_refused_with_its_photo(backend, value):
+    photos = [random_photo(s, 20, 30) for s in range(3)]
+    photos[1][0][7, 9] = value
+    batch = [Ragged.pack([torch.from_numpy(p[i]) for p in photos]) for i in (0, 1)]
+    with pytest.raises(ValueError, match="bilateral_solver: target of photo 1 has values that are not finite"):
+        nk.bilateral_solver(*batch, backend=backend)
+
+
+def test_bad_input_is_refused_by_name():
+    target, image = torch.zeros(4, 6), torch.zeros(4, 6, 3, dtype=torch.uint8)
+    for bad, kind, message in [
+        ((target.double(), image), TypeError, "target must be float32 or bool, but is float64"),
+        ((target, image.float()), TypeError, "image must be uint8, but is float32"),
+        ((target[0], image), ValueError, r"target must have 2 dimensions, but is \[6\]"),
+        ((target, image[..., 0]), ValueError, r"image must have 3 dimensions, but is \[4, 6\]"),
+        ((target, image[..., :2]), ValueError, "image must have 3 channels, but has 2"),
+        ((target.T, image), ValueError, r"target and image must be .* but are \[6, 4\] and \[4, 6\]"),
+        ((Ragged.pack([target]), image.transpose(0, 1)), ValueError, "target and image must be of the same height and"),
+        ((target, [[0]]), TypeError, "image must be a numpy array, a torch tensor or a Ragged, but is list"),
+        ((target.to("meta"), image), ValueError, "image must be on the target's device, meta, but is on cpu"),
+    ]:
+        with pytest.raises(kind, match=f"bilateral_solver: {message}"):
+            nk.bilateral_solver(*bad)
+    for name, values, message in [
+        ("confidence", (0, 1.1, -1, float("nan")), "above 0 and at most 1"),
+        ("sigma_spatial", (0.9, 0, float("inf"), float("nan")), "finite and at least 1"),
+        ("sigma_luma", (0.9, -16), "finite and at least 1"),
+        ("sigma_chroma", (0.9, -8), "finite and at least 1"),
+        ("smoothness", (-1, float("inf")), "finite and at least 0"),
+        ("iterations", (-1,), "finite and at least 0"),
+        ("tolerance", (-1e-9, float("nan")), "finite and at least 0"),
+    ]:
+        for value in values:
+            with pytest.raises(ValueError, match=f"bilateral_solver: {name} must be {message}, but is {value}"):
+                nk.bilateral_solver(target, image, **{name: value})
+    with pytest.raises(ValueError, match="bilateral_solver: backend 'cuda' cannot run"):
+        nk.bilateral_solver(target, image, backend="cuda")
+
+
+def test_opcheck():
+    target, image = map(torch.from_numpy, random_photo(2, 12, 9))
+    batch = Ragged.pack([target])
+    arguments = (batch.rows, Ragged.pack([image]).rows, batch.offsets, batch.shapes)
+    op = torch.ops.namedmask_kernels.bilateral_solver
+    torch.library.opcheck(op, (*arguments, 0.999, 16.0, 16.0, 8.0, 256.0, 25, 1e-5, "cpu"))
+
+
+def test_runs_under_torch_compile():
+    target, image = map(torch.from_numpy, random_photo(4, 20, 30))
+    compiled = torch.compile(lambda t, i: nk.bilateral_solver(t, i) > 0.5, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(target, image), nk.bilateral_solver(target, image) > 0.5)

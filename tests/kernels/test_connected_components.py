@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.extra import numpy as hnp
+from scipy import ndimage
+
+import namedmask_kernels as nk
+from namedmask_kernels import Ragged
+
+BACKENDS = ["cpu", "cuda", "reference"]
+MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=70))
+
+
+def random_masks(seed, shapes, density=0.6):
+    rng = np.random.default_rng(seed)
+    return [rng.random(shape) < density for shape in shapes]
+
+
+@settings(max_examples=60, deadline=None)
+@given(mask=MASKS)
+def test_labels_equal_scipy(backend, device, mask):
+    expected, count = ndimage.label(mask)
+    found = nk.connected_components(torch.from_numpy(mask).to(device), backend=backend)
+    assert all(x.dtype == torch.int32 and x.device.type == device for x in found)
+    found = nk.Components(*(x.cpu().numpy() for x in found))
+    np.testing.assert_array_equal(found.labels, expected)
+    np.testing.assert_array_equal(found.areas, np.bincount(expected.ravel(), minlength=count + 1)[1:])
+    objects = ndimage.find_objects(expected) if count else []
+    boxes = [(x.start, y.start, x.stop - x.start, y.stop - y.start) for y, x in objects]
+    np.testing.assert_array_equal(found.boxes, np.array(boxes, np.int32).reshape(-1, 4))
+    np.testing.assert_array_equal(found.offsets, [0, count])
+
+
+@settings(max_examples=60, deadline=None)
+@given(mask=MASKS)
+def test_largest_component_and_fill_holes_equal_scipy(backend, device, mask):
+    labels, count = ndimage.label(mask)
+    largest = labels == np.bincount(labels.ravel(), minlength=1)[1:].argmax() + 1 if count else np.zeros_like(mask)
+    given = torch.from_numpy(mask).to(device)
+    np.testing.assert_array_equal(nk.largest_component(given, backend=backend).cpu(), largest)
+    np.testing.assert_array_equal(nk.fill_holes(given, backend=backend).cpu(), ndimage.binary_fill_holes(mask))
+
+
+def test_numpy_in_numpy_out():
+    (mask,) = random_masks(1, [(9, 13)])
+    found = nk.connected_components(mask)
+    assert all(isinstance(x, np.ndarray) and x.dtype == np.int32 for x in found)
+    for op in (nk.largest_component, nk.fill_holes):
+        assert isinstance(op(mask), np.ndarray) and op(mask).dtype == bool
+
+
+@pytest.mark.parametrize("shape", [(480, 480), (1, 1000), (1000, 1), (65, 129), (333, 64)])
+@pytest.mark.parametrize("density", [0.05, 0.59, 0.95])
+def test_large_masks_equal_scipy(backend, device, shape, density):
+    (mask,) = random_masks(7, [shape], density)
+    given = torch.from_numpy(mask).to(device)
+    np.testing.assert_array_equal(nk.connected_components(given, backend=backend).labels.cpu(), ndimage.label(mask)[0])
+    np.testing.assert_array_equal(nk.fill_holes(given, backend=backend).cpu(), ndimage.binary_fill_holes(mask))
+
+
+def test_spiral_is_one_component(backend, device):
+    """A maze joins late: labels are united long after they were given."""
+    n = 201
+    mask = np.zeros((n, n), bool)
+    for ring in range(0, n // 2, 2):
+        mask[ring : n - ring, ring : n - ring] = True
+        mask[ring + 1 : n - ring - 1, ring + 1 : n - ring - 1] = False
+        mask[ring, ring + 1] = False
+        if ring:
+            mask[ring + 2, ring - 1] = True
+    found = nk.connected_components(torch.from_numpy(mask).to(device), backend=backend)
+    np.testing.assert_array_equal(found.labels.cpu(), ndimage.label(mask)[0])
+
+
+def test_a_photo_in_a_batch_equals_the_photo_alone(backend, device):
+    shapes = [(5, 7), (1, 1), (33, 65), (0, 4), (64, 64), (9, 0)]
+    masks = [torch.from_numpy(m).to(device) for m in random_masks(3, shapes)]
+    batch = Ragged.pack(masks)
+    found = nk.connected_components(batch, backend=backend)
+    for b, (mask, labels) in enumerate(zip(masks, found.labels.grids(), strict=True)):
+        alone = nk.connected_components(mask, backend=backend)
+        own = slice(int(found.offsets[b]), int(found.offsets[b + 1]))
+        assert torch.equal(labels, alone.labels)
+        assert torch.equal(found.areas[own], alone.areas) and torch.equal(found.boxes[own], alone.boxes)
+    for op in (nk.largest_component, nk.fill_holes):
+        for mask, out in zip(masks, op(batch, backend=backend).grids(), strict=True):
+            assert torch.equal(out, op(mask, backend=backend))
+
+
+def test_empty_batch(backend, device):
+    empty = Ragged.of_shapes(torch.zeros(0, dtype=torch.bool, device=device), [])
+    found = nk.connected_components(empty, backend=backend)
+    assert found.labels.rows.shape == (0,) and found.areas.shape == (0,) and found.boxes.shape == (0, 4)
+    assert found.offsets.tolist() == [0]
+    assert nk.largest_component(empty, backend=backend).rows.shape == (0,)
+
+
+def test_views_are_read_through_their_strides():
+    (mask,) = random_masks(5, [(40, 60)])
+    view = torch.from_numpy(mask).T[3::2, 1:]
+    np.testing.assert_array_equal(nk.connected_components(view).labels, ndimage.label(mask.T[3::2, 1:])[0])
+
+
+def test_every_output_pixel_is_written(backend, device, monkeypatch):
+    """Outputs come from torch.empty: poison it and compare."""
+    (mask,) = random_masks(11, [(31, 47)])
+    mask = torch.from_numpy(mask).to(device)
+    expected = nk.connected_components(mask)
+    plain = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: plain(*a, **k).fill_(77 if k.get("dtype") else True))
+    assert torch.equal(nk.connected_components(mask, backend=backend).labels, expected.labels)
+    assert torch.equal(nk.largest_component(mask, backend=backend), expected.labels == expected.areas.argmax() + 1)
+
+
+@pytest.mark.parametrize("op", [nk.connected_components, nk.largest_component, nk.fill_holes])
+def test_bad_input_is_refused_by_name(op):
+    name = op.__name__
+    with pytest.raises(TypeError, match=f"{name}: mask must be bool, but is float32"):
+        op(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=rf"{name}: mask must have 2 dimensions, but is \[3, 3, 3\]"):
+        op(torch.zeros(3, 3, 3, dtype=torch.bool))
+    with pytest.raises(TypeError, match=f"{name}: mask must be a numpy array, a torch tensor or a Ragged, but is list"):
+        op([[True]])
+    with pytest.raises(ValueError, match=f"{name}: backend 'cuda' cannot run: the tensors are on cpu"):
+        op(torch.zeros(3, 3, dtype=torch.bool), backend="cuda")
+    rows = torch.zeros(6, dtype=torch.bool)
+    wrong = Ragged(rows, torch.tensor([0, 6], dtype=torch.int32), torch.tensor([[2, 2]], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"photo 0 has shape 2 x 2 but owns rows 0 to 6"):
+        op(wrong)
+
+
+def test_opcheck():
+    (mask,) = random_masks(2, [(6, 9)])
+    batch = Ragged.pack([torch.from_numpy(mask)])
+    ops = torch.ops.namedmask_kernels
+    torch.library.opcheck(ops.connected_components, (*batch, "cpu"))
+    labels, counts = ops.connected_components(*batch, "cpu")
+    torch.library.opcheck(ops.component_stats, (labels, batch.offsets, batch.shapes, counts, "cpu"))
+    torch.library.opcheck(ops.largest_component, (*batch, "cpu"))
+    torch.library.opcheck(ops.fill_holes, (*batch, "cpu"))
+
+
+def test_runs_under_torch_compile():
+    (mask,) = random_masks(4, [(20, 30)])
+    mask = torch.from_numpy(mask)
+    compiled = torch.compile(lambda m: nk.fill_holes(nk.largest_component(m)), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(mask), nk.fill_holes(nk.largest_component(mask)))
+
+
+def test_explain_names_the_backend_and_the_reasons():
+    text = nk.explain(nk.fill_holes, torch.zeros(3, 3, dtype=torch.bool))
+    assert text.splitlines()[0] == "fill_holes on cpu: cpu"
+    assert "cuda: the tensors are on cpu, not on a CUDA device" in text
+    assert "triton: fill_holes has no triton version" in text

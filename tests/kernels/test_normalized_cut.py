@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: MIT
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import namedmask_kernels as nk
+from namedmask_kernels import Ragged
+from namedmask_kernels.reference import normalized_cut as reference
+
+BACKENDS = ["cpu", "reference"]
+
+
+def scene(h, w, channels, seed=0, objects=1, noise=0.6):
+    """float32 [h, w, C]: a background and disks, each with a direction of its own, and noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:h, :w]
+    features = np.tile(rng.normal(size=channels), (h, w, 1))
+    for k in range(objects):
+        centre = (h / 2, w * (2 * k + 1) / (2 * objects))
+        inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < (min(h, w / objects) / 3) ** 2
+        features[inside] = rng.normal(size=channels)
+    return torch.from_numpy((features + noise * rng.normal(size=features.shape)).astype(np.float32))
+
+
+def affinity(features, tau=0.2, eps=1e-5):
+    return np.where(reference.edges(features.flatten(0, -2), tau), 1.0, eps)
+
+
+def same(a, b):
+    """Equal bits in every field."""
+    fields = ((getattr(x, "rows", x), getattr(y, "rows", y)) for x, y in zip(a, b, strict=True))
+    return all(torch.equal(x.flatten(), y.flatten()) for x, y in fields)
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_tokencut(golden, backend, case):
+    arrays = golden("ncut")
+    get = lambda name: arrays[f"{case}_{name}"]  # noqa: E731
+    features = torch.from_numpy(get("features")).unflatten(0, tuple(get("dims")))
+    found = nk.normalized_cut(features, tolerance=1e-10, backend=backend)
+    expected = get("eigvec")
+    assert abs(found.value.item() - get("lambda0_3")[1]) < 1e-10
+    assert np.abs(found.vector.flatten().numpy() - expected).max() < 1e-6 * np.abs(expected).max()
+    assert found.seed.item() == get("seed")
+    np.testing.assert_array_equal(found.partition.numpy(), get("bipartition"))
+    np.testing.assert_array_equal(found.foreground.numpy(), get("mask"))
+    assert found.residual.item() < 1e-10
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_edges_equal_tokencut(golden, case):
+    arrays = golden("ncut")
+    n = len(arrays[f"{case}_features"])
+    expected = np.unpackbits(arrays[f"{case}_edge_bits"], count=n * n).reshape(n, n)
+    np.testing.assert_array_equal(reference.edges(torch.from_numpy(arrays[f"{case}_features"]), 0.2), expected)
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_default_tolerance_gives_the_same_masks(golden, case):
+    arrays = golden("ncut")
+    features = torch.from_numpy(arrays[f"{case}_features"]).unflatten(0, tuple(arrays[f"{case}_dims"]))
+    found = nk.normalized_cut(features)
+    assert found.residual.item() <= 1e-8 and found.iterations.item() <= 14
+    np.testing.assert_array_equal(found.partition.numpy(), arrays[f"{case}_bipartition"])
+    np.testing.assert_array_equal(found.foreground.numpy(), arrays[f"{case}_mask"])
+
+
+@pytest.mark.parametrize(("channels", "noise", "gap"), [(128, 1.0, 3e-3), (384, 0.6, 2e-5)])
+def test_close_eigenvalues(channels, noise, gap):
+    """Two equal objects: the vector is hardly determined, the value is."""
+    features = scene(24, 32, channels, seed=3, objects=2, noise=noise)
+    a = affinity(features)
+    degrees = a.sum(1)
+    _, second, third = scipy.linalg.eigh(np.diag(degrees) - a, np.diag(degrees), subset_by_index=[0, 2])[0]
+    assert third - second < gap
+    found = nk.normalized_cut(features)
+    assert abs(found.value.item() - second) < 1e-8
+    v = found.vector.flatten().double().numpy()
+    assert abs(v @ (degrees * v - a @ v) / (v @ (degrees * v)) - second) < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("iterations", [1, 3, 128])
+def test_the_residual_is_what_it_says(backend, iterations):
+    features = scene(12, 17, 20, noise=1.5)
+    a = affinity(features)
+    degrees = a.sum(1)
+    found = nk.normalized_cut(features, max_iterations=iterations, tolerance=1e-6, backend=backend)
+    v = found.vector.flatten().double().numpy()
+    assert abs(v @ (degrees * v) - 1) < 1e-6
+    residual = np.linalg.norm((degrees * v - a @ v - found.value.item() * degrees * v) / np.sqrt(degrees))
+    assert abs(residual - found.residual.item()) < 1e-6
+    if backend == "cpu":
+        assert found.iterations.item() <= iterations
+        assert (found.residual.item() <= 1e-6) == (iterations == 128)
+
+
+def test_groups_that_are_not_connected():
+    """Gaps of 10 eps between the eigenvalues: the default tolerance must still find TokenCut's vector."""
+    for seed in range(6):
+        features = scene(14, 22, 384, seed=seed, objects=2, noise=0.8)
+        features[3:7, 3:6] = scene(4, 3, 384, seed=seed + 100, noise=0.8)
+        expected = nk.normalized_cut(features, backend="reference")
+        found = nk.normalized_cut(features)
+        assert expected.value < 1e-2 and found.seed == expected.seed
+        assert torch.equal(found.partition, expected.partition) and torch.equal(found.foreground, expected.foreground)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    h=st.integers(1, 9),
+    w=st.integers(1, 9),
+    channels=st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+    tau=st.sampled_from([-0.3, 0.0, 0.2, 0.5]),
+    noise=st.sampled_from([0.2, 0.8, 3.0]),
+)
+def test_equals_the_reference_on_small_grids(h, w, channels, seed, tau, noise):
+    features = scene(h, w, channels, seed, objects=2, noise=noise)
+    unit = torch.nn.functional.normalize(features.flatten(0, 1).double(), dim=1)
+    assume(((unit @ unit.T).triu(1) - tau).abs().min() > 1e-6 or tau == 0)
+    assume(channels > 1)  # one channel: cosines are +1 and -1, covered by the two halves below
+    check_against_reference(features, tau)
+
+
+def check_against_reference(features, tau=0.2):
+    expected = nk.normalized_cut(features, tau=tau, backend="reference")
+    found = nk.normalized_cut(features, tau=tau, tolerance=1e-10)
+    assert abs(found.value - expected.value).item() < 1e-9
+    assert found.residual.item() < 1e-9
+    assert (found.seed == -1) == (expected.seed == -1)
+    n = features.shape[0] * features.shape[1]
+    if n < 3:
+        return
+    a = affinity(features, tau)
+    values = scipy.linalg.eigh(np.diag(a.sum(1)) - a, np.diag(a.sum(1)), eigvals_only=True, subset_by_index=[1, 2])
+    if values[1] - values[0] < 1e-3:
+        return  # the vector is one of many
+    v, scale = expected.vector.numpy(), expected.vector.abs().max().item()
+    size = np.abs(v.ravel()) / scale
+    if expected.seed != found.seed:  # opposite entries of one size: the sign is free
+        assert abs(size[expected.seed] - size[found.seed]) < 1.1e-5
+        return
+    np.testing.assert_allclose(found.vector.numpy(), v, atol=1e-6 * scale + 1e-7)
+    clear = np.abs(v - v.mean()) > 1e-5 * scale
+    np.testing.assert_array_equal(found.partition.numpy()[clear], expected.partition.numpy()[clear])
+    if clear.all():
+        assert torch.equal(found.foreground, expected.foreground)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 31), (33, 1), (5, 13), (1, 95), (8, 12), (1, 97), (11, 11), (16, 12), (1, 193), (17, 19)]
+)
+@pytest.mark.parametrize("channels", [2, 3, 17, 65, 385])
+def test_sizes_around_the_tiles(shape, channels):
+    check_against_reference(scene(*shape, channels, noise=0.8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("features", "tau", "value"),
+    [
+        (torch.ones(4, 5, 8), 0.2, 1.0),
+        (torch.ones(1, 2, 3), 0.2, 1.0),
+        (torch.zeros(4, 5, 8), 0.2, 1.0),
+        (torch.zeros(2, 2, 0), 0.2, 1.0),
+        (torch.eye(20).reshape(4, 5, 20), 0.2, 20e-5 / (1 + 19e-5)),
+        (torch.eye(20).reshape(4, 5, 20), -1.5, 1.0),
+        (torch.ones(4, 5, 8), 1.0, 1.0),
+        (torch.ones(1, 1, 8), 0.2, 1.0),
+        (torch.ones(0, 7, 8), 0.2, 1.0),
+    ],
+    ids=["constant", "two", "zeros", "no channels", "none connected", "all connected", "tau 1", "one token", "empty"],
+)
+def test_no_token_stands_out(backend, features, tau, value):
+    found = nk.normalized_cut(features, tau=tau, backend=backend)
+    assert abs(found.value.item() - value) < 1e-12
+    assert found.seed.item() == -1 and found.residual.item() == 0 and found.iterations.item() == 0
+    assert not found.vector.any() and not found.partition.any() and not found.foreground.any()
+    assert found.vector.shape == features.shape[:2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_equal_halves(backend):
+    """All entries are of one size: the first token is the seed, its half the foreground."""
+    features = torch.zeros(4, 6, 2)
+    features[:, :3, 0] = features[:, 3:, 1] = 1
+    found = nk.normalized_cut(features, backend=backend)
+    assert found.seed.item() == 0
+    assert torch.equal(found.partition, features[..., 0] > 0)
+    assert torch.equal(found.foreground, found.partition)
+    assert abs(found.value.item() - 2e-5 / (1 + 1e-5)) < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_seeds_component_is_foreground(backend):
+    features = torch.zeros(5, 9, 2)
+    features[..., 0] = 1
+    features[1:4, 1:3] = features[1:3, 6:8] = torch.tensor([0.0, 1.0])
+    found = nk.normalized_cut(features, backend=backend)
+    assert torch.equal(found.partition, features[..., 1] > 0)
+    expected = torch.zeros(5, 9, dtype=torch.bool)
+    expected[1:4, 1:3] = True
+    assert found.seed.item() == 10 and torch.equal(found.foreground, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_zeros_are_connected_to_nothing(backend):
+    features = scene(6, 7, 16)
+    features[2, 3] = 0
+    features[0, 0] *= 1e-25  # squares underflow in float32, the direction counts only down to norms of 1e-12
+    features[5, 5] *= 1e25  # squares overflow in float32, which must not matter
+    found = nk.normalized_cut(features, tolerance=1e-10, backend=backend)
+    expected = features.clone()
+    expected[0, 0] = 0
+    expected[5, 5] *= 1e-25
+    check = nk.normalized_cut(expected, tolerance=1e-10, backend="reference")
+    np.testing.assert_allclose(found.vector.numpy(), check.vector.numpy(), atol=1e-6)
+    assert torch.equal(found.partition, check.partition)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_photo_in_a_batch_equals_the_photo_alone(backend):
+    shapes = [(5, 7), (1, 1), (12, 17), (0, 4), (10, 11), (9, 0), (1, 2)]
+    photos = [scene(h, w, 24, seed=b) for b, (h, w) in enumerate(shapes)]
+    batch = nk.normalized_cut(Ragged.pack(photos), backend=backend)
+    assert batch.value.shape == (7,) and batch.value.dtype == torch.float64
+    for b, photo in enumerate(photos):
+        alone = nk.normalized_cut(photo, backend=backend)
+        for name in ("vector", "partition", "foreground"):
+            assert torch.equal(getattr(batch, name).grids()[b], getattr(alone, name))
+        for name in ("value", "residual", "iterations", "seed"):
+            assert torch.equal(getattr(batch, name)[b : b + 1], getattr(alone, name))
+
+
+def test_threads_do_not_change_the_bits():
+    photos = [scene(20, 23, 40, seed=b) for b in range(3)]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append((nk.normalized_cut(photos[0]), nk.normalized_cut(Ragged.pack(photos))))
+    finally:
+        torch.set_num_threads(before)
+    for alone, batch in results[1:]:
+        assert same(alone, results[0][0]) and same(batch, results[0][1])
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_every_level_that_runs_here(level, tmp_path):
+    features = scene(19, 21, 70)
+    np.save(tmp_path / "features.npy", features.numpy())
+    code = (
+        "import sys, numpy as np, namedmask_kernels as nk\n"
+        "found = nk.normalized_cut(np.load(sys.argv[1] + '/features.npy'), tolerance=1e-10)\n"
+        "np.savez(sys.argv[1] + '/found.npz', vector=found.vector, foreground=found.foreground)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"NMK_LEVEL": level},
+        capture_output=True,
+        text=True,
+    )
+    if "this CPU goes up to" in done.stderr:
+        pytest.skip(f"no {level} here")
+    assert done.returncode == 0, done.stderr
+    found, expected = np.load(tmp_path / "found.npz"), nk.normalized_cut(features, backend="reference")
+    np.testing.assert_allclose(found["vector"], expected.vector.numpy(), atol=1e-6)
+    np.testing.assert_array_equal(found["foreground"], expected.foreground.numpy())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arrangements_and_dtypes(backend):
+    photos = torch.stack([scene(6, 8, 12, seed=b) for b in range(3)])
+    batch = nk.normalized_cut(photos, backend=backend)
+    assert batch.foreground.shape == (3, 6, 8) and batch.seed.shape == (3,)
+    ragged = nk.normalized_cut(Ragged.pack(list(photos)), backend=backend)
+    assert same(batch, ragged) and isinstance(ragged.vector, Ragged)
+    assert same(nk.normalized_cut(photos.double(), backend=backend), batch)
+    as_numpy = nk.normalized_cut(photos.numpy(), backend=backend)
+    assert all(isinstance(field, np.ndarray) for field in as_numpy)
+    assert same((torch.from_numpy(field) for field in as_numpy), batch)
+    half = photos.bfloat16()
+    assert same(nk.normalized_cut(half, backend=backend), nk.normalized_cut(half.float(), backend=backend))
+    none = nk.normalized_cut(Ragged.of_shapes(torch.zeros(0, 12), []), backend=backend)
+    assert none.vector.rows.shape == (0,) and none.value.shape == (0,)
+
+
+def test_views_are_read_through_their_strides():
+    features = scene(20, 30, 16)
+    view = features.permute(1, 0, 2)[3::2, 1:, ::2]
+    assert same(nk.normalized_cut(view), nk.normalized_cut(view.contiguous()))
+
+
+def test_every_output_is_written(monkeypatch):
+    photos = Ragged.pack([scene(9, 11, 16), torch.ones(3, 4, 16), scene(1, 1, 16)])
+    expected = nk.normalized_cut(photos)
+    plain = torch.Tensor.new_empty
+
+    def poisoned(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        return out.fill_(float("nan") if out.is_floating_point() else True if out.dtype == torch.bool else 77)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    assert same(nk.normalized_cut(photos), expected)
+    assert same(nk.normalized_cut(photos, backend="reference"), nk.normalized_cut(photos, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_features_that_are_not_finite_are_refused(backend, bad):
+    photos = [scene(4, 5, 8, seed=b) for b in range(4)]
+    photos[2][3, 1, 5] = bad
+    with pytest.raises(
+        ValueError, match="normalized_cut: features must be finite, but those of photo 2 hold NaN or Inf"
+    ):
+        nk.normalized_cut(Ragged.pack(photos), backend=backend)
+    with pytest.raises(ValueError, match="those of photo 0 hold NaN or Inf"):
+        nk.normalized_cut(photos[2], backend=backend)
+
+
+def test_bad_input_is_refused_by_name():
+    features = scene(4, 5, 8)
+    with pytest.raises(TypeError, match=r"normalized_cut: features must be float32 or .*, but is int64"):
+        nk.normalized_cut(features.long())
+    with pytest.raises(TypeError, match=r"normalized_cut: features must be a numpy array, .* but is list"):
+        nk.normalized_cut([1.0])
+    with pytest.raises(ValueError, match=r"normalized_cut: features must have 3 or 4 dimensions, but is \[4, 5\]"):
+        nk.normalized_cut(features[..., 0])
+    for name, value in (("tau", float("nan")), ("eps", 0), ("eps", 1), ("tolerance", 0), ("max_iterations", 0)):
+        with pytest.raises(ValueError, match=f"normalized_cut: {name} must be .*, but is {value}"):
+            nk.normalized_cut(features, **{name: value})
+    with pytest.raises(ValueError, match="normalized_cut: backend 'cuda' cannot run"):
+        nk.normalized_cut(features, backend="cuda")
+    wrong = Ragged(
+        torch.zeros(6, 3), torch.tensor([0, 6], dtype=torch.int32), torch.tensor([[2, 2]], dtype=torch.int32)
+    )
+    with pytest.raises(ValueError, match="normalized_cut: photo 0 has shape 2 x 2 but owns rows 0 to 6"):
+        nk.normalized_cut(wrong)
+    with pytest.raises(RuntimeError, match="normalized_cut has no gradient"):
+        nk.normalized_cut(features.requires_grad_()).vector.sum().backward()
+
+
+def test_opcheck():
+    batch = Ragged.pack([scene(4, 5, 8), scene(3, 2, 8)])
+    torch.library.opcheck(torch.ops.namedmask_kernels.normalized_cut, (*batch, 0.2, 1e-5, 1e-8, 128, "cpu"))
+
+
+def test_runs_under_torch_compile():
+    features = scene(7, 9, 16)
+    compiled = torch.compile(lambda x: nk.normalized_cut(x).foreground, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(features), nk.normalized_cut(features).foreground)

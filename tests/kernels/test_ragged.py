@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+import numpy as np
+import pytest
+import torch
+
+from namedmask_kernels.ragged import Ragged, arrange
+
+
+def test_pack_and_grids_are_each_other_s_inverse():
+    grids = [torch.randn(h, w, 3) for h, w in ((2, 3), (1, 1), (0, 5), (4, 2))]
+    batch = Ragged.pack(grids)
+    assert batch.offsets.tolist() == [0, 6, 7, 7, 15] and batch.offsets.dtype == torch.int32
+    assert batch.shapes.tolist() == [[2, 3], [1, 1], [0, 5], [4, 2]]
+    assert all(torch.equal(a, b) for a, b in zip(batch.grids(), grids, strict=True))
+    assert batch.grids()[0].data_ptr() == batch.rows.data_ptr()  # views, not copies
+
+
+def test_rows_and_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="shapes ask for 7 rows, but there are 6"):
+        Ragged.of_shapes(torch.zeros(6), [(2, 3), (1, 1)])
+    with pytest.raises(ValueError, match="at least one grid is needed"):
+        Ragged.pack([])
+    empty = Ragged.of_shapes(torch.zeros(0, 4), [])
+    assert empty.grids() == [] and empty.offsets.tolist() == [0] and empty.shapes.shape == (0, 2)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "batch", "ragged"])
+def test_results_come_back_arranged_like_the_argument(kind):
+    rows = torch.arange(24.0).reshape(12, 2)
+    value = {
+        "torch": rows.reshape(3, 4, 2),
+        "numpy": rows.reshape(3, 4, 2).numpy(),
+        "batch": rows.reshape(2, 2, 3, 2),
+        "ragged": Ragged.of_shapes(rows, [(2, 2), (4, 2)]),
+    }[kind]
+    packed, restore = arrange("op", "features", value, 1, batches=True)
+    assert torch.equal(packed.rows, rows)
+    back = restore(packed.rows[:, 0])
+    expected = {"torch": (3, 4), "numpy": (3, 4), "batch": (2, 2, 3), "ragged": None}[kind]
+    if kind == "ragged":
+        assert isinstance(back, Ragged) and torch.equal(back.offsets, value.offsets)
+    else:
+        assert type(back) is type(value) and tuple(back.shape) == expected
+
+
+def test_numpy_arrays_of_any_strides_are_taken():
+    value = np.arange(24, dtype=np.float32).reshape(4, 6)[::-1, ::2]
+    packed, restore = arrange("op", "mask", value, 0)
+    np.testing.assert_array_equal(packed.rows.numpy(), value.ravel())
+    np.testing.assert_array_equal(restore(packed.rows), value)

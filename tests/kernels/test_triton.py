@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""The Triton kernels against the definition: for real where there is a GPU, else in Triton's interpreter, on the CPU.
+
+Triton decides at import whether it interprets, so this file then runs itself once more in a process of its own.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from namedmask_kernels.reference import attention_features as reference
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+# The interpreter's tl.dot gives garbage for bfloat16; there the compiler alone has seen it.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+ALL = ("output", "rows", "lse", "key_norms")
+
+here = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in test_in_the_interpreter's process")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run for real, or this is the interpreter")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout + child.stderr
+
+
+def random_qkv(lengths, heads, dim, dtype):
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(len(lengths) * 1000 + dim)
+    return 1.5 * torch.randn(sum(lengths), 3, heads, dim, generator=generator).to(dtype), offsets
+
+
+def run(qkv, offsets, scale, taps, want=ALL):
+    """Every output poisoned first: what a kernel leaves unwritten shows."""
+    from namedmask_kernels.triton import attention_features as ours
+
+    tokens, _, heads, dim = qkv.shape
+    outputs = {
+        "output": qkv.new_empty(tokens, heads, dim),
+        "rows": torch.empty(tokens, heads, len(taps)),
+        "lse": torch.empty(tokens, heads),
+        "key_norms": torch.empty(tokens),
+    }
+    found = {name: outputs[name].fill_(torch.nan).to(DEVICE) for name in want}
+    ours.attention_features(qkv.to(DEVICE), offsets, taps, scale, *(found.get(name) for name in ALL))
+    return {name: value.cpu() for name, value in found.items()}
+
+
+def torchs(qkv, scale, taps):
+    """The plain torch expression in the dtype of qkv [n, 3, H, D] throughout -> as the reference."""
+    q, k, v = qkv.permute(1, 2, 0, 3)
+    scores = scale * q @ k.mT
+    weights = scores.softmax(-1)
+    rows = weights[:, taps].permute(2, 0, 1)
+    return (weights @ v).transpose(0, 1), rows, scores.logsumexp(-1).T, k.square().sum((0, 2))
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads, dim, taps", [(2, 64, [0]), (1, 32, [0, 33, 2]), (1, 128, [1]), (3, 40, [0, 1])])
+def test_attention_features(dtype, heads, dim, taps):
+    lengths = [n for n in (130, 0, 1, 64, 2, 34) if n == 0 or n > max(taps)]
+    qkv, offsets = random_qkv(lengths, heads, dim, dtype)
+    found = run(qkv, offsets, dim**-0.5, taps)
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        if begin == end:
+            continue
+        exact = reference.attention_features(qkv[begin:end].double(), dim**-0.5, taps)
+        rounded = torchs(qkv[begin:end], dim**-0.5, taps)
+        for name, exactly, torch_has in zip(ALL, exact, rounded, strict=True):
+            error = (found[name][begin:end].double() - exactly).abs().max()
+            allowed = 2 * (torch_has.double() - exactly).abs().max() + 1e-6 * exactly.abs().max()
+            assert error <= allowed, f"{name}: {error:.2g} > {allowed:.2g}"
+        sums = found["rows"][begin:end].sum(0)
+        torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
+
+
+@here
+def test_attention_features_alone_and_in_a_batch_are_equal_bit_for_bit():
+    qkv, offsets = random_qkv([70, 150, 5], 2, 64, torch.float32)
+    together = run(qkv, offsets, 0.125, [0])
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        alone = run(qkv[begin:end], torch.tensor([0, end - begin], dtype=torch.int32), 0.125, [0])
+        assert all(torch.equal(alone[name], together[name][begin:end]) for name in ALL)
+
+
+@here
+@pytest.mark.parametrize("want", [(), *((name,) for name in ALL)], ids=str)
+def test_attention_features_gives_only_what_is_asked_for(want):
+    qkv, offsets = random_qkv([150, 71], 2, 32, torch.float32)
+    everything = run(qkv, offsets, 0.2, [0, 70])
+    found = run(qkv, offsets, 0.2, [0, 70], want)
+    assert set(found) == set(want)
+    assert all(torch.equal(found[name], everything[name]) for name in want)
+
+
+@here
+@pytest.mark.parametrize("lengths, taps", [([], [0]), ([0, 0], [0]), ([3], [])], ids=str)
+def test_attention_features_of_nothing(lengths, taps):
+    qkv, offsets = random_qkv(lengths, 2, 32, torch.float32)
+    assert not any(value.isnan().any() for value in run(qkv, offsets, 1.0, taps).values())
+
+
+@here
+def test_block_table_covers_every_token_once():
+    from namedmask_kernels.triton import attention_features as ours
+
+    offsets = torch.tensor([0, 5, 5, 12, 13], dtype=torch.int32)
+    table = ours.block_table(offsets, 4)
+    assert table.tolist() == [[5, 7, 0], [5, 7, 4], [0, 5, 0], [0, 5, 4], [12, 1, 0]]  # long sequences first
+    assert ours.block_table(offsets, 4, taps=[0, 6, 5]).tolist()[:2] == [[5, 7, 0], [5, 7, 4]]
+    assert ours.block_table(offsets, 4, taps=[0]).tolist() == [[5, 7, 0], [0, 5, 0], [12, 1, 0]]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from namedmask.archive import Archive, Retrieved, prompts, read_archive, top_photos, write_archive
+from namedmask.errors import UserError
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def in_shards(image, numbers, size):
+    return [(image[i : i + size], numbers[i : i + size]) for i in range(0, len(image), size)]
+
+
+def brute_force(image, numbers, text, count):
+    scores = np.round(image.astype(np.float64) @ text.T.astype(np.float64), 6)
+    order = [np.lexsort((numbers, -scores[:, k]))[:count] for k in range(len(text))]
+    return [[(int(numbers[i]), scores[i, k]) for i in order[k]] for k in range(len(text))]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    photos=st.integers(1, 200),
+    names=st.integers(1, 5),
+    count=st.integers(1, 30),
+    shard=st.integers(1, 64),
+    levels=st.integers(1, 50),
+    seed=st.integers(0, 99),
+)
+def test_equals_brute_force_with_ties_by_photo_number(photos, names, count, shard, levels, seed):
+    """Few distinct rows make many exact ties; whatever the shards, the order is the one that is documented."""
+    rng = np.random.default_rng(seed)
+    image = unit(rng.standard_normal((levels, 16)))[rng.integers(0, levels, photos)]
+    numbers = np.sort(rng.choice(10 * photos, photos, replace=False)).astype(np.int64)
+    text = unit(rng.standard_normal((names, 16)))
+    found = top_photos(in_shards(image, numbers, shard), text, count)
+    expected = brute_force(image, numbers, text, count)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose([s for _, s in a], [s for _, s in b], atol=2e-6)
+        if levels < 20:  # enough ties, and gaps between levels far wider than rounding
+            assert [p for p, _ in a] == [p for p, _ in b]
+
+
+def test_many_shards_merge_often_and_still_agree():
+    rng = np.random.default_rng(0)
+    image, numbers = unit(rng.standard_normal((5000, 8))).astype(np.float16), np.arange(5000)
+    text = unit(rng.standard_normal((3, 8)))
+    found = top_photos(in_shards(image, numbers, 100), text, 7)
+    assert [[p for p, _ in a] for a in found] == [[p for p, _ in b] for b in brute_force(image, numbers, text, 7)]
+
+
+def test_shards_without_rows_are_fine():
+    text = unit(np.ones((2, 4)))
+    nothing = (np.zeros((0, 0), np.float16), np.zeros(0, np.int64))
+    assert top_photos([nothing], text, 3) == [[], []]
+    assert top_photos([], text, 3) == [[], []]
+
+
+def test_there_are_85_prompts_each_with_the_name_in_it():
+    assert len(prompts()) == 85
+    assert all(prompt.format("traffic light").count("traffic light") == 1 for prompt in prompts())
+
+
+def test_archive_on_disk_is_what_it_says(tmp_path):
+    archive = Archive(["b", "a"], {"b": [Retrieved("x\udcff.jpg", 0.5)], "a": [Retrieved("y.jpg", None)]})
+    write_archive(tmp_path / "archive.json", archive)
+    assert read_archive(tmp_path / "archive.json") == archive
+    data = json.loads((tmp_path / "archive.json").read_bytes())
+    assert data["categories"] == ["b", "a"] and data["photos"]["b"] == [{"photo": "x\udcff.jpg", "score": 0.5}]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"categories": ["a"], "photos": {}}', '{"categories": 3}'])
+def test_a_damaged_archive_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "archive.json").write_text(text)
+    with pytest.raises(UserError, match="is no archive"):
+        read_archive(tmp_path / "archive.json")
+    with pytest.raises(UserError, match="is missing; make it with"):
+        read_archive(tmp_path / "none.json")

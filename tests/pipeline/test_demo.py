@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT
+"""`namedmask demo`: a small one end to end, and the figures of the whole one.
+
+demo_figures.json is what a demo wrote; where weights, scenes or methods change on purpose, it is made anew by
+`namedmask demo --out OUT && cp OUT/demo.json tests/pipeline/demo_figures.json`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from namedmask import cli
+from namedmask.archive import read_archive
+from namedmask.demo import run as demo
+from namedmask.demo.scenes import KINDS, index_photo
+from namedmask.demo.score import iou
+from namedmask.errors import UserError
+from namedmask.masks import read_masks
+
+IOUS = ("trivial_baseline_iou", "detector_iou", "refined_iou")
+FIGURES = ("archive_precision_at_50", *IOUS)
+SMALL = {"blocks": 2, "best": 6}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of a demo with eight photos of each kind, and its figures."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, demo.run_demo(out, **SMALL)
+
+
+def test_demo_json_holds_every_figure(small):
+    out, figures = small
+    assert json.loads((out / "demo.json").read_bytes()) == figures
+    for key in FIGURES:
+        values = figures[key]["per_category"]
+        assert list(values) == list(KINDS) and all(0 <= value <= 1 for value in values.values())
+        assert figures[key]["mean"] == pytest.approx(np.mean(list(values.values())), abs=1e-4)
+    baselines = figures["trivial_baseline_iou"]
+    assert len(baselines["all"]) == 4 and max(baselines["all"].values()) == baselines["mean"]
+    assert baselines["all"][baselines["name"]] == baselines["mean"]
+    assert set(figures["seconds"]) == {"render", "index", "archive", "pseudolabel", "score", "report", "all"}
+
+
+def test_figures_are_those_of_the_masks_on_disk(small):
+    out, figures = small
+    archive, ious = read_archive(out / "archive.json"), {kind: [] for kind in KINDS}
+    for record in read_masks(out / "masks"):
+        scene = index_photo(demo.SEED, int(Path(record.photo).stem))
+        if scene.kinds == (record.category,):
+            ious[record.category].append(iou(record.mask(), scene.masks[0]))
+    for kind, values in ious.items():
+        assert figures["archive_precision_at_50"]["per_category"][kind] == pytest.approx(len(values) / 6, abs=1e-4)
+        assert len(archive.photos[kind]) == 6
+        assert figures["refined_iou"]["per_category"][kind] == pytest.approx(np.mean(values) if values else 0, abs=1e-4)
+
+
+def test_photos_are_the_rendered_scenes(small):
+    out, _ = small
+    assert len(list((out / "photos").iterdir())) == 106
+    for number in (0, 57, 105):
+        with Image.open(out / "photos" / demo.photo_name(number)) as photo:
+            assert (np.asarray(photo) == index_photo(demo.SEED, number).image).all()
+
+
+def test_the_sheets_are_in_the_report(small):
+    out, _ = small
+    page = (out / "report.html").read_text()
+    embedded = re.findall(r'<section class="sheet">\s*<h2>.*?</h2>\s*<img src="data:image/jpeg;base64,([^"]+)"', page)
+    assert len(embedded) == 2
+    for data, name in zip(embedded, demo.SHEETS, strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(data))) as shown, Image.open(out / name) as sheet:
+            assert shown.size == sheet.size and min(sheet.size) > 500
+
+
+def test_again_makes_nothing_anew(small, capsys):
+    out, figures = small
+    made = [p for name in ("photos", "masks", "index") for p in (out / name).iterdir()]
+    made += [out / name for name in ("archive.json", "demo.json", "report.html", *demo.SHEETS)]
+    before = {path: path.stat().st_mtime_ns for path in made}
+    assert demo.run_demo(out, **SMALL) == figures
+    assert {path: path.stat().st_mtime_ns for path in made} == before
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith(f"look at {out / 'report.html'}") and f"{figures['refined_iou']['mean']:.3f}" in said
+
+
+def test_lost_masks_are_made_and_scored_again(small):
+    out, figures = small
+    (out / "masks" / "00000.jsonl").unlink()
+    (out / "masks.png").unlink()
+    again = demo.run_demo(out, **SMALL)
+    assert {key: again[key] for key in FIGURES} == {key: figures[key] for key in FIGURES}
+    assert (out / "masks.png").exists()
+    figures["seconds"] = again["seconds"]  # what the folder now holds
+
+
+def test_the_ordinary_command_finds_the_same_photos_in_other_processes(small, tmp_path):
+    out, _ = small
+    command = "from namedmask.cli import main_pseudolabel as m; m()"
+    options = ["--categories", ",".join(KINDS), "--photos-per-category", "6", "--clip-model", "namedmask-demo"]
+    options += ["--backbone", "vit_namedmask_demo", "--features", "tokens", "--centre", "--image-size", "96"]
+    run = [sys.executable, "-c", command, out / "photos", "--out", tmp_path / "out", *options, "--workers", "2"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "archive.json").read_bytes() == (out / "archive.json").read_bytes()
+    assert any(record.area for record in read_masks(tmp_path / "out" / "masks"))
+
+
+def test_photos_that_are_somebody_else_s_are_refused(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").touch()
+    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path), "--overwrite"], catch_exceptions=False)
+    assert result.exit_code == 2 and "holiday.jpg" in result.stderr and "choose another --out" in result.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["photos", "holiday.jpg"]
+
+
+def test_a_photo_of_another_version_is_refused_and_overwrite_mends_it(tmp_path):
+    tiny = {"blocks": 1, "best": 1}
+    figures = demo.run_demo(tmp_path, **tiny)
+    name = read_archive(tmp_path / "archive.json").photos["fish"][0].photo
+    Image.new("RGB", (150, 150)).save(tmp_path / "photos" / name)
+    (tmp_path / "demo.json").unlink()
+    with pytest.raises(UserError, match=f"{name} is not what this version renders; start anew with --overwrite"):
+        demo.run_demo(tmp_path, **tiny)
+    again = demo.run_demo(tmp_path, **tiny, overwrite=True)
+    assert {key: again[key] for key in FIGURES} == {key: figures[key] for key in FIGURES}
+
+
+def test_the_whole_demo_gives_the_pinned_figures(tmp_path):
+    """Minutes. Another CPU or another number of threads may round otherwise, but not by more than this."""
+    figures = demo.run_demo(tmp_path)
+    pinned = json.loads(Path(__file__).with_name("demo_figures.json").read_bytes())
+    for key in FIGURES:
+        assert figures[key]["mean"] == pytest.approx(pinned[key]["mean"], abs=0.01), key
+        assert figures[key]["per_category"] == pytest.approx(pinned[key]["per_category"], abs=0.01), key
+    assert figures["trivial_baseline_iou"]["name"] == pinned["trivial_baseline_iou"]["name"]

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from namedmask import distributed
+from namedmask.distributed import Worker
+from namedmask.errors import UserError
+
+
+@pytest.fixture
+def workers():
+    """Two workers on one store, each with a connection of its own, as in two processes."""
+    server = TCPStore("localhost", 0, 2, True, timedelta(seconds=30), wait_for_workers=False)
+    client = TCPStore("localhost", server.port, 2, False, timedelta(seconds=30), wait_for_workers=False)
+    return [Worker(0, 2, 0, server), Worker(1, 2, 1, client)]
+
+
+def test_every_shard_is_claimed_once_and_a_slow_worker_holds_nobody_up(workers):
+    slow, fast = workers
+    first = slow.claim("stage", 20)
+    mine = [next(first)]
+    theirs = list(fast.claim("stage", 20))
+    mine += list(first)
+    assert len(mine) == 1 and sorted(mine + theirs) == list(range(20))
+    assert list(fast.claim("another stage", 3)) == [0, 1, 2]
+
+
+def test_after_a_restart_shards_are_handed_out_anew(workers):
+    assert list(workers[0].claim("stage", 3)) == [0, 1, 2]
+    restarted = Worker(1, 2, 1, workers[1].store, attempt=1)
+    assert list(restarted.claim("stage", 3)) == [0, 1, 2]
+
+
+def test_a_barrier_opens_when_the_last_one_comes(workers):
+    passed = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: (workers[1].barrier("here"), passed.set()))
+        assert not passed.wait(0.3)
+        workers[0].barrier("here")
+        waiting.result(timeout=30)
+    assert passed.is_set()
+
+
+def test_progress_is_summed_over_workers(workers):
+    assert workers[0].count_done("stage", 5) == 5
+    assert workers[1].count_done("stage", 2) == 7
+    alone = Worker()
+    assert [alone.count_done("stage", 5), alone.count_done("stage", 2)] == [5, 7]
+    assert list(alone.claim("stage", 3)) == [0, 1, 2] and alone.is_main
+    alone.barrier("here")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def test_slurm_gives_each_task_its_place(monkeypatch, tmp_path):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho localhost\necho elsewhere\n")
+    scontrol.chmod(0o755)
+    job = free_port() - 20000
+    for key, value in {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NODELIST": "localhost,elsewhere",
+        "SLURM_JOB_ID": str(job if job >= 0 else job % 20000),
+    }.items():
+        monkeypatch.setenv(key, value)
+    main = distributed.current()
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    second = distributed.current()
+    assert (main.rank, main.count, main.is_main) == (0, 2, True)
+    assert (second.rank, second.local_rank, second.is_main) == (1, 1, False)
+    assert sorted([*main.claim("stage", 1), *second.claim("stage", 1)]) == [0]
+
+
+def test_without_an_environment_a_process_is_alone(monkeypatch):
+    for key in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(key, raising=False)
+    assert distributed.current() == Worker()
+
+
+def test_gpus_that_are_not_there(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="--gpus 8: this machine shows 1 CUDA device "):
+        distributed.count_gpus(8, 1)
+    assert distributed.count_gpus(None, 1) == 1 and distributed.count_gpus(None, 4) == 0
+    assert distributed.count_gpus(0, 1) == 0
+    with pytest.raises(UserError, match="not both"):
+        distributed.count_gpus(1, 2)
+
+
+def test_a_worker_that_fails_frees_those_who_wait_for_it(workers):
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(workers[1].barrier, "here")
+        workers[0].fail("no weights")
+        with pytest.raises(UserError, match="worker 0 stopped: no weights"):
+            waiting.result(timeout=30)
+
+
+def test_each_worker_names_its_own_gpu(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [Worker(r, 8, r).device("cuda") for r in (0, 3, 5)] == ["cuda:0", "cuda:3", "cuda:1"]
+    assert Worker().device("cpu") == "cpu"

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""The CLIP path, with the demo's CLIP on rendered photos: rows, texts, errors, and going on where a run stopped."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from namedmask.archive import prompts, read_archive
+from namedmask.config import IndexConfig
+from namedmask.demo.run import render
+from namedmask.errors import UserError
+from namedmask.index import Clip, read_photos
+from namedmask.masks import read_errors
+from namedmask.run import start
+
+PHOTOS, BROKEN = 40, "00020-broken.png"
+CATEGORIES = ["fish", "umbrella"]
+
+
+def run(folder, out, *stages):
+    given = {
+        "photos": str(folder),
+        "categories": CATEGORIES,
+        "index": {"clip_model": "namedmask-demo", "shard_size": 16},
+        "archive": {"photos_per_category": 5},
+    }
+    assert start(out, given, stages, 1, 0, False)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(folder of photos, one of them broken; run folder with index and archive)"""
+    root = tmp_path_factory.mktemp("index")
+    render(root / "photos", 31, PHOTOS, False)
+    (root / "photos" / BROKEN).write_text("no photo")
+    run(root / "photos", root / "out", "index", "archive")
+    return root / "photos", root / "out"
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return Clip(IndexConfig(clip_model="namedmask-demo"), "cpu")
+
+
+def shards(out):
+    return sorted((out / "index").glob("*.safetensors"))
+
+
+def rows(out):
+    """(image [n, d], photo [n]) of the whole index."""
+    loaded = [load_file(path) for path in shards(out)]
+    return np.concatenate([s["image"] for s in loaded]), np.concatenate([s["photo"] for s in loaded])
+
+
+def test_every_good_photo_has_a_unit_row_in_the_order_of_photos_jsonl(world):
+    folder, out = world
+    names = list(read_photos(out / "index"))
+    assert names == sorted(path.name for path in folder.iterdir()) and len(names) == PHOTOS + 1
+    image, photo = rows(out)
+    assert len(shards(out)) == 3 and image.dtype == np.float16 and image.shape == (PHOTOS, 64)
+    assert [names[number] for number in photo] == [name for name in names if name != BROKEN]
+    np.testing.assert_allclose(np.linalg.norm(image.astype(np.float64), axis=1), 1, atol=2e-3)
+
+
+def test_a_row_is_what_open_clip_makes_of_the_photo_alone(world, clip):
+    folder, out = world
+    image, photo = rows(out)
+    names = list(read_photos(out / "index"))
+    for row in (0, 17, PHOTOS - 1):
+        with torch.inference_mode(), Image.open(folder / names[photo[row]]) as picture:
+            expected = clip.model.encode_image(clip.preprocess(picture)[None], normalize=True)[0]
+        np.testing.assert_allclose(image[row].astype(np.float32), expected.numpy(), atol=1e-3)
+
+
+def test_a_broken_photo_is_in_the_errors(world):
+    errors = [e for path in sorted((world[1] / "index").glob("*.errors.jsonl")) for e in read_errors(path)]
+    assert [(e.photo, e.stage) for e in errors] == [(BROKEN, "index")] and "not an image" in errors[0].reason
+
+
+def test_a_name_is_the_mean_of_its_85_prompts(clip):
+    templates = prompts()
+    assert len(templates) == 85
+    texts = clip.texts(CATEGORIES, templates)
+    assert texts.dtype == np.float32 and texts.shape == (2, 64)
+    for name, text in zip(CATEGORIES, texts, strict=True):
+        with torch.inference_mode():
+            each = [clip.model.encode_text(clip.tokenizer([t.format(name)]))[0].double().numpy() for t in templates]
+        mean = np.mean([e / np.linalg.norm(e) for e in each], axis=0)
+        np.testing.assert_allclose(text, mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_archive_scores_are_cosines(world, clip):
+    image, photo = rows(world[1])
+    names = list(read_photos(world[1] / "index"))
+    scores = image.astype(np.float64) @ clip.texts(CATEGORIES, prompts()).astype(np.float64).T
+    archive = read_archive(world[1] / "archive.json")
+    for k, category in enumerate(CATEGORIES):
+        best = np.argsort(-scores[:, k], kind="stable")[:5]
+        assert [entry.photo for entry in archive.photos[category]] == [names[photo[row]] for row in best]
+        np.testing.assert_allclose([e.score for e in archive.photos[category]], scores[best, k], atol=2e-6)
+
+
+def test_a_lost_shard_is_made_again_and_nothing_else(world):
+    folder, out = world
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in shards(out)}
+    lost = shards(out)[1]
+    lost.unlink()
+    run(folder, out, "index")
+    for path, (data, time) in before.items():
+        assert path.read_bytes() == data and (path == lost or path.stat().st_mtime_ns == time)
+
+
+def test_the_number_of_threads_does_not_show(world, clip, monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    run(world[0], tmp_path, "index")
+    assert [path.read_bytes() for path in shards(tmp_path)] == [path.read_bytes() for path in shards(world[1])]
+    assert json.loads((tmp_path / "index" / "photos.jsonl").read_text().splitlines()[0]) == {"photo": "00000.png"}
+
+
+def test_a_clip_without_weights_is_refused_before_it_is_built(monkeypatch):
+    import open_clip
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *a, **k: pytest.fail("built"))
+    with pytest.raises(UserError, match="ViT-B-32 names no weights; write MODEL:PRETRAINED"):
+        Clip(IndexConfig(clip_model="ViT-B-32"), "cpu")
+    with pytest.raises(UserError, match="open_clip has no 'ViT-B-33'"):
+        Clip(IndexConfig(clip_model="ViT-B-33:openai"), "cpu")

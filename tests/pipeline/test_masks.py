@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: MIT
+"""MaskRecord, its RLE, shards, errors, and files that appear whole or not at all."""
+
+import dataclasses
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from pycocotools import mask as coco
+
+from namedmask.files import TEMPORARY_PREFIX, atomic_write, remove_stale
+from namedmask.masks import (
+    ErrorRecord,
+    MaskRecord,
+    assemble_errors,
+    errors_path,
+    read_errors,
+    read_masks,
+    read_shard,
+    write_errors,
+    write_shard,
+)
+
+KEYS = ["photo", "size", "category", "category_score", "rle", "score", "area", "bbox"]
+masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40))
+file_names = st.binary(min_size=1).map(os.fsdecode) | st.text(min_size=1)
+scores = st.floats(0, 1, width=32)
+
+
+def record(photo="a.jpg", score=0.5, shape=(4, 6)):
+    mask = np.zeros(shape, bool)
+    mask[1:3, 2:5] = True
+    return MaskRecord.from_mask(photo, mask, "cat", 0.25, score)
+
+
+@given(file_names, masks, st.text(), st.none() | scores, scores)
+def test_a_record_survives_its_line(photo, mask, category, category_score, score):
+    made = MaskRecord.from_mask(photo, mask, category, category_score, score)
+    line = made.to_json()
+    assert line.isascii() and "\n" not in line
+    assert list(json.loads(line)) == KEYS
+    back = MaskRecord.from_json(line)
+    assert back.to_json() == line
+    assert (back.photo, back.category, back.size) == (photo, category, mask.shape)
+    assert back.score == pytest.approx(score, abs=5.1e-5)
+    assert back.category_score == pytest.approx(category_score, abs=5.1e-7)
+    got = back.mask()
+    assert got.dtype == bool and got.flags.c_contiguous
+    np.testing.assert_array_equal(got, mask)
+
+
+@given(masks)
+def test_rle_area_and_box(mask):
+    made = MaskRecord.from_mask("a.jpg", mask, "cat", None, 1.0)
+    decoded = coco.decode({"size": list(mask.shape), "counts": made.rle.encode()})
+    np.testing.assert_array_equal(decoded, mask)
+    assert made.area == mask.sum()
+    if not mask.any():
+        assert made.bbox == (0, 0, 0, 0)
+    else:
+        rows, columns = np.nonzero(mask)
+        box = (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)
+        assert made.bbox == box and all(type(side) is int for side in made.bbox)
+
+
+def test_views_are_encoded_as_they_look():
+    mask = np.random.default_rng(0).random((30, 41)) > 0.5
+    for view in (mask.T, mask[::-1, ::2], np.asfortranarray(mask)):
+        np.testing.assert_array_equal(MaskRecord.from_mask("a", view, "cat", None, 1.0).mask(), view)
+
+
+@pytest.mark.parametrize("mask", [np.zeros((3, 4), np.uint8), np.zeros(3, bool), np.zeros((0, 4), bool)])
+def test_only_bool_masks_are_taken(mask):
+    with pytest.raises(ValueError, match="expected a bool mask"):
+        MaskRecord.from_mask("a.jpg", mask, "cat", None, 1.0)
+
+
+def test_numpy_scores_are_rounded_and_nan_is_refused():
+    fields = json.loads(
+        dataclasses.replace(record(score=np.float32(1 / 3)), category_score=np.float32(2 / 3)).to_json()
+    )
+    assert (fields["score"], fields["category_score"]) == (0.3333, 0.666667)
+    with pytest.raises(ValueError):
+        record(score=float("nan")).to_json()
+
+
+def test_records_travel_between_processes():
+    assert pickle.loads(pickle.dumps(record())) == record()
+
+
+@pytest.mark.parametrize("rle", ["", "0", "zzzzzzzzz", "PPPPPPPPPPPPPPPP", "é", "84"])
+def test_an_rle_that_does_not_fit_is_refused(rle):
+    with pytest.raises(ValueError):
+        dataclasses.replace(record(), rle=rle).mask()
+
+
+def changed(**fields):
+    return json.dumps({**json.loads(record().to_json()), **fields})
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "not a line of JSON"),
+        ("{", "not a line of JSON"),
+        (b"\xff\xfe", "not a line of JSON"),
+        ("[" * 100_000, "not a line of JSON"),
+        ("[]", "got list"),
+        ('{"photo": "a"}', "expected an object with the keys photo, size"),
+        (changed(extra=1), "'extra'"),
+        (changed(photo=1), "photo: expected a string, got 1"),
+        (changed(rle=None), "rle: expected a string"),
+        (changed(size=[4]), "size: expected 2 whole numbers"),
+        (changed(size=[4, 0]), "size: expected a height and a width"),
+        (changed(size=[4, 6.0]), "size: expected 2 whole numbers"),
+        (changed(bbox=[0, 0, 1, -1]), "bbox: expected 4 whole numbers"),
+        (changed(area="6"), "area: expected a whole number"),
+        (changed(area=True), "area: expected a whole number"),
+        (changed(score=None), "score: expected a number"),
+        (changed(score=float("nan")), "score: expected a number"),
+        (changed(category_score="high"), "category_score: expected a number or null"),
+    ],
+)
+def test_bad_lines_are_refused_in_one_line(line, says):
+    with pytest.raises(ValueError) as caught:
+        MaskRecord.from_json(line)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_shards_come_back_in_order(tmp_path):
+    for number in (100_000, 0, 99_999, 2):
+        shard = tmp_path / f"{number:05}.jsonl"
+        write_errors(errors_path(shard), [ErrorRecord("bad.jpg", "pseudolabel", "empty file")])
+        write_shard(shard, [record(f"{number}/{i}") for i in range(2)])
+    (tmp_path / f"{TEMPORARY_PREFIX}0123").write_text("half a shard")
+    names = [r.photo for r in read_masks(tmp_path)]
+    assert names == [f"{number}/{i}" for number in (0, 2, 99_999, 100_000) for i in range(2)]
+    assert list(read_shard(tmp_path / "00002.jsonl")) == [record("2/0"), record("2/1")]
+
+
+def test_a_bad_line_is_named_by_file_and_number(tmp_path):
+    shard = tmp_path / "00000.jsonl"
+    shard.write_text(record().to_json() + "\n{}\n")
+    with pytest.raises(ValueError, match=r"00000\.jsonl:2: expected an object"):
+        list(read_shard(shard))
+
+
+def test_a_failing_writer_leaves_what_was_there(tmp_path):
+    shard = tmp_path / "00000.jsonl"
+
+    def failing():
+        yield record()
+        raise RuntimeError("decoder died")
+
+    with pytest.raises(RuntimeError):
+        write_shard(shard, failing())
+    assert list(tmp_path.iterdir()) == []
+    shard.write_text("before")
+    with pytest.raises(RuntimeError):
+        write_shard(shard, failing())
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]
+
+
+KILLED = """
+import os, pathlib, sys
+from namedmask.files import atomic_write
+pathlib.Path.replace = lambda *_: os._exit(9)
+with atomic_write(sys.argv[1]) as file:
+    file.write(b"whole")
+"""
+
+
+def test_a_writer_killed_before_the_rename_leaves_no_shard(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "00000.jsonl")], check=False)
+    assert killed.returncode == 9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(TEMPORARY_PREFIX) and left.read_bytes() == b"whole"
+    (tmp_path / "keep.jsonl").touch()
+    remove_stale(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["keep.jsonl"]
+
+
+def test_the_file_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, type(tmp_path).replace
+
+    def note_fsync(fd):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else os.fstat(fd).st_size)
+        fsync(fd)
+
+    def note_replace(*paths):
+        calls.append("rename")
+        return replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(type(tmp_path), "replace", note_replace)
+    with atomic_write(tmp_path / "x") as file:
+        file.write(b"12345")
+    assert calls == [5, "rename", "folder"]
+
+
+def test_new_files_have_the_permissions_of_any_other(tmp_path):
+    with atomic_write(tmp_path / "x"):
+        pass
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.builds(ErrorRecord, file_names, st.text(), st.text())))
+def test_errors_survive_their_lines(tmp_path_factory, errors):
+    path = tmp_path_factory.mktemp("errors") / "00000.errors.jsonl"
+    write_errors(path, errors)
+    assert list(read_errors(path)) == errors
+    assert path.read_bytes().count(b"\n") == len(errors)
+
+
+def test_errors_are_assembled_by_stage_then_shard_and_once(tmp_path):
+    late = [ErrorRecord("c.jpg", "pseudolabel", "vanished"), ErrorRecord("a.jpg", "index", "empty file")]
+    early = [ErrorRecord("z.jpg", "index", "truncated"), ErrorRecord("c.jpg", "pseudolabel", "vanished")]
+    parts = [tmp_path / "00000.errors.jsonl", tmp_path / "00001.errors.jsonl", tmp_path / "00002.errors.jsonl"]
+    for part, errors in zip(parts, (late, early, []), strict=True):
+        write_errors(part, errors)
+    out = tmp_path / "errors.jsonl"
+    for _ in range(2):  # assembling again after a resume duplicates nothing
+        assemble_errors(out, parts)
+        assert list(read_errors(out)) == [late[1], early[0], late[0]]
+
+
+def test_bad_error_lines_are_refused(tmp_path):
+    path = tmp_path / "errors.jsonl"
+    path.write_text('{"photo": "a", "stage": "index", "reason": 3}\n')
+    with pytest.raises(ValueError, match=r"errors\.jsonl:1: reason: expected a string, got 3"):
+        list(read_errors(path))

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: MIT
+"""The page is read here as text, as HTML, and as headless Chromium lays it out."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from namedmask import report
+from namedmask.config import make_config, write_config
+from namedmask.errors import UserError
+from namedmask.masks import ErrorRecord, MaskRecord, write_errors, write_shard
+
+HOSTILE = "\"><script>alert(1)</script>'&\n.png"
+NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
+
+
+def draw_photo(path: Path, size: tuple[int, int] = (48, 64)) -> np.ndarray:
+    """A photo of a disc; its mask."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    mask = (y - height / 2) ** 2 + (x - width / 2) ** 2 < (min(size) / 3) ** 2
+    Image.fromarray(np.where(mask[..., None], (200, 60, 20), (30, 90, 160)).astype(np.uint8)).save(path)
+    return mask
+
+
+def write_run(out: Path, photos: Path, records: list[MaskRecord], names: list[str], errors: list[ErrorRecord]) -> None:
+    archive = {name: [{"photo": r.photo, "score": 0.3} for r in records if r.category == name] for name in names}
+    (out / "masks").mkdir(parents=True)
+    write_shard(out / "masks" / "00000.jsonl", records)
+    write_errors(out / "masks" / "00000.errors.jsonl", errors)
+    write_errors(out / "errors.jsonl", errors)
+    (out / "archive.json").write_text(json.dumps({"categories": names, "photos": archive}))
+    write_config(out / "run.toml", make_config({"photos": str(photos), "categories": names}), {"device": "<b>CPU</b>"})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A small run with everything that can go wrong in it, and its page."""
+    folder = tmp_path_factory.mktemp("report")
+    photos, out = folder / "photos", folder / "out"
+    sizes = {f"{n}.png": (48, 64) for n in range(8)} | {HOSTILE: (90, 30), NOT_UTF8: (3, 200)}
+    masks = {name: draw_photo(photos / name, size) for name, size in sizes.items()}
+    records = [
+        MaskRecord.from_mask(name, mask, "disc", None if n == 3 else 0.2 + n / 100, 0.5 + n / 100)
+        for n, (name, mask) in enumerate(masks.items())
+    ]
+    draw_photo(photos / "7.png", (20, 20))  # changed since
+    records += [
+        MaskRecord.from_mask("0.png", np.zeros((48, 64), bool), "<i>round</i>", 0.1, 0.0),
+        MaskRecord.from_mask("1.png", masks["1.png"], "<i>round</i>", 0.2, 0.9),
+        MaskRecord.from_mask("gone.png", masks["1.png"], "not in the archive", 0.2, 0.9),
+    ]
+    errors = [ErrorRecord(f"{n}{HOSTILE}", "index", "truncated <at> 3 & more") for n in range(report.ERRORS_SHOWN + 7)]
+    write_run(out, photos, records, ["disc", "<i>round</i>", "nothing found"], errors)
+    assert report.write_report(out) == out / "report.html"
+    return out
+
+
+class Page(HTMLParser):
+    def __init__(self, path: Path):
+        super().__init__()
+        self.source = path.read_text("utf-8")
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] not in ("style", "script"):
+            self.text += data + " "
+
+    def all(self, tag: str, of_class: str | None = None) -> list[dict]:
+        found = [attrs for name, attrs in self.tags if name == tag]
+        return [a for a in found if of_class is None or of_class in (a.get("class") or "").split()]
+
+
+def test_content(run):
+    page = Page(run / "report.html")
+    text = " ".join(page.text.split())
+    assert "Masks 13 Photos 11 Categories 4 Mean score 0.558 Empty masks 1 Errors 207" in text
+    assert "disc 10 masks, 10 photos in the archive, mean score 0.545" in text
+    assert "round</i> 2 masks, 2 photos in the archive, mean score 0.450, 1 empty" in text
+    assert "nothing found 0 masks, 0 photos in the archive" in text
+    assert "Best masks" not in text and text.count("All masks, best first") == 3
+    # Best first; of ten masks the lowest two stand apart.
+    assert [a["title"] for a in page.all("span", "name") if "title" in a][:11] == [
+        "caf\\udce9.png", HOSTILE.replace("\n", "\\n"), *(f"{n}.png" for n in (7, 6, 5, 4, 3, 2, 1, 0)), "1.png",
+    ]  # fmt: skip
+    assert "0.580 mask · 0.280 fit" in text and "0.530 mask 3.png" in text
+    assert text.count("empty mask") == 1
+    assert "the photo has changed: the mask is 64 x 48, the photo 20 x 20" in text
+    assert "Cannot be shown: vanished" in text
+    assert text.count("truncated <at> 3 & more") == report.ERRORS_SHOWN and "and 7 more in errors.jsonl" in text
+    assert "<b>CPU</b>" in text and "sigma_spatial = 16.0" in text
+
+
+def test_nothing_escapes_and_nothing_is_fetched(run):
+    page = Page(run / "report.html")
+    assert len(page.all("script")) == 1 and not page.all("i")
+    assert "http:" not in page.source and "https:" not in page.source and "@import" not in page.source
+    assert not page.all("link") and "url(" not in page.source
+    assert all(value.startswith("data:image/") for _, attrs in page.tags if (value := attrs.get("src")))
+    assert all(value.startswith("#") for _, attrs in page.tags if (value := attrs.get("href")))
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) and {a["href"][1:] for a in page.all("a")} <= set(ids)
+
+
+def test_readable_by_machines(run):
+    page = Page(run / "report.html")
+    assert all("alt" in attrs for attrs in page.all("img"))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_same_run_same_bytes(run):
+    before = (run / "report.html").read_bytes()
+    assert report.write_report(run).read_bytes() == before
+
+
+def test_bounds_at_3000_masks(tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (75, 100, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((400, 300)).save(photos / "busy.jpg")  # more detail than most photos have
+    mask = draw_photo(photos / "disc.png", (300, 400))
+    names = [f"name {n}" for n in range(100)]
+    records = [
+        MaskRecord.from_mask(("busy.jpg", "disc.png")[n % 2], mask, names[n % 100], 0.2, n / 3000) for n in range(3000)
+    ]
+    write_run(tmp_path / "out", photos, records, names, [])
+    decoded = []
+    decode = report.PhotoSource.decode
+    monkeypatch.setattr(report.PhotoSource, "decode", lambda self, name: decoded.append(name) or decode(self, name))
+    path = report.write_report(tmp_path / "out")
+    page = Page(path)
+    assert sorted(decoded) == ["busy.jpg", "disc.png"]
+    thumbnails = [attrs for attrs in page.all("img") if "mask" not in attrs.get("class", "")]
+    assert len(thumbnails) == report.MAX_THUMBNAILS
+    assert all(max(int(a["width"]), int(a["height"])) == 224 for a in thumbnails)
+    assert path.stat().st_size < 25e6
+    assert page.text.count("Best masks") == page.text.count("Lowest scores") == 100
+    assert "Every photo could be used." in page.text
+
+
+@pytest.mark.parametrize("masks, expected", [(0, (0, 0)), (1, (1, 0)), (4, (4, 0)), (10, (8, 2)), (500, (24, 6))])
+def test_both_ends_of_a_category(masks, expected):
+    category = report._Category("dog", masks)
+    scores = np.random.default_rng(1).permutation(masks) // 2  # every score twice: ties fall to the earlier mask
+    pixels = np.ones((2, 2), bool)
+    for n, score in enumerate(scores):
+        category.add(MaskRecord.from_mask(str(n), pixels, "dog", None, int(score)), 30)
+    best, lowest = category.ends(30)
+    order = sorted(range(masks), key=lambda n: (-scores[n], n))
+    assert (len(best), len(lowest)) == expected
+    assert [int(r.photo) for r in best] == order[: len(best)]
+    assert [int(r.photo) for r in lowest] == order[masks - len(lowest) :]
+
+
+def test_specks_and_borders_are_outlined():
+    speck = np.zeros((1000, 1000), bool)
+    speck[500, 500] = True
+    full = np.ones((10, 20), bool)
+    for mask, size in ((speck, (224, 224)), (full, (224, 112))):
+        uri = report._draw_overlay(mask, size)
+        overlay = np.asarray(Image.open(report.io.BytesIO(report.base64.b64decode(uri.partition(",")[2]))))
+        assert (overlay == report._LIGHT).any()
+    assert (overlay[0] == report._LIGHT).all() and (overlay[1:-1, 1:-1] == report._INSIDE).all()
+
+
+def test_a_source_that_is_gone(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "out")
+    toml = (out / "run.toml").read_text()
+    (out / "run.toml").write_text(re.sub("^photos = .*", 'photos = "/no/such/photos"', toml, flags=re.M))
+    page = Page(report.write_report(out))
+    assert page.text.count("does not exist") == 13 and not page.all("img")
+
+
+def test_an_empty_run(tmp_path):
+    write_run(tmp_path / "out", tmp_path, [], [], [])
+    (tmp_path / "out" / "errors.jsonl").unlink()
+    assert "Mean score –" in " ".join(Page(report.write_report(tmp_path / "out")).text.split())
+
+
+@pytest.mark.parametrize(
+    "file, text, complaint",
+    [
+        ("archive.json", None, "archive.json is missing"),
+        ("run.toml", None, "run.toml is missing"),
+        ("archive.json", "[]", "archive.json is no archive"),
+        ("archive.json", "{", "archive.json is no archive"),
+        ("masks/00000.jsonl", "{}\n", "00000.jsonl:1: "),
+        ("errors.jsonl", "{}\n", "errors.jsonl:1: "),
+    ],
+)
+def test_damaged_runs_are_refused(run, tmp_path, file, text, complaint):
+    out = shutil.copytree(run, tmp_path / "out")
+    (out / "report.html").unlink()
+    if text is None:
+        (out / file).unlink()
+    else:
+        (out / file).write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        report.write_report(out)
+    assert not (out / "report.html").exists()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+CHROMIUM_OPTIONS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+]  # fmt: skip
+MEASURE = """<script>
+addEventListener("load", () => {
+  const shown = [...document.images];
+  const box = e => e.getBoundingClientRect();
+  const frames = [...document.querySelectorAll(".frame")];
+  const find = document.getElementById("find"), sort = document.getElementById("sort");
+  const first = () => document.querySelector(".contents .name").textContent;
+  const measured = {
+    inner: innerWidth,
+    images: shown.filter(i => i.naturalWidth > 0 && box(i).width > 20 && box(i).height > 1).length,
+    frames: frames.filter(f => box(f).width > 90 && box(f).height > 90).length,
+    spill: [...document.querySelectorAll(".photo")].filter(
+      p => box(p).right > box(p.parentElement).right + 1 || box(p).bottom > box(p.parentElement).bottom + 1).length,
+    wide: document.documentElement.scrollWidth - innerWidth,
+    side: box(document.querySelector("main")).left > 200,
+  };
+  sort.value = "count"; sort.dispatchEvent(new Event("change")); measured.first = first();
+  find.value = "ROUND"; find.dispatchEvent(new Event("input"));
+  measured.found = document.querySelectorAll(".contents li:not([hidden])").length;
+  document.querySelector("section:not([hidden]) .frame[role]").click();
+  measured.dialog = document.querySelector("dialog").open && document.querySelectorAll("dialog img").length;
+  document.getElementById("masks").click();
+  measured.hidden = getComputedStyle(document.querySelector("img.mask")).visibility;
+  parent.postMessage(JSON.stringify(measured), "*");
+});
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome executable")
+@pytest.mark.parametrize("width", [400, 1400])
+def test_chromium_lays_it_out(run, tmp_path, width):
+    page = tmp_path / "measured.html"
+    page.write_text((run / "report.html").read_text("utf-8").replace("</body>", MEASURE + "</body>"), "utf-8")
+    # Not a window of that width: Chromium's are at least 500 pixels wide.
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f"<iframe width={width} height=1000 frameborder=0 src=measured.html></iframe>"
+        "<script>addEventListener('message', event => document.title = event.data)</script>"
+    )
+    options = [*CHROMIUM_OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1500,1000"]
+    done = subprocess.run(
+        [CHROMIUM, *options, "--virtual-time-budget=500", "--dump-dom", outer.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    measured = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+    assert measured == {
+        "inner": width, "images": 11 + 10, "frames": 13, "spill": 0, "wide": 0, "side": width == 1400,
+        "first": "disc", "found": 1, "dialog": 2, "hidden": "hidden",
+    }  # fmt: skip
+    screenshot = tmp_path / "page.png"
+    subprocess.run(
+        [CHROMIUM, *options, f"--screenshot={screenshot}", (run / "report.html").as_uri()],
+        capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert len(Image.open(screenshot).convert("RGB").getcolors(1 << 24)) > 50

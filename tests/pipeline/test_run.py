@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: MIT
+"""The command from photos to masks: what it makes, that it makes the same again, what it does when things go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from namedmask import cli
+from namedmask.archive import read_archive
+from namedmask.masks import read_errors, read_masks
+from small_world import KINDS, draw_photo, draw_photos, write_embeddings
+
+PHOTOS = 70  # more than one shard of masks
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.alone, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def process(*arguments) -> list[str]:
+    return [sys.executable, "-c", "from namedmask.cli import main_pseudolabel as m; m()", *map(str, arguments)]
+
+
+def masks_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((out / "masks").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, detector_options):
+    """A folder of photos, embeddings of them, and a finished run: (options, run folder)."""
+    root = tmp_path_factory.mktemp("world")
+    names = draw_photos(root / "photos", PHOTOS)
+    embeddings = write_embeddings(root / "embeddings.safetensors", names)
+    options = [root / "photos", "--categories", "cat,dog", "--embeddings", embeddings, *detector_options]
+    result = invoke(*options, "--out", root / "out")
+    assert result.exit_code == 0, result.output
+    return options, root / "out"
+
+
+def test_every_photo_gets_its_masks(world):
+    _, out = world
+    archive = read_archive(out / "archive.json")
+    assert archive.categories == ["cat", "dog"]
+    expected = {(entry.photo, name) for name in archive.categories for entry in archive.photos[name]}
+    records = list(read_masks(out / "masks"))
+    assert {(r.photo, r.category) for r in records} == expected and len(records) == len(expected)
+    assert sum(r.photo == "cat0000.jpg" for r in records) == 2  # retrieved for both names: two lines, one computation
+    for record in records:
+        mask = record.mask()
+        assert mask.shape == Image.open(world[0][0] / record.photo).size[::-1]
+        assert mask.sum() == record.area and 0 <= record.score <= 1
+    assert any(record.area for record in records)
+    assert (out / "report.html").stat().st_size > 10_000 and list(read_errors(out / "errors.jsonl")) == []
+
+
+def test_the_best_photos_of_a_name_come_first(world):
+    archive = read_archive(world[1] / "archive.json")
+    for name in KINDS:
+        entries = archive.photos[name]
+        assert [e.score for e in entries] == sorted((e.score for e in entries), reverse=True)
+        assert all(entry.photo.startswith(name) for entry in entries[: PHOTOS // 2])
+
+
+def test_the_same_run_twice_and_with_two_workers_gives_the_same_bytes(world, tmp_path):
+    options, out = world
+    assert invoke(*options, "--out", tmp_path / "again").exit_code == 0
+    assert masks_of(tmp_path / "again") == masks_of(out)
+    done = subprocess.run(process(*options, "--out", tmp_path / "two", "--workers", 2), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert masks_of(tmp_path / "two") == masks_of(out)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(world, tmp_path, workers):
+    options, out = world
+    command = process(*options, "--out", tmp_path / "out", "--workers", workers)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as run:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "out").glob("masks/0*.jsonl")) and run.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(run.pid, signal.SIGKILL)  # the parent alone: its workers must follow it by themselves
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert masks_of(tmp_path / "out") == masks_of(out)
+    assert not list((tmp_path / "out").rglob(".tmp-*"))
+
+
+def test_a_dead_worker_s_shard_is_done_by_another(world, tmp_path):
+    options, out = world
+    command = process(*options, "--out", tmp_path / "out", "--workers", 2)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        while not (tmp_path / "out" / "masks").exists() and run.poll() is None:
+            time.sleep(0.01)
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        _, said = run.communicate()
+    assert run.returncode == 0, said
+    assert masks_of(tmp_path / "out") == masks_of(out)
+
+
+def test_torchrun_s_environment_is_honoured(world, tmp_path):
+    options, out = world
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run([*torchrun, *process(*options, "--out", tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert masks_of(tmp_path / "out") == masks_of(out)
+
+
+def test_a_finished_run_is_not_done_again(world):
+    options, out = world
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} | {
+        path: path.stat().st_mtime_ns for path in (out / "masks").iterdir()
+    }
+    assert invoke(*options, "--out", out).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_other_settings_are_refused_with_the_difference_and_overwrite_starts_anew(world, tmp_path):
+    options, out = world
+    copy = tmp_path / "out"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    result = invoke(*options, "--out", copy, "--tau", 0.3)
+    assert result.exit_code == 2 and "detector.tau: 0.2 -> 0.3" in result.stderr and "--overwrite" in result.stderr
+    assert masks_of(copy) == masks_of(out)
+    assert invoke(*options, "--out", copy, "--tau", 0.3, "--overwrite").exit_code == 0
+    assert masks_of(copy) != masks_of(out)
+
+
+def test_options_left_out_are_the_defaults_not_those_of_the_last_run(world, tmp_path):
+    options, _ = world
+    assert invoke(*options, "--out", tmp_path / "out", "--tau", 0.3).exit_code == 0
+    result = invoke(*options, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "detector.tau: 0.3 -> 0.2" in result.stderr
+
+
+def test_what_was_made_from_what_is_made_anew_goes_with_it(world, tmp_path):
+    _, out = world
+    copy = tmp_path / "out"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    again = lambda *a: CliRunner().invoke(cli.app, [str(x) for x in a], catch_exceptions=False)  # noqa: E731
+    result = again("archive", copy, "--categories", "dog")
+    assert result.exit_code == 2 and "categories: ['cat', 'dog'] -> ['dog']" in result.stderr
+    assert again("archive", copy, "--categories", "dog", "--overwrite").exit_code == 0
+    assert not (copy / "masks").exists() and not (copy / "report.html").exists()
+    assert read_archive(copy / "archive.json").categories == ["dog"]
+
+
+def test_half_an_index_is_not_searched(world, tmp_path):
+    _, out = world
+    copy = tmp_path / "out"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    (copy / "archive.json").unlink()
+    (copy / "index" / "00000.safetensors").unlink()
+    result = CliRunner().invoke(cli.app, ["archive", str(copy)], catch_exceptions=False)
+    assert result.exit_code == 2 and "is not finished; make it with `namedmask index" in result.stderr
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_is_exit_code_130(world, tmp_path, workers):
+    command = process(*world[0], "--out", tmp_path / "out", "--workers", workers)
+    # A shell that runs the tests in the background has them ignore SIGINT; a user's shell does not.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as run:
+        while not (tmp_path / "out" / "index").exists() and run.poll() is None:
+            time.sleep(0.01)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate()
+    assert run.returncode == 130 and "run the same command again" in said and "Traceback" not in said, said
+
+
+def test_a_folder_that_cannot_be_one_is_one_line(world, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = invoke(*world[0], "--out", out)
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("namedmask: ")
+    result = CliRunner().invoke(cli.app, ["pseudolabel", str(tmp_path / "typo")], catch_exceptions=False)
+    assert result.exit_code == 2 and "is not the folder of a run" in result.stderr
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_folder_that_was_empty_may_be_filled(world, tmp_path):
+    options = world[0]
+    (tmp_path / "photos").mkdir()
+    run = lambda: invoke(tmp_path / "photos", *options[1:], "--out", tmp_path / "out")  # noqa: E731
+    assert "there are no photos" in run().stderr
+    (tmp_path / "photos" / "cat0000.jpg").write_bytes((options[0] / "cat0000.jpg").read_bytes())
+    assert run().exit_code == 0
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world):
+    import fcntl
+
+    options, out = world
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = invoke(*options, "--out", out)
+    assert result.exit_code == 2 and "in use by another run" in result.stderr
+
+
+def test_hostile_files_end_in_errors_and_the_good_ones_are_done(tmp_path, detector_options):
+    """Class folders: no CLIP, no embeddings. 20 good photos, 20 that are not."""
+    good = draw_photos(tmp_path / "photos" / "things", 17)
+    for name in ("a 'quoted' \"name\".jpg", "new\nline.jpg", os.fsdecode(b"\xff\xfe.jpg")):
+        draw_photo(1, "cat").save(tmp_path / "photos" / "things" / name)
+        good.append(name)
+    bad = tmp_path / "photos" / "bad"
+    bad.mkdir()
+    whole = (tmp_path / "photos" / "things" / good[0]).read_bytes()
+    for i in range(4):
+        (bad / f"empty{i}.jpg").touch()
+        (bad / f"cut{i}.jpg").write_bytes(whole[: len(whole) // 2 + i])
+        (bad / f"text{i}.jpg").write_text("<html>not found</html>" * (i + 1))
+        (bad / f"noise{i}.png").write_bytes(np.random.default_rng(i).bytes(500))
+        (bad / f"gone{i}.webp").symlink_to("nowhere")
+    result = invoke(tmp_path / "photos", "--out", tmp_path / "out", *detector_options)
+    assert result.exit_code == 0, result.output
+    assert {r.photo for r in read_masks(tmp_path / "out" / "masks")} == {f"things/{name}" for name in good}
+    errors = list(read_errors(tmp_path / "out" / "errors.jsonl"))
+    assert {e.photo for e in errors} == {f"bad/{p.name}" for p in bad.iterdir()} and len(errors) == 20
+    assert "20 masks in" in result.output and "20 that could not be used" in result.output
+
+
+def test_only_bad_photos_is_exit_code_3(tmp_path, detector_options):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "empty.jpg").touch()
+    assert invoke(tmp_path / "photos", "--out", tmp_path / "out", *detector_options).exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--tau", "7"], "detector.tau: input should be less than or equal to 1, got 7.0"),
+        (["--refine", "magic"], "refine.name: input should be 'bilateral' or 'none', got 'magic'"),
+        (["--categories", "cat,yak"], "has no text embedding of yak"),
+        (["--categories", "cat,cat"], "cat stands there more than once"),
+        (["--categories", ","], "no category name was given"),
+        (["--embeddings", "none.safetensors"], "none.safetensors"),
+        (["--backbone", "vit_huge"], "'vit_huge' is no timm model"),
+        (["--gpus", "64"], "--gpus 64: this machine shows"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(world, tmp_path, change, message):
+    result = invoke(*world[0], "--out", tmp_path / "out", *change)
+    assert result.exit_code == 2 and message in result.stderr
+    assert result.stderr.startswith("namedmask: ") and result.stderr.count("\n") == 1
+
+
+def test_a_worker_that_cannot_go_on_says_why_once(world, tmp_path):
+    options = [*world[0], "--out", tmp_path / "out", "--workers", 2, "--backbone", "resnet18"]
+    done = subprocess.run(process(*options), capture_output=True, text=True)
+    assert done.returncode == 2 and "is not a ViT" in done.stderr
+
+
+def test_photos_without_embedding_and_folders_without_photos(world, tmp_path):
+    options, _ = world
+    draw_photo(99, "cat").save(tmp_path / "stranger.jpg")
+    result = invoke(tmp_path, *options[1:], "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "no photo in" in result.stderr
+    (tmp_path / "none").mkdir()
+    result = invoke(tmp_path / "none", *options[1:], "--out", tmp_path / "out2")
+    assert result.exit_code == 2 and "there are no photos in" in result.stderr
+
+
+def test_stages_one_by_one_give_what_the_one_command_gives(world, tmp_path, detector_options):
+    options, out = world
+    run = lambda *a: CliRunner().invoke(cli.app, [str(x) for x in a], catch_exceptions=False)  # noqa: E731
+    there = tmp_path / "out"
+    assert run("index", options[0], "--out", there, "--embeddings", options[4]).exit_code == 0
+    assert run("archive", there, "--categories", "cat,dog").exit_code == 0
+    assert run("pseudolabel", there, *detector_options).exit_code == 0
+    assert run("report", there).exit_code == 0
+    assert masks_of(there) == masks_of(out)
+    assert json.loads((there / "archive.json").read_bytes()) == json.loads((out / "archive.json").read_bytes())
+
+
+def peak_memory(*arguments) -> int:
+    """The command's peak resident memory, KiB, as it says itself: what wait4 tells counts the parent's memory too."""
+    code = (
+        "import atexit, re, namedmask.cli as c\n"
+        "atexit.register(lambda: print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]))\n"
+        "c.main_pseudolabel()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, check=True)
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_memory_does_not_grow_with_the_number_of_photos(tmp_path, detector_options):
+    photo = tmp_path / "photo.jpg"
+    draw_photo(0, "cat", (64, 48)).save(photo)
+    peaks = []
+    for count in (500, 5000):
+        folder = tmp_path / f"photos{count}" / "cat"
+        folder.mkdir(parents=True)
+        for i in range(count):
+            (folder / f"{i:05}.jpg").hardlink_to(photo)
+        options = [folder.parent, "--out", tmp_path / f"out{count}", *detector_options, "--image-size", 32]
+        peaks.append(peak_memory(*options))
+    assert peaks[1] < 1.1 * peaks[0], peaks
