@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT
+"""The archive's search, streamed from index shards on disk, beside faiss's flat index on the same embeddings in memory.
+
+1.28 million photos (the paper's index) x 768 half-precision numbers, 80 names, the best 500 each; `--quick` a fiftieth.
+"""
+
+import itertools
+import re
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from common import paired_medians, report
+from namedmask.archive import read_shards, top_photos
+from namedmask.index import shard_path
+
+DIMS, NAMES, BEST, SHARD = 768, 80, 500, 16384
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory, quick):
+    """An index folder of random unit rows, and the number of photos."""
+    folder = tmp_path_factory.mktemp("index")
+    photos = 25_600 if quick else 1_280_000
+    rng = np.random.default_rng(0)
+    for shard, first in enumerate(range(0, photos, SHARD)):
+        n = min(SHARD, photos - first)
+        image = rng.standard_normal((n, DIMS), np.float32)
+        image /= np.linalg.norm(image, axis=1, keepdims=True)
+        photo = np.arange(first, first + n)
+        save_file({"image": image.astype(np.float16), "photo": photo}, shard_path(folder, shard))
+    return folder, photos
+
+
+def test_top_photos(benchmark, index, quick):
+    folder, photos = index
+    rng = np.random.default_rng(1)
+    text = rng.standard_normal((NAMES, DIMS), np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+
+    def ours():
+        return top_photos(read_shards(folder), text, BEST)
+
+    found = ours()
+    calls = {"ours, from disk": ours}
+    rows = []
+    try:
+        import faiss
+    except ImportError as error:
+        rows.append({"who": f"faiss: absent ({error})"})
+    else:
+        flat = faiss.IndexScalarQuantizer(DIMS, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        full = faiss.IndexFlatIP(DIMS)
+        for image, _ in read_shards(folder):
+            flat.add(image.astype(np.float32))
+            full.add(image.astype(np.float32))
+        scores, numbers = full.search(text, BEST)
+        for entries, s, n in zip(found, scores, numbers, strict=True):
+            np.testing.assert_allclose([score for _, score in entries], s, atol=2e-6)
+            assert len({photo for photo, _ in entries} & set(n.tolist())) >= BEST - 2  # ties at the end may differ
+        calls["faiss IndexFlatIP, float32 in memory"] = lambda: full.search(text, BEST)
+        calls["faiss fp16 flat, in memory"] = lambda: flat.search(text, BEST)
+    seconds = paired_medians(calls, rounds=3, seconds=120)
+    benchmark.pedantic(ours, rounds=1)
+    flops = 2 * photos * DIMS * NAMES
+    for who, s in seconds.items():
+        rows.append(
+            {
+                "who": who,
+                "s": s,
+                "million photos/s": photos / s / 1e6,
+                "GFLOP/s": flops / s / 1e9,
+                "time / ours": s / seconds["ours, from disk"],
+            }
+        )
+    rows.append({"who": "sgemm alone, one block in cache", "GFLOP/s": _sgemm_rate()})
+    for shards in (1, len(list(folder.glob("*.safetensors")))):
+        rows.append({"who": f"peak memory over {shards} shards, MiB", "MiB": peak_memory(folder, text, shards)})
+    report(f"archive: the best {BEST} of {photos} photos for {NAMES} names", rows)
+
+
+def peak_memory(folder, text, shards) -> float:
+    """Peak resident memory, MiB, of a fresh process that searches the first shards."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(_search_alone, folder, text, shards).result()
+
+
+def _search_alone(folder, text, shards) -> float:
+    top_photos(itertools.islice(read_shards(folder), shards), text, BEST)
+    # Not getrusage: what it tells of a new process counts its parent's memory too.
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def _sgemm_rate() -> float:
+    import torch
+
+    a, b = torch.randn(4096, DIMS), torch.randn(DIMS, NAMES)
+    start = time.perf_counter()
+    for _ in range(20):
+        a @ b
+    return 20 * 2 * a.numel() * NAMES / (time.perf_counter() - start) / 1e9

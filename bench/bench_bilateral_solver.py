@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""bilateral_solver beside its own scipy reference, which does what the published numpy/scipy solver does.
+
+`pytest bench/bench_bilateral_solver.py --benchmark-only -s` prints the tables. Another public implementation on the CPU
+is not known to us.
+"""
+
+import numpy as np
+import torch
+
+import namedmask_kernels as nk
+from common import copy_bandwidth, one_thread, paired_medians, report, threads
+from namedmask_kernels import Ragged
+from namedmask_kernels.reference import bilateral_solver as reference
+
+SETTINGS = (0.999, 16, 16, 8, 256.0, 25, 1e-5)
+
+
+def photo(seed=0, h=512, w=683):
+    """(target, image): light that varies slowly, textured objects with their own colours, a little noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:h, :w] / h
+    image = np.empty((h, w, 3))
+    image[:] = (150 + 60 * np.sin(2 * x + y) + 30 * np.cos(5 * y))[..., None] * [0.95, 1.0, 1.08]
+    target = np.zeros((h, w), np.float32)
+    for blob in range(24):
+        cy, cx, radius, squash = rng.uniform([0, 0, 0.05, 0.4], [1, w / h, 0.3, 1.6])
+        inside = ((y - cy) * squash) ** 2 + (x - cx) ** 2 < radius**2 * (
+            1 + 0.2 * np.sin(9 * np.arctan2(y - cy, x - cx))
+        )
+        grain = np.sin(rng.uniform(20, 90) * x + rng.uniform(20, 90) * y) * rng.uniform(5, 30)
+        shade = 1 - 0.5 * (x - cx + y - cy) / radius
+        image[inside] = (rng.uniform(30, 220, 3) * shade[..., None] + grain[..., None])[inside]
+        if blob >= 22:
+            target[inside] = 1
+    image += rng.normal(0, 5, (h, w, 1)) + rng.normal(0, 2, (h, w, 3))
+    target[np.roll(target, (9, 14), (0, 1)) > 0] = 1  # the mask is off its object's edges
+    return target, image.clip(0, 255).astype(np.uint8)
+
+
+def bytes_of_a_step(image):
+    """(vertices, bytes that a step of conjugate gradients reads and writes, caches aside)."""
+    vertex, neighbours = reference.grid(reference.cells(image, *SETTINGS[1:4]))
+    count = int(vertex.max()) + 1
+    # 15 reads or writes of a float per vertex; per neighbour its index and its value
+    return count, 15 * 4 * count + 8 * neighbours.nnz
+
+
+def test_one_photo_on_one_core(benchmark):
+    target, image = photo()
+    soft = nk.bilateral_solver(target, image)
+    expected = reference.bilateral_solver(target, image, *SETTINGS)
+    np.testing.assert_allclose(soft, expected, atol=1e-4)
+    assert 15_000 <= bytes_of_a_step(image)[0] <= 25_000
+    with one_thread():
+        seconds = paired_medians(
+            {
+                "cpu": lambda: nk.bilateral_solver(target, image),
+                "no steps": lambda: nk.bilateral_solver(target, image, iterations=0),
+                "reference": lambda: reference.bilateral_solver(target, image, *SETTINGS),
+            },
+            rounds=25,
+        )
+        benchmark.pedantic(nk.bilateral_solver, (target, image), rounds=20, warmup_rounds=2)
+        vertices, moved = bytes_of_a_step(image)
+        step = (seconds["cpu"] - seconds["no steps"]) / 25
+        ceiling = copy_bandwidth(1 << 20)
+    report(
+        f"bilateral_solver, 512 x 683, {vertices} vertices, one core",
+        [
+            {"who": "numpy/scipy reference", "ms": 1e3 * seconds["reference"], "ratio": 1.0},
+            {"who": "cpu", "ms": 1e3 * seconds["cpu"], "ratio": seconds["reference"] / seconds["cpu"]},
+            {"who": "  of it all but the steps", "ms": 1e3 * seconds["no steps"]},
+            {
+                "who": "  one of 25 steps",
+                "ms": 1e3 * step,
+                "KB": moved / 1e3,
+                "GB/s": moved / step / 1e9,
+                "share of a 1 MB copy's": moved / step / ceiling,
+            },
+        ],
+    )
+
+
+def test_a_batch_of_eight(benchmark):
+    photos = [photo(seed, 512 - 16 * seed, 683 - 40 * seed) for seed in range(8)]
+    targets = Ragged.pack([torch.from_numpy(t) for t, _ in photos])
+    images = Ragged.pack([torch.from_numpy(i) for _, i in photos])
+    for soft, (target, image) in zip(nk.bilateral_solver(targets, images).grids(), photos, strict=True):
+        np.testing.assert_allclose(soft.numpy(), reference.bilateral_solver(target, image, *SETTINGS), atol=1e-4)
+
+    def on(count):
+        def call():
+            with threads(count):
+                nk.bilateral_solver(targets, images)
+
+        return call
+
+    seconds = paired_medians({f"{n} threads": on(n) for n in (1, 2)}, rounds=15)
+    benchmark.pedantic(on(2), rounds=5)
+    report(
+        "bilateral_solver, batch of 8 photos, 400 x 403 to 512 x 683",
+        [
+            {"who": who, "ms": 1e3 * s, "photos/s": 8 / s, "speedup": seconds["1 threads"] / s}
+            for who, s in seconds.items()
+        ],
+    )

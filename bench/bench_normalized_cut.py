@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""normalized_cut, from features to foreground, beside the eigensolvers that one would otherwise call.
+
+`pytest bench/bench_normalized_cut.py --benchmark-only -s` prints the tables. TokenCut's dense eigh takes seconds at
+3,600 tokens, so it is left out there unless NMK_BENCH_DENSE=1.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from scipy import ndimage
+from scipy.sparse.linalg import LinearOperator, eigsh, lobpcg
+
+import namedmask_kernels as nk
+from common import paired_medians, report, threads
+
+CHANNELS = 384
+
+
+def scene(side, seed=0):
+    """float32 [side, side, 384]: two objects before a background that varies slowly; all share a direction, and noise
+    is strong, so that the graph hangs together (second eigenvalues of 0.3 to 0.8, as of a ViT's tokens)."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side] / side
+    shared = 0.9 * rng.normal(size=CHANNELS)
+    features = shared + rng.normal(size=CHANNELS) + 0.5 * np.sin(3 * x + y)[..., None] * rng.normal(size=CHANNELS)
+    for cy, cx, radius in rng.uniform([0.3, 0.3, 0.12], [0.7, 0.7, 0.3], (2, 3)):
+        features[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = shared + rng.normal(size=CHANNELS)
+    return (features + 1.6 * rng.normal(size=features.shape)).astype(np.float32)
+
+
+def affinity(features, dtype):
+    unit = features.reshape(-1, CHANNELS)
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    return np.where(unit @ unit.T > 0.2, dtype(1), dtype(1e-5))
+
+
+def dense(features):
+    """As TokenCut: the generalised problem with dense float64 matrices."""
+    a = affinity(features, np.float64)
+    degrees = np.diag(a.sum(1))
+    return scipy.linalg.eigh(degrees - a, degrees, subset_by_index=[1, 2])[1][:, 0]
+
+
+def arpack(features):
+    a = affinity(features, np.float32)
+    root = np.sqrt(a.sum(1))
+    a /= root[:, None]
+    a /= root
+    return eigsh(a, k=2, which="LA", tol=1e-4, v0=np.ones(len(a), np.float32))[1][:, 0] / root
+
+
+def block(features):
+    """LOBPCG with the first eigenvector as a constraint."""
+    a = affinity(features, np.float32)
+    root = np.sqrt(a.sum(1))
+    start = np.random.default_rng(0).normal(size=(len(a), 2)).astype(np.float32)
+    operator = LinearOperator(a.shape, matvec=lambda x: a @ (x.T / root).T.squeeze() / root, dtype=np.float32,
+                              matmat=lambda x: a @ (x / root[:, None]) / root[:, None])  # fmt: skip
+    return lobpcg(operator, start, Y=root[:, None], tol=1e-4, maxiter=100)[1][:, 0] / root
+
+
+def foreground(solve, features):
+    vector = solve(features)
+    vector = vector * np.sign(vector[np.abs(vector).argmax()])
+    labels = ndimage.label((vector > vector.mean()).reshape(features.shape[:2]))[0]
+    return labels == labels.flat[vector.argmax()]
+
+
+def peers(n):
+    solvers = {"dense eigh, as TokenCut": dense, "ARPACK on float32": arpack, "LOBPCG on float32": block}
+    if n > 1600 and not os.environ.get("NMK_BENCH_DENSE"):
+        del solvers["dense eigh, as TokenCut"]
+    return solvers
+
+
+def table(title, seconds, flops):
+    ours, product = seconds["cpu"], seconds["float32 product"]
+    rows = [
+        {"who": who, "ms": 1e3 * s, "times cpu's": s / ours} for who, s in seconds.items() if who != "float32 product"
+    ]
+    rows[0] |= {"GFLOP/s": flops / ours / 1e9, "share of the product's": (flops / ours) / (2 * flops / product)}
+    rows.append({"who": "features x features', torch", "ms": 1e3 * product, "GFLOP/s": 2 * flops / product / 1e9})
+    report(title + "; flops counted: half of that product, which is symmetric", rows)
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one thread", "two threads"])
+@pytest.mark.parametrize("side", [28, 40, 60])
+def test_one_photo(benchmark, side, count):
+    features = scene(side)
+    n = side * side
+    ours = nk.normalized_cut(features)
+    assert ours.residual[0] <= 1e-8 and ours.foreground.any()
+    calls = {"cpu": lambda: nk.normalized_cut(features)}
+    for who, solve in peers(n).items():
+        assert (foreground(solve, features) == ours.foreground).mean() > 0.998, who
+        calls[who] = lambda solve=solve: foreground(solve, features)
+    tokens = torch.from_numpy(features).flatten(0, 1)
+    calls["float32 product"] = lambda: tokens @ tokens.T
+    with threads(count):
+        seconds = paired_medians(calls, rounds=9, seconds=40)
+        benchmark.pedantic(calls["cpu"], rounds=5)
+    table(f"normalized_cut, {n} tokens, {ours.iterations[0]} iterations, {count} threads", seconds, n * n * CHANNELS)
+
+
+def test_a_batch_of_32(benchmark):
+    photos = np.stack([scene(28, seed) for seed in range(32)])
+    ours = nk.normalized_cut(photos)
+    calls = {"cpu": lambda: nk.normalized_cut(photos)}
+    for who, solve in peers(784).items():
+        found = np.stack([foreground(solve, photo) for photo in photos])
+        assert (found == ours.foreground).mean() > 0.998, who
+        calls[who] = lambda solve=solve: [foreground(solve, photo) for photo in photos]
+    tokens = torch.from_numpy(photos).flatten(1, 2)
+    calls["float32 product"] = lambda: tokens @ tokens.mT
+    with threads(2):
+        seconds = paired_medians(calls, rounds=5, seconds=60)
+        benchmark.pedantic(calls["cpu"], rounds=5)
+    table("normalized_cut, a batch of 32 photos of 784 tokens, two threads", seconds, 32 * 784**2 * CHANNELS)

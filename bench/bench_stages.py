@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""Photos per second of each stage and of the whole command, and where the time goes.
+
+Photos are drawn here (480 x 640 JPEGs); the backbone is a ViT-S/16 with random weights, which costs what DINO's costs.
+The index is made with the demo's CLIP of the demo's photos: both are small, so what surrounds the network shows.
+"""
+
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from bench_bilateral_solver import photo as draw
+from PIL import Image
+from safetensors.torch import save_file
+
+from common import report
+from namedmask.config import DetectorConfig, IndexConfig, RefineConfig, RunConfig
+from namedmask.demo.run import render
+from namedmask.index import CLIP_BATCH, Clip
+from namedmask.photos import Photo, PhotoSource, decode_ahead
+from namedmask.pseudolabel import Labeller
+from namedmask.refine import Refiner
+from namedmask.run import start
+from namedmask.saliency.spectral import SpectralDetector
+from namedmask.threads import thread_count
+
+BACKBONE = "vit_small_patch16_224.dino"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, quick):
+    """(photo folder with one class, their names, detector settings)"""
+    root = tmp_path_factory.mktemp("stages")
+    folder = root / "photos" / "thing"
+    folder.mkdir(parents=True)
+    for i in range(4 if quick else 24):
+        Image.fromarray(draw(i, 480, 640)[1]).save(folder / f"{i:03}.jpg", quality=92)
+    torch.manual_seed(0)
+    save_file(timm.create_model(BACKBONE, num_classes=0).state_dict(), root / "vit.safetensors")
+    source = PhotoSource(root / "photos")
+    return source, list(source), DetectorConfig(backbone=BACKBONE, backbone_weights=str(root / "vit.safetensors"))
+
+
+def rate(title, benchmark, call, photos, **facts):
+    """Runs the stage once to warm up and once for the record."""
+    call()
+    began = time.perf_counter()
+    benchmark.pedantic(call, rounds=1)
+    seconds = time.perf_counter() - began
+    report(title, [{"photos": photos, "photos/s": photos / seconds, "s": seconds, **facts}])
+
+
+def test_decode(benchmark, world):
+    source, names, _ = world
+    rate("decode, 480 x 640 JPEG", benchmark, lambda: list(decode_ahead(source.decode, names)), len(names))
+
+
+def test_index(benchmark, tmp_path, quick):
+    render(tmp_path, 5, 53 if quick else 1060, False)
+    source, clip = PhotoSource(tmp_path), Clip(IndexConfig(clip_model="namedmask-demo"), "cpu")
+    names = list(source)
+
+    def alone():
+        """The same work, step by step in this thread: (photos' embeddings, seconds to decode, seconds of network)."""
+        began = time.perf_counter()
+        inputs = [clip.preprocess(Image.fromarray(source.decode(name).pixels)) for name in names]
+        decoded = time.perf_counter()
+        size = CLIP_BATCH["cpu"]
+        with torch.inference_mode():
+            batches = [torch.stack(inputs[i : i + size]) for i in range(0, len(inputs), size)]
+            rows = torch.cat([clip.model.encode_image(batch, normalize=True) for batch in batches])
+        return rows.numpy(), decoded - began, time.perf_counter() - decoded
+
+    alone()
+    rows, decode, network = alone()
+    np.testing.assert_allclose(np.stack([row for _, row in clip.images(source, names)]), rows, atol=1e-5)
+    rate(
+        f"index: the demo's CLIP, photos of 128 to 192 pixels, {thread_count()} threads",
+        benchmark,
+        lambda: list(clip.images(source, names)),
+        len(names),
+        **{"decode, ms a photo": 1e3 * decode / len(names), "network, ms a photo": 1e3 * network / len(names)},
+        **{"share of decode": f"{decode / (decode + network):.0%}"},
+    )
+
+
+def test_detect(benchmark, world):
+    source, names, config = world
+    detector = SpectralDetector(config, "cpu")
+    photos = [source.decode(name) for name in names]
+    tokens = detector.tokens(photos[0])
+
+    def call():
+        return [detector.detect([photo])[0] for photo in photos]
+
+    assert all(found.mask.shape == (480, 640) and 0 <= found.separation < 1 for found in call())
+    rate("detect: spectral, ViT-S/16, short side 448", benchmark, call, len(photos), tokens=tokens)
+
+
+def test_refine(benchmark, world):
+    source, names, _ = world
+    refiner = Refiner(RefineConfig())
+    photos: list[Photo] = [source.decode(name) for name in names]
+    rng = np.random.default_rng(0)
+    targets = [torch.from_numpy(rng.random(8 * 8) < 0.4).view(1, 1, 8, 8).float() for _ in photos]
+    targets = [torch.nn.functional.interpolate(t, (480, 640))[0, 0] for t in targets]
+
+    def call():
+        return [refiner.refine(photo, target) for photo, target in zip(photos, targets, strict=True)]
+
+    assert all(soft.shape == (480, 640) and soft.isfinite().all() for soft in call())
+    rate("refine: bilateral solver, 480 x 640, one photo at a time", benchmark, call, len(photos))
+
+
+def test_pseudolabel(benchmark, world):
+    source, names, config = world
+    labeller = Labeller(RunConfig(photos=str(source.path), detector=config), "cpu")
+
+    def call():
+        labeller.seconds.clear()
+        return [item for batch in labeller.label(source, names) for item in batch]
+
+    assert len(call()) == len(names)
+    rate("pseudolabel engine: decode, detect, refine", benchmark, call, len(names))
+    print(", ".join(f"{step} {1e3 * s / len(names):.1f} ms a photo" for step, s in labeller.seconds.items()))
+
+
+def test_whole_command(benchmark, world, tmp_path):
+    """Class folders to masks and report, in this process: model loading and report included."""
+    source, names, config = world
+    runs = iter(range(100))
+
+    def call():
+        out = tmp_path / str(next(runs))
+        given = {"photos": str(source.path), "detector": config.model_dump(exclude_none=True)}
+        assert start(out, given, ["archive", "pseudolabel", "report"], 1, 0, False)
+
+    rate("namedmask-pseudolabel, end to end", benchmark, call, len(names))

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""What the benches share: fair timing on a noisy machine, one thread for every library, and a table.
+
+with one_thread():
+    seconds = paired_medians({"ours": ours, "peer": peer}, rounds=20)
+report("operator, 512x683", [{"who": n, "ms": 1e3 * s} for n, s in seconds.items()])
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+QUICK = False  # --quick: three turns each, to see that benches still run
+
+
+def paired_medians(
+    calls: Mapping[str, Callable[[], object]], rounds: int = 15, seconds: float = 120.0
+) -> dict[str, float]:
+    """Median seconds of each call, taken in turns so that a slow spell of the machine hits all alike.
+
+    Every call runs once unmeasured first. Stops after `rounds` turns, or after `seconds` (three turns at least).
+    """
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    for turn in range(3 if QUICK else rounds):
+        if turn >= 3 and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def _openblas() -> Iterator[tuple[Callable[[int], None], Callable[[], int]]]:
+    """(set, get) of the number of threads, for every OpenBLAS in this process (numpy and scipy bring one each)."""
+    paths = set(re.findall(r"/\S*openblas\S*", Path("/proc/self/maps").read_text()))
+    for library in map(ctypes.CDLL, paths):
+        for form in ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads"):
+            if hasattr(library, form.format("set")):
+                yield getattr(library, form.format("set")), getattr(library, form.format("get"))
+                break
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """`count` threads for torch, our kernels and numpy's and scipy's OpenBLAS inside the block.
+
+    Our OpenMP regions follow torch.set_num_threads: both use the one libgomp, whose setting torch changes for the
+    calling thread.
+    """
+    before, blas = torch.get_num_threads(), list(_openblas())
+    blas_before = [get() for _, get in blas]
+    torch.set_num_threads(count)
+    for set_threads, _ in blas:
+        set_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        for (set_threads, _), n in zip(blas, blas_before, strict=True):
+            set_threads(n)
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
+    """`threads(1)`."""
+    return threads(1)
+
+
+def copy_bandwidth(bytes_moved: int = 1 << 28) -> float:
+    """Bytes per second, read plus written, that one thread reaches when it copies an array of half `bytes_moved`.
+
+    256 MB measures the memory; a size that fits a cache measures that cache. The ceiling for bandwidth-bound kernels.
+    """
+    source = np.ones(bytes_moved // 2, np.uint8)
+    target = np.empty_like(source)
+    repeats = max(1, (1 << 26) // bytes_moved)
+
+    def copy():
+        for _ in range(repeats):
+            np.copyto(target, source)
+
+    return repeats * bytes_moved / paired_medians({"copy": copy}, rounds=7)["copy"]
+
+
+def machine() -> str:
+    """The processor's name and how many of its cores this process sees."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{found.group(1) if found else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+_reported: list[tuple[str, list[str], list[list[str]]]] = []
+
+
+def results_page() -> str:
+    """Everything that `report` has printed in this process, as Markdown."""
+    lines = [
+        "# What the benches printed",
+        "",
+        "Made by `pytest bench --benchmark-only --results bench/RESULTS.md`; do not edit by hand.",
+        f"{machine()}; {_levels()}, torch {torch.__version__}, numpy {np.__version__}, {platform.platform()}.",
+    ]
+    for title, columns, rows in _reported:
+        lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _levels() -> str:
+    from namedmask_kernels import backends
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"C++ kernels for {backends.native().level()}, {gpu}"
+
+
+def report(title: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Prints rows as a table with the machine's name; floats with three significant digits. Keeps them for the page."""
+    table = Table()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    cells = [[_text(row.get(column, "")) for column in columns] for row in rows]
+    for line in cells:
+        table.add_row(*line)
+    Console(width=140).print(table)
+    _reported.append((title, columns, cells))
+
+
+def _text(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

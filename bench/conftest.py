@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""Options of all benches, and the page of results.
+
+pytest bench --benchmark-only -s                                   tables on the terminal
+pytest bench --benchmark-only --results bench/RESULTS.md           the same tables as a page
+pytest bench --benchmark-only --quick                              small sizes: does every bench still run?
+"""
+
+from pathlib import Path
+
+import pytest
+
+import common
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="small sizes, for a check that benches run")
+    parser.addoption("--results", type=Path, help="write all tables to this Markdown file")
+
+
+def pytest_configure(config):
+    common.QUICK = config.getoption("--quick")
+
+
+@pytest.fixture(scope="session")
+def quick(request) -> bool:
+    return request.config.getoption("--quick")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    path = session.config.getoption("--results")
+    if path is not None and exitstatus == 0:
+        path.write_text(common.results_page())
