@@ -6,9 +6,9 @@
 
 import itertools
 import re
+import subprocess
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,12 @@ from namedmask.archive import read_shards, top_photos
 from namedmask.index import shard_path
 
 DIMS, NAMES, BEST, SHARD = 768, 80, 500, 16384
+
+
+def text_embeddings() -> np.ndarray:
+    """Random unit rows, float32 [NAMES, DIMS]."""
+    text = np.random.default_rng(1).standard_normal((NAMES, DIMS), np.float32)
+    return text / np.linalg.norm(text, axis=1, keepdims=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +45,7 @@ def index(tmp_path_factory, quick):
 
 def test_top_photos(benchmark, index, quick):
     folder, photos = index
-    rng = np.random.default_rng(1)
-    text = rng.standard_normal((NAMES, DIMS), np.float32)
-    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    text = text_embeddings()
 
     def ours():
         return top_photos(read_shards(folder), text, BEST)
@@ -80,20 +84,14 @@ def test_top_photos(benchmark, index, quick):
         )
     rows.append({"who": "sgemm alone, one block in cache", "GFLOP/s": _sgemm_rate()})
     for shards in (1, len(list(folder.glob("*.safetensors")))):
-        rows.append({"who": f"peak memory over {shards} shards, MiB", "MiB": peak_memory(folder, text, shards)})
+        rows.append({"who": f"peak memory over {shards} shards, MiB", "MiB": peak_memory(folder, shards)})
     report(f"archive: the best {BEST} of {photos} photos for {NAMES} names", rows)
 
 
-def peak_memory(folder, text, shards) -> float:
+def peak_memory(folder: Path, shards: int) -> float:
     """Peak resident memory, MiB, of a fresh process that searches the first shards."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(_search_alone, folder, text, shards).result()
-
-
-def _search_alone(folder, text, shards) -> float:
-    top_photos(itertools.islice(read_shards(folder), shards), text, BEST)
-    # Not getrusage: what it tells of a new process counts its parent's memory too.
-    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    command = [sys.executable, __file__, str(folder), str(shards)]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def _sgemm_rate() -> float:
@@ -104,3 +102,9 @@ def _sgemm_rate() -> float:
     for _ in range(20):
         a @ b
     return 20 * 2 * a.numel() * NAMES / (time.perf_counter() - start) / 1e9
+
+
+if __name__ == "__main__":  # the process of peak_memory
+    top_photos(itertools.islice(read_shards(Path(sys.argv[1])), int(sys.argv[2])), text_embeddings(), BEST)
+    # Not getrusage: what it tells of a new process counts its parent's memory too.
+    print(int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
