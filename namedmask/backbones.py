@@ -180,6 +180,39 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
     return Backbone(model, torch.device(device), getattr(torch, precision))
 
 
+def untrained(name: str) -> nn.Module:
+    """A timm ViT by name with random weights, for photos of any shape; UserError where there is no such model."""
+    import timm
+
+    if name == "vit_namedmask_demo":
+        from .demo.models import register
+
+        register()
+    if not timm.is_model(name):
+        raise UserError(f"backbone {name!r} is no timm model")
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError:
+        raise UserError(f"backbone {name!r} {_NO_VIT}") from None
+
+
+def read_weights(path: str, option: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a file that torch opens with weights_only=True.
+
+    option: the command's option that gave the path, for the UserError that says what is wrong with it.
+    """
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise UserError(f"{option} {path}: there is no such file")
+    try:
+        if path.endswith(".safetensors"):
+            return {name: tensor.float() for name, tensor in load_file(path).items()}
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has exceptions of its own
+        raise UserError(f"{option} {path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
 def _why_no_weights(name: str, weights: str | None, error: Exception) -> str:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if weights is not None:

@@ -42,7 +42,12 @@ Embeddings = Annotated[
 PhotosPerCategory = Annotated[
     int | None, typer.Option("--photos-per-category", help="Size of the archive of each name. (default: 500)")
 ]
-Detector = Annotated[str | None, typer.Option("--detector", help="What finds the object: spectral.")]
+Detector = Annotated[
+    str | None, typer.Option("--detector", help="What finds the object: spectral or selfmask. (default: spectral)")
+]
+DetectorWeights = Annotated[
+    Path | None, typer.Option("--detector-weights", help="A local file with selfmask's network, its encoder included.")
+]
 BackboneName = Annotated[
     str | None, typer.Option("--backbone", help="A timm ViT. (default: vit_small_patch8_224.dino)")
 ]
@@ -78,6 +83,7 @@ SETTINGS = {
     "embeddings": ("index", "embeddings"),
     "photos_per_category": ("archive", "photos_per_category"),
     "detector": ("detector", "name"),
+    "detector_weights": ("detector", "weights"),
     "backbone": ("detector", "backbone"),
     "backbone_weights": ("detector", "backbone_weights"),
     "features": ("detector", "features"),
@@ -177,6 +183,7 @@ def pseudolabel_everything(
     embeddings: Embeddings = None,
     photos_per_category: PhotosPerCategory = None,
     detector: Detector = None,
+    detector_weights: DetectorWeights = None,
     backbone: BackboneName = None,
     backbone_weights: BackboneWeights = None,
     features: Features = None,
@@ -230,6 +237,7 @@ def archive(
 def pseudolabel(
     out: RunFolder,
     detector: Detector = None,
+    detector_weights: DetectorWeights = None,
     backbone: BackboneName = None,
     backbone_weights: BackboneWeights = None,
     features: Features = None,
@@ -244,6 +252,37 @@ def pseudolabel(
     debug: Debug = False,
 ) -> None:
     """A mask for every photo of an archive."""
+
+
+@app.command()
+@command
+def train_saliency(
+    out: RunFolder,
+    backbone: BackboneName = None,
+    backbone_weights: BackboneWeights = None,
+    start: Annotated[Path | None, typer.Option("--start", help="A SelfMask network to go on from.")] = None,
+    queries: Annotated[int | None, typer.Option("--queries", help="Masks that it proposes. (default: 20)")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", help="Of its decoder. (default: 6)")] = None,
+    keep: Annotated[float | None, typer.Option("--keep", help="Share of the masks, by score. (default: 1)")] = None,
+    crop: Annotated[int | None, typer.Option("--crop", help="Pixels a side in training. (default: 224)")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Photos a step. (default: 8)")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the masks. (default: 12)")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Instead of epochs.")] = None,
+    rate: Annotated[float | None, typer.Option("--rate", help="Learning rate of the decoder. (default: 6e-6)")] = None,
+    encoder_rate: Annotated[
+        float | None, typer.Option("--encoder-rate", help="Of the encoder. (default: 6e-6)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of all draws. (default: 0)")] = None,
+    debug: Debug = False,
+) -> None:
+    """A SelfMask network from the masks of a run, for `--detector selfmask`; run it again to continue."""
+    options = {name: value for name, value in locals().items() if value is not None and name not in ("out", "debug")}
+    from .config import SaliencyTraining, make_config
+    from .distributed import count_gpus
+    from .saliency.selfmask_training import train_saliency
+
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    print(train_saliency(out, make_config(given, SaliencyTraining), "cuda" if count_gpus(None, 1) else "cpu"))
 
 
 @app.command()

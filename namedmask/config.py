@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +31,9 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+SomePart = TypeVar("SomePart", bound=Part)
+
+
 class IndexConfig(Part):
     """Photos -> CLIP image embeddings. Without categories there is no index."""
 
@@ -47,7 +50,8 @@ class ArchiveConfig(Part):
 class DetectorConfig(Part):
     """Which pixels are the object."""
 
-    name: Literal["spectral"] = "spectral"
+    name: Literal["spectral", "selfmask"] = "spectral"
+    weights: str | None = None  # a local file with the SelfMask network, its encoder included
     backbone: str = "vit_small_patch8_224.dino"  # a timm ViT
     backbone_weights: str | None = None  # a local file instead of the published weights
     features: Literal["tokens", "keys"] = "keys"
@@ -55,6 +59,26 @@ class DetectorConfig(Part):
     tau: Annotated[float, Field(ge=-1, le=1)] = 0.2
     image_size: Annotated[int, Field(ge=16)] = 448  # short side, pixels
     precision: Literal["float32", "bfloat16"] = "float32"
+
+
+class SaliencyTraining(Part):
+    """How a SelfMask network is trained on a run's masks. Rates, sizes and epochs are the SelfMask paper's."""
+
+    backbone: str = "vit_small_patch8_224.dino"  # its encoder, a timm ViT
+    backbone_weights: str | None = None  # a local file instead of the published weights
+    start: str | None = None  # a SelfMask network to start from, encoder and all
+    queries: Positive = 20
+    layers: Positive = 6
+    keep: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the masks, those with the best scores
+    crop: Annotated[int, Field(ge=16)] = 224  # pixels a side
+    scale: tuple[float, float] = (0.1, 1.0)  # area of a crop, as a share of the photo's
+    batch: Positive = 8
+    epochs: Positive = 12
+    steps: Positive | None = None  # instead of epochs
+    rate: Annotated[float, Field(gt=0)] = 6e-6  # of the decoder
+    encoder_rate: Annotated[float, Field(gt=0)] = 6e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    seed: int = 0
 
 
 class RefineConfig(Part):
@@ -79,10 +103,10 @@ class RunConfig(Part):
     refine: RefineConfig = RefineConfig()
 
 
-def make_config(settings: dict) -> RunConfig:
+def make_config(settings: dict, kind: type[SomePart] = RunConfig) -> SomePart:
     """A nested dictionary of settings -> RunConfig; UserError names each wrong value and what was expected."""
     try:
-        return RunConfig.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
         lines = [
             f"{'.'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg'].lower()}, got {e['input']!r}"

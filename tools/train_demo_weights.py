@@ -2,8 +2,8 @@
 """Makes the demo's weights from rendered scenes alone: ``pool``, then ``clip`` and ``vit`` (see tools/README.md).
 
     python tools/train_demo_weights.py pool --out WORK --photos 24000 --workers 2
-    python tools/train_demo_weights.py clip --out WORK --minutes 60
-    python tools/train_demo_weights.py vit  --out WORK --minutes 60
+    python tools/train_demo_weights.py clip --out WORK
+    python tools/train_demo_weights.py vit  --out WORK
     python tools/train_demo_weights.py export --out WORK
 
 What reaches the trainings: ``clip`` reads photos and their captions, ``vit`` reads photos. The pool holds nothing else:
@@ -99,12 +99,12 @@ class Pool:
 class Run:
     """A training's clock, curve and checkpoint: everything that makes it resumable."""
 
-    def __init__(self, folder: Path, minutes: float, parts: dict) -> None:
+    def __init__(self, folder: Path, steps: int, parts: dict) -> None:
         """``parts``: name -> object with state_dict/load_state_dict; restored when a checkpoint is there."""
         import torch
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.seconds, self.parts = folder, minutes * 60.0, parts
+        self.folder, self.steps, self.parts = folder, steps, parts
         self.rng = np.random.default_rng(0)
         self.step, self.spent, self.photos, self._sums, self._count = 0, 0.0, 0, {}, 0
         self.file = folder / "checkpoint.pt"
@@ -121,8 +121,8 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """The share of the training time that is spent, in [0, 1]."""
-        return min(self.spent / self.seconds, 1.0)
+        """The share of the steps that is done, in [0, 1]."""
+        return self.step / self.steps
 
     def tick(self, photos: int, **values: float) -> None:
         """Count a step; log the mean of the values every 50 steps and save every two minutes."""
@@ -235,10 +235,10 @@ def train_clip(arguments: argparse.Namespace) -> None:
     model, _, tokenizer = create_clip(None)
     side = model.visual.image_size
     side = side[0] if isinstance(side, tuple) else side
-    model.train()
+    model = model.to(memory_format=torch.channels_last).train()
     smooth = copy.deepcopy(model)
     optimiser = torch.optim.AdamW(decayed_groups([model], 0.05), betas=(0.9, 0.98), eps=1e-6)
-    run = Run(arguments.out / "clip", arguments.minutes, {"model": model, "smooth": smooth, "optimiser": optimiser})
+    run = Run(arguments.out / "clip", arguments.steps, {"model": model, "smooth": smooth, "optimiser": optimiser})
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     templates, tokens = all_templates(), {}
@@ -250,7 +250,7 @@ def train_clip(arguments: argparse.Namespace) -> None:
         photos = torch.from_numpy(photos).permute(0, 3, 1, 2).float() / 255.0
         tint = torch.from_numpy(rng.uniform(0.75, 1.25, (len(chosen), 3, 1, 1)).astype(np.float32))
         shift = torch.from_numpy(rng.uniform(-0.1, 0.1, (len(chosen), 1, 1, 1)).astype(np.float32))
-        photos = ((photos * tint + shift).clamp(0.0, 1.0) - mean) / std
+        photos = (((photos * tint + shift).clamp(0.0, 1.0) - mean) / std).to(memory_format=torch.channels_last)
         if rng.random() < 0.85:
             template = templates[rng.integers(len(templates))]
             texts = [template.format(pool.phrases[i][0]) for i in chosen]
@@ -482,7 +482,7 @@ def train_vit(arguments: argparse.Namespace) -> None:
     student, teacher = both.student, both.teacher
     optimiser = torch.optim.AdamW(decayed_groups([student], 0.04))
     parts = {"student": student, "teacher": teacher, "centres": both.centres, "optimiser": optimiser}
-    run = Run(arguments.out / arguments.name, arguments.minutes, parts)
+    run = Run(arguments.out / arguments.name, arguments.steps, parts)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     big, small = arguments.big, arguments.small
@@ -601,7 +601,7 @@ def main() -> None:
     clip = commands.add_parser("clip", help="train the CLIP on photos and captions")
     clip.add_argument("--batch", type=int, default=128)
     clip.add_argument("--rate", type=float, default=2e-3)
-    clip.set_defaults(run=train_clip)
+    clip.set_defaults(run=train_clip, steps=3000)
     vit = commands.add_parser("vit", help="train the ViT on photos alone")
     vit.add_argument("--name", default="vit", help="folder of this training inside the work folder")
     vit.add_argument("--batch", type=int, default=24)
@@ -618,12 +618,12 @@ def main() -> None:
     vit.add_argument("--spread-weight", type=float, default=2.0)
     vit.add_argument("--temperature", type=float, default=0.35, help="of the teacher, in deviations of its logits")
     vit.add_argument("--keep", type=float, default=0.99, help="the teacher's averaging at the start; goes to 1")
-    vit.set_defaults(run=train_vit)
+    vit.set_defaults(run=train_vit, steps=12000)
     files = commands.add_parser("export", help="write the package's weights from the newest checkpoints")
     files.add_argument("--name", default="vit", help="folder of the ViT's training inside the work folder")
     files.set_defaults(run=export)
     for command in (clip, vit):
-        command.add_argument("--minutes", type=float, default=60.0, help="training time, earlier starts counted in")
+        command.add_argument("--steps", type=int, help="of the learning rate's schedule, earlier starts counted in")
         command.add_argument("--threads", type=int, default=1)
     for command in commands.choices.values():
         command.add_argument("--out", type=Path, required=True, help="work folder, outside the repository")

@@ -21,6 +21,7 @@ VIT_NAME = "vit_namedmask_demo"
 WEIGHTS = Path(__file__).parent / "weights"
 CLIP_WEIGHTS = WEIGHTS / "clip.safetensors"
 VIT_WEIGHTS = WEIGHTS / "vit.safetensors"
+SELFMASK_WEIGHTS = WEIGHTS / "selfmask.safetensors"
 
 VIT_ARGUMENTS = {"img_size": 192, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
 

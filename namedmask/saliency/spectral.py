@@ -7,7 +7,6 @@ Wang et al., "Self-supervised transformers for unsupervised object discovery usi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,10 @@ from torch import Tensor
 
 from namedmask_kernels import Ragged, normalized_cut
 
-from ..backbones import Backbone, load
+from ..backbones import load
 from ..config import DetectorConfig
 from ..photos import Photo
-
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
+from . import Detection, Detector
 
 
 def centred(features: Ragged) -> Ragged:
@@ -27,34 +25,18 @@ def centred(features: Ragged) -> Ragged:
     return features.with_rows(torch.cat([(g - g.mean((0, 1))).flatten(0, 1) for g in features.grids()]))
 
 
-class Detection(NamedTuple):
-    """The object of a photo. mask: float32 [H, W] in [0, 1] at the photo's size, above 0.5 is object.
+class SpectralDetector(Detector):
+    """Finds the object of each photo as the foreground of a normalised cut of its features.
 
-    separation: how clearly the cut tells the object from the rest, in [0, 1): r / (1 + r), where r is the distance of
-    the cut vector's means in and out of the object over the root of its summed variances in and out; 0 without object.
+    Its confidence is the `separation` of the cut vector.
     """
 
-    mask: Tensor
-    separation: float
-
-
-class SpectralDetector:
-    """Finds the object of each photo as the foreground of a normalised cut of its features."""
-
     def __init__(self, config: DetectorConfig, device: str):
-        self.config = config
-        self.backbone: Backbone = load(
-            config.backbone, config.backbone_weights, device=device, precision=config.precision
+        super().__init__(
+            config, load(config.backbone, config.backbone_weights, device=device, precision=config.precision)
         )
-        self.tokens_per_batch = TOKENS_PER_BATCH[device.split(":")[0]]
-
-    def tokens(self, photo: Photo) -> int:
-        """How many tokens the photo will cost."""
-        h, w = self.backbone.grid(photo.pixels, self.config.image_size)
-        return h * w
 
     def detect(self, photos: Sequence[Photo]) -> list[Detection]:
-        """The object of each photo; photos may be of any sizes, and none influences another."""
         prepared = [self.backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
         features = self.backbone.extract(prepared, self.config.features)
         # The cut has no CUDA version yet. Its input is small beside what the network has moved.
@@ -72,7 +54,11 @@ class SpectralDetector:
 
 
 def separation(vector: Tensor, foreground: Tensor) -> float:
-    """vector float [h, w], foreground bool [h, w] -> `Detection.separation`."""
+    """How clearly a cut's vector, float [h, w], tells its foreground, bool [h, w], from the rest, in [0, 1).
+
+    r / (1 + r), where r is the distance of the vector's means in and out of the foreground over the root of its summed
+    variances in and out; 0 without foreground.
+    """
     inside, outside = vector[foreground].double(), vector[~foreground].double()
     if len(inside) == 0 or len(outside) == 0:
         return 0.0

@@ -48,14 +48,14 @@ def test_the_disc_is_found_and_the_solver_sharpens_it(detector):
     raw = (found.mask > 0.5).numpy()
     refined = (Refiner(RefineConfig()).refine(photo, found.mask) > 0.5).numpy()
     assert iou(raw) > 0.8 and iou(refined) > 0.97 and iou(refined) > iou(raw)
-    assert found.separation > 0.8 and mask_score(refined, found.separation) == found.separation
+    assert found.confidence > 0.8 and mask_score(refined, found.confidence) == found.confidence
 
 
 def test_photos_of_several_sizes_do_not_influence_each_other(detector):
     photos = [disc_photo(h, w)[0] for h, w in ((96, 128), (70, 50), (33, 90))]
     for photo, together in zip(photos, detector.detect(photos), strict=True):
         (alone,) = detector.detect([photo])
-        assert torch.equal(alone.mask, together.mask) and alone.separation == together.separation
+        assert torch.equal(alone.mask, together.mask) and alone.confidence == together.confidence
         assert together.mask.shape == photo.pixels.shape[:2]
 
 

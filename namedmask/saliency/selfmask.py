@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""SelfMask: learned queries ask a ViT's patch tokens for the salient object, and the network ranks their answers.
+
+Shin, Albanie and Xie, "Unsupervised salient object detection with spectral cluster voting", CVPR Workshops 2022. The
+tensors of a state dict are named as in the authors' checkpoint. `selfmask_training` makes such weights without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbones import Backbone, read_weights, untrained
+from ..config import DetectorConfig
+from ..errors import UserError
+from ..photos import Photo
+from . import Detection, Detector
+
+UPSAMPLED = 2  # cells of a mask on the side of a patch
+
+
+class Objectness(nn.Module):
+    """Three linear layers: a query [..., C] -> the logit of how likely its mask is the object [...]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)[..., 0]
+
+
+class QueryLayer(nn.TransformerDecoderLayer):
+    """A post-norm decoder layer in which the queries' own embeddings are added anew before each attention (DETR)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads, 4 * width, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor, tokens: Tensor, queries: Tensor) -> Tensor:
+        """x, what the queries know so far [n, Q, C]; tokens [n, T, C]; queries, their embeddings [n, Q, C] -> x."""
+        asking = x + queries
+        x = self.norm1(x + self.self_attn(asking, asking, x, need_weights=False)[0])
+        x = self.norm2(x + self.multihead_attn(x + queries, tokens, tokens, need_weights=False)[0])
+        return self.norm3(x + self.linear2(F.relu(self.linear1(x))))
+
+
+class SelfMask(nn.Module):
+    """The network; `encoder` is a timm ViT whose norm comes last."""
+
+    def __init__(self, encoder: nn.Module, queries: int = 20, layers: int = 6):
+        super().__init__()
+        width = encoder.embed_dim
+        self.encoder = encoder
+        self.query_embed = nn.Parameter(torch.randn(queries, width))
+        layer = QueryLayer(width, encoder.blocks[0].attn.num_heads)
+        self.decoder = nn.TransformerDecoder(layer, layers, nn.LayerNorm(width))
+        self.ffn = Objectness(width)
+
+    def decode(self, tokens: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+        """tokens [n, h * w, C] -> mask logits [layers, n, Q, 2h, 2w] and objectness logits [layers, n, Q].
+
+        The last layer's are the answer; the others are trained as well.
+        """
+        pixels = F.interpolate(tokens.mT.unflatten(2, (h, w)), scale_factor=UPSAMPLED, mode="bilinear")
+        queries = self.query_embed.expand(len(tokens), -1, -1)
+        x, answers = torch.zeros_like(queries), []
+        for layer in self.decoder.layers:
+            x = layer(x, tokens, queries)
+            answers.append(self.decoder.norm(x))
+        answer = torch.stack(answers)  # [layers, n, Q, C]
+        return torch.einsum("lnqc,nchw->lnqhw", answer, pixels), self.ffn(answer)
+
+    def places(self, h: int, w: int) -> Tensor:
+        """What the encoder adds to CLS and a grid of patches [1 + h * w, C].
+
+        The learned grid is resized without antialiasing, as in the authors' network; timm would antialias.
+        """
+        cls, grid = self.encoder.pos_embed[0, :1], self.encoder.pos_embed[0, 1:]
+        side = int(len(grid) ** 0.5)
+        if (h, w) != (side, side):
+            grid = F.interpolate(grid.mT.unflatten(1, (side, side))[None], (h, w), mode="bicubic")[0].flatten(1).mT
+        return torch.cat([self.encoder.cls_token[0] + cls, grid])
+
+    def forward(self, photos: Tensor) -> tuple[Tensor, Tensor]:
+        """photos normalised [n, 3, H, W], sides whole patches -> as `decode`."""
+        patches = self.encoder.patch_embed(photos)  # [n, h, w, C]
+        n, h, w, _ = patches.shape
+        places = self.places(h, w)
+        x = torch.cat([places[:1].expand(n, -1, -1), places[1:] + patches.flatten(1, 2)], 1)
+        return self.decode(self.encoder.norm(self.encoder.blocks(x))[:, 1:], h, w)
+
+
+class Encoder(Backbone):
+    """SelfMask's encoder on ragged batches."""
+
+    def __init__(self, network: SelfMask, device: torch.device, dtype: torch.dtype):
+        super().__init__(network.encoder, device, dtype)
+        self.network = network
+
+    def _places(self, h: int, w: int) -> tuple[Tensor, None]:
+        return self.network.places(h, w), None
+
+
+class SelfMaskDetector(Detector):
+    """Finds the object of each photo as the mask of the query with the highest objectness.
+
+    Its confidence is the Dice coefficient of the soft mask and its own threshold at 0.5: 1 if every pixel is decided.
+    """
+
+    def __init__(self, config: DetectorConfig, device: str):
+        self.network = load(config.backbone, config.weights).to(device).eval().requires_grad_(False)
+        super().__init__(config, Encoder(self.network, torch.device(device), getattr(torch, config.precision)))
+
+    @torch.inference_mode()
+    def detect(self, photos: Sequence[Photo]) -> list[Detection]:
+        prepared = [self.backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
+        found = []
+        for photo, tokens in zip(photos, self.backbone.extract(prepared, "tokens").grids(), strict=True):
+            masks, objectness = self.network.decode(tokens.flatten(0, 1)[None], *tokens.shape[:2])
+            soft = masks[-1, 0, objectness[-1, 0].argmax()].sigmoid()  # [2h, 2w]
+            hard = soft > 0.5
+            certainty = 2 * soft[hard].sum() / (soft.sum() + hard.sum()).clamp_min(1e-6)
+            mask = F.interpolate(soft[None, None], photo.pixels.shape[:2], mode="bilinear")[0, 0]
+            found.append(Detection(mask.cpu(), float(certainty)))
+        return found
+
+
+def load(backbone: str, weights: str | None) -> SelfMask:
+    """The network with the weights of a file: numbers of queries and layers are the file's, its encoder is `backbone`.
+
+    weights: .safetensors or .pth with the authors' names of tensors. Raises UserError where they do not fit.
+    """
+    if weights is None and backbone == "vit_namedmask_demo":
+        from ..demo.models import SELFMASK_WEIGHTS
+
+        weights = str(SELFMASK_WEIGHTS)
+    if weights is None:
+        raise UserError(
+            "--detector selfmask needs --detector-weights FILE, made by `namedmask train-saliency`, or the authors' "
+            "checkpoint (github.com/NoelShin/selfmask)"
+        )
+    state = read_weights(weights, "--detector-weights")
+    layers = 1 + max((int(name.split(".")[2]) for name in state if name.startswith("decoder.layers.")), default=-1)
+    if not layers or "query_embed" not in state:
+        raise UserError(f"--detector-weights {weights}: not a SelfMask network (no query_embed or decoder.layers)")
+    network = SelfMask(untrained(backbone), len(state["query_embed"]), layers)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"--detector-weights {weights} does not fit backbone {backbone!r}: {reason}") from None
+    return network

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: MIT
+"""Bootstrapping: a SelfMask network trained on the masks that a run has made without it.
+
+OUT/saliency/
+  model.safetensors   the network, tensors named as in the authors' checkpoint; written last
+  metrics.jsonl       the settings, then a line every LOG_EVERY steps
+  checkpoint.pt       everything that the training needs to go on after an interruption to the very same result
+
+A detector without learning errs in its own way on every photo; a network that must explain thousands of its masks
+learns what they share. `keep` lets the masks with the best scores alone teach it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor
+from torch.optim import Optimizer
+from torchvision.transforms.v2 import functional as TF
+
+from ..backbones import load as load_backbone
+from ..config import SaliencyTraining, read_config
+from ..distributed import Worker
+from ..errors import UserError
+from ..files import atomic_write
+from ..masks import MaskRecord, read_masks
+from ..photos import PhotoSource
+from ..progress import Progress
+from ..threads import map_ahead, thread_count
+from .selfmask import UPSAMPLED, SelfMask
+from .selfmask import load as load_selfmask
+
+LOG_EVERY = 50  # steps
+SAVE_EVERY = 200  # steps
+WARM_UP = 50  # steps until the learning rate is reached
+
+
+def train_saliency(out: Path, settings: SaliencyTraining, device: str) -> Path:
+    """Trains on the masks of the run folder `out`; goes on from a checkpoint. Returns the path of the network.
+
+    Reads photos and pseudo-masks alone. Every step draws its photos and their augmentation from the seed and the
+    number of the step, so that an interrupted training ends with the weights of one that was not.
+    Raises UserError where there are no masks, or where a checkpoint is of other settings.
+    """
+    source = PhotoSource(read_config(out / "run.toml").photos)
+    records = best_masks(out / "masks", settings.keep)
+    folder, path = out / "saliency", out / "saliency" / "model.safetensors"
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(settings.seed)
+    network = start_network(settings).to(device).train()
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": network.encoder.parameters(), "high": settings.encoder_rate},
+            {
+                "params": [p for n, p in network.named_parameters() if n.partition(".")[0] != "encoder"],
+                "high": settings.rate,
+            },
+        ],
+        weight_decay=settings.weight_decay,
+    )
+    steps = settings.steps or math.ceil(settings.epochs * len(records) / settings.batch)
+    first = _restore(folder, settings, network, optimiser)
+    with Progress("train-saliency", Worker()) as progress:
+        progress.total = steps
+        progress.tick(first, found=True)
+        sums, began = np.zeros(3), time.perf_counter()
+        samples = batches(source, records, settings, network, range(first, steps))
+        for step, (photos, targets) in zip(range(first, steps), samples, strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = group["high"] * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps) ** 0.9
+            dice, rank = losses(*network(photos.to(device)), targets.to(device))
+            optimiser.zero_grad()
+            (dice.mean() + rank).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimiser.step()
+            sums += [1, dice[-1].mean().item(), rank.item()]
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+                count, dice_mean, rank_mean = sums[0], *(sums[1:] / sums[0])
+                rate = count * settings.batch / (time.perf_counter() - began)
+                line = {"step": step + 1, "dice": dice_mean, "ranking": rank_mean, "photos_per_second": rate}
+                with (folder / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps({key: round(float(value), 4) for key, value in line.items()}) + "\n")
+                progress.note = f"dice loss {dice_mean:.3f}"
+                sums, began = np.zeros(3), time.perf_counter()
+            if (step + 1) % SAVE_EVERY == 0:
+                _save(folder, settings, network, optimiser, step + 1)
+            progress.tick(1)
+    with atomic_write(path) as file:
+        file.write(save({name: value.contiguous() for name, value in network.state_dict().items()}))
+    return path
+
+
+def best_masks(folder: Path, keep: float) -> list[MaskRecord]:
+    """The share `keep` of the masks with the best scores, one a photo, empty ones left out; ties by name."""
+    by_photo = {record.photo: record for record in read_masks(folder) if record.area}
+    if not by_photo:
+        raise UserError(f"there are no masks in {folder}; make them with `namedmask-pseudolabel`")
+    ranked = sorted(by_photo.values(), key=lambda record: (-record.score, record.photo))
+    return ranked[: max(1, round(keep * len(ranked)))]
+
+
+def start_network(settings: SaliencyTraining) -> SelfMask:
+    """What the training starts from: a SelfMask network, or a backbone's encoder and a decoder of random weights."""
+    if settings.start is not None:
+        return load_selfmask(settings.backbone, settings.start)
+    encoder = load_backbone(settings.backbone, settings.backbone_weights).model.requires_grad_(True)
+    return SelfMask(encoder, settings.queries, settings.layers)
+
+
+def batches(
+    source: PhotoSource, records: list[MaskRecord], settings: SaliencyTraining, network: SelfMask, steps: range
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each step photos float32 [batch, 3, S, S], normalised, and masks [batch, h, w] in [0, 1], h the decoder's.
+
+    Every epoch goes through the records in an order of its own.
+    """
+    cfg = network.encoder.pretrained_cfg
+    mean, std = torch.tensor(cfg["mean"]).view(3, 1, 1), torch.tensor(cfg["std"]).view(3, 1, 1)
+    side = settings.crop // network.encoder.patch_embed.patch_size[0] * UPSAMPLED
+    orders: dict[int, np.ndarray] = {}
+
+    def sample(place: int) -> tuple[Tensor, Tensor]:
+        epoch, index = divmod(place, len(records))
+        if epoch not in orders:  # drawn alike by every thread that comes here first
+            orders[epoch] = np.random.default_rng((settings.seed, 0, epoch)).permutation(len(records))
+        record = records[orders[epoch][index]]
+        photo = torch.from_numpy(source.decode(record.photo).pixels).permute(2, 0, 1)
+        mask = torch.from_numpy(record.mask())[None]
+        return augment(photo, mask, np.random.default_rng((settings.seed, 1, place)), settings, side)
+
+    places = range(steps.start * settings.batch, steps.stop * settings.batch)
+    loaded = map_ahead(sample, places, thread_count())
+    for _ in steps:
+        photos, masks = zip(*(next(loaded) for _ in range(settings.batch)), strict=True)
+        yield (torch.stack(photos) - mean) / std, torch.cat(masks)
+
+
+def augment(
+    photo: Tensor, mask: Tensor, rng: np.random.Generator, settings: SaliencyTraining, side: int
+) -> tuple[Tensor, Tensor]:
+    """A random square crop, mirrored or not, in other colours: (float32 [3, S, S] in [0, 1], float32 [1, side, side]).
+
+    photo uint8 [3, H, W], mask bool [1, H, W]. The crop's area is a share of the photo's in `settings.scale`.
+    """
+    h, w = photo.shape[1:]
+    crop = min(math.sqrt(rng.uniform(*settings.scale) * h * w), h, w)
+    box = [int(rng.uniform(0, h - crop)), int(rng.uniform(0, w - crop)), int(crop), int(crop)]
+    photo = TF.resized_crop(photo, *box, [settings.crop, settings.crop], TF.InterpolationMode.BILINEAR, antialias=True)
+    # Antialiased: a cell of the target is the share of it that the object covers.
+    mask = TF.resized_crop(mask.float(), *box, [side, side], TF.InterpolationMode.BILINEAR, antialias=True)
+    if rng.random() < 0.5:
+        photo, mask = photo.flip(2), mask.flip(2)
+    photo = photo.float() / 255
+    if rng.random() < 0.8:
+        photo = TF.adjust_brightness(photo, rng.uniform(0.6, 1.4))
+        photo = TF.adjust_contrast(photo, rng.uniform(0.6, 1.4))
+        photo = TF.adjust_saturation(photo, rng.uniform(0.4, 1.6))
+        photo = TF.adjust_hue(photo, rng.uniform(-0.1, 0.1))
+    if rng.random() < 0.1:
+        photo = TF.rgb_to_grayscale(photo, 3)
+    return photo, mask
+
+
+def losses(masks: Tensor, objectness: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Dice losses [layers, n, Q] of every query of every layer, and the mean ranking loss of their objectness.
+
+    masks: logits [layers, n, Q, h, w]; objectness: logits [layers, n, Q]; targets [n, h, w] in [0, 1].
+    Of two queries the one with the lower Dice loss is to have the higher objectness: softplus of the difference, over
+    all such pairs.
+    """
+    soft, target = masks.sigmoid(), targets[:, None]
+    overlap = (soft * target).sum((-2, -1))
+    dice = 1 - (2 * overlap + 1) / (soft.sum((-2, -1)) + target.sum((-2, -1)) + 1)
+    worse = dice.detach()[..., :, None] > dice.detach()[..., None, :]
+    rank = F.softplus(objectness[..., :, None] - objectness[..., None, :])
+    return dice, (rank * worse).sum() / worse.sum().clamp_min(1)
+
+
+def _save(folder: Path, settings: SaliencyTraining, network: SelfMask, optimiser: Optimizer, step: int) -> None:
+    state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
+    with atomic_write(folder / "checkpoint.pt") as file:
+        torch.save({**state, "settings": settings.model_dump()}, file)
+
+
+def _restore(folder: Path, settings: SaliencyTraining, network: SelfMask, optimiser: Optimizer) -> int:
+    """Takes up the checkpoint, if there is one: the number of steps done. The metrics after it are dropped."""
+    metrics = folder / "metrics.jsonl"
+    if not (folder / "checkpoint.pt").exists():
+        metrics.write_text(json.dumps({"settings": settings.model_dump()}) + "\n")
+        return 0
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    if state["settings"] != settings.model_dump():
+        raise UserError(f"{folder} is of a training with other settings; give the old ones or remove the folder")
+    network.load_state_dict(state["network"])
+    optimiser.load_state_dict(state["optimiser"])
+    lines = [line for line in metrics.read_text().splitlines() if json.loads(line).get("step", 0) <= state["step"]]
+    metrics.write_text("\n".join(lines) + "\n")
+    return state["step"]

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: MIT
+"""The SelfMask network against arrays of the authors' own code, its detector, and its training on a run's masks."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from namedmask import run
+from namedmask.backbones import untrained
+from namedmask.config import DetectorConfig, SaliencyTraining
+from namedmask.errors import UserError
+from namedmask.masks import MaskRecord, write_shard
+from namedmask.photos import Photo
+from namedmask.saliency import make_detector, selfmask_training
+from namedmask.saliency.selfmask import SelfMask
+from namedmask.saliency.selfmask_training import best_masks, losses, train_saliency
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "selfmask_forward.npz"
+TINY = "vit_namedmask_demo"
+
+
+def filled(network: torch.nn.Module) -> torch.nn.Module:
+    """The weights behind the golden arrays: each value a hash of the tensor's name and the element's index."""
+    gains = {"query_embed": 8.0, "decoder.norm.": 0.2, "ffn.layers.2.": 4.0}
+    mask, odd = (1 << 64) - 1, np.uint64(0x9E3779B97F4A7C15)
+    for name, tensor in network.state_dict().items():
+        state = 0xCBF29CE484222325
+        for byte in name.encode():
+            state = ((state ^ byte) * 0x100000001B3) & mask
+        with np.errstate(over="ignore"):
+            z = np.uint64(state) + np.arange(1, tensor.numel() + 1, dtype=np.uint64) * odd
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        noise = ((z ^ (z >> np.uint64(31))) >> np.uint64(40)).astype(np.float64) / 2.0**23 - 1.0
+        if name.endswith(("_token", "_embed")):
+            base, scale = 0.0, 1.0
+        elif tensor.ndim <= 1:
+            base, scale = float(name.endswith("weight")), 0.1
+        else:
+            base, scale = 0.0, math.sqrt(3.0 / math.prod(tensor.shape[1:]))
+        gain = next((gain for prefix, gain in gains.items() if name.startswith(prefix)), 1.0)
+        tensor.copy_(torch.from_numpy(((base + scale * noise) * gain).astype(np.float32)).view_as(tensor))
+    return network
+
+
+@pytest.fixture(scope="module")
+def authors_network() -> SelfMask:
+    return filled(SelfMask(untrained("vit_small_patch8_224")).eval())
+
+
+@pytest.mark.parametrize("photo", ["even", "odd"])
+def test_forward_equals_the_authors(authors_network, photo):
+    with np.load(GOLDEN) as golden:
+        want = {key.partition("_")[2]: golden[key] for key in golden.files if key.startswith(photo)}
+    pixels = torch.from_numpy(want["input"])
+    with torch.inference_mode():
+        masks, objectness = authors_network(F.pad(pixels, (0, -pixels.shape[3] % 8, 0, -pixels.shape[2] % 8)))
+    soft = masks[-1].sigmoid()
+    np.testing.assert_allclose(soft, want["mask_pred"][:, 0], atol=1e-4)
+    np.testing.assert_allclose(objectness[-1].sigmoid(), want["objectness"][:, 0, :, 0], atol=1e-4)
+    best = int(objectness[-1, 0].argmax())
+    assert best == int(want["query"].item())
+    full = F.interpolate(soft[:, best][None], scale_factor=4, mode="bilinear")[
+        0, 0, : pixels.shape[2], : pixels.shape[3]
+    ]
+    sure = (full - 0.5).abs() > 1e-3
+    assert torch.equal((full > 0.5)[sure], torch.from_numpy(want["dt"]).bool()[sure])
+
+
+def small_weights(path: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    save_file(SelfMask(untrained(TINY), queries=3, layers=2).state_dict(), path)
+    return path
+
+
+def detector(weights: Path, size: int = 64):
+    return make_detector(DetectorConfig(name="selfmask", backbone=TINY, weights=str(weights), image_size=size), "cpu")
+
+
+def test_photos_of_several_sizes_do_not_influence_each_other(tmp_path):
+    find = detector(small_weights(tmp_path / "w.safetensors"))
+    rng = np.random.default_rng(0)
+    photos = [Photo("", rng.integers(0, 256, (*shape, 3), np.uint8)) for shape in ((96, 128), (70, 50), (1, 1))]
+    for photo, together in zip(photos, find.detect(photos), strict=True):
+        (alone,) = find.detect([photo])
+        assert torch.equal(alone.mask, together.mask) and alone.confidence == together.confidence
+        assert together.mask.shape == photo.pixels.shape[:2] and 0 <= together.confidence <= 1
+
+
+def test_the_detector_is_the_network(tmp_path):
+    find = detector(small_weights(tmp_path / "w.safetensors"))
+    photo = Photo("", np.random.default_rng(1).integers(0, 256, (64, 88, 3), np.uint8))
+    with torch.inference_mode():
+        masks, objectness = find.network(find.backbone.prepare(photo.pixels, 64)[None])
+        soft = masks[-1, :, objectness[-1, 0].argmax()].sigmoid()
+        want = F.interpolate(soft[None], photo.pixels.shape[:2], mode="bilinear")[0, 0]
+    torch.testing.assert_close(find.detect([photo])[0].mask, want, atol=1e-5, rtol=0)
+
+
+def test_wrong_weights_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"needs --detector-weights FILE"):
+        make_detector(DetectorConfig(name="selfmask"), "cpu")
+    with pytest.raises(UserError, match="no such file"):
+        detector(tmp_path / "absent.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(UserError, match="cannot be read"):
+        detector(tmp_path / "text.safetensors")
+    save_file(untrained(TINY).state_dict(), tmp_path / "vit.safetensors")
+    with pytest.raises(UserError, match="not a SelfMask network"):
+        detector(tmp_path / "vit.safetensors")
+    state = load_file(small_weights(tmp_path / "w.safetensors"))
+    save_file({k: v for k, v in state.items() if not k.startswith("ffn.layers.2")}, tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match=r"does not fit.*ffn.layers.2"):
+        detector(tmp_path / "part.safetensors")
+
+
+def disc_photo(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A disc in one colour on a grainy ground of another."""
+    rng = np.random.default_rng(seed)
+    h, w = 72 + seed % 9, 80 + seed % 13
+    y, x = np.mgrid[:h, :w]
+    r, at = rng.uniform(12, 22), (rng.uniform(25, h - 25), rng.uniform(25, w - 25))
+    mask = (y - at[0]) ** 2 + (x - at[1]) ** 2 < r * r
+    colours = rng.integers(30, 220, (2, 3))
+    grain = rng.integers(-25, 26, (h, w, 1)) * ~mask[..., None]
+    return (np.where(mask[..., None], *colours) + grain).clip(0, 255).astype(np.uint8), mask
+
+
+@pytest.fixture
+def run_of_discs(tmp_path) -> Path:
+    """A run folder with true masks of 24 photos: half of them spoilt, and scored low."""
+    folder = tmp_path / "photos" / "disc"
+    folder.mkdir(parents=True)
+    records = []
+    for seed in range(24):
+        pixels, mask = disc_photo(seed)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+        mask, score = (mask, 0.9) if seed % 2 else (~mask, 0.1)
+        records.append(MaskRecord.from_mask(f"disc/{seed}.png", mask, "disc", None, score))
+    out = tmp_path / "out"
+    out.mkdir()
+    run.prepare(out, {"photos": str(tmp_path / "photos")}, ("pseudolabel",), False)
+    (out / "masks").mkdir()
+    write_shard(out / "masks" / "00000.jsonl", records)
+    return out
+
+
+SMALL = {"backbone": TINY, "queries": 3, "layers": 2, "keep": 0.5, "crop": 48, "scale": (0.5, 1.0), "batch": 6,
+         "rate": 2e-3, "encoder_rate": 1e-3}  # fmt: skip
+
+
+def test_the_best_masks_teach(run_of_discs):
+    assert {int(record.photo[5:-4]) % 2 for record in best_masks(run_of_discs / "masks", 0.5)} == {1}
+    assert len(best_masks(run_of_discs / "masks", 1.0)) == 24
+
+
+def test_training_learns_what_the_masks_share(run_of_discs):
+    weights = train_saliency(run_of_discs, SaliencyTraining(**SMALL, steps=120), "cpu")
+    find, ious = detector(weights, 56), []
+    for seed in range(1, 24, 2):  # twelve photos are too few to learn what holds for others too
+        pixels, truth = disc_photo(seed)
+        mask = (find.detect([Photo("", pixels)])[0].mask > 0.5).numpy()
+        ious.append((mask & truth).sum() / (mask | truth).sum())
+    assert np.mean(ious) > 0.6
+    lines = [json.loads(line) for line in (run_of_discs / "saliency" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["settings"]["queries"] == 3 and [line["step"] for line in lines[1:]] == [50, 100, 120]
+    assert lines[-1]["dice"] < 0.6 * lines[1]["dice"] + 0.1
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(run_of_discs, monkeypatch):
+    settings = SaliencyTraining(**SMALL, steps=9)
+    monkeypatch.setattr(selfmask_training, "SAVE_EVERY", 4)
+    whole = train_saliency(run_of_discs, settings, "cpu").read_bytes()
+    for path in (run_of_discs / "saliency").iterdir():
+        path.unlink()
+    steps = iter(range(9))
+
+    def interrupted(*arguments):
+        if next(steps) == 6:
+            raise KeyboardInterrupt
+        return losses(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selfmask_training, "losses", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_saliency(run_of_discs, settings, "cpu")
+    assert train_saliency(run_of_discs, settings, "cpu").read_bytes() == whole
+    with pytest.raises(UserError, match="other settings"):
+        train_saliency(run_of_discs, settings.model_copy(update={"rate": 1e-4}), "cpu")
+
+
+def test_a_run_without_masks_is_refused(run_of_discs):
+    (run_of_discs / "masks" / "00000.jsonl").unlink()
+    with pytest.raises(UserError, match="there are no masks"):
+        train_saliency(run_of_discs, SaliencyTraining(**SMALL), "cpu")
+
+
+def test_the_losses_by_hand():
+    targets = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+    good, bad = torch.tensor([[20.0, -20], [-20, -20]]), torch.tensor([[-20.0, 20], [-20, -20]])
+    masks = torch.stack([good, bad])[None, None]  # one layer, one photo, two queries
+    dice, rank = losses(masks, torch.tensor([[[0.0, 2.0]]]), targets)
+    torch.testing.assert_close(dice, torch.tensor([[[0.0, 2 / 3]]]), atol=1e-6, rtol=0)
+    assert float(rank) == pytest.approx(math.log1p(math.exp(2.0)), rel=1e-5)  # the bad one claims more: a loss
+    _, equal = losses(torch.stack([good, good])[None, None], torch.tensor([[[0.0, 2.0]]]), targets)
+    assert float(equal) == 0
