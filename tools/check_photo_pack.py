@@ -77,7 +77,7 @@ def check_saliency(photos: Path, standin: Path, out: Path) -> None:
         truth = np.asarray(Image.open(folder / "masks" / Path(name).with_suffix(".png"))) > 127
         (detection,) = detector.detect([photo])
         found, refined = ((m > 0.5).numpy() for m in (detection.mask, refiner.refine(photo, detection.mask)))
-        rows.append((truth.mean(), iou(found, truth), iou(refined, truth), mask_score(refined, detection.separation)))
+        rows.append((truth.mean(), iou(found, truth), iou(refined, truth), mask_score(refined, detection.confidence)))
         tiles.append(_tile(photo.pixels, found, refined, truth))
     everything, raw, refined, scores = np.array(rows).T
     table = Table("mask", "mean IoU", "median", title=f"saliency set, {len(rows)} photos")

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Makes the demo's weights from rendered scenes alone: ``pool``, then ``clip`` and ``vit`` (see tools/README.md).
+"""Makes the demo's weights from rendered scenes alone: ``pool``, ``clip``, ``vit``, ``selfmask`` (see tools/README.md).
 
     python tools/train_demo_weights.py pool --out WORK --photos 24000 --workers 2
     python tools/train_demo_weights.py clip --out WORK
     python tools/train_demo_weights.py vit  --out WORK
     python tools/train_demo_weights.py export --out WORK
+    python tools/train_demo_weights.py selfmask --out WORK
 
-What reaches the trainings: ``clip`` reads photos and their captions, ``vit`` reads photos. The pool holds nothing else:
-masks are dropped where a scene is rendered, and the kind is known only as a word in a caption. Both trainings write a
-checkpoint every few minutes (weights, averages, optimiser, random states) and go on from it when started again.
+What reaches the trainings: ``clip`` reads photos and their captions, ``vit`` reads photos, ``selfmask`` photos and the
+masks that the exported ViT and the cut find in them. The pool holds nothing else: true masks are dropped where a scene
+is rendered, and the kind is known only as a word in a caption. All trainings write checkpoints and go on from them when
+started again.
 """
 
 from __future__ import annotations
@@ -591,6 +593,44 @@ def export(arguments: argparse.Namespace) -> None:
         print(f"{VIT_WEIGHTS}: {VIT_WEIGHTS.stat().st_size / 1e6:.1f} MB")
 
 
+# SelfMask: photos and the masks that were found in them --------------------------------------------------------------
+
+
+def train_selfmask(arguments: argparse.Namespace) -> None:
+    """Masks of the pool by the cut, a network trained on the best; then the same with the network's own masks."""
+    import torch
+    from PIL import Image
+    from safetensors.torch import load_file, save_file
+
+    from namedmask import run
+    from namedmask.config import SaliencyTraining
+    from namedmask.demo.models import SELFMASK_WEIGHTS, VIT_NAME
+    from namedmask.demo.run import DETECTOR, REFINE, SPECTRAL
+    from namedmask.saliency.selfmask_training import train_saliency
+
+    torch.set_num_threads(arguments.threads)
+    photos = arguments.out / "photos" / "pool"
+    photos.mkdir(parents=True, exist_ok=True)
+    pool = Pool(arguments.out / "pool")
+    for number in range(min(len(pool), arguments.photos)):
+        if not (path := photos / f"{number:05}.png").exists():
+            Image.fromarray(pool[number]).save(path.with_suffix(".part"), "png", compress_level=1)
+            path.with_suffix(".part").rename(path)
+    detector, weights = SPECTRAL, None
+    for turn, (keep, steps) in enumerate(zip(arguments.keep, arguments.steps, strict=True)):
+        out = arguments.out / f"selfmask{turn}"
+        given = {"photos": str(photos.parent.absolute()), "detector": detector, "refine": REFINE}
+        run.start(out, given, ["archive", "pseudolabel"], workers=1, gpus=0, overwrite=False)
+        settings = SaliencyTraining(
+            backbone=VIT_NAME, start=weights, queries=10, layers=3, keep=keep, steps=steps,
+            crop=128, scale=(0.25, 1.0), batch=32, rate=1e-3, encoder_rate=3e-4, weight_decay=0.02,
+        )  # fmt: skip
+        weights = str(train_saliency(out, settings, "cpu").absolute())
+        detector = DETECTOR | {"weights": weights}
+    save_file({name: value.half() for name, value in load_file(weights).items()}, SELFMASK_WEIGHTS)
+    print(f"{SELFMASK_WEIGHTS}: {SELFMASK_WEIGHTS.stat().st_size / 1e6:.1f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -622,6 +662,14 @@ def main() -> None:
     files = commands.add_parser("export", help="write the package's weights from the newest checkpoints")
     files.add_argument("--name", default="vit", help="folder of the ViT's training inside the work folder")
     files.set_defaults(run=export)
+    mask = commands.add_parser("selfmask", help="train the SelfMask on masks found in the pool")
+    mask.add_argument("--photos", type=int, default=8000, help="of the pool")
+    mask.add_argument(
+        "--keep", type=float, nargs="+", default=[0.25, 0.5, 0.5, 0.5], help="share of the masks, each turn"
+    )
+    mask.add_argument("--steps", type=int, nargs="+", default=[600] * 4, help="of each turn")
+    mask.add_argument("--threads", type=int, default=1)
+    mask.set_defaults(run=train_selfmask)
     for command in (clip, vit):
         command.add_argument("--steps", type=int, help="of the learning rate's schedule, earlier starts counted in")
         command.add_argument("--threads", type=int, default=1)

@@ -2,11 +2,12 @@
 """What the demo's masks are worth: the truth is rendered again from the seed, where no stage of the pipeline sees it.
 
 - `archive_precision_at_50`: the share of a kind's archive that shows the kind.
-- `trivial_baseline_iou`, `detector_iou`, `refined_iou`: the mean IoU with the visible pixels of the object, over the
-  photos of a kind's archive that show the kind: the same photos for all three. What was retrieved wrongly has no true
-  mask and is counted by the precision. A kind without any such photo counts as 0.
-- `detector_iou` is of the detector's masks as they are; the baseline's are refined by the run's own refiner, and it is
-  the one of `baselines.py` with the highest mean.
+- `trivial_baseline_iou`, `spectral_iou`, `detector_iou`, `refined_iou`: the mean IoU with the visible pixels of the
+  object, over the photos of a kind's archive that show the kind: the same photos for all four. What was retrieved
+  wrongly has no true mask and is counted by the precision. A kind without any such photo counts as 0.
+- `detector_iou` is of the detector's masks as they are; `spectral_iou` of the cut's, which the detector's network was
+  trained on, refined; the baseline's are refined by the run's own refiner too, and it is the one of `baselines.py` with
+  the highest mean.
 
 A mean is that of the kinds.
 """
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..archive import read_archive
-from ..config import RefineConfig, read_config
+from ..config import DetectorConfig, RefineConfig, RunConfig, read_config
 from ..distributed import Worker, count_gpus
 from ..errors import UserError
 from ..masks import read_masks
@@ -46,22 +47,27 @@ class Shown(NamedTuple):
     truth: np.ndarray
 
 
-def score(out: Path, seed: int) -> tuple[dict, list[Shown]]:
-    """Compares the masks of the run folder `out` with the truth: (figures as demo.json holds them, what to look at)."""
+def score(out: Path, seed: int, spectral: DetectorConfig) -> tuple[dict, list[Shown]]:
+    """Compares the masks of the run folder `out` with the truth: (figures as demo.json holds them, what to look at).
+
+    spectral: the settings of the cut, to be scored beside the run's own detector.
+    """
     import torch
 
     from ..refine import Refiner
     from .baselines import baselines
 
     config, archive = read_config(out / "run.toml"), read_archive(out / "archive.json")
-    source, refiner, d = PhotoSource(config.photos), Refiner(config.refine), config.detector
-    trivial = baselines(d.image_size, d.features, d.tau, d.centre)
+    source, refiner = PhotoSource(config.photos), Refiner(config.refine)
+    trivial = baselines(spectral.image_size, spectral.features, spectral.tau, spectral.centre)
     names = sorted({entry.photo for entries in archive.photos.values() for entry in entries})
     retrieved = {name: {entry.photo for entry in archive.photos[name]} for name in archive.categories}
 
     with Progress("score", Worker()) as progress:
-        progress.total = 2 * len(names)
-        refined, alone = _masks(out / "masks"), _detect_alone(out, progress)
+        progress.total = 3 * len(names)
+        refined = _masks(out / "masks")
+        alone = _remade(out, config.model_copy(update={"refine": RefineConfig(name="none")}), progress)
+        cut = _remade(out, config.model_copy(update={"detector": spectral}), progress)
 
         def compare(name: str) -> tuple[Scene, dict[str, float]]:
             scene, photo = index_photo(seed, int(Path(name).stem)), source.decode(name)
@@ -71,7 +77,7 @@ def score(out: Path, seed: int) -> tuple[dict, list[Shown]]:
                 )
             if not scene.kinds or name not in retrieved[scene.kinds[0]]:
                 return scene, {}
-            masks = {"detector": alone[name], "refined": refined[name]}
+            masks = {"spectral": cut[name], "detector": alone[name], "refined": refined[name]}
             for baseline, guess in trivial.items():
                 soft = refiner.refine(photo, torch.from_numpy(guess(photo.pixels)).float())
                 masks[baseline] = (soft > 0.5).numpy()
@@ -84,7 +90,7 @@ def score(out: Path, seed: int) -> tuple[dict, list[Shown]]:
                 progress.tick(1)
 
     precision, shown = {}, []
-    ious: dict[str, dict[str, float]] = {who: {} for who in ("detector", "refined", *trivial)}
+    ious: dict[str, dict[str, float]] = {who: {} for who in ("spectral", "detector", "refined", *trivial)}
     for category in archive.categories:
         entries = [entry.photo for entry in archive.photos[category]]
         right = [name for name in entries if found[name][0].kinds == (category,)]
@@ -101,6 +107,7 @@ def score(out: Path, seed: int) -> tuple[dict, list[Shown]]:
         "archive_precision_at_50": _figure(precision),
         "trivial_baseline_iou": _figure(ious[strongest])
         | {"name": strongest, "all": {who: round(float(mean), 4) for who, mean in means.items()}},
+        "spectral_iou": _figure(ious["spectral"]),
         "detector_iou": _figure(ious["detector"]),
         "refined_iou": _figure(ious["refined"]),
         "photos_per_category": config.archive.photos_per_category,
@@ -128,8 +135,9 @@ def print_figures(figures: Mapping) -> None:
     columns = {
         f"precision at {figures['photos_per_category']}": "archive_precision_at_50",
         baseline["name"]: "trivial_baseline_iou",
-        "detector alone": "detector_iou",
-        "refined": "refined_iou",
+        "the cut, refined": "spectral_iou",
+        "SelfMask alone": "detector_iou",
+        "SelfMask, refined": "refined_iou",
     }
     table = Table(title=f"IoU on {figures['photos_compared']} photos", title_justify="left")
     table.add_column("kind")
@@ -154,11 +162,10 @@ def _masks(folder: Path) -> dict[str, np.ndarray]:
     return {record.photo: record.mask() for record in read_masks(folder)}
 
 
-def _detect_alone(out: Path, progress: Progress) -> dict[str, np.ndarray]:
-    """The masks before refinement: the pipeline's engine once more, over the same archive, with `refine` none."""
+def _remade(out: Path, config: RunConfig, progress: Progress) -> dict[str, np.ndarray]:
+    """What other settings make of the same archive, by the pipeline's own engine."""
     from ..pseudolabel import pseudolabel
 
-    config = read_config(out / "run.toml").model_copy(update={"refine": RefineConfig(name="none")})
     device = "cuda" if count_gpus(None, 1) else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         source, archive = PhotoSource(config.photos), read_archive(out / "archive.json")

@@ -28,7 +28,7 @@ from namedmask.demo.score import iou
 from namedmask.errors import UserError
 from namedmask.masks import read_masks
 
-IOUS = ("trivial_baseline_iou", "detector_iou", "refined_iou")
+IOUS = ("trivial_baseline_iou", "spectral_iou", "detector_iou", "refined_iou")
 FIGURES = ("archive_precision_at_50", *IOUS)
 SMALL = {"blocks": 2, "best": 6}
 
