@@ -264,6 +264,9 @@ def train_saliency(
     queries: Annotated[int | None, typer.Option("--queries", help="Masks that it proposes. (default: 20)")] = None,
     layers: Annotated[int | None, typer.Option("--layers", help="Of its decoder. (default: 6)")] = None,
     keep: Annotated[float | None, typer.Option("--keep", help="Share of the masks, by score. (default: 1)")] = None,
+    paste: Annotated[
+        float | None, typer.Option("--paste", help="Share of objects put before another background. (default: 0)")
+    ] = None,
     crop: Annotated[int | None, typer.Option("--crop", help="Pixels a side in training. (default: 224)")] = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Photos a step. (default: 8)")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the masks. (default: 12)")] = None,

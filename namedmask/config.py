@@ -70,6 +70,7 @@ class SaliencyTraining(Part):
     queries: Positive = 20
     layers: Positive = 6
     keep: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the masks, those with the best scores
+    paste: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the views whose object is put before another background
     crop: Annotated[int, Field(ge=16)] = 224  # pixels a side
     scale: tuple[float, float] = (0.1, 1.0)  # area of a crop, as a share of the photo's
     batch: Positive = 8

@@ -622,8 +622,8 @@ def train_selfmask(arguments: argparse.Namespace) -> None:
         given = {"photos": str(photos.parent.absolute()), "detector": detector, "refine": REFINE}
         run.start(out, given, ["archive", "pseudolabel"], workers=1, gpus=0, overwrite=False)
         settings = SaliencyTraining(
-            backbone=VIT_NAME, start=weights, queries=10, layers=3, keep=keep, steps=steps,
-            crop=128, scale=(0.25, 1.0), batch=32, rate=1e-3, encoder_rate=3e-4, weight_decay=0.02,
+            backbone=VIT_NAME, start=weights, queries=10, layers=3, keep=keep, paste=arguments.paste, steps=steps,
+            crop=112, scale=(0.25, 1.0), batch=20, rate=1e-3, encoder_rate=3e-4, weight_decay=0.02,
         )  # fmt: skip
         weights = str(train_saliency(out, settings, "cpu").absolute())
         detector = DETECTOR | {"weights": weights}
@@ -665,9 +665,10 @@ def main() -> None:
     mask = commands.add_parser("selfmask", help="train the SelfMask on masks found in the pool")
     mask.add_argument("--photos", type=int, default=8000, help="of the pool")
     mask.add_argument(
-        "--keep", type=float, nargs="+", default=[0.25, 0.5, 0.5, 0.5], help="share of the masks, each turn"
+        "--keep", type=float, nargs="+", default=[0.25, 0.5, 0.6], help="share of the masks, each turn"
     )
-    mask.add_argument("--steps", type=int, nargs="+", default=[600] * 4, help="of each turn")
+    mask.add_argument("--paste", type=float, default=0.5, help="share of objects put before another background")
+    mask.add_argument("--steps", type=int, nargs="+", default=[400, 500, 700], help="of each turn")
     mask.add_argument("--threads", type=int, default=1)
     mask.set_defaults(run=train_selfmask)
     for command in (clip, vit):

@@ -20,7 +20,7 @@ from namedmask.masks import MaskRecord, write_shard
 from namedmask.photos import Photo
 from namedmask.saliency import make_detector, selfmask_training
 from namedmask.saliency.selfmask import SelfMask
-from namedmask.saliency.selfmask_training import best_masks, losses, train_saliency
+from namedmask.saliency.selfmask_training import losses, ranked_masks, teaching_count, train_saliency
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "selfmask_forward.npz"
 TINY = "vit_namedmask_demo"
@@ -152,13 +152,14 @@ def run_of_discs(tmp_path) -> Path:
     return out
 
 
-SMALL = {"backbone": TINY, "queries": 3, "layers": 2, "keep": 0.5, "crop": 48, "scale": (0.5, 1.0), "batch": 6,
-         "rate": 2e-3, "encoder_rate": 1e-3}  # fmt: skip
+SMALL = {"backbone": TINY, "queries": 3, "layers": 2, "keep": 0.5, "paste": 0.25, "crop": 48, "scale": (0.5, 1.0),
+         "batch": 6, "rate": 2e-3, "encoder_rate": 1e-3}  # fmt: skip
 
 
 def test_the_best_masks_teach(run_of_discs):
-    assert {int(record.photo[5:-4]) % 2 for record in best_masks(run_of_discs / "masks", 0.5)} == {1}
-    assert len(best_masks(run_of_discs / "masks", 1.0)) == 24
+    records = ranked_masks(run_of_discs / "masks")
+    teaching = records[: teaching_count(records, SaliencyTraining(**SMALL))]
+    assert len(records) == 24 and {int(record.photo[5:-4]) for record in teaching} == set(range(1, 24, 2))
 
 
 def test_training_learns_what_the_masks_share(run_of_discs):
