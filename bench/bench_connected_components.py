@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""connected_components beside scipy.ndimage, cc3d and OpenCV, on blobs and a thin maze; hole filling beside scipy."""
+"""connected_components beside scipy.ndimage, cc3d and OpenCV, on blobs and a thin maze; its siblings beside scipy.
+
+Ours always gives areas and boxes too; peers are timed for labels alone and for as much as ours gives.
+"""
+
+import functools
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 import namedmask_kernels as nk
-from common import copy_bandwidth, one_thread, paired_medians, report
+from common import copy_bandwidth, one_thread, paired_medians, report, threads
+from namedmask_kernels import Ragged
 
 SIZE = 480
 
@@ -26,13 +33,20 @@ def maze(rng):
 
 
 def peers(mask):
-    """name -> a call that labels the mask with 4-connectivity; absent ones say why."""
-    calls, absent = {"scipy.ndimage.label": lambda: ndimage.label(mask)}, []
+    """name -> a call on the mask with 4-connectivity, labels alone and with areas and boxes; absent ones say why."""
+
+    def scipy_stats():
+        labels, count = ndimage.label(mask)
+        return labels, np.bincount(labels.ravel(), minlength=count + 1), ndimage.find_objects(labels)
+
+    calls, absent = {"scipy.ndimage.label": lambda: ndimage.label(mask), "  with areas, boxes": scipy_stats}, []
     image = mask.astype(np.uint8)
     try:
         import cc3d
 
-        calls["cc3d"] = lambda: cc3d.connected_components(image, connectivity=4)
+        label = functools.partial(cc3d.connected_components, image, connectivity=4)
+        calls["cc3d"] = label
+        calls["  with statistics"] = lambda: cc3d.statistics(label(), no_slice_conversion=True)
     except ImportError as error:
         absent.append({"who": f"cc3d: absent ({error})"})
     try:
@@ -40,6 +54,7 @@ def peers(mask):
 
         cv2.setNumThreads(1)
         calls["OpenCV"] = lambda: cv2.connectedComponents(image, connectivity=4)
+        calls["  with stats"] = lambda: cv2.connectedComponentsWithStats(image, connectivity=4)
     except ImportError as error:
         absent.append({"who": f"OpenCV: absent ({error})"})
     return calls, absent
@@ -48,29 +63,72 @@ def peers(mask):
 @pytest.mark.parametrize("kind", [blobs, maze])
 def test_one_mask(benchmark, kind):
     mask = kind(np.random.default_rng(0))
+    tiny = mask[:2, :2].copy()
     np.testing.assert_array_equal(nk.connected_components(mask).labels, ndimage.label(mask)[0])
     calls, absent = peers(mask)
     with one_thread():
         seconds = paired_medians(
-            {"cpu, with areas and boxes": lambda: nk.connected_components(mask), **calls}, rounds=60
+            {
+                "cpu, with areas and boxes": lambda: nk.connected_components(mask),
+                "  of it the call alone": lambda: nk.connected_components(tiny),
+                **calls,
+            },
+            rounds=60,
         )
         benchmark.pedantic(nk.connected_components, (mask,), rounds=20, warmup_rounds=2)
         ours = seconds["cpu, with areas and boxes"]
-        moved = mask.nbytes + 2 * 4 * mask.size  # read the mask, write the labels, read them for areas and boxes
-        ceiling = copy_bandwidth(1 << 21)
+        moved = mask.nbytes + 4 * mask.size  # the least: read the mask, write the labels
+        ceiling = copy_bandwidth(1 << 20)
     rows = [{"who": who, "us": 1e6 * s, "time / ours": s / ours} for who, s in seconds.items()]
-    rows[0] |= {"GB/s": moved / ours / 1e9, "share of a 2 MB copy's": moved / ours / ceiling}
+    rows[0] |= {"GB/s": moved / ours / 1e9, "share of a 1 MB copy's": moved / ours / ceiling}
     report(f"connected_components, {SIZE} x {SIZE}, {kind.__name__}, one core", rows + absent)
 
 
-def test_fill_holes(benchmark):
-    mask = maze(np.random.default_rng(0))
-    np.testing.assert_array_equal(nk.fill_holes(mask), ndimage.binary_fill_holes(mask))
-    calls = {"cpu": lambda: nk.fill_holes(mask), "scipy.ndimage": lambda: ndimage.binary_fill_holes(mask)}
+def largest_by_scipy(mask):
+    labels, _ = ndimage.label(mask)
+    areas = np.bincount(labels.ravel())
+    areas[0] = 0
+    return labels == areas.argmax()
+
+
+@pytest.mark.parametrize("kind", [blobs, maze])
+def test_largest_component_and_fill_holes(benchmark, kind):
+    mask = kind(np.random.default_rng(0))
+    pairs = [(nk.largest_component, largest_by_scipy), (nk.fill_holes, ndimage.binary_fill_holes)]
+    rows = []
+    for ours, peer in pairs:
+        np.testing.assert_array_equal(ours(mask), peer(mask))
+        with one_thread():
+            seconds = paired_medians({"cpu": lambda f=ours: f(mask), "scipy": lambda f=peer: f(mask)}, rounds=30)
+        rows.append(
+            {"operator": ours.__name__, "us": 1e6 * seconds["cpu"], "scipy.ndimage us": 1e6 * seconds["scipy"]}
+            | {"time / ours": seconds["scipy"] / seconds["cpu"]}
+        )
     with one_thread():
-        seconds = paired_medians(calls, rounds=30)
         benchmark.pedantic(nk.fill_holes, (mask,), rounds=20, warmup_rounds=2)
+    report(f"largest_component and fill_holes, {SIZE} x {SIZE}, {kind.__name__}, one core", rows)
+
+
+@pytest.mark.parametrize("kind", [blobs, maze])
+def test_a_batch_of_eight(benchmark, kind):
+    masks = [kind(np.random.default_rng(seed)) for seed in range(8)]
+    batch = Ragged.pack([torch.from_numpy(mask) for mask in masks])
+    for mask, labels in zip(masks, nk.connected_components(batch).labels.grids(), strict=True):
+        np.testing.assert_array_equal(labels, ndimage.label(mask)[0])
+
+    def on(count):
+        def call():
+            with threads(count):
+                nk.connected_components(batch)
+
+        return call
+
+    seconds = paired_medians({f"{n} threads": on(n) for n in (1, 2)}, rounds=40)
+    benchmark.pedantic(on(2), rounds=10)
     report(
-        f"fill_holes, {SIZE} x {SIZE}, maze, one core",
-        [{"who": who, "us": 1e6 * s, "time / ours": s / seconds["cpu"]} for who, s in seconds.items()],
+        f"connected_components, batch of 8 masks of {SIZE} x {SIZE}, {kind.__name__}",
+        [
+            {"who": who, "us": 1e6 * s, "masks/s": 8 / s, "speedup": seconds["1 threads"] / s}
+            for who, s in seconds.items()
+        ],
     )

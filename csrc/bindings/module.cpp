@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: MIT
 // namedmask_kernels._native: the C++ operators as Python sees them. Every function takes arrays that speak DLPack,
-// outputs included (the Python side allocates them), releases the GIL and raises ValueError for a wrong array.
+// outputs included (the Python side allocates those whose size it knows), releases the GIL and raises ValueError for a
+// wrong array.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <utility>
+#include <vector>
 
 #include "dlpack_reader.h"
 #include "level.h"
@@ -34,6 +39,17 @@ void define_cuda(py::module_ m) {
 
 }  // namespace
 #endif
+
+namespace {
+
+// A numpy array of the shape, which owns the values.
+py::array_t<int32_t> array_of(std::vector<int32_t> values, std::vector<py::ssize_t> shape) {
+  auto* owned = new std::vector<int32_t>(std::move(values));
+  const py::capsule owner(owned, [](void* p) { delete static_cast<std::vector<int32_t>*>(p); });
+  return py::array_t<int32_t>(std::move(shape), owned->data(), owner);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   using py::arg;
@@ -70,10 +86,19 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       },
       arg("target"), arg("image"), arg("offsets"), arg("shapes"), arg("out"), arg("confidence"), arg("sigma_spatial"),
       arg("sigma_luma"), arg("sigma_chroma"), arg("smoothness"), arg("iterations"), arg("tolerance"), release());
-  m.def("connected_components", &cpu::connected_components, arg("mask"), arg("offsets"), arg("shapes"), arg("labels"),
-        arg("counts"), release());
-  m.def("component_stats", &cpu::component_stats, arg("labels"), arg("offsets"), arg("shapes"), arg("counts"),
-        arg("areas"), arg("boxes"), release());
+  m.def(
+      "connected_components",
+      [](const namedmask::TensorView& mask, const namedmask::TensorView& offsets, const namedmask::TensorView& shapes,
+         const namedmask::TensorView& labels, const namedmask::TensorView& first) {
+        namedmask::ComponentStats stats;
+        {
+          py::gil_scoped_release released;
+          stats = cpu::connected_components(mask, offsets, shapes, labels, first);
+        }
+        const auto n = static_cast<py::ssize_t>(stats.areas.size());
+        return py::make_tuple(array_of(std::move(stats.areas), {n}), array_of(std::move(stats.boxes), {n, 4}));
+      },
+      arg("mask"), arg("offsets"), arg("shapes"), arg("labels"), arg("first"));
   m.def("largest_component", &cpu::largest_component, arg("mask"), arg("offsets"), arg("shapes"), arg("out"),
         release());
   m.def("fill_holes", &cpu::fill_holes, arg("mask"), arg("offsets"), arg("shapes"), arg("out"), release());

@@ -6,14 +6,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <exception>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
 #include "bilateral_solver_levels.h"
+#include "buffer.h"
+#include "for_each_photo.h"
 #include "level.h"
 
 namespace namedmask::cpu {
@@ -32,8 +30,7 @@ int32_t colour_key(const ColourGrid& grid, int r, int g, int b) {
 namespace {
 
 constexpr int kLanes = BilateralSystem::kLanes;
-constexpr int kDirections = 10;          // both ways along five axes
-constexpr size_t kKeptBytes = 64 << 20;  // memory that a thread keeps for the next call; 4 MB serve a 512 x 683 photo
+constexpr int kDirections = 10;  // both ways along five axes
 
 const BilateralKernels& kernels() {
   switch (level()) {
@@ -69,32 +66,6 @@ std::vector<int32_t> cell_starts(int64_t pixels, double sigma) {
   first.push_back(static_cast<int32_t>(pixels));
   return first;
 }
-
-// Memory that is not cleared and is used again: in fresh memory the page faults would cost a tenth of the time.
-template <class T>
-class Buffer {
- public:
-  T* data() const { return data_.get(); }
-  T& operator[](size_t i) const { return data_.get()[i]; }
-  size_t bytes() const { return capacity_ * sizeof(T); }
-
-  void reserve(size_t count) {  // keeps what is there
-    if (count <= capacity_) return;
-    count = std::max(count, capacity_ + capacity_ / 2);
-    void* grown = std::realloc(data_.get(), count * sizeof(T));
-    if (grown == nullptr) throw std::bad_alloc();
-    static_cast<void>(data_.release());
-    data_.reset(static_cast<T*>(grown));
-    capacity_ = count;
-  }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-  size_t capacity_ = 0;
-};
 
 // Target and number of pixels, added as one vector.
 typedef double Sum __attribute__((vector_size(16)));
@@ -319,21 +290,10 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
     throw std::invalid_argument("bilateral_solver: cell sizes must be at least 1");
   }
   std::vector<uint8_t> refused(batch.count, 0);
-  std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic) if (batch.count > 1)
-  for (int64_t b = 0; b < batch.count; ++b) {
-    if (batch.begin(b) == batch.end(b)) continue;
-    try {
-      thread_local Solver solver;
-      refused[b] = !solver.run(target.as<float>() + batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),
-                               batch.height(b), batch.width(b), settings, out.as<float>() + batch.begin(b));
-      if (solver.bytes() > kKeptBytes) solver = Solver();
-    } catch (...) {  // an exception must not leave a parallel region
-#pragma omp critical(nmk_bilateral_solver)
-      failure = std::current_exception();
-    }
-  }
-  if (failure) std::rethrow_exception(failure);
+  for_each_photo<Solver>(batch, [&](int64_t b, Solver& solver) {
+    refused[b] = !solver.run(target.as<float>() + batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),
+                             batch.height(b), batch.width(b), settings, out.as<float>() + batch.begin(b));
+  });
   const auto first = std::find(refused.begin(), refused.end(), 1);
   if (first != refused.end()) {
     throw std::invalid_argument("bilateral_solver: target of photo " + std::to_string(first - refused.begin()) +

