@@ -6,14 +6,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <exception>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
 #include "bilateral_solver_levels.h"
+#include "buffer.h"
 #include "level.h"
 
 namespace namedmask::cpu {
@@ -32,8 +30,7 @@ int32_t colour_key(const ColourGrid& grid, int r, int g, int b) {
 namespace {
 
 constexpr int kLanes = BilateralSystem::kLanes;
-constexpr int kDirections = 10;          // both ways along five axes
-constexpr size_t kKeptBytes = 64 << 20;  // memory that a thread keeps for the next call; 4 MB serve a 512 x 683 photo
+constexpr int kDirections = 10;  // both ways along five axes
 
 const BilateralKernels& kernels() {
   switch (level()) {
@@ -69,32 +66,6 @@ std::vector<int32_t> cell_starts(int64_t pixels, double sigma) {
   first.push_back(static_cast<int32_t>(pixels));
   return first;
 }
-
-// Memory that is not cleared and is used again: in fresh memory the page faults would cost a tenth of the time.
-template <class T>
-class Buffer {
- public:
-  T* data() const { return data_.get(); }
-  T& operator[](size_t i) const { return data_.get()[i]; }
-  size_t bytes() const { return capacity_ * sizeof(T); }
-
-  void reserve(size_t count) {  // keeps what is there
-    if (count <= capacity_) return;
-    count = std::max(count, capacity_ + capacity_ / 2);
-    void* grown = std::realloc(data_.get(), count * sizeof(T));
-    if (grown == nullptr) throw std::bad_alloc();
-    static_cast<void>(data_.release());
-    data_.reset(static_cast<T*>(grown));
-    capacity_ = count;
-  }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-  size_t capacity_ = 0;
-};
 
 // Target and number of pixels, added as one vector.
 typedef double Sum __attribute__((vector_size(16)));
