@@ -11,15 +11,51 @@ namespace {
 
 constexpr int kLanes = CrfSystem::kLanes, kAxes = CrfSystem::kAxes, kCorners = CrfSystem::kCorners;
 constexpr int kTaps = CrfSystem::kTaps, kSums = CrfSystem::kSums;
-typedef float F8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t I8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float F8 __attribute__((vector_size(32)));
+typedef int32_t I8 __attribute__((vector_size(32)));
 
-inline F8 load(const float* p) { return *reinterpret_cast<const F8*>(p); }
-inline void store(float* p, F8 v) { *reinterpret_cast<F8*>(p) = v; }
-inline F8 broadcast(float a) { return F8{a, a, a, a, a, a, a, a}; }
-inline I8 bits(F8 v) { return reinterpret_cast<I8>(v); }
-inline F8 floats(I8 v) { return reinterpret_cast<F8>(v); }
-inline F8 select(I8 mask, F8 a, F8 b) { return floats((mask & bits(a)) | (~mask & bits(b))); }
+#if defined(__AVX512F__)
+typedef float Wide __attribute__((vector_size(64)));
+#else
+typedef F8 Wide;
+#endif
+template <class V>
+using Ints = decltype(V{} < V{});
+
+template <class V = F8>
+inline V load(const float* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+inline void store(float* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+template <class V = F8>
+inline V broadcast(float a) {
+  return a - V{};
+}
+template <class V>
+inline Ints<V> bits(V v) {
+  return reinterpret_cast<Ints<V>>(v);
+}
+template <class V>
+inline V select(Ints<V> mask, V a, V b) {
+  return mask ? a : b;
+}
+inline I8 first_lanes(int64_t n) { return I8{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(n); }
+
+// Calls f(V, i) for i from 0 on, n floats in all, a multiple of kLanes, as many at a time as V has lanes.
+template <class F>
+inline __attribute__((always_inline)) void for_each_vector(int64_t n, F f) {
+  int64_t i = 0;
+  if constexpr (sizeof(Wide) > sizeof(F8)) {
+    constexpr int64_t kWide = sizeof(Wide) / sizeof(float);
+    for (; i + kWide <= n; i += kWide) f(Wide{}, i);
+  }
+  for (; i < n; i += kLanes) f(F8{}, i);
+}
 
 inline F8 gather(const float* values, const int32_t* index) {
   return F8{values[index[0]], values[index[1]], values[index[2]], values[index[3]],
@@ -30,7 +66,11 @@ inline F8 gather(const float* values, const int32_t* index) {
 inline F8 fma(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F8 larger(F8 a, F8 b) { return _mm256_max_ps(a, b); }
 inline F8 smaller(F8 a, F8 b) { return _mm256_min_ps(a, b); }
-inline I8 first_lanes(int64_t n) { return I8{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(n); }
+#if defined(__AVX512F__)
+inline Wide fma(Wide a, Wide b, Wide c) { return _mm512_fmadd_ps(a, b, c); }
+// With a mask of ones, since GCC 12 takes the plain form's undefined source for a mistake of ours.
+inline Wide larger(Wide a, Wide b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+#endif
 inline F8 load_first(const float* p, int64_t n) {
   return _mm256_maskload_ps(p, reinterpret_cast<__m256i>(first_lanes(n)));
 }
@@ -56,30 +96,32 @@ inline F8 root(F8 v) {
   return v;
 }
 
-inline F8 nearest(F8 v) {  // whole number, |v| < 2^22
+template <class V>
+inline V nearest(V v) {  // whole number, |v| < 2^22
   constexpr float kRound = 3 << 22;
   return (v + kRound) - kRound;
 }
 
 // e^x within 2e-7 of itself, for x from -87 on (what is less counts as that) to 88.
-inline F8 exponential(F8 x) {
-  x = larger(x, broadcast(-87.0f));
-  const F8 n = nearest(x * 1.44269504f);
+template <class V>
+inline V exponential(V x) {
+  x = larger(x, broadcast<V>(-87.0f));
+  const V n = nearest(x * 1.44269504f);
   // ln 2 in two parts, the first with few enough bits that n times it is exact
-  const F8 r = fma(n, broadcast(-1.42860677e-6f), fma(n, broadcast(-0.693145752f), x));
-  F8 sum = fma(r, broadcast(1.0f / 720), broadcast(1.0f / 120));  // Taylor: |r| < 0.35
-  sum = fma(r, sum, broadcast(1.0f / 24));
-  sum = fma(r, sum, broadcast(1.0f / 6));
-  sum = fma(r, sum, broadcast(0.5f));
-  sum = fma(r, sum, broadcast(1.0f));
-  sum = fma(r, sum, broadcast(1.0f));
-  return floats(bits(sum) + (__builtin_convertvector(n, I8) << 23));
+  const V r = fma(n, broadcast<V>(-1.42860677e-6f), fma(n, broadcast<V>(-0.693145752f), x));
+  V sum = fma(r, broadcast<V>(1.0f / 720), broadcast<V>(1.0f / 120));  // Taylor: |r| < 0.35
+  sum = fma(r, sum, broadcast<V>(1.0f / 24));
+  sum = fma(r, sum, broadcast<V>(1.0f / 6));
+  sum = fma(r, sum, broadcast<V>(0.5f));
+  sum = fma(r, sum, broadcast<V>(1.0f));
+  sum = fma(r, sum, broadcast<V>(1.0f));
+  return reinterpret_cast<V>(bits(sum) + (__builtin_convertvector(n, Ints<V>) << 23));
 }
 
 // log(x) of positive normal numbers.
 inline F8 logarithm(F8 x) {
   const I8 exponent = (bits(x) - 0x3f3504f3) >> 23;  // so that the rest is from sqrt(1/2) to sqrt(2)
-  const F8 m = floats(bits(x) - (exponent << 23)), n = __builtin_convertvector(exponent, F8);
+  const F8 m = reinterpret_cast<F8>(bits(x) - (exponent << 23)), n = __builtin_convertvector(exponent, F8);
   const F8 s = (m - 1.0f) / (m + 1.0f), square = s * s;  // log(m) = 2 atanh(s), |s| < 0.18
   F8 sum = fma(square, broadcast(2.0f / 9), broadcast(2.0f / 7));
   sum = fma(square, sum, broadcast(2.0f / 5));
@@ -152,7 +194,7 @@ void embed(const float* features, CrfSimplices* simplices, float* weights) {
   for (int r = 1; r < kCorners; ++r) store(weights + r * kLanes, sorted[kCorners - 1 - r] - sorted[kCorners - r]);
 
   constexpr int32_t kBias = 1 << 11;
-  const auto put = [](int32_t* to, I8 v) { *reinterpret_cast<I8*>(to) = v; };
+  const auto put = [](int32_t* to, I8 v) { __builtin_memcpy(to, &v, sizeof(v)); };
   put(simplices->low, (point[0] + kBias) + ((point[1] + kBias) << 12));
   put(simplices->middle, (point[2] + kBias) + ((point[3] + kBias) << 12));
   put(simplices->high, point[4] + kBias);
@@ -216,9 +258,10 @@ void blur_many(const CrfSystem& s, float* lattice, float* scratch, float scale) 
     const float other = 0.5f * own;
     for (int64_t i = 0; i < s.vertices; ++i, near += 2, to += s.channels) {
       const float *centre = from + i * s.channels, *a = from + near[0] * s.channels, *b = from + near[1] * s.channels;
-      for (int64_t c = 0; c < s.channels; c += kLanes) {
-        store(to + c, fma(load(a + c) + load(b + c), broadcast(other), load(centre + c) * own));
-      }
+      for_each_vector(s.channels, [&](auto v, int64_t c) {
+        using V = decltype(v);
+        store(to + c, fma(load<V>(a + c) + load<V>(b + c), broadcast<V>(other), load<V>(centre + c) * own));
+      });
     }
     fill(to, 0.0f, s.channels);
   });
@@ -249,58 +292,71 @@ void normalise(const CrfSystem& s) {
 // out[i] = sum over t from -before to after of gauss[|t|] * in[i + t * stride], i < n, a multiple of kLanes.
 inline void convolve(const float* in, int64_t stride, const float* gauss, int64_t before, int64_t after, float* out,
                      int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    F8 sum = load(in + i) * gauss[0];
-    for (int64_t t = 1; t <= before; ++t) sum = fma(load(in + i - t * stride), broadcast(gauss[t]), sum);
-    for (int64_t t = 1; t <= after; ++t) sum = fma(load(in + i + t * stride), broadcast(gauss[t]), sum);
-    store(out + i, sum);
+  constexpr int kTurns = 4, kStep = sizeof(Wide) / sizeof(float);  // sums that do not wait for each other
+  int64_t whole = 0;
+  for (; whole + kTurns * kStep <= n; whole += kTurns * kStep) {
+    Wide sums[kTurns] = {};
+    for (int64_t t = -before; t <= after; ++t) {
+      const Wide factor = broadcast<Wide>(gauss[t < 0 ? -t : t]);
+      const float* const from = in + whole + t * stride;
+#pragma GCC unroll 4
+      for (int v = 0; v < kTurns; ++v) sums[v] = fma(load<Wide>(from + v * kStep), factor, sums[v]);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kTurns; ++v) store(out + whole + v * kStep, sums[v]);
   }
+  for_each_vector(n - whole, [&](auto v, int64_t i) {
+    for (int64_t t = -before; t <= after; ++t) {
+      v = fma(load<decltype(v)>(in + whole + i + t * stride), broadcast<decltype(v)>(gauss[t < 0 ? -t : t]), v);
+    }
+    store(out + whole + i, v);
+  });
 }
 
-// The Gaussian on the nodes, columns then rows: from -> to -> from.
-void blur_grid(const CrfSystem& s, float* from, float* to) {
+// The Gaussian on the nodes: columns into a line, and that along itself.
+void blur_grid(const CrfSystem& s, const float* from, float* to) {
   const int64_t line = s.grid_width * s.channels, pad = s.radius * s.channels;
-  for (int64_t y = 0; y < s.grid_height; ++y) {
-    const int64_t before = y < s.radius ? y : s.radius, left = s.grid_height - 1 - y;
-    convolve(from + y * line, line, s.gauss, before, left < s.radius ? left : s.radius, to + y * line, line);
-  }
   fill(s.rows, 0.0f, line + 2 * pad);
   for (int64_t y = 0; y < s.grid_height; ++y) {
-    for (int64_t i = 0; i < line; i += kLanes) store(s.rows + pad + i, load(to + y * line + i));
-    convolve(s.rows + pad, s.channels, s.gauss, s.radius, s.radius, from + y * line, line);
+    const int64_t before = y < s.radius ? y : s.radius, left = s.grid_height - 1 - y;
+    convolve(from + y * line, line, s.gauss, before, left < s.radius ? left : s.radius, s.rows + pad, line);
+    convolve(s.rows + pad, s.channels, s.gauss, s.radius, s.radius, to + y * line, line);
   }
 }
 
 // row = the grid's values on row y of the photo, between the nodes' rows.
-void read_row(const CrfSystem& s, int64_t y, float* row) {
+inline void read_row(const CrfSystem& s, int64_t y, float* row) {
   const int64_t line = s.grid_width * s.channels;
   const float *nodes = s.grid + y / s.step * line, *taps = s.row_taps + y * kTaps;
-  for (int64_t i = 0; i < line; i += kLanes) {
-    F8 sum = load(nodes + i) * taps[0];
-#pragma GCC unroll 3
-    for (int t = 1; t < kTaps; ++t) sum = fma(load(nodes + t * line + i), broadcast(taps[t]), sum);
+  for_each_vector(line, [&](auto sum, int64_t i) {
+    using V = decltype(sum);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) sum = fma(load<V>(nodes + t * line + i), broadcast<V>(taps[t]), sum);
     store(row + i, sum);
-  }
+  });
 }
 
-// Adds row y to the next grid. values [step, line]: what pixels of each phase add, after kTaps - 1 nodes of zeros.
-void add_row(const CrfSystem& s, int64_t y, const float* values, int64_t line_values) {
+// Adds row y to the next grid. values [step, line_values]: what the pixels of each phase add, after kTaps - 1 nodes of
+// zeros.
+inline void add_row(const CrfSystem& s, int64_t y, const float* values, int64_t line_values) {
   const int64_t line = s.grid_width * s.channels;
   float* const nodes = s.next_grid + y / s.step * line;
   const float* const row_taps = s.add_taps + y * kTaps;
-  for (int64_t i = 0; i < line; i += kLanes) {
-    F8 sum = {};
+  for_each_vector(line, [&](auto sum, int64_t i) {
+    using V = decltype(sum);
     const float* phase = values + i;
     for (int64_t p = 0; p < s.step; ++p, phase += line_values) {
 #pragma GCC unroll 4
       for (int t = 0; t < kTaps; ++t) {
-        sum = fma(load(phase + (kTaps - 1 - t) * s.channels), broadcast(s.taps[p * kTaps + t]), sum);
+        sum = fma(load<V>(phase + (kTaps - 1 - t) * s.channels), broadcast<V>(s.taps[p * kTaps + t]), sum);
       }
     }
 #pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t)
-      store(nodes + t * line + i, fma(sum, broadcast(row_taps[t]), load(nodes + t * line + i)));
-  }
+    for (int t = 0; t < kTaps; ++t) {
+      float* const node = nodes + t * line + i;
+      store(node, fma(sum, broadcast<V>(row_taps[t]), load<V>(node)));
+    }
+  });
 }
 
 // -- the mean field
@@ -343,9 +399,12 @@ bool start(const CrfSystem& s, const float* probabilities) {
 
 // From half the log-odds of two labels to the difference of their marginals, a tanh.
 void tanh_line(float* line, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    store(line + i, 1.0f - 2.0f / (1.0f + exponential(2.0f * smaller(load(line + i), broadcast(40.0f)))));
-  }
+  for_each_vector(n, [&](auto half, int64_t i) {
+    using V = decltype(half);
+    half = load<V>(line + i);
+    // e^2x runs over from 44 on, where tanh is 1 long since
+    store(line + i, 1.0f - 2.0f / (1.0f + exponential(select(half < 40.0f, 2.0f * half, broadcast<V>(80.0f)))));
+  });
 }
 
 // From half the log-odds to both marginals, in out; each with its own small values exact.
@@ -408,22 +467,114 @@ void update_one(const CrfSystem& s) {
   }
 }
 
-inline float largest(F8 v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+// f of all lanes, in all lanes.
+template <class F>
+inline F8 reduced(F8 v, F f) {
+  v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+  return f(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
 }
 
-inline float total(F8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+// Adds the messages of up to kLanes pixels to their unary: scores [kLanes, channels], their log marginals but for what
+// makes these sum to 1. The first pixel's unary is at `pixel`, the next `stride` on.
+template <bool kSlice>
+inline void score(const CrfSystem& s, const float* pixel, int64_t stride, int64_t pixels, const float* row,
+                  const float* taps, const float* norms, const int32_t* corners, const float* weights) {
+  const int64_t channels = s.channels, last = channels - kLanes, rest = s.labels - last;
+  const F8 never = select(first_lanes(rest), F8{}, broadcast(-1e30f));  // for channels that are no label
+  float* scores = s.scores;
+  for (int64_t i = 0; i < pixels; ++i, pixel += stride, row += channels, scores += channels) {
+    const float* vertices[kCorners];
+#pragma GCC unroll 6
+    for (int r = 0; r < kCorners; ++r) vertices[r] = s.lattice + corners[r * kLanes + i] * channels;
+    const auto messages = [&](auto spatial, int64_t c) {
+      using V = decltype(spatial);
+      V bilateral = {};
+      if (kSlice) {
+#pragma GCC unroll 4
+        for (int t = 0; t < kTaps; ++t) {
+          spatial = fma(load<V>(row + t * channels + c), broadcast<V>(taps[t]), spatial);
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < kCorners; ++r) {
+          bilateral = fma(load<V>(vertices[r] + c), broadcast<V>(weights[r * kLanes + i]), bilateral);
+        }
+      }
+      return fma(spatial, broadcast<V>(norms[i]), bilateral);
+    };
+    for_each_vector(last, [&](auto v, int64_t c) { store(scores + c, load<decltype(v)>(pixel + c) + messages(v, c)); });
+    store(scores + last, load_first(pixel + last, rest) + never + messages(F8{}, last));
+  }
+}
+
+// f of all lanes, in all lanes.
+template <class F>
+inline F8 folded(F8 v, F f) {
+  v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+  return f(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+}
+
+// f of a sum so far and another vector, halved where it is wide.
+template <class V, class F>
+inline F8 joined(F8 sum, V v, F f) {
+  if constexpr (sizeof(V) == sizeof(F8)) {
+    return f(sum, v);
+  } else {
+    const F8 low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+    return f(sum, f(low, F8(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15))));
+  }
+}
+
+// Scores to marginals, in place.
+inline void softmax(const CrfSystem& s, int64_t pixels) {
+  const auto greater = [](F8 a, F8 b) { return larger(a, b); };
+  const auto plus = [](F8 a, F8 b) { return a + b; };
+  float* scores = s.scores;
+  for (int64_t i = 0; i < pixels; ++i, scores += s.channels) {
+    F8 best = broadcast(-1e30f), sum = {};
+    for_each_vector(s.channels,
+                    [&](auto v, int64_t c) { best = joined(best, load<decltype(v)>(scores + c), greater); });
+    const float top = folded(best, greater)[0];
+    for_each_vector(s.channels, [&](auto v, int64_t c) {
+      v = load<decltype(v)>(scores + c) - top;
+      // What is too little to count becomes 0: products of it would be denormal numbers, which are slow.
+      v = select(v > -50.0f, exponential(v), decltype(v){});
+      store(scores + c, v);
+      sum = joined(sum, v, plus);
+    });
+    const float scale = 1.0f / folded(sum, plus)[0];
+    for_each_vector(s.channels, [&](auto v, int64_t c) { store(scores + c, load<decltype(v)>(scores + c) * scale); });
+  }
+}
+
+// Adds marginals to their vertices, and leaves them times their norms in line [pixels, channels].
+inline void splat(const CrfSystem& s, int64_t pixels, const float* norms, const int32_t* corners, const float* weights,
+                  float* line) {
+  const float* marginals = s.scores;
+  for (int64_t i = 0; i < pixels; ++i, marginals += s.channels, line += s.channels) {
+    float* vertices[kCorners];
+#pragma GCC unroll 6
+    for (int r = 0; r < kCorners; ++r) vertices[r] = s.next_lattice + corners[r * kLanes + i] * s.channels;
+    for_each_vector(s.channels, [&](auto v, int64_t c) {
+      using V = decltype(v);
+      v = load<V>(marginals + c);
+      store(line + c, v * norms[i]);
+#pragma GCC unroll 6
+      for (int r = 0; r < kCorners; ++r) {
+        store(vertices[r] + c, fma(v, broadcast<V>(weights[r * kLanes + i]), load<V>(vertices[r] + c)));
+      }
+    });
+  }
+}
 
 template <bool kSlice, bool kSplat>
 void update_many(const CrfSystem& s) {
-  const int64_t channels = s.channels, last = channels - kLanes, rest = s.labels - last;
+  const int64_t channels = s.channels, last = channels - kLanes;
   const int64_t padded = (s.grid_width + kTaps - 1) * channels;
-  float *const row = s.rows, *const values = s.rows + padded, *const scores = s.scores;
+  float *const row = s.rows, *const values = s.rows + padded;
   const int32_t* corners = s.corners;
   const float* weights = s.weights;
-  const F8 never = select(I8{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(rest), F8{}, broadcast(-1e30f));
   if (kSplat) {
     fill(values, 0.0f, s.step * padded);
     fill(s.next_lattice, 0.0f, (s.vertices + 1) * channels);
@@ -432,62 +583,23 @@ void update_many(const CrfSystem& s) {
   for (int64_t y = 0; y < s.height; ++y) {
     if (kSlice) read_row(s, y, row);
     for (int64_t phase = 0; phase < s.step; ++phase) {
-      const float* const taps = s.taps + phase * kTaps;
-      float* const phase_values = values + phase * padded + (kTaps - 1) * channels;
-      for (int64_t cell = 0; cell < s.cells; ++cell) {
-        const int64_t lane = cell % kLanes;
-        const int32_t* const corner = corners + lane;
-        const float* const weight = weights + lane;
-        if (lane == kLanes - 1) {
-          corners += kCorners * kLanes;
-          weights += kCorners * kLanes;
-        }
-        const int64_t x = cell * s.step + phase;
-        if (x >= s.width) continue;
-        float* const pixel = s.out + (y * s.width + x) * s.labels;
-        const float norm = s.column_norm[phase * s.cells + cell];
-        F8 best = broadcast(-1e30f);
-        const auto score = [&](int64_t c, F8 sum) {
-          if (kSlice) {
-            const float* const near = row + cell * channels + c;
-            F8 spatial = load(near) * taps[0];
-#pragma GCC unroll 3
-            for (int t = 1; t < kTaps; ++t) spatial = fma(load(near + t * channels), broadcast(taps[t]), spatial);
-            sum = fma(spatial, broadcast(norm), sum);
-#pragma GCC unroll 6
-            for (int r = 0; r < kCorners; ++r) {
-              sum = fma(load(s.lattice + corner[r * kLanes] * channels + c), broadcast(weight[r * kLanes]), sum);
-            }
-          }
-          store(scores + c, sum);
-          best = larger(best, sum);
-        };
-        for (int64_t c = 0; c < last; c += kLanes) score(c, load(pixel + c));
-        score(last, load_first(pixel + last, rest) + never);
-
-        const F8 top = broadcast(largest(best));
-        F8 sum = {};
-        for (int64_t c = 0; c < channels; c += kLanes) {
-          const F8 x = load(scores + c) - top;
-          // What is too little to count becomes 0: products of it would be denormal numbers, which are slow.
-          const F8 e = select(x > -50.0f, exponential(x), F8{});
-          store(scores + c, e);
-          sum += e;
-        }
-        const F8 scale = broadcast(1.0f / total(sum));
+      const float *const taps = s.taps + phase * kTaps, *const norms = s.column_norm + phase * s.cells;
+      float* const line = values + phase * padded + (kTaps - 1) * channels;
+      const int64_t cells = (s.width - phase + s.step - 1) / s.step;  // of this phase within the photo
+      for (int64_t cell = 0; cell < s.cells;
+           cell += kLanes, corners += kCorners * kLanes, weights += kCorners * kLanes) {
+        const int64_t pixels = cells - cell < kLanes ? cells - cell : kLanes, stride = s.step * s.labels;
+        float* pixel = s.out + (y * s.width + cell * s.step + phase) * s.labels;
+        score<kSlice>(s, pixel, stride, pixels, row + cell * channels, taps, norms + cell, corners, weights);
+        softmax(s, pixels);
         if (kSplat) {
-          for (int64_t c = 0; c < channels; c += kLanes) {
-            const F8 marginal = load(scores + c) * scale;
-            store(phase_values + cell * channels + c, marginal * norm);
-#pragma GCC unroll 6
-            for (int r = 0; r < kCorners; ++r) {
-              float* const vertex = s.next_lattice + corner[r * kLanes] * channels + c;
-              store(vertex, fma(marginal, broadcast(weight[r * kLanes]), load(vertex)));
-            }
-          }
+          splat(s, pixels, norms + cell, corners, weights, line + cell * channels);
         } else {
-          for (int64_t c = 0; c < last; c += kLanes) store(pixel + c, load(scores + c) * scale);
-          store_first(pixel + last, load(scores + last) * scale, rest);
+          const float* marginals = s.scores;
+          for (int64_t i = 0; i < pixels; ++i, pixel += stride, marginals += channels) {
+            for (int64_t c = 0; c < last; c += kLanes) store(pixel + c, load(marginals + c));
+            store_first(pixel + last, load(marginals + last), s.labels - last);
+          }
         }
       }
     }
@@ -504,7 +616,6 @@ void infer(CrfSystem s, int64_t iterations) {
         : blur_many(s, s.next_lattice, s.lattice, s.bilateral_weight);
     blur_grid(s, s.next_grid, s.grid);
     swap(s.lattice, s.next_lattice);
-    swap(s.grid, s.next_grid);
     if (i < iterations) {
       one ? update_one<true, true>(s) : update_many<true, true>(s);
     } else {

@@ -39,7 +39,7 @@ struct CrfSystem {
   float *lattice, *next_lattice;  // [vertices + 1, channels], the last row zero; kSums times as wide with one channel
   float *grid, *next_grid;        // [grid_height, grid_width, channels]
   float* rows;                    // scratch: of `step + 2` rows of a grid, padded by `radius` nodes on both sides
-  float* scores;                  // [channels + kLanes] scratch
+  float* scores;                  // [kLanes, channels] scratch
   float* unary;                   // half log-odds [height, step, cells] (channels = 1), else log(p) in out
   float* out;                     // [height * width, labels]
 };
