@@ -14,6 +14,7 @@
 #include "namedmask/attention_features.h"
 #include "namedmask/bilateral_solver.h"
 #include "namedmask/connected_components.h"
+#include "namedmask/dense_crf.h"
 #include "namedmask/normalized_cut.h"
 
 namespace py = pybind11;
@@ -101,6 +102,19 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       arg("mask"), arg("offsets"), arg("shapes"), arg("labels"), arg("first"));
   m.def("largest_component", &cpu::largest_component, arg("mask"), arg("offsets"), arg("shapes"), arg("out"),
         release());
+  m.def(
+      "dense_crf",
+      [](const namedmask::TensorView& probabilities, const namedmask::TensorView& image,
+         const namedmask::TensorView& offsets, const namedmask::TensorView& shapes, const namedmask::TensorView& out,
+         int64_t iterations, double gaussian_sigma, double gaussian_weight, double bilateral_sigma,
+         double bilateral_sigma_rgb, double bilateral_weight) {
+        cpu::dense_crf(
+            probabilities, image, offsets, shapes, out,
+            {iterations, gaussian_sigma, gaussian_weight, bilateral_sigma, bilateral_sigma_rgb, bilateral_weight});
+      },
+      arg("probabilities"), arg("image"), arg("offsets"), arg("shapes"), arg("out"), arg("iterations"),
+      arg("gaussian_sigma"), arg("gaussian_weight"), arg("bilateral_sigma"), arg("bilateral_sigma_rgb"),
+      arg("bilateral_weight"), release());
   m.def("fill_holes", &cpu::fill_holes, arg("mask"), arg("offsets"), arg("shapes"), arg("out"), release());
   m.def(
       "normalized_cut",

@@ -8,6 +8,7 @@ from .attention_features import AttentionFeatures, attention_features
 from .backends import explain
 from .bilateral_solver import bilateral_solver
 from .connected_components import Components, connected_components, fill_holes, largest_component
+from .dense_crf import dense_crf
 from .normalized_cut import NormalizedCut, normalized_cut
 from .ragged import Ragged
 
@@ -19,6 +20,7 @@ __all__ = [
     "attention_features",
     "bilateral_solver",
     "connected_components",
+    "dense_crf",
     "explain",
     "fill_holes",
     "largest_component",

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""dense_crf beside pydensecrf2 (`pip install pydensecrf2`, imported as pydensecrf), both with the same two terms.
+
+`pytest bench/bench_dense_crf.py --benchmark-only -s` prints the tables.
+"""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from bench_bilateral_solver import photo
+
+import namedmask_kernels as nk
+from common import copy_bandwidth, one_thread, paired_medians, report, threads
+from namedmask_kernels import Ragged
+
+ITERATIONS = 10
+
+try:
+    densecrf = importlib.import_module("pydensecrf.densecrf")
+    ABSENT = None
+except ImportError as error:
+    densecrf, ABSENT = None, f"absent: {error}"
+
+
+def scene(labels, seed=0, h=512, w=683):
+    """(probabilities float32 [h, w, labels], image): squares of random scores, and the mask as label 1."""
+    mask, image = photo(seed, h, w)
+    rng = np.random.default_rng(seed)
+    scores = 3 * rng.random((h // 16 + 1, w // 16 + 1, labels), np.float32)
+    scores = scores.repeat(16, 0).repeat(16, 1)[:h, :w]
+    scores[..., 1] += 3 * mask
+    return torch.from_numpy(scores).softmax(-1).numpy(), image
+
+
+def pydensecrf(probabilities, image):
+    h, w, labels = probabilities.shape
+    crf = densecrf.DenseCRF2D(w, h, labels)
+    crf.setUnaryEnergy(np.ascontiguousarray(-np.log(probabilities.clip(1e-5, 1)).reshape(-1, labels).T))
+    crf.addPairwiseGaussian(sxy=3, compat=3)
+    crf.addPairwiseBilateral(sxy=80, srgb=13, rgbim=image, compat=10)
+    return np.array(crf.inference(ITERATIONS)).T.reshape(h, w, labels)
+
+
+def cost(h, w, labels):
+    """(floating-point operations, bytes) of an update, the lattice's and the grid's own filters aside.
+
+    Per pixel and channel 2 * 6 for each of slice and splat, 2 * 4 twice along the grid's rows, 2 * 4 / 2 twice across
+    them, some 20 for a softmax. Read: 6 vertices and weights of 4 bytes each, and the unary.
+    """
+    channels = 1 if labels == 2 else (labels + 7) // 8 * 8
+    return h * w * channels * (2 * 12 + 2 * 8 + 2 * 4 + 20), h * w * (6 * 8 + 4 * (1 if labels == 2 else labels))
+
+
+@pytest.mark.parametrize("labels", [2, 21])
+def test_one_photo_on_one_core(benchmark, labels):
+    probabilities, image = scene(labels)
+    found = nk.dense_crf(probabilities, image)
+    calls = {
+        "cpu": lambda: nk.dense_crf(probabilities, image),
+        "no updates": lambda: nk.dense_crf(probabilities, image, iterations=0),
+    }
+    if densecrf:
+        expected = pydensecrf(probabilities, image)
+        assert np.abs(found - expected).mean() < 2e-3
+        assert (found.argmax(-1) == expected.argmax(-1)).mean() >= (0.998 if labels == 2 else 0.995)
+        calls["pydensecrf2"] = lambda: pydensecrf(probabilities, image)
+    with one_thread():
+        seconds = paired_medians(calls, rounds=11, seconds=25)
+        benchmark.pedantic(nk.dense_crf, (probabilities, image), rounds=5, warmup_rounds=1)
+        operations, moved = cost(*image.shape[:2], labels)
+        update = (seconds["cpu"] - seconds["no updates"]) / ITERATIONS
+        ceiling = copy_bandwidth(2 * moved)
+    peer = seconds.get("pydensecrf2")
+    report(
+        f"dense_crf, 512 x 683, {labels} labels, {ITERATIONS} updates, one core",
+        [
+            {"who": "pydensecrf2", "ms": 1e3 * peer if peer else ABSENT, "ratio": 1.0},
+            {"who": "cpu", "ms": 1e3 * seconds["cpu"], "ratio": peer / seconds["cpu"] if peer else ""},
+            {"who": "  lattice, grid and unary", "ms": 1e3 * seconds["no updates"]},
+            {
+                "who": "  an update",
+                "ms": 1e3 * update,
+                "Gflop/s": operations / update / 1e9,
+                "MB": moved / 1e6,
+                "GB/s": moved / update / 1e9,
+                "share of a copy's": moved / update / ceiling,
+            },
+        ],
+    )
+
+
+@pytest.mark.parametrize("labels", [2, 21])
+def test_a_batch_of_eight(benchmark, labels):
+    scenes = [scene(labels, seed, 512 - 16 * seed, 683 - 40 * seed) for seed in range(8)]
+    batch = [Ragged.pack([torch.from_numpy(s[i]) for s in scenes]) for i in (0, 1)]
+
+    def on(count):
+        def call():
+            with threads(count):
+                return nk.dense_crf(*batch)
+
+        return call
+
+    assert torch.equal(on(1)().rows, on(2)().rows)
+    seconds = paired_medians({f"{n} threads": on(n) for n in (1, 2)}, rounds=9, seconds=20)
+    benchmark.pedantic(on(2), rounds=3)
+    report(
+        f"dense_crf, batch of 8 photos, 400 x 403 to 512 x 683, {labels} labels",
+        [
+            {"who": who, "ms": 1e3 * s, "photos/s": 8 / s, "speedup": seconds["1 threads"] / s}
+            for who, s in seconds.items()
+        ],
+    )

@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: MIT
+// The lattice and the grid are laid out once for a photo, with the norms of both kernels multiplied into the pixels'
+// weights. An update then is one walk over the pixels, which reads the filtered marginals of before, makes the new ones
+// and adds them to the next lattice and grid straight away: the marginals themselves are never stored.
+#include "namedmask/dense_crf.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "buffer.h"
+#include "dense_crf_levels.h"
+#include "for_each_photo.h"
+#include "level.h"
+
+namespace namedmask::cpu {
+namespace {
+
+constexpr int kLanes = CrfSystem::kLanes, kAxes = CrfSystem::kAxes, kCorners = CrfSystem::kCorners;
+constexpr int kTaps = CrfSystem::kTaps, kSums = CrfSystem::kSums;
+
+const CrfKernels& kernels() {
+  switch (level()) {
+#if defined(__x86_64__)
+    case Level::kAVX512: return crf_avx512;
+    case Level::kAVX2: return crf_avx2;
+#endif
+    default: return crf_portable;
+  }
+}
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A vertex of the lattice: its coordinates are 6 m_i + r with the same r for all, and sum to 0, so five of the m, 12
+// bits each, and r tell it. Coordinates take steps all at once (r + 1) and one of them steps back by 6.
+typedef uint64_t Key;
+
+Key unit(int axis) { return axis < kAxes ? Key{1} << (12 * axis + 3) : 0; }
+
+// One step along a direction of the lattice; walking all six in any order leads back to the start.
+Key step(Key key, const Key* units, int direction) {
+  return (key & 7) < kAxes ? key + 1 - units[direction] : key - kAxes + units[kCorners] - units[direction];
+}
+
+uint64_t scrambled(uint64_t key) {
+  key *= 0x9e3779b97f4a7c15u;
+  return key ^ key >> 32;
+}
+
+// Vertices in the order in which they were met.
+class VertexTable {
+ public:
+  void clear() {
+    keys_.clear();
+    slots_.assign(std::max<size_t>(slots_.size(), 1 << 15), Slot{});
+  }
+
+  int32_t find(Key key) const {  // -1: not there
+    for (size_t i = scrambled(key);; ++i) {
+      const Slot& slot = slots_[i & (slots_.size() - 1)];
+      if (slot.vertex < 0 || slot.key == key) return slot.vertex;
+    }
+  }
+
+  int32_t find_or_add(Key key) {
+    for (size_t i = scrambled(key);; ++i) {
+      Slot& slot = slots_[i & (slots_.size() - 1)];
+      if (slot.vertex >= 0 && slot.key == key) return slot.vertex;
+      if (slot.vertex >= 0) continue;
+      const auto vertex = static_cast<int32_t>(keys_.size());
+      slot = {key, vertex};
+      keys_.push_back(key);
+      if (2 * keys_.size() > slots_.size()) grow();
+      return vertex;
+    }
+  }
+
+  const std::vector<Key>& keys() const { return keys_; }
+  size_t bytes() const { return keys_.capacity() * sizeof(Key) + slots_.capacity() * sizeof(Slot); }
+
+ private:
+  struct Slot {
+    Key key = 0;
+    int32_t vertex = -1;
+  };
+
+  void grow() {
+    slots_.assign(2 * slots_.size(), Slot{});
+    for (size_t v = 0; v < keys_.size(); ++v) {
+      size_t i = scrambled(keys_[v]);
+      while (slots_[i & (slots_.size() - 1)].vertex >= 0) ++i;
+      slots_[i & (slots_.size() - 1)] = {keys_[v], static_cast<int32_t>(v)};
+    }
+  }
+
+  std::vector<Key> keys_;
+  std::vector<Slot> slots_;
+};
+
+// A simplex that was met lately, with its vertices. Most pixels fall into one that a pixel near them has fallen into.
+struct RecentSimplex {
+  Key key;        // of its first vertex
+  int32_t order;  // of the walk around it; -1: none yet
+  int32_t vertices[kCorners];
+};
+constexpr int kRecentBits = 14;
+
+class Solver {
+ public:
+  // False if a probability is not finite.
+  bool run(const float* probabilities, const uint8_t* image, int64_t h, int64_t w, int64_t labels,
+           const CrfSettings& settings, float* out) {
+    system_.height = h;
+    system_.width = w;
+    system_.labels = labels;
+    system_.channels = labels == 2 ? 1 : round_up(labels, kLanes);
+    system_.out = out;
+    // With one channel, half log-odds are what is added up.
+    const double half = labels == 2 ? 0.5 : 1;
+    lay_grid(settings.gaussian_sigma, half * settings.gaussian_weight);
+    lay_lattice(image, settings.bilateral_sigma, settings.bilateral_sigma_rgb);
+    join();
+    system_.bilateral_weight = static_cast<float>(half * settings.bilateral_weight);
+    allocate();
+    kernels().normalise(system_);
+    if (!kernels().start(system_, probabilities)) return false;
+    kernels().infer(system_, settings.iterations);
+    return true;
+  }
+
+  size_t bytes() const {
+    return taps_.bytes() + corners_.bytes() + weights_.bytes() + neighbours_.bytes() + floats_.bytes() + table_.bytes();
+  }
+
+ private:
+  // 1 / sqrt of the kernel's row sums along one axis: splat ones, blur, slice.
+  std::vector<double> axis_norm(int64_t pixels, const std::vector<double>& taps, const std::vector<double>& gauss) {
+    const int64_t step = system_.step, nodes = pixels / step + kTaps;
+    std::vector<double> added(nodes), norm(pixels);
+    for (int64_t x = 0; x < pixels; ++x) {
+      for (int t = 0; t < kTaps; ++t) added[x / step + t] += taps[x % step * kTaps + t];
+    }
+    const auto radius = static_cast<int64_t>(gauss.size()) - 1;
+    std::vector<double> blurred(nodes);
+    for (int64_t i = 0; i < nodes; ++i) {
+      for (int64_t j = std::max<int64_t>(0, i - radius); j < std::min(nodes, i + radius + 1); ++j) {
+        blurred[i] += gauss[std::abs(i - j)] * added[j];
+      }
+    }
+    for (int64_t x = 0; x < pixels; ++x) {
+      double sum = 0;
+      for (int t = 0; t < kTaps; ++t) sum += taps[x % step * kTaps + t] * blurred[x / step + t];
+      norm[x] = 1 / std::sqrt(sum);
+    }
+    return norm;
+  }
+
+  // The Gaussian of place as B-spline, Gaussian on the nodes, B-spline: variances add up. At a spacing of two thirds of
+  // sigma and less its error is below 0.002 of the peak; where that is below a pixel, the nodes are the pixels.
+  void lay_grid(double sigma, double weight) {
+    CrfSystem& s = system_;
+    s.step = std::max<int64_t>(1, static_cast<int64_t>(std::min(sigma / 1.5, 1e6)));
+    s.cells = round_up((s.width + s.step - 1) / s.step, kLanes);
+    s.grid_width = round_up(s.cells + kTaps - 1, kLanes);
+    s.grid_height = (s.height - 1) / s.step + kTaps;
+    std::vector<double> taps(s.step * kTaps);
+    for (int64_t phase = 0; phase < s.step; ++phase) {
+      const double f = static_cast<double>(phase) / s.step, g = 1 - f;
+      const double spline[kTaps] = {g * g * g / 6, (4 - 3 * f * f * (1 + g)) / 6, (4 - 3 * g * g * (1 + f)) / 6,
+                                    f * f * f / 6};
+      const double pixel[kTaps] = {0, 1, 0, 0};
+      std::copy_n(s.step == 1 ? pixel : spline, kTaps, &taps[phase * kTaps]);
+    }
+    const double spline_variance = s.step == 1 ? 0 : 1.0 / 3;
+    const double deviation = std::sqrt(sigma * sigma / (s.step * s.step) - 2 * spline_variance);
+    s.radius = static_cast<int64_t>(4.65 * deviation);  // what is left out is below 2e-5 of the peak
+    std::vector<double> gauss(s.radius + 1);
+    for (int64_t t = 0; t <= s.radius; ++t) gauss[t] = std::exp(-0.5 * (t / deviation) * (t / deviation));
+
+    const std::vector<double> row_norm = axis_norm(s.height, taps, gauss), norm = axis_norm(s.width, taps, gauss);
+    taps_.reserve(taps.size() + 2 * s.height * kTaps + s.step * s.cells + gauss.size());
+    float* to = taps_.data();
+    s.taps = to;
+    to = std::copy(taps.begin(), taps.end(), to);
+    s.row_taps = to;
+    s.add_taps = to + s.height * kTaps;
+    for (int64_t y = 0; y < s.height; ++y) {
+      for (int t = 0; t < kTaps; ++t, ++to) {
+        const double tap = row_norm[y] * taps[y % s.step * kTaps + t];
+        to[0] = static_cast<float>(weight * tap);
+        to[s.height * kTaps] = static_cast<float>(tap);
+      }
+    }
+    to += s.height * kTaps;
+    s.column_norm = to;
+    for (int64_t i = 0; i < s.step * s.cells; ++i) {
+      const int64_t x = i % s.cells * s.step + i / s.cells;
+      *to++ = x < s.width ? static_cast<float>(norm[x]) : 0.0f;
+    }
+    s.gauss = to;
+    std::copy(gauss.begin(), gauss.end(), to);
+  }
+
+  // The vertices, and each pixel's among them, with its weights.
+  void lay_lattice(const uint8_t* image, double sigma, double sigma_rgb) {
+    CrfSystem& s = system_;
+    float scale[kAxes];
+    for (int i = 0; i < kAxes; ++i) {
+      // The lattice with unit steps blurs by a deviation of (d + 1) sqrt(2 / 3).
+      scale[i] = static_cast<float>(kCorners * std::sqrt(2.0 / 3 / ((i + 1) * (i + 2))) / (i < 2 ? sigma : sigma_rgb));
+    }
+    Key units[kCorners + 1] = {};  // the last: all of them
+    for (int i = 0; i < kCorners; ++i) units[kCorners] += units[i] = unit(i);
+
+    const int64_t blocks = s.height * s.step * s.cells / kLanes;
+    corners_.reserve(blocks * kCorners * kLanes);
+    weights_.reserve(blocks * kCorners * kLanes);
+    table_.clear();
+    recent_.assign(size_t{1} << kRecentBits, {0, -1, {}});
+    int32_t* corners = corners_.data();
+    float* weights = weights_.data();
+    CrfSimplices simplices;
+    for (int64_t y = 0; y < s.height; ++y, image += 3 * s.width) {
+      for (int64_t phase = 0; phase < s.step; ++phase) {
+        for (int64_t cell = 0; cell < s.cells; cell += kLanes) {
+          float features[kAxes * kLanes] = {};
+          const int64_t lanes = std::clamp<int64_t>((s.width - phase - 1) / s.step + 1 - cell, 0, kLanes);
+          for (int64_t i = 0; i < lanes; ++i) {
+            const int64_t x = (cell + i) * s.step + phase;
+            features[i] = static_cast<float>(x) * scale[0];
+            features[kLanes + i] = static_cast<float>(y) * scale[1];
+            for (int c = 0; c < 3; ++c) features[(2 + c) * kLanes + i] = image[3 * x + c] * scale[2 + c];
+          }
+          kernels().embed(features, &simplices, weights);
+          for (int64_t i = 0; i < lanes; ++i) {
+            Key key = static_cast<Key>(simplices.low[i]) + (static_cast<Key>(simplices.middle[i]) << 24) +
+                      (static_cast<Key>(simplices.high[i]) << 48);
+            key <<= 3;
+            const int32_t* const vertices = find_simplex(key, simplices.order[i], units);
+            for (int r = 0; r < kCorners; ++r) corners[r * kLanes + i] = vertices[r];
+          }
+          for (int64_t i = lanes; i < kLanes; ++i) {
+            for (int r = 0; r < kCorners; ++r) {
+              corners[r * kLanes + i] = 0;
+              weights[r * kLanes + i] = 0;
+            }
+          }
+          corners += kCorners * kLanes;
+          weights += kCorners * kLanes;
+        }
+      }
+    }
+    s.vertices = static_cast<int64_t>(table_.keys().size());
+    s.corners = corners_.data();
+    s.weights = weights_.data();
+  }
+
+  const int32_t* find_simplex(Key key, int32_t order, const Key* units) {
+    RecentSimplex& simplex = recent_[scrambled(key ^ static_cast<Key>(order) << 40) >> (64 - kRecentBits)];
+    if (simplex.key != key || simplex.order != order) {
+      simplex.key = key;
+      simplex.order = order;
+      for (int r = 0; r < kCorners; ++r, order >>= 3) {
+        simplex.vertices[r] = table_.find_or_add(key);
+        key = step(key, units, order & 7);
+      }
+    }
+    return simplex.vertices;
+  }
+
+  // neighbours_
+  void join() {
+    const std::vector<Key>& keys = table_.keys();
+    const auto count = static_cast<int32_t>(keys.size());
+    Key units[kCorners + 1] = {};
+    for (int i = 0; i < kCorners; ++i) units[kCorners] += units[i] = unit(i);
+    neighbours_.reserve(2 * kCorners * keys.size());
+    std::fill_n(neighbours_.data(), 2 * kCorners * keys.size(), count);
+    for (int j = 0; j < kCorners; ++j) {
+      int32_t* const near = neighbours_.data() + 2 * j * keys.size();
+      for (int32_t v = 0; v < count; ++v) {
+        const int32_t next = table_.find(step(keys[v], units, j));
+        if (next < 0) continue;
+        near[2 * v + 1] = next;
+        near[2 * next] = v;
+      }
+    }
+    system_.neighbours = neighbours_.data();
+  }
+
+  void allocate() {
+    CrfSystem& s = system_;
+    const int64_t lattice = (s.vertices + 1) * std::max<int64_t>(s.channels, kSums);
+    const int64_t grid = s.grid_height * s.grid_width * s.channels;
+    const std::pair<float**, int64_t> arrays[] = {
+        {&s.lattice, lattice},
+        {&s.next_lattice, lattice},
+        {&s.grid, grid},
+        {&s.next_grid, grid},
+        {&s.rows, ((s.step + 1) * (s.grid_width + kTaps - 1) + 2 * s.radius) * s.channels + kLanes},
+        {&s.scores, s.channels * kLanes},
+        {&s.unary, s.channels == 1 ? s.height * s.step * s.cells : 0},
+    };
+    constexpr int64_t kLine = 16;  // floats of a cache line: vectors should not lie across two
+    int64_t total = kLine;
+    for (const auto& [array, count] : arrays) total += round_up(count, kLine);
+    floats_.reserve(total);
+    float* next = floats_.data() + (-(reinterpret_cast<uintptr_t>(floats_.data()) / sizeof(float)) & (kLine - 1));
+    for (const auto& [array, count] : arrays) *array = std::exchange(next, next + round_up(count, kLine));
+  }
+
+  CrfSystem system_ = {};
+  VertexTable table_;
+  std::vector<RecentSimplex> recent_;
+  Buffer<float> taps_, weights_, floats_;
+  Buffer<int32_t> corners_, neighbours_;
+};
+
+// Whether every coordinate of the lattice over 6 fits the 12 bits that a key has for it.
+bool fits_keys(int64_t h, int64_t w, const CrfSettings& s) {
+  const double extents[kAxes] = {w / s.bilateral_sigma, h / s.bilateral_sigma, 255 / s.bilateral_sigma_rgb,
+                                 255 / s.bilateral_sigma_rgb, 255 / s.bilateral_sigma_rgb};
+  double sum = 0, most = 0;
+  for (int i = 0; i < kAxes; ++i) {
+    const double extent = extents[i] * std::sqrt(2.0 / 3 / ((i + 1) * (i + 2)));
+    sum += extent;
+    most = std::max(most, (i + 1) * extent);
+  }
+  return std::max(sum, most) < 2000;
+}
+
+}  // namespace
+
+void dense_crf(const TensorView& probabilities, const TensorView& image, const TensorView& offsets,
+               const TensorView& shapes, const TensorView& out, const CrfSettings& settings) {
+  const std::string op = "dense_crf";
+  expect(op.c_str(), "probabilities", probabilities, DType::kFloat32, {-1, -1});
+  const int64_t pixels = probabilities.shape[0], labels = probabilities.shape[1];
+  expect(op.c_str(), "image", image, DType::kUInt8, {pixels, 3});
+  expect(op.c_str(), "out", out, DType::kFloat32, {pixels, labels});
+  const RaggedShape batch = expect_ragged(op.c_str(), offsets, shapes, pixels);
+  if (!(settings.gaussian_sigma > 0 && settings.bilateral_sigma > 0 && settings.bilateral_sigma_rgb > 0)) {
+    throw std::invalid_argument(op + ": sigmas must be above 0");
+  }
+  for (int64_t b = 0; b < batch.count; ++b) {
+    if (!fits_keys(batch.height(b), batch.width(b), settings)) {
+      throw std::invalid_argument(op + ": the sigmas of bilateral are too small for photo " + std::to_string(b) +
+                                  " of " + std::to_string(batch.height(b)) + " x " + std::to_string(batch.width(b)));
+    }
+  }
+  if (labels == 0) return;
+  std::vector<uint8_t> refused(batch.count, 0);
+  for_each_photo<Solver>(batch, [&](int64_t b, Solver& solver) {
+    refused[b] =
+        !solver.run(probabilities.as<float>() + labels * batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),
+                    batch.height(b), batch.width(b), labels, settings, out.as<float>() + labels * batch.begin(b));
+  });
+  const auto first = std::find(refused.begin(), refused.end(), 1);
+  if (first != refused.end()) {
+    throw std::invalid_argument(op + ": probabilities of photo " + std::to_string(first - refused.begin()) +
+                                " have values that are not finite");
+  }
+}
+
+}  // namespace namedmask::cpu

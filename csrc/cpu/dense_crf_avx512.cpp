@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT
+#include "dense_crf_kernel.h"
+
+namespace namedmask::cpu {
+
+const CrfKernels crf_avx512 = {embed, normalise, start, infer};
+
+}  // namespace namedmask::cpu

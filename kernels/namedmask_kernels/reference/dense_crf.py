@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""Mean-field inference in a fully connected CRF, by brute force: the definition. One photo at a time, any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE = 1 << 24  # entries of a kernel matrix that are kept at a time
+
+
+def filtered(features: Tensor, values: Tensor) -> Tensor:
+    """features [P, d], values [P, C] -> K values, K[i, j] = exp(-|features[i] - features[j]|^2 / 2), i = j included."""
+    rows = max(1, TILE // len(features))
+    return torch.cat([(-0.5 * torch.cdist(f, features) ** 2).exp() @ values for f in features.split(rows)])
+
+
+def dense_crf(
+    probabilities: Tensor,
+    image: Tensor,
+    iterations: int,
+    gaussian_sigma: float,
+    gaussian_weight: float,
+    bilateral_sigma: float,
+    bilateral_sigma_rgb: float,
+    bilateral_weight: float,
+) -> Tensor:
+    """probabilities float [h, w, L], image uint8 [h, w, 3] -> marginals [h, w, L], in the dtype of probabilities.
+
+    Takes (iterations + 1) * (h * w)^2 evaluations of both kernels.
+    """
+    h, w, labels = probabilities.shape
+    if probabilities.numel() == 0:
+        return torch.empty_like(probabilities)
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    place = torch.stack([x, y], dim=-1).to(probabilities).reshape(-1, 2)
+    colour = image.to(probabilities.dtype).reshape(-1, 3)
+    both = torch.cat([place / bilateral_sigma, colour / bilateral_sigma_rgb], dim=1)
+    terms = []
+    for features, weight in ((place / gaussian_sigma, gaussian_weight), (both, bilateral_weight)):
+        norm = filtered(features, place.new_ones(h * w, 1)).rsqrt()  # [P, 1]
+        terms.append((features, norm, weight))
+    log_unary = probabilities.reshape(-1, labels).clamp(1e-5, 1).log()
+    marginals = log_unary.softmax(dim=1)
+    for _ in range(iterations):
+        messages = [weight * norm * filtered(features, norm * marginals) for features, norm, weight in terms]
+        marginals = (log_unary + sum(messages)).softmax(dim=1)
+    return marginals.reshape(h, w, labels)
