@@ -9,6 +9,7 @@ from .backends import explain
 from .bilateral_solver import bilateral_solver
 from .connected_components import Components, connected_components, fill_holes, largest_component
 from .normalized_cut import NormalizedCut, normalized_cut
+from .pamr import pamr
 from .ragged import Ragged
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "fill_holes",
     "largest_component",
     "normalized_cut",
+    "pamr",
 ]
