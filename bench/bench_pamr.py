@@ -65,7 +65,7 @@ def peak_memory(who: str, labels: int) -> float:
 @pytest.mark.parametrize("labels", [1, 2, 21])
 def test_one_photo_on_one_core(benchmark, labels, quick):
     masks, image = photo(*((60, 80) if quick else (375, 500)), labels)
-    torch.testing.assert_close(nk.pamr(masks, image), torch_form(masks, image), rtol=0, atol=2e-5)
+    torch.testing.assert_close(nk.pamr(masks, image), torch_form(masks, image), rtol=0, atol=5e-5)
     a = torch.randn(1024, 1024)
     calls = {
         "cpu": lambda: nk.pamr(masks, image),

@@ -60,25 +60,25 @@ PARAMETERS = st.fixed_dictionaries(
 def test_cpu_equals_reference_on_small_photos(image, labels, seed, parameters):
     masks = np.random.default_rng(seed).random((*image.shape[:2], labels), np.float32)
     found = nk.pamr(masks, image, **parameters, backend="cpu")
-    np.testing.assert_allclose(found, definition(masks, image, **parameters), rtol=0, atol=3e-5)
+    np.testing.assert_allclose(found, definition(masks, image, **parameters), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("shape", [(97, 131), (64, 48), (1, 300), (300, 1), (17, 16), (40, 257)])
 def test_cpu_equals_reference_on_photos(shape):
     masks, image = random_photo(3, *shape, 3)
-    np.testing.assert_allclose(nk.pamr(masks, image, backend="cpu"), definition(masks, image), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(nk.pamr(masks, image, backend="cpu"), definition(masks, image), rtol=0, atol=5e-5)
 
 
 def test_cpu_in_more_strips_and_groups_of_labels_than_one():
     masks, image = random_photo(1, 60, 400, 53)
     found = nk.pamr(masks, image, iterations=3, backend="cpu")
-    np.testing.assert_allclose(found, definition(masks, image, iterations=3), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(found, definition(masks, image, iterations=3), rtol=0, atol=5e-5)
 
 
 def test_steps_beyond_the_photo_end_at_its_border():
     masks, image = random_photo(2, 20, 37, 2)
     far = nk.pamr(masks, image, dilations=(1, 2**40), iterations=2)
-    np.testing.assert_allclose(far, definition(masks, image, (1, 50), 2), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(far, definition(masks, image, (1, 50), 2), rtol=0, atol=5e-5)
 
 
 def test_a_photo_of_two_colours_keeps_its_object():
@@ -191,10 +191,10 @@ print(native.level(), out.tobytes().hex())
     rng = np.random.default_rng(0)
     image = rng.integers(0, 99, (90 * 71, 3)).astype(np.uint8).reshape(90, 71, 3)
     masks = rng.random((90 * 71, 11), np.float32).reshape(90, 71, 11)
-    np.testing.assert_allclose(portable.reshape(90, 71, 11), definition(masks, image), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(portable.reshape(90, 71, 11), definition(masks, image), rtol=0, atol=5e-5)
     for other in ("avx2", "avx512"):
         if (found := run(other)) is not None:
-            np.testing.assert_allclose(found, portable, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(found, portable, rtol=0, atol=5e-5)
 
 
 def test_views_are_read_as_they_are():
