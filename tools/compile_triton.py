@@ -16,16 +16,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas  # it has one for older and one for newer architectures
 from triton.compiler import ASTSource
 
 import namedmask_kernels.triton as package
 
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}  # sm_80's file also runs on sm_86 and sm_89, which have the least
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
 def compile_for(arch: int, kernel, types: dict, constants: dict, options: dict) -> tuple[int, int, int]:
@@ -45,7 +44,7 @@ def compile_for(arch: int, kernel, types: dict, constants: dict, options: dict) 
         file.write(ptx)
         file.flush()
         target = re.search(r"\.target (sm_\w+)", ptx)[1]
-        command = [PTXAS, "--verbose", "--gpu-name", target, file.name, "--output-file", "/dev/null"]
+        command = [get_ptxas(arch).path, "--verbose", "--gpu-name", target, file.name, "--output-file", "/dev/null"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     return int(re.search(r"Used (\d+) registers", said)[1]), spills, compiled.metadata.shared

@@ -16,6 +16,7 @@
 #include "namedmask/connected_components.h"
 #include "namedmask/dense_crf.h"
 #include "namedmask/normalized_cut.h"
+#include "namedmask/pamr.h"
 
 namespace py = pybind11;
 
@@ -129,4 +130,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       arg("features"), arg("offsets"), arg("shapes"), arg("vector"), arg("value"), arg("residual"), arg("iterations"),
       arg("partition"), arg("seed"), arg("foreground"), arg("tau"), arg("eps"), arg("tolerance"), arg("max_iterations"),
       release());
+  m.def("pamr", &cpu::pamr, arg("masks"), arg("image"), arg("offsets"), arg("shapes"), arg("out"), arg("dilations"),
+        arg("iterations"), release());
 }

@@ -10,6 +10,7 @@ from .bilateral_solver import bilateral_solver
 from .connected_components import Components, connected_components, fill_holes, largest_component
 from .dense_crf import dense_crf
 from .normalized_cut import NormalizedCut, normalized_cut
+from .pamr import pamr
 from .ragged import Ragged
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "fill_holes",
     "largest_component",
     "normalized_cut",
+    "pamr",
 ]

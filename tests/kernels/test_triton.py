@@ -12,7 +12,9 @@ import sys
 import pytest
 import torch
 
+from namedmask_kernels import Ragged
 from namedmask_kernels.reference import attention_features as reference
+from namedmask_kernels.reference import pamr as pamr_reference
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -117,3 +119,57 @@ def test_block_table_covers_every_token_once():
     assert table.tolist() == [[5, 7, 0], [5, 7, 4], [0, 5, 0], [0, 5, 4], [12, 1, 0]]  # long sequences first
     assert ours.block_table(offsets, 4, taps=[0, 6, 5]).tolist()[:2] == [[5, 7, 0], [5, 7, 4]]
     assert ours.block_table(offsets, 4, taps=[0]).tolist() == [[5, 7, 0], [0, 5, 0], [12, 1, 0]]
+
+
+def pamr_batch(labels):
+    """Photos of odd sizes: (masks, image), Ragged; noisy masks, smooth colours with a clear edge."""
+    generator = torch.Generator().manual_seed(labels)
+    masks, images = [], []
+    for h, w in [(5, 9), (0, 3), (1, 1), (1, 30)]:
+        light = torch.linspace(0, 120, h * w).reshape(h, w, 1) + 20 * torch.rand(h, w, 3, generator=generator)
+        images.append((light + 90 * (torch.arange(w) > w // 2)[None, :, None]).to(torch.uint8))
+        masks.append(torch.rand(h, w, labels, generator=generator))
+    return Ragged.pack(masks), Ragged.pack(images)
+
+
+def run_pamr(masks, image, *settings):
+    """The output poisoned first, as above."""
+    from namedmask_kernels.triton import pamr as ours
+
+    out = torch.full_like(masks.rows, torch.nan).to(DEVICE)
+    ours.pamr(masks.rows.to(DEVICE), image.rows.to(DEVICE), masks.offsets, masks.shapes, out, *settings)
+    return masks.with_rows(out.cpu())
+
+
+@here
+@pytest.mark.parametrize(
+    "labels, dilations, iterations",
+    [(1, [1, 4, 24], 2), (2, [2**40, 1], 1), (6, [2], 3), (35, [1], 1)],
+)
+def test_pamr(labels, dilations, iterations):
+    masks, image = pamr_batch(labels)
+    found = run_pamr(masks, image, dilations, iterations)
+    near = [min(d, 50) for d in dilations]
+    for mask, photo, refined in zip(masks.grids(), image.grids(), found.grids(), strict=True):
+        exact = pamr_reference.pamr(mask.double(), photo, near, iterations)
+        torch.testing.assert_close(refined.double(), exact, rtol=0, atol=5e-5)
+    alone = run_pamr(Ragged.pack(masks.grids()[:1]), Ragged.pack(image.grids()[:1]), dilations, iterations)
+    assert torch.equal(alone.grids()[0], found.grids()[0])
+
+
+@here
+def test_pamr_of_nothing_and_without_iterations():
+    masks, image = pamr_batch(2)
+    assert torch.equal(run_pamr(masks, image, [1], 0).rows, masks.rows)
+    assert run_pamr(masks.with_rows(masks.rows[:, :0]), image, [1], 2).rows.shape == (len(masks.rows), 0)
+    empty = Ragged.of_shapes(torch.zeros(0, 4), [])
+    assert run_pamr(empty, empty.with_rows(torch.zeros(0, 3, dtype=torch.uint8)), [1], 2).rows.shape == (0, 4)
+
+
+@here
+def test_pixel_table_covers_every_pixel_once():
+    from namedmask_kernels.triton import pamr as ours
+
+    masks = Ragged.of_shapes(torch.zeros(6 + 0 + 9), [(2, 3), (0, 4), (3, 3)])
+    table = ours.pixel_table(masks.offsets, masks.shapes, 4)
+    assert table.tolist() == [[0, 2, 3, 0], [0, 2, 3, 4], [6, 3, 3, 0], [6, 3, 3, 4], [6, 3, 3, 8]]

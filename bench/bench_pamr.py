@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""pamr beside the torch form that users write: all neighbours unfolded, times the weights, summed.
+
+`pytest bench/bench_pamr.py --benchmark-only -s` prints the tables. We know no other for the CPU.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import namedmask_kernels as nk
+from common import one_thread, paired_medians, report, threads
+from namedmask_kernels import Ragged
+
+DILATIONS = (1, 2, 4, 8, 12, 24)
+NEIGHBOURS = 8 * len(DILATIONS)
+
+
+def unfolded(x: Tensor) -> Tensor:
+    """[C, H, W] -> the 3 x 3 windows of every dilation, [C, dilations, 9, H, W]."""
+    windows = [F.unfold(F.pad(x[None], (d, d, d, d), "replicate"), 3, dilation=d) for d in DILATIONS]
+    return torch.stack(windows, 1).reshape(len(DILATIONS), x.shape[0], 9, *x.shape[1:]).transpose(0, 1)
+
+
+def torch_form(masks: Tensor, image: Tensor, iterations: int = 10) -> Tensor:
+    """masks float32 [H, W, L], image uint8 [H, W, 3]."""
+    around = [0, 1, 2, 3, 5, 6, 7, 8]
+    colours = image.permute(2, 0, 1).float() / 255
+    windows = unfolded(colours)
+    spread = windows.flatten(1, 2).std(1)[:, None, None]
+    weights = -(windows[:, :, around] - colours[:, None, None]).abs() / (1e-8 + 0.1 * spread)
+    weights = weights.mean(0).flatten(0, 1).softmax(0)  # [48, H, W]
+    refined = masks.permute(2, 0, 1)
+    for _ in range(iterations):
+        refined = (unfolded(refined)[:, :, around].flatten(1, 2) * weights).sum(1)
+    return refined.permute(1, 2, 0)
+
+
+def photo(h=375, w=500, labels=21, seed=0):
+    """(masks that sum to 1, image): textured regions under slowly varying light."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:h, :w] / h
+    image = (150 + 60 * np.sin(2 * x + y))[..., None] * [0.95, 1.0, 1.08]
+    for _ in range(12):
+        cy, cx, radius = rng.uniform([0, 0, 0.05], [1, w / h, 0.3])
+        image[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = rng.uniform(30, 220, 3)
+    image += rng.normal(0, 5, (h, w, 3))
+    masks = torch.from_numpy(rng.random((h, w, labels), np.float32) ** 4)
+    return masks / masks.sum(-1, keepdim=True), torch.from_numpy(image.clip(0, 255).astype(np.uint8))
+
+
+def peak_memory(who: str, labels: int) -> float:
+    """MiB that one call adds to the peak of a fresh process."""
+    command = [sys.executable, __file__, who, str(labels)]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("labels", [1, 2, 21])
+def test_one_photo_on_one_core(benchmark, labels, quick):
+    masks, image = photo(*((60, 80) if quick else (375, 500)), labels)
+    torch.testing.assert_close(nk.pamr(masks, image), torch_form(masks, image), rtol=0, atol=5e-5)
+    a = torch.randn(1024, 1024)
+    calls = {
+        "cpu": lambda: nk.pamr(masks, image),
+        "no iterations": lambda: nk.pamr(masks, image, iterations=0),
+        "float32 product 1024^3": lambda: a @ a,
+        "torch, unfolded": lambda: torch_form(masks, image),
+    }
+    with one_thread():
+        seconds = paired_medians(calls, rounds=5, seconds=60)
+        benchmark.pedantic(nk.pamr, (masks, image), rounds=5)
+    ceiling = 2 * 1024**3 / seconds["float32 product 1024^3"]
+    flops = 2.0 * NEIGHBOURS * masks.numel() * 10
+    iterating = seconds["cpu"] - seconds["no iterations"]
+    memory = {who: peak_memory(who, 2 if quick else labels) for who in ("cpu", "torch, unfolded")}
+    rows = [
+        {"who": who, "ms": 1e3 * seconds[who], "times cpu's": seconds[who] / seconds["cpu"], "peak MiB": memory[who]}
+        for who in ("torch, unfolded", "cpu")
+    ]
+    rows += [
+        {"who": "  weights, and masks in and out", "ms": 1e3 * seconds["no iterations"]},
+        {"who": "  10 iterations", "ms": 1e3 * iterating, "GFLOP/s": flops / iterating / 1e9,
+         "share of the ceiling": flops / iterating / ceiling, "GB/s of weights": 20 * masks[..., 0].numel() *
+         NEIGHBOURS / iterating / 1e9},
+        {"who": "  the same at the ceiling, torch's float32 product", "ms": 1e3 * flops / ceiling,
+         "GFLOP/s": ceiling / 1e9},
+    ]  # fmt: skip
+    report(f"pamr, {'x'.join(map(str, image.shape[:2]))}, {labels} labels, 10 iterations, one core", rows)
+
+
+def test_a_batch_of_eight(benchmark, quick):
+    photos = [photo(60 if quick else 375 - 16 * s, 80 if quick else 500 - 30 * s, 2, s) for s in range(8)]
+    masks, images = Ragged.pack([m for m, _ in photos]), Ragged.pack([i for _, i in photos])
+    for found, (mask, image) in zip(nk.pamr(masks, images).grids(), photos, strict=True):
+        assert torch.equal(found, nk.pamr(mask, image))
+
+    def on(count):
+        def call():
+            with threads(count):
+                nk.pamr(masks, images)
+
+        return call
+
+    seconds = paired_medians({f"{n} threads": on(n) for n in (1, 2)}, rounds=15)
+    benchmark.pedantic(on(2), rounds=5)
+    report(
+        "pamr, batch of 8 photos, 263 x 290 to 375 x 500, 2 labels",
+        [
+            {"who": who, "ms": 1e3 * s, "photos/s": 8 / s, "speedup": seconds["1 threads"] / s}
+            for who, s in seconds.items()
+        ],
+    )
+
+
+def _peak() -> float:
+    # Not getrusage: what it tells of a new process counts its parent's memory too.
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+if __name__ == "__main__":  # the process of peak_memory
+    torch.set_num_threads(1)
+    masks, image = photo(labels=int(sys.argv[2]))
+    call = nk.pamr if sys.argv[1] == "cpu" else torch_form
+    call(masks[:3, :3], image[:3, :3])  # what is loaded once
+    before = _peak()
+    call(masks, image)
+    print(_peak() - before)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: MIT
+"""Pixel-adaptive mask refinement in plain torch, the definition. One photo, any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def windows(grid: Tensor, dilations: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
+    """grid [C, H, W] -> for each dilation, each place of a 3 x 3 window: the grid as seen from there, is it the centre?
+
+    Beyond the border stands the nearest pixel.
+    """
+    h, w = grid.shape[1:]
+    for d in dilations:
+        padded = F.pad(grid[None], (d, d, d, d), mode="replicate")[0]
+        for y in (0, d, 2 * d):
+            for x in (0, d, 2 * d):
+                yield padded[:, y : y + h, x : x + w], y == x == d
+
+
+def affinities(image: Tensor, dilations: Sequence[int]) -> Tensor:
+    """image [3, H, W] from 0 to 1 -> the weights of a pixel's neighbours, [8 * dilations, H, W], that sum to 1."""
+    spread = torch.stack([window for window, _ in windows(image, dilations)]).std(0)  # [3, H, W]
+    logits = [
+        -((window - image).abs() / (1e-8 + 0.1 * spread)).mean(0)
+        for window, centre in windows(image, dilations)
+        if not centre
+    ]
+    return torch.stack(logits).softmax(0)
+
+
+def pamr(masks: Tensor, image: Tensor, dilations: Sequence[int], iterations: int) -> Tensor:
+    """masks float [H, W, L], image uint8 [H, W, 3] -> refined masks, computed in the masks' dtype."""
+    if masks.numel() == 0:
+        return masks.clone()
+    weights = affinities(image.permute(2, 0, 1).to(masks.dtype) / 255, dilations)
+    refined = masks.permute(2, 0, 1)  # [L, H, W]
+    for _ in range(iterations):
+        neighbours = (window for window, centre in windows(refined, dilations) if not centre)
+        refined = sum(weight * window for weight, window in zip(weights, neighbours, strict=True))
+    return refined.permute(1, 2, 0).clone()

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""pamr for GPUs from sm_80 on: the weights once, then one launch for each iteration, a thread block for some pixels.
+
+The weights are stored as pamr.h has them: square roots with 16 bits, here shifted by 32768 to fit an int16, one plane
+[T] for each neighbour. Masks stay as they come, [T, L], so that neighbouring threads read neighbouring values.
+No atomics: the same bits every time, alone or in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PIXELS = 128  # of a block of `_affinities`
+# Labels of a block of `_average`, rounded up to a power of two -> its pixels. Not yet measured on a GPU: chosen for no
+# spills, at most 4 sums a thread.
+AVERAGE_PIXELS = {1: 256, 2: 256, 4: 128, 8: 64, 16: 32, 32: 16}
+
+
+@triton.jit
+def _block(table, PIXELS: tl.constexpr):
+    """A block's photo: first row, height, width; its pixels: place, y, x, and whether they are there."""
+    entry = table + 4 * tl.program_id(0)
+    begin = tl.load(entry).to(tl.int64)
+    h = tl.load(entry + 1)
+    w = tl.load(entry + 2)
+    p = tl.load(entry + 3) + tl.arange(0, PIXELS)
+    inside = p < h * w
+    p = tl.minimum(p, h * w - 1)
+    return begin, h, w, p, p // w, p % w, inside
+
+
+@triton.jit
+def _neighbour(y, x, h, w, d, J: tl.constexpr):
+    """The place in its photo of neighbour J, 0 to 8 in raster order, d pixels away; beyond the border the nearest."""
+    row = tl.minimum(tl.maximum(y + (J // 3 - 1) * d, 0), h - 1)
+    column = tl.minimum(tl.maximum(x + (J % 3 - 1) * d, 0), w - 1)
+    return row * w + column
+
+
+@triton.jit
+def _logit(image, at, r, g, b, r_factor, g_factor, b_factor):
+    """How alike the pixel `at` is to the centre, of colours r, g, b."""
+    r_away = tl.abs(tl.load(image + at).to(tl.int32) - r).to(tl.float32)
+    g_away = tl.abs(tl.load(image + at + 1).to(tl.int32) - g).to(tl.float32)
+    b_away = tl.abs(tl.load(image + at + 2).to(tl.int32) - b).to(tl.float32)
+    return r_away * r_factor + g_away * g_factor + b_away * b_factor
+
+
+@triton.jit
+def _factor(total, squares, n):
+    """Sums of n differences from the centre and of their squares -> what makes a difference of 255 levels a logit."""
+    spread = (n * squares - total * total).to(tl.float32) / (n * (n - 1)).to(tl.float32)
+    return -1 / (3 * (0.1 * tl.sqrt(spread) + 255 * 1e-8))
+
+
+@triton.jit
+def _affinities(image, table, dilations, weights, scales, tokens, count, PIXELS: tl.constexpr):
+    """weights int16 [8 * count, tokens] and scales [tokens] of a block's pixels; grid (blocks).
+
+    image: uint8 [tokens, 3]; table: int32 [blocks, 4]; dilations: int32 [count]
+    """
+    begin, h, w, p, y, x, inside = _block(table, PIXELS)
+    photo = image + 3 * begin
+    r = tl.load(photo + 3 * p).to(tl.int32)
+    g = tl.load(photo + 3 * p + 1).to(tl.int32)
+    b = tl.load(photo + 3 * p + 2).to(tl.int32)
+    zero = tl.zeros([PIXELS], tl.int32)
+    r_sum, g_sum, b_sum, r_squares, g_squares, b_squares = zero, zero, zero, zero, zero, zero
+    for i in tl.range(0, count):
+        d = tl.load(dilations + i)
+        for j in tl.static_range(9):
+            at = 3 * _neighbour(y, x, h, w, d, j)
+            r_away = tl.load(photo + at).to(tl.int32) - r
+            g_away = tl.load(photo + at + 1).to(tl.int32) - g
+            b_away = tl.load(photo + at + 2).to(tl.int32) - b
+            r_sum += r_away
+            g_sum += g_away
+            b_sum += b_away
+            r_squares += r_away * r_away
+            g_squares += g_away * g_away
+            b_squares += b_away * b_away
+    r_factor = _factor(r_sum, r_squares, 9 * count)
+    g_factor = _factor(g_sum, g_squares, 9 * count)
+    b_factor = _factor(b_sum, b_squares, 9 * count)
+
+    top = tl.full([PIXELS], float("-inf"), tl.float32)
+    for i in tl.range(0, count):
+        d = tl.load(dilations + i)
+        for j in tl.static_range(9):
+            if j != 4:
+                at = 3 * _neighbour(y, x, h, w, d, j)
+                top = tl.maximum(top, _logit(photo, at, r, g, b, r_factor, g_factor, b_factor))
+
+    total = tl.zeros([PIXELS], tl.float32)
+    out = weights + begin + p
+    for i in tl.range(0, count):
+        d = tl.load(dilations + i)
+        for j in tl.static_range(9):
+            if j != 4:
+                at = 3 * _neighbour(y, x, h, w, d, j)
+                logit = _logit(photo, at, r, g, b, r_factor, g_factor, b_factor)
+                root = (tl.exp((logit - top) * 0.5) * 65535 + 0.5).to(tl.int32)
+                tl.store(out, (root - 32768).to(tl.int16), mask=inside)
+                total += root.to(tl.float32) * root.to(tl.float32)
+                out += tokens
+    tl.store(scales + begin + p, 1 / total, mask=inside)
+
+
+@triton.jit
+def _average(
+    source, target, table, dilations, weights, scales, tokens, count, labels,
+    PIXELS: tl.constexpr, LABELS: tl.constexpr,
+):  # fmt: skip
+    """One iteration for a block's pixels and labels, source -> target [tokens, labels]; grid (blocks, groups)."""
+    begin, h, w, p, y, x, inside = _block(table, PIXELS)
+    label = tl.program_id(1) * LABELS + tl.arange(0, LABELS)
+    mask = inside[:, None] & (label < labels)[None, :]
+    masks = source + begin * labels + label[None, :]
+    place = weights + begin + p
+    acc = tl.zeros([PIXELS, LABELS], tl.float32)
+    for i in tl.range(0, count):
+        d = tl.load(dilations + i)
+        for j in tl.static_range(9):
+            if j != 4:
+                at = _neighbour(y, x, h, w, d, j) * labels
+                root = tl.load(place).to(tl.float32) + 32768
+                acc += (root * root)[:, None] * tl.load(masks + at[:, None], mask=mask, other=0.0)
+                place += tokens
+    scale = tl.load(scales + begin + p)
+    at = (begin + p) * labels
+    tl.store(target + at[:, None] + label[None, :], acc * scale[:, None], mask=mask)
+
+
+def pixel_table(offsets: Tensor, shapes: Tensor, size: int) -> Tensor:
+    """int32 [blocks, 4] on the CPU: a photo's first row, height, width, the first of a block of its pixels."""
+    pixels = shapes[:, 0] * shapes[:, 1]
+    counts = (pixels + size - 1) // size
+    block = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    columns = offsets[:-1], shapes[:, 0], shapes[:, 1]
+    return torch.stack([*(c.repeat_interleave(counts) for c in columns), size * block], 1).to(torch.int32)
+
+
+def pamr(
+    masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, out: Tensor, dilations: Sequence[int],
+    iterations: int,
+) -> None:  # fmt: skip
+    """Fills out, in the order of the current stream; arrays as in pamr.h.
+
+    masks, image and out lie on one GPU, offsets and shapes (which the caller has checked) on the CPU. A photo may have
+    up to 2^31 elements of masks and of image, a batch 2^31 pixels.
+    """
+    tokens, labels = masks.shape
+    if masks.numel() == 0 or iterations == 0:
+        out.copy_(masks)
+        return
+    together = min(32, triton.next_power_of_2(labels))
+    size = AVERAGE_PIXELS[together]
+    longest = int(shapes.max())  # a step further than that ends at the border just so
+
+    def to_device(table: Tensor) -> Tensor:  # pinned, so that the copy does not wait for the stream
+        return table.pin_memory().to(masks.device, non_blocking=True) if masks.is_cuda else table
+
+    with torch.cuda.device_of(masks):
+        steps = to_device(torch.tensor([min(d, longest) for d in dilations], dtype=torch.int32))
+        weights = torch.empty(8 * len(dilations), tokens, dtype=torch.int16, device=masks.device)
+        scales = torch.empty(tokens, dtype=torch.float32, device=masks.device)
+        table = to_device(pixel_table(offsets, shapes, PIXELS))
+        _affinities[(len(table),)](image, table, steps, weights, scales, tokens, len(dilations), PIXELS=PIXELS)
+        table = to_device(pixel_table(offsets, shapes, size))
+        spare = torch.empty_like(out) if iterations > 1 else out
+        source = masks
+        for i in reversed(range(iterations)):  # the last goes to out
+            target = spare if i % 2 else out
+            _average[len(table), triton.cdiv(labels, together)](
+                source, target, table, steps, weights, scales, tokens, len(dilations), labels,
+                PIXELS=size, LABELS=together,
+            )  # fmt: skip
+            source = target
+
+
+def ahead_of_time() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], dict[str, int]]]:
+    """(label, kernel, types of its arguments, constants, options) of every variant that `pamr` starts."""
+    weights = {"table": "*i32", "dilations": "*i32", "weights": "*i16", "scales": "*fp32"}
+    counts = {"tokens": "i32", "count": "i32"}
+    yield "_affinities", _affinities, {"image": "*u8", **weights, **counts}, {"PIXELS": PIXELS}, {}
+    for labels, pixels in AVERAGE_PIXELS.items():
+        yield (
+            f"_average labels={labels}", _average,
+            {"source": "*fp32", "target": "*fp32", **weights, **counts, "labels": "i32"},
+            {"PIXELS": pixels, "LABELS": labels}, {},
+        )  # fmt: skip
