@@ -10,12 +10,14 @@ from .bilateral_solver import bilateral_solver
 from .connected_components import Components, connected_components, fill_holes, largest_component
 from .normalized_cut import NormalizedCut, normalized_cut
 from .ragged import Ragged
+from .vote_masks import Vote, vote_masks
 
 __all__ = [
     "AttentionFeatures",
     "Components",
     "NormalizedCut",
     "Ragged",
+    "Vote",
     "attention_features",
     "bilateral_solver",
     "connected_components",
@@ -23,4 +25,5 @@ __all__ = [
     "fill_holes",
     "largest_component",
     "normalized_cut",
+    "vote_masks",
 ]
