@@ -10,6 +10,7 @@
 #include "namedmask/bilateral_solver.h"
 #include "namedmask/connected_components.h"
 #include "namedmask/normalized_cut.h"
+#include "namedmask/spectral_clusters.h"
 #include "namedmask/vote_masks.h"
 
 namespace py = pybind11;
@@ -91,6 +92,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       arg("features"), arg("offsets"), arg("shapes"), arg("vector"), arg("value"), arg("residual"), arg("iterations"),
       arg("partition"), arg("seed"), arg("foreground"), arg("tau"), arg("eps"), arg("tolerance"), arg("max_iterations"),
       release());
+  m.def("spectral_clusters", &cpu::spectral_clusters, arg("features"), arg("offsets"), arg("shapes"), arg("counts"),
+        arg("labels"), arg("seed"), release());
   m.def("vote_masks", &cpu::vote_masks, arg("masks"), arg("offsets"), arg("shapes"), arg("winner"), arg("kept"),
         arg("reasons"), arg("scores"), release());
 }

@@ -10,6 +10,7 @@ from .bilateral_solver import bilateral_solver
 from .connected_components import Components, connected_components, fill_holes, largest_component
 from .normalized_cut import NormalizedCut, normalized_cut
 from .ragged import Ragged
+from .spectral_clusters import spectral_clusters
 from .vote_masks import Vote, vote_masks
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "fill_holes",
     "largest_component",
     "normalized_cut",
+    "spectral_clusters",
     "vote_masks",
 ]
