@@ -59,7 +59,7 @@ def test_one_photo(benchmark, count):
         for who, embed in (("torch.lobpcg", by_lobpcg), ("scipy eigh", by_eigh)):
             who += " + scikit-learn's k-means"
             for column, labels in enumerate(with_kmeans(embed, features)):
-                assert agreement(ours[..., column], labels) > 0.98, (who, COUNTS[column])
+                assert agreement(ours[..., column], labels) > 0.95, (who, COUNTS[column])
             calls[who] = lambda embed=embed: with_kmeans(embed, features)
     except ImportError as error:
         absent.append({"who": f"scikit-learn: absent ({error})"})

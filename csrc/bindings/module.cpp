@@ -10,6 +10,7 @@
 #include "namedmask/bilateral_solver.h"
 #include "namedmask/connected_components.h"
 #include "namedmask/normalized_cut.h"
+#include "namedmask/random_walk.h"
 #include "namedmask/spectral_clusters.h"
 #include "namedmask/vote_masks.h"
 
@@ -92,6 +93,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       arg("features"), arg("offsets"), arg("shapes"), arg("vector"), arg("value"), arg("residual"), arg("iterations"),
       arg("partition"), arg("seed"), arg("foreground"), arg("tau"), arg("eps"), arg("tolerance"), arg("max_iterations"),
       release());
+  m.def("random_walk", &cpu::random_walk, arg("masks"), arg("features"), arg("offsets"), arg("shapes"), arg("out"),
+        arg("steps"), arg("sharpness"), release());
   m.def("spectral_clusters", &cpu::spectral_clusters, arg("features"), arg("offsets"), arg("shapes"), arg("counts"),
         arg("labels"), arg("seed"), release());
   m.def("vote_masks", &cpu::vote_masks, arg("masks"), arg("offsets"), arg("shapes"), arg("winner"), arg("kept"),

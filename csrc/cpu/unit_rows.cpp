@@ -34,26 +34,29 @@ double dot(const double* a, const double* b, int64_t n) {
   return fold(lanes);
 }
 
-void UnitRows::prepare(const float* features, int64_t n, int64_t channels) {
+void UnitRows::prepare(const float* features, int64_t n, int64_t channels, bool panels_alone) {
   features_ = features, n_ = n, channels_ = channels, padded_ = round_up(n, kBlock);
-  rows_ = row_memory_.get(padded_ * channels_);
+  rows_ = panels_alone ? nullptr : row_memory_.get(padded_ * channels_);
   panels_ = panel_memory_.get(padded_ * channels_);
   finite_ = true;
 }
 
+bool UnitRows::unit_row(int64_t i, float* out, int64_t stride) const {
+  const float* in = features_ + std::min(i, n_ - 1) * channels_;
+  const double squares = sum_of_squares(in, channels_);
+  const double factor = 1 / std::max(std::sqrt(squares), 1e-12);
+  for (int64_t c = 0; c < channels_; ++c) out[c * stride] = static_cast<float>(in[c] * factor);
+  return squares < INFINITY;
+}
+
 void UnitRows::normalise(int64_t panel) {
   const int64_t first = panel * kPanel;
-  for (int64_t i = first; i < first + kPanel; ++i) {
-    const float* in = features_ + std::min(i, n_ - 1) * channels_;
-    float* out = rows_ + i * channels_;
-    const double squares = sum_of_squares(in, channels_);
-    if (!(squares < INFINITY)) finite_ = false;
-    const double factor = 1 / std::max(std::sqrt(squares), 1e-12);
-    for (int64_t c = 0; c < channels_; ++c) out[c] = static_cast<float>(in[c] * factor);
-  }
-  float* out = panels_ + first * channels_;
-  for (int64_t c = 0; c < channels_; ++c) {
-    for (int64_t i = 0; i < kPanel; ++i) out[c * kPanel + i] = rows_[(first + i) * channels_ + c];
+  float* tokens = panels_ + first * channels_;
+  for (int64_t i = 0; i < kPanel; ++i) {
+    if (!unit_row(first + i, tokens + i, kPanel)) finite_ = false;
+    if (!rows_) continue;
+    float* row = rows_ + (first + i) * channels_;
+    for (int64_t c = 0; c < channels_; ++c) row[c] = tokens[c * kPanel + i];
   }
 }
 

@@ -31,9 +31,9 @@ double dot(const double* a, const double* b, int64_t n);
 
 class UnitRows {
  public:
-  // features [n, C]; rows are padded to a multiple of kBlock. Allocates, so that normalise() may run in a parallel
-  // region.
-  void prepare(const float* features, int64_t n, int64_t channels);
+  // features [n, C]; rows are padded to a multiple of kBlock. With panels alone half the memory is needed. Allocates,
+  // so that normalise() may run in a parallel region.
+  void prepare(const float* features, int64_t n, int64_t channels, bool panels_alone = false);
 
   int64_t panels() const { return padded_ / kPanel; }
 
@@ -43,6 +43,9 @@ class UnitRows {
 
   // False when a row held NaN or Inf; known when all panels are done.
   bool finite() const { return finite_; }
+
+  // out[c * stride] = channel c of row i, the same bits as in the panels; false when the features are not finite.
+  bool unit_row(int64_t i, float* out, int64_t stride = 1) const;
 
   const float* row(int64_t i) const { return rows_ + i * channels_; }
   const float* panel_of(int64_t i) const { return panels_ + i * channels_; }  // i a multiple of kPanel

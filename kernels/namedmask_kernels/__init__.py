@@ -10,6 +10,7 @@ from .bilateral_solver import bilateral_solver
 from .connected_components import Components, connected_components, fill_holes, largest_component
 from .normalized_cut import NormalizedCut, normalized_cut
 from .ragged import Ragged
+from .random_walk import random_walk
 from .spectral_clusters import spectral_clusters
 from .vote_masks import Vote, vote_masks
 
@@ -26,6 +27,7 @@ __all__ = [
     "fill_holes",
     "largest_component",
     "normalized_cut",
+    "random_walk",
     "spectral_clusters",
     "vote_masks",
 ]
