@@ -19,28 +19,42 @@ void weigh(const float* rows, const float* panels, int64_t channels, float sharp
       V sums[kRows][kVectors] = {};
       multiply_add(sums, rows + r * channels, channels, columns, kPanel, channels);
       for (int i = 0; i < kRows; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          const V distance = sums[i][v] - broadcast(1.0f);
-          store(weights + (r + i) * kBlock + column + v * kLanes, exponential(broadcast(sharpness) * distance));
-        }
+        for (int v = 0; v < kVectors; ++v) store(weights + (r + i) * kBlock + column + v * kLanes, sums[i][v]);
       }
+    }
+  }
+  // apart from the products, which would lose registers to it
+  for (int64_t i = 0; i < kBlock * kBlock; i += kLanes) {
+    store(weights + i, exponential(broadcast(sharpness) * (load(weights + i) - broadcast(1.0f))));
+  }
+}
+
+// As multiply_add of lanes.h, with the weights' transpose: row i of the result takes weights[k * kBlock + i].
+inline __attribute__((always_inline)) void multiply_add_turned(V (&sums)[kRows][kVectors], const float* weights,
+                                                               const float* masks, int64_t width) {
+  for (int64_t k = 0; k < kBlock; ++k) {
+    V b[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) b[v] = load(masks + k * width + v * kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      const V factor = broadcast(weights[k * kBlock + i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = fma(factor, b[v], sums[i][v]);
     }
   }
 }
 
 void add(const float* weights, bool turned, const float* masks, int64_t width, float* sums) {
-  float block[kBlock * kRows];  // kRows rows of the weights' transpose
   for (int64_t r = 0; r < kBlock; r += kRows) {
-    const float* factors = weights + r * kBlock;
-    if (turned) {
-      for (int64_t k = 0; k < kBlock; ++k) {
-        for (int i = 0; i < kRows; ++i) block[i * kBlock + k] = weights[k * kBlock + r + i];
-      }
-      factors = block;
-    }
     for (int64_t column = 0; column < width; column += kVectors * kLanes) {
       V part[kRows][kVectors] = {};
-      multiply_add(part, factors, kBlock, [=](int v) { return masks + column + v * kLanes; }, width, kBlock);
+      if (turned) {
+        multiply_add_turned(part, weights + r, masks + column, width);
+      } else {
+        const auto columns = [=](int v) { return masks + column + v * kLanes; };
+        multiply_add(part, weights + r * kBlock, kBlock, columns, width, kBlock);
+      }
       for (int i = 0; i < kRows; ++i) {
         for (int v = 0; v < kVectors; ++v) {
           float* sum = sums + (r + i) * width + column + v * kLanes;

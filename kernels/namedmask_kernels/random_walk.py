@@ -50,7 +50,13 @@ def random_walk(
     tokens, _ = arrange(NAME, "features", features, 1, batches=True)
     for name, rows in (("masks", ragged.rows), ("features", tokens.rows)):
         expect_dtype(NAME, name, rows, torch.float32, torch.float64, torch.float16, torch.bfloat16)
-    expect_same_grids(NAME, "features", tokens, "masks", ragged)
+    if isinstance(masks, Ragged) or isinstance(features, Ragged):
+        expect_same_grids(NAME, "features", tokens, "masks", ragged)
+    elif tuple(features.shape[:-1]) != tuple(masks.shape[:-1]):  # no tensor is read, so torch.compile can trace it
+        raise ValueError(
+            f"{NAME}: features and masks must be of the same height and width, "
+            f"but are {list(features.shape)} and {list(masks.shape)}"
+        )
     if ragged.rows.device != tokens.rows.device:
         raise ValueError(
             f"{NAME}: features must be on {ragged.rows.device} like masks, but are on {tokens.rows.device}"
