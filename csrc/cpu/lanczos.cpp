@@ -5,10 +5,21 @@
 #include <cmath>
 #include <numeric>
 
+#include "lanczos_levels.h"
+#include "level.h"
+
 namespace namedmask::cpu {
 namespace {
 
 constexpr double kExhausted = 1e-14;  // what remains of a unit vector's product that lies in the basis already
+
+const LanczosKernels& kernels() {
+#if defined(__x86_64__)
+  if (level() == Level::kAVX512) return lanczos_avx512;
+  if (level() == Level::kAVX2) return lanczos_avx2;
+#endif
+  return lanczos_portable;
+}
 
 void axpy(double factor, const double* x, double* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
@@ -104,8 +115,8 @@ double Lanczos::orthogonalise(double* y, double* coefficients) const {
   std::fill_n(coefficients, size_, 0.0);
   std::vector<double> part(size_ + 1);
   for (int pass = 0; pass < 2; ++pass) {
-    for (int64_t j = -1; j < size_; ++j) part[j + 1] = dot(basis(j), y, n_);
-    for (int64_t j = -1; j < size_; ++j) axpy(-part[j + 1], basis(j), y, n_);
+    kernels().project(memory_, size_ + 1, n_, y, part.data());
+    kernels().add(memory_, size_ + 1, n_, -1, part.data(), y);
     for (int64_t j = 0; j < size_; ++j) coefficients[j] += part[j + 1];
   }
   return std::sqrt(dot(y, y, n_));
@@ -183,7 +194,7 @@ void Lanczos::ritz(double tolerance, bool last) {
 
 void Lanczos::vector(int64_t j, double* out) const {
   std::fill_n(out, n_, 0.0);
-  for (int64_t i = 0; i < products_; ++i) axpy(ritz_[order_[j] * products_ + i], basis(i), out, n_);
+  kernels().add(basis(0), products_, n_, 1, ritz_.data() + order_[j] * products_, out);
 }
 
 }  // namespace namedmask::cpu

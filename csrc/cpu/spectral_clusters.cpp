@@ -21,7 +21,7 @@ constexpr const char* kOp = "spectral_clusters";
 constexpr int64_t kMaxCount = 64;
 constexpr int64_t kMaxProducts = 96;  // for each vector
 constexpr int64_t kRestarts = 10, kRounds = 100;
-constexpr double kTolerance = 1e-8;
+constexpr double kTolerance = 1e-6;
 constexpr double kAlike = 1e-6;     // affinities that differ by less do not differ
 constexpr double kIsolated = 1e-6;  // row sums below are 0
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // spectral_clusters' inner loops, included by one file per instruction level; level.h says what is allowed here.
+#include "doubles.h"
 #include "lanes.h"
 #include "spectral_clusters_levels.h"
 
@@ -31,22 +32,6 @@ void range(const float* rows, int64_t count, const float* panels, int64_t channe
   for (float lane : lanes) range[1] = range[1] > lane ? range[1] : lane;
 }
 
-// Eight doubles on every level, in whatever registers it has: sums are then added in the same order.
-typedef double W __attribute__((vector_size(64)));
-typedef float H __attribute__((vector_size(32)));
-
-inline W widen(const float* p) {
-  H h;
-  __builtin_memcpy(&h, p, sizeof h);
-  return __builtin_convertvector(h, W);
-}
-
-inline W read(const double* p) {
-  W w;
-  __builtin_memcpy(&w, p, sizeof w);
-  return w;
-}
-
 constexpr int64_t kTogether = 3;  // vectors that share a pass over the rows
 
 template <int kCount>
@@ -64,8 +49,7 @@ void project_few(const float* rows, int64_t n, int64_t channels, const double* x
         const double* factor = x + v * n + i;
         double* sum = sums + v * channels + c;
         const W more = (f[0] * factor[0] + f[1] * factor[1]) + (f[2] * factor[2] + f[3] * factor[3]);
-        const W now = read(sum) + more;
-        __builtin_memcpy(sum, &now, sizeof now);
+        write(sum, read(sum) + more);
       }
     }
     for (; c < channels; ++c) {
@@ -97,10 +81,7 @@ void expand_few(const float* rows, int64_t n, int64_t channels, const double* su
     for (int l = 0; c < channels; ++c, ++l) {
       for (int v = 0; v < kCount; ++v) lanes[v][l] += row[c] * sums[v * channels + c];
     }
-    for (int v = 0; v < kCount; ++v) {
-      const W& l = lanes[v];
-      out[v * n + i] = ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
-    }
+    for (int v = 0; v < kCount; ++v) out[v * n + i] = fold(lanes[v]);
   }
 }
 

@@ -11,7 +11,7 @@
 //             first occur, so token 0 has label 0.
 // Few         Where fewer than k points differ, fewer than k labels occur. All labels are 0 where M - m < 1e-6 (all
 //             tokens alike) and for k = 1. A row of zeros whose affinities are all 0 stands at the origin.
-// Accuracy    m and M in float32, everything after in float64; vectors are iterated to a residual of 1e-8, or as far
+// Accuracy    m and M in float32, everything after in float64; vectors are iterated to a residual of 1e-6, or as far
 //             as kMaxProducts products per vector go.
 // Arrays      features float32 [T, C]; offsets int32 [B + 1] and shapes int32 [B, 2] as in RaggedShape; counts int32
 //             [K], the numbers k, each from 1 to 64; labels int32 [T, K]. All contiguous.
