@@ -15,21 +15,7 @@ from scipy import ndimage
 from scipy.sparse.linalg import LinearOperator, eigsh, lobpcg
 
 import namedmask_kernels as nk
-from common import paired_medians, report, threads
-
-CHANNELS = 384
-
-
-def scene(side, seed=0):
-    """float32 [side, side, 384]: two objects before a background that varies slowly; all share a direction, and noise
-    is strong, so that the graph hangs together (second eigenvalues of 0.3 to 0.8, as of a ViT's tokens)."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:side, :side] / side
-    shared = 0.9 * rng.normal(size=CHANNELS)
-    features = shared + rng.normal(size=CHANNELS) + 0.5 * np.sin(3 * x + y)[..., None] * rng.normal(size=CHANNELS)
-    for cy, cx, radius in rng.uniform([0.3, 0.3, 0.12], [0.7, 0.7, 0.3], (2, 3)):
-        features[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = shared + rng.normal(size=CHANNELS)
-    return (features + 1.6 * rng.normal(size=features.shape)).astype(np.float32)
+from common import CHANNELS, paired_medians, report, scene, threads
 
 
 def affinity(features, dtype):

@@ -17,6 +17,9 @@
 #include "namedmask/dense_crf.h"
 #include "namedmask/normalized_cut.h"
 #include "namedmask/pamr.h"
+#include "namedmask/random_walk.h"
+#include "namedmask/spectral_clusters.h"
+#include "namedmask/vote_masks.h"
 
 namespace py = pybind11;
 
@@ -132,4 +135,10 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       release());
   m.def("pamr", &cpu::pamr, arg("masks"), arg("image"), arg("offsets"), arg("shapes"), arg("out"), arg("dilations"),
         arg("iterations"), release());
+  m.def("random_walk", &cpu::random_walk, arg("masks"), arg("features"), arg("offsets"), arg("shapes"), arg("out"),
+        arg("steps"), arg("sharpness"), release());
+  m.def("spectral_clusters", &cpu::spectral_clusters, arg("features"), arg("offsets"), arg("shapes"), arg("counts"),
+        arg("labels"), arg("seed"), release());
+  m.def("vote_masks", &cpu::vote_masks, arg("masks"), arg("offsets"), arg("shapes"), arg("winner"), arg("kept"),
+        arg("reasons"), arg("scores"), release());
 }

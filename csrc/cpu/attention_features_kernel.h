@@ -4,6 +4,7 @@
 // Queries are taken kQueries at a time over all keys, the keys kKeys at a time in their order (flash attention). Keys
 // and values are copied to float32 blocks first, which serves every stored type and keeps them in the cache.
 #include "attention_features_levels.h"
+#include "exponential.h"
 #include "lanes.h"
 
 namespace namedmask::cpu {

@@ -4,11 +4,9 @@
 
 #include <cstdint>
 
-namespace namedmask::cpu {
+#include "panel.h"
 
-constexpr int64_t kPanel = 16;      // tokens that stand side by side in a panel [C, kPanel]
-constexpr int64_t kWord = 32;       // tokens (two panels) that share a word of bits
-constexpr int64_t kMicroRows = 12;  // rows come in multiples of this
+namespace namedmask::cpu {
 
 struct CutKernels {
   // bits[r], bit j: dot(rows[r], token j of the two panels) > threshold, r < count. Products are added one after the

@@ -12,12 +12,16 @@ from .dense_crf import dense_crf
 from .normalized_cut import NormalizedCut, normalized_cut
 from .pamr import pamr
 from .ragged import Ragged
+from .random_walk import random_walk
+from .spectral_clusters import spectral_clusters
+from .vote_masks import Vote, vote_masks
 
 __all__ = [
     "AttentionFeatures",
     "Components",
     "NormalizedCut",
     "Ragged",
+    "Vote",
     "attention_features",
     "bilateral_solver",
     "connected_components",
@@ -27,4 +31,7 @@ __all__ = [
     "largest_component",
     "normalized_cut",
     "pamr",
+    "random_walk",
+    "spectral_clusters",
+    "vote_masks",
 ]

@@ -82,7 +82,7 @@ def arrange(
         raise TypeError(
             f"{op}: {argument} must be a numpy array, a torch tensor or a Ragged, but is {type(value).__name__}"
         )
-    grid = _tensor(value) if isinstance(value, np.ndarray) else value
+    grid = as_tensor(value) if isinstance(value, np.ndarray) else value
     shape = tuple(grid.shape)
     lead, row = shape[: len(shape) - row_dims], shape[len(shape) - row_dims :]
     if len(lead) == 2:
@@ -101,7 +101,8 @@ def arrange(
     return ragged, restore
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A numpy array as a tensor, without a copy where torch can read it as it is."""
     # torch warns of arrays that must not be written to, such as np.asarray(a Pillow image): operators only read.
     array = np.ascontiguousarray(array)
     return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT
+#include "random_walk_kernel.h"
+
+namespace namedmask::cpu {
+
+const WalkKernels walk_portable = {weigh, add};
+
+}  // namespace namedmask::cpu

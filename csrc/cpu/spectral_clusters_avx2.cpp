@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT
+#include "spectral_clusters_kernel.h"
+
+namespace namedmask::cpu {
+
+const ClusterKernels cluster_avx2 = {range, project, expand, assign};
+
+}  // namespace namedmask::cpu

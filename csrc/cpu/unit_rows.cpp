@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+#include "unit_rows.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace namedmask::cpu {
+namespace {
+
+// The lanes' sum in the order that halving a vector gives.
+double fold(const double (&lanes)[8]) {
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+double sum_of_squares(const float* row, int64_t n) {
+  double lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int l = 0; l < 8; ++l) lanes[l] += static_cast<double>(row[i + l]) * row[i + l];
+  }
+  for (int l = 0; i < n; ++i, ++l) lanes[l] += static_cast<double>(row[i]) * row[i];
+  return fold(lanes);
+}
+
+}  // namespace
+
+double dot(const double* a, const double* b, int64_t n) {
+  double lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int l = 0; l < 8; ++l) lanes[l] += a[i + l] * b[i + l];
+  }
+  for (int l = 0; i < n; ++i, ++l) lanes[l] += a[i] * b[i];
+  return fold(lanes);
+}
+
+void UnitRows::prepare(const float* features, int64_t n, int64_t channels, bool panels_alone) {
+  features_ = features, n_ = n, channels_ = channels, padded_ = round_up(n, kBlock);
+  rows_ = panels_alone ? nullptr : row_memory_.get(padded_ * channels_);
+  panels_ = panel_memory_.get(padded_ * channels_);
+  finite_ = true;
+}
+
+bool UnitRows::unit_row(int64_t i, float* out, int64_t stride) const {
+  const float* in = features_ + std::min(i, n_ - 1) * channels_;
+  const double squares = sum_of_squares(in, channels_);
+  const double factor = 1 / std::max(std::sqrt(squares), 1e-12);
+  for (int64_t c = 0; c < channels_; ++c) out[c * stride] = static_cast<float>(in[c] * factor);
+  return squares < INFINITY;
+}
+
+void UnitRows::normalise(int64_t panel) {
+  const int64_t first = panel * kPanel;
+  float* tokens = panels_ + first * channels_;
+  for (int64_t i = 0; i < kPanel; ++i) {
+    if (!unit_row(first + i, tokens + i, kPanel)) finite_ = false;
+    if (!rows_) continue;
+    float* row = rows_ + (first + i) * channels_;
+    for (int64_t c = 0; c < channels_; ++c) row[c] = tokens[c * kPanel + i];
+  }
+}
+
+}  // namespace namedmask::cpu

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MIT
+// The features of a photo as unit vectors, laid out for products of all tokens with all, and sums of doubles.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "panel.h"
+
+namespace namedmask::cpu {
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Memory that is not cleared and is kept from photo to photo: often most of what is asked for is never touched.
+template <class T>
+class Buffer {
+ public:
+  T* get(int64_t n) {
+    if (n > size_) data_.reset(new T[n]), size_ = n;
+    return data_.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  int64_t size_ = 0;
+};
+
+// Eight partial sums in a fixed order, which the compiler turns into vectors.
+double dot(const double* a, const double* b, int64_t n);
+
+class UnitRows {
+ public:
+  // features [n, C]; rows are padded to a multiple of kBlock. With panels alone half the memory is needed. Allocates,
+  // so that normalise() may run in a parallel region.
+  void prepare(const float* features, int64_t n, int64_t channels, bool panels_alone = false);
+
+  int64_t panels() const { return padded_ / kPanel; }
+
+  // Rows of one panel divided by max(norm, 1e-12), both row-major and side by side; rows beyond n repeat the last, so
+  // that they add no cosine that is not there. Panels may be done by any threads.
+  void normalise(int64_t panel);
+
+  // False when a row held NaN or Inf; known when all panels are done.
+  bool finite() const { return finite_; }
+
+  // out[c * stride] = channel c of row i, the same bits as in the panels; false when the features are not finite.
+  bool unit_row(int64_t i, float* out, int64_t stride = 1) const;
+
+  const float* row(int64_t i) const { return rows_ + i * channels_; }
+  const float* panel_of(int64_t i) const { return panels_ + i * channels_; }  // i a multiple of kPanel
+  int64_t padded() const { return padded_; }
+
+ private:
+  const float* features_ = nullptr;
+  int64_t n_ = 0, channels_ = 0, padded_ = 0;
+  Buffer<float> row_memory_, panel_memory_;
+  float *rows_ = nullptr, *panels_ = nullptr;
+  std::atomic<bool> finite_{true};
+};
+
+}  // namespace namedmask::cpu

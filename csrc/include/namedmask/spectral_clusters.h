@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: MIT
+// SelfMask's spectral clustering of every photo of a packed batch of feature grids, for several numbers of clusters.
+//
+// Definition  Rows are divided by max(norm, 1e-12). G holds their products, m its least and M its largest entry;
+//             A = (G - m) / (M - m), D is the diagonal of A's row sums. v_2, v_3, ... are the vectors of the next
+//             smallest eigenvalues of (D - A) v = lambda D v after the constant one, v' D v = 1. The k clusters are
+//             those of k-means on the points (v_2[i], ..., v_k[i]), in float64.
+// k-means     Best of kRestarts runs by the sum of squared distances, the first of equals; k-means++ seeds, drawn by
+//             splitmix64 from (seed, k, run); the nearest centre, of equals the first; a centre that loses its tokens
+//             stays; up to kRounds rounds, or until no label changes. Labels are numbered in the order in which they
+//             first occur, so token 0 has label 0.
+// Few         Where fewer than k points differ, fewer than k labels occur. All labels are 0 where M - m < 1e-6 (all
+//             tokens alike) and for k = 1. A row of zeros whose affinities are all 0 stands at the origin.
+// Accuracy    m and M in float32, everything after in float64; vectors are iterated to a residual of 1e-6, or as far
+//             as kMaxProducts products per vector go.
+// Arrays      features float32 [T, C]; offsets int32 [B + 1] and shapes int32 [B, 2] as in RaggedShape; counts int32
+//             [K], the numbers k, each from 1 to 64; labels int32 [T, K]. All contiguous.
+// Errors      std::invalid_argument for a wrong array or count and for features that are not finite (first photo
+//             named); the labels are then unspecified.
+// Threads     OpenMP, one region: over photos, or over tiles of G when there is one photo. The bits of a result depend
+//             neither on the threads nor on the batch. Levels differ by the rounding of m and M.
+// Cost        per photo of n tokens n^2 C flops, and 4 n C flops per product; no array of n x n. Per thread
+//             8 n C + 8 n (products + 3 max k) bytes.
+#pragma once
+
+#include "namedmask/tensor_view.h"
+
+namespace namedmask::cpu {
+
+void spectral_clusters(const TensorView& features, const TensorView& offsets, const TensorView& shapes,
+                       const TensorView& counts, const TensorView& labels, int64_t seed);
+
+}  // namespace namedmask::cpu

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: MIT
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import namedmask_kernels as nk
+from namedmask_kernels import Ragged
+from namedmask_kernels.reference.random_walk import random_walk as definition
+
+BACKENDS = ["cpu", "reference"]
+
+
+def scene(h, w, channels, masks=3, seed=0, noise=0.5):
+    """masks float32 [h, w, M] in [0, 1] and features [h, w, C]: two halves, and noise."""
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(2, channels))
+    features = directions[(np.arange(w) >= w / 2).astype(int)] + noise * rng.normal(size=(h, w, channels))
+    return torch.from_numpy(rng.random((h, w, masks)).astype(np.float32)), torch.from_numpy(features.astype(np.float32))
+
+
+def error(found, masks, features, steps, sharpness):
+    """Largest error in units of twice that of the torch expression in float32, both against float64; that expression
+    may be lucky, so no less than two float32 steps of the largest mask are granted it."""
+    rows = masks.flatten(0, 1), features.flatten(0, 1)
+    exact = definition(rows[0].double(), rows[1].double(), steps, sharpness)
+    plain = definition(*rows, steps, sharpness)
+    ulp = 2.0**-22 * float(masks.abs().max()) if masks.numel() else 1.0
+    allowed = 2 * max(float((plain - exact).abs().max()), ulp) if exact.numel() else 1.0
+    return float((found.flatten(0, 1) - exact).abs().max()) / allowed if exact.numel() else 0.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("steps", "sharpness"), [(1, 10.0), (2, 10.0), (5, 3.0), (2, 0.0), (3, 60.0)])
+def test_equals_the_definition(backend, steps, sharpness):
+    masks, features = scene(17, 23, 40)
+    found = nk.random_walk(masks, features, steps=steps, sharpness=sharpness, backend=backend)
+    assert found.dtype == torch.float32 and found.shape == masks.shape
+    assert error(found, masks, features, steps, sharpness) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    h=st.integers(0, 12),
+    w=st.integers(1, 12),
+    channels=st.integers(0, 40),
+    masks=st.integers(0, 40),
+    seed=st.integers(0, 10**6),
+    steps=st.integers(0, 3),
+)
+def test_equals_the_definition_on_small_grids(h, w, channels, masks, seed, steps):
+    given_masks, features = scene(h, w, channels, masks, seed)
+    found = nk.random_walk(given_masks, features, steps=steps)
+    assert error(found, given_masks, features, steps, 10.0) <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 95), (8, 12), (1, 97), (1, 193), (17, 19), (32, 33)])
+@pytest.mark.parametrize(("channels", "masks"), [(1, 1), (385, 31), (64, 32), (17, 33)])
+def test_sizes_around_the_tiles(shape, channels, masks):
+    given_masks, features = scene(*shape, channels, masks)
+    assert error(nk.random_walk(given_masks, features), given_masks, features, 2, 10.0) <= 1
+
+
+def test_masks_snap_to_the_features():
+    """A blurred, shifted mask of the right half becomes the right half."""
+    _, features = scene(20, 30, 64)
+    truth = torch.arange(30) >= 15
+    rough = ((torch.arange(30) - 19.0) / 8).sigmoid().expand(20, 30)
+    refined = nk.random_walk(rough[..., None], features)[..., 0]
+    assert ((rough > 0.5) == truth).float().mean() < 0.9
+    assert torch.equal(refined > refined.mean(), truth.expand(20, 30))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_that_are_known(backend):
+    masks, features = scene(6, 7, 12)
+    assert torch.equal(nk.random_walk(masks, features, steps=0, backend=backend), masks)
+    mean = masks.mean((0, 1)).expand_as(masks)
+    torch.testing.assert_close(nk.random_walk(masks, features, sharpness=0, backend=backend), mean)
+    torch.testing.assert_close(nk.random_walk(masks, torch.zeros_like(features), backend=backend), mean)
+    torch.testing.assert_close(nk.random_walk(masks, 0 * features + 1e18, backend=backend), mean)
+    constant = nk.random_walk(torch.full_like(masks, 0.7), features, backend=backend)
+    torch.testing.assert_close(constant, torch.full_like(masks, 0.7))
+    one = nk.random_walk(masks[:1, :1], features[:1, :1], backend=backend)
+    assert torch.equal(one, masks[:1, :1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_photo_in_a_batch_equals_the_photo_alone(backend):
+    shapes = [(5, 7), (1, 1), (33, 41), (0, 4), (10, 11), (9, 0)]
+    photos = [scene(h, w, 24, seed=b) for b, (h, w) in enumerate(shapes)]
+    masks, features = (Ragged.pack(list(x)) for x in zip(*photos, strict=True))
+    batch = nk.random_walk(masks, features, backend=backend)
+    for photo, out in zip(photos, batch.grids(), strict=True):
+        assert torch.equal(out, nk.random_walk(*photo, backend=backend))
+
+
+def test_threads_do_not_change_the_bits():
+    masks, features = scene(31, 37, 40)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 11):
+            torch.set_num_threads(threads)
+            results.append(nk.random_walk(masks, features, steps=3))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_every_level_that_runs_here(level, tmp_path):
+    masks, features = scene(19, 21, 70, masks=20)
+    np.savez(tmp_path / "given.npz", masks=masks, features=features)
+    code = (
+        "import sys, numpy as np, namedmask_kernels as nk\n"
+        "given = np.load(sys.argv[1] + '/given.npz')\n"
+        "np.save(sys.argv[1] + '/found.npy', nk.random_walk(given['masks'], given['features']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"NMK_LEVEL": level},
+        capture_output=True,
+        text=True,
+    )
+    if "this CPU goes up to" in done.stderr:
+        pytest.skip(f"no {level} here")
+    assert done.returncode == 0, done.stderr
+    assert error(torch.from_numpy(np.load(tmp_path / "found.npy")), masks, features, 2, 10.0) <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arrangements_and_dtypes(backend):
+    photos = [scene(6, 8, 12, seed=b) for b in range(3)]
+    masks, features = (torch.stack(x) for x in zip(*photos, strict=True))
+    batch = nk.random_walk(masks, features, backend=backend)
+    assert batch.shape == (3, 6, 8, 3)
+    ragged = nk.random_walk(Ragged.pack(list(masks)), Ragged.pack(list(features)), backend=backend)
+    assert torch.equal(ragged.rows, batch.flatten(0, 2))
+    as_numpy = nk.random_walk(masks.numpy(), features.numpy(), backend=backend)
+    assert isinstance(as_numpy, np.ndarray) and np.array_equal(as_numpy, batch)
+    assert torch.equal(nk.random_walk(masks.double(), features.double(), backend=backend), batch)
+    half = features.bfloat16()
+    assert torch.equal(
+        nk.random_walk(masks, half, backend=backend), nk.random_walk(masks, half.float(), backend=backend)
+    )
+    view = masks[0].permute(1, 0, 2)[::2, 1:, 1:], features[0].permute(1, 0, 2)[::2, 1:, ::2]
+    expected = nk.random_walk(*(x.contiguous() for x in view), backend=backend)
+    assert torch.equal(nk.random_walk(*view, backend=backend), expected)
+    empty = Ragged.of_shapes(torch.zeros(0, 3), []), Ragged.of_shapes(torch.zeros(0, 12), [])
+    assert nk.random_walk(*empty, backend=backend).rows.shape == (0, 3)
+
+
+def test_every_output_is_written(monkeypatch):
+    masks, features = scene(9, 11, 16)
+    expected = nk.random_walk(masks, features)
+    plain = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
+    assert torch.equal(nk.random_walk(masks, features), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused(backend, bad):
+    photos = [scene(4, 5, 8, seed=b) for b in range(4)]
+    photos[2][1][3, 1, 5] = bad
+    masks, features = (Ragged.pack(list(x)) for x in zip(*photos, strict=True))
+    message = "random_walk: features must be finite, but those of photo {} hold NaN or Inf"
+    with pytest.raises(ValueError, match=message.format(2)):
+        nk.random_walk(masks, features, backend=backend)
+    with pytest.raises(ValueError, match=message.format(0)):
+        nk.random_walk(*photos[2], backend=backend)
+
+
+def test_bad_input_is_refused_by_name():
+    masks, features = scene(4, 5, 8)
+    with pytest.raises(TypeError, match=r"random_walk: masks must be float32 or .*, but is bool"):
+        nk.random_walk(masks > 0.5, features)
+    with pytest.raises(TypeError, match=r"random_walk: features must be float32 or .*, but is int64"):
+        nk.random_walk(masks, features.long())
+    with pytest.raises(ValueError, match=r"random_walk: masks must have 3 or 4 dimensions, but is \[4, 5\]"):
+        nk.random_walk(masks[..., 0], features)
+    with pytest.raises(ValueError, match=r"random_walk: features and masks must be of the same height and width"):
+        nk.random_walk(masks, features.transpose(0, 1))
+    with pytest.raises(ValueError, match="random_walk: steps must be at least 0, but is -1"):
+        nk.random_walk(masks, features, steps=-1)
+    for sharpness in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"random_walk: sharpness must be .*, but is {sharpness}"):
+            nk.random_walk(masks, features, sharpness=sharpness)
+    with pytest.raises(ValueError, match="random_walk: backend 'triton' cannot run"):
+        nk.random_walk(masks, features, backend="triton")
+
+
+def test_opcheck():
+    masks, features = scene(4, 5, 8)
+    batch = Ragged.pack([masks]), Ragged.pack([features])
+    torch.library.opcheck(
+        torch.ops.namedmask_kernels.random_walk, (batch[0].rows, *batch[1], 2, 10.0, "cpu")
+    )  # fmt: skip
+
+
+def test_runs_under_torch_compile():
+    masks, features = scene(7, 9, 16)
+    compiled = torch.compile(nk.random_walk, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(masks, features), nk.random_walk(masks, features))

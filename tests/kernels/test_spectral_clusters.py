@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: MIT
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import namedmask_kernels as nk
+from namedmask_kernels import Ragged
+from namedmask_kernels.reference import spectral_clusters as reference
+
+BACKENDS = ["cpu", "reference"]
+
+
+def scene(h, w, channels, seed=0, objects=3, noise=0.6):
+    """float32 [h, w, C] and the planted labels [h, w]: a background and disks, each with a direction of its own."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:h, :w]
+    labels = np.zeros((h, w), int)
+    for k in range(objects):
+        centre = (h / 2, w * (2 * k + 1) / (2 * objects))
+        labels[(y - centre[0]) ** 2 + (x - centre[1]) ** 2 < (min(h, w / objects) / 2.2) ** 2] = k + 1
+    directions = rng.normal(size=(objects + 1, channels))
+    features = directions[labels] + noise * rng.normal(size=(h, w, channels))
+    return torch.from_numpy(features.astype(np.float32)), labels
+
+
+def in_order(labels):
+    """Labels numbered in the order in which they first occur."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse].reshape(np.shape(labels))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_finds_planted_groups(backend):
+    features, planted = scene(18, 30, 64)
+    labels = nk.spectral_clusters(features, 4, backend=backend)
+    assert labels.dtype == torch.int32 and labels.shape == (18, 30)
+    np.testing.assert_array_equal(labels.numpy(), in_order(planted))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_the_reference(seed):
+    features, _ = scene(13 + seed, 17, 48, seed, objects=2, noise=1.0 + 0.3 * seed)
+    found = nk.spectral_clusters(features, [2, 3, 4, 7], seed=seed)
+    expected = nk.spectral_clusters(features, [2, 3, 4, 7], seed=seed, backend="reference")
+    assert torch.equal(found, expected)
+
+
+def sum_of_squares(points, labels):
+    return sum(((points[labels == c] - points[labels == c].mean(0)) ** 2).sum() for c in np.unique(labels))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    h=st.integers(1, 8),
+    w=st.integers(2, 9),
+    channels=st.integers(2, 30),
+    seed=st.integers(0, 10**6),
+    noise=st.sampled_from([0.3, 1.0, 4.0]),
+    k=st.integers(2, 6),
+)
+def test_clusters_are_as_tight_as_the_references(h, w, channels, seed, noise, k):
+    """Labels may differ where eigenvalues or runs of k-means tie; how tight the clusters are may not."""
+    features, _ = scene(h, w, channels, seed, objects=2, noise=noise)
+    a = reference.affinity(features.flatten(0, 1))
+    if a is None:
+        return
+    degrees = a.sum(1)
+    values = np.linalg.eigvalsh(a / np.sqrt(degrees[:, None] * degrees))[::-1]
+    if k < h * w and values[k - 1] - values[k] < 1e-3:
+        return  # v_k is one of many
+    points = reference.embedding(a, k - 1)
+    found = nk.spectral_clusters(features, k).flatten().numpy()
+    expected = nk.spectral_clusters(features, k, backend="reference").flatten().numpy()
+    ours, theirs = sum_of_squares(points, found), sum_of_squares(points, expected)
+    assert ours <= theirs * 1.05 + 1e-9
+    assert found.max() < k and np.array_equal(found, in_order(found))
+
+
+def test_equal_groups_have_equal_eigenvalues():
+    """Three equal groups of equal tokens: the second eigenvalue occurs twice, a single start vector would find one."""
+    features = torch.eye(3).repeat_interleave(20, 0).reshape(6, 10, 3) + 0.1
+    for backend in BACKENDS:
+        labels = nk.spectral_clusters(features, 3, backend=backend)
+        assert torch.equal(labels.flatten(), torch.arange(3, dtype=torch.int32).repeat_interleave(20))
+
+
+def test_several_k_equal_each_alone():
+    """One eigenproblem for all: the first vectors are the same to 1e-6, so are the clusters of a clear scene."""
+    features, _ = scene(14, 20, 40, noise=1.0)
+    together = nk.spectral_clusters(features, (4, 2, 3))
+    assert together.shape == (14, 20, 3)
+    for column, k in enumerate((4, 2, 3)):
+        assert torch.equal(together[..., column], nk.spectral_clusters(features, k))
+
+
+def test_the_seed_decides():
+    features = torch.from_numpy(np.random.default_rng(0).normal(size=(12, 12, 40)).astype(np.float32))
+    labels = [nk.spectral_clusters(features, 12, seed=seed) for seed in (0, 0, 1, -5)]
+    assert torch.equal(labels[0], labels[1]) and not torch.equal(labels[0], labels[2])
+    assert all(torch.equal(labels[i], nk.spectral_clusters(features, 12, seed=s, backend="reference"))
+               for i, s in ((0, 0), (2, 1), (3, -5)))  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "features",
+    [torch.ones(4, 5, 8), torch.zeros(4, 5, 8), torch.zeros(2, 2, 0), torch.ones(1, 1, 8), torch.ones(0, 7, 8)],
+    ids=["constant", "zeros", "no channels", "one token", "empty"],
+)
+def test_all_alike(backend, features):
+    labels = nk.spectral_clusters(features, [2, 3], backend=backend)
+    assert labels.shape == (*features.shape[:2], 2) and not labels.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fewer_tokens_than_clusters(backend):
+    features = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    labels = nk.spectral_clusters(features, [1, 2, 5], backend=backend)
+    assert labels.flatten().tolist() == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_zeros(backend):
+    """Cosines of 0 are the least where all others are positive: the token has no affinity at all."""
+    features, _ = scene(9, 12, 32, objects=1)
+    features = features.abs()
+    features[4, 3] = 0
+    labels = nk.spectral_clusters(features, 3, backend=backend)
+    assert labels.max() <= 2
+    assert torch.equal(labels, nk.spectral_clusters(features, 3, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_photo_in_a_batch_equals_the_photo_alone(backend):
+    shapes = [(5, 7), (1, 1), (12, 17), (0, 4), (10, 11), (9, 0), (1, 2)]
+    photos = [scene(h, w, 24, seed=b)[0] for b, (h, w) in enumerate(shapes)]
+    batch = nk.spectral_clusters(Ragged.pack(photos), [2, 4], backend=backend)
+    assert batch.rows.shape == (sum(h * w for h, w in shapes), 2)
+    for photo, labels in zip(photos, batch.grids(), strict=True):
+        assert torch.equal(labels, nk.spectral_clusters(photo, [2, 4], backend=backend))
+
+
+def test_threads_do_not_change_the_labels():
+    photos = [scene(20, 23, 40, seed=b, noise=3.0)[0] for b in range(3)]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append((nk.spectral_clusters(photos[0], 5), nk.spectral_clusters(Ragged.pack(photos), 5).rows))
+    finally:
+        torch.set_num_threads(before)
+    for alone, batch in results[1:]:
+        assert torch.equal(alone, results[0][0]) and torch.equal(batch, results[0][1])
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_every_level_that_runs_here(level, tmp_path):
+    features, _ = scene(19, 21, 70)
+    np.save(tmp_path / "features.npy", features.numpy())
+    code = (
+        "import sys, numpy as np, namedmask_kernels as nk\n"
+        "features = np.load(sys.argv[1] + '/features.npy')\n"
+        "np.save(sys.argv[1] + '/found.npy', nk.spectral_clusters(features, [2, 3, 4]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"NMK_LEVEL": level},
+        capture_output=True,
+        text=True,
+    )
+    if "this CPU goes up to" in done.stderr:
+        pytest.skip(f"no {level} here")
+    assert done.returncode == 0, done.stderr
+    expected = nk.spectral_clusters(features, [2, 3, 4], backend="reference")
+    np.testing.assert_array_equal(np.load(tmp_path / "found.npy"), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arrangements_and_dtypes(backend):
+    photos = torch.stack([scene(6, 8, 12, seed=b)[0] for b in range(3)])
+    batch = nk.spectral_clusters(photos, 3, backend=backend)
+    assert batch.shape == (3, 6, 8)
+    ragged = nk.spectral_clusters(Ragged.pack(list(photos)), 3, backend=backend)
+    assert torch.equal(ragged.rows, batch.flatten())
+    assert torch.equal(nk.spectral_clusters(photos.double(), 3, backend=backend), batch)
+    as_numpy = nk.spectral_clusters(photos.numpy(), [3], backend=backend)
+    assert isinstance(as_numpy, np.ndarray) and np.array_equal(as_numpy[..., 0], batch)
+    half = photos.bfloat16()
+    assert torch.equal(
+        nk.spectral_clusters(half, 3, backend=backend), nk.spectral_clusters(half.float(), 3, backend=backend)
+    )
+    none = nk.spectral_clusters(Ragged.of_shapes(torch.zeros(0, 12), []), [2, 3], backend=backend)
+    assert none.rows.shape == (0, 2)
+    view = photos[0].permute(1, 0, 2)[::2, 1:, ::2]
+    assert torch.equal(
+        nk.spectral_clusters(view, 3, backend=backend), nk.spectral_clusters(view.contiguous(), 3, backend=backend)
+    )
+
+
+def test_every_output_is_written(monkeypatch):
+    photos = Ragged.pack([scene(9, 11, 16)[0], torch.ones(3, 4, 16), scene(1, 1, 16)[0]])
+    expected = nk.spectral_clusters(photos, [1, 2, 5]).rows
+    plain = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: plain(*a, **k).fill_(77))
+    assert torch.equal(nk.spectral_clusters(photos, [1, 2, 5]).rows, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_features_that_are_not_finite_are_refused(backend, bad):
+    photos = [scene(4, 5, 8, seed=b)[0] for b in range(4)]
+    photos[2][3, 1, 5] = bad
+    message = "spectral_clusters: features must be finite, but those of photo {} hold NaN or Inf"
+    with pytest.raises(ValueError, match=message.format(2)):
+        nk.spectral_clusters(Ragged.pack(photos), 2, backend=backend)
+    with pytest.raises(ValueError, match=message.format(0)):
+        nk.spectral_clusters(photos[2], 2, backend=backend)
+
+
+def test_bad_input_is_refused_by_name():
+    features, _ = scene(4, 5, 8)
+    with pytest.raises(TypeError, match=r"spectral_clusters: features must be float32 or .*, but is int64"):
+        nk.spectral_clusters(features.long(), 2)
+    with pytest.raises(ValueError, match=r"spectral_clusters: features must have 3 or 4 dimensions, but is \[4, 5\]"):
+        nk.spectral_clusters(features[..., 0], 2)
+    for k in (0, 65, [2, 0], [2.0]):
+        with pytest.raises(ValueError, match=r"spectral_clusters: k must be between 1 and 64, .*, but is "):
+            nk.spectral_clusters(features, k)
+    with pytest.raises(ValueError, match="spectral_clusters: seed must fit 64 bits"):
+        nk.spectral_clusters(features, 2, seed=2**63)
+    with pytest.raises(ValueError, match="spectral_clusters: backend 'cuda' cannot run"):
+        nk.spectral_clusters(features, 2, backend="cuda")
+
+
+def test_opcheck():
+    batch = Ragged.pack([scene(4, 5, 8)[0], scene(3, 2, 8)[0]])
+    torch.library.opcheck(torch.ops.namedmask_kernels.spectral_clusters, (*batch, [2, 3], 0, "cpu"))
+
+
+def test_runs_under_torch_compile():
+    features, _ = scene(7, 9, 16)
+    compiled = torch.compile(lambda x: nk.spectral_clusters(x, [2, 3]), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(features), nk.spectral_clusters(features, [2, 3]))

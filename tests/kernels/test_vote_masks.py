@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.extra import numpy as hnp
+
+import namedmask_kernels as nk
+from namedmask_kernels import Ragged
+
+BACKENDS = ["cpu", "reference"]
+CASES = ["clusters", "clusters_b", "mixed", "all_filtered", "all_filtered_with_empty", "single", "small_large", "tie"]
+
+
+def blobs(n, h, w, seed=0):
+    """bool [n, h, w]: rectangles of all sizes, some of which touch borders."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((n, h, w), bool)
+    for mask in masks:
+        (top, bottom), (left, right) = np.sort(rng.integers(0, h + 1, 2)), np.sort(rng.integers(0, w + 1, 2))
+        mask[top:bottom, left:right] = rng.random((bottom - top, right - left)) < 0.9
+    return torch.from_numpy(masks)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_selfmask(golden, backend, case):
+    arrays = golden("voting")
+    n, h, w = arrays[f"{case}_shape"]
+    masks = np.unpackbits(arrays[f"{case}_masks"], axis=-1, count=w).astype(bool).reshape(n, h, w)
+    vote = nk.vote_masks(masks, backend=backend)
+    kept = arrays[f"{case}_long1_area0_kept"]
+    np.testing.assert_array_equal(np.flatnonzero(vote.kept), kept)
+    np.testing.assert_allclose(vote.scores[kept], arrays[f"{case}_long1_area0_score"], atol=1e-5)
+    # the peer leaves ties to an unstable sort; ours go to the first
+    assert vote.winner == (0 if case == "tie" else arrays[f"{case}_long1_area0_best"])
+
+
+def test_reasons():
+    masks = torch.zeros(6, 5, 7, dtype=torch.bool)
+    masks[1, :, 3] = True
+    masks[2, 2, :] = True
+    masks[3] = True
+    masks[4, 1:3, 1:3] = True
+    masks[5, 0, 1] = masks[5, 4, 6] = masks[5, 2, 0] = True  # touches all borders in four places, not in one piece
+    vote = nk.vote_masks(masks)
+    assert vote.reasons.tolist() == [1, 2, 4, 6, 0, 6] and vote.kept.tolist() == [False] * 4 + [True, False]
+    assert vote.winner.item() == 4 and vote.scores.tolist()[:4] == [0] * 4
+
+
+def test_ties_go_to_the_first():
+    masks = torch.zeros(4, 6, 6, dtype=torch.bool)
+    masks[1:3, 2:4, 2:4] = True
+    masks[3, 1:3, 1:3] = True
+    vote = nk.vote_masks(masks)
+    assert vote.winner.item() == 1 and vote.scores[1] == vote.scores[2] > vote.scores[3]
+
+
+@settings(max_examples=80, deadline=None)
+@given(masks=hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=24)))
+def test_equals_the_reference(masks):
+    check_against_reference(torch.from_numpy(masks))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 1, 63), (5, 64, 1), (6, 8, 8), (7, 5, 13), (4, 16, 32), (5, 57, 9)])
+def test_sizes_around_the_words(shape):
+    check_against_reference(blobs(*shape))
+    check_against_reference(torch.ones(shape, dtype=torch.bool))
+
+
+def check_against_reference(masks):
+    found, expected = nk.vote_masks(masks), nk.vote_masks(masks, backend="reference")
+    assert torch.equal(found.kept, expected.kept) and torch.equal(found.reasons, expected.reasons)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-12)
+    best = expected.scores.topk(min(2, len(masks))).values
+    if len(best) < 2 or best[0] - best[1] > 1e-9:
+        assert found.winner == expected.winner
+
+
+def test_bytes_other_than_one_are_true():
+    """What torch holds as bool may come from elsewhere."""
+    masks = blobs(5, 12, 17)
+    odd = (masks.to(torch.uint8) * 2).view(torch.bool)
+    assert same(nk.vote_masks(odd), nk.vote_masks(masks))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_photo_in_a_batch_equals_the_photo_alone(backend):
+    shapes = [(5, 7), (1, 1), (33, 65), (0, 4), (64, 64), (9, 0)]
+    photos = [blobs(6, h, w, seed=b) for b, (h, w) in enumerate(shapes)]
+    batch = nk.vote_masks(Ragged.pack([p.permute(1, 2, 0) for p in photos]), backend=backend)
+    assert batch.winner.shape == (6,) and batch.scores.shape == (6, 6)
+    for b, photo in enumerate(photos):
+        assert same([x[b] for x in batch], nk.vote_masks(photo, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arrangements(backend):
+    photos = torch.stack([blobs(5, 12, 9, seed=b) for b in range(3)])
+    batch = nk.vote_masks(photos, backend=backend)
+    assert batch.winner.shape == (3,) and batch.kept.shape == (3, 5) and batch.winner.dtype == torch.int32
+    assert same(nk.vote_masks(Ragged.pack([p.permute(1, 2, 0) for p in photos]), backend=backend), batch)
+    as_numpy = nk.vote_masks(photos[0].numpy(), backend=backend)
+    assert all(isinstance(x, (np.ndarray, np.generic)) for x in as_numpy)
+    assert same(map(torch.as_tensor, as_numpy), nk.vote_masks(photos[0], backend=backend))
+    view = photos.permute(0, 1, 3, 2)[:, :, ::2, 1:]
+    assert same(nk.vote_masks(view, backend=backend), nk.vote_masks(view.contiguous(), backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_vote_on(backend):
+    none = nk.vote_masks(torch.zeros(0, 4, 5, dtype=torch.bool), backend=backend)
+    assert none.winner.item() == -1 and none.kept.shape == (0,)
+    empty = nk.vote_masks(torch.zeros(3, 4, 5, dtype=torch.bool), backend=backend)
+    assert empty.winner.item() == 0 and empty.kept.all() and not empty.scores.any() and (empty.reasons == 1).all()
+    no_photos = nk.vote_masks(Ragged.of_shapes(torch.zeros(0, 3, dtype=torch.bool), []), backend=backend)
+    assert no_photos.winner.shape == (0,) and no_photos.scores.shape == (0, 3)
+
+
+def test_every_output_is_written(monkeypatch):
+    photos = Ragged.pack([p.permute(1, 2, 0) for p in (blobs(5, 9, 11), blobs(5, 3, 4, 1), blobs(5, 1, 1))])
+    expected = nk.vote_masks(photos)
+    plain = torch.Tensor.new_empty
+
+    def poisoned(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        return out.fill_(float("nan") if out.is_floating_point() else True if out.dtype == torch.bool else 77)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    assert same(nk.vote_masks(photos), expected)
+
+
+def test_threads_do_not_change_the_bits():
+    masks = blobs(27, 90, 101)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(nk.vote_masks(masks))
+    finally:
+        torch.set_num_threads(before)
+    assert same(results[0], results[1]) and same(results[0], results[2])
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_every_level_that_runs_here(level, tmp_path):
+    masks = blobs(11, 37, 53)
+    np.save(tmp_path / "masks.npy", masks.numpy())
+    code = (
+        "import sys, numpy as np, namedmask_kernels as nk\n"
+        "vote = nk.vote_masks(np.load(sys.argv[1] + '/masks.npy'))\n"
+        "np.savez(sys.argv[1] + '/found.npz', *vote)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"NMK_LEVEL": level},
+        capture_output=True,
+        text=True,
+    )
+    if "this CPU goes up to" in done.stderr:
+        pytest.skip(f"no {level} here")
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "found.npz")
+    for here, there in zip(nk.vote_masks(masks), found.values(), strict=True):
+        np.testing.assert_array_equal(here, there)
+
+
+def test_bad_input_is_refused_by_name():
+    masks = blobs(3, 4, 5)
+    with pytest.raises(TypeError, match="vote_masks: masks must be bool, but is float32"):
+        nk.vote_masks(masks.float())
+    with pytest.raises(TypeError, match=r"vote_masks: masks must be a numpy array, .* but is list"):
+        nk.vote_masks([masks])
+    with pytest.raises(ValueError, match=r"vote_masks: masks must have 3 or 4 dimensions, but is \[4, 5\]"):
+        nk.vote_masks(masks[0])
+    with pytest.raises(ValueError, match="vote_masks: the rows of masks must have 2 dimensions"):
+        nk.vote_masks(Ragged.pack([masks[0]]))
+    with pytest.raises(ValueError, match="vote_masks: backend 'triton' cannot run"):
+        nk.vote_masks(masks, backend="triton")
+    wrong = Ragged(masks.reshape(-1, 6), torch.tensor([0, 10], dtype=torch.int32), torch.tensor([[2, 4]]).int())
+    with pytest.raises(ValueError, match="vote_masks: photo 0 has shape 2 x 4 but owns rows 0 to 10"):
+        nk.vote_masks(wrong)
+
+
+def test_opcheck():
+    masks = blobs(3, 4, 5)
+    offsets, shapes = torch.tensor([0, 20], dtype=torch.int32), torch.tensor([[4, 5]], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.namedmask_kernels.vote_masks, (masks.flatten(), offsets, shapes, 3, "cpu"))
+
+
+def test_runs_under_torch_compile():
+    masks = blobs(4, 11, 13)
+    compiled = torch.compile(lambda m: nk.vote_masks(m).scores, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(masks), nk.vote_masks(masks).scores)
