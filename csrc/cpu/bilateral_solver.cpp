@@ -38,6 +38,7 @@ constexpr size_t kKeptBytes = 64 << 20;  // memory that a thread keeps for the n
 const BilateralKernels& kernels() {
   switch (level()) {
 #if defined(__x86_64__)
+    case Level::kAVX512VNNI:
     case Level::kAVX512: return bilateral_avx512;
     case Level::kAVX2: return bilateral_avx2;
 #endif
