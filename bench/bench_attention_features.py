@@ -4,6 +4,10 @@
 `pytest bench/bench_attention_features.py --benchmark-only -s` prints the tables.
 """
 
+import ctypes
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,48 +18,79 @@ from common import paired_medians, report, threads
 HEADS, DIM = 6, 64  # ViT-S
 
 
-def explicit(q, k, v):
+def inputs(tokens, dtype):
+    """(qkv, offsets) of one sequence."""
+    torch.manual_seed(0)
+    return torch.randn(tokens, 3, HEADS, DIM).to(dtype), torch.tensor([0, tokens], dtype=torch.int32)
+
+
+def sdpa(qkv, offsets):
+    return F.scaled_dot_product_attention(*qkv.permute(1, 2, 0, 3)[:, None])[0].transpose(0, 1)
+
+
+def explicit(qkv, offsets):
     """Attention with all weights in memory: the output and the CLS row."""
+    q, k, v = qkv.permute(1, 2, 0, 3)
     weights = (q @ k.mT * DIM**-0.5).softmax(-1)
-    return weights @ v, weights[..., 0, :]
+    return weights @ v, weights[:, 0]
+
+
+WHO = {"attention_features": nk.attention_features, "torch SDPA (no row)": sdpa, "matmul-softmax-matmul": explicit}
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one thread", "two threads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [785, 3601])
-def test_one_sequence(benchmark, tokens, dtype, count):
-    torch.manual_seed(0)
-    qkv = torch.randn(tokens, 3, HEADS, DIM).to(dtype)
-    offsets = torch.tensor([0, tokens], dtype=torch.int32)
-    q, k, v = qkv.permute(1, 2, 0, 3)[:, None]
+def test_one_sequence(benchmark, tokens, dtype, count, quick):
+    if quick and tokens > 1000:
+        pytest.skip("the large size")
+    short = inputs(785, dtype)
+    exact = nk.attention_features(short[0].double(), short[1], backend="reference")
+    found = nk.attention_features(*short)
+    assert (found.output - exact.output).norm() <= 2 * (sdpa(*short) - exact.output).norm()
+    torch.testing.assert_close(found.rows.double(), exact.rows, rtol=1e-5, atol=0)
 
-    exact = nk.attention_features(qkv[:785].double(), torch.tensor([0, min(785, tokens)], dtype=torch.int32),
-                                  backend="reference")  # fmt: skip
-    short = nk.attention_features(qkv[:785], torch.tensor([0, 785], dtype=torch.int32))
-    theirs = F.scaled_dot_product_attention(q[..., :785, :], k[..., :785, :], v[..., :785, :])[0].transpose(0, 1)
-    assert (short.output - exact.output).norm() <= 2 * (theirs - exact.output).norm()
-    torch.testing.assert_close(short.rows.double(), exact.rows, rtol=1e-5, atol=0)
-
-    a = torch.randn(1024, 1024)
-    calls = {
-        "cpu": lambda: nk.attention_features(qkv, offsets),
-        "cpu, output only": lambda: nk.attention_features(qkv, offsets, want=("output",)),
-        "torch SDPA (no row)": lambda: F.scaled_dot_product_attention(q, k, v),
-        "float32 product 1024^3": lambda: a @ a,
-    }
-    if dtype == torch.float32 or tokens < 1000:  # in bfloat16 it takes 20 s where the CPU has no bfloat16 arithmetic
-        calls["torch matmul-softmax-matmul"] = lambda: explicit(q, k, v)
+    batch, square = inputs(tokens, dtype), {t: torch.randn(1024, 1024).to(t) for t in (torch.float32, dtype)}
+    calls = {who: lambda call=call: call(*batch) for who, call in WHO.items()}
+    calls |= {f"{str(t)[6:]} product 1024^3": lambda a=a: a @ a for t, a in square.items()}
     with threads(count):
-        seconds = paired_medians(calls, rounds=9, seconds=30)
-        benchmark.pedantic(calls["cpu"], rounds=3)
-    flops = 4 * HEADS * tokens**2 * DIM
-    ceiling = 2 * 1024**3 / seconds.pop("float32 product 1024^3")
+        seconds = paired_medians(calls, rounds=9, seconds=15)
+        benchmark.pedantic(calls["attention_features"], rounds=3)
+    rates = {who: 2 * 1024**3 / seconds.pop(who) for who in list(seconds) if "product" in who}
+    flops, ceiling = 4 * HEADS * tokens**2 * DIM, rates["float32 product 1024^3"]
     report(
-        f"attention_features, {HEADS} x {DIM}, {tokens} tokens, {str(dtype)[6:]}, {count} threads; "
-        f"ceiling: torch's float32 product, {ceiling / 1e9:.3g} GFLOP/s",
+        f"attention_features, {HEADS} x {DIM}, {tokens} tokens, {str(dtype)[6:]}, {count} threads; torch's "
+        + ", ".join(f"{who}: {rate / 1e9:.3g} GFLOP/s" for who, rate in rates.items()),
         [
-            {"who": who, "ms": 1e3 * s, "times cpu's": s / seconds["cpu"], "GFLOP/s": flops / s / 1e9,
-             "share of the ceiling": flops / s / ceiling}
+            {"who": who, "ms": 1e3 * s, "times ours": s / seconds["attention_features"], "GFLOP/s": flops / s / 1e9,
+             "share of the float32 product": flops / s / ceiling}
             for who, s in seconds.items()
         ],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_memory(benchmark, dtype, quick):
+    """What a call adds to the process while it runs, outputs included: twice the tokens, twice the memory."""
+    sizes = (1024, 2048) if quick else (3601, 7202)
+    rows = []
+    for who, call in WHO.items():
+        call(*inputs(64, dtype))  # libraries' own buffers
+        rows.append({"who": who} | {f"{n} tokens, MiB": added_memory(call, *inputs(n, dtype)) for n in sizes})
+    benchmark.pedantic(nk.attention_features, inputs(sizes[0], dtype), rounds=1)
+    report(f"attention, memory of a call, {HEADS} x {DIM}, {str(dtype)[6:]}", rows)
+    ours, _, explicit_rows = ([row[f"{n} tokens, MiB"] for n in sizes] for row in rows)
+    assert ours[1] < 2.5 * ours[0] and ours[1] < 0.3 * explicit_rows[1]
+
+
+def added_memory(call, *args):
+    """MiB by which resident memory peaks during the call above what it was before."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier must not hide what the call takes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    call(*args)
+    return resident("VmHWM") - before
+
+
+def resident(which):
+    return int(re.search(rf"{which}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -9,21 +9,25 @@ so features are timm's to rounding.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from namedmask_kernels import Ragged
+from namedmask_kernels import Ragged, attention_features
 
 from .errors import UserError
 
 # A photo whose long side is more than this many times the short one is resized by its long side: a strip of
 # 1 x 10,000 patches would otherwise cost as much as twenty photos.
 MAX_ASPECT = 4.0
+
+TAPS = ("tokens", "keys", "queries", "values", "cls_attention")
 
 _NO_VIT = "is not a ViT with fused QKV projections for photos of any shape; choose a DINO, DINOv2 or DINOv3 of timm"
 
@@ -34,6 +38,7 @@ class Backbone:
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
         self.model = model.eval().requires_grad_(False).to(device, dtype)
         self.device, self.dtype = device, dtype
+        self.library = FASTEST.get((device.type, dtype), "torch SDPA")
         self.patch: int = model.patch_embed.patch_size[0]
         self.prefix: int = model.num_prefix_tokens
         cfg = model.pretrained_cfg
@@ -58,25 +63,51 @@ class Backbone:
         return ((photo.float() / 255 - self.mean) / self.std).to(self.dtype)
 
     @torch.inference_mode()
-    def extract(self, photos: Sequence[Tensor], features: str) -> Ragged:
-        """Features of the last block.
+    def extract(self, photos: Sequence[Tensor], taps: Sequence[str]) -> dict[str, Ragged]:
+        """Features of any blocks in one pass over photos of any shapes, CLS and register tokens left out.
 
-        photos:   normalised [3, h, w] each, sides whole multiples of the patch, as `prepare` gives them
-        features: "tokens", after the last block and norm; or "keys", the last block's key projections (all heads side
-                  by side, before any rotary embedding), for which the rest of the last block is not computed
-        Returns:  Ragged rows float32 [T, C] on the patch grids, without CLS and register tokens
+        photos:  normalised [3, h, w] each, sides whole multiples of the patch, as `prepare` gives them
+        taps:    names of `TAPS`, each alone for the last block or with a block's number (from 0), as in "keys.8":
+                 tokens         [T, C] after the block; after the last block and the norm that ends the network
+                 queries, keys, values  [T, H * D] as projected, all heads side by side, before any rotary embedding
+                 cls_attention  [T, H] the softmax weights that CLS gives to the patches in each head. They add up to 1
+                                with those of CLS and the registers.
+        Returns: a Ragged with float32 rows on the patch grids for each tap, under its name. A photo's rows are the same
+                 in any batch. Blocks after the last tapped one are not run, and of that one only what is asked for.
+        Errors:  ValueError for an unknown tap; UserError for CLS attention where there is no CLS token.
         """
-        x, sequences, rotary, shapes = self._embed(photos)
-        blocks = list(self.model.blocks)
-        for block in blocks if features == "tokens" else blocks[:-1]:
-            x = x + _scaled(block, 1, self._attention(block.attn, block.norm1(x), sequences, rotary))
-            x = x + _scaled(block, 2, block.mlp(block.norm2(x)))
-        if features == "tokens":
-            x = self.model.norm(x)
-        else:
-            x = _keys(blocks[-1].attn, blocks[-1].norm1(x))
-        patches = torch.cat([rows[self.prefix :] for rows in x.split(sequences)])
-        return Ragged.of_shapes(patches.float(), shapes)
+        wanted = {tap: self._parse(tap) for tap in taps}
+        last = max((number for number, _ in wanted.values()), default=-1)
+        batch = self._embed(photos)
+        is_patch = torch.ones(len(batch.tokens), dtype=torch.bool, device=self.device)
+        for begin in batch.ends[:-1]:
+            is_patch[begin : begin + self.prefix] = False
+        x, found = batch.tokens, {}
+        for block in range(last + 1):
+            names = {name for number, name in wanted.values() if number == block}
+            x, tapped = self._block(block, x, batch, names, whole=block < last or "tokens" in names)
+            found |= {(block, name): rows[is_patch].float() for name, rows in tapped.items()}
+        return {tap: Ragged.of_shapes(found[place], batch.shapes) for tap, place in wanted.items()}
+
+    def explain(self) -> str:
+        """Which library computes the attention of blocks that run whole, and how that was found."""
+        return (
+            f"attention in {str(self.dtype)[6:]} on {self.device}: {self.library}, the fastest there as measured by "
+            "`pytest bench/bench_backbones.py --benchmark-only -s -k libraries`"
+        )
+
+    def _parse(self, tap: str) -> tuple[int, str]:
+        """Block and name in TAPS: (8, "keys") for "keys.8"."""
+        name, _, number = tap.partition(".")
+        depth = len(self.model.blocks)
+        if name not in TAPS or not (number or "0").isdecimal() or int(number or 0) >= depth:
+            raise ValueError(
+                f"extract: taps must be of {', '.join(TAPS)}, alone or with a block from 0 to {depth - 1} as in "
+                f"'keys.{depth - 1}', but one is {tap!r}"
+            )
+        if name == "cls_attention" and getattr(self.model, "cls_token", None) is None:
+            raise UserError("this backbone has no CLS token, so there is no cls_attention; choose another tap")
+        return int(number or depth - 1), name
 
     def _places(self, h: int, w: int) -> tuple[Tensor, Tensor | None]:
         """What timm adds to a grid's patches, prefix tokens included: [prefix + h * w, C], and its rotary table."""
@@ -85,9 +116,8 @@ class Backbone:
         tokens, rotary = placed if isinstance(placed, tuple) else (placed, None)
         return tokens[0], rotary
 
-    def _embed(self, photos: Sequence[Tensor]):
-        """-> packed tokens [T, C], their number per photo, rotary tables per photo, patch grids."""
-        tokens, rotary, shapes = [], [], []
+    def _embed(self, photos: Sequence[Tensor]) -> _Batch:
+        tokens, rotary, shapes = [torch.empty(0, self.model.embed_dim, device=self.device, dtype=self.dtype)], [], []
         for photo in photos:
             patches = self.model.patch_embed(photo[None])[0]  # [h, w, C]
             h, w = patches.shape[:2]
@@ -95,29 +125,87 @@ class Backbone:
             tokens.append(torch.cat([places[: self.prefix], places[self.prefix :] + patches.flatten(0, 1)]))
             rotary.append(table)
             shapes.append((h, w))
-        return self.model.norm_pre(torch.cat(tokens)), [len(t) for t in tokens], rotary, shapes
+        lengths = [len(t) for t in tokens[1:]]
+        ends = list(itertools.accumulate(lengths, initial=0))
+        return _Batch(self.model.norm_pre(torch.cat(tokens)), lengths, ends, rotary, shapes)
 
-    def _attention(self, attn: nn.Module, x: Tensor, sequences: list[int], rotary: list[Tensor | None]) -> Tensor:
+    def _block(
+        self, number: int, x: Tensor, batch: _Batch, names: set[str], whole: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x [T, C] before the block -> x after it (if `whole`) and what `names` of it, [T, ...] each."""
+        block = self.model.blocks[number]
+        attn, y = block.attn, block.norm1(x)
+        if whole:
+            q, k, v = _project(attn, y, "qkv").unbind(1)  # [T, H, D] each
+        else:
+            q = _project(attn, y, "q")[:, 0] if "queries" in names else None
+            k = _project(attn, y, "k")[:, 0] if {"keys", "cls_attention"} & names else None
+            v = _project(attn, y, "v")[:, 0] if "values" in names else None
+        q, k = (norm(part) if part is not None else None for norm, part in ((attn.q_norm, q), (attn.k_norm, k)))
+        found = {name: part.flatten(1) for name, part in (("queries", q), ("keys", k), ("values", v)) if name in names}
+        if whole or "cls_attention" in names:
+            turned = self._rotate(attn, k, batch)
+        if "cls_attention" in names:  # CLS stands first and is never rotated
+            cls = q[batch.ends[:-1]] if q is not None else attn.q_norm(_project(attn, y[batch.ends[:-1]], "q")[:, 0])
+            rows = [
+                torch.einsum("hd,nhd->nh", attn.scale * one.float(), keys.float()).softmax(0)
+                for one, keys in zip(cls, turned.split(batch.lengths), strict=True)
+            ]
+            found["cls_attention"] = torch.cat([turned.new_empty(0, attn.num_heads, dtype=torch.float32), *rows])
+        if whole:
+            out = ATTENTIONS[self.library](self._rotate(attn, q, batch), turned, v, batch, attn.scale)
+            x = x + _scaled(block, 1, attn.proj(attn.norm(out.flatten(1))))
+            x = x + _scaled(block, 2, block.mlp(block.norm2(x)))
+        if "tokens" in names:
+            found["tokens"] = self.model.norm(x) if number == len(self.model.blocks) - 1 else x
+        return x, found
+
+    def _rotate(self, attn: nn.Module, x: Tensor, batch: _Batch) -> Tensor:
+        """Rotary embedding of patches [T, H, D] where the network has one."""
         from timm.layers import apply_rot_embed_cat
 
-        weight, bias = _qkv(attn)
-        qkv = F.linear(x, weight, bias).unflatten(1, (3, attn.num_heads, -1))  # [T, 3, H, D]
-        out = torch.empty_like(qkv[:, 0])
-        begin = 0
-        for length, table in zip(sequences, rotary, strict=True):
-            rows = slice(begin, begin + length)
-            q, k, v = qkv[rows].permute(1, 2, 0, 3)  # [H, N, D] each
-            q, k = attn.q_norm(q), attn.k_norm(k)
-            if table is not None:
-                half = getattr(attn, "rotate_half", False)
-                q, k = (
-                    torch.cat([t[:, : self.prefix], apply_rot_embed_cat(t[:, self.prefix :], table, half=half)], 1)
-                    for t in (q, k)
-                )
-            y = F.scaled_dot_product_attention(q[None], k[None].type_as(v), v[None], scale=attn.scale)[0]
-            out[rows] = y.transpose(0, 1)
-            begin += length
-        return attn.proj(attn.norm(out.flatten(1)))
+        if not batch.rotary or batch.rotary[0] is None:
+            return x
+        half, parts = getattr(attn, "rotate_half", False), []
+        for one, table in zip(x.split(batch.lengths), batch.rotary, strict=True):
+            patches = apply_rot_embed_cat(one[self.prefix :].transpose(0, 1), table, half=half)  # [H, h * w, D]
+            parts += [one[: self.prefix], patches.transpose(0, 1).type_as(x)]
+        return torch.cat(parts)
+
+
+class _Batch(NamedTuple):
+    """Photos with their tokens packed: tokens [T, C]; the others have an entry per photo."""
+
+    tokens: Tensor
+    lengths: list[int]
+    ends: list[int]  # photo b owns tokens ends[b] to ends[b + 1]
+    rotary: list[Tensor | None]
+    shapes: list[tuple[int, int]]  # of the patch grids
+
+
+# -- the plain output of attention, q, k, v [T, H, D] -> [T, H, D] ----------------------------------------------------
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, batch: _Batch, scale: float) -> Tensor:
+    """torch's attention, a photo at a time."""
+    out = torch.empty_like(v)
+    for begin, end in itertools.pairwise(batch.ends):
+        one = (part[None, begin:end].transpose(1, 2) for part in (q, k, v))
+        out[begin:end] = F.scaled_dot_product_attention(*one, scale=scale)[0].transpose(0, 1)
+    return out
+
+
+def _attention_features(q: Tensor, k: Tensor, v: Tensor, batch: _Batch, scale: float) -> Tensor:
+    """Ours, the whole batch in one call."""
+    offsets = torch.tensor(batch.ends, dtype=torch.int32)
+    return attention_features(torch.stack([q, k, v], 1), offsets, scale=scale, want=("output",)).output
+
+
+ATTENTIONS = {"torch SDPA": _sdpa, "attention_features": _attention_features}
+
+# (device, dtype) -> the faster one; torch's where nothing is said. In float32 on the CPU they are within some percent
+# of each other. Not yet measured on a GPU.
+FASTEST = {("cpu", torch.bfloat16): "attention_features"}
 
 
 def _scaled(block: nn.Module, branch: int, x: Tensor) -> Tensor:
@@ -134,11 +222,13 @@ def _qkv(attn: nn.Module) -> tuple[Tensor, Tensor | None]:
     return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
 
 
-def _keys(attn: nn.Module, x: Tensor) -> Tensor:
-    """The K third of the projection alone: [T, C] -> [T, H * D]."""
+def _project(attn: nn.Module, x: Tensor, parts: str) -> Tensor:
+    """x [T, C] -> [T, 1, H, D] for "q", "k" or "v" alone, or [T, 3, H, D] for "qkv"."""
     weight, bias = _qkv(attn)
-    keys = F.linear(x, weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1])
-    return attn.k_norm(keys.unflatten(1, (attn.num_heads, -1))).flatten(1)
+    if parts != "qkv":
+        third = "qkv".index(parts)
+        weight, bias = weight.chunk(3)[third], None if bias is None else bias.chunk(3)[third]
+    return F.linear(x, weight, bias).unflatten(1, (len(parts), attn.num_heads, -1))
 
 
 def load(name: str, weights: str | None = None, *, device: str = "cpu", precision: str = "float32") -> Backbone:

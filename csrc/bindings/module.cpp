@@ -61,7 +61,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   using release = py::call_guard<py::gil_scoped_release>;
   namespace cpu = namedmask::cpu;
 
-  m.def("level", [] { return cpu::name(cpu::level()); });  // "portable", "avx2" or "avx512"
+  m.def("level", [] { return cpu::name(cpu::level()); });  // "portable", "avx2", "avx512" or "avx512_vnni"
 #ifdef NMK_WITH_CUDA
   m.def("has_cuda", [] { return true; });
   define_cuda(m.def_submodule("cuda"));

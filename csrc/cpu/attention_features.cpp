@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "attention_features_levels.h"
@@ -19,6 +20,7 @@ constexpr int64_t kNormTokens = 64;  // tokens whose key norms are one piece of 
 
 const AttentionKernels& kernels() {
 #if defined(__x86_64__)
+  if (level() == Level::kAVX512VNNI) return attention_avx512_vnni;
   if (level() == Level::kAVX512) return attention_avx512;
   if (level() == Level::kAVX2) return attention_avx2;
 #endif
@@ -54,10 +56,17 @@ int64_t longest_sequence(const TensorView& offsets, int64_t tokens, const Tensor
   return longest;
 }
 
-// One head of one sequence from query `first` on.
+// One head of one sequence from query, key or tapped row `first` on.
 struct Piece {
   int64_t sequence, head, first;
 };
+
+// Whole cache lines: the inner loops load whole vectors of it.
+struct Release {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using Floats = std::unique_ptr<float[], Release>;
+Floats aligned_floats(int64_t n) { return Floats(new (std::align_val_t{64}) float[n]); }
 
 }  // namespace
 
@@ -85,21 +94,24 @@ void attention_features(const TensorView& qkv, const TensorView& offsets, const 
                                                    : Stored::kFloat32;
   const int64_t element = stored == Stored::kFloat32 ? 4 : 2;
   const auto* at = offsets.as<int32_t>();
-  std::vector<Piece> queries, tapped;
+  std::vector<Piece> blocks, queries, tapped;
+  std::vector<int64_t> first_block(offsets.shape[0]);  // of a sequence; its heads follow one another
   for (int64_t b = 0; b + 1 < offsets.shape[0]; ++b) {
+    const int64_t count = at[b + 1] - at[b];
+    first_block[b] = static_cast<int64_t>(blocks.size());
     for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t first = 0; (output || lse) && first < at[b + 1] - at[b]; first += kQueries) {
-        queries.push_back({b, h, first});
-      }
-      for (int64_t r = 0; rows && at[b] < at[b + 1] && r < n_taps; r += kTapRows) tapped.push_back({b, h, r});
+      for (int64_t first = 0; (output || lse) && first < count; first += kKeys) blocks.push_back({b, h, first});
+      for (int64_t first = 0; (output || lse) && first < count; first += kQueries) queries.push_back({b, h, first});
+      for (int64_t r = 0; rows && count && r < n_taps; r += kTapRows) tapped.push_back({b, h, r});
     }
   }
   const int64_t norm_pieces = key_norms ? (tokens + kNormTokens - 1) / kNormTokens : 0;
-  const auto n_queries = static_cast<int64_t>(queries.size()), n_tapped = static_cast<int64_t>(tapped.size());
-  const int threads =
-      static_cast<int>(std::clamp<int64_t>(n_queries + n_tapped + norm_pieces, 1, std::max(1, omp_get_max_threads())));
-  const int64_t floats = scratch_floats(rows ? longest : 0);
-  const std::unique_ptr<float[]> scratch(new float[threads * floats]);
+  const auto n_blocks = static_cast<int64_t>(blocks.size()), n_queries = static_cast<int64_t>(queries.size()),
+             n_tapped = static_cast<int64_t>(tapped.size());
+  const int64_t pieces = std::max(n_blocks, n_queries + n_tapped) + norm_pieces;
+  const int threads = static_cast<int>(std::clamp<int64_t>(pieces, 1, std::max(1, omp_get_max_threads())));
+  const int64_t floats = scratch_floats(rows ? longest : 0), block_floats = packed_floats(dim);
+  const Floats scratch = aligned_floats(threads * floats), packed = aligned_floats(n_blocks * block_floats);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -113,12 +125,17 @@ void attention_features(const TensorView& qkv, const TensorView& offsets, const 
                            static_cast<float>(scale),
                            scratch.get() + omp_get_thread_num() * floats};
     };
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t i = 0; i < n_blocks; ++i) {
+      run.pack(head_of(blocks[i]), blocks[i].first, output != nullptr, packed.get() + i * block_floats);
+    }
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < n_queries; ++i) {
       const Piece& piece = queries[i];
       const AttentionHead head = head_of(piece);
       const int64_t first = at[piece.sequence] * heads + piece.head;
-      run.attend(head, piece.first, std::min(head.count, piece.first + kQueries),
+      const int64_t block = first_block[piece.sequence] + piece.head * ((head.count + kKeys - 1) / kKeys);
+      run.attend(head, packed.get() + block * block_floats, piece.first, std::min(head.count, piece.first + kQueries),
                  output ? output->as<char>() + first * dim * element : nullptr,
                  lse ? lse->as<float>() + first : nullptr);
     }

@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const AttentionKernels attention_avx2 = {attend, tap, key_norms};
+const AttentionKernels attention_avx2 = {pack<FloatScores>, attend<FloatScores>, tap, key_norms};
 
 }  // namespace namedmask::cpu

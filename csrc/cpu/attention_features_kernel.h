@@ -2,15 +2,46 @@
 // attention_features' inner loops, included by one file per instruction level; level.h says what is allowed here.
 //
 // Queries are taken kQueries at a time over all keys, the keys kKeys at a time in their order (flash attention). Keys
-// and values are copied to float32 blocks first, which serves every stored type and keeps them in the cache.
+// and values are packed once per head, turned to what the inner loops read; values in float32 whatever the stored type.
+#include <utility>
+
 #include "attention_features_levels.h"
-#include "exponential.h"
 #include "lanes.h"
 
 namespace namedmask::cpu {
 namespace {
 
 static_assert(kQueries % kRows == 0 && kTapRows % kRows == 0 && kKeys % (kVectors * kLanes) == 0);
+
+// Scores are kept in units of log2(e), so that weights are powers of two.
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// 2^x for x <= 0 within 2 ulp; NaN for NaN. The polynomials are relative minimax on an interval of length 1 around or
+// from 0, with their value at 0 held at 1.
+inline V power_of_two(V x) {
+#if defined(__AVX512DQ__)
+  const V r = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEG_INF);  // x - floor(x), 0 for -Inf
+  V p = broadcast(1.86713028e-3f);
+  p = fma(p, r, broadcast(9.01702978e-3f));
+  p = fma(p, r, broadcast(5.57999127e-2f));
+  p = fma(p, r, broadcast(2.40164444e-1f));
+  p = fma(p, r, broadcast(6.93151295e-1f));
+  p = fma(p, r, broadcast(1.0f));
+  return _mm512_maskz_scalef_ps(0xffff, p, x);  // p * 2^floor(x)
+#else
+  // 2^-126 for all that is less: nothing is left of it in a sum that holds a 1.
+  const V magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  x = larger(broadcast(-126.0f), x);       // of a NaN and a number, the second
+  const V shifted = x + magic, r = x - (shifted - magic);
+  V p = broadcast(1.32647273e-3f);
+  p = fma(p, r, broadcast(9.67151299e-3f));
+  p = fma(p, r, broadcast(5.55073358e-2f));
+  p = fma(p, r, broadcast(2.40222424e-1f));
+  p = fma(p, r, broadcast(6.93147004e-1f));
+  p = fma(p, r, broadcast(1.0f));
+  return (V)((I)p + ((I)shifted << 23));  // the whole power is added to the exponent
+#endif
+}
 
 inline float sum_of_lanes(V v) {
   float lanes[kLanes];
@@ -21,13 +52,17 @@ inline float sum_of_lanes(V v) {
   return lanes[0];
 }
 
-inline float largest_lane(V v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int n = kLanes / 2; n; n /= 2) {
-    for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
-  }
-  return lanes[0];
+template <int kStep, int... kLane>
+inline V with_lane_exchanged(V v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
+}
+
+// The largest lane, in every lane.
+template <int kStep = kLanes / 2>
+inline V largest_lane(V v) {
+  v = larger(v, with_lane_exchanged<kStep>(v, std::make_integer_sequence<int, kLanes>()));
+  if constexpr (kStep > 1) return largest_lane<kStep / 2>(v);
+  return v;
 }
 
 // -- stored types, written so that the compiler makes vectors of them ------------------------------------------------
@@ -86,58 +121,74 @@ inline int64_t element(const AttentionHead& head, int64_t token, int64_t which) 
   return (3 * token + which) * head.heads * head.dim;
 }
 
-// Query `token` times scale; zeros for a token that is not there.
-inline void copy_query(const AttentionHead& head, int64_t token, bool there, float* out) {
-  if (there) return read(head.qkv, head.stored, element(head, token, 0), head.dim, head.scale, out);
-  for (int64_t d = 0; d < head.dim; ++d) out[d] = 0;
+// Rows [kTurn, n] of 32-bit words -> out[i * kKeys + k] for k < kTurn: a part of each line is written in one go.
+constexpr int64_t kTurn = 16;
+
+template <class Word>
+inline void turn_over(const Word (*rows)[kMaxDim], int64_t n, Word* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t k = 0; k < kTurn; ++k) out[i * kKeys + k] = rows[k][i];
+  }
 }
 
-// Keys [first, first + kKeys), turned to [dim, kKeys]; zeros beyond the end.
-void copy_keys(const AttentionHead& head, int64_t first, float* out) {
-  constexpr int64_t kTurn = 8;  // keys at a time: their part of a line of `out` is written in one go
-  float turn[kTurn][kMaxDim];
-  for (int64_t k = 0; k < kKeys; k += kTurn) {
-    for (int64_t i = 0; i < kTurn; ++i) {
-      const int64_t token = first + k + i;
-      if (token < head.count) {
-        read(head.qkv, head.stored, element(head, token, 1), head.dim, 1.0f, turn[i]);
-      } else {
-        for (int64_t d = 0; d < head.dim; ++d) turn[i][d] = 0;
+// Where scores come from, in float32. Queries [kRows, dim] times scale meet keys that are turned to [dim, kKeys].
+struct FloatScores {
+  static int64_t query_words(int64_t dim) { return dim; }
+
+  static void pack_query(const AttentionHead& head, int64_t token, float* words, float*) {
+    read(head.qkv, head.stored, element(head, token, 0), head.dim, head.scale * kLog2E, words);
+  }
+
+  static void pack_keys(const AttentionHead& head, int64_t first, int64_t count, float* words, float*) {
+    float rows[kTurn][kMaxDim];
+    for (int64_t k = 0; k < kKeys; k += kTurn) {
+      for (int64_t i = 0; i < kTurn; ++i) {
+        if (k + i < count) {
+          read(head.qkv, head.stored, element(head, first + k + i, 1), head.dim, 1.0f, rows[i]);
+        } else {
+          for (int64_t d = 0; d < head.dim; ++d) rows[i][d] = 0;
+        }
+      }
+      turn_over(rows, head.dim, words + k);
+    }
+  }
+
+  // scores[i * stride + k] for kRows queries and the first `count` keys of a block, rounded up to whole vectors.
+  static void score(const float* queries, const float*, const float* keys, const float*, int64_t dim, int64_t count,
+                    float* scores, int64_t stride) {
+    for (int64_t k = 0; k < count; k += kVectors * kLanes) {
+      V sums[kRows][kVectors] = {};
+      multiply_add(sums, queries, dim, [=](int v) { return keys + k + v * kLanes; }, kKeys, dim);
+      for (int i = 0; i < kRows; ++i) {
+        for (int v = 0; v < kVectors; ++v) store(scores + i * stride + k + v * kLanes, sums[i][v]);
       }
     }
-    for (int64_t d = 0; d < head.dim; ++d) {
-      for (int64_t i = 0; i < kTurn; ++i) out[d * kKeys + k + i] = turn[i][d];
-    }
+  }
+};
+
+inline int64_t width_of(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+
+// A block of keys and their values as `attend` reads them: words [dim, kKeys], factors [kKeys], values [kKeys, width];
+// values are zeros beyond dim. Keys that are not there have score 0 and no values.
+template <class Scores>
+void pack(const AttentionHead& head, int64_t first, bool with_values, float* block) {
+  const int64_t count = head.count - first < kKeys ? head.count - first : kKeys, width = width_of(head.dim);
+  float* factors = block + kKeys * head.dim;
+  Scores::pack_keys(head, first, count, block, factors);
+  float* out = factors + kKeys;
+  for (int64_t k = 0; with_values && k < count; ++k, out += width) {
+    read(head.qkv, head.stored, element(head, first + k, 2), head.dim, 1.0f, out);
+    for (int64_t d = head.dim; d < width; ++d) out[d] = 0;
   }
 }
 
-// Values [first, first + kKeys) as [kKeys, width]; zeros beyond the end and beyond dim.
-void copy_values(const AttentionHead& head, int64_t first, int64_t width, float* out) {
-  for (int64_t k = 0; k < kKeys; ++k, out += width) {
-    const int64_t there = first + k < head.count ? head.dim : 0;
-    if (there) read(head.qkv, head.stored, element(head, first + k, 2), there, 1.0f, out);
-    for (int64_t d = there; d < width; ++d) out[d] = 0;
-  }
-}
-
-// scores[i * stride + k] = query i . key k, for kRows queries [kRows, dim] and a block of keys [dim, kKeys].
-void score(const float* queries, const float* keys, int64_t dim, float* scores, int64_t stride) {
-  for (int64_t k = 0; k < kKeys; k += kVectors * kLanes) {
-    V sums[kRows][kVectors] = {};
-    multiply_add(sums, queries, dim, [=](int v) { return keys + k + v * kLanes; }, kKeys, dim);
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) store(scores + i * stride + k + v * kLanes, sums[i][v]);
-    }
-  }
-}
-
-// sums [kRows, width] = decay[i] * sums + weights [kRows, kKeys] * values [kKeys, width], kWide vectors from `column`
+// sums [kRows, width] = decay[i] * sums + weights [kRows, kKeys] * values [count, width], kWide vectors from `column`
 // on. The block's products are added up by themselves first: the long sum over all keys would round more.
 template <int kWide>
-inline void accumulate(const float* weights, const float* values, const float* decay, int64_t width, int64_t column,
-                       float* sums) {
+inline void accumulate(const float* weights, const float* values, int64_t count, const float* decay, int64_t width,
+                       int64_t column, float* sums) {
   V block[kRows][kWide] = {};
-  multiply_add(block, weights, kKeys, [=](int v) { return values + column + v * kLanes; }, width, kKeys);
+  multiply_add(block, weights, kKeys, [=](int v) { return values + column + v * kLanes; }, width, count);
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
     float* row = sums + i * width + column;
@@ -148,64 +199,63 @@ inline void accumulate(const float* weights, const float* values, const float* d
   }
 }
 
-// Scores of a row turned into exp(score - largest so far), in place; returns what earlier sums have to be multiplied
-// by.
-inline float soften(float* scores, float& largest, float& total) {
+// `count` scores of a row turned into 2^(score - largest so far), in place. `totals` are kLanes sums of weights; what
+// was added up before has to be multiplied by `decay`.
+inline void soften(float* scores, int64_t count, float* largest, float* totals, float* decay) {
   V most = load(scores);
-  for (int64_t k = kLanes; k < kKeys; k += kLanes) most = larger(most, load(scores + k));
-  const float here = largest_lane(most);
-  const float now = here > largest ? here : largest;
+  for (int64_t k = kLanes; k < count; k += kLanes) most = larger(most, load(scores + k));
+  const V before = broadcast(*largest), now = larger(before, largest_lane(most));
   V sum = {};
-  for (int64_t k = 0; k < kKeys; k += kLanes) {
-    const V weight = exponential(load(scores + k) - broadcast(now));
+  for (int64_t k = 0; k < count; k += kLanes) {
+    const V weight = power_of_two(load(scores + k) - now);
     store(scores + k, weight);
     sum += weight;
   }
-  float decay[kLanes];
-  store(decay, exponential(broadcast(largest - now)));
-  total = total * decay[0] + sum_of_lanes(sum);
-  largest = now;
-  return decay[0];
+  const V fade = power_of_two(before - now);
+  store(totals, fma(load(totals), fade, sum));
+  *largest = now[0];
+  *decay = fade[0];
 }
 
-void attend(const AttentionHead& head, int64_t begin, int64_t end, void* output, float* lse) {
-  const int64_t dim = head.dim, width = (dim + kLanes - 1) / kLanes * kLanes;
+template <class Scores>
+void attend(const AttentionHead& head, const float* packed, int64_t begin, int64_t end, void* output, float* lse) {
+  const int64_t dim = head.dim, width = width_of(dim), words = Scores::query_words(dim);
   const int64_t rows = (end - begin + kRows - 1) / kRows * kRows;
   float* queries = head.scratch;
-  float* keys = queries + kQueries * kMaxDim;
-  float* values = keys + kKeys * kMaxDim;
-  float* sums = values + kKeys * kMaxDim;
+  float* factors = queries + kQueries * kMaxDim;
+  float* sums = factors + kQueries;
   float* weights = sums + kQueries * kMaxDim;
-  float* largest = weights + kTapRows * kKeys;
-  float* total = largest + kQueries;
-  for (int64_t i = 0; i < rows; ++i) {
-    copy_query(head, begin + i, begin + i < end, queries + i * dim);
+  float* totals = weights + kTapRows * kKeys;
+  float* largest = totals + kQueries * kLanes;
+  for (int64_t i = 0; i < rows; ++i) {  // rows beyond the last query repeat it
+    Scores::pack_query(head, begin + i < end ? begin + i : end - 1, queries + i * words, factors + i);
     largest[i] = -__builtin_inff();
-    total[i] = 0;
   }
   for (int64_t i = 0; i < rows * width; ++i) sums[i] = 0;
-  for (int64_t first = 0; first < head.count; first += kKeys) {
-    copy_keys(head, first, keys);
-    if (output) copy_values(head, first, width, values);
+  for (int64_t i = 0; i < rows * kLanes; ++i) totals[i] = 0;
+  for (int64_t first = 0; first < head.count; first += kKeys, packed += packed_floats(dim)) {
+    const int64_t count = head.count - first < kKeys ? head.count - first : kKeys;
+    const float* values = packed + kKeys * (dim + 1);
     for (int64_t i = 0; i < rows; i += kRows) {
       float decay[kRows];
-      score(queries + i * dim, keys, dim, weights, kKeys);
+      Scores::score(queries + i * words, factors + i, packed, packed + kKeys * dim, dim, count, weights, kKeys);
       for (int r = 0; r < kRows; ++r) {
-        for (int64_t k = head.count - first; k < kKeys; ++k) weights[r * kKeys + k] = -__builtin_inff();
-        decay[r] = soften(weights + r * kKeys, largest[i + r], total[i + r]);
+        for (int64_t k = count; k % kLanes; ++k) weights[r * kKeys + k] = -__builtin_inff();
+        soften(weights + r * kKeys, count, largest + i + r, totals + (i + r) * kLanes, decay + r);
       }
       if (!output) continue;
       int64_t column = 0;
       for (; column + kVectors * kLanes <= width; column += kVectors * kLanes) {
-        accumulate<kVectors>(weights, values, decay, width, column, sums + i * width);
+        accumulate<kVectors>(weights, values, count, decay, width, column, sums + i * width);
       }
-      if (column < width) accumulate<1>(weights, values, decay, width, column, sums + i * width);
+      if (column < width) accumulate<1>(weights, values, count, decay, width, column, sums + i * width);
     }
   }
   for (int64_t i = 0; i < end - begin; ++i) {
     const int64_t token = begin + i;
-    if (output) write(sums + i * width, 1 / total[i], head.stored, token * head.heads * dim, dim, output);
-    if (lse) lse[token * head.heads] = largest[i] + __builtin_logf(total[i]);
+    const float total = sum_of_lanes(load(totals + i * kLanes));
+    if (output) write(sums + i * width, 1 / total, head.stored, token * head.heads * dim, dim, output);
+    if (lse) lse[token * head.heads] = kLn2 * largest[i] + __builtin_logf(total);
   }
 }
 
@@ -213,22 +263,26 @@ void tap(const AttentionHead& head, const int32_t* taps, int64_t n_taps, float* 
   const int64_t padded = (head.count + kKeys - 1) / kKeys * kKeys;
   float* queries = head.scratch;
   float* keys = queries + kTapRows * kMaxDim;
-  float* scores = keys + kKeys * kMaxDim;  // [kTapRows, padded]
-  for (int64_t r = 0; r < kTapRows; ++r) copy_query(head, r < n_taps ? taps[r] : 0, r < n_taps, queries + r * head.dim);
+  float* scores = keys + kKeys * kMaxDim;   // [kTapRows, padded]
+  for (int64_t r = 0; r < kTapRows; ++r) {  // rows beyond the last tap repeat it
+    FloatScores::pack_query(head, taps[r < n_taps ? r : n_taps - 1], queries + r * head.dim, nullptr);
+  }
   for (int64_t first = 0; first < head.count; first += kKeys) {
-    copy_keys(head, first, keys);
+    const int64_t count = head.count - first < kKeys ? head.count - first : kKeys;
+    FloatScores::pack_keys(head, first, count, keys, nullptr);
     for (int64_t r = 0; r < n_taps; r += kRows) {
-      score(queries + r * head.dim, keys, head.dim, scores + r * padded + first, padded);
+      FloatScores::score(queries + r * head.dim, nullptr, keys, nullptr, head.dim, count, scores + r * padded + first,
+                         padded);
     }
   }
   for (int64_t r = 0; r < n_taps; ++r) {
     float* row = scores + r * padded;
-    for (int64_t k = head.count; k < padded; ++k) row[k] = -__builtin_inff();
+    for (int64_t k = head.count; k % kLanes; ++k) row[k] = -__builtin_inff();
     V most = load(row), sum = {};
-    for (int64_t k = kLanes; k < padded; k += kLanes) most = larger(most, load(row + k));
-    const V largest = broadcast(largest_lane(most));
-    for (int64_t k = 0; k < padded; k += kLanes) {
-      const V weight = exponential(load(row + k) - largest);
+    for (int64_t k = kLanes; k < head.count; k += kLanes) most = larger(most, load(row + k));
+    const V largest = largest_lane(most);
+    for (int64_t k = 0; k < head.count; k += kLanes) {
+      const V weight = power_of_two(load(row + k) - largest);
       store(row + k, weight);
       sum += weight;
     }

@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const AttentionKernels attention_portable = {attend, tap, key_norms};
+const AttentionKernels attention_portable = {pack<FloatScores>, attend<FloatScores>, tap, key_norms};
 
 }  // namespace namedmask::cpu

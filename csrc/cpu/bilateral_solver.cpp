@@ -35,6 +35,7 @@ constexpr int kDirections = 10;  // both ways along five axes
 const BilateralKernels& kernels() {
   switch (level()) {
 #if defined(__x86_64__)
+    case Level::kAVX512VNNI:
     case Level::kAVX512: return bilateral_avx512;
     case Level::kAVX2: return bilateral_avx2;
 #endif

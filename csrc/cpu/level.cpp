@@ -14,7 +14,7 @@ Level highest() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Level::kAVX512;
+    return __builtin_cpu_supports("avx512vnni") ? Level::kAVX512VNNI : Level::kAVX512;
   }
   if (avx2) return Level::kAVX2;
 #endif
@@ -25,12 +25,12 @@ Level choose() {
   const Level best = highest();
   const char* asked = std::getenv("NMK_LEVEL");
   if (asked == nullptr || *asked == '\0') return best;
-  for (Level level : {Level::kPortable, Level::kAVX2, Level::kAVX512}) {
+  for (Level level : {Level::kPortable, Level::kAVX2, Level::kAVX512, Level::kAVX512VNNI}) {
     if (std::string(asked) != name(level)) continue;
     if (level <= best) return level;
     throw std::invalid_argument(std::string("NMK_LEVEL=") + asked + ": this CPU goes up to " + name(best));
   }
-  throw std::invalid_argument(std::string("NMK_LEVEL=") + asked + ": must be portable, avx2 or avx512");
+  throw std::invalid_argument(std::string("NMK_LEVEL=") + asked + ": must be portable, avx2, avx512 or avx512_vnni");
 }
 
 }  // namespace
@@ -45,6 +45,7 @@ const char* name(Level level) {
     case Level::kPortable: return "portable";
     case Level::kAVX2: return "avx2";
     case Level::kAVX512: return "avx512";
+    case Level::kAVX512VNNI: return "avx512_vnni";
   }
   return "unknown";
 }

@@ -10,10 +10,12 @@
 
 namespace namedmask::cpu {
 
-enum class Level { kPortable, kAVX2, kAVX512 };
+// AVX512VNNI is AVX-512 with products of 16-bit integers; a kernel without a file for it runs its AVX-512 one.
+enum class Level { kPortable, kAVX2, kAVX512, kAVX512VNNI };
 
 // The highest level that this CPU has and this build contains, found once. The environment variable NMK_LEVEL
-// (portable, avx2, avx512) asks for another; std::invalid_argument when it names none or one that cannot run here.
+// (portable, avx2, avx512, avx512_vnni) asks for another; std::invalid_argument when it names none or one that cannot
+// run here.
 Level level();
 
 const char* name(Level level);

@@ -27,7 +27,7 @@ static_assert(kBlock % kWord == 0 && kBlock % kMicroRows == 0);
 
 const CutKernels& kernels() {
 #if defined(__x86_64__)
-  if (level() == Level::kAVX512) return cut_avx512;
+  if (level() >= Level::kAVX512) return cut_avx512;
   if (level() == Level::kAVX2) return cut_avx2;
 #endif
   return cut_portable;

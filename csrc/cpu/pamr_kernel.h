@@ -3,6 +3,7 @@
 //
 // A vector of neighbouring pixels of a row is in work at a time, so that every neighbour is a load at another
 // offset.
+#include "exponential.h"
 #include "lanes.h"
 #include "pamr_levels.h"
 

@@ -54,17 +54,22 @@ def attention_features(
     tap_rows: whose rows of weights are wanted: the first n tokens of each sequence (1: CLS), or these positions in it.
     want:     which fields to compute.
     Errors:   TypeError for a wrong dtype; ValueError for a wrong shape, offsets that do not fit, a tapped row beyond
-              the end of a sequence, an unknown field, a backend that cannot run. There is no gradient: RuntimeError.
+              the end of a sequence, an unknown field, a backend that cannot run; RuntimeError where a gradient is
+              wanted, since there is none.
     Cost:     4 n^2 D flops per head and sequence of n tokens (half without the output, none but for the taps where
-              neither output nor lse is wanted); memory O(n). Deterministic: a sequence's results have the same bits
+              neither output nor lse is wanted); memory O(T). Deterministic: a sequence's results have the same bits
               alone, in any batch and with any thread count.
     Accuracy: that of torch's scaled_dot_product_attention in float32; 16-bit input loses nothing but the final
-              rounding (triton also rounds the weights that meet the values, as torch does).
+              rounding (triton also rounds the weights that meet the values, as torch does). On CPUs with AVX-512 VNNI
+              bfloat16 queries and keys meet as 16-bit fixed point: lse is off by some 1e-5 |q| |k| scale, and output
+              by less than the rounding that ends it. rows never are.
     Source:   T. Dao et al., FlashAttention, NeurIPS 2022; the taps are those that DINO's attention maps need.
     """
     if not isinstance(qkv, Tensor) or not isinstance(offsets, Tensor):
         name, value = ("offsets", offsets) if isinstance(qkv, Tensor) else ("qkv", qkv)
         raise TypeError(f"{NAME}: {name} must be a torch tensor, but is {type(value).__name__}")
+    if qkv.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{NAME} has no gradient; call it under torch.no_grad() or on detached tensors")
     expect_dtype(NAME, "qkv", qkv, torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if qkv.ndim != 4 or qkv.shape[1] != 3 or not 1 <= qkv.shape[3] <= 256:
         raise ValueError(f"{NAME}: qkv must be [T, 3, H, D] with D from 1 to 256, but is {list(qkv.shape)}")

@@ -99,7 +99,8 @@ def untrained_cut(
     backbone = Backbone(create_vit(None), torch.device("cpu"), torch.float32)
 
     def detect(image: np.ndarray) -> np.ndarray:
-        grid = next(iter(backbone.extract([backbone.prepare(image, image_size)], features).grids())).numpy()
+        found = backbone.extract([backbone.prepare(image, image_size)], [features])[features]
+        grid = found.grids()[0].numpy()
         return _cut(grid - grid.mean((0, 1)) if centre else grid, image.shape[:2], tau)
 
     return detect

@@ -18,48 +18,142 @@ FAMILIES = [
 ]
 
 
-def make(name: str, depth: int = 3) -> backbones.Backbone:
-    """The architecture with random weights, LayerScale and biases included, cut to a few blocks."""
+def make(name: str, depth: int = 3, dtype: torch.dtype = torch.float32) -> backbones.Backbone:
+    """The architecture with random weights, LayerScale and biases included, cut to a few narrow blocks."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=0, dynamic_img_size=True, depth=depth)
+    narrow = {"depth": depth, "embed_dim": 96, "num_heads": 3}
+    model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **narrow)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    return backbones.Backbone(model, torch.device("cpu"), torch.float32)
+        torch.nn.init.normal_(parameter, std=0.1)
+    return backbones.Backbone(model, torch.device("cpu"), dtype)
+
+
+def photos_for(backbone, *grids):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(3, backbone.patch * h, backbone.patch * w, generator=generator).to(backbone.dtype) for h, w in grids
+    ]
+
+
+@torch.inference_mode()
+def timms(model, photo):
+    """Every tap of every block as timm's own forward computes it, seen by hooks: {"keys.1": [N, C], ...}."""
+    seen, hooks = {}, []
+
+    def watch(module, name, select):
+        hooks.append(module.register_forward_hook(lambda _, given, out: seen.update({name: select(given, out)})))
+
+    for b, block in enumerate(model.blocks):
+        block.attn.fused_attn = False  # so that the weights exist
+        watch(block, f"tokens.{b}", lambda given, out: out[0])
+        watch(block.attn.q_norm, f"queries.{b}", lambda given, out: out[0].transpose(0, 1).flatten(1))
+        watch(block.attn.k_norm, f"keys.{b}", lambda given, out: out[0].transpose(0, 1).flatten(1))
+        watch(block.attn.attn_drop, f"cls_attention.{b}", lambda given, out: out[0, :, 0].T)
+        watch(
+            block.norm1,
+            f"values.{b}",
+            lambda given, out, a=block.attn: out[0] @ value_weights(a)[0].T + value_weights(a)[1],
+        )
+    seen[f"tokens.{len(model.blocks) - 1}"], last = None, model.forward_features(photo[None])[0]
+    seen[f"tokens.{len(model.blocks) - 1}"] = last
+    for hook in hooks:
+        hook.remove()
+    return {name: value[model.num_prefix_tokens :] for name, value in seen.items()}
+
+
+def value_weights(attn):
+    bias = (
+        attn.qkv.bias if getattr(attn, "v_bias", None) is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    )
+    width = len(attn.qkv.weight) // 3
+    return attn.qkv.weight[2 * width :], torch.zeros(width) if bias is None else bias[2 * width :]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_tokens_equal_timm(name):
+def test_every_tap_equals_timms_own(name):
     backbone = make(name)
-    photos = [torch.randn(3, backbone.patch * h, backbone.patch * w) for h, w in ((5, 7), (9, 4), (1, 6))]
-    found = backbone.extract(photos, "tokens")
-    for photo, grid in zip(photos, found.grids(), strict=True):
-        with torch.inference_mode():
-            expected = backbone.model.forward_features(photo[None])[0, backbone.prefix :]
-        torch.testing.assert_close(grid.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
+    photos = photos_for(backbone, (5, 7), (9, 4), (1, 6))
+    taps = [f"{tap}.{b}" for tap in backbones.TAPS for b in range(3)]
+    found = backbone.extract(photos, taps)
+    assert list(found) == taps
+    for at, photo in enumerate(photos):
+        expected = timms(backbone.model, photo)
+        for tap in taps:
+            rows = found[tap].grids()[at].flatten(0, 1)
+            torch.testing.assert_close(rows, expected[tap], rtol=1e-4, atol=2e-5, msg=lambda m, t=tap: f"{t}: {m}")
+
+
+@pytest.mark.parametrize("tap", backbones.TAPS)
+def test_a_tap_is_the_same_whatever_else_is_asked_for(tap):
+    backbone = make(FAMILIES[4])
+    photos = photos_for(backbone, (5, 7), (9, 4))
+    everything = backbone.extract(photos, [*backbones.TAPS, f"{tap}.1", f"{tap}.2"])
+    for name in (tap, f"{tap}.1", f"{tap}.2"):
+        torch.testing.assert_close(backbone.extract(photos, [name])[name].rows, everything[name].rows)
+
+
+def test_the_last_block_computes_only_what_is_asked_for():
+    backbone = make(FAMILIES[0])
+    last, ran = backbone.model.blocks[-1], []
+    for module in (last.norm1, last.norm2, last.mlp, last.attn.proj, backbone.model.norm, backbone.model.blocks[1].mlp):
+        module.register_forward_hook(lambda module, *_: ran.append(module))
+    backbone.extract(photos_for(backbone, (4, 6)), ["keys", "queries", "values", "cls_attention", "tokens.1"])
+    assert ran == [backbone.model.blocks[1].mlp, last.norm1]
+    ran.clear()
+    backbone.extract(photos_for(backbone, (4, 6)), ["keys.0"])
+    assert ran == []
+
+
+SIXTEEN = [(h, w) for h in (3, 5, 8, 13) for w in (4, 7, 9, 10)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [FAMILIES[3], FAMILIES[4]])
+def test_a_photo_in_a_batch_equals_the_photo_alone(name, dtype):
+    backbone = make(name, dtype=dtype)
+    photos = photos_for(backbone, *SIXTEEN)
+    together = backbone.extract(photos, backbones.TAPS)
+    for at, photo in enumerate(photos):
+        alone = backbone.extract([photo], backbones.TAPS)
+        for tap in backbones.TAPS:
+            assert together[tap].shapes[at].tolist() == list(SIXTEEN[at])
+            assert torch.equal(alone[tap].rows, together[tap].grids()[at].flatten(0, 1)), tap
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_keys_equal_a_hook_on_timm(name):
-    backbone = make(name)
-    photo = torch.randn(3, backbone.patch * 4, backbone.patch * 6)
-    seen = {}
-    attention = backbone.model.blocks[-1].attn
-    hook = backbone.model.blocks[-1].norm1.register_forward_hook(lambda *io: seen.update(x=io[2][0]))
-    with torch.inference_mode():
-        backbone.model.forward_features(photo[None])
-    hook.remove()
-    weight, bias = backbones._qkv(attention)
-    expected = torch.nn.functional.linear(seen["x"], weight, bias).chunk(3, -1)[1][backbone.prefix :]
-    torch.testing.assert_close(backbone.extract([photo], "keys").rows, expected, rtol=1e-5, atol=1e-5)
+def test_bfloat16_is_as_near_to_float32_as_timm_is(name):
+    backbone = make(name, dtype=torch.bfloat16)
+    photo = photos_for(backbone, (9, 11))[0]
+    assert "attention_features" in backbone.explain() and "torch SDPA" in make(name, depth=1).explain()
+    taps = ["tokens", "keys", "queries", "values"]
+    found, theirs = backbone.extract([photo], [*taps, "cls_attention"]), timms(backbone.model, photo)
+    exact = timms(backbone.model.float(), photo.float())
+    for tap in taps:
+        ours = (found[tap].rows - exact[f"{tap}.2"]).norm()
+        assert ours <= 1.5 * (theirs[f"{tap}.2"].float() - exact[f"{tap}.2"]).norm(), tap
+    ours = (found["cls_attention"].rows - exact["cls_attention.2"]).norm()
+    assert ours <= 1.5 * (theirs["cls_attention.2"].float() - exact["cls_attention.2"]).norm()
 
 
-@pytest.mark.parametrize("features", ["tokens", "keys"])
-def test_a_photo_in_a_batch_equals_the_photo_alone(features):
-    backbone = make("vit_small_patch16_dinov3.lvd1689m")
-    photos = [torch.randn(3, backbone.patch * h, backbone.patch * w) for h, w in ((12, 7), (5, 20), (12, 7))]
-    together = backbone.extract(photos, features)
-    for photo, grid in zip(photos, together.grids(), strict=True):
-        assert torch.equal(backbone.extract([photo], features).rows, grid.flatten(0, 1))
+def test_no_photos_and_no_taps():
+    backbone = make(FAMILIES[4])
+    nothing = backbone.extract([], backbones.TAPS)
+    assert all(found.rows.shape[0] == 0 and found.offsets.tolist() == [0] for found in nothing.values())
+    assert nothing["cls_attention"].rows.shape == (0, 3) and nothing["tokens"].rows.shape == (0, 96)
+    assert backbone.extract(photos_for(backbone, (2, 2)), []) == {}
+
+
+def test_unknown_taps_are_refused_by_name():
+    backbone = make(FAMILIES[0])
+    for tap in ("attention", "keys.3", "keys.-1", "keys.x", ""):
+        with pytest.raises(
+            ValueError, match=r"extract: taps must be of tokens, .* from 0 to 2 .* but one is " + repr(tap)
+        ):
+            backbone.extract([], ["tokens", tap])
+    without = make("vit_base_patch16_siglip_224.webli")
+    with pytest.raises(UserError, match="no CLS token"):
+        without.extract([], ["cls_attention"])
+    assert without.extract(photos_for(without, (2, 3)), ["keys"])["keys"].rows.shape == (6, 96)
 
 
 def test_grid_keeps_the_aspect_to_a_patch_and_bounds_strips():

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: MIT
+// bfloat16 scores from 16-bit integers, whose products (vpdpwssd) run at twice float32's rate and are added exactly.
+//
+// A query or key is held as whole multiples of the power of two that brings its norm below 2^15, so that no sum of
+// products leaves 32 bits (Cauchy and Schwarz). bfloat16 has 8 significant bits: elements down to 2^-8 of the norm are
+// exact, and smaller ones are off by half a unit at most, which moves a score by some 10^-5 |q| |k| scale. The
+// bfloat16 instruction itself (vdpbf16ps) would do as little as the float32 one on Intel's cores, at a quarter of its
+// speed; the weights stay float32, so that small ones beside a large one are kept.
+#include "attention_features_kernel.h"
+
+namespace namedmask::cpu {
+namespace {
+
+inline int32_t bits_of(float x) { return __builtin_bit_cast(int32_t, x); }
+inline float power(int exponent) { return __builtin_bit_cast(float, (exponent + 127) << 23); }  // 2^exponent
+inline int exponent_of(float x) { return (bits_of(x) >> 23 & 255) - 127; }
+
+struct FixedScores {
+  // Two elements a word; the last one of an odd dim has a zero beside it.
+  static int64_t query_words(int64_t dim) { return (dim + 1) / 2; }
+
+  // The row's integers in `words`; returns their unit: 0 for a row of zeros, NaN for one with a NaN or Inf.
+  static float fix(const AttentionHead& head, int64_t token, int64_t which, int32_t* words) {
+    float row[kMaxDim + 1];
+    const int64_t dim = head.dim;
+    read(head.qkv, head.stored, element(head, token, which), dim, 1.0f, row);
+    row[dim] = 0;
+    int32_t largest = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+      const int32_t size = bits_of(row[d]) & 0x7fffffff;
+      largest = size > largest ? size : largest;
+    }
+    const float most = __builtin_bit_cast(float, largest);
+    const bool usable = most >= 0x1p-100f && most < __builtin_inff();  // NaN is not
+    if (!usable) {
+      for (int64_t i = 0; i < query_words(dim); ++i) words[i] = 0;
+      return most < 0x1p-100f ? 0.0f : __builtin_nanf("");
+    }
+    const int exponent = exponent_of(most) < 126 ? exponent_of(most) : 126;
+    float squares = 0;  // at least 1, at most 16 * dim
+    for (int64_t d = 0; d < dim; ++d) {
+      row[d] *= power(-exponent);
+      squares += row[d] * row[d];
+    }
+    const int shift = 15 - (exponent_of(squares) + 2) / 2;   // norm * 2^shift < 2^15
+    const float factor = power(shift), magic = 12582912.0f;  // 1.5 * 2^23 leaves the integer in the low bits
+    for (int64_t i = 0; i < query_words(dim); ++i) {
+      const int32_t low = bits_of(row[2 * i] * factor + magic), high = bits_of(row[2 * i + 1] * factor + magic);
+      words[i] = (low & 0xffff) | high << 16;
+    }
+    return power(exponent - shift);
+  }
+
+  static void pack_query(const AttentionHead& head, int64_t token, float* words, float* factor) {
+    *factor = head.scale * kLog2E * fix(head, token, 0, reinterpret_cast<int32_t*>(words));
+  }
+
+  static void pack_keys(const AttentionHead& head, int64_t first, int64_t count, float* words, float* factors) {
+    int32_t rows[kTurn][kMaxDim];
+    for (int64_t k = 0; k < kKeys; k += kTurn) {
+      for (int64_t i = 0; i < kTurn; ++i) {
+        const bool there = k + i < count;
+        factors[k + i] = there ? fix(head, first + k + i, 1, rows[i]) : 0;
+        for (int64_t w = 0; !there && w < query_words(head.dim); ++w) rows[i][w] = 0;
+      }
+      turn_over(rows, query_words(head.dim), reinterpret_cast<int32_t*>(words) + k);
+    }
+  }
+
+  static void score(const float* queries, const float* query_units, const float* keys, const float* key_units,
+                    int64_t dim, int64_t count, float* scores, int64_t stride) {
+    const int64_t words = query_words(dim);
+    const auto* q = reinterpret_cast<const int32_t*>(queries);
+    const auto* columns = reinterpret_cast<const int32_t*>(keys);
+    for (int64_t k = 0; k < count; k += kVectors * kLanes) {
+      I sums[kRows][kVectors] = {};
+      for (int64_t w = 0; w < words; ++w) {
+        __m512i b[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) b[v] = _mm512_load_si512(columns + w * kKeys + k + v * kLanes);
+#pragma GCC unroll 12
+        for (int i = 0; i < kRows; ++i) {
+          const __m512i pair = _mm512_set1_epi32(q[i * words + w]);
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sums[i][v] = (I)_mm512_dpwssd_epi32((__m512i)sums[i][v], pair, b[v]);
+        }
+      }
+#pragma GCC unroll 12
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          const V units = broadcast(query_units[i]) * load(key_units + k + v * kLanes);
+          store(scores + i * stride + k + v * kLanes, _mm512_maskz_cvtepi32_ps(0xffff, (__m512i)sums[i][v]) * units);
+        }
+      }
+    }
+  }
+};
+
+void pack_stored(const AttentionHead& head, int64_t first, bool values, float* block) {
+  (head.stored == Stored::kBFloat16 ? pack<FixedScores> : pack<FloatScores>)(head, first, values, block);
+}
+
+void attend_stored(const AttentionHead& head, const float* packed, int64_t begin, int64_t end, void* output,
+                   float* lse) {
+  (head.stored == Stored::kBFloat16 ? attend<FixedScores> : attend<FloatScores>)(head, packed, begin, end, output, lse);
+}
+
+}  // namespace
+
+const AttentionKernels attention_avx512_vnni = {pack_stored, attend_stored, tap, key_norms};
+
+}  // namespace namedmask::cpu
