@@ -120,7 +120,7 @@ class SelfMaskDetector(Detector):
     def detect(self, photos: Sequence[Photo]) -> list[Detection]:
         prepared = [self.backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
         found = []
-        for photo, tokens in zip(photos, self.backbone.extract(prepared, "tokens").grids(), strict=True):
+        for photo, tokens in zip(photos, self.backbone.extract(prepared, ["tokens"])["tokens"].grids(), strict=True):
             masks, objectness = self.network.decode(tokens.flatten(0, 1)[None], *tokens.shape[:2])
             soft = masks[-1, 0, objectness[-1, 0].argmax()].sigmoid()  # [2h, 2w]
             mask = F.interpolate(soft[None, None], photo.pixels.shape[:2], mode="bilinear")[0, 0]

@@ -91,7 +91,7 @@ def train_saliency(out: Path, settings: SaliencyTraining, device: str) -> Path:
                     file.write(json.dumps({key: round(float(value), 4) for key, value in line.items()}) + "\n")
                 progress.note = f"dice loss {dice_mean:.3f}"
                 sums, began = np.zeros(3), time.perf_counter()
-            if (step + 1) % SAVE_EVERY == 0:
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
                 _save(folder, settings, network, optimiser, step + 1)
             progress.tick(1)
     with atomic_write(path) as file:
