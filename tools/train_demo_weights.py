@@ -623,7 +623,7 @@ def train_selfmask(arguments: argparse.Namespace) -> None:
         run.start(out, given, ["archive", "pseudolabel"], workers=1, gpus=0, overwrite=False)
         settings = SaliencyTraining(
             backbone=VIT_NAME, start=weights, queries=10, layers=3, keep=keep, paste=arguments.paste, steps=steps,
-            crop=112, scale=(0.25, 1.0), batch=20, rate=1e-3, encoder_rate=3e-4, weight_decay=0.02,
+            crop=112, scale=(0.25, 1.0), batch=20, rate=8e-4, encoder_rate=3e-4, weight_decay=0.02,
         )  # fmt: skip
         weights = str(train_saliency(out, settings, "cpu").absolute())
         detector = DETECTOR | {"weights": weights}

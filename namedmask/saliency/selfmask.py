@@ -59,6 +59,8 @@ class SelfMask(nn.Module):
         self.query_embed = nn.Parameter(torch.randn(queries, width))
         layer = QueryLayer(width, encoder.blocks[0].attn.num_heads)
         self.decoder = nn.TransformerDecoder(layer, layers, nn.LayerNorm(width))
+        # Mask logits of about 1 to begin with: where all are far from 0, the Dice loss has no gradient.
+        nn.init.constant_(self.decoder.norm.weight, width**-0.5)
         self.ffn = Objectness(width)
 
     def decode(self, tokens: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
