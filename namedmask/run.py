@@ -255,12 +255,7 @@ def _report(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, d
     from .report import write_report
 
     if worker.is_main:
-        sheets = {}
-        if (out / "demo.json").exists():
-            from .demo.run import contact_sheets
-
-            sheets = contact_sheets(out)
-        write_report(out, sheets)
+        write_report(out)
 
 
 RUN: dict[str, Callable] = {"index": _index, "archive": _archive, "pseudolabel": _pseudolabel, "report": _report}
