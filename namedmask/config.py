@@ -58,10 +58,10 @@ class DetectorConfig(Part):
 
 
 class CrfConfig(Part):
-    """Fully connected CRF: the published weights and sigmas, and how far the detector is trusted."""
+    """Fully connected CRF: the published weights and sigmas, and the confidence that erodes objects least."""
 
     iterations: Positive = 10
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.97  # that an object is one where the detector says so
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.999  # that an object is one where the detector says so
     gaussian_sigma: Annotated[float, Field(gt=0)] = 3.0
     gaussian_weight: Annotated[float, Field(ge=0)] = 3.0
     bilateral_sigma: Annotated[float, Field(gt=0)] = 80.0
