@@ -64,7 +64,7 @@ ImageSize = Annotated[
 Precision = Annotated[
     str | None, typer.Option("--precision", help="float32 or bfloat16 for the backbone. (default: float32)")
 ]
-Refine = Annotated[str | None, typer.Option("--refine", help="bilateral or none. (default: bilateral)")]
+Refine = Annotated[str | None, typer.Option("--refine", help="bilateral, crf, pamr or none. (default: bilateral)")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes on the CPU.")]
 Gpus = Annotated[
     int | None,

@@ -82,14 +82,38 @@ class SaliencyTraining(Part):
     seed: int = 0
 
 
-class RefineConfig(Part):
-    """What makes a mask follow edges. The sigmas are the paper's, for a photo whose short side is 512 pixels."""
+class CrfConfig(Part):
+    """Fully connected CRF: the published weights and sigmas, and the confidence that erodes objects least."""
 
-    name: Literal["bilateral", "none"] = "bilateral"
+    iterations: Positive = 10
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.999  # that an object is one where the detector says so
+    gaussian_sigma: Annotated[float, Field(gt=0)] = 3.0
+    gaussian_weight: Annotated[float, Field(ge=0)] = 3.0
+    bilateral_sigma: Annotated[float, Field(gt=0)] = 80.0
+    colour_sigma: Annotated[float, Field(gt=0)] = 13.0  # steps of 255
+    bilateral_weight: Annotated[float, Field(ge=0)] = 10.0
+
+
+class PamrConfig(Part):
+    """Pixel-adaptive mask refinement."""
+
+    iterations: Positive = 10
+    dilations: Annotated[list[Positive], Field(min_length=1, max_length=16)] = [1, 2, 4, 8, 12, 24]
+
+
+class RefineConfig(Part):
+    """What makes a mask follow edges. Lengths are in pixels of a photo whose short side is 512 pixels.
+
+    The sigmas and the smoothness are the bilateral solver's, as published.
+    """
+
+    name: Literal["bilateral", "crf", "pamr", "none"] = "bilateral"
     sigma_spatial: Annotated[float, Field(gt=0)] = 16.0
     sigma_luma: Annotated[float, Field(ge=1)] = 16.0
     sigma_chroma: Annotated[float, Field(ge=1)] = 8.0
     smoothness: Annotated[float, Field(gt=0)] = 256.0
+    crf: CrfConfig = CrfConfig()
+    pamr: PamrConfig = PamrConfig()
 
 
 class RunConfig(Part):

@@ -90,12 +90,14 @@ class Labeller:
         with self._timed("detect"):
             detections = self.detector.detect(photos) if photos else []
         with self._timed("refine"):
-            labelled = iter([self._refined(*pair) for pair in zip(photos, detections, strict=True)])
+            labelled = iter(self._refined(photos, detections))
         return [(name, photo if isinstance(photo, PhotoError) else next(labelled)) for name, photo in batch]
 
-    def _refined(self, photo: Photo, detection: Detection) -> Labelled:
-        mask = (self.refiner.refine(photo, detection.mask) > 0.5).numpy()
-        return Labelled(mask, mask_score(mask, detection.confidence))
+    def _refined(self, photos: list[Photo], detections: list[Detection]) -> list[Labelled]:
+        softs = self.refiner.refine(photos, [detection.mask for detection in detections])
+        masks = [(soft > 0.5).numpy() for soft in softs]
+        scores = [mask_score(mask, found.confidence) for mask, found in zip(masks, detections, strict=True)]
+        return [Labelled(mask, score) for mask, score in zip(masks, scores, strict=True)]
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

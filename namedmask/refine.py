@@ -3,34 +3,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from namedmask_kernels import bilateral_solver
+import namedmask_kernels
+from namedmask_kernels import Ragged
 
 from .config import RefineConfig
 from .photos import Photo
 
-# The paper's sigmas belong to photos of this short side; the spatial one is scaled with the photo, so that a cell
-# covers the same share of it. Colours need no scaling.
+# The settings belong to photos of this short side; lengths are scaled with the photo, so that they cover the same share
+# of it. Colours need no scaling.
 SHORT_SIDE = 512
 
 
 class Refiner:
-    """Refines one mask at a time; safe to call from several threads."""
+    """Refines masks by the method that the settings name; safe to call from several threads."""
 
     def __init__(self, config: RefineConfig):
         self.config = config
 
-    def refine(self, photo: Photo, target: Tensor) -> Tensor:
-        """target float32 [H, W], above 0.5 is object -> soft mask float32 [H, W], above 0.5 is object."""
+    def refine(self, photos: Sequence[Photo], targets: Sequence[Tensor]) -> list[Tensor]:
+        """Targets float32 [H, W], above 0.5 is object, in between is doubt -> soft masks float32 [H, W], likewise.
+
+        Photos may be of any sizes; none influences another.
+        """
         if self.config.name == "none":
-            return target
-        return bilateral_solver(
-            (target > 0.5).float(),
-            torch.from_numpy(photo.pixels),
-            sigma_spatial=max(1.0, self.config.sigma_spatial * min(target.shape) / SHORT_SIDE),
-            sigma_luma=self.config.sigma_luma,
-            sigma_chroma=self.config.sigma_chroma,
-            smoothness=self.config.smoothness,
+            return list(targets)
+        by_side: dict[int, list[int]] = {}
+        for number, target in enumerate(targets):
+            by_side.setdefault(min(target.shape), []).append(number)
+        refined: dict[int, Tensor] = {}
+        for side, numbers in by_side.items():  # all of a batch have the same settings
+            batch = Ragged.pack([targets[number] for number in numbers])
+            images = Ragged.pack([torch.from_numpy(photos[number].pixels) for number in numbers])
+            soft = getattr(self, f"_{self.config.name}")(batch, images, side / SHORT_SIDE)
+            refined.update(zip(numbers, soft.grids(), strict=True))
+        return [refined[number] for number in range(len(targets))]
+
+    def _bilateral(self, targets: Ragged, images: Ragged, scale: float) -> Ragged:
+        config = self.config
+        return namedmask_kernels.bilateral_solver(
+            targets.with_rows((targets.rows > 0.5).float()),  # as published
+            images,
+            sigma_spatial=max(1.0, config.sigma_spatial * scale),
+            sigma_luma=config.sigma_luma,
+            sigma_chroma=config.sigma_chroma,
+            smoothness=config.smoothness,
         )
+
+    def _crf(self, targets: Ragged, images: Ragged, scale: float) -> Ragged:
+        config = self.config.crf
+        # The detector's masks are nearly binary, but not that sure.
+        foreground = 0.5 + (2 * config.confidence - 1) * (targets.rows - 0.5)
+        marginals = namedmask_kernels.dense_crf(
+            targets.with_rows(torch.stack([1 - foreground, foreground], 1)),
+            images,
+            iterations=config.iterations,
+            gaussian=(max(1.0, config.gaussian_sigma * scale), config.gaussian_weight),
+            bilateral=(max(1.0, config.bilateral_sigma * scale), config.colour_sigma, config.bilateral_weight),
+        )
+        return targets.with_rows(marginals.rows[:, 1])
+
+    def _pamr(self, targets: Ragged, images: Ragged, scale: float) -> Ragged:
+        config = self.config.pamr
+        dilations = sorted({max(1, round(d * scale)) for d in config.dilations})
+        return namedmask_kernels.pamr(targets, images, dilations=dilations, iterations=config.iterations)

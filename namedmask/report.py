@@ -47,7 +47,7 @@ _OPACITY = bytes([80, 72, 255, 200])
 def write_report(out: str | os.PathLike, sheets: Mapping[str, Image.Image] | None = None) -> Path:
     """Writes `out`/report.html from the run folder `out` and returns its path.
 
-    sheets: pictures to show before the masks, by their captions.
+    sheets: pictures to show before the masks, by their captions; None: those of the demo that has made the folder.
 
     The page shows each category's best masks (by `score`, then `category_score`, then the order of the run) and its
     lowest ones, drawn over the photos, with histograms, errors and settings. At most `PER_CATEGORY` masks a category
@@ -56,6 +56,10 @@ def write_report(out: str | os.PathLike, sheets: Mapping[str, Image.Image] | Non
     Raises UserError if the run folder lacks run.toml or archive.json, or if a file in it is damaged.
     """
     out = Path(out)
+    if sheets is None and (out / "demo.json").exists():
+        from .demo.run import contact_sheets
+
+        sheets = contact_sheets(out)
     config = read_config(out / "run.toml")
     try:
         archive = read_archive(out / "archive.json")

@@ -76,7 +76,8 @@ def check_saliency(photos: Path, standin: Path, out: Path) -> None:
         photo = source.decode(name)
         truth = np.asarray(Image.open(folder / "masks" / Path(name).with_suffix(".png"))) > 127
         (detection,) = detector.detect([photo])
-        found, refined = ((m > 0.5).numpy() for m in (detection.mask, refiner.refine(photo, detection.mask)))
+        (soft,) = refiner.refine([photo], [detection.mask])
+        found, refined = ((m > 0.5).numpy() for m in (detection.mask, soft))
         rows.append((truth.mean(), iou(found, truth), iou(refined, truth), mask_score(refined, detection.confidence)))
         tiles.append(_tile(photo.pixels, found, refined, truth))
     everything, raw, refined, scores = np.array(rows).T

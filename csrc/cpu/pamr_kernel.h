@@ -20,8 +20,9 @@ typedef uint16_t Stored __attribute__((vector_size(kLanes * 2)));
 
 // Weights are stored as their square roots, so that the small ones, of which there are many, lose less to rounding.
 inline V weight(const uint16_t* p) {
-#if defined(__AVX512F__)  // the general form takes GCC 12 five steps
-  const V root = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#if defined(__AVX512F__)  // the general form takes GCC 12 five steps; with a mask for the reason told in lanes.h
+  const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const V root = __builtin_convertvector((I)_mm512_maskz_cvtepu16_epi32(0xffff, stored), V);
 #else
   Stored stored;
   __builtin_memcpy(&stored, p, sizeof stored);

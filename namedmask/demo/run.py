@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import run
 from ..config import DetectorConfig
@@ -26,8 +27,11 @@ from ..threads import map_ahead, thread_count
 from .models import CLIP_NAME, VIT_NAME
 from .scenes import KINDS, index_photo
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 SEED = 7  # neither training (tools/train_demo_weights.py) nor the choice of the settings below has seen this one
-SHEETS = ("scenes.png", "masks.png")
+SHEETS = {"scenes.png": "What the photos look like", "masks.png": "Photo, SelfMask alone, refined, truth"}
 BLOCK = 53  # photos: what `scenes.index_photo` deals the kinds in
 
 # Chosen on photos of another seed. The solver's sigmas are given for photos of 512 pixels: these are of 160.
@@ -76,16 +80,13 @@ def run_demo(out: Path, *, overwrite: bool = False, blocks: int = 20, best: int 
         with timed("score"):
             figures, shown = score(out, SEED, DetectorConfig(**SPECTRAL))
         with timed("report"):
-            sheets = {
-                "What the photos look like": draw_scenes(SEED),
-                "Photo, SelfMask alone, refined, truth": draw_masks(shown),
-            }
-            for sheet, name in zip(sheets.values(), SHEETS, strict=True):
+            drawn = draw_scenes(SEED), draw_masks(shown)
+            for sheet, name in zip(drawn, SHEETS, strict=True):
                 with atomic_write(out / name) as file:
                     sheet.save(file, "png")
             from ..report import write_report
 
-            write_report(out, sheets)
+            write_report(out, dict(zip(SHEETS.values(), drawn, strict=True)))
         figures |= {"seconds": {**seconds, "all": round(sum(seconds.values()), 1)}, "made_of": fingerprint(out)}
         with atomic_write(out / "demo.json") as file:
             file.write(json.dumps(figures, indent=1).encode() + b"\n")
@@ -124,11 +125,30 @@ def photo_name(number: int) -> str:
     return f"{number:05}.png"
 
 
-def _finished(out: Path, made_of: str) -> dict | None:
-    """The figures of an earlier run, if they are of these very masks and all that goes with them is there."""
+def contact_sheets(out: Path) -> dict[str, Image.Image]:
+    """The sheets of the demo in `out` by their captions, for a report that is written again.
+
+    Empty where the masks are no longer those that the demo has scored and drawn.
+    """
+    from PIL import Image
+
+    from .score import fingerprint
+
+    if _figures(out, fingerprint(out)) is None:
+        return {}
+    return {caption: Image.open(out / name) for name, caption in SHEETS.items() if (out / name).exists()}
+
+
+def _figures(out: Path, made_of: str) -> dict | None:
+    """The figures of an earlier run, if they are of these very masks."""
     try:
         figures = json.loads((out / "demo.json").read_bytes())
     except (OSError, ValueError):
         return None
+    return figures if figures.get("made_of") == made_of else None
+
+
+def _finished(out: Path, made_of: str) -> dict | None:
+    """The same, if all that goes with them is there too."""
     complete = all((out / name).exists() for name in (*SHEETS, "report.html"))
-    return figures if complete and figures.get("made_of") == made_of else None
+    return _figures(out, made_of) if complete else None

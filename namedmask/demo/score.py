@@ -78,9 +78,9 @@ def score(out: Path, seed: int, spectral: DetectorConfig) -> tuple[dict, list[Sh
             if not scene.kinds or name not in retrieved[scene.kinds[0]]:
                 return scene, {}
             masks = {"spectral": cut[name], "detector": alone[name], "refined": refined[name]}
-            for baseline, guess in trivial.items():
-                soft = refiner.refine(photo, torch.from_numpy(guess(photo.pixels)).float())
-                masks[baseline] = (soft > 0.5).numpy()
+            guesses = [torch.from_numpy(guess(photo.pixels)).float() for guess in trivial.values()]
+            softs = refiner.refine([photo] * len(guesses), guesses)
+            masks |= {baseline: (soft > 0.5).numpy() for baseline, soft in zip(trivial, softs, strict=True)}
             return scene, {who: iou(mask, scene.masks[0]) for who, mask in masks.items()}
 
         found: dict[str, tuple[Scene, dict[str, float]]] = {}

@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,25 @@ def test_the_sheets_are_in_the_report(small):
     for data, name in zip(embedded, demo.SHEETS, strict=True):
         with Image.open(io.BytesIO(base64.b64decode(data))) as shown, Image.open(out / name) as sheet:
             assert shown.size == sheet.size and min(sheet.size) > 500
+
+
+def test_the_report_command_keeps_the_sheets_while_they_are_of_these_masks(small, tmp_path):
+    out = shutil.copytree(small[0], tmp_path / "out")
+
+    def sheets() -> list[str]:
+        return re.findall(r'<section class="sheet">.*?</section>', (out / "report.html").read_text(), re.DOTALL)
+
+    def report_again() -> None:
+        (out / "report.html").unlink()
+        result = CliRunner().invoke(cli.app, ["report", str(out)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+    before = sheets()
+    report_again()
+    assert len(before) == 2 and sheets() == before
+    (out / "masks" / "00000.jsonl").write_text("")
+    report_again()
+    assert sheets() == []
 
 
 def test_again_makes_nothing_anew(small, capsys):

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: MIT
 """The detector and the refiner on photos whose object is known."""
 
+import re
+
 import numpy as np
 import pytest
 import timm
 import torch
 
+import namedmask_kernels
 from namedmask.backbones import Backbone
-from namedmask.config import DetectorConfig, RefineConfig
+from namedmask.config import CrfConfig, DetectorConfig, PamrConfig, RefineConfig, make_config
+from namedmask.errors import UserError
 from namedmask.photos import Photo
 from namedmask.pseudolabel import mask_score
 from namedmask.refine import Refiner
@@ -41,12 +45,18 @@ def detector(monkeypatch):
     return SpectralDetector(DetectorConfig(centre=True, image_size=192), "cpu")
 
 
-def test_the_disc_is_found_and_the_solver_sharpens_it(detector):
+needs_crf = pytest.mark.skipif(not hasattr(namedmask_kernels, "dense_crf"), reason="there is no dense_crf yet")
+METHODS = ["bilateral", "pamr", pytest.param("crf", marks=needs_crf)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_disc_is_found_and_every_method_sharpens_it(detector, method):
     photo, truth = disc_photo()
     (found,) = detector.detect([photo])
     iou = lambda a: (a & truth).sum() / (a | truth).sum()  # noqa: E731
     raw = (found.mask > 0.5).numpy()
-    refined = (Refiner(RefineConfig()).refine(photo, found.mask) > 0.5).numpy()
+    (soft,) = Refiner(RefineConfig(name=method)).refine([photo], [found.mask])
+    refined = (soft > 0.5).numpy()
     assert iou(raw) > 0.8 and iou(refined) > 0.97 and iou(refined) > iou(raw)
     assert found.confidence > 0.8 and mask_score(refined, found.confidence) == found.confidence
 
@@ -62,14 +72,77 @@ def test_photos_of_several_sizes_do_not_influence_each_other(detector):
 def test_without_refinement_the_detector_s_mask_stays():
     photo, mask = disc_photo()
     target = torch.from_numpy(mask).float()
-    assert Refiner(RefineConfig(name="none")).refine(photo, target) is target
+    assert Refiner(RefineConfig(name="none")).refine([photo], [target])[0] is target
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_photos_that_are_refined_together_equal_those_alone(method):
+    photos, masks = zip(
+        *(disc_photo(h, w) for h, w in [(96, 128), (50, 70), (128, 96), (1, 1), (96, 200)]), strict=True
+    )
+    targets = [torch.from_numpy(mask).float() for mask in masks]
+    refiner = Refiner(RefineConfig(name=method))
+    together = refiner.refine(photos, targets)
+    for photo, target, found in zip(photos, targets, together, strict=True):
+        assert found.shape == target.shape and found.dtype == torch.float32
+        assert torch.equal(found, refiner.refine([photo], [target])[0])
+    assert refiner.refine([], []) == []
+
+
+def test_lengths_are_scaled_with_the_photo():
+    """A photo of twice the size, refined and made small again, is the photo refined."""
+    photo, mask = disc_photo(128, 160)
+    large = Photo("large", photo.pixels.repeat(4, 0).repeat(4, 1))
+    for config in (RefineConfig(name="pamr", pamr=PamrConfig(dilations=[8, 16, 32])), RefineConfig(name="bilateral")):
+        target = torch.from_numpy(mask).float()
+        small, big = Refiner(config).refine(
+            [photo, large], [target, target.repeat_interleave(4, 0).repeat_interleave(4, 1)]
+        )
+        assert ((big[2::4, 2::4] > 0.5) == (small > 0.5)).float().mean() > 0.99
+
+
+def test_the_crf_s_unary_is_the_detector_s_mask_with_the_confidence_of_the_settings(monkeypatch):
+    seen = {}
+
+    def dense_crf(probabilities, image, *, iterations, gaussian, bilateral):
+        seen.update(probabilities=probabilities, iterations=iterations, gaussian=gaussian, bilateral=bilateral)
+        return probabilities
+
+    monkeypatch.setattr(namedmask_kernels, "dense_crf", dense_crf, raising=False)
+    photo = Photo("grey", np.full((256, 300, 3), 99, np.uint8))
+    target = torch.rand(256, 300)
+    config = RefineConfig(name="crf", crf=CrfConfig(confidence=0.8, iterations=3, bilateral_sigma=60.0))
+    (soft,) = Refiner(config).refine([photo], [target])
+    torch.testing.assert_close(soft, 0.2 + 0.6 * target)
+    torch.testing.assert_close(seen["probabilities"].rows.sum(1), torch.ones(256 * 300))
+    assert (seen["iterations"], seen["gaussian"], seen["bilateral"]) == (3, (1.5, 3.0), (30.0, 13.0, 10.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crf": {"confidence": 0.5}}, "refine.crf.confidence: input should be greater than 0.5, got 0.5"),
+        ({"crf": {"bilateral_sigma": 0.0}}, "refine.crf.bilateral-sigma: input should be greater than 0, got 0.0"),
+        ({"crf": {"iterations": 0}}, "refine.crf.iterations: input should be greater than or equal to 1, got 0"),
+        ({"crf": {"weight": 3.0}}, "refine.crf.weight: extra inputs are not permitted, got 3.0"),
+        ({"pamr": {"iterations": -2}}, "refine.pamr.iterations: input should be greater than or equal to 1, got -2"),
+        ({"pamr": {"dilations": []}}, "refine.pamr.dilations: list should have at least 1 item"),
+        ({"pamr": {"dilations": [1, 0]}}, "refine.pamr.dilations.1: input should be greater than or equal to 1, got 0"),
+        ({"pamr": {"dilations": list(range(1, 18))}}, "refine.pamr.dilations: list should have at most 16 items"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(settings, message):
+    with pytest.raises(UserError, match=f"wrong settings: {re.escape(message)}"):
+        make_config({"photos": "photos", "refine": settings})
 
 
 def test_a_photo_of_one_pixel(detector):
     photo = Photo("dot", np.zeros((1, 1, 3), np.uint8))
     (found,) = detector.detect([photo])
     assert found.mask.shape == (1, 1)
-    assert Refiner(RefineConfig()).refine(photo, found.mask).isfinite().all()
+    for method in ("bilateral", "pamr"):
+        (soft,) = Refiner(RefineConfig(name=method)).refine([photo], [found.mask])
+        assert soft.isfinite().all()
 
 
 def test_the_score_falls_with_the_border_that_is_covered():

@@ -244,7 +244,7 @@ def test_only_bad_photos_is_exit_code_3(tmp_path, detector_options):
     ("change", "message"),
     [
         (["--tau", "7"], "detector.tau: input should be less than or equal to 1, got 7.0"),
-        (["--refine", "magic"], "refine.name: input should be 'bilateral' or 'none', got 'magic'"),
+        (["--refine", "magic"], "refine.name: input should be 'bilateral', 'crf', 'pamr' or 'none', got 'magic'"),
         (["--categories", "cat,yak"], "has no text embedding of yak"),
         (["--categories", "cat,cat"], "cat stands there more than once"),
         (["--categories", ","], "no category name was given"),
