@@ -141,8 +141,7 @@ inline void swap(float*& a, float*& b) {
   b = was;
 }
 
-// -- the permutohedral lattice
-// -----------------------------------------------------------------------------------------
+// -- the permutohedral lattice --
 
 // Sections 3.1 and 3.2 of Adams et al.: into the plane where coordinates sum to 0, to the nearest remainder-0 point,
 // and by the order of the differences to it the simplex around the pixel.
@@ -286,8 +285,7 @@ void normalise(CrfSystem s) {
   }
 }
 
-// -- the spatial grid
-// --------------------------------------------------------------------------------------------------
+// -- the spatial grid --
 
 // out[i] = sum over t from -before to after of gauss[|t|] * in[i + t * stride], i < n, a multiple of kLanes.
 inline void convolve(const float* in, int64_t stride, const float* gauss, int64_t before, int64_t after, float* out,
@@ -359,8 +357,7 @@ inline void add_row(CrfSystem s, int64_t y, const float* values, int64_t line_va
   });
 }
 
-// -- the mean field
-// ----------------------------------------------------------------------------------------------------
+// -- the mean field --
 
 bool start(CrfSystem s, const float* probabilities) {
   F8 finite = {};  // stays 0 unless a value is not finite
