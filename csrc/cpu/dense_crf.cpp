@@ -161,7 +161,9 @@ class Solver {
   // sigma and less its error is below 0.002 of the peak; where that is below a pixel, the nodes are the pixels.
   void lay_grid(double sigma, double weight) {
     CrfSystem& s = system_;
-    s.step = std::max<int64_t>(1, static_cast<int64_t>(std::min(sigma / 1.5, 1e6)));
+    // No wider than that a row fills a block: the lanes of one are `step` pixels apart.
+    const int64_t widest = std::max<int64_t>(1, s.width / kLanes);
+    s.step = std::clamp<int64_t>(static_cast<int64_t>(std::min(sigma / 1.5, 1e9)), 1, widest);
     s.cells = round_up((s.width + s.step - 1) / s.step, kLanes);
     s.grid_width = round_up(s.cells + kTaps - 1, kLanes);
     s.grid_height = (s.height - 1) / s.step + kTaps;
@@ -175,7 +177,9 @@ class Solver {
     }
     const double spline_variance = s.step == 1 ? 0 : 1.0 / 3;
     const double deviation = std::sqrt(sigma * sigma / (s.step * s.step) - 2 * spline_variance);
-    s.radius = static_cast<int64_t>(4.65 * deviation);  // what is left out is below 2e-5 of the peak
+    // What is left out is below 2e-5 of the peak, or off the grid.
+    s.radius =
+        static_cast<int64_t>(std::min(4.65 * deviation, static_cast<double>(std::max(s.grid_height, s.grid_width))));
     std::vector<double> gauss(s.radius + 1);
     for (int64_t t = 0; t <= s.radius; ++t) gauss[t] = std::exp(-0.5 * (t / deviation) * (t / deviation));
 

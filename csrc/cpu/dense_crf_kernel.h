@@ -141,8 +141,7 @@ inline void swap(float*& a, float*& b) {
   b = was;
 }
 
-// -- the permutohedral lattice
-// -----------------------------------------------------------------------------------------
+// -- the permutohedral lattice --
 
 // Sections 3.1 and 3.2 of Adams et al.: into the plane where coordinates sum to 0, to the nearest remainder-0 point,
 // and by the order of the differences to it the simplex around the pixel.
@@ -228,7 +227,7 @@ inline F8 slice(const float* lattice, const int32_t* corners, const float* weigh
 // Calls f(from, to, near, scale) for the six directions: from lattice to scratch, back, and so on. An even number of
 // them: the result ends in `lattice`.
 template <class F>
-inline void for_each_direction(const CrfSystem& s, float* lattice, float* scratch, float scale, F f) {
+inline void for_each_direction(CrfSystem s, float* lattice, float* scratch, float scale, F f) {
   for (int j = 0; j < kCorners; j += 2) {
     f(lattice, scratch, s.neighbours + 2 * j * s.vertices, 1.0f);
     f(scratch, lattice, s.neighbours + 2 * (j + 1) * s.vertices, j + 2 == kCorners ? scale : 1.0f);
@@ -236,7 +235,7 @@ inline void for_each_direction(const CrfSystem& s, float* lattice, float* scratc
 }
 
 // Every vertex plus half of its two neighbours, direction after direction; the result times `scale`.
-void blur_one(const CrfSystem& s, float* lattice, float* scratch, float scale) {
+void blur_one(CrfSystem s, float* lattice, float* scratch, float scale) {
   for (int64_t i = 0; i <= s.vertices; ++i) lattice[i] = lattice[kSums * i] + lattice[kSums * i + 1];
   for_each_direction(s, lattice, scratch, scale, [&](const float* from, float* to, const int32_t* near, float own) {
     const int64_t whole = s.vertices / kLanes * kLanes;
@@ -253,7 +252,7 @@ void blur_one(const CrfSystem& s, float* lattice, float* scratch, float scale) {
   });
 }
 
-void blur_many(const CrfSystem& s, float* lattice, float* scratch, float scale) {
+void blur_many(CrfSystem s, float* lattice, float* scratch, float scale) {
   for_each_direction(s, lattice, scratch, scale, [&](const float* from, float* to, const int32_t* near, float own) {
     const float other = 0.5f * own;
     for (int64_t i = 0; i < s.vertices; ++i, near += 2, to += s.channels) {
@@ -267,7 +266,7 @@ void blur_many(const CrfSystem& s, float* lattice, float* scratch, float scale) 
   });
 }
 
-void normalise(const CrfSystem& s) {
+void normalise(CrfSystem s) {
   const int64_t blocks = s.height * s.step * s.cells / kLanes;
   constexpr int64_t kBlock = kCorners * kLanes;
   fill(s.lattice, 0.0f, kSums * (s.vertices + 1));
@@ -286,8 +285,7 @@ void normalise(const CrfSystem& s) {
   }
 }
 
-// -- the spatial grid
-// --------------------------------------------------------------------------------------------------
+// -- the spatial grid --
 
 // out[i] = sum over t from -before to after of gauss[|t|] * in[i + t * stride], i < n, a multiple of kLanes.
 inline void convolve(const float* in, int64_t stride, const float* gauss, int64_t before, int64_t after, float* out,
@@ -314,7 +312,7 @@ inline void convolve(const float* in, int64_t stride, const float* gauss, int64_
 }
 
 // The Gaussian on the nodes: columns into a line, and that along itself.
-void blur_grid(const CrfSystem& s, const float* from, float* to) {
+void blur_grid(CrfSystem s, const float* from, float* to) {
   const int64_t line = s.grid_width * s.channels, pad = s.radius * s.channels;
   fill(s.rows, 0.0f, line + 2 * pad);
   for (int64_t y = 0; y < s.grid_height; ++y) {
@@ -325,7 +323,7 @@ void blur_grid(const CrfSystem& s, const float* from, float* to) {
 }
 
 // row = the grid's values on row y of the photo, between the nodes' rows.
-inline void read_row(const CrfSystem& s, int64_t y, float* row) {
+inline void read_row(CrfSystem s, int64_t y, float* row) {
   const int64_t line = s.grid_width * s.channels;
   const float *nodes = s.grid + y / s.step * line, *taps = s.row_taps + y * kTaps;
   for_each_vector(line, [&](auto sum, int64_t i) {
@@ -338,7 +336,7 @@ inline void read_row(const CrfSystem& s, int64_t y, float* row) {
 
 // Adds row y to the next grid. values [step, line_values]: what the pixels of each phase add, after kTaps - 1 nodes of
 // zeros.
-inline void add_row(const CrfSystem& s, int64_t y, const float* values, int64_t line_values) {
+inline void add_row(CrfSystem s, int64_t y, const float* values, int64_t line_values) {
   const int64_t line = s.grid_width * s.channels;
   float* const nodes = s.next_grid + y / s.step * line;
   const float* const row_taps = s.add_taps + y * kTaps;
@@ -359,10 +357,9 @@ inline void add_row(const CrfSystem& s, int64_t y, const float* values, int64_t 
   });
 }
 
-// -- the mean field
-// ----------------------------------------------------------------------------------------------------
+// -- the mean field --
 
-bool start(const CrfSystem& s, const float* probabilities) {
+bool start(CrfSystem s, const float* probabilities) {
   F8 finite = {};  // stays 0 unless a value is not finite
   if (s.channels == 1) {
     float* unary = s.unary;
@@ -408,7 +405,7 @@ void tanh_line(float* line, int64_t n) {
 }
 
 // From half the log-odds to both marginals, in out; each with its own small values exact.
-void write_line(const CrfSystem& s, int64_t y, int64_t phase, const float* line) {
+void write_line(CrfSystem s, int64_t y, int64_t phase, const float* line) {
   for (int64_t cell = 0; cell < s.cells; cell += kLanes) {
     const F8 half = load(line + cell), e = exponential(-2.0f * larger(half, -half));
     const F8 likely = 1.0f / (1.0f + e), other = e * likely;
@@ -425,7 +422,7 @@ void write_line(const CrfSystem& s, int64_t y, int64_t phase, const float* line)
 // One walk over the pixels: the terms' messages (kSlice) and the unary make new marginals, which are added to the next
 // lattice and grid (kSplat) or written out.
 template <bool kSlice, bool kSplat>
-void update_one(const CrfSystem& s) {
+void update_one(CrfSystem s) {
   const int64_t padded = s.grid_width + kTaps - 1;
   float *const row = s.rows, *const values = s.rows + padded;
   const int32_t* corners = s.corners;
@@ -478,12 +475,15 @@ inline F8 reduced(F8 v, F f) {
 // Adds the messages of up to kLanes pixels to their unary: scores [kLanes, channels], their log marginals but for what
 // makes these sum to 1. The first pixel's unary is at `pixel`, the next `stride` on.
 template <bool kSlice>
-inline void score(const CrfSystem& s, const float* pixel, int64_t stride, int64_t pixels, const float* row,
-                  const float* taps, const float* norms, const int32_t* corners, const float* weights) {
-  const int64_t channels = s.channels, last = channels - kLanes, rest = s.labels - last;
+inline __attribute__((always_inline)) void score(const CrfSystem& s, int64_t channels, const float* pixel,
+                                                 int64_t stride, int64_t pixels, const float* row, const float* taps,
+                                                 const float* norms, const int32_t* corners, const float* weights) {
+  const int64_t last = channels - kLanes, rest = s.labels - last;
   const F8 never = select(first_lanes(rest), F8{}, broadcast(-1e30f));  // for channels that are no label
   float* scores = s.scores;
   for (int64_t i = 0; i < pixels; ++i, pixel += stride, row += channels, scores += channels) {
+    __builtin_prefetch(pixel + kLanes * stride);  // it lies too far off for the processor to guess
+    __builtin_prefetch(pixel + kLanes * stride + last);
     const float* vertices[kCorners];
 #pragma GCC unroll 6
     for (int r = 0; r < kCorners; ++r) vertices[r] = s.lattice + corners[r * kLanes + i] * channels;
@@ -527,16 +527,14 @@ inline F8 joined(F8 sum, V v, F f) {
 }
 
 // Scores to marginals, in place.
-inline void softmax(const CrfSystem& s, int64_t pixels) {
+inline __attribute__((always_inline)) void softmax(float* scores, int64_t channels, int64_t pixels) {
   const auto greater = [](F8 a, F8 b) { return larger(a, b); };
   const auto plus = [](F8 a, F8 b) { return a + b; };
-  float* scores = s.scores;
-  for (int64_t i = 0; i < pixels; ++i, scores += s.channels) {
+  for (int64_t i = 0; i < pixels; ++i, scores += channels) {
     F8 best = broadcast(-1e30f), sum = {};
-    for_each_vector(s.channels,
-                    [&](auto v, int64_t c) { best = joined(best, load<decltype(v)>(scores + c), greater); });
+    for_each_vector(channels, [&](auto v, int64_t c) { best = joined(best, load<decltype(v)>(scores + c), greater); });
     const float top = folded(best, greater)[0];
-    for_each_vector(s.channels, [&](auto v, int64_t c) {
+    for_each_vector(channels, [&](auto v, int64_t c) {
       v = load<decltype(v)>(scores + c) - top;
       // What is too little to count becomes 0: products of it would be denormal numbers, which are slow.
       v = select(v > -50.0f, exponential(v), decltype(v){});
@@ -544,19 +542,20 @@ inline void softmax(const CrfSystem& s, int64_t pixels) {
       sum = joined(sum, v, plus);
     });
     const float scale = 1.0f / folded(sum, plus)[0];
-    for_each_vector(s.channels, [&](auto v, int64_t c) { store(scores + c, load<decltype(v)>(scores + c) * scale); });
+    for_each_vector(channels, [&](auto v, int64_t c) { store(scores + c, load<decltype(v)>(scores + c) * scale); });
   }
 }
 
 // Adds marginals to their vertices, and leaves them times their norms in line [pixels, channels].
-inline void splat(const CrfSystem& s, int64_t pixels, const float* norms, const int32_t* corners, const float* weights,
-                  float* line) {
+inline __attribute__((always_inline)) void splat(const CrfSystem& s, int64_t channels, int64_t pixels,
+                                                 const float* norms, const int32_t* corners, const float* weights,
+                                                 float* line) {
   const float* marginals = s.scores;
-  for (int64_t i = 0; i < pixels; ++i, marginals += s.channels, line += s.channels) {
+  for (int64_t i = 0; i < pixels; ++i, marginals += channels, line += channels) {
     float* vertices[kCorners];
 #pragma GCC unroll 6
-    for (int r = 0; r < kCorners; ++r) vertices[r] = s.next_lattice + corners[r * kLanes + i] * s.channels;
-    for_each_vector(s.channels, [&](auto v, int64_t c) {
+    for (int r = 0; r < kCorners; ++r) vertices[r] = s.next_lattice + corners[r * kLanes + i] * channels;
+    for_each_vector(channels, [&](auto v, int64_t c) {
       using V = decltype(v);
       v = load<V>(marginals + c);
       store(line + c, v * norms[i]);
@@ -568,9 +567,10 @@ inline void splat(const CrfSystem& s, int64_t pixels, const float* norms, const 
   }
 }
 
-template <bool kSlice, bool kSplat>
-void update_many(const CrfSystem& s) {
-  const int64_t channels = s.channels, last = channels - kLanes;
+// With the number of channels known to the compiler, or 0 for any. The system is a copy, which no store can change.
+template <bool kSlice, bool kSplat, int kChannels>
+void update_many(CrfSystem s) {
+  const int64_t channels = kChannels > 0 ? kChannels : s.channels, last = channels - kLanes;
   const int64_t padded = (s.grid_width + kTaps - 1) * channels;
   float *const row = s.rows, *const values = s.rows + padded;
   const int32_t* corners = s.corners;
@@ -590,10 +590,10 @@ void update_many(const CrfSystem& s) {
            cell += kLanes, corners += kCorners * kLanes, weights += kCorners * kLanes) {
         const int64_t pixels = cells - cell < kLanes ? cells - cell : kLanes, stride = s.step * s.labels;
         float* pixel = s.out + (y * s.width + cell * s.step + phase) * s.labels;
-        score<kSlice>(s, pixel, stride, pixels, row + cell * channels, taps, norms + cell, corners, weights);
-        softmax(s, pixels);
+        score<kSlice>(s, channels, pixel, stride, pixels, row + cell * channels, taps, norms + cell, corners, weights);
+        softmax(s.scores, channels, pixels);
         if (kSplat) {
-          splat(s, pixels, norms + cell, corners, weights, line + cell * channels);
+          splat(s, channels, pixels, norms + cell, corners, weights, line + cell * channels);
         } else {
           const float* marginals = s.scores;
           for (int64_t i = 0; i < pixels; ++i, pixel += stride, marginals += channels) {
@@ -607,20 +607,25 @@ void update_many(const CrfSystem& s) {
   }
 }
 
+template <bool kSlice, bool kSplat>
+void update(const CrfSystem& s) {
+  switch (s.channels) {
+    case 1: return update_one<kSlice, kSplat>(s);
+    case kLanes: return update_many<kSlice, kSplat, kLanes>(s);
+    case 3 * kLanes: return update_many<kSlice, kSplat, 3 * kLanes>(s);  // VOC's 21 labels, Cityscapes' 19
+    default: return update_many<kSlice, kSplat, 0>(s);
+  }
+}
+
 void infer(CrfSystem s, int64_t iterations) {
-  const bool one = s.channels == 1;
-  if (iterations == 0) return one ? update_one<false, false>(s) : update_many<false, false>(s);
-  one ? update_one<false, true>(s) : update_many<false, true>(s);
+  if (iterations == 0) return update<false, false>(s);
+  update<false, true>(s);
   for (int64_t i = 1; i <= iterations; ++i) {
-    one ? blur_one(s, s.next_lattice, s.lattice, s.bilateral_weight)
-        : blur_many(s, s.next_lattice, s.lattice, s.bilateral_weight);
-    blur_grid(s, s.next_grid, s.grid);
+    const auto blur = s.channels == 1 ? blur_one : blur_many;
+    blur(s, s.next_lattice, s.lattice, s.bilateral_weight);
     swap(s.lattice, s.next_lattice);
-    if (i < iterations) {
-      one ? update_one<true, true>(s) : update_many<true, true>(s);
-    } else {
-      one ? update_one<true, false>(s) : update_many<true, false>(s);
-    }
+    blur_grid(s, s.next_grid, s.grid);
+    i < iterations ? update<true, true>(s) : update<true, false>(s);
   }
 }
 

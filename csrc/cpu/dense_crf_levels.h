@@ -54,9 +54,9 @@ struct CrfKernels {
   // features [kAxes, kLanes], scaled -> the simplices of eight pixels, and their weights [kCorners, kLanes].
   void (*embed)(const float* features, CrfSimplices* simplices, float* weights);
   // Divides the weights by the square root of what the lattice makes of ones.
-  void (*normalise)(const CrfSystem& system);
+  void (*normalise)(CrfSystem system);
   // The unary term of [height * width, labels] probabilities. False if one is not finite.
-  bool (*start)(const CrfSystem& system, const float* probabilities);
+  bool (*start)(CrfSystem system, const float* probabilities);
   // `iterations` updates of the marginals, then out.
   void (*infer)(CrfSystem system, int64_t iterations);
 };

@@ -43,9 +43,9 @@ def dense_crf(
     pydensecrf's within 0.002 on average, and labels at 99.8% of the pixels or more. The result depends neither on the
     batch nor on the number of threads, to the bit.
     Errors:  TypeError for a wrong dtype or kind; ValueError for shapes that do not match, a parameter out of range,
-             probabilities that are not finite (the photo is named), photos more than some 7000 bilateral sigmas wide, a
+             probabilities that are not finite (the photo is named), photos more than some 3000 bilateral sigmas wide, a
              backend that cannot run.
-    Cost:    on one core about 45 ms for a photo of 512 x 683 with 2 labels and 140 ms with 21; photos of a Ragged batch
+    Cost:    on one core about 55 ms for a photo of 512 x 683 with 2 labels and 280 ms with 21; photos of a Ragged batch
              are spread over torch's threads. Grows with the number of pixels times labels, whatever the sigmas.
     Source:  P. Kraehenbuehl and V. Koltun, Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials,
              NIPS 2011; A. Adams, J. Baek, M. A. Davis, Fast High-Dimensional Filtering Using the Permutohedral Lattice,

@@ -96,7 +96,7 @@ def test_close_to_the_definition_on_a_photo(backend, device, labels):
 
 
 @pytest.mark.parametrize("shape", [(40, 57), (1, 90), (90, 1), (3, 2)])
-@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.9, 3.0, 4.4, 7.0, 31.0, 500.0])
+@pytest.mark.parametrize("sigma", [1e-9, 1.0, 2.9, 3.0, 4.4, 7.0, 31.0, 1e9])
 @pytest.mark.parametrize("labels", [2, 3])
 def test_the_gaussian_alone_is_nearly_exact(shape, sigma, labels):
     probabilities, image = random_photo(5, *shape, labels)

@@ -45,8 +45,7 @@ def detector(monkeypatch):
     return SpectralDetector(DetectorConfig(centre=True, image_size=192), "cpu")
 
 
-needs_crf = pytest.mark.skipif(not hasattr(namedmask_kernels, "dense_crf"), reason="there is no dense_crf yet")
-METHODS = ["bilateral", "pamr", pytest.param("crf", marks=needs_crf)]
+METHODS = ["bilateral", "crf", "pamr"]
 
 
 @pytest.mark.parametrize("method", METHODS)

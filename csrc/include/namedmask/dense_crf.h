@@ -14,7 +14,7 @@
 //            colour on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010), with axes x, y, r, g, b.
 // Empty      an empty batch, photos of 0 x n pixels and L = 0 are fine.
 // Errors     std::invalid_argument for probabilities that are not finite and for sigmas so small that the lattice
-//            has no name for some vertex (a photo 7000 sigmas wide), naming the photo.
+//            has no name for some vertex (a photo 3000 sigmas wide), naming the photo.
 // Aliasing   out must not overlap the inputs.
 // Threads    OpenMP over photos; the result depends neither on the number of threads nor on the batch, to the bit.
 //            Instruction levels round differently.
