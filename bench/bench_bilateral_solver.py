@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import namedmask_kernels as nk
-from common import copy_bandwidth, one_thread, paired_medians, report, threads
+from common import copy_bandwidth, on_threads, one_thread, paired_medians, report, threads
 from namedmask_kernels import Ragged
 from namedmask_kernels.reference import bilateral_solver as reference
 
@@ -89,15 +89,12 @@ def test_a_batch_of_eight(benchmark):
     for soft, (target, image) in zip(nk.bilateral_solver(targets, images).grids(), photos, strict=True):
         np.testing.assert_allclose(soft.numpy(), reference.bilateral_solver(target, image, *SETTINGS), atol=1e-4)
 
-    def on(count):
-        def call():
-            with threads(count):
-                nk.bilateral_solver(targets, images)
+    def solve():
+        nk.bilateral_solver(targets, images)
 
-        return call
-
-    seconds = paired_medians({f"{n} threads": on(n) for n in (1, 2)}, rounds=15)
-    benchmark.pedantic(on(2), rounds=5)
+    with threads(2):
+        seconds = paired_medians({f"{n} threads": on_threads(n, solve) for n in (1, 2)}, rounds=15)
+        benchmark.pedantic(solve, rounds=5)
     report(
         "bilateral_solver, batch of 8 photos, 400 x 403 to 512 x 683",
         [

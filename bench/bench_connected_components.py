@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 
 import namedmask_kernels as nk
-from common import copy_bandwidth, one_thread, paired_medians, report, threads
+from common import copy_bandwidth, on_threads, one_thread, paired_medians, report, threads
 from namedmask_kernels import Ragged
 
 SIZE = 480
@@ -116,15 +116,12 @@ def test_a_batch_of_eight(benchmark, kind):
     for mask, labels in zip(masks, nk.connected_components(batch).labels.grids(), strict=True):
         np.testing.assert_array_equal(labels, ndimage.label(mask)[0])
 
-    def on(count):
-        def call():
-            with threads(count):
-                nk.connected_components(batch)
+    def label():
+        nk.connected_components(batch)
 
-        return call
-
-    seconds = paired_medians({f"{n} threads": on(n) for n in (1, 2)}, rounds=40)
-    benchmark.pedantic(on(2), rounds=10)
+    with threads(2):
+        seconds = paired_medians({f"{n} threads": on_threads(n, label) for n in (1, 2)}, rounds=40)
+        benchmark.pedantic(label, rounds=10)
     report(
         f"connected_components, batch of 8 masks of {SIZE} x {SIZE}, {kind.__name__}",
         [

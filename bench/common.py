@@ -94,6 +94,19 @@ def one_thread() -> contextlib.AbstractContextManager[None]:
     return threads(1)
 
 
+def on_threads(count: int, call: Callable[[], object]) -> Callable[[], object]:
+    """`call` with our kernels on `count` threads, to be timed inside a `threads` block that puts things back.
+
+    Setting torch's number takes microseconds; `threads` takes milliseconds, for OpenBLAS starts and ends its threads.
+    """
+
+    def run():
+        torch.set_num_threads(count)
+        call()
+
+    return run
+
+
 def copy_bandwidth(bytes_moved: int = 1 << 28) -> float:
     """Bytes per second, read plus written, that one thread reaches when it copies an array of half `bytes_moved`.
 

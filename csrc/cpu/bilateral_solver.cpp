@@ -13,6 +13,7 @@
 #include "buffer.h"
 #include "for_each_photo.h"
 #include "level.h"
+#include "populate.h"
 
 namespace namedmask::cpu {
 
@@ -82,6 +83,7 @@ class Solver {
     if (!fill()) return false;
     kernels().solve(system_);
     for (int32_t v = 0; v < count_; ++v) values_[v] = system_.value[place_[v]];
+    populate(out, h * w * sizeof(float));
     kernels().slice(values_.data(), vertex_of_pixel_.data(), h * w, out);
     return true;
   }
@@ -139,7 +141,9 @@ class Solver {
   }
 
   // Pixels [begin, end) of `rows` rows: one cell. The table then holds its vertices, counted from 1.
-  void splat(const float* target, int32_t* vertex_of_pixel, int64_t rows, int64_t w, int32_t begin, int32_t end) {
+  // Not inlined, or its loops run out of registers.
+  [[gnu::noinline]] void splat(const float* target, int32_t* vertex_of_pixel, int64_t rows, int64_t w, int32_t begin,
+                               int32_t end) {
     int32_t* const table = table_.data();
     int32_t* const key_of = key_.data() + count_;
     int32_t* local = local_.data();

@@ -11,6 +11,7 @@
 #include "connected_components_levels.h"
 #include "for_each_photo.h"
 #include "level.h"
+#include "populate.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -83,6 +84,7 @@ class Labeller {
       if (row[last / 64] >> last % 64 & 1) mark(first[y + 1] - 1);
     }
     for (int32_t i = 0; i < labels_; ++i) keep[i] = keep[runs_.parent[i]];
+    populate(out, runs_.height * runs_.width);
     kernels().keep(keep, runs_, true, out);
   }
 
@@ -91,10 +93,14 @@ class Labeller {
     uint8_t* const keep = reserved(keep_, components + 1);
     std::fill_n(keep, components + 1, 0);
     keep[component] = 1;
+    populate(out, runs_.height * runs_.width);
     kernels().keep(keep, runs_, false, out);
   }
 
-  void paint(int32_t* out) const { kernels().paint(runs_, out); }
+  void paint(int32_t* out) const {
+    populate(out, runs_.height * runs_.width * sizeof(int32_t));
+    kernels().paint(runs_, out);
+  }
 
   size_t bytes() const {
     return bits_.bytes() + first_.bytes() + ends_.bytes() + label_.bytes() + parent_.bytes() + top_.bytes() +

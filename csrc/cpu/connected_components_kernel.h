@@ -187,7 +187,8 @@ inline int32_t* positions(uint64_t bits, int32_t from, int32_t* out) {
 #if defined(__AVX512F__)
   const __m512i sixteen = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                            _mm512_set1_epi32(from));
-  for (int quarter = 0; bits; ++quarter, bits >>= 16) {
+#pragma GCC unroll 4
+  for (int quarter = 0; quarter < 4; ++quarter, bits >>= 16) {
     const __m512i places = _mm512_add_epi32(sixteen, _mm512_set1_epi32(16 * quarter));
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), places));
     out += count_ones(bits & 0xffff);

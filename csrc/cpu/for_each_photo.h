@@ -2,6 +2,7 @@
 #pragma once
 
 #include <exception>
+#include <memory>
 
 #include "namedmask/tensor_view.h"
 
@@ -19,9 +20,11 @@ void for_each_photo(const RaggedShape& batch, F f) {
   for (int64_t b = 0; b < batch.count; ++b) {
     if (batch.begin(b) == batch.end(b)) continue;
     try {
-      thread_local Worker worker;
-      f(b, worker);
-      if (worker.bytes() > kKeptBytes) worker = Worker();
+      // Behind a pointer: of an object that is thread_local itself the loops in f would ask the address at every turn.
+      thread_local std::unique_ptr<Worker> worker;
+      if (!worker) worker = std::make_unique<Worker>();
+      f(b, *worker);
+      if (worker->bytes() > kKeptBytes) worker.reset();
     } catch (...) {  // an exception must not leave a parallel region
 #pragma omp critical(nmk_for_each_photo)
       failure = std::current_exception();

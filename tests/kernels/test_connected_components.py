@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: MIT
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
 import namedmask_kernels as nk
-from namedmask_kernels import Ragged
+from namedmask_kernels import Ragged, backends
 
 BACKENDS = ["cpu", "cuda", "reference"]
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=70))
@@ -152,3 +156,39 @@ def test_explain_names_the_backend_and_the_reasons():
     assert text.splitlines()[0] == "fill_holes on cpu: cpu"
     assert "cuda: the tensors are on cpu, not on a CUDA device" in text
     assert "triton: fill_holes has no triton version" in text
+
+
+def test_instruction_levels_agree_with_scipy(tmp_path):
+    # The extension alone, without torch: a process each, and starting torch takes seconds.
+    script = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("namedmask_kernels._native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+found = [native.level()]
+for mask in np.load(sys.argv[2]).values():
+    shape = np.array([0, mask.size], np.int32), np.array([mask.shape], np.int32)
+    labels, first = np.empty(mask.size, np.int32), np.empty(2, np.int32)
+    areas, boxes = native.connected_components(mask.ravel(), *shape, labels, first)
+    outs = [np.empty(mask.size, bool) for _ in range(2)]
+    native.largest_component(mask.ravel(), *shape, outs[0])
+    native.fill_holes(mask.ravel(), *shape, outs[1])
+    found += [x.tobytes().hex() for x in (labels, areas, boxes, *outs)]
+print(*found, sep=",")
+"""
+    masks = [*random_masks(9, [(40, 130), (33, 63), (33, 64), (20, 65), (9, 7)]), np.ones((3, 128), bool)]
+    np.savez(tmp_path / "masks.npz", *masks)
+    expected = []
+    for mask in masks:
+        found = nk.connected_components(mask, backend="reference")
+        outs = [op(mask, backend="reference") for op in (nk.largest_component, nk.fill_holes)]
+        expected += [np.ascontiguousarray(x).tobytes().hex() for x in (*found[:3], *outs)]
+
+    for level in ("portable", "avx2", "avx512"):
+        command = [sys.executable, "-c", script, backends.native().__file__, tmp_path / "masks.npz"]
+        done = subprocess.run(command, env=os.environ | {"NMK_LEVEL": level}, capture_output=True, text=True)
+        if done.returncode == 0:
+            assert done.stdout.strip().split(",") == [level, *expected]
+        else:
+            assert f"NMK_LEVEL={level}: this CPU goes up to " in done.stderr
