@@ -23,6 +23,7 @@ from .distributed import Worker
 from .masks import ErrorRecord, MaskRecord, errors_path, write_errors, write_shard
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .refine import Refiner
+from .saliency.cluster_vote import ClusterVoteDetector
 from .saliency.spectral import Detection, SpectralDetector
 from .threads import kernels_on_one_thread, map_ahead
 
@@ -40,6 +41,9 @@ def work_of(archive: Archive) -> Work:
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05}.jsonl"
+
+
+DETECTORS = {"spectral": SpectralDetector, "cluster-vote": ClusterVoteDetector}
 
 
 class Labelled(NamedTuple):
@@ -69,7 +73,7 @@ class Labeller:
     """
 
     def __init__(self, config: RunConfig, device: str):
-        self.detector = SpectralDetector(config.detector, device)
+        self.detector = DETECTORS[config.detector.name](config.detector, device)
         self.refiner = Refiner(config.refine)
         self.device = device
         self.seconds: Counter[str] = Counter()
