@@ -22,34 +22,34 @@ double quantise(const float* row, int64_t channels, int16_t* out) {
   return squares;
 }
 
+constexpr int kIntegerRows = 6;  // with more, GCC does not keep the sums in registers
+
 void connect_quantised(const int16_t* rows, int64_t count, const int16_t* panels, int64_t channels, int32_t low,
                        int32_t high, uint32_t* bits, uint32_t* unsure) {
-  static_assert(kVectors * kLanes == kWord && kLanes == kPanel);
+  static_assert(2 * kPanel == kWord && kLanes == kPanel && kMicroRows % kIntegerRows == 0);
   const int64_t pairs = (channels + 1) / 2;
   const __m512i above = _mm512_set1_epi32(high), below = _mm512_set1_epi32(low);
-  for (int64_t r = 0; r < count; r += kRows) {
-    __m512i sums[kRows][kVectors] = {};
+  const auto join = [](uint32_t first, uint32_t second) { return first | second << kPanel; };
+  for (int64_t r = 0; r < count; r += kIntegerRows) {
+    __m512i sums[kIntegerRows][2] = {};
     for (int64_t k = 0; k < pairs; ++k) {
-      __m512i b[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) b[v] = _mm512_loadu_si512(panels + (v * pairs + k) * 2 * kPanel);
-#pragma GCC unroll 12
-      for (int i = 0; i < kRows; ++i) {
+      const __m512i b0 = _mm512_loadu_si512(panels + k * 2 * kPanel);
+      const __m512i b1 = _mm512_loadu_si512(panels + (pairs + k) * 2 * kPanel);
+#pragma GCC unroll 6
+      for (int i = 0; i < kIntegerRows; ++i) {
         int32_t pair;
         __builtin_memcpy(&pair, rows + ((r + i) * pairs + k) * 2, sizeof pair);
         const __m512i factor = _mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[i][v] = _mm512_dpwssd_epi32(sums[i][v], b[v], factor);
+        sums[i][0] = _mm512_dpwssd_epi32(sums[i][0], b0, factor);
+        sums[i][1] = _mm512_dpwssd_epi32(sums[i][1], b1, factor);
       }
     }
-    for (int i = 0; i < kRows; ++i) {
-      uint32_t over = 0, within = 0;
-      for (int v = 0; v < kVectors; ++v) {
-        over |= static_cast<uint32_t>(_mm512_cmpgt_epi32_mask(sums[i][v], above)) << (v * kLanes);
-        within |= static_cast<uint32_t>(_mm512_cmpge_epi32_mask(sums[i][v], below)) << (v * kLanes);
-      }
+#pragma GCC unroll 6
+    for (int i = 0; i < kIntegerRows; ++i) {
+      const __m512i first = sums[i][0], second = sums[i][1];
+      const uint32_t over = join(_mm512_cmpgt_epi32_mask(first, above), _mm512_cmpgt_epi32_mask(second, above));
       bits[r + i] = over;
-      unsure[r + i] = within & ~over;
+      unsure[r + i] = ~over & join(_mm512_cmpge_epi32_mask(first, below), _mm512_cmpge_epi32_mask(second, below));
     }
   }
 }
