@@ -95,7 +95,7 @@ def test_detect(benchmark, world):
     def call():
         return [detector.detect([photo])[0] for photo in photos]
 
-    assert all(found.mask.shape == (480, 640) and 0 <= found.separation < 1 for found in call())
+    assert all(found.mask.shape == (480, 640) and 0 <= found.confidence < 1 for found in call())
     rate("detect: spectral, ViT-S/16, short side 448", benchmark, call, len(photos), tokens=tokens)
 
 

@@ -43,7 +43,7 @@ PhotosPerCategory = Annotated[
     int | None, typer.Option("--photos-per-category", help="Size of the archive of each name. (default: 500)")
 ]
 Detector = Annotated[
-    str | None, typer.Option("--detector", help="What finds the object: spectral or selfmask. (default: spectral)")
+    str | None, typer.Option("--detector", help="spectral, cluster-vote or selfmask. (default: spectral)")
 ]
 DetectorWeights = Annotated[
     Path | None, typer.Option("--detector-weights", help="A local file with selfmask's network, its encoder included.")
@@ -52,6 +52,10 @@ BackboneName = Annotated[
     str | None, typer.Option("--backbone", help="A timm ViT. (default: vit_small_patch8_224.dino)")
 ]
 BackboneWeights = Annotated[Path | None, typer.Option("--backbone-weights", help="A local file with its weights.")]
+MoreBackbones = Annotated[
+    str | None,
+    typer.Option("--more-backbones", help="NAME or NAME=FILE, separated by commas, that vote in cluster-vote too."),
+]
 Features = Annotated[str | None, typer.Option("--features", help="tokens or keys of the last block. (default: keys)")]
 Centre = Annotated[
     bool | None,
@@ -86,6 +90,7 @@ SETTINGS = {
     "detector_weights": ("detector", "weights"),
     "backbone": ("detector", "backbone"),
     "backbone_weights": ("detector", "backbone_weights"),
+    "more_backbones": ("detector", "more_backbones"),
     "features": ("detector", "features"),
     "centre": ("detector", "centre"),
     "tau": ("detector", "tau"),
@@ -99,6 +104,7 @@ def settings_of(options: dict) -> dict:
     """The options that were given -> the nested settings of RunConfig; paths become absolute."""
     options = dict(options)
     options["categories"] = _names(options.get("categories"), options.pop("categories_file", None))
+    options["more_backbones"] = _backbones(options.get("more_backbones"))
     given: dict = {}
     for option, value in options.items():
         if value is not None:
@@ -125,6 +131,14 @@ def _names(categories: str | None, file: Path | None) -> list[str] | None:
     if not (names := [name for name in names if name]):
         raise UserError("no category name was given")
     return names
+
+
+def _backbones(text: str | None) -> list[str] | None:
+    """ "NAME,NAME=FILE" -> its entries, files with absolute paths."""
+    if text is None:
+        return None
+    entries = [entry.strip().partition("=") for entry in text.split(",") if entry.strip()]
+    return [name + equals + (os.path.abspath(file) if file else "") for name, equals, file in entries]  # noqa: PTH100
 
 
 def command(function: Callable) -> Callable:
@@ -186,6 +200,7 @@ def pseudolabel_everything(
     detector_weights: DetectorWeights = None,
     backbone: BackboneName = None,
     backbone_weights: BackboneWeights = None,
+    more_backbones: MoreBackbones = None,
     features: Features = None,
     centre: Centre = None,
     tau: Tau = None,
@@ -240,6 +255,7 @@ def pseudolabel(
     detector_weights: DetectorWeights = None,
     backbone: BackboneName = None,
     backbone_weights: BackboneWeights = None,
+    more_backbones: MoreBackbones = None,
     features: Features = None,
     centre: Centre = None,
     tau: Tau = None,

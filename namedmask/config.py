@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from .errors import UserError
 from .files import atomic_write
@@ -50,15 +50,23 @@ class ArchiveConfig(Part):
 class DetectorConfig(Part):
     """Which pixels are the object."""
 
-    name: Literal["spectral", "selfmask"] = "spectral"
+    name: Literal["spectral", "cluster-vote", "selfmask"] = "spectral"
     weights: str | None = None  # a local file with the SelfMask network, its encoder included
     backbone: str = "vit_small_patch8_224.dino"  # a timm ViT
     backbone_weights: str | None = None  # a local file instead of the published weights
+    more_backbones: list[str] = []  # of cluster-vote: NAME, or NAME=FILE with a local file of weights
     features: Literal["tokens", "keys"] = "keys"
     centre: bool = False  # subtract each photo's mean feature
     tau: Annotated[float, Field(ge=-1, le=1)] = 0.2
     image_size: Annotated[int, Field(ge=16)] = 448  # short side, pixels
     precision: Literal["float32", "bfloat16"] = "float32"
+
+    @field_validator("more_backbones")
+    @classmethod
+    def only_clusters_of_several_are_compared(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if value and info.data.get("name") != "cluster-vote":
+            raise ValueError("only the detector cluster-vote takes several backbones")
+        return value
 
 
 class SaliencyTraining(Part):

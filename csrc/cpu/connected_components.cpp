@@ -19,6 +19,7 @@ namespace {
 const ComponentKernels& kernels() {
   switch (level()) {
 #if defined(__x86_64__)
+    case Level::kAVX512VNNI:
     case Level::kAVX512: return components_avx512;
     case Level::kAVX2: return components_avx2;
 #endif

@@ -24,6 +24,7 @@ constexpr int kTaps = CrfSystem::kTaps, kSums = CrfSystem::kSums;
 const CrfKernels& kernels() {
   switch (level()) {
 #if defined(__x86_64__)
+    case Level::kAVX512VNNI:
     case Level::kAVX512: return crf_avx512;
     case Level::kAVX2: return crf_avx2;
 #endif

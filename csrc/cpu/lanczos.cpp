@@ -15,7 +15,7 @@ constexpr double kExhausted = 1e-14;  // what remains of a unit vector's product
 
 const LanczosKernels& kernels() {
 #if defined(__x86_64__)
-  if (level() == Level::kAVX512) return lanczos_avx512;
+  if (level() >= Level::kAVX512) return lanczos_avx512;
   if (level() == Level::kAVX2) return lanczos_avx2;
 #endif
   return lanczos_portable;

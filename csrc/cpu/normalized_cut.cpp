@@ -27,7 +27,8 @@ static_assert(kBlock % kWord == 0 && kBlock % kMicroRows == 0);
 
 const CutKernels& kernels() {
 #if defined(__x86_64__)
-  if (level() >= Level::kAVX512) return cut_avx512;
+  if (level() >= Level::kAVX512VNNI) return cut_avx512_vnni;
+  if (level() == Level::kAVX512) return cut_avx512;
   if (level() == Level::kAVX2) return cut_avx2;
 #endif
   return cut_portable;
@@ -50,6 +51,10 @@ struct Tile {
   int64_t block, begin, end;  // rows of the block, words [begin, end)
 };
 
+struct Unsure {
+  int32_t low = 0, high = 0;  // integer products within do not tell a cosine from tau
+};
+
 class Cut {
  public:
   struct Result {
@@ -61,7 +66,7 @@ class Cut {
 
   Cut(const CutSettings& settings, const CutKernels& kernels) : settings_(settings), kernels_(kernels) {}
 
-  // Everything that allocates, so that rows().normalise() and connect() may run in a parallel region.
+  // Everything that allocates, so that normalise() and connect() may run in a parallel region.
   void prepare(const float* features, int64_t h, int64_t w, int64_t channels, const Result& result) {
     width_ = w, n_ = h * w, channels_ = channels, result_ = result;
     words_ = (n_ + kWord - 1) / kWord;
@@ -79,15 +84,45 @@ class Cut {
       }
     }
     next_tile_ = 0;
+    // with a tau beyond the cosines' range the floats alone say what it means
+    quantised_ = kernels_.connect_quantised && n_ > 0 && channels_ > 0 && std::abs(settings_.tau) < 1;
+    if (!quantised_) return;
+    pairs_ = (channels_ + 1) / 2;
+    integers_ = integer_memory_.get(4 * pairs_ * padded_);
+    integer_panels_ = integers_ + 2 * pairs_ * padded_;
+    errors_.assign(panels(), 0.0);
   }
 
   // The three steps, each to be called when the last is done. Any number of threads may share the first two: each
   // normalises its part of the panels, and all call connect().
 
-  UnitRows& rows() { return rows_; }
+  int64_t panels() const { return rows_.panels(); }
+
+  void normalise(int64_t panel) {
+    rows_.normalise(panel);
+    if (!quantised_) return;
+    const int64_t first = panel * kPanel;
+    double largest = 0;
+    for (int64_t i = 0; i < kPanel; ++i) {
+      int16_t* row = integers_ + (first + i) * 2 * pairs_;
+      largest = std::max(largest, kernels_.quantise(rows_.row(first + i), channels_, row));
+      for (int64_t k = 0; k < 2 * pairs_; ++k) {
+        integer_panels_[first * 2 * pairs_ + (k / 2 * kPanel + i) * 2 + k % 2] = row[k];
+      }
+    }
+    errors_[panel] = std::sqrt(largest);
+  }
 
   void connect() {
-    for (size_t i; (i = next_tile_++) < tiles_.size();) connect(tiles_[i]);
+    Unsure unsure;
+    if (quantised_) {
+      // Vectors of length kUnit that are off by e have products off by (kUnit + kUnit + e) e at most. Rounding of the
+      // unit rows to floats, which the cosine has by definition, changes their length by less than the 1e-6 added.
+      const double e = *std::max_element(errors_.begin(), errors_.end()), unit = kUnit * (1 + 1e-6);
+      const double middle = settings_.tau * kUnit * kUnit, reach = (2 * unit + e) * e + 1e-6 * kUnit * kUnit;
+      unsure = {static_cast<int32_t>(std::floor(middle - reach)), static_cast<int32_t>(std::ceil(middle + reach))};
+    }
+    for (size_t i; (i = next_tile_++) < tiles_.size();) connect(tiles_[i], unsure);
   }
 
   // False if the features are not finite. One thread: it takes a tenth of the time, and a region's barriers cost more
@@ -118,19 +153,37 @@ class Cut {
  private:
   // The bits of a tile on or above the diagonal, and their mirror image. Bits stand word-major, bits_[word][row], as
   // products read them. Each word is written by one tile.
-  void connect(const Tile& tile) {
+  void connect(const Tile& tile, const Unsure& unsure) {
     const int64_t row = tile.block * kBlock;
     const int64_t count = round_up(std::min(kBlock, n_ - row), kMicroRows);
     const float threshold = settings_.tau >= 1 ? INFINITY : static_cast<float>(settings_.tau);
     for (int64_t word = tile.begin; word < tile.end; ++word) {
       uint32_t* bits = bits_ + word * padded_ + row;
-      kernels_.connect(rows_.row(row), count, rows_.panel_of(word * kWord), channels_, threshold, bits);
+      if (quantised_) {
+        connect_quantised(row, count, word * kWord, unsure, threshold, bits);
+      } else {
+        kernels_.connect(rows_.row(row), count, rows_.panel_of(word * kWord), channels_, threshold, bits);
+      }
       if (const int64_t left = n_ - word * kWord; left < kWord) {  // padding is connected like the last token
         for (int64_t r = 0; r < count; ++r) bits[r] &= (1u << left) - 1;
       }
       if (word < (tile.block + 1) * kBlockWords) continue;
       for (int64_t k = 0; k < kBlockWords; ++k) {
         transpose(bits + k * kWord, bits_ + (tile.block * kBlockWords + k) * padded_ + word * kWord);
+      }
+    }
+  }
+
+  void connect_quantised(int64_t row, int64_t count, int64_t column, const Unsure& range, float threshold,
+                         uint32_t* bits) const {
+    uint32_t unsure[kBlock];
+    kernels_.connect_quantised(integers_ + row * 2 * pairs_, count, integer_panels_ + column * 2 * pairs_, channels_,
+                               range.low, range.high, bits, unsure);
+    for (int64_t r = 0; r < count; ++r) {
+      for (uint32_t left = unsure[r]; left; left &= left - 1) {
+        const int bit = __builtin_ctz(left);
+        const float cosine = kernels_.dot(rows_.row(row + r), rows_.row(column + bit), channels_);
+        bits[r] |= static_cast<uint32_t>(cosine > threshold) << bit;
       }
     }
   }
@@ -245,6 +298,11 @@ class Cut {
   Result result_ = {};
   int64_t width_ = 0, n_ = 0, channels_ = 0, padded_ = 0, words_ = 0;
   UnitRows rows_;
+  bool quantised_ = false;
+  int64_t pairs_ = 0;  // of channels
+  Buffer<int16_t> integer_memory_;
+  int16_t *integers_ = nullptr, *integer_panels_ = nullptr;
+  std::vector<double> errors_;  // of each panel, the largest
   Buffer<uint32_t> bit_memory_;
   Buffer<double> vector_memory_;
   uint32_t* bits_ = nullptr;
@@ -293,7 +351,7 @@ void normalized_cut(const TensorView& features, const TensorView& offsets, const
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < cut.rows().panels(); ++i) cut.rows().normalise(i);
+      for (int64_t i = 0; i < cut.panels(); ++i) cut.normalise(i);
       cut.connect();
     }
     refused[0] = !cut.solve();
@@ -305,7 +363,7 @@ void normalized_cut(const TensorView& features, const TensorView& offsets, const
       for (int64_t b = 0; b < batch.count; ++b) {
         try {
           prepare(cut, b);
-          for (int64_t i = 0; i < cut.rows().panels(); ++i) cut.rows().normalise(i);
+          for (int64_t i = 0; i < cut.panels(); ++i) cut.normalise(i);
           cut.connect();
           refused[b] = !cut.solve();
         } catch (...) {  // an exception must not leave a parallel region

@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const CutKernels cut_avx512 = {connect};
+const CutKernels cut_avx512 = {connect, nullptr, nullptr, nullptr};
 
 }  // namespace namedmask::cpu

@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const CutKernels cut_portable = {connect};
+const CutKernels cut_portable = {connect, nullptr, nullptr, nullptr};
 
 }  // namespace namedmask::cpu

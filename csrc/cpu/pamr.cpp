@@ -25,6 +25,7 @@ constexpr int64_t kWindowBytes = 1 << 20;  // of the masks around a row, which a
 const PamrKernels& kernels() {
   switch (level()) {
 #if defined(__x86_64__)
+    case Level::kAVX512VNNI:
     case Level::kAVX512: return pamr_avx512;
     case Level::kAVX2: return pamr_avx2;
 #endif

@@ -23,7 +23,7 @@ constexpr int64_t kGroups = 8;
 
 const WalkKernels& kernels() {
 #if defined(__x86_64__)
-  if (level() == Level::kAVX512) return walk_avx512;
+  if (level() >= Level::kAVX512) return walk_avx512;
   if (level() == Level::kAVX2) return walk_avx2;
 #endif
   return walk_portable;

@@ -27,7 +27,7 @@ constexpr double kIsolated = 1e-6;  // row sums below are 0
 
 const ClusterKernels& kernels() {
 #if defined(__x86_64__)
-  if (level() == Level::kAVX512) return cluster_avx512;
+  if (level() >= Level::kAVX512) return cluster_avx512;
   if (level() == Level::kAVX2) return cluster_avx2;
 #endif
   return cluster_portable;

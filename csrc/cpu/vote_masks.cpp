@@ -13,10 +13,11 @@ namespace namedmask::cpu {
 namespace {
 
 constexpr const char* kOp = "vote_masks";
+constexpr int64_t kBytesForThreads = 1 << 24;
 
 const VoteKernels& kernels() {
 #if defined(__x86_64__)
-  if (level() == Level::kAVX512 && __builtin_cpu_supports("avx512vpopcntdq")) return vote_avx512;
+  if (level() >= Level::kAVX512 && __builtin_cpu_supports("avx512vpopcntdq")) return vote_avx512;
   if (level() >= Level::kAVX2) return vote_avx2;
 #endif
   return vote_portable;
@@ -124,11 +125,12 @@ void vote_masks(const TensorView& masks, const TensorView& offsets, const Tensor
   const std::unique_ptr<int64_t[]> pairs(new int64_t[photos * n * stride]);
   const Election election{masks.as<uint8_t>(), batch,     n,           kept.as<uint8_t>(), reasons.as<uint8_t>(),
                           bits.get(),          at.data(), pairs.get(), kernels()};
-#pragma omp parallel
+  // Waking threads for less work than this costs more than they bring.
+#pragma omp parallel if (masks.shape[0] > kBytesForThreads)
   {
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < photos * n; ++i) election.pack(i / n, i % n);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < photos * n; ++i) election.compare(i / n, i % n);
   }
   for (int64_t b = 0; b < photos; ++b) winner.as<int32_t>()[b] = election.count(b, scores.as<double>() + b * n);

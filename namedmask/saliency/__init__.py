@@ -48,6 +48,10 @@ def make_detector(config: DetectorConfig, device: str) -> Detector:
         from .selfmask import SelfMaskDetector
 
         return SelfMaskDetector(config, device)
+    if config.name == "cluster-vote":
+        from .cluster_vote import ClusterVoteDetector
+
+        return ClusterVoteDetector(config, device)
     from .spectral import SpectralDetector
 
     return SpectralDetector(config, device)

@@ -164,6 +164,18 @@ def test_sizes_around_the_tiles(shape, channels):
     check_against_reference(scene(*shape, channels, noise=0.8))
 
 
+@pytest.mark.parametrize("channels", [9, 64, 385])
+def test_cosines_close_to_tau(channels):
+    """Hundreds of pairs closer to tau than products of rounded integers can tell, none closer than floats can."""
+    features = scene(20, 22, channels, noise=0.8)
+    unit = torch.nn.functional.normalize(features.flatten(0, 1).double(), dim=1)
+    cosines = (unit @ unit.T)[tuple(torch.triu_indices(440, 440, 1))].sort().values
+    near = cosines[(cosines - 0.2).abs() < 2e-3]
+    gap, at = near.diff().max(0)
+    assert len(near) > 200 and gap > 4e-6
+    check_against_reference(features, (near[at] + near[at + 1]).item() / 2)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("features", "tau", "value"),

@@ -139,7 +139,7 @@ def test_every_output_is_written(monkeypatch):
 
 
 def test_threads_do_not_change_the_bits():
-    masks = blobs(27, 90, 101)
+    masks = blobs(27, 900, 801)  # enough work for several threads
     before = torch.get_num_threads()
     try:
         results = []

@@ -51,6 +51,13 @@ def test_defaults_in_the_help_are_those_of_the_settings():
         assert f"(default: {value})" in text
 
 
+def test_files_of_more_backbones_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = cli.settings_of({"detector": "cluster-vote", "more_backbones": "vit_a, vit_b=w/b.safetensors"})
+    assert given["detector"]["more_backbones"] == ["vit_a", f"vit_b={tmp_path}/w/b.safetensors"]
+    assert config.make_config({"photos": "p", **given}).detector.name == "cluster-vote"
+
+
 def test_settings_survive_the_disk(tmp_path):
     given = config.make_config(
         {"photos": "/p", "categories": ["a 'b'", "ç"], "detector": {"tau": 0.25}, "index": {"embeddings": "/e"}}
@@ -66,6 +73,10 @@ def test_settings_survive_the_disk(tmp_path):
         ({}, "photos: field required"),
         ({"photos": "p", "speed": 3}, "speed: extra inputs are not permitted, got 3"),
         ({"photos": "p", "detector": {"image_size": 3.5}}, "detector.image-size: input should be a valid integer"),
+        (
+            {"photos": "p", "detector": {"more_backbones": ["b"]}},
+            "detector.more-backbones: value error, only the detector cluster-vote takes several backbones, got ['b']",
+        ),
         ({"photos": "p", "archive": {"photos_per_category": 0}}, "greater than or equal to 1, got 0"),
     ],
 )

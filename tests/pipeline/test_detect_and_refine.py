@@ -15,6 +15,7 @@ from namedmask.errors import UserError
 from namedmask.photos import Photo
 from namedmask.pseudolabel import mask_score
 from namedmask.refine import Refiner
+from namedmask.saliency.cluster_vote import ClusterVoteDetector, elect
 from namedmask.saliency.spectral import SpectralDetector, centred, separation
 from namedmask_kernels import Ragged
 
@@ -167,3 +168,44 @@ def test_centring_is_per_photo():
     batch = Ragged.pack([torch.randn(3, 4, 5) + 7, torch.randn(2, 2, 5) - 3])
     for grid in centred(batch).grids():
         torch.testing.assert_close(grid.mean((0, 1)), torch.zeros(5), atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def voter(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        "namedmask.saliency.cluster_vote.load", lambda *a, **k: loaded.append((a, k)) or ColourBackbone()
+    )
+    config = DetectorConfig(name="cluster-vote", centre=True, image_size=192, more_backbones=["b", "c=/weights"])
+    made = ClusterVoteDetector(config, "cpu")
+    assert [a for a, _ in loaded] == [("vit_small_patch8_224.dino", None), ("b", None), ("c", "/weights")]
+    made.backbones[1].patch, made.backbones[2].patch = 12, 16
+    return made
+
+
+def test_the_vote_finds_the_disc(voter):
+    photo, truth = disc_photo()
+    (found,) = voter.detect([photo])
+    mask = (found.mask > 0.5).numpy()
+    assert (mask & truth).sum() / (mask | truth).sum() > 0.8
+    assert 0.1 < found.confidence < 1 and voter.tokens(photo) == 24 * 32
+
+
+def test_the_vote_on_photos_of_several_sizes(voter):
+    photos = [disc_photo(h, w)[0] for h, w in ((96, 128), (70, 50), (33, 90), (1, 1))]
+    for photo, together in zip(photos, voter.detect(photos), strict=True):
+        (alone,) = voter.detect([photo])
+        assert torch.equal(alone.mask, together.mask) and alone.confidence == together.confidence
+        assert together.mask.shape == photo.pixels.shape[:2] and together.mask.isfinite().all()
+
+
+def test_the_winner_is_the_cluster_that_all_counts_share():
+    """A square that is a cluster at every k; the rest is cut differently each time."""
+    square = torch.zeros(12, 12, dtype=torch.bool)
+    square[4:8, 4:8] = True
+    y, x = torch.meshgrid(torch.arange(12), torch.arange(12), indexing="ij")
+    three, four = (x > 5).int(), (x > 5).int() + (y > 9).int()
+    labels = torch.stack([square.int(), torch.where(square, 2, three), torch.where(square, 3, four)], 2).int()
+    found = elect([labels], (24, 36))
+    expected = square.repeat_interleave(2, 0).repeat_interleave(3, 1)
+    assert ((found.mask > 0.5) == expected).float().mean() > 0.97 and 0 < found.confidence <= 1

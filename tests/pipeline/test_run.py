@@ -311,3 +311,15 @@ def test_memory_does_not_grow_with_the_number_of_photos(tmp_path, detector_optio
         options = [folder.parent, "--out", tmp_path / f"out{count}", *detector_options, "--image-size", 32]
         peaks.append(peak_memory(*options))
     assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def test_cluster_vote_with_two_backbones(tmp_path, detector_options, backbone_weights):
+    names = draw_photos(tmp_path / "photos" / "things", 3)
+    voting = ["--detector", "cluster-vote", "--more-backbones", f"vit_tiny_patch16_224={backbone_weights}"]
+    result = invoke(tmp_path / "photos", "--out", tmp_path / "out", *detector_options, *voting)
+    assert result.exit_code == 0, result.output
+    records = list(read_masks(tmp_path / "out" / "masks"))
+    assert {r.photo for r in records} == {f"things/{name}" for name in names}
+    assert all(0 <= r.score <= 1 for r in records)
+    settings = (tmp_path / "out" / "run.toml").read_text()
+    assert 'name = "cluster-vote"' in settings and str(backbone_weights) in settings

@@ -10,7 +10,8 @@
 //             kept bool [B, n], who voted; reasons uint8 [B, n], why one should not: a sum of kEmpty, kFullHeight,
 //             kFullWidth; scores float64 [B, n]. All contiguous, outputs allocated by the caller and fully written.
 // Empty       a photo of no pixels has empty candidates; no candidates at all: winner -1.
-// Threads     OpenMP over masks, then over rows of the table of pairs, in one region. Pixels are counted exactly and
+// Threads     OpenMP over masks, then over rows of the table of pairs, in one region; one thread for up to 16 MB.
+// Pixels are counted exactly and
 //             scores added in order: the same bits on every level, thread count and batch.
 // Cost        one pass over the n P bytes and, per photo of p pixels, n^2 / 2 passes over rows of p bits; n P / 8 bytes
 //             of memory.

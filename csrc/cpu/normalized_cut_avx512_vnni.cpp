@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: MIT
+// Products of 16-bit integers, two to a lane: twice the products of a float multiply-add.
+#include "normalized_cut_kernel.h"
+
+namespace namedmask::cpu {
+namespace {
+
+double quantise(const float* row, int64_t channels, int16_t* out) {
+  double squares = 0;
+  for (int64_t first = 0; first < channels; first += kLanes) {
+    const int64_t here = channels - first < kLanes ? channels - first : kLanes;
+    float error[kLanes] = {};
+    for (int64_t c = 0; c < here; ++c) {
+      const float exact = kUnit * row[first + c];
+      const float rounded = (exact + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: the sum has no room for a fraction
+      out[first + c] = static_cast<int16_t>(rounded);
+      error[c] = exact - rounded;
+    }
+    for (float e : error) squares += e * e;
+  }
+  if (channels % 2) out[channels] = 0;
+  return squares;
+}
+
+constexpr int kIntegerRows = 6;  // with more, GCC does not keep the sums in registers
+
+void connect_quantised(const int16_t* rows, int64_t count, const int16_t* panels, int64_t channels, int32_t low,
+                       int32_t high, uint32_t* bits, uint32_t* unsure) {
+  static_assert(2 * kPanel == kWord && kLanes == kPanel && kMicroRows % kIntegerRows == 0);
+  const int64_t pairs = (channels + 1) / 2;
+  const __m512i above = _mm512_set1_epi32(high), below = _mm512_set1_epi32(low);
+  const auto join = [](uint32_t first, uint32_t second) { return first | second << kPanel; };
+  for (int64_t r = 0; r < count; r += kIntegerRows) {
+    __m512i sums[kIntegerRows][2] = {};
+    for (int64_t k = 0; k < pairs; ++k) {
+      const __m512i b0 = _mm512_loadu_si512(panels + k * 2 * kPanel);
+      const __m512i b1 = _mm512_loadu_si512(panels + (pairs + k) * 2 * kPanel);
+#pragma GCC unroll 6
+      for (int i = 0; i < kIntegerRows; ++i) {
+        int32_t pair;
+        __builtin_memcpy(&pair, rows + ((r + i) * pairs + k) * 2, sizeof pair);
+        const __m512i factor = _mm512_set1_epi32(pair);
+        sums[i][0] = _mm512_dpwssd_epi32(sums[i][0], b0, factor);
+        sums[i][1] = _mm512_dpwssd_epi32(sums[i][1], b1, factor);
+      }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kIntegerRows; ++i) {
+      const __m512i first = sums[i][0], second = sums[i][1];
+      const uint32_t over = join(_mm512_cmpgt_epi32_mask(first, above), _mm512_cmpgt_epi32_mask(second, above));
+      bits[r + i] = over;
+      unsure[r + i] = ~over & join(_mm512_cmpge_epi32_mask(first, below), _mm512_cmpge_epi32_mask(second, below));
+    }
+  }
+}
+
+float dot(const float* a, const float* b, int64_t channels) {
+  V sums[2] = {};
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
+    sums[0] = fma(load(a + c), load(b + c), sums[0]);
+    sums[1] = fma(load(a + c + kLanes), load(b + c + kLanes), sums[1]);
+  }
+  float lanes[kLanes];
+  store(lanes, sums[0] + sums[1]);
+  for (int64_t l = 0; c < channels; ++c, l = (l + 1) % kLanes) lanes[l] += a[c] * b[c];
+  for (int n = kLanes / 2; n; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  }
+  return lanes[0];
+}
+
+}  // namespace
+
+const CutKernels cut_avx512_vnni = {connect, quantise, connect_quantised, dot};
+
+}  // namespace namedmask::cpu
