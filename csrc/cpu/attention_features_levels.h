@@ -7,7 +7,7 @@
 namespace namedmask::cpu {
 
 constexpr int64_t kQueries = 192;  // queries that share a pass over the keys; whole micro rows at every level
-constexpr int64_t kKeys = 64;     // keys that are in work at a time, and packed together
+constexpr int64_t kKeys = 64;      // keys that are in work at a time, and packed together
 constexpr int64_t kTapRows = 12;   // tapped queries that are in work at a time: whole micro rows at every level
 constexpr int64_t kMaxDim = 256;
 

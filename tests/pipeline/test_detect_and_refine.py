@@ -36,8 +36,9 @@ class ColourBackbone(Backbone):
         super().__init__(timm.create_model("vit_tiny_patch16_224", num_classes=0), torch.device("cpu"), torch.float32)
         self.patch = 8
 
-    def extract(self, photos, features):
-        return Ragged.pack([torch.nn.functional.avg_pool2d(p, self.patch).permute(1, 2, 0) for p in photos])
+    def extract(self, photos, taps):
+        colours = Ragged.pack([torch.nn.functional.avg_pool2d(p, self.patch).permute(1, 2, 0) for p in photos])
+        return dict.fromkeys(taps, colours)
 
 
 @pytest.fixture
