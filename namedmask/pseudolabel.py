@@ -42,8 +42,6 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05}.jsonl"
 
 
-
-
 class Labelled(NamedTuple):
     """What the engine makes of a photo: its refined mask, bool [H, W], and the mask's score."""
 
