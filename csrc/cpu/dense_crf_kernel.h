@@ -467,9 +467,9 @@ void update_one(CrfSystem s) {
 // f of all lanes, in all lanes.
 template <class F>
 inline F8 reduced(F8 v, F f) {
-  v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
-  v = f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
-  return f(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+  v = f(v, F8{v[4], v[5], v[6], v[7], v[0], v[1], v[2], v[3]});
+  v = f(v, F8{v[2], v[3], v[0], v[1], v[6], v[7], v[4], v[5]});
+  return f(v, F8{v[1], v[0], v[3], v[2], v[5], v[4], v[7], v[6]});
 }
 
 // Adds the messages of up to kLanes pixels to their unary: scores [kLanes, channels], their log marginals but for what
@@ -510,9 +510,9 @@ inline __attribute__((always_inline)) void score(const CrfSystem& s, int64_t cha
 // f of all lanes, in all lanes.
 template <class F>
 inline F8 folded(F8 v, F f) {
-  v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
-  v = f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
-  return f(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+  v = f(v, F8{v[4], v[5], v[6], v[7], v[0], v[1], v[2], v[3]});
+  v = f(v, F8{v[2], v[3], v[0], v[1], v[6], v[7], v[4], v[5]});
+  return f(v, F8{v[1], v[0], v[3], v[2], v[5], v[4], v[7], v[6]});
 }
 
 // f of a sum so far and another vector, halved where it is wide.
@@ -521,8 +521,8 @@ inline F8 joined(F8 sum, V v, F f) {
   if constexpr (sizeof(V) == sizeof(F8)) {
     return f(sum, v);
   } else {
-    const F8 low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
-    return f(sum, f(low, F8(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15))));
+    const F8 low = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
+    return f(sum, f(low, F8{v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]}));
   }
 }
 
