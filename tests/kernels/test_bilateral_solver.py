@@ -194,7 +194,7 @@ print(native.level(), out.tobytes().hex())
         else:
             assert f"NMK_LEVEL={other}: this CPU goes up to " in done.stderr
     assert run(backends.native().level()).returncode == 0
-    assert "must be portable, avx2 or avx512" in run("sse9").stderr
+    assert "must be portable, avx2, avx512 or avx512_vnni" in run("sse9").stderr
 
 
 def test_views_and_other_kinds_are_read_as_they_are():
