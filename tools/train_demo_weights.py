@@ -664,9 +664,11 @@ def main() -> None:
     files.set_defaults(run=export)
     mask = commands.add_parser("selfmask", help="train the SelfMask on masks found in the pool")
     mask.add_argument("--photos", type=int, default=8000, help="of the pool")
-    mask.add_argument("--keep", type=float, nargs="+", default=[0.25, 0.5, 0.6], help="share of the masks, each turn")
+    mask.add_argument(
+        "--keep", type=float, nargs="+", default=[0.25, 0.5, 0.6, 0.7, 0.8], help="share of the masks, each turn"
+    )
     mask.add_argument("--paste", type=float, default=0.5, help="share of objects put before another background")
-    mask.add_argument("--steps", type=int, nargs="+", default=[400, 500, 700], help="of each turn")
+    mask.add_argument("--steps", type=int, nargs="+", default=[400, 500, 700, 2000, 1400], help="of each turn")
     mask.add_argument("--threads", type=int, default=1)
     mask.set_defaults(run=train_selfmask)
     for command in (clip, vit):

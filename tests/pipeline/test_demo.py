@@ -157,6 +157,14 @@ def test_a_photo_of_another_version_is_refused_and_overwrite_mends_it(tmp_path):
     assert {key: again[key] for key in FIGURES} == {key: figures[key] for key in FIGURES}
 
 
+def test_the_pinned_figures_are_worth_showing():
+    pinned = json.loads(Path(__file__).with_name("demo_figures.json").read_bytes())
+    precision, trivial, cut, alone, refined = (pinned[key] for key in FIGURES)
+    assert precision["mean"] >= 0.95 and min(precision["per_category"].values()) >= 0.85
+    assert refined["mean"] >= 0.68 and refined["mean"] > alone["mean"] > cut["mean"]
+    assert refined["mean"] > trivial["mean"] + 0.09
+
+
 def test_the_whole_demo_gives_the_pinned_figures(tmp_path):
     """Minutes. Another CPU or another number of threads may round otherwise, but not by more than this."""
     figures = demo.run_demo(tmp_path)
