@@ -69,6 +69,10 @@ Precision = Annotated[
     str | None, typer.Option("--precision", help="float32 or bfloat16 for the backbone. (default: float32)")
 ]
 Refine = Annotated[str | None, typer.Option("--refine", help="bilateral, crf, pamr or none. (default: bilateral)")]
+LargestComponent = Annotated[
+    bool | None,
+    typer.Option("--largest-component/--all-components", help="Refine the largest part alone. (default: all)"),
+]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes on the CPU.")]
 Gpus = Annotated[
     int | None,
@@ -97,6 +101,7 @@ SETTINGS = {
     "image_size": ("detector", "image_size"),
     "precision": ("detector", "precision"),
     "refine": ("refine", "name"),
+    "largest_component": ("refine", "largest_component"),
 }
 
 
@@ -207,6 +212,7 @@ def pseudolabel_everything(
     image_size: ImageSize = None,
     precision: Precision = None,
     refine: Refine = None,
+    largest_component: LargestComponent = None,
     workers: Workers = 1,
     gpus: Gpus = None,
     overwrite: Overwrite = False,
@@ -262,6 +268,7 @@ def pseudolabel(
     image_size: ImageSize = None,
     precision: Precision = None,
     refine: Refine = None,
+    largest_component: LargestComponent = None,
     workers: Workers = 1,
     gpus: Gpus = None,
     overwrite: Overwrite = False,

@@ -116,6 +116,7 @@ class RefineConfig(Part):
     """
 
     name: Literal["bilateral", "crf", "pamr", "none"] = "bilateral"
+    largest_component: bool = False  # of the detector's mask only the largest connected part is refined
     sigma_spatial: Annotated[float, Field(gt=0)] = 16.0
     sigma_luma: Annotated[float, Field(ge=1)] = 16.0
     sigma_chroma: Annotated[float, Field(ge=1)] = 8.0

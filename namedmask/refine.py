@@ -19,6 +19,13 @@ from .photos import Photo
 SHORT_SIDE = 512
 
 
+def without_small_parts(targets: Ragged) -> Ragged:
+    """Targets [P] with 0 wherever they are object (above 0.5) and not of the largest 4-connected part of a photo."""
+    is_object = targets.rows > 0.5
+    largest = namedmask_kernels.largest_component(targets.with_rows(is_object)).rows
+    return targets.with_rows(targets.rows.masked_fill(is_object & ~largest.bool(), 0.0))
+
+
 class Refiner:
     """Refines masks by the method that the settings name; safe to call from several threads."""
 
@@ -38,6 +45,8 @@ class Refiner:
         refined: dict[int, Tensor] = {}
         for side, numbers in by_side.items():  # all of a batch have the same settings
             batch = Ragged.pack([targets[number] for number in numbers])
+            if self.config.largest_component:
+                batch = without_small_parts(batch)
             images = Ragged.pack([torch.from_numpy(photos[number].pixels) for number in numbers])
             soft = getattr(self, f"_{self.config.name}")(batch, images, side / SHORT_SIDE)
             refined.update(zip(numbers, soft.grids(), strict=True))

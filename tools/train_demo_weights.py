@@ -616,9 +616,10 @@ def train_selfmask(arguments: argparse.Namespace) -> None:
         if not (path := photos / f"{number:05}.png").exists():
             Image.fromarray(pool[number]).save(path.with_suffix(".part"), "png", compress_level=1)
             path.with_suffix(".part").rename(path)
-    detector, weights = SPECTRAL, None
+    weights = arguments.start and str(arguments.start.absolute())
+    detector = DETECTOR | {"weights": weights} if weights else SPECTRAL
     for turn, (keep, steps) in enumerate(zip(arguments.keep, arguments.steps, strict=True)):
-        out = arguments.out / f"selfmask{turn}"
+        out = arguments.out / f"{arguments.name}{turn}"
         given = {"photos": str(photos.parent.absolute()), "detector": detector, "refine": REFINE}
         run.start(out, given, ["archive", "pseudolabel"], workers=1, gpus=0, overwrite=False)
         settings = SaliencyTraining(
@@ -664,6 +665,8 @@ def main() -> None:
     files.set_defaults(run=export)
     mask = commands.add_parser("selfmask", help="train the SelfMask on masks found in the pool")
     mask.add_argument("--photos", type=int, default=8000, help="of the pool")
+    mask.add_argument("--name", default="selfmask", help="of the folder of each turn, before its number")
+    mask.add_argument("--start", type=Path, help="a network whose masks teach in the first turn, instead of the cut")
     mask.add_argument(
         "--keep", type=float, nargs="+", default=[0.25, 0.5, 0.6, 0.7, 0.8], help="share of the masks, each turn"
     )

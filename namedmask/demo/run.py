@@ -37,7 +37,13 @@ BLOCK = 53  # photos: what `scenes.index_photo` deals the kinds in
 # Chosen on photos of another seed. The solver's sigmas are given for photos of 512 pixels: these are of 160.
 SPECTRAL = {"backbone": VIT_NAME, "features": "tokens", "centre": True, "tau": 0.0, "image_size": 128}
 DETECTOR = {"name": "selfmask", "backbone": VIT_NAME, "image_size": 160}
-REFINE = {"name": "bilateral", "sigma_spatial": 26.0, "sigma_luma": 12.0, "sigma_chroma": 6.0}
+REFINE = {
+    "name": "bilateral",
+    "largest_component": True,
+    "sigma_spatial": 26.0,
+    "sigma_luma": 12.0,
+    "sigma_chroma": 6.0,
+}
 
 
 def run_demo(out: Path, *, overwrite: bool = False, blocks: int = 20, best: int = 50) -> dict:

@@ -14,7 +14,7 @@ from namedmask.config import CrfConfig, DetectorConfig, PamrConfig, RefineConfig
 from namedmask.errors import UserError
 from namedmask.photos import Photo
 from namedmask.pseudolabel import mask_score
-from namedmask.refine import Refiner
+from namedmask.refine import Refiner, without_small_parts
 from namedmask.saliency.cluster_vote import ClusterVoteDetector, elect
 from namedmask.saliency.spectral import SpectralDetector, centred, separation
 from namedmask_kernels import Ragged
@@ -68,6 +68,21 @@ def test_photos_of_several_sizes_do_not_influence_each_other(detector):
         (alone,) = detector.detect([photo])
         assert torch.equal(alone.mask, together.mask) and alone.confidence == together.confidence
         assert together.mask.shape == photo.pixels.shape[:2]
+
+
+def test_only_the_largest_part_is_refined_where_that_is_asked():
+    photo, mask = disc_photo()
+    target = torch.from_numpy(mask).float()
+    spotted = target.clone()
+    spotted[5:15, 100:120] = 0.8  # a part of its own
+    spotted[0, 0] = 0.3  # doubt stays
+    soft = without_small_parts(Ragged.pack([spotted, spotted * 0.4]))
+    first, second = soft.grids()
+    want = torch.where(target == 1, target, 0.0)
+    want[0, 0] = 0.3
+    assert torch.equal(first, want) and torch.equal(second, spotted * 0.4)
+    alone = Refiner(RefineConfig(largest_component=True)).refine([photo], [spotted])[0]
+    assert torch.equal(alone, Refiner(RefineConfig()).refine([photo], [target])[0])
 
 
 def test_without_refinement_the_detector_s_mask_stays():
