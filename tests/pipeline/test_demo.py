@@ -162,7 +162,7 @@ def test_the_pinned_figures_are_worth_showing():
     precision, trivial, cut, alone, refined = (pinned[key] for key in FIGURES)
     assert precision["mean"] >= 0.95 and min(precision["per_category"].values()) >= 0.85
     assert refined["mean"] >= 0.68 and refined["mean"] > alone["mean"] > cut["mean"]
-    assert refined["mean"] > trivial["mean"] + 0.09
+    assert refined["mean"] > trivial["mean"] + 0.1
 
 
 def test_the_whole_demo_gives_the_pinned_figures(tmp_path):
