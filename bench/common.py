@@ -12,7 +12,9 @@ import contextlib
 import ctypes
 import platform
 import re
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -137,7 +139,7 @@ def results_page() -> str:
     lines = [
         "# What the benches printed",
         "",
-        "Made by `pytest bench --benchmark-only --results bench/RESULTS.md`; do not edit by hand.",
+        f"Made by `pytest {shlex.join(sys.argv[1:])}`; do not edit by hand.",
         f"{machine()}; {_levels()}, torch {torch.__version__}, numpy {np.__version__}, {platform.platform()}.",
     ]
     for title, columns, rows in _reported:
