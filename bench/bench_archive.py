@@ -5,7 +5,6 @@
 """
 
 import itertools
-import re
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common import paired_medians, report
+from common import paired_medians, report, resident
 from namedmask.archive import read_shards, top_photos
 from namedmask.index import shard_path
 
@@ -106,5 +105,4 @@ def _sgemm_rate() -> float:
 
 if __name__ == "__main__":  # the process of peak_memory
     top_photos(itertools.islice(read_shards(Path(sys.argv[1])), int(sys.argv[2])), text_embeddings(), BEST)
-    # Not getrusage: what it tells of a new process counts its parent's memory too.
-    print(int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
+    print(resident())

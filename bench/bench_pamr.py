@@ -4,10 +4,8 @@
 `pytest bench/bench_pamr.py --benchmark-only -s` prints the tables. We know no other for the CPU.
 """
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import namedmask_kernels as nk
-from common import one_thread, paired_medians, report, threads
+from common import one_thread, paired_medians, report, resident, threads
 from namedmask_kernels import Ragged
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -119,16 +117,11 @@ def test_a_batch_of_eight(benchmark, quick):
     )
 
 
-def _peak() -> float:
-    # Not getrusage: what it tells of a new process counts its parent's memory too.
-    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-
 if __name__ == "__main__":  # the process of peak_memory
     torch.set_num_threads(1)
     masks, image = photo(labels=int(sys.argv[2]))
     call = nk.pamr if sys.argv[1] == "cpu" else torch_form
     call(masks[:3, :3], image[:3, :3])  # what is loaded once
-    before = _peak()
+    before = resident()
     call(masks, image)
-    print(_peak() - before)
+    print(resident() - before)

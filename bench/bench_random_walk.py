@@ -4,17 +4,15 @@
 `python bench/bench_random_walk.py ours|dense|attention` prints the growth of this process' peak memory during a call.
 """
 
-import ctypes
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import namedmask_kernels as nk
-from common import CHANNELS, paired_medians, report, scene, threads
+from common import CHANNELS, forget_peak, paired_medians, report, resident, scene, threads
 from namedmask_kernels.reference.random_walk import random_walk as definition
 
 SIDE, MASKS, STEPS, SHARPNESS = 60, 20, 2, 10.0
@@ -52,16 +50,10 @@ def attention(masks, features):
 CALLS = {"ours": ours, "dense": dense, "attention": attention}
 
 
-def peak():
-    """Peak resident memory of this process, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-
-
 def growth(who):
-    """Bytes by which a call raises the peak memory, in a process of its own."""
+    """MiB by which a call raises the peak memory, in a process of its own."""
     done = subprocess.run([sys.executable, __file__, who], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    return float(done.stdout)
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one thread", "two threads"])
@@ -81,8 +73,8 @@ def test_one_photo(benchmark, count):
             "who": {"ours": "cpu", "dense": "torch, dense", "attention": "torch, fused attention"}[who],
             "ms": 1e3 * seconds[who],
             "times cpu's": seconds[who] / seconds["ours"],
-            "MB": memory[who] / 1e6,
-            "times cpu's MB": memory[who] / memory["ours"],
+            "MiB": memory[who],
+            "times cpu's MiB": memory[who] / memory["ours"],
         }
         for who in CALLS
     ]
@@ -95,8 +87,7 @@ if __name__ == "__main__":
     small = arguments[0][:2, :2], arguments[1][:2, :2]
     nk.random_walk(*small)
     torch.rand(64, 64) @ torch.rand(64, 64)  # libraries are loaded, threads started
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed must count again when it is taken again
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = peak()
+    forget_peak()
+    before = resident()
     CALLS[sys.argv[1]](*arguments)
-    print(peak() - before)
+    print(resident() - before)

@@ -109,6 +109,20 @@ def on_threads(count: int, call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def resident(which: str = "VmHWM") -> float:
+    """MiB of this process in memory: the peak, or "VmRSS" now.
+
+    Not getrusage: what that tells of a new process counts its parent's memory too.
+    """
+    return int(re.search(rf"{which}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Makes the peak start anew; memory that was freed goes back first, and so counts again when it is taken again."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def copy_bandwidth(bytes_moved: int = 1 << 28) -> float:
     """Bytes per second, read plus written, that one thread reaches when it copies an array of half `bytes_moved`.
 

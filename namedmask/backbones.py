@@ -29,6 +29,8 @@ MAX_ASPECT = 4.0
 
 TAPS = ("tokens", "keys", "queries", "values", "cls_attention")
 
+DEMO_VIT = "vit_namedmask_demo"
+
 _NO_VIT = "is not a ViT with fused QKV projections for photos of any shape; choose a DINO, DINOv2 or DINOv3 of timm"
 
 
@@ -243,14 +245,11 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
     """
     import timm
 
-    if name == "vit_namedmask_demo":  # the demo's own, not timm's: made known here, where every process comes by
-        from .demo.models import VIT_WEIGHTS, register
+    _expect_model(name)
+    if name == DEMO_VIT and weights is None:
+        from .demo.models import VIT_WEIGHTS
 
-        register()
-        weights = weights or str(VIT_WEIGHTS)
-    if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"{name.split('.')[0][:12]}*")[:5]) or "see timm.list_models()"
-        raise UserError(f"backbone {name!r} is no timm model; similar: {close}")
+        weights = str(VIT_WEIGHTS)
     overlay = {}
     if weights is not None:
         if not Path(weights).is_file():
@@ -270,16 +269,24 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
     return Backbone(model, torch.device(device), getattr(torch, precision))
 
 
-def untrained(name: str) -> nn.Module:
-    """A timm ViT by name with random weights, for photos of any shape; UserError where there is no such model."""
+def _expect_model(name: str) -> None:
+    """UserError, with similar names, where there is no such model."""
     import timm
 
-    if name == "vit_namedmask_demo":
+    if name == DEMO_VIT:  # the demo's own, not timm's: made known here, where every process comes by
         from .demo.models import register
 
         register()
     if not timm.is_model(name):
-        raise UserError(f"backbone {name!r} is no timm model")
+        close = ", ".join(timm.list_models(f"{name.split('.')[0][:12]}*")[:5]) or "see timm.list_models()"
+        raise UserError(f"backbone {name!r} is no timm model; similar: {close}")
+
+
+def untrained(name: str) -> nn.Module:
+    """A timm ViT by name with random weights, for photos of any shape; UserError where there is no such model."""
+    import timm
+
+    _expect_model(name)
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
     except TypeError:

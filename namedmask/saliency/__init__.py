@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Detection(NamedTuple):
     confidence: float
 
 
-class Detector:
+class Detector(ABC):
     """Finds the object of each photo in a backbone's features."""
 
     def __init__(self, config: DetectorConfig, backbone: Backbone):
@@ -37,9 +38,9 @@ class Detector:
         h, w = self.backbone.grid(photo.pixels, self.config.image_size)
         return h * w
 
+    @abstractmethod
     def detect(self, photos: Sequence[Photo]) -> list[Detection]:
         """The object of each photo; photos may be of any sizes, and none influences another."""
-        raise NotImplementedError
 
 
 def make_detector(config: DetectorConfig, device: str) -> Detector:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,3 +38,20 @@ def pytest_generate_tests(metafunc):
 def golden():
     """golden("bilateral") -> the arrays of tests/golden/bilateral.npz, made by the peers' own code."""
     return lambda name: np.load(GOLDEN / f"{name}.npz")
+
+
+@pytest.fixture
+def run_at_level(tmp_path):
+    """A function (level, code): runs the code in a process with kernels of the level, tmp_path its argument.
+
+    Skips the test where this CPU has no such level.
+    """
+
+    def run(level: str, code: str) -> None:
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        done = subprocess.run(command, env=os.environ | {"NMK_LEVEL": level}, capture_output=True, text=True)
+        if "this CPU goes up to" in done.stderr:
+            pytest.skip(f"no {level} here")
+        assert done.returncode == 0, done.stderr
+
+    return run

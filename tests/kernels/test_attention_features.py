@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
 import itertools
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -160,7 +157,7 @@ def test_threads_do_not_change_the_bits():
 
 
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_vnni"])
-def test_every_level_that_runs_here(level, tmp_path):
+def test_every_level_that_runs_here(level, tmp_path, run_at_level):
     given = {dtype: packed(LENGTHS, dim=80, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
     torch.save(list(given.values()), tmp_path / "in.pt")
     code = (
@@ -168,15 +165,7 @@ def test_every_level_that_runs_here(level, tmp_path):
         "given = torch.load(sys.argv[1] + '/in.pt')\n"
         "torch.save([tuple(nk.attention_features(*one)) for one in given], sys.argv[1] + '/out.pt')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=os.environ | {"NMK_LEVEL": level},
-        capture_output=True,
-        text=True,
-    )
-    if "this CPU goes up to" in done.stderr:
-        pytest.skip(f"no {level} here")
-    assert done.returncode == 0, done.stderr
+    run_at_level(level, code)
     for (dtype, batch), found in zip(given.items(), torch.load(tmp_path / "out.pt"), strict=True):
         expected, found = exact(*batch), AttentionFeatures(*found)
         rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 3e-6

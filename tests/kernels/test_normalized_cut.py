@@ -1,7 +1,4 @@
 # SPDX-License-Identifier: MIT
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -267,8 +264,8 @@ def test_threads_do_not_change_the_bits():
         assert same(alone, results[0][0]) and same(batch, results[0][1])
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
-def test_every_level_that_runs_here(level, tmp_path):
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_vnni"])
+def test_every_level_that_runs_here(level, tmp_path, run_at_level):
     features = scene(19, 21, 70)
     np.save(tmp_path / "features.npy", features.numpy())
     code = (
@@ -276,15 +273,7 @@ def test_every_level_that_runs_here(level, tmp_path):
         "found = nk.normalized_cut(np.load(sys.argv[1] + '/features.npy'), tolerance=1e-10)\n"
         "np.savez(sys.argv[1] + '/found.npz', vector=found.vector, foreground=found.foreground)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=os.environ | {"NMK_LEVEL": level},
-        capture_output=True,
-        text=True,
-    )
-    if "this CPU goes up to" in done.stderr:
-        pytest.skip(f"no {level} here")
-    assert done.returncode == 0, done.stderr
+    run_at_level(level, code)
     found, expected = np.load(tmp_path / "found.npz"), nk.normalized_cut(features, backend="reference")
     np.testing.assert_allclose(found["vector"], expected.vector.numpy(), atol=1e-6)
     np.testing.assert_array_equal(found["foreground"], expected.foreground.numpy())

@@ -1,7 +1,4 @@
 # SPDX-License-Identifier: MIT
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -114,7 +111,7 @@ def test_threads_do_not_change_the_bits():
 
 
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
-def test_every_level_that_runs_here(level, tmp_path):
+def test_every_level_that_runs_here(level, tmp_path, run_at_level):
     masks, features = scene(19, 21, 70, masks=20)
     np.savez(tmp_path / "given.npz", masks=masks, features=features)
     code = (
@@ -122,15 +119,7 @@ def test_every_level_that_runs_here(level, tmp_path):
         "given = np.load(sys.argv[1] + '/given.npz')\n"
         "np.save(sys.argv[1] + '/found.npy', nk.random_walk(given['masks'], given['features']))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=os.environ | {"NMK_LEVEL": level},
-        capture_output=True,
-        text=True,
-    )
-    if "this CPU goes up to" in done.stderr:
-        pytest.skip(f"no {level} here")
-    assert done.returncode == 0, done.stderr
+    run_at_level(level, code)
     assert error(torch.from_numpy(np.load(tmp_path / "found.npy")), masks, features, 2, 10.0) <= 1
 
 

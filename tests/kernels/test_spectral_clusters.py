@@ -1,7 +1,4 @@
 # SPDX-License-Identifier: MIT
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -161,7 +158,7 @@ def test_threads_do_not_change_the_labels():
 
 
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
-def test_every_level_that_runs_here(level, tmp_path):
+def test_every_level_that_runs_here(level, tmp_path, run_at_level):
     features, _ = scene(19, 21, 70)
     np.save(tmp_path / "features.npy", features.numpy())
     code = (
@@ -169,15 +166,7 @@ def test_every_level_that_runs_here(level, tmp_path):
         "features = np.load(sys.argv[1] + '/features.npy')\n"
         "np.save(sys.argv[1] + '/found.npy', nk.spectral_clusters(features, [2, 3, 4]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=os.environ | {"NMK_LEVEL": level},
-        capture_output=True,
-        text=True,
-    )
-    if "this CPU goes up to" in done.stderr:
-        pytest.skip(f"no {level} here")
-    assert done.returncode == 0, done.stderr
+    run_at_level(level, code)
     expected = nk.spectral_clusters(features, [2, 3, 4], backend="reference")
     np.testing.assert_array_equal(np.load(tmp_path / "found.npy"), expected)
 

@@ -1,7 +1,4 @@
 # SPDX-License-Identifier: MIT
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -152,7 +149,7 @@ def test_threads_do_not_change_the_bits():
 
 
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
-def test_every_level_that_runs_here(level, tmp_path):
+def test_every_level_that_runs_here(level, tmp_path, run_at_level):
     masks = blobs(11, 37, 53)
     np.save(tmp_path / "masks.npy", masks.numpy())
     code = (
@@ -160,15 +157,7 @@ def test_every_level_that_runs_here(level, tmp_path):
         "vote = nk.vote_masks(np.load(sys.argv[1] + '/masks.npy'))\n"
         "np.savez(sys.argv[1] + '/found.npz', *vote)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=os.environ | {"NMK_LEVEL": level},
-        capture_output=True,
-        text=True,
-    )
-    if "this CPU goes up to" in done.stderr:
-        pytest.skip(f"no {level} here")
-    assert done.returncode == 0, done.stderr
+    run_at_level(level, code)
     found = np.load(tmp_path / "found.npz")
     for here, there in zip(nk.vote_masks(masks), found.values(), strict=True):
         np.testing.assert_array_equal(here, there)
