@@ -313,6 +313,32 @@ def train_saliency(
 
 @app.command()
 @command
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="A folder of PNG masks.")],
+    truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="A folder of PNG masks with the same names.")],
+    categories: Categories = None,
+    categories_file: CategoriesFile = None,
+    ignore: Annotated[
+        int | None,
+        typer.Option("--ignore", help="Id in TRUTH that does not count. (default: 255; 65535 where that is a class)"),
+    ] = None,
+    red_green: Annotated[
+        bool, typer.Option("--red-green", help="TRUTH holds ids as R + 256 G and ignores 1000, as ImageNet-S does.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
+    debug: Debug = False,
+) -> None:
+    """How good predicted masks are: IoU of every class, mIoU, pixel accuracy; 0 is the background, k the k-th name."""
+    from .evaluate.folders import evaluate_folders, print_table, write_json
+
+    figures = evaluate_folders(predictions, truth, _names(categories, categories_file), ignore, red_green)
+    print_table(figures)
+    if json_file is not None:
+        write_json(json_file, figures)
+
+
+@app.command()
+@command
 def report(out: RunFolder, debug: Debug = False) -> None:
     """The gallery of a run: OUT/report.html."""
     from .report import write_report

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT
+"""The confusion matrix and its metrics against the reference's arrays; label maps on disk; `namedmask evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from namedmask import cli
+from namedmask.errors import UserError
+from namedmask.evaluate.metrics import Confusion
+from namedmask.formats import label_palette, read_label_map, write_label_map
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "running_score.npz"
+CASES = ("binary", "voc21", "voc21_absent_gt", "voc21_absent_both", "all_ignored", "perfect")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_the_reference(case):
+    data = np.load(GOLDEN)
+    confusion = Confusion(int(data[f"{case}_n_classes"]), ignore=255)
+    for prediction, truth in zip(data[f"{case}_pred"], data[f"{case}_gt"], strict=True):
+        confusion.add(prediction, truth)
+    np.testing.assert_array_equal(confusion.matrix, data[f"{case}_confusion"])
+    metrics = confusion.metrics()
+    for ours, theirs in (
+        (metrics.iou, "iou"),
+        (metrics.mean_iou, "mean_iou"),
+        (metrics.mean_accuracy, "mean_acc"),
+        (metrics.pixel_accuracy, "pixel_acc"),
+        (metrics.weighted_iou, "freqw_acc"),
+    ):
+        np.testing.assert_allclose(ours, data[f"{case}_{theirs}"], rtol=0, atol=1e-12, err_msg=theirs)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_every_pixel_is_counted_once(data):
+    classes = data.draw(st.sampled_from([1, 2, 300, 920]))
+    shape = data.draw(st.tuples(st.integers(0, 9), st.integers(1, 9)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    dtype = data.draw(st.sampled_from([np.uint16, np.int32, np.int64, np.uint32]))
+    ignore = data.draw(st.sampled_from([None, classes, 1000, 0xFFFF]))
+    prediction, truth = rng.integers(0, classes, (2, *shape)).astype(dtype)
+    if ignore is not None:
+        truth[rng.random(shape) < 0.3] = ignore
+    confusion = Confusion(classes, ignore)
+    confusion.add(prediction, truth)
+    expected = np.zeros((classes, classes), int)
+    for t, p in zip(truth.ravel(), prediction.ravel(), strict=True):
+        if t != ignore:
+            expected[t, p] += 1
+    np.testing.assert_array_equal(confusion.matrix, expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "message"),
+    [
+        (np.zeros((2, 3), int), np.zeros((3, 2), int), "the prediction is 2 x 3, the truth 3 x 2"),
+        (np.full((2, 2), 3), np.zeros((2, 2), int), "the prediction has the id 3: classes are 0 to 2"),
+        (np.full((2, 2), 255), np.zeros((2, 2), int), "the prediction has the id 255"),
+        (np.zeros((2, 2), int), np.full((2, 2), 254), "the truth has the id 254: classes are 0 to 2, and 255 is left"),
+        (np.zeros((2, 2), int), np.full((2, 2), -1), "the truth has the id -1"),
+        (np.zeros((2, 2), int), np.full((2, 2), 1 << 32), "the truth has the id 4294967296"),
+    ],
+)
+def test_what_is_no_class_is_refused_and_not_counted(prediction, truth, message):
+    confusion = Confusion(3, ignore=255)
+    with pytest.raises(ValueError, match=message):
+        confusion.add(prediction, truth)
+    assert not confusion.matrix.any()
+    with pytest.raises(ValueError, match="one of the 256 classes"):
+        Confusion(256, ignore=255)
+
+
+@pytest.mark.parametrize("classes", [2, 21, 256, 257, 920])
+def test_label_maps_survive_the_disk(tmp_path, classes):
+    labels = np.random.default_rng(0).integers(0, classes, (37, 53))
+    labels[0, 0] = classes - 1
+    write_label_map(tmp_path / "a.png", labels, classes)
+    np.testing.assert_array_equal(read_label_map(tmp_path / "a.png"), labels)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode == ("P" if classes <= 256 else "I;16")
+    with pytest.raises(ValueError, match="labels"):
+        write_label_map(tmp_path / "b.png", labels + 1, classes)
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_palette_is_voc_s_and_all_colours_differ():
+    palette = label_palette()
+    assert len(np.unique(palette, axis=0)) == 256
+    # aeroplane, bicycle, person, the ignored border: as the colour map of VOC's development kit has them
+    assert palette[[0, 1, 2, 15, 255]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [224, 224, 192]]
+
+
+def test_other_kinds_of_label_files(tmp_path):
+    ids = np.array([[0, 1, 919], [1000, 256, 3]])
+    colours = np.stack([ids % 256, ids // 256, 0 * ids], -1).astype(np.uint8)
+    Image.fromarray(colours).save(tmp_path / "rg.png")
+    np.testing.assert_array_equal(read_label_map(tmp_path / "rg.png", red_green=True), ids)
+    with pytest.raises(UserError, match=r"rg\.png is a picture in colours"):
+        read_label_map(tmp_path / "rg.png")
+    Image.fromarray(ids.astype(np.uint8) > 0).save(tmp_path / "binary.png")
+    np.testing.assert_array_equal(read_label_map(tmp_path / "binary.png"), ids.astype(np.uint8) > 0)
+    with pytest.raises(UserError, match="one value a pixel"):
+        read_label_map(tmp_path / "binary.png", red_green=True)
+    (tmp_path / "text.png").write_text("no")
+    for name in ("text.png", "none.png"):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            read_label_map(tmp_path / name)
+
+
+def evaluate(*arguments):
+    return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Truth of three photos, one of them in a sub-folder, with ids 0 to 2 and 255; a prediction that errs in places."""
+    rng = np.random.default_rng(1)
+    for number, name in enumerate(("a", "b", "deep/c")):
+        truth = rng.integers(0, 3, (20, 30 + number)).astype(np.uint8)
+        prediction = np.where(rng.random(truth.shape) < 0.2, 0, truth).astype(np.uint8)
+        truth[:2] = 255
+        for folder, labels in (("truth", truth), ("predictions", prediction)):
+            path = tmp_path / folder / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(labels).save(path)
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    return tmp_path
+
+
+def test_evaluate_command(folders):
+    names = ["--categories-file", folders / "names.txt"]
+    done = evaluate(folders / "predictions", folders / "truth", *names, "--json", folders / "figures.json")
+    assert done.exit_code == 0, done.output
+    figures = json.loads((folders / "figures.json").read_text())
+    confusion = Confusion(3, 255)
+    for path in (folders / "truth").rglob("*.png"):
+        mine = folders / "predictions" / path.relative_to(folders / "truth")
+        confusion.add(np.asarray(Image.open(mine)), np.asarray(Image.open(path)))
+    metrics = confusion.metrics()
+    assert figures["photos"] == 3 and list(figures["iou"]) == ["background", "cat", "dog"]
+    assert figures["mean_iou"] == pytest.approx(metrics.mean_iou, abs=1e-6) and 0.5 < metrics.mean_iou < 0.95
+    assert f"mIoU {100 * metrics.mean_iou:.1f} %" in done.output and "cat" in done.output
+
+
+def test_evaluate_says_in_one_line_what_is_wrong(folders):
+    names = ["--categories", "cat,dog"]
+
+    def refused(message, *arguments):
+        done = evaluate(*arguments)
+        assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+    predictions, truth = folders / "predictions", folders / "truth"
+    refused("there is no categories.json in", predictions, truth)
+    refused("--ignore 2", predictions, truth, *names, "--ignore", 2)
+    refused("a.png: the prediction has the id 2: classes are 0 to 1", predictions, truth, "--categories", "cat")
+    refused("is not a folder", folders / "none", truth, *names)
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(predictions / "a.png")
+    refused("a.png: the prediction is 5 x 5, the truth 20 x 30", predictions, truth, *names)
+    (predictions / "b.png").unlink()
+    refused("b.png: there is no mask of that name in", predictions, truth, *names)
+    (predictions / "a.png").unlink()
+    refused("a.png and 1 more: there is no mask", predictions, truth, *names)
+
+
+def test_evaluate_red_green(folders):
+    """ImageNet-S: colour truth with ids beyond 255, 16-bit predictions, 1000 left out."""
+    rng = np.random.default_rng(2)
+    classes = [f"class {n}" for n in range(1, 920)]
+    (folders / "many.txt").write_text("\n".join(classes))
+    truth = rng.integers(0, 920, (16, 16))
+    for folder in ("rg", "wide"):
+        (folders / folder).mkdir()
+    write_label_map(folders / "wide" / "a.png", truth, 920)
+    truth[:4] = 1000
+    colours = np.stack([truth % 256, truth // 256, 0 * truth], -1).astype(np.uint8)
+    Image.fromarray(colours).save(folders / "rg" / "a.png")
+    names = ["--categories-file", folders / "many.txt"]
+    done = evaluate(folders / "wide", folders / "rg", *names, "--red-green", "--json", folders / "f.json")
+    assert done.exit_code == 0, done.output
+    assert json.loads((folders / "f.json").read_text())["mean_iou"] == 1.0
