@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A timm ViT run on ragged batches: photos of any shapes side by side, nothing padded, features at the end.
+"""Networks of timm: a ViT run on ragged batches for its features, and encoders for dense prediction.
 
-The tokens of all photos lie packed in one matrix [T, C], so every linear layer is one matrix product; only attention
+Photos of any shapes go through the ViT side by side, nothing padded, features at the end. The tokens of all photos lie packed in one matrix [T, C], so every linear layer is one matrix product; only attention
 looks at one photo at a time. timm's own modules and its own interpolation of position embeddings are used throughout,
 so features are timm's to rounding.
+
+An encoder (`load_encoder`) is a convolutional network dilated to output stride 8, to be trained on.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ TAPS = ("tokens", "keys", "queries", "values", "cls_attention")
 
 DEMO_VIT = "vit_namedmask_demo"
 
+_NOT_DENSE = "cannot be dilated to output stride 8 with features of stride 4; choose a ResNet or ConvNeXt of timm"
 _NO_VIT = "is not a ViT with fused QKV projections for photos of any shape; choose a DINO, DINOv2 or DINOv3 of timm"
 
 
@@ -273,7 +276,7 @@ def _expect_model(name: str) -> None:
     """UserError, with similar names, where there is no such model."""
     import timm
 
-    if name == DEMO_VIT:  # the demo's own, not timm's: made known here, where every process comes by
+    if name.endswith("_namedmask_demo"):  # the demo's own, not timm's: made known here, where every process comes by
         from .demo.models import register
 
         register()
@@ -293,6 +296,92 @@ def untrained(name: str) -> nn.Module:
         raise UserError(f"backbone {name!r} {_NO_VIT}") from None
 
 
+class Encoder(NamedTuple):
+    """A timm network dilated to output stride 8; made by `load_encoder` or `untrained_encoder`.
+
+    network:   photos normalised [n, 3, H, W] -> a list of features [n, C, ceil(H / stride), ceil(W / stride)]
+    taken:     places in that list of the last features of stride 4 and of the very last, of stride 8
+    channels:  their C
+    mean, std: of the colours that it wants, [3] each, of 1
+    """
+
+    name: str
+    network: nn.Module
+    taken: tuple[int, int]
+    channels: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+# Encoders whose published weights timm does not carry.
+PUBLISHED = {
+    "resnet50.dino": "https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+}
+_DENSE = {"features_only": True, "output_stride": 8}
+
+
+def untrained_encoder(name: str) -> Encoder:
+    """An encoder by timm's name, or of PUBLISHED, with random weights.
+
+    Raises UserError where there is no such model, or where timm cannot dilate it to output stride 8.
+    """
+    import timm
+
+    architecture = name.partition(".")[0] if name in PUBLISHED else name
+    _expect_model(architecture)
+    try:
+        network = timm.create_model(architecture, pretrained=False, **_DENSE)
+        strides, channels = network.feature_info.reduction(), network.feature_info.channels()
+    except Exception as error:  # every architecture says in its own way that it cannot be dilated
+        raise UserError(f"encoder {name!r} {_NOT_DENSE} ({_first_line(error)})") from error
+    if 4 not in strides or strides[-1] != 8:
+        raise UserError(f"encoder {name!r} {_NOT_DENSE} (its features have strides {strides})")
+    taken = len(strides) - 1 - strides[::-1].index(4), len(strides) - 1
+    cfg = network.pretrained_cfg
+    return Encoder(name, network, taken, tuple(channels[place] for place in taken), tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def load_encoder(name: str, weights: str | None = None) -> Encoder:
+    """An encoder with its published weights, or with those of a local file.
+
+    name:    as in `untrained_encoder`; "resnet50.dino" is DINO's ResNet-50
+    weights: a .safetensors or .pth file with timm's names of tensors, which for ResNets are torchvision's and DINO's.
+             A classifier's tensors are passed over, all others must be there. None: the network, once.
+    Errors:  UserError naming the encoder and what to bring.
+    """
+    import timm
+
+    encoder = untrained_encoder(name)
+    try:
+        if weights is not None:
+            state = read_weights(weights, "--encoder-weights")
+        elif name in PUBLISHED:
+            state = torch.hub.load_state_dict_from_url(PUBLISHED[name], map_location="cpu", weights_only=True)
+        else:
+            state = timm.create_model(name, pretrained=True, **_DENSE).state_dict()
+    except UserError:
+        raise
+    except Exception as error:  # hub, network and file format have exceptions of their own
+        raise UserError(f"encoder {name!r}: {_why_no_weights(name, None, error, 'encoder')}") from error
+    try:
+        encoder.network.load_state_dict(_fitting(state, encoder.network))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"--encoder-weights {weights} does not fit encoder {name!r}: {reason}") from None
+    return encoder
+
+
+def _fitting(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Of the tensors of a whole model those that `network` has, under its names: timm writes "stages_0" for "stages.0".
+
+    The counters of batches of BatchNorm, which old files lack, are added.
+    """
+    names = {name.replace(".", "_"): name for name in network.state_dict()}
+    counters = {name: tensor for name, tensor in network.state_dict().items() if name.endswith("num_batches_tracked")}
+    found = {flat: tensor for name, tensor in state.items() if (flat := name.replace(".", "_")) in names}
+    return counters | {names[flat]: tensor for flat, tensor in found.items()}
+
+
 def read_weights(path: str, option: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a file that torch opens with weights_only=True.
 
@@ -310,14 +399,22 @@ def read_weights(path: str, option: str) -> dict[str, Tensor]:
         raise UserError(f"{option} {path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _why_no_weights(name: str, weights: str | None, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if weights is not None:
-        return f"{weights} does not fit ({reason})"
-    import timm
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
-    source = timm.models.get_pretrained_cfg(name).hf_hub_id or "its authors' page"
+
+def _why_no_weights(name: str, weights: str | None, error: Exception, kind: str = "backbone") -> str:
+    """kind: the option, `--KIND-weights`, that takes a file."""
+    if weights is not None:
+        return f"{weights} does not fit ({_first_line(error)})"
+    if name in PUBLISHED:
+        source = PUBLISHED[name]
+    else:
+        import timm
+
+        hub = timm.models.get_pretrained_cfg(name).hf_hub_id or "its authors' page"
+        source = f"model.safetensors from huggingface.co/{hub}.{name.partition('.')[2]}"
     return (
-        f"its weights could not be fetched ({reason}); on a machine with a network download model.safetensors from "
-        f"huggingface.co/{source}.{name.partition('.')[2]} and give it as --backbone-weights FILE"
+        f"its weights could not be fetched ({_first_line(error)}); on a machine with a network download {source} and "
+        f"give it as --{kind}-weights FILE"
     )

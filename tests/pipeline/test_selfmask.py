@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from golden import GOLDEN, filled
 from namedmask import run
 from namedmask.backbones import untrained
 from namedmask.config import DetectorConfig, SaliencyTraining
@@ -22,32 +23,7 @@ from namedmask.saliency import make_detector, selfmask_training
 from namedmask.saliency.selfmask import SelfMask
 from namedmask.saliency.selfmask_training import losses, ranked_masks, teaching_count, train_saliency
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "selfmask_forward.npz"
 TINY = "vit_namedmask_demo"
-
-
-def filled(network: torch.nn.Module) -> torch.nn.Module:
-    """The weights behind the golden arrays: each value a hash of the tensor's name and the element's index."""
-    gains = {"query_embed": 8.0, "decoder.norm.": 0.2, "ffn.layers.2.": 4.0}
-    mask, odd = (1 << 64) - 1, np.uint64(0x9E3779B97F4A7C15)
-    for name, tensor in network.state_dict().items():
-        state = 0xCBF29CE484222325
-        for byte in name.encode():
-            state = ((state ^ byte) * 0x100000001B3) & mask
-        with np.errstate(over="ignore"):
-            z = np.uint64(state) + np.arange(1, tensor.numel() + 1, dtype=np.uint64) * odd
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        noise = ((z ^ (z >> np.uint64(31))) >> np.uint64(40)).astype(np.float64) / 2.0**23 - 1.0
-        if name.endswith(("_token", "_embed")):
-            base, scale = 0.0, 1.0
-        elif tensor.ndim <= 1:
-            base, scale = float(name.endswith("weight")), 0.1
-        else:
-            base, scale = 0.0, math.sqrt(3.0 / math.prod(tensor.shape[1:]))
-        gain = next((gain for prefix, gain in gains.items() if name.startswith(prefix)), 1.0)
-        tensor.copy_(torch.from_numpy(((base + scale * noise) * gain).astype(np.float32)).view_as(tensor))
-    return network
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +33,7 @@ def authors_network() -> SelfMask:
 
 @pytest.mark.parametrize("photo", ["even", "odd"])
 def test_forward_equals_the_authors(authors_network, photo):
-    with np.load(GOLDEN) as golden:
+    with np.load(GOLDEN / "selfmask_forward.npz") as golden:
         want = {key.partition("_")[2]: golden[key] for key in golden.files if key.startswith(photo)}
     pixels = torch.from_numpy(want["input"])
     with torch.inference_mode():

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""DeepLabv3+ against arrays of the authors' own code, its encoders, and the network on disk."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from golden import GOLDEN, filled
+from namedmask.backbones import load_encoder, untrained_encoder
+from namedmask.errors import UserError
+from namedmask.segmenter.deeplab import DeepLab, load_segmenter, save_segmenter
+
+TINY = "test_resnet"  # timm's, for tests
+
+
+def shapes(network: torch.nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def authors_network() -> DeepLab:
+    return filled(DeepLab(untrained_encoder("resnet50"), 21).eval())
+
+
+def test_tensors_are_named_as_the_authors_name_them(authors_network):
+    assert shapes(authors_network) == json.loads((GOLDEN / "deeplabv3plus_resnet50_keys.json").read_text())
+    assert shapes(authors_network.backbone) == json.loads((GOLDEN / "dino_resnet50_keys.json").read_text())
+
+
+def test_forward_equals_the_authors(authors_network):
+    with np.load(GOLDEN / "deeplab_forward.npz") as golden, torch.inference_mode():
+        photos = torch.from_numpy(golden["input"])
+        coarse, logits = authors_network.coarse_logits(photos), authors_network(photos)
+        assert coarse.shape[2:] == (25, 33) and logits.shape[2:] == photos.shape[2:] == (97, 129)
+        np.testing.assert_allclose(coarse, golden["logits_lowres"], atol=1e-4)
+        np.testing.assert_allclose(logits[:, :, ::4, ::4], golden["logits_s4"], atol=1e-4)
+        np.testing.assert_allclose(logits.mean((2, 3)), golden["logits_mean"], atol=1e-4)
+        best, second = logits[0].topk(2, dim=0).values
+        sure = best - second > 1e-3
+        assert torch.equal(logits[0].argmax(0)[sure], torch.from_numpy(golden["argmax"]).long()[sure])
+
+
+def test_an_encoder_takes_the_published_file(authors_network, tmp_path):
+    """DINO's ResNet-50 in torch's format, without the counters of BatchNorm; and a classifier that nobody wants."""
+    state = {k: v for k, v in authors_network.backbone.state_dict().items() if "num_batches" not in k}
+    torch.save({**state, "fc.weight": torch.zeros(3, 2048)}, tmp_path / "dino.pth")
+    encoder = load_encoder("resnet50.dino", str(tmp_path / "dino.pth"))
+    for name, tensor in encoder.network.state_dict().items():
+        assert torch.equal(tensor, authors_network.backbone.state_dict()[name])
+    torch.save({k: v for k, v in state.items() if k != "layer3.1.conv2.weight"}, tmp_path / "part.pth")
+    with pytest.raises(UserError, match=r"part.pth does not fit encoder 'resnet50.dino'.*layer3.1.conv2.weight"):
+        load_encoder("resnet50.dino", str(tmp_path / "part.pth"))
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_convnext", "test_efficientnet"])
+def test_whole_models_of_timm_fit_their_encoders(name, tmp_path):
+    import timm
+
+    model = timm.create_model(name)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    encoder = load_encoder(name, str(tmp_path / "model.safetensors"))
+    want = {k.replace(".", "_"): v for k, v in model.state_dict().items()}
+    for key, tensor in encoder.network.state_dict().items():
+        assert torch.equal(tensor, want[key.replace(".", "_")])
+    with torch.inference_mode():
+        features = encoder.network.eval()(torch.zeros(1, 3, 64, 96))
+    assert [tuple(features[place].shape[1:]) for place in encoder.taken] == [
+        (encoder.channels[0], 16, 24),
+        (encoder.channels[1], 8, 12),
+    ]
+
+
+def test_encoders_that_do_not_serve_are_refused():
+    for name in ("vgg11", "swin_tiny_patch4_window7_224"):
+        with pytest.raises(UserError, match=f"'{name}' cannot be dilated to output stride 8"):
+            untrained_encoder(name)
+    with pytest.raises(UserError, match="is no timm model; similar"):
+        untrained_encoder("resnet51")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 90), (33, 34)])
+def test_logits_have_the_photo_s_size(size):
+    network = DeepLab(untrained_encoder(TINY), 3, width=16).eval()
+    photos = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    with torch.inference_mode():
+        logits = network(network.normalised(photos))
+    assert logits.shape == (2, 3, *size) and logits.isfinite().all()
+
+
+def test_a_saved_network_comes_back(tmp_path):
+    torch.manual_seed(0)
+    network = DeepLab(untrained_encoder(TINY), 3, width=32).eval()
+    path = save_segmenter(tmp_path, network, ["cat", "łoś"])
+    photos = torch.randn(1, 3, 40, 50)
+    for given in (tmp_path, path, str(path)):
+        again, categories = load_segmenter(given)
+        assert categories == ["cat", "łoś"] and torch.equal(again(photos), network(photos))
+    (tmp_path / "categories.json").unlink()
+    with pytest.raises(UserError, match=r"categories.json is missing"):
+        load_segmenter(path)
+    again, _ = load_segmenter(path, ["a", "b"], TINY)  # weights alone, as the authors' are
+    assert torch.equal(again(photos), network(photos))
+    with pytest.raises(UserError, match="tells 3 classes apart; 1 categories"):
+        load_segmenter(path, ["a"], TINY)
+    with pytest.raises(UserError, match="does not fit encoder 'resnet10t'"):
+        load_segmenter(path, ["a", "b"], "resnet10t")
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not a DeepLabv3"):
+        load_segmenter(path, ["a", "b"], TINY)
+
+
+def test_the_encoder_s_statistics_move_slowly():
+    network = DeepLab(untrained_encoder(TINY), 3, width=16)
+    momenta = {
+        part: {m.momentum for m in getattr(network, part).modules() if isinstance(m, torch.nn.BatchNorm2d)}
+        for part in ("backbone", "classifier")
+    }
+    assert momenta == {"backbone": {0.01}, "classifier": {0.1}}
