@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Networks of timm: a ViT run on ragged batches for its features, and encoders for dense prediction.
 
-Photos of any shapes go through the ViT side by side, nothing padded, features at the end. The tokens of all photos lie packed in one matrix [T, C], so every linear layer is one matrix product; only attention
-looks at one photo at a time. timm's own modules and its own interpolation of position embeddings are used throughout,
-so features are timm's to rounding.
+Photos of any shapes go through the ViT side by side, nothing padded, features at the end. The tokens of all photos lie
+packed in one matrix [T, C], so every linear layer is one matrix product; only attention looks at one photo at a time.
+timm's own modules and its own interpolation of position embeddings are used throughout, so features are timm's to
+rounding.
 
 An encoder (`load_encoder`) is a convolutional network dilated to output stride 8, to be trained on.
 """
@@ -337,8 +338,8 @@ def untrained_encoder(name: str) -> Encoder:
     if 4 not in strides or strides[-1] != 8:
         raise UserError(f"encoder {name!r} {_NOT_DENSE} (its features have strides {strides})")
     taken = len(strides) - 1 - strides[::-1].index(4), len(strides) - 1
-    cfg = network.pretrained_cfg
-    return Encoder(name, network, taken, tuple(channels[place] for place in taken), tuple(cfg["mean"]), tuple(cfg["std"]))
+    colours = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
+    return Encoder(name, network, taken, tuple(channels[place] for place in taken), *colours)
 
 
 def load_encoder(name: str, weights: str | None = None) -> Encoder:

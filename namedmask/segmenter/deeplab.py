@@ -142,7 +142,9 @@ def load_segmenter(
     if last is None:
         raise UserError(f"{path}: not a DeepLabv3+ network (no classifier.classifier.3.weight)")
     if len(last) != len(categories) + 1:
-        raise UserError(f"{path} tells {len(last)} classes apart; {len(categories)} categories and the background given")
+        raise UserError(
+            f"{path} tells {len(last)} classes apart; {len(categories)} categories and the background given"
+        )
     network = DeepLab(untrained_encoder(encoder), *last.shape[:2])
     try:
         network.load_state_dict(state)
