@@ -90,6 +90,54 @@ class SaliencyTraining(Part):
     seed: int = 0
 
 
+Range = Annotated[tuple[float, float], Field(strict=False)]  # from, to; a list in run.toml
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class SegmenterTraining(Part):
+    """How a segmenter is trained on a run's masks; a category's expert too, with other numbers. Those are the paper's.
+
+    The result does not depend on the number of workers, to rounding: `batch` is that of all of them together.
+    """
+
+    encoder: str = "resnet50.dino"  # a timm network, or DINO's ResNet-50
+    encoder_weights: str | None = None  # a local file instead of the published weights
+    width: Annotated[int, Field(ge=16)] = 256  # channels of the head
+    crop: Annotated[int, Field(ge=16)] = 384  # pixels a side
+    scale: Range = (0.1, 1.0)  # of a photo's sides
+    flip: Share = 0.5  # share of the views
+    jitter: Annotated[tuple[float, float, float, float], Field(strict=False)] = (0.8, 0.8, 0.8, 0.2)  # as ColorJitter
+    jitter_share: Share = 0.8
+    grey: Share = 0.2
+    blur: Share = 0.5
+    blur_sigma: Range = (0.1, 2.0)  # pixels
+    copies: Annotated[tuple[int, int], Field(strict=False)] = (1, 2)  # objects pasted into a view, from, to
+    batch: Positive = 16  # views a step
+    accumulate: Positive = 1  # parts of the batch that go through the network one after another, to save memory
+    steps: Positive = 20_000
+    rate: Annotated[float, Field(gt=0)] = 5e-4  # Adam's, of the head
+    encoder_rate: Annotated[float, Field(ge=0)] = 5e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 2e-4
+    power: Annotated[float, Field(ge=0)] = 0.9  # rates fall as (1 - step / steps) ** power
+    lowest_rate: Annotated[float, Field(ge=0)] = 1e-6
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums are float32
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("copies")
+    @classmethod
+    def copies_go_upwards(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= value[0] <= value[1]:
+            raise ValueError("expected two numbers, from and to")
+        return value
+
+    @field_validator("scale", "blur_sigma")
+    @classmethod
+    def ranges_go_upwards(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("expected two positive numbers, from and to")
+        return value
+
+
 class CrfConfig(Part):
     """Fully connected CRF: the published weights and sigmas, and the confidence that erodes objects least."""
 
@@ -135,6 +183,7 @@ class RunConfig(Part):
     archive: ArchiveConfig = ArchiveConfig()
     detector: DetectorConfig = DetectorConfig()
     refine: RefineConfig = RefineConfig()
+    segmenter: SegmenterTraining = SegmenterTraining()
 
 
 def make_config(settings: dict, kind: type[SomePart] = RunConfig) -> SomePart:

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT
+"""Augmentation: copy-paste against arrays of the authors' own code, and each step against what it stands for."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.transforms.v2 import functional as TF
+
+from golden import GOLDEN
+from namedmask.config import SegmenterTraining, make_config
+from namedmask.errors import UserError
+from namedmask.segmenter.augment import (
+    IGNORE,
+    LUMA,
+    View,
+    augmented,
+    blurred,
+    copy_paste,
+    jittered,
+    object_box,
+    paste_object,
+)
+
+PLAIN = {"flip": 0.0, "jitter_share": 0.0, "grey": 0.0, "blur": 0.0}
+
+
+@pytest.mark.parametrize("case", ["two", "four", "empty_second", "one_row", "full", "single"])
+def test_copy_paste_equals_the_authors_where_they_paste(case):
+    """They lose the last row and column of a box, and may draw a place one too far out: here is one more of each."""
+    with np.load(GOLDEN / "copy_paste.npz") as golden:
+        images, masks, places, want_photo, want_labels = (
+            torch.from_numpy(golden[f"{case}_{name}"]) for name in ("images", "masks", "draws", "out_image", "out_mask")
+        )
+    labels = masks.int().where(masks != 255, IGNORE)
+    view = View(F.pad(images[0], (0, 1, 0, 1)), F.pad(labels[0], (0, 1, 0, 1)))
+    same = torch.ones(view.labels.shape, dtype=bool)  # where no row or column that they lose has been pasted by us
+    places = iter(places[:, 2].tolist())
+    for photo, theirs in zip(images[1:], labels[1:], strict=True):
+        if (box := object_box(theirs)) is None:
+            continue
+        top, left = next(places), next(places)
+        paste_object(view, View(photo, theirs), top, left)
+        pasted = theirs[box[0] : box[2], box[1] : box[3]] > 0
+        kept = pasted.clone()
+        kept[-1], kept[:, -1] = False, False
+        here = same[top : top + pasted.shape[0], left : left + pasted.shape[1]]
+        here |= kept
+        here &= ~(pasted & ~kept)
+    same = same[:-1, :-1]
+    want_labels = want_labels.int().where(want_labels != 255, IGNORE)
+    assert torch.equal(view.labels[:-1, :-1][same], want_labels[same])
+    assert torch.equal(view.photo[:, :-1, :-1][:, same], want_photo[:, same])
+    assert case == "single" or not same.all()
+
+
+@given(st.integers(0, 2**32), st.sampled_from([1, 3, 255, 256, 919]))
+def test_a_pasted_object_is_whole(seed, label):
+    rng = np.random.default_rng(seed)
+    h, w = rng.integers(1, 9, 2)
+    view = View(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.int32))
+    theirs = torch.full((8, 8), IGNORE, dtype=torch.int32)
+    theirs[:h, :w] = label
+    copy_paste(view, [View(torch.full((3, 8, 8), 9, dtype=torch.uint8), theirs)], rng)
+    assert int((view.labels == label).sum()) == h * w and set(view.labels.unique().tolist()) <= {0, label}
+    assert torch.equal(view.photo > 0, (view.labels > 0).expand(3, -1, -1))
+
+
+def test_every_place_is_drawn():
+    theirs = torch.zeros(4, 4, dtype=torch.int32)
+    theirs[1:3, 1:4] = 5
+    rng, corners = np.random.default_rng(0), set()
+    for _ in range(200):
+        view = View(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.int32))
+        copy_paste(view, [View(view.photo.clone(), theirs)], rng)
+        corners.add(object_box(view.labels)[:2])
+    assert corners == {(top, left) for top in range(3) for left in range(2)}
+
+
+def photo_with_box(h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
+    """A grey photo with a white box in its middle, and the box's labels."""
+    labels = np.zeros((h, w), np.int32)
+    labels[h // 4 : 3 * h // 4, w // 4 : 3 * w // 4] = 300
+    return np.repeat(np.where(labels > 0, 255, 60).astype(np.uint8)[..., None], 3, 2), labels
+
+
+@pytest.mark.parametrize(("h", "w"), [(40, 56), (200, 30), (90, 300), (1, 1), (64, 64)])
+def test_photo_and_labels_stay_together(h, w):
+    settings = SegmenterTraining(crop=64, **PLAIN)
+    for seed in range(20):
+        view = augmented(*photo_with_box(h, w), settings, np.random.default_rng(seed))
+        assert view.photo.shape == (3, 64, 64) and view.photo.dtype == torch.uint8
+        assert view.labels.shape == (64, 64) and view.labels.dtype == torch.int32
+        white, grey = view.photo[0] > 250, view.photo[0] < 65
+        seen = view.labels != IGNORE
+        assert (view.labels[white & seen] == 300).all() and (view.labels[grey & seen] == 0).all()
+        rows, columns = seen.any(1), seen.any(0)
+        for side in (rows, columns):  # what is left over lies at both ends evenly
+            ends = int(side.int().argmax()), int(side.flip(0).int().argmax())
+            assert ends[1] - ends[0] in (0, 1)
+
+
+def test_the_padding_has_the_mean_colour():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
+    view = augmented(pixels, np.zeros((20, 30), np.int32), SegmenterTraining(crop=64, scale=(1.0, 1.0), **PLAIN), rng)
+    padding = view.photo[:, view.labels == IGNORE].unique(dim=1)[:, 0]
+    np.testing.assert_allclose(padding, pixels.mean((0, 1)), atol=0.6)
+    np.testing.assert_array_equal(view.photo[:, 22:42, 17:47].permute(1, 2, 0), pixels)
+
+
+def test_windows_reach_every_end():
+    settings = SegmenterTraining(crop=16, scale=(1.0, 1.0), **PLAIN)
+    labels = np.arange(1, 20 * 18 + 1, dtype=np.int32).reshape(20, 18)
+    pixels = np.zeros((20, 18, 3), np.uint8)
+    seen = {int(augmented(pixels, labels, settings, np.random.default_rng(i)).labels[0, 0]) for i in range(200)}
+    assert seen == {int(labels[y, x]) for y in range(5) for x in range(3)}
+
+
+def only(which: int, strength: float) -> list[float]:
+    return [strength if i == which else 0.0 for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("which", "adjust"), [(0, TF.adjust_brightness), (1, TF.adjust_contrast), (2, TF.adjust_saturation)]
+)
+def test_colours_are_torchvision_s(which, adjust):
+    photo = 0.3 + 0.3 * torch.rand(3, 9, 11, generator=torch.Generator().manual_seed(0))
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(4)
+        draws = [rng.uniform(0.5, 1.5) if i == which else rng.random() for i in order]
+        want = adjust(photo, draws[list(order).index(which)])
+        torch.testing.assert_close(
+            jittered(photo, only(which, 0.5), np.random.default_rng(seed)), want, atol=1e-4, rtol=0
+        )
+
+
+def test_hue_turns_and_grey_stays():
+    photo = 0.3 + 0.3 * torch.rand(3, 9, 11)
+    other = jittered(photo, only(3, 0.2), np.random.default_rng(0))
+    torch.testing.assert_close(other.mean(0), photo.mean(0))  # about the grey axis
+    assert (other - photo).abs().max() > 0.02
+    grey = torch.rand(1, 9, 11).expand(3, -1, -1)
+    torch.testing.assert_close(jittered(grey, only(3, 0.2), np.random.default_rng(0)), grey, atol=1e-6, rtol=0)
+    torch.testing.assert_close(jittered(photo, [0, 0, 0, 0], np.random.default_rng(0)), photo, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_is_torchvision_s(sigma):
+    photo = torch.rand(3, 45, 50)
+    torch.testing.assert_close(blurred(photo, sigma), TF.gaussian_blur(photo, [39, 39], [sigma] * 2), atol=4e-4, rtol=0)
+
+
+def test_settings_say_how_often():
+    pixels, labels = photo_with_box(64, 64)
+    pixels = pixels // np.array([1, 2, 4], np.uint8)
+    base = {"crop": 64, "scale": (1.0, 1.0), **PLAIN}
+
+    def view(**changed):
+        return augmented(pixels, labels, SegmenterTraining(**{**base, **changed}), np.random.default_rng(3))
+
+    plain = view()
+    np.testing.assert_array_equal(plain.photo.permute(1, 2, 0), pixels)
+    assert torch.equal(view(flip=1.0).photo, plain.photo.flip(2))
+    grey = view(grey=1.0).photo
+    torch.testing.assert_close(grey[0].float(), torch.einsum("c,chw->hw", LUMA, plain.photo.float()), atol=0.51, rtol=0)
+    assert torch.equal(grey[0], grey[2])
+    assert not torch.equal(view(blur=1.0, blur_sigma=(2.0, 2.0)).photo, plain.photo)
+    assert torch.equal(view(flip=1.0, jitter_share=1.0, grey=1.0, blur=1.0).labels, plain.labels.flip(1))
+
+
+def test_wrong_settings_are_refused():
+    for given_, message in (({"copies": (2, 1)}, "copies"), ({"scale": (0.0, 1.0)}, "scale"), ({"grey": 1.5}, "grey")):
+        with pytest.raises(UserError, match=message):
+            make_config(given_, SegmenterTraining)
