@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import namedmask_kernels as nk
-from common import CHANNELS, forget_peak, paired_medians, report, resident, scene, threads
+from common import CHANNELS, forget_peak, on_gpu, paired_medians, report, resident, scene, threads
 from namedmask_kernels.reference.random_walk import random_walk as definition
 
 SIDE, MASKS, STEPS, SHARPNESS = 60, 20, 2, 10.0
@@ -80,6 +80,22 @@ def test_one_photo(benchmark, count):
     ]
     rows[0]["GFLOP/s"] = flops / seconds["ours"] / 1e9
     report(f"random_walk, {SIDE * SIDE} tokens, {MASKS} masks, {STEPS} steps, {count} threads", rows)
+
+
+def test_a_batch_of_64_on_a_gpu(benchmark, quick):
+    """No GPU has run this yet."""
+    masks, features = (torch.stack([x] * (4 if quick else 64)) for x in given())
+
+    def calls():
+        on_device = masks.cuda(), features.cuda()
+        exact = ours(masks[0], features[0])
+        for call in (ours, lambda m, f: dense(m[0], f[0])[None]):
+            torch.testing.assert_close(call(*on_device)[0].cpu(), exact, rtol=0, atol=1e-5)
+        yield "triton", lambda: ours(*on_device)
+        yield "torch, dense", lambda: [dense(*photo) for photo in zip(*on_device, strict=True)]
+
+    title = f"random_walk, {len(masks)} photos of {SIDE * SIDE} tokens, {MASKS} masks, {STEPS} steps, on a GPU"
+    on_gpu(title, calls, len(masks), benchmark)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -59,6 +60,31 @@ def paired_medians(
             call()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def on_gpu(title: str, make: Callable[[], Iterator[tuple[str, Callable]]], photos: int, benchmark) -> None:
+    """Reports the median time of the calls that `make` yields with their names, in turns, by the GPU's own clock.
+
+    `make` moves the data to the GPU and checks results; where there is no GPU that is reported and the test skipped.
+    """
+    if not torch.cuda.is_available():
+        report(title, [{"who": "absent: torch finds no CUDA device"}])
+        pytest.skip("no CUDA device here")
+    calls = dict(make())
+    benchmark.pedantic(next(iter(calls.values())), rounds=3)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(3 if QUICK else 23):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            if turn >= 2:  # the first compile and warm up
+                times[name].append(start.elapsed_time(end))
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    report(f"{title}, {torch.cuda.get_device_name()}",
+           [{"who": who, "ms": ms, "ms a photo": ms / photos} for who, ms in medians.items()])  # fmt: skip
 
 
 def _openblas() -> Iterator[tuple[Callable[[int], None], Callable[[], int]]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends
 from .library import register
-from .ragged import Array, Ragged, arrange, expect_dtype, expect_same_grids
+from .ragged import Array, Ragged, arrange, expect_dtype, expect_rows, expect_same_grids
 from .reference import pamr as reference
 
 NAME = "pamr"
@@ -103,8 +103,7 @@ def _refine_cpu(masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *
 def _refine_triton(masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings) -> Tensor:
     from .triton import pamr as triton  # not at import: not every machine has Triton
 
-    if shapes.prod(1).tolist() != offsets.diff().tolist() or int(offsets[-1]) != len(masks):
-        raise ValueError(f"{NAME}: offsets and shapes do not fit the {len(masks)} rows of masks")
+    expect_rows(NAME, offsets, shapes, masks)
     out = torch.empty_like(masks)
     triton.pamr(masks, image, offsets, shapes, out, *settings)
     return out

@@ -122,3 +122,12 @@ def expect_same_grids(op: str, argument: str, value: Ragged, other_argument: str
             f"{op}: {argument} and {other_argument} must be of the same height and width, "
             f"but are {value.shapes.tolist()[:4]} and {other.shapes.tolist()[:4]}"
         )
+
+
+def expect_rows(op: str, offsets: Tensor, shapes: Tensor, *arrays: Tensor) -> None:
+    """ValueError unless offsets and shapes, both on the CPU, fit each other and the rows of all arrays."""
+    if offsets[:1].any() or shapes.prod(1).tolist() != offsets.diff().tolist():
+        raise ValueError(f"{op}: offsets and shapes do not fit each other")
+    for array in arrays:
+        if len(array) != offsets[-1]:
+            raise ValueError(f"{op}: offsets and shapes are of {offsets[-1]} rows, but an array has {len(array)}")

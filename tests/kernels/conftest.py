@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from namedmask_kernels import backends
+from namedmask_kernels import Ragged, backends
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -38,6 +38,23 @@ def pytest_generate_tests(metafunc):
 def golden():
     """golden("bilateral") -> the arrays of tests/golden/bilateral.npz, made by the peers' own code."""
     return lambda name: np.load(GOLDEN / f"{name}.npz")
+
+
+@pytest.fixture
+def run(backend, device):
+    """A function (op, *arrays, **settings): calls the operator on the backend's device; results come to the CPU."""
+
+    def move(value, to):
+        if isinstance(value, Ragged):
+            return value.with_rows(value.rows.to(to))
+        if isinstance(value, tuple):
+            return type(value)(*(move(part, to) for part in value))
+        return value.to(to) if isinstance(value, torch.Tensor) else value
+
+    def call(op, *arrays, **settings):
+        return move(op(*(move(array, device) for array in arrays), backend=backend, **settings), "cpu")
+
+    return call
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import namedmask_kernels as nk
 from namedmask_kernels import Ragged
 from namedmask_kernels.reference.random_walk import random_walk as definition
 
-BACKENDS = ["cpu", "reference"]
+BACKENDS = ["cpu", "reference", "triton"]
 
 
 def scene(h, w, channels, masks=3, seed=0, noise=0.5):
@@ -32,11 +32,10 @@ def error(found, masks, features, steps, sharpness):
     return float((found.flatten(0, 1) - exact).abs().max()) / allowed if exact.numel() else 0.0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("steps", "sharpness"), [(1, 10.0), (2, 10.0), (5, 3.0), (2, 0.0), (3, 60.0)])
-def test_equals_the_definition(backend, steps, sharpness):
+def test_equals_the_definition(run, steps, sharpness):
     masks, features = scene(17, 23, 40)
-    found = nk.random_walk(masks, features, steps=steps, sharpness=sharpness, backend=backend)
+    found = run(nk.random_walk, masks, features, steps=steps, sharpness=sharpness)
     assert found.dtype == torch.float32 and found.shape == masks.shape
     assert error(found, masks, features, steps, sharpness) <= 1
 
@@ -73,28 +72,26 @@ def test_masks_snap_to_the_features():
     assert torch.equal(refined > refined.mean(), truth.expand(20, 30))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_values_that_are_known(backend):
+def test_values_that_are_known(run):
     masks, features = scene(6, 7, 12)
-    assert torch.equal(nk.random_walk(masks, features, steps=0, backend=backend), masks)
+    assert torch.equal(run(nk.random_walk, masks, features, steps=0), masks)
     mean = masks.mean((0, 1)).expand_as(masks)
-    torch.testing.assert_close(nk.random_walk(masks, features, sharpness=0, backend=backend), mean)
-    torch.testing.assert_close(nk.random_walk(masks, torch.zeros_like(features), backend=backend), mean)
-    torch.testing.assert_close(nk.random_walk(masks, 0 * features + 1e18, backend=backend), mean)
-    constant = nk.random_walk(torch.full_like(masks, 0.7), features, backend=backend)
+    torch.testing.assert_close(run(nk.random_walk, masks, features, sharpness=0), mean)
+    torch.testing.assert_close(run(nk.random_walk, masks, torch.zeros_like(features)), mean)
+    torch.testing.assert_close(run(nk.random_walk, masks, 0 * features + 1e18), mean)
+    constant = run(nk.random_walk, torch.full_like(masks, 0.7), features)
     torch.testing.assert_close(constant, torch.full_like(masks, 0.7))
-    one = nk.random_walk(masks[:1, :1], features[:1, :1], backend=backend)
+    one = run(nk.random_walk, masks[:1, :1], features[:1, :1])
     assert torch.equal(one, masks[:1, :1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_photo_in_a_batch_equals_the_photo_alone(backend):
+def test_a_photo_in_a_batch_equals_the_photo_alone(run):
     shapes = [(5, 7), (1, 1), (33, 41), (0, 4), (10, 11), (9, 0)]
     photos = [scene(h, w, 24, seed=b) for b, (h, w) in enumerate(shapes)]
     masks, features = (Ragged.pack(list(x)) for x in zip(*photos, strict=True))
-    batch = nk.random_walk(masks, features, backend=backend)
+    batch = run(nk.random_walk, masks, features)
     for photo, out in zip(photos, batch.grids(), strict=True):
-        assert torch.equal(out, nk.random_walk(*photo, backend=backend))
+        assert torch.equal(out, run(nk.random_walk, *photo))
 
 
 def test_threads_do_not_change_the_bits():
@@ -123,26 +120,24 @@ def test_every_level_that_runs_here(level, tmp_path, run_at_level):
     assert error(torch.from_numpy(np.load(tmp_path / "found.npy")), masks, features, 2, 10.0) <= 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_arrangements_and_dtypes(backend):
+def test_arrangements_and_dtypes(run, device):
     photos = [scene(6, 8, 12, seed=b) for b in range(3)]
     masks, features = (torch.stack(x) for x in zip(*photos, strict=True))
-    batch = nk.random_walk(masks, features, backend=backend)
+    batch = run(nk.random_walk, masks, features)
     assert batch.shape == (3, 6, 8, 3)
-    ragged = nk.random_walk(Ragged.pack(list(masks)), Ragged.pack(list(features)), backend=backend)
+    ragged = run(nk.random_walk, Ragged.pack(list(masks)), Ragged.pack(list(features)))
     assert torch.equal(ragged.rows, batch.flatten(0, 2))
-    as_numpy = nk.random_walk(masks.numpy(), features.numpy(), backend=backend)
-    assert isinstance(as_numpy, np.ndarray) and np.array_equal(as_numpy, batch)
-    assert torch.equal(nk.random_walk(masks.double(), features.double(), backend=backend), batch)
+    if device == "cpu":
+        as_numpy = run(nk.random_walk, masks.numpy(), features.numpy())
+        assert isinstance(as_numpy, np.ndarray) and np.array_equal(as_numpy, batch)
+    assert torch.equal(run(nk.random_walk, masks.double(), features.double()), batch)
     half = features.bfloat16()
-    assert torch.equal(
-        nk.random_walk(masks, half, backend=backend), nk.random_walk(masks, half.float(), backend=backend)
-    )
+    assert torch.equal(run(nk.random_walk, masks, half), run(nk.random_walk, masks, half.float()))
     view = masks[0].permute(1, 0, 2)[::2, 1:, 1:], features[0].permute(1, 0, 2)[::2, 1:, ::2]
-    expected = nk.random_walk(*(x.contiguous() for x in view), backend=backend)
-    assert torch.equal(nk.random_walk(*view, backend=backend), expected)
+    expected = run(nk.random_walk, *(x.contiguous() for x in view))
+    assert torch.equal(run(nk.random_walk, *view), expected)
     empty = Ragged.of_shapes(torch.zeros(0, 3), []), Ragged.of_shapes(torch.zeros(0, 12), [])
-    assert nk.random_walk(*empty, backend=backend).rows.shape == (0, 3)
+    assert run(nk.random_walk, *empty).rows.shape == (0, 3)
 
 
 def test_every_output_is_written(monkeypatch):
@@ -153,17 +148,16 @@ def test_every_output_is_written(monkeypatch):
     assert torch.equal(nk.random_walk(masks, features), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_refused(backend, bad):
+def test_features_that_are_not_finite_are_refused(run, bad):
     photos = [scene(4, 5, 8, seed=b) for b in range(4)]
     photos[2][1][3, 1, 5] = bad
     masks, features = (Ragged.pack(list(x)) for x in zip(*photos, strict=True))
     message = "random_walk: features must be finite, but those of photo {} hold NaN or Inf"
     with pytest.raises(ValueError, match=message.format(2)):
-        nk.random_walk(masks, features, backend=backend)
+        run(nk.random_walk, masks, features)
     with pytest.raises(ValueError, match=message.format(0)):
-        nk.random_walk(*photos[2], backend=backend)
+        run(nk.random_walk, *photos[2])
 
 
 def test_bad_input_is_refused_by_name():

@@ -15,6 +15,7 @@ import torch
 from namedmask_kernels import Ragged
 from namedmask_kernels.reference import attention_features as reference
 from namedmask_kernels.reference import pamr as pamr_reference
+from namedmask_kernels.reference import random_walk as walk_reference
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -173,3 +174,69 @@ def test_pixel_table_covers_every_pixel_once():
     masks = Ragged.of_shapes(torch.zeros(6 + 0 + 9), [(2, 3), (0, 4), (3, 3)])
     table = ours.pixel_table(masks.offsets, masks.shapes, 4)
     assert table.tolist() == [[0, 2, 3, 0], [0, 2, 3, 4], [6, 3, 3, 0], [6, 3, 3, 4], [6, 3, 3, 8]]
+
+
+def tokens(shapes, channels, noise=0.7):
+    """float32 features [T, channels], Ragged: two directions and noise; photo 0 holds a row of zeros, a tiny and a huge
+    one."""
+    generator = torch.Generator().manual_seed(channels)
+    grids = []
+    for h, w in shapes:
+        directions = torch.randn(2, channels, generator=generator)[(torch.arange(w) > w // 2).int()]
+        grids.append(directions + noise * torch.randn(h, w, channels, generator=generator))
+    batch = Ragged.pack(grids)
+    for row, factor in zip(range(3), (0, 1e-9, 1e25), strict=False):
+        batch.rows[row] *= factor
+    return batch
+
+
+@here
+@pytest.mark.parametrize("channels", [1, 64, 100])
+def test_unit_rows(channels):
+    from namedmask_kernels.triton.unit_rows import unit_rows
+
+    features = tokens([(5, 7)], channels).rows
+    high, low, finite = unit_rows(features.to(DEVICE))
+    exact = features.double() / features.double().norm(dim=1, keepdim=True).clamp(min=1e-12)
+    found = (high.cpu().double() + low.cpu().double()) / 256
+    torch.testing.assert_close(found[:, :channels], exact, rtol=2**-22, atol=2**-33)
+    assert not found[:, channels:].any() and finite.all()
+    features[3, -1], features[4, 0] = torch.nan, torch.inf
+    assert unit_rows(features.to(DEVICE)).finite.logical_not().nonzero().flatten().tolist() == [3, 4]
+
+
+def run_walk(masks, features, *settings):
+    from namedmask_kernels.triton import random_walk as ours
+
+    out = torch.full_like(masks.rows, torch.nan).to(DEVICE)
+    ours.random_walk(masks.rows.to(DEVICE), features.rows.to(DEVICE), masks.offsets, out, *settings)
+    return masks.with_rows(out.cpu())
+
+
+@here
+@pytest.mark.parametrize(
+    "masks, channels, steps, sharpness", [(1, 5, 1, 10.0), (20, 64, 3, 10.0), (70, 100, 2, 60.0), (3, 16, 2, 0.0)]
+)
+def test_random_walk(masks, channels, steps, sharpness):
+    features = tokens([(9, 17), (0, 4), (1, 1), (8, 8)], channels)
+    soft = features.with_rows(torch.rand(len(features.rows), masks, generator=torch.Generator().manual_seed(0)))
+    found = run_walk(soft, features, steps, sharpness)
+    for given, photo, walked in zip(soft.grids(), features.grids(), found.grids(), strict=True):
+        rows = given.flatten(0, 1), photo.flatten(0, 1)
+        exact = walk_reference.random_walk(*(x.double() for x in rows), steps, sharpness)
+        torch.testing.assert_close(walked.flatten(0, 1).double(), exact, rtol=0, atol=1e-6)
+    last = [Ragged.pack(batch.grids()[-1:]) for batch in (soft, features)]
+    assert torch.equal(run_walk(*last, steps, sharpness).rows, found.grids()[-1].flatten(0, 1))
+
+
+@here
+def test_random_walk_of_nothing_without_steps_and_of_features_that_are_not_finite():
+    features = tokens([(3, 4), (2, 2)], 8)
+    soft = features.with_rows(torch.rand(16, 2))
+    assert torch.equal(run_walk(soft, features, 0, 10.0).rows, soft.rows)
+    assert run_walk(soft.with_rows(soft.rows[:, :0]), features, 2, 10.0).rows.shape == (16, 0)
+    empty = Ragged.of_shapes(torch.zeros(0, 2), [])
+    assert run_walk(empty, empty, 2, 10.0).rows.shape == (0, 2)
+    features.rows[13, 3] = torch.nan
+    with pytest.raises(ValueError, match="random_walk: features must be finite, but those of photo 1 hold NaN or Inf"):
+        run_walk(soft, features, 2, 10.0)

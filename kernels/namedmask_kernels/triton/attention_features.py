@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tables import block_table, to_device
+
 LOG2_E = math.log2(math.e)
 
 
@@ -177,23 +179,6 @@ def _key_norms(
     tl.store(norms + t, total, mask=t < tokens)
 
 
-def block_table(offsets: Tensor, size: int, taps: list[int] | None = None) -> Tensor:
-    """Blocks of `size` tokens of every sequence, as `_attend` takes them; with `taps`, only those that hold one.
-
-    offsets: int32 [B + 1] on the CPU -> int32 [blocks, 3] on the CPU. Blocks of long sequences come first, so that the
-    last ones to finish are short.
-    """
-    lengths, order = offsets.diff().sort(descending=True, stable=True)
-    counts = (lengths + size - 1) // size
-    if taps is not None:
-        held = torch.tensor(sorted({tap // size for tap in taps}), dtype=torch.int32)
-        counts = (lengths > 0) * len(held)
-    block = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    first = size * (block if taps is None else held[block])
-    columns = offsets[:-1][order].repeat_interleave(counts), lengths.repeat_interleave(counts), first
-    return torch.stack([column.to(torch.int32) for column in columns], 1)
-
-
 def attention_features(
     qkv: Tensor,
     offsets: Tensor,
@@ -220,19 +205,21 @@ def attention_features(
     if not taps:
         rows = None
 
-    def to_device(table: Tensor) -> Tensor:  # pinned, so that the copy does not wait for the stream
-        return table.pin_memory().to(qkv.device, non_blocking=True) if qkv.is_cuda else table
-
     with torch.cuda.device_of(qkv):
         if output is not None or rows is not None or lse is not None:
-            table = to_device(block_table(offsets, blocks.queries, taps if output is None and lse is None else None))
+            table = to_device(
+                block_table(offsets, blocks.queries, taps if output is None and lse is None else None), qkv
+            )
             sums = lse if lse is not None else qkv.new_empty(tokens, heads, dtype=torch.float32)
             _attend[len(table), heads](
                 qkv, table, output, sums, scale * LOG2_E, *strides, **shape, QUERIES=blocks.queries, KEYS=blocks.keys,
                 WRITE_OUTPUT=output is not None, num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
         if rows is not None:
-            table, at = to_device(block_table(offsets, TOKENS)), to_device(torch.tensor(taps, dtype=torch.int32))
+            table, at = (
+                to_device(block_table(offsets, TOKENS), qkv),
+                to_device(torch.tensor(taps, dtype=torch.int32), qkv),
+            )
             _tap[len(table), heads](
                 qkv, table, at, sums, rows, scale * LOG2_E, *strides, len(taps), **shape, TOKENS=TOKENS
             )

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tables import to_device
+
 PIXELS = 128  # of a block of `_affinities`
 # Labels of a block of `_average`, rounded up to a power of two -> its pixels. Not yet measured on a GPU: chosen for no
 # spills, at most 4 sums a thread.
@@ -162,16 +164,13 @@ def pamr(
     size = AVERAGE_PIXELS[together]
     longest = int(shapes.max())  # a step further than that ends at the border just so
 
-    def to_device(table: Tensor) -> Tensor:  # pinned, so that the copy does not wait for the stream
-        return table.pin_memory().to(masks.device, non_blocking=True) if masks.is_cuda else table
-
     with torch.cuda.device_of(masks):
-        steps = to_device(torch.tensor([min(d, longest) for d in dilations], dtype=torch.int32))
+        steps = to_device(torch.tensor([min(d, longest) for d in dilations], dtype=torch.int32), masks)
         weights = torch.empty(8 * len(dilations), tokens, dtype=torch.int16, device=masks.device)
         scales = torch.empty(tokens, dtype=torch.float32, device=masks.device)
-        table = to_device(pixel_table(offsets, shapes, PIXELS))
+        table = to_device(pixel_table(offsets, shapes, PIXELS), masks)
         _affinities[(len(table),)](image, table, steps, weights, scales, tokens, len(dilations), PIXELS=PIXELS)
-        table = to_device(pixel_table(offsets, shapes, size))
+        table = to_device(pixel_table(offsets, shapes, size), masks)
         spare = torch.empty_like(out) if iterations > 1 else out
         source = masks
         for i in reversed(range(iterations)):  # the last goes to out
