@@ -73,6 +73,11 @@ LargestComponent = Annotated[
     bool | None,
     typer.Option("--largest-component/--all-components", help="Refine the largest part alone. (default: all)"),
 ]
+Weights = Annotated[
+    Path,
+    typer.Argument(metavar="WEIGHTS", help="A segmenter's folder or its model.safetensors, or NamedMask's .pth."),
+]
+EncoderName = Annotated[str, typer.Option("--encoder", help="A timm network, for weights without a categories.json.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes on the CPU.")]
 Gpus = Annotated[
     int | None,
@@ -144,6 +149,26 @@ def _backbones(text: str | None) -> list[str] | None:
         return None
     entries = [entry.strip().partition("=") for entry in text.split(",") if entry.strip()]
     return [name + equals + (os.path.abspath(file) if file else "") for name, equals, file in entries]  # noqa: PTH100
+
+
+def _source(photos: Path):
+    from .photos import PhotoSource
+
+    try:
+        return PhotoSource(photos)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _load_segmenter(weights: Path, categories: str | None, file: Path | None, encoder: str, precision: str):
+    names = _names(categories, file)
+    from .distributed import count_gpus
+    from .segmenter.predict import Segmenter
+
+    if precision not in ("float32", "bfloat16"):
+        raise UserError(f"--precision {precision}: expected float32 or bfloat16")
+    device = "cuda" if count_gpus(None, 1) else "cpu"
+    return Segmenter.load(weights, categories=names, encoder=encoder, device=device, precision=precision)
 
 
 def command(function: Callable) -> Callable:
@@ -313,11 +338,50 @@ def train_saliency(
 
 @app.command()
 @command
-def evaluate(
-    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="A folder of PNG masks.")],
-    truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="A folder of PNG masks with the same names.")],
+def segment(
+    weights: Weights,
+    photos: Photos,
+    out: Annotated[Path, typer.Option("--out", help="A folder for masks and overlays; continued if it is there.")],
     categories: Categories = None,
     categories_file: CategoriesFile = None,
+    encoder: EncoderName = "resnet50",
+    precision: Annotated[str, typer.Option("--precision", help="float32 or bfloat16, for GPUs.")] = "float32",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """A mask with the class of every pixel, and a picture of it, for each photo; run it again to continue."""
+    segmenter = _load_segmenter(weights, categories, categories_file, encoder, precision)
+    from . import run
+    from .distributed import Worker
+    from .progress import Progress
+    from .segmenter.folder import segment_photos
+
+    source = _source(photos)
+    with run.locked(out):
+        if overwrite:
+            for name in ("masks", "overlays", "categories.json", "errors.jsonl"):
+                run.remove(out / name)
+        with Progress("segment", Worker()) as progress:
+            failed = segment_photos(segmenter, weights, source, out, progress)
+    print(f"masks and overlays are in {out}" + (f"; {failed} photos failed: {out / 'errors.jsonl'}" if failed else ""))
+
+
+@app.command()
+@command
+def evaluate(
+    predictions: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PREDICTIONS", help="A folder of PNG masks, the OUT of `segment`, or WEIGHTS with --photos."
+        ),
+    ],
+    truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="A folder of PNG masks with the same names.")],
+    photos: Annotated[
+        Path | None, typer.Option("--photos", help="PREDICTIONS are the weights of a segmenter, to see these photos.")
+    ] = None,
+    categories: Categories = None,
+    categories_file: CategoriesFile = None,
+    encoder: EncoderName = "resnet50",
     ignore: Annotated[
         int | None,
         typer.Option("--ignore", help="Id in TRUTH that does not count. (default: 255; 65535 where that is a class)"),
@@ -329,9 +393,14 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """How good predicted masks are: IoU of every class, mIoU, pixel accuracy; 0 is the background, k the k-th name."""
-    from .evaluate.folders import evaluate_folders, print_table, write_json
+    from .evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
 
-    figures = evaluate_folders(predictions, truth, _names(categories, categories_file), ignore, red_green)
+    if photos is None:
+        names = _names(categories, categories_file)
+        figures = evaluate_folders(predictions, truth, names, ignore, red_green)
+    else:
+        segmenter = _load_segmenter(predictions, categories, categories_file, encoder, "float32")
+        figures = evaluate_segmenter(segmenter, _source(photos), truth, ignore, red_green)
     print_table(figures)
     if json_file is not None:
         write_json(json_file, figures)

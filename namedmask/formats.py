@@ -17,6 +17,7 @@ from .errors import UserError
 from .files import atomic_write
 
 MAX_LABEL = 0xFFFF
+BACKGROUND = "background"  # the name of class 0
 
 
 @functools.cache

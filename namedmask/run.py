@@ -70,7 +70,7 @@ def prepare(out: Path, given: dict, stages: Sequence[str], overwrite: bool) -> R
         raise UserError("give --embeddings or --clip-weights, not both")
     if overwrite:
         for stage in STAGES[min(map(STAGES.index, stages)) :]:
-            _remove(out / MADE[stage])
+            remove(out / MADE[stage])
     changed = differences(old, config) if old else []
     for number, stage in enumerate(STAGES[:-1]):
         read = [key for before in STAGES[: number + 1] for key in SETTINGS[before]]
@@ -268,7 +268,7 @@ def _merged(settings: dict, given: dict) -> dict:
     return result
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Removes a file or a folder; killed in the middle it leaves nothing that looks whole."""
     if path.exists():
         doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")

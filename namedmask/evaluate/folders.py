@@ -7,18 +7,22 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..distributed import Worker
 from ..errors import UserError
 from ..files import atomic_write
-from ..formats import read_label_map
+from ..formats import BACKGROUND, read_label_map
 from ..progress import Progress
 from ..threads import map_ahead, thread_count
 from .metrics import Confusion, Metrics
 
-BACKGROUND = "background"  # the name of class 0
+if TYPE_CHECKING:
+    from ..photos import PhotoSource
+    from ..segmenter.predict import Segmenter
+
 IGNORED = 255  # the id that is left out, where no class has it
 IGNORED_RED_GREEN = 1000  # ImageNet-S's
 IGNORED_16_BIT = 0xFFFF  # where 255 is a class
@@ -106,6 +110,20 @@ def evaluate_folders(
         progress.total = len(wanted)
         compare(((name, read_label_map(found[name])) for name in wanted), wanted, confusion, red_green, progress.tick)
     return as_json(confusion.metrics(), [BACKGROUND, *categories], len(wanted))
+
+
+def evaluate_segmenter(
+    segmenter: Segmenter, source: PhotoSource, truth: Path, ignore: int | None, red_green: bool
+) -> dict:
+    """The same of what a segmenter finds in those photos of `source` that `truth` has masks of; nothing is written."""
+    from ..segmenter.folder import predictions
+
+    wanted = label_maps(truth)
+    confusion = new_confusion(segmenter.names[1:], ignore, red_green)
+    with Progress("evaluate", Worker()) as progress:
+        progress.total = len(wanted)
+        compare(predictions(segmenter, source, set(wanted)), wanted, confusion, red_green, progress.tick)
+    return as_json(confusion.metrics(), segmenter.names, len(wanted))
 
 
 def as_json(metrics: Metrics, classes: Sequence[str], photos: int) -> dict:

@@ -97,13 +97,8 @@ def test_palette_is_voc_s_and_all_colours_differ():
     palette = label_palette()
     assert len(np.unique(palette, axis=0)) == 256
     # aeroplane, bicycle, person, the ignored border: as the colour map of VOC's development kit has them
-    assert palette[[0, 1, 2, 15, 255]].tolist() == [
-        [0, 0, 0],
-        [128, 0, 0],
-        [0, 128, 0],
-        [192, 128, 128],
-        [224, 224, 192],
-    ]
+    colours = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [224, 224, 192]]
+    assert palette[[0, 1, 2, 15, 255]].tolist() == colours
 
 
 def test_other_kinds_of_label_files(tmp_path):
