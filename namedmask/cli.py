@@ -408,6 +408,25 @@ def evaluate(
 
 @app.command()
 @command
+def export(
+    weights: Weights,
+    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The file to write.")],
+    categories: Categories = None,
+    categories_file: CategoriesFile = None,
+    encoder: EncoderName = "resnet50",
+    debug: Debug = False,
+) -> None:
+    """A segmenter as one ONNX file for photos of any size, checked with onnxruntime."""
+    from .segmenter.export import export_onnx
+    from .segmenter.predict import Segmenter
+
+    segmenter = Segmenter.load(weights, categories=_names(categories, categories_file), encoder=encoder)
+    worst = export_onnx(segmenter, onnx)
+    print(f"{onnx}: onnxruntime's logits differ from torch's by at most {worst:.1g} of the largest")
+
+
+@app.command()
+@command
 def report(out: RunFolder, debug: Debug = False) -> None:
     """The gallery of a run: OUT/report.html."""
     from .report import write_report

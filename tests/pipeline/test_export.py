@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""The ONNX file: onnxruntime finds what torch finds, at sizes that the export has not seen; a bad file is not left."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from namedmask import cli
+from namedmask.backbones import untrained_encoder
+from namedmask.errors import UserError
+from namedmask.segmenter import export
+from namedmask.segmenter.deeplab import DeepLab, save_segmenter
+from namedmask.segmenter.predict import Segmenter
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("segmenter")
+    torch.manual_seed(0)
+    save_segmenter(folder, DeepLab(untrained_encoder("test_resnet"), 3, width=16), ["cat", "traffic light"])
+    return folder
+
+
+def test_export_command(weights, tmp_path):
+    path = tmp_path / "model.onnx"
+    done = CliRunner().invoke(cli.app, ["export", str(weights), "--onnx", str(path)], catch_exceptions=False)
+    assert done.exit_code == 0 and "differ from torch's by at most" in done.output, done.output
+    session = onnxruntime.InferenceSession(path)
+    names = json.loads(session.get_modelmeta().custom_metadata_map["names"])
+    assert names == ["background", "cat", "traffic light"]
+    segmenter = Segmenter.load(weights)
+    for n, height, width in ((1, 50, 71), (3, 33, 200), (1, 8, 8)):
+        photos = np.random.default_rng(n).integers(0, 256, (n, height, width, 3), np.uint8)
+        labels, logits = session.run(["labels", "logits"], {"photos": photos.transpose(0, 3, 1, 2)})
+        np.testing.assert_allclose(logits, segmenter.coarse_logits(list(photos)), atol=1e-4)
+        assert labels.shape == (n, height, width)
+        assert (labels == np.stack(segmenter.masks(list(photos)))).mean() > 0.995
+
+
+def test_a_file_that_differs_is_not_left(weights, tmp_path, monkeypatch):
+    """The network changes after its export, as far as the check can tell."""
+    network, check = Segmenter.load(weights), export._difference
+
+    def changed(exported, session):
+        exported.network.classifier.classifier[3].bias.data[1] += 0.5
+        return check(exported, session)
+
+    monkeypatch.setattr(export, "_difference", changed)
+    with pytest.raises(UserError, match=r"model\.onnx is not written: onnxruntime's result differs"):
+        export.export_onnx(network, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_packages(weights, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"pip install 'namedmask\[onnx\]'"):
+        export.export_onnx(Segmenter.load(weights), tmp_path / "model.onnx")
