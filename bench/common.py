@@ -165,6 +165,34 @@ def copy_bandwidth(bytes_moved: int = 1 << 28) -> float:
     return repeats * bytes_moved / paired_medians({"copy": copy}, rounds=7)["copy"]
 
 
+def needs_gpu(title: str) -> None:
+    """Where there is no GPU: reports the table as absent and skips the bench."""
+    if not torch.cuda.is_available():
+        report(title, [{"who": "cuda: absent (no CUDA device here)"}])
+        pytest.skip("no CUDA device here")
+
+
+def device_median(call: Callable[[], object], rounds: int = 30) -> float:
+    """Median seconds between CUDA events around a call, after three unmeasured ones."""
+    taken = []
+    for turn in range(3 + (3 if QUICK else rounds)):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if turn >= 3:
+            taken.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(taken)
+
+
+def device_copy_bandwidth() -> float:
+    """Bytes per second, read plus written, that the GPU reaches when it copies 1 GiB."""
+    source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / device_median(lambda: target.copy_(source))
+
+
 def machine() -> str:
     """The processor's name and how many of its cores this process sees."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())

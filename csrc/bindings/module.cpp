@@ -32,6 +32,19 @@ void define_cuda(py::module_ m) {
   using release = py::call_guard<py::gil_scoped_release>;
   namespace cuda = namedmask::cuda;
 
+  m.def(
+      "bilateral_solver",
+      [](const namedmask::TensorView& target, const namedmask::TensorView& image, const namedmask::TensorView& offsets,
+         const namedmask::TensorView& shapes, const namedmask::TensorView& out, const namedmask::TensorView& workspace,
+         double confidence, double sigma_spatial, double sigma_luma, double sigma_chroma, double smoothness,
+         int64_t iterations, double tolerance, namedmask::Stream stream) {
+        cuda::bilateral_solver(target, image, offsets, shapes, out, workspace,
+                               {confidence, sigma_spatial, sigma_luma, sigma_chroma, smoothness, iterations, tolerance},
+                               stream);
+      },
+      arg("target"), arg("image"), arg("offsets"), arg("shapes"), arg("out"), arg("workspace"), arg("confidence"),
+      arg("sigma_spatial"), arg("sigma_luma"), arg("sigma_chroma"), arg("smoothness"), arg("iterations"),
+      arg("tolerance"), arg("stream"), release());
   m.def("connected_components", &cuda::connected_components, arg("mask"), arg("offsets"), arg("shapes"), arg("labels"),
         arg("counts"), arg("workspace"), arg("stream"), release());
   m.def("component_stats", &cuda::component_stats, arg("labels"), arg("offsets"), arg("shapes"), arg("counts"),

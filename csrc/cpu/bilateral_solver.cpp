@@ -17,16 +17,7 @@
 
 namespace namedmask::cpu {
 
-int32_t colour_key(const ColourGrid& grid, int r, int g, int b) {
-  constexpr double kPlanes[3][3] = {{0.299, 0.587, 0.114}, {-0.168736, -0.331264, 0.5}, {0.5, -0.418688, -0.081312}};
-  int32_t key = grid.offset;
-  for (int i = 0; i < 3; ++i) {
-    const double* k = kPlanes[i];
-    const double plane = std::fma(b, k[2], std::fma(g, k[1], r * k[0])) + (i == 0 ? 0.0 : 128.0);
-    key += grid.steps[i] * static_cast<int32_t>(plane / grid.sizes[i]);
-  }
-  return key;
-}
+int32_t colour_key(const ColourGrid& grid, int r, int g, int b) { return grid.key(r, g, b); }
 
 namespace {
 
@@ -44,26 +35,11 @@ const BilateralKernels& kernels() {
   }
 }
 
-// Every axis has a spare cell that stays empty, so that a step over an edge finds nothing instead of wrapping around.
-ColourGrid colour_grid(const BilateralSettings& settings) {
-  ColourGrid grid = {};
-  const int32_t luma_cells = static_cast<int32_t>(255 / settings.sigma_luma) + 2;
-  const int32_t chroma_cells = static_cast<int32_t>(256 / settings.sigma_chroma) + 2;
-  grid.sizes[0] = settings.sigma_luma;
-  grid.sizes[1] = grid.sizes[2] = settings.sigma_chroma;
-  grid.steps[0] = 1;
-  grid.steps[1] = luma_cells;
-  grid.steps[2] = luma_cells * chroma_cells;
-  grid.offset = grid.steps[2];  // the smallest key minus any step is still in the table
-  for (int v = 0; v < 256; ++v) grid.grey[v] = colour_key(grid, v, v, v);
-  return grid;
-}
-
 // first[c] is the first pixel of cell c along one axis; a cell is at least one pixel wide, so none is skipped.
 std::vector<int32_t> cell_starts(int64_t pixels, double sigma) {
   std::vector<int32_t> first;
-  for (int64_t x = 0; x < pixels; ++x) {
-    if (static_cast<int64_t>(x / sigma) == static_cast<int64_t>(first.size())) first.push_back(static_cast<int32_t>(x));
+  for (int32_t x = 0; x < pixels; ++x) {
+    if (spatial_cell(x, sigma) == static_cast<int32_t>(first.size())) first.push_back(x);
   }
   first.push_back(static_cast<int32_t>(pixels));
   return first;
@@ -97,10 +73,10 @@ class Solver {
  private:
   void prepare(const BilateralSettings& settings) {
     settings_ = settings;
-    grid_ = colour_grid(settings);
-    const size_t entries = static_cast<size_t>(grid_.steps[2]) * (static_cast<size_t>(256 / settings.sigma_chroma) + 3);
-    table_.reserve(entries);
-    std::fill_n(table_.data(), entries, 0);
+    grid_ = ColourTable(settings);
+    for (int v = 0; v < 256; ++v) grid_.grey[v] = grid_.key(v, v, v);
+    table_.reserve(grid_.keys());
+    std::fill_n(table_.data(), grid_.keys(), 0);
   }
 
   // The vertices with their keys, sums and neighbours, and vertex_of_pixel_.
@@ -266,7 +242,7 @@ class Solver {
   static constexpr int kSums = 4;
 
   BilateralSettings settings_;
-  ColourGrid grid_ = {};
+  ColourTable grid_{settings_};
   Buffer<int32_t> table_;  // key -> vertex of the cell in work, counted from 1; 0: none
   Buffer<int32_t> vertex_of_pixel_;
   Buffer<int32_t> keys_;          // of the pixels of a row of cells
@@ -291,9 +267,7 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
   expect(op, "image", image, DType::kUInt8, {target.shape[0], 3});
   expect(op, "out", out, DType::kFloat32, {target.shape[0]});
   const RaggedShape batch = expect_ragged(op, offsets, shapes, target.shape[0]);
-  if (!(settings.sigma_spatial >= 1 && settings.sigma_luma >= 1 && settings.sigma_chroma >= 1)) {
-    throw std::invalid_argument("bilateral_solver: cell sizes must be at least 1");
-  }
+  expect_cells(settings);
   std::vector<uint8_t> refused(batch.count, 0);
   for_each_photo<Solver>(batch, [&](int64_t b, Solver& solver) {
     refused[b] = !solver.run(target.as<float>() + batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),

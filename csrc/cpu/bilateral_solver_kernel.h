@@ -197,7 +197,7 @@ inline I8 eight_keys(const uint8_t* rgb, const Scale& scale) {
 }
 
 // Gives their keys to the pixels of [begin, end) whose key is negative.
-void settle(const uint8_t* rgb, int64_t begin, int64_t end, const ColourGrid& grid, int32_t* keys) {
+void settle(const uint8_t* rgb, int64_t begin, int64_t end, const ColourTable& grid, int32_t* keys) {
   int last_colour = -1;
   int32_t last_key = 0;
   for (int64_t i = begin; i < end; ++i) {
@@ -213,7 +213,7 @@ void settle(const uint8_t* rgb, int64_t begin, int64_t end, const ColourGrid& gr
   }
 }
 
-void keys(const uint8_t* rgb, int64_t n, const ColourGrid& grid, int32_t* keys) {
+void keys(const uint8_t* rgb, int64_t n, const ColourTable& grid, int32_t* keys) {
   constexpr int64_t kChunk = 8 * kLanes;
   const Scale scale = {static_cast<float>(1 / (1000 * grid.sizes[0])),
                        static_cast<float>(1 / (31250 * grid.sizes[1])),

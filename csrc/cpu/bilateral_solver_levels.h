@@ -4,13 +4,12 @@
 
 #include <cstdint>
 
+#include "bilateral_grid.h"
+
 namespace namedmask::cpu {
 
-// How a colour becomes a key: steps[0] * luma cell + steps[1] * blue cell + steps[2] * red cell + offset.
-struct ColourGrid {
-  double sizes[3];  // of the cells of luma, blue chroma, red chroma
-  int32_t steps[3];
-  int32_t offset;
+struct ColourTable : ColourGrid {
+  using ColourGrid::ColourGrid;
   int32_t grey[256];  // the keys of r = g = b, which all lie on a border between chroma cells
 };
 
@@ -32,13 +31,13 @@ struct BilateralSystem {
 
 struct BilateralKernels {
   // Keys of n pixels [n, 3].
-  void (*keys)(const uint8_t* rgb, int64_t n, const ColourGrid& grid, int32_t* keys);
+  void (*keys)(const uint8_t* rgb, int64_t n, const ColourTable& grid, int32_t* keys);
   void (*solve)(const BilateralSystem& system);
   // out[i] = values[index[i]]
   void (*slice)(const float* values, const int32_t* index, int64_t n, float* out);
 };
 
-// The key of one colour by the definition, in double.
+// grid.key(r, g, b): a function that no level compiles for itself.
 int32_t colour_key(const ColourGrid& grid, int r, int g, int b);
 
 extern const BilateralKernels bilateral_portable;

@@ -14,7 +14,7 @@ import namedmask_kernels as nk
 from namedmask_kernels import Ragged, backends
 from namedmask_kernels.reference import bilateral_solver as reference
 
-BACKENDS = ["cpu", "reference"]
+BACKENDS = ["cpu", "cuda", "reference"]
 CASES = ["chelsea", "coffee", "coffee_large", "coffee_side"]
 
 
@@ -39,6 +39,12 @@ def definition(target, image, **changes):
     return reference.bilateral_solver(target, image, **parameters)
 
 
+def solve(target, image, backend, device, **parameters):
+    """numpy arrays through a backend, and back."""
+    given = (torch.from_numpy(a).to(device) for a in (target, image))
+    return nk.bilateral_solver(*given, **parameters, backend=backend).cpu().numpy()
+
+
 def random_photo(seed, h, w):
     """(target, image): smooth colours with some noise and greys, a blob as target."""
     rng = np.random.default_rng(seed)
@@ -59,21 +65,20 @@ def test_reference_equals_the_peer(case, golden, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_cpu_equals_the_peer(case, name):
+def test_equals_the_peer(case, name, backend, device):
     target, image, soft, converged = case(name)
-    found = nk.bilateral_solver(target, image, backend="cpu")
+    found = solve(target, image, backend, device)
     np.testing.assert_allclose(found, soft, atol=1e-5)
     clear = np.abs(soft - 0.5) > 1e-3
     assert ((found > 0.5) == (soft > 0.5))[clear].mean() >= 0.999
-    found = nk.bilateral_solver(target, image, iterations=2000, tolerance=1e-7, backend="cpu")
+    found = solve(target, image, backend, device, iterations=2000, tolerance=1e-7)
     np.testing.assert_allclose(found, converged, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.3, -7.0])
-def test_a_constant_target_comes_back(case, backend, value):
+def test_a_constant_target_comes_back(case, backend, device, value):
     _, image, _, _ = case("coffee")
-    found = nk.bilateral_solver(np.full(image.shape[:2], value, np.float32), image, backend=backend)
+    found = solve(np.full(image.shape[:2], value, np.float32), image, backend, device)
     np.testing.assert_array_equal(found, np.float32(value))
 
 
@@ -95,23 +100,23 @@ PARAMETERS = st.fixed_dictionaries(
     seed=st.integers(0, 99),
     parameters=PARAMETERS,
 )
-def test_cpu_equals_reference_on_small_photos(image, seed, parameters):
+def test_equals_reference_on_small_photos(backend, device, image, seed, parameters):
     target = np.random.default_rng(seed).random(image.shape[:2], np.float32)
     expected = definition(target, image, tolerance=0.0, **parameters)
-    found = nk.bilateral_solver(target, image, tolerance=0.0, **parameters, backend="cpu")
+    found = solve(target, image, backend, device, tolerance=0.0, **parameters)
     np.testing.assert_allclose(found, expected, atol=1e-5 + 1e-7 * parameters["smoothness"] / parameters["confidence"])
 
 
 @pytest.mark.parametrize("shape", [(97, 131), (64, 48), (1, 300), (300, 1), (17, 16)])
 @pytest.mark.parametrize("sigmas", [(16, 16, 8), (7.3, 5.5, 3.25), (1, 1, 1)])
-def test_cpu_equals_reference_on_photos(shape, sigmas):
+def test_equals_reference_on_photos(backend, device, shape, sigmas):
     target, image = random_photo(3, *shape)
     parameters = dict(zip(("sigma_spatial", "sigma_luma", "sigma_chroma"), sigmas, strict=True))
-    found = nk.bilateral_solver(target, image, **parameters, backend="cpu")
+    found = solve(target, image, backend, device, **parameters)
     np.testing.assert_allclose(found, definition(target, image, **parameters), atol=2e-5)
 
 
-def test_colours_on_a_border_between_cells_fall_as_in_the_reference():
+def test_colours_on_a_border_between_cells_fall_as_in_the_reference(backend, device):
     """All colours whose luma or chroma is a whole number of cells, all greys among them: rounding decides."""
     r, g, b = np.ogrid[:256, :256, :256]
     luma = 299 * r + 587 * g + 114 * b
@@ -120,31 +125,30 @@ def test_colours_on_a_border_between_cells_fall_as_in_the_reference():
     colours = np.argwhere((luma % 16000 == 0) | (blue % 250000 == 0) | (red % 250000 == 0)).astype(np.uint8)
     image = colours[: len(colours) // 4 * 4].reshape(4, -1, 3)
     target = np.random.default_rng(1).random(image.shape[:2], np.float32)
-    found = nk.bilateral_solver(target, image, smoothness=0.0, backend="cpu")  # the means of the cells
+    found = solve(target, image, backend, device, smoothness=0.0)  # the means of the cells
     np.testing.assert_allclose(found, definition(target, image, smoothness=0.0), atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_degenerate_photos(backend):
+def test_degenerate_photos(backend, device):
     for shape in [(0, 5), (5, 0), (0, 0)]:
-        found = nk.bilateral_solver(np.zeros(shape, np.float32), np.zeros((*shape, 3), np.uint8), backend=backend)
+        found = solve(np.zeros(shape, np.float32), np.zeros((*shape, 3), np.uint8), backend, device)
         assert found.shape == shape and found.dtype == np.float32
-    one = nk.bilateral_solver(torch.tensor([[0.25]]), torch.full((1, 1, 3), 255, dtype=torch.uint8), backend=backend)
+    one = solve(np.full((1, 1), 0.25, np.float32), np.full((1, 1, 3), 255, np.uint8), backend, device)
     assert one.tolist() == [[0.25]]
     target, _ = random_photo(0, 40, 50)
-    flat = nk.bilateral_solver(target, np.full((40, 50, 3), 77, np.uint8), sigma_spatial=100, backend=backend)
+    flat = solve(target, np.full((40, 50, 3), 77, np.uint8), backend, device, sigma_spatial=100)
     np.testing.assert_allclose(flat, target.mean(), atol=1e-6)
-    empty = Ragged.of_shapes(torch.zeros(0), [])
-    assert nk.bilateral_solver(empty, empty.with_rows(torch.zeros(0, 3, dtype=torch.uint8))).rows.shape == (0,)
+    empty = Ragged.of_shapes(torch.zeros(0, device=device), [])
+    image = empty.with_rows(torch.zeros(0, 3, dtype=torch.uint8, device=device))
+    assert nk.bilateral_solver(empty, image, backend=backend).rows.shape == (0,)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_photo_in_a_batch_equals_the_photo_alone(backend):
+def test_a_photo_in_a_batch_equals_the_photo_alone(backend, device):
     photos = [
         random_photo(s, h, w) for s, (h, w) in enumerate([(40, 70), (1, 1), (0, 4), (97, 33), (64, 64), (5, 200)])
     ]
-    targets = [torch.from_numpy(t) for t, _ in photos]
-    images = [torch.from_numpy(i) for _, i in photos]
+    targets = [torch.from_numpy(t).to(device) for t, _ in photos]
+    images = [torch.from_numpy(i).to(device) for _, i in photos]
     batch = nk.bilateral_solver(Ragged.pack(targets), Ragged.pack(images), backend=backend)
     for target, image, found in zip(targets, images, batch.grids(), strict=True):
         assert torch.equal(found, nk.bilateral_solver(target, image, backend=backend))
@@ -209,20 +213,23 @@ def test_views_and_other_kinds_are_read_as_they_are():
     assert np.array_equal(nk.bilateral_solver(target, image_bgr[..., ::-1]), nk.bilateral_solver(target, image))
 
 
-def test_every_output_pixel_is_written(monkeypatch):
-    target, image = map(torch.from_numpy, random_photo(6, 31, 47))
-    expected = nk.bilateral_solver(target, image)
+def test_every_output_pixel_is_written(monkeypatch, backend, device):
+    photo = random_photo(6, 31, 47)
+    expected = solve(*photo, backend, device)
     plain = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
-    assert torch.equal(nk.bilateral_solver(target, image), expected)
+    assert np.array_equal(solve(*photo, backend, device), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_target_that_is_not_finite_is_refused_with_its_photo(backend, value):
+def test_a_target_that_is_not_finite_is_refused_with_its_photo(backend, device, value):
     photos = [random_photo(s, 20, 30) for s in range(3)]
     photos[1][0][7, 9] = value
-    batch = [Ragged.pack([torch.from_numpy(p[i]) for p in photos]) for i in (0, 1)]
+    batch = [Ragged.pack([torch.from_numpy(p[i]).to(device) for p in photos]) for i in (0, 1)]
+    if backend == "cuda":  # the device is not waited for
+        finite = [grid.isfinite().all().item() for grid in nk.bilateral_solver(*batch, backend=backend).grids()]
+        assert finite == [True, False, True]
+        return
     with pytest.raises(ValueError, match="bilateral_solver: target of photo 1 has values that are not finite"):
         nk.bilateral_solver(*batch, backend=backend)
 

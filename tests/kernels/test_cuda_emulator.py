@@ -3,6 +3,7 @@
 own tests run the real thing."""
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,13 +22,36 @@ COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not here to compile the emulated kernels")
 
 
+SEEDS = [0, 1]  # of the order in which threads run
+
+
 @pytest.fixture(scope="module")
-def components(tmp_path_factory):
-    library = tmp_path_factory.mktemp("emulator") / "connected_components.so"
-    command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-o", library, f"-I{HERE / 'cuda_emulator'}"]
-    sources = [HERE / "cuda_emulator" / "connected_components.cpp", CSRC / "cpu" / "tensor_view.cpp"]
-    subprocess.run([*command, f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", *sources], check=True)
-    function = ctypes.CDLL(str(library)).run
+def emulated(tmp_path_factory):
+    """A function: operator -> its `run` in cuda_emulator/OPERATOR.cpp."""
+    folder = tmp_path_factory.mktemp("emulator")
+    includes = [
+        f"-I{path}" for path in (HERE / "cuda_emulator", *(CSRC / name for name in ("include", "common", "cuda")))
+    ]
+
+    @functools.cache
+    def build(op):
+        library = folder / f"{op}.so"
+        # _FORTIFY_SOURCE takes a longjmp between stacks for a fault.
+        options = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-o", library]
+        sources = [HERE / "cuda_emulator" / f"{op}.cpp", CSRC / "cpu" / "tensor_view.cpp"]
+        subprocess.run([COMPILER, *options, *includes, *sources], check=True)
+        return ctypes.CDLL(str(library))
+
+    return build
+
+
+def pointers(*tensors):
+    return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+
+
+@pytest.fixture(scope="module")
+def components(emulated):
+    function = emulated("connected_components").run
 
     def run(op, batch, out_dtype, counts=None, found=0):
         """Calls the launcher with every output and the scratch memory poisoned; -> out, counts, areas, boxes."""
@@ -36,9 +60,9 @@ def components(tmp_path_factory):
         counts = torch.full((photos,), -77, dtype=torch.int32) if counts is None else counts
         areas, boxes = torch.full((found,), 77, dtype=torch.int32), torch.full((found, 4), 77, dtype=torch.int32)
         workspace = torch.full((2 * rows + 4 * photos,), 12345678, dtype=torch.int32)
-        tensors = [batch.rows, batch.offsets, batch.shapes], [out, counts, areas, boxes], [workspace]
-        given, results, scratch = ([ctypes.c_void_p(t.data_ptr()) for t in group] for group in tensors)
-        function(op.encode(), *given, rows, photos, *results, found, *scratch)
+        given = pointers(batch.rows, batch.offsets, batch.shapes)
+        results = pointers(out, counts, areas, boxes)
+        function(op.encode(), *given, rows, photos, *results, found, *pointers(workspace))
         return out.view(out_dtype) if out_dtype == torch.bool else out, counts, areas, boxes
 
     return run
@@ -84,3 +108,103 @@ def test_emulated_components_equal_the_cpu(components, batch):
     assert torch.equal(areas, expected.areas) and torch.equal(boxes, expected.boxes)
     for op in (nk.largest_component, nk.fill_holes):
         assert torch.equal(components(op.__name__, batch, torch.bool)[0], op(batch, backend="cpu").rows)
+
+
+# -- bilateral_solver ------------------------------------------------------------------------------------------------
+
+
+BILATERAL = {
+    "confidence": 0.999, "sigma_spatial": 16.0, "sigma_luma": 16.0, "sigma_chroma": 8.0,
+    "smoothness": 256.0, "iterations": 25, "tolerance": 1e-5,
+}  # fmt: skip
+
+
+class BilateralSettings(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64 if name == "iterations" else ctypes.c_double) for name in BILATERAL]
+
+
+@pytest.fixture(scope="module")
+def solve(emulated):
+    library = emulated("bilateral_solver")
+
+    def run(targets, images, seed=0, **changes):
+        """The emulated bilateral_solver on a Ragged batch, its output and scratch memory poisoned."""
+        library.seed(seed)
+        rows, photos = len(targets.rows), len(targets.shapes)
+        out = torch.full((rows,), torch.nan)
+        workspace = torch.full((21 * rows + 3 * photos,), 0x7FC0BAD0, dtype=torch.int32)  # as floats: NaN
+        given = pointers(targets.rows, images.rows, targets.offsets, targets.shapes)
+        settings = BilateralSettings(**BILATERAL | changes)
+        library.run(*given, rows, photos, *pointers(out, workspace), len(workspace), ctypes.byref(settings))
+        return targets.with_rows(out)
+
+    return run
+
+
+def photos(seed, shapes):
+    """(targets, images): light that varies slowly, noise, some grey; a disc."""
+    rng = np.random.default_rng(seed)
+    targets, images = [], []
+    for h, w in shapes:
+        y, x = np.mgrid[:h, :w] / max(h, w, 1)
+        waves = [np.sin(2 * np.pi * (a * x + b * y + c)) for a, b, c in rng.uniform(-2, 2, (3, 3))]
+        image = (128 + 90 * np.stack(waves, -1) + rng.normal(0, 6, (h, w, 3))).clip(0, 255).astype(np.uint8)
+        image[: h // 3] = image[: h // 3, :, :1]
+        images.append(torch.from_numpy(image))
+        targets.append(torch.from_numpy(((x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.1).astype(np.float32)))
+    return Ragged.pack(targets), Ragged.pack(images)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_emulated_bilateral_solver_equals_the_reference(solve, seed):
+    batch = photos(seed, [(37, 53), (0, 4), (1, 1), (1, 70), (70, 1), (16, 17), (9, 0)])
+    for changes in ({}, {"sigma_spatial": 7.3, "sigma_luma": 5.5, "sigma_chroma": 3.25}):
+        found = solve(*batch, seed, **changes)
+        torch.testing.assert_close(
+            found.rows, nk.bilateral_solver(*batch, **changes, backend="reference").rows, atol=2e-5, rtol=0
+        )
+        alone = [
+            solve(Ragged.pack([t]), Ragged.pack([i]), seed + 9, **changes).rows
+            for t, i in zip(*(b.grids() for b in batch), strict=True)
+        ]
+        assert torch.equal(torch.cat(alone), found.rows)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sigma_spatial": 1.0, "sigma_luma": 1.0, "sigma_chroma": 1.0},
+        {"sigma_spatial": 1e9, "sigma_luma": 16.0, "iterations": 0},
+        {"sigma_spatial": 1000.0, "sigma_luma": 1.0, "sigma_chroma": 2.9, "smoothness": 3.5, "confidence": 0.25},
+        {"smoothness": 0.0},
+        {"tolerance": 0.1},
+    ],
+)
+def test_emulated_bilateral_solver_with_other_settings(solve, changes):
+    batch = photos(3, [(21, 34), (2, 3)])
+    batch[0].rows.mul_(3).sub_(7.5)
+    expected = nk.bilateral_solver(*batch, **changes, backend="cpu").rows
+    torch.testing.assert_close(solve(*batch, **changes).rows, expected, atol=1e-4, rtol=0)
+
+
+def test_emulated_bilateral_solver_on_special_batches(solve):
+    many = photos(5, [(2, 3)] * 131)  # more photos than a launch takes
+    torch.testing.assert_close(solve(*many).rows, nk.bilateral_solver(*many, backend="cpu").rows, atol=1e-5, rtol=0)
+    targets, images = photos(6, [(19, 23), (8, 40), (5, 5)])
+    for value in (0.0, 1.0, 0.3, -7.0, 1e-42, 3e38):
+        constant = targets.with_rows(torch.full_like(targets.rows, value))
+        assert torch.equal(solve(constant, images).rows, constant.rows)
+    targets.grids()[1][3, 4] = torch.inf
+    found, expected = solve(targets, images).grids(), solve(*photos(6, [(19, 23), (8, 40), (5, 5)])).grids()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2]) and found[1].isnan().all()
+    empty = Ragged.of_shapes(torch.zeros(0), [])
+    assert solve(empty, empty.with_rows(torch.zeros(0, 3, dtype=torch.uint8))).rows.shape == (0,)
+
+
+def test_emulated_bilateral_solver_equals_the_peer(solve, golden):
+    arrays = golden("bilateral")
+    target, image = (torch.from_numpy(arrays[f"coffee_{name}"]) for name in ("target", "photo"))
+    found = solve(Ragged.pack([target.float()]), Ragged.pack([image])).rows
+    torch.testing.assert_close(
+        found.double(), torch.from_numpy(arrays["coffee_soft"]).flatten().double(), atol=1e-5, rtol=0
+    )

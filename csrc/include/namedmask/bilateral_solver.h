@@ -16,7 +16,9 @@
 // Threads    OpenMP over photos; the result depends neither on the number of threads, nor on the batch, nor on the
 //            instruction level, to the bit.
 // Cost       per photo two passes over the pixels and, per vertex (20,000 in a photo of 512 x 683), about 100 bytes a
-//            step; memory 4 bytes a pixel and 150 a vertex, which a thread keeps for its next call (64 MB at most).
+//            step; memory 4 bytes a pixel and 150 a vertex, which a thread keeps for its next call (64 MB at most). On
+//            CUDA eight launches for a batch of up to 128 photos, then again for every 128 more; memory 84 bytes a
+//            pixel.
 #pragma once
 
 #include "namedmask/tensor_view.h"
@@ -39,4 +41,16 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
                       const TensorView& shapes, const TensorView& out, const BilateralSettings& settings);
 
 }  // namespace cpu
+
+// The same on a CUDA device, within rounding. Offsets and shapes stay on the CPU, everything else lies on one device.
+// The call returns at once: the work is done in the order of `stream`, and the arrays must live until then. `workspace`
+// int32 [21 P + 3 B] is scratch. Since nothing comes back, a photo whose target is not finite is not refused: its
+// result is NaN. The result depends neither on the batch nor on the order in which threads run, to the bit.
+namespace cuda {
+
+void bilateral_solver(const TensorView& target, const TensorView& image, const TensorView& offsets,
+                      const TensorView& shapes, const TensorView& out, const TensorView& workspace,
+                      const BilateralSettings& settings, Stream stream);
+
+}  // namespace cuda
 }  // namespace namedmask

@@ -2,22 +2,15 @@
 // csrc/cuda/connected_components.cu as a C library for test_cuda_emulator.py: plain pointers in, all on the CPU.
 #include "../../../csrc/cuda/connected_components.cu"
 
+#include "views.h"
+
 using namespace namedmask;
-
-namespace {
-
-TensorView view(void* data, DType dtype, int64_t n, int64_t columns = 0, Device device = Device::kCUDA) {
-  TensorView v{data, dtype, device, 0, columns ? 2 : 1, {n, columns}, {columns ? columns : 1, 1}};
-  return v;
-}
-
-}  // namespace
 
 extern "C" void run(const char* op, void* in, void* offsets, void* shapes, int32_t rows, int32_t photos, void* out,
                     void* counts, void* areas, void* boxes, int32_t components, void* workspace) {
   const std::string name = op;
-  const TensorView begins = view(offsets, DType::kInt32, photos + 1, 0, Device::kCPU);
-  const TensorView grids = view(shapes, DType::kInt32, photos, 2, Device::kCPU);
+  const TensorView begins = offsets_view(offsets, photos);
+  const TensorView grids = shapes_view(shapes, photos);
   const TensorView mask = view(in, DType::kBool, rows), mask_out = view(out, DType::kBool, rows);
   const TensorView labels = view(out, DType::kInt32, rows), found = view(counts, DType::kInt32, photos);
   const TensorView scratch = view(workspace, DType::kInt32, 2 * rows + 4 * photos);

@@ -6,10 +6,12 @@
 // random order. What this cannot show: real memory ordering, races between blocks, speed.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -26,6 +28,7 @@
 #define __host__
 #define __shared__ static  // blocks run one after another, so one copy serves all
 #define __grid_constant__
+#define __launch_bounds__(...)
 
 using cudaError_t = int;
 using cudaStream_t = void*;
@@ -55,7 +58,9 @@ namespace emulator {
 enum class State { kReady, kWarp, kBlock, kDone };  // kWarp, kBlock: waits for the rest of the warp or block
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf paused;  // not by swapcontext, which asks the system for its signals every time
+  bool started;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state;
   unsigned collectives;  // met so far
@@ -64,7 +69,7 @@ struct Fiber {
 };
 
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline unsigned current, threads;
 inline std::function<void()> body;
 inline std::mt19937 random = [] {
@@ -72,15 +77,26 @@ inline std::mt19937 random = [] {
   return std::mt19937(seed ? std::atoi(seed) : 0);
 }();
 
-inline void pause(State state) {
-  fibers[current].state = state;
-  swapcontext(&fibers[current].context, &scheduler);
+[[gnu::noinline]] inline void pause(State state) {
+  Fiber& fiber = fibers[current];
+  fiber.state = state;
+  if (_setjmp(fiber.paused) == 0) _longjmp(scheduler, 1);
 }
 
 inline void enter() {
   body();
   fibers[current].state = State::kDone;
-  swapcontext(&fibers[current].context, &scheduler);
+  _longjmp(scheduler, 1);
+}
+
+// Runs a thread until it pauses or is done.
+[[gnu::noinline]] inline void resume(unsigned thread) {
+  current = thread;
+  if (_setjmp(scheduler) != 0) return;
+  Fiber& fiber = fibers[thread];
+  if (fiber.started) _longjmp(fiber.paused, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
 }
 
 // Frees the threads first .. last if all of them wait for `state`; a block's barrier does not wait for threads that
@@ -104,10 +120,11 @@ inline void run_block() {
     Fiber& fiber = fibers[t];
     fiber.state = State::kReady;
     fiber.collectives = 0;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = Fiber::kStack;
-    makecontext(&fiber.context, enter, 0);
+    fiber.started = false;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = Fiber::kStack;
+    makecontext(&fiber.start, enter, 0);
   }
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
@@ -117,9 +134,8 @@ inline void run_block() {
     for (unsigned t : order) {
       if (fibers[t].state == State::kReady) {
         ran = true;
-        current = t;
         threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
-        swapcontext(&scheduler, &fibers[t].context);
+        resume(t);
       }
       left |= fibers[t].state != State::kDone;
     }
@@ -171,9 +187,16 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
-  const unsigned parity = emulator::offer(mask, std::bit_cast<uint32_t>(value));
-  const unsigned from = emulator::current / 32 * 32 + lane % 32;
-  return std::bit_cast<T>(static_cast<uint32_t>(emulator::fibers[from].offered[parity]));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const unsigned parity = emulator::offer(mask, bits), from = emulator::current / 32 * 32 + lane % 32;
+  std::memcpy(&value, &emulator::fibers[from].offered[parity], sizeof(T));
+  return value;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return __shfl_sync(mask, value, static_cast<int>(emulator::current % 32) ^ lanes);
 }
 
 template <class T>
@@ -195,6 +218,12 @@ T atomicMax(T* at, T value) {
   return emulator::atomic(at, [&](T old) { return std::max(old, value); });
 }
 
+template <class T>
+T atomicCAS(T* at, T expected, T value) {
+  return emulator::atomic(at, [&](T old) { return old == expected ? value : old; });
+}
+
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return x ? 1 + std::countr_zero(static_cast<unsigned>(x)) : 0; }
 inline int __popc(unsigned x) { return std::popcount(x); }

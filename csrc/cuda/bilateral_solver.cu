@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: MIT
+// Pixels of different spatial cells never share a vertex. So every spatial cell has a hash table of its own, twice as
+// large as the cell, in which its pixels' colour keys meet:
+//
+//   key_pixels        colour keys; every photo's greatest |target|
+//   insert_pixels     a slot of the table for each key; it ends as the key's first pixel in raster order
+//   rank_vertices -> add_ranks -> splat    vertices are numbered in the order of their first pixels, pixels added up
+//   join_vertices     neighbours, by looking their keys up
+//   solve             bistochastisation and conjugate gradients, a block per photo
+//   slice
+//
+// Threads race for the slots, but what the race decides is not used: the first pixel of a key is a minimum, targets
+// are added as integers, and the solver's sums have an order of their own. The result has the same bits every time.
+#include <cmath>
+#include <utility>
+
+#include "bilateral_grid.h"
+#include "namedmask/bilateral_solver.h"
+#include "photos.h"
+
+namespace namedmask::cuda {
+namespace {
+
+constexpr int kDirections = 10;  // both ways along five axes
+constexpr int kSolverThreads = 1024;
+constexpr int32_t kNone = -1;
+constexpr unsigned kInfinity = 0x7f800000;  // the bits of float infinity; absolute values order as their bits do
+
+typedef unsigned long long Fixed;  // two's complement; unsigned, as atomicAdd wants it
+
+// The scratch memory of a call: arrays over all pixels P, of which a photo's part holds as many vertices as it has. The
+// solver's lie where the grid was built.
+struct Workspace {
+  Workspace(const TensorView& workspace, int64_t pixels, int64_t photos) {
+    auto* next = workspace.as<int32_t>();
+    const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
+    int32_t* const shared = take(7 * pixels);
+    sums = reinterpret_cast<Fixed*>(shared);
+    table = shared + 2 * pixels;
+    key = shared + 4 * pixels;
+    first = shared + 5 * pixels;
+    rank = shared + 6 * pixels;
+    for (int i = 0; i < 7; ++i) scratch[i] = reinterpret_cast<float*>(shared + i * pixels);
+    vertex_of_pixel = take(pixels);
+    neighbours = take(kDirections * pixels);
+    mass = take(pixels);
+    value = reinterpret_cast<float*>(take(pixels));
+    counts = take(photos);
+    extremes = reinterpret_cast<unsigned*>(take(photos));
+    chunk_first = take(pixels / kChunk + photos);
+  }
+
+  // While the grid is built:
+  Fixed* sums;     // [P]: of the target, by vertex
+  int32_t* table;  // [2 P]: slots; each cell's lie together
+  int32_t* key;    // [P]: of a pixel's colour
+  int32_t* first;  // [P]: first pixel of a vertex
+  int32_t* rank;   // [P]: of a vertex's first pixel among those of its chunk
+  // While it is solved:
+  float* scratch[7];  // [P] each
+  // Throughout:
+  int32_t* vertex_of_pixel;  // [P]; until the vertices are numbered, the pixel's slot
+  int32_t* neighbours;       // [photo: kDirections, vertices]; kNone: none
+  int32_t* mass;             // [P]: pixels of a vertex
+  float* value;              // [P]: mean target of a vertex, in the end the solution
+  int32_t* counts;           // [B]: vertices
+  unsigned* extremes;        // [B]: bits of the greatest |target|
+  int32_t* chunk_first;      // vertices in the chunks before this one
+};
+
+// A cell's part of its photo's table.
+struct Cell {
+  int32_t begin, size;
+};
+
+__device__ Cell cell_at(const Photo& photo, int32_t column, int32_t row, double sigma) {
+  const int32_t x = first_pixel(column, sigma), x_end = min(first_pixel(column + 1, sigma), photo.width);
+  const int32_t y = first_pixel(row, sigma), y_end = min(first_pixel(row + 1, sigma), photo.height);
+  return {2 * (y * photo.width + (y_end - y) * x), 2 * (y_end - y) * (x_end - x)};
+}
+
+__device__ int32_t first_slot(int32_t key, const Cell& cell) {
+  const unsigned scrambled = static_cast<unsigned>(key) * 0x9e3779b9u;
+  return static_cast<int32_t>(static_cast<unsigned long long>(scrambled) * static_cast<unsigned>(cell.size) >> 32);
+}
+
+// A photo's table and the keys of its pixels.
+struct Table {
+  int32_t* slots;
+  const int32_t* keys;
+
+  // The slot of the pixel's key, which then holds a pixel of that key that is not after this one.
+  __device__ int32_t insert(const Cell& cell, int32_t pixel) const {
+    const int32_t key = keys[pixel];
+    for (int32_t i = first_slot(key, cell);; i = i + 1 == cell.size ? 0 : i + 1) {
+      int32_t* const slot = &slots[cell.begin + i];
+      int32_t held = *const_cast<volatile int32_t*>(slot);
+      if (held == kNone) held = atomicCAS(slot, kNone, pixel);
+      if (held == kNone) return cell.begin + i;
+      if (keys[held] != key) continue;
+      if (pixel < held) atomicMin(slot, pixel);
+      return cell.begin + i;
+    }
+  }
+
+  // The first pixel of a key, or kNone.
+  __device__ int32_t find(const Cell& cell, int32_t key) const {
+    for (int32_t i = first_slot(key, cell);; i = i + 1 == cell.size ? 0 : i + 1) {
+      const int32_t held = slots[cell.begin + i];  // half of the slots at least are empty
+      if (held == kNone || keys[held] == key) return held;
+    }
+  }
+};
+
+__device__ Table table_of(const Photo& photo, const Workspace& work) {
+  return {work.table + 2 * int64_t{photo.begin}, work.key + photo.begin};
+}
+
+// What targets are multiplied by to become integers: a power of two, for which no sum overflows and 62 bits less the
+// photo's number of pixels are left for the greatest target. So the sum of equal floats is exact.
+__device__ double fixed_scale(unsigned extreme, int32_t pixels) {
+  const int exponent = max(static_cast<int>(extreme >> 23), 1) - 126;  // |target| < 2^exponent
+  return ldexp(1.0, 62 - exponent - (32 - __clz(pixels)));
+}
+
+// Reads 7 bytes a pixel and writes 24; some 60 operations in double.
+__global__ void __launch_bounds__(kChunk)
+    key_pixels(const __grid_constant__ Photos photos, const __grid_constant__ ColourGrid grid, const float* target,
+               const uint8_t* image, const __grid_constant__ Workspace work) {
+  const Photo photo = my_photo(photos, photos.chunks);
+  const int32_t pixel = photo.chunk_item();
+  unsigned extreme = 0;
+  if (pixel < photo.pixels()) {
+    const int64_t at = int64_t{photo.begin} + pixel;
+    work.key[at] = grid.key(image[3 * at], image[3 * at + 1], image[3 * at + 2]);
+    work.table[2 * at] = work.table[2 * at + 1] = kNone;
+    work.sums[at] = 0;
+    work.mass[at] = 0;
+    extreme = __float_as_uint(target[at]) & 0x7fffffff;
+  }
+  for (int step = 16; step > 0; step /= 2) extreme = max(extreme, __shfl_xor_sync(kAll, extreme, step));
+  unsigned* const greatest = &work.extremes[photo.index];
+  // It only grows: a look at an old value saves most of the atomics.
+  if (threadIdx.x % 32 == 0 && extreme > *const_cast<volatile unsigned*>(greatest)) atomicMax(greatest, extreme);
+}
+
+// A few random accesses of 4 bytes a pixel, nearly all to what L2 holds: the slots in use are a sixth of the pixels.
+__global__ void __launch_bounds__(kChunk)
+    insert_pixels(const __grid_constant__ Photos photos, double sigma, const __grid_constant__ Workspace work) {
+  const Photo photo = my_photo(photos, photos.chunks);
+  const int32_t pixel = photo.chunk_item();
+  if (pixel >= photo.pixels()) return;
+  const Cell cell =
+      cell_at(photo, spatial_cell(pixel % photo.width, sigma), spatial_cell(pixel / photo.width, sigma), sigma);
+  work.vertex_of_pixel[photo.begin + pixel] = table_of(photo, work).insert(cell, pixel);
+}
+
+__global__ void __launch_bounds__(kChunk)
+    rank_vertices(const __grid_constant__ Photos photos, const __grid_constant__ Workspace work) {
+  const Photo photo = my_photo(photos, photos.chunks);
+  const int32_t pixel = photo.chunk_item();
+  const bool inside = pixel < photo.pixels();
+  const int64_t at = int64_t{photo.begin} + pixel;
+  const int32_t* const slots = table_of(photo, work).slots;
+  const int32_t rank = rank_in_chunk(inside && slots[work.vertex_of_pixel[at]] == pixel, &work.chunk_first[blockIdx.x]);
+  if (inside) work.rank[at] = rank;
+}
+
+// Two atomics a pixel, some 17 to an address.
+__global__ void __launch_bounds__(kChunk)
+    splat(const __grid_constant__ Photos photos, const float* target, const __grid_constant__ Workspace work) {
+  const Photo photo = my_photo(photos, photos.chunks);
+  const int32_t pixel = photo.chunk_item();
+  if (pixel >= photo.pixels()) return;
+  const int64_t at = int64_t{photo.begin} + pixel;
+  const int32_t first = table_of(photo, work).slots[work.vertex_of_pixel[at]];
+  const int32_t chunk = static_cast<int32_t>(blockIdx.x) - photo.block + first / kChunk;
+  const int32_t vertex = work.chunk_first[chunk] + work.rank[photo.begin + first];
+  work.vertex_of_pixel[at] = vertex;
+  if (first == pixel) work.first[photo.begin + vertex] = pixel;
+  atomicAdd(&work.mass[photo.begin + vertex], 1);
+  const unsigned extreme = work.extremes[photo.index];
+  if (extreme >= kInfinity) return;
+  const int64_t fixed = llrint(target[at] * fixed_scale(extreme, photo.pixels()));
+  atomicAdd(&work.sums[photo.begin + vertex], static_cast<Fixed>(fixed));
+}
+
+__global__ void __launch_bounds__(kChunk, 1)
+    join_vertices(const __grid_constant__ Photos photos, const __grid_constant__ ColourGrid grid, double sigma,
+                  const __grid_constant__ Workspace work) {
+  const Photo photo = my_photo(photos, photos.chunks);
+  const int32_t vertex = photo.chunk_item(), count = work.counts[photo.index];
+  if (vertex >= count) return;
+  const int64_t at = int64_t{photo.begin} + vertex;
+  const unsigned extreme = work.extremes[photo.index];
+  const double sum = static_cast<double>(static_cast<int64_t>(work.sums[at])) / fixed_scale(extreme, photo.pixels());
+  work.value[at] = extreme < kInfinity ? static_cast<float>(sum / work.mass[at]) : NAN;
+
+  const Table table = table_of(photo, work);
+  const int32_t pixel = work.first[at], key = table.keys[pixel];
+  const int32_t column = spatial_cell(pixel % photo.width, sigma), row = spatial_cell(pixel / photo.width, sigma);
+  int32_t* neighbour = work.neighbours + kDirections * int64_t{photo.begin} + vertex;
+  const auto join = [&](int32_t first) {
+    *neighbour = first == kNone ? kNone : work.vertex_of_pixel[photo.begin + first];
+    neighbour += count;
+  };
+  const Cell cell = cell_at(photo, column, row, sigma);
+  for (int i = 0; i < 3; ++i) {
+    join(table.find(cell, key - grid.steps[i]));
+    join(table.find(cell, key + grid.steps[i]));
+  }
+  const auto beside = [&](int32_t x, int32_t y) {
+    const bool there = x >= 0 && y >= 0 && first_pixel(x, sigma) < photo.width && first_pixel(y, sigma) < photo.height;
+    join(there ? table.find(cell_at(photo, x, y, sigma), key) : kNone);
+  };
+  beside(column - 1, row);
+  beside(column + 1, row);
+  beside(column, row - 1);
+  beside(column, row + 1);
+}
+
+// Sums over a block of kSolverThreads, always in the same order; every thread gets them.
+template <int kCount>
+__device__ void add_over_block(double (&sums)[kCount]) {
+  __shared__ double of_warp[kCount][kSolverThreads / 32];
+  static_assert(kSolverThreads == 32 * 32);
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto over_warp = [](double sum) {
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
+    return sum;
+  };
+  for (int i = 0; i < kCount; ++i) {
+    const double sum = over_warp(sums[i]);
+    if (lane == 0) of_warp[i][warp] = sum;
+  }
+  __syncthreads();
+  for (int i = 0; i < kCount; ++i) sums[i] = over_warp(of_warp[i][lane]);
+  __syncthreads();
+}
+
+struct Solver {
+  double confidence, smoothness, tolerance;
+  int64_t iterations;
+};
+
+// The equations and their scaling are those of csrc/cpu/bilateral_solver_kernel.h. A step reads and writes about 100
+// bytes a vertex, which stay in L2 (a photo of 512 x 683 has some 2 MB); what neighbours read, 4 bytes a vertex, in L1.
+__global__ void __launch_bounds__(kSolverThreads)
+    solve(const __grid_constant__ Photos photos, const __grid_constant__ Solver solver,
+          const __grid_constant__ Workspace work) {
+  const int32_t index = photos.first + static_cast<int32_t>(blockIdx.x), count = work.counts[index];
+  const int64_t begin = photos.begin[blockIdx.x];
+  const int32_t* const mass = work.mass + begin;
+  const int32_t* const neighbours = work.neighbours + kDirections * begin;
+  float *const value = work.value + begin, *const w = work.scratch[0] + begin,
+               *const diagonal = work.scratch[1] + begin;
+  float *const residual = work.scratch[2] + begin, *const direction = work.scratch[3] + begin;
+  float* const image = work.scratch[4] + begin;  // of the direction
+  float* const change = work.scratch[5] + begin;
+  float* const weighted = work.scratch[6] + begin;  // w * direction, what neighbours read
+  const auto smoothness = static_cast<float>(solver.smoothness), confidence = static_cast<float>(solver.confidence);
+
+  const auto for_each_vertex = [&](auto f) {
+    for (auto v = static_cast<int32_t>(threadIdx.x); v < count; v += kSolverThreads) f(v);
+  };
+  const auto over_neighbours = [&](int32_t vertex, auto term) {
+    float sum = 0;
+#pragma unroll
+    for (int d = 0; d < kDirections; ++d) {
+      const int32_t near = neighbours[d * int64_t{count} + vertex];
+      if (near != kNone) sum += term(near);
+    }
+    return sum;
+  };
+
+  float *n = image, *next = change;
+  for_each_vertex([&](int32_t v) { n[v] = 1; });
+  for (int round = 0; round < 10; ++round) {
+    __syncthreads();
+    for_each_vertex([&](int32_t v) {
+      const float own = n[v], sum = over_neighbours(v, [&](int32_t near) { return n[near]; });
+      next[v] = sqrtf(own * static_cast<float>(mass[v]) / (10 * own + sum));
+    });
+    float* const swap = n;
+    n = next;
+    next = swap;
+  }
+  __syncthreads();
+  double sums[3] = {};
+  for_each_vertex([&](int32_t v) {
+    const float own = n[v], mean = value[v], weight = confidence * static_cast<float>(mass[v]);
+    float around = 0;
+    const float pull = over_neighbours(v, [&](int32_t near) {
+      around += n[near];
+      return n[near] * (value[near] - mean);
+    });
+    const float d = smoothness * own * around + weight, plain = smoothness * own * pull, r = plain / sqrtf(d);
+    diagonal[v] = d;
+    residual[v] = r;
+    w[v] = own * sqrtf(smoothness / d);
+    direction[v] = 0;
+    const double b = weight * mean;
+    sums[0] += b * b;
+    sums[1] += double{plain} * plain;
+    sums[2] += double{r} * r;
+  });
+  add_over_block(sums);
+  for_each_vertex([&](int32_t v) { change[v] = 0; });
+
+  const double enough = solver.tolerance * solver.tolerance * sums[0];
+  double norm = sums[1], rho = sums[2], before = 1;
+  for (int64_t step = 0; step < solver.iterations && norm > enough; ++step) {
+    const float beta = step == 0 ? 0.0f : static_cast<float>(rho / before);
+    for_each_vertex([&](int32_t v) {
+      const float p = residual[v] + beta * direction[v];
+      direction[v] = p;
+      weighted[v] = w[v] * p;
+    });
+    __syncthreads();
+    double curvature[1] = {};
+    for_each_vertex([&](int32_t v) {
+      const float sum = over_neighbours(v, [&](int32_t near) { return weighted[near]; });
+      const float p = direction[v], q = p - w[v] * sum;
+      image[v] = q;
+      curvature[0] += double{p} * q;
+    });
+    add_over_block(curvature);
+    if (!(curvature[0] > 0)) break;  // the residual has underflowed
+    const auto length = static_cast<float>(rho / curvature[0]);
+    double next_sums[2] = {};
+    for_each_vertex([&](int32_t v) {
+      change[v] += length * direction[v];
+      const float r = residual[v] - length * image[v];
+      residual[v] = r;
+      next_sums[0] += double{r} * r;
+      next_sums[1] += double{r * diagonal[v]} * r;
+    });
+    add_over_block(next_sums);
+    before = rho;
+    rho = next_sums[0];
+    norm = next_sums[1];
+  }
+  for_each_vertex([&](int32_t v) { value[v] += change[v] / sqrtf(diagonal[v]); });
+}
+
+__global__ void __launch_bounds__(kChunk)
+    slice(const __grid_constant__ Photos photos, const __grid_constant__ Workspace work, float* out) {
+  const Photo photo = my_photo(photos, photos.chunks);
+  const int32_t pixel = photo.chunk_item();
+  if (pixel >= photo.pixels()) return;
+  out[photo.begin + pixel] = work.value[photo.begin + work.vertex_of_pixel[photo.begin + pixel]];
+}
+
+}  // namespace
+
+void bilateral_solver(const TensorView& target, const TensorView& image, const TensorView& offsets,
+                      const TensorView& shapes, const TensorView& out, const TensorView& workspace,
+                      const BilateralSettings& settings, Stream stream) {
+  const char* op = "bilateral_solver";
+  expect(op, "target", target, DType::kFloat32, {-1}, Device::kCUDA);
+  const int64_t pixels = target.shape[0];
+  expect(op, "image", image, DType::kUInt8, {pixels, 3}, Device::kCUDA);
+  expect(op, "out", out, DType::kFloat32, {pixels}, Device::kCUDA);
+  const RaggedShape batch = expect_ragged(op, offsets, shapes, pixels);
+  expect(op, "workspace", workspace, DType::kInt32, {21 * pixels + 3 * batch.count}, Device::kCUDA);
+  expect_cells(settings);
+  for (int64_t b = 0; b < batch.count; ++b) {
+    if (batch.height(b) * batch.width(b) > INT32_MAX / 2) {
+      throw std::invalid_argument("bilateral_solver: photo " + std::to_string(b) + " has more than 2^30 pixels");
+    }
+  }
+  const Workspace work(workspace, pixels, batch.count);
+  const ColourGrid grid(settings);
+  const double sigma = settings.sigma_spatial;
+  const Solver solver = {settings.confidence, settings.smoothness, settings.tolerance, settings.iterations};
+  const OnDevice device(target);
+  check(cudaMemsetAsync(work.extremes, 0, sizeof(*work.extremes) * batch.count,
+                        static_cast<cudaStream_t>(stream.handle)));
+  for_each_group(batch, [&](const Photos& photos, int64_t chunks) {
+    launch(key_pixels, chunks, kChunk, stream, photos, grid, target.as<float>(), image.as<uint8_t>(), work);
+    launch(insert_pixels, chunks, kChunk, stream, photos, sigma, work);
+    launch(rank_vertices, chunks, kChunk, stream, photos, work);
+    launch(add_ranks, photos.count, 32, stream, photos, work.chunk_first, work.counts);
+    launch(splat, chunks, kChunk, stream, photos, target.as<float>(), work);
+    launch(join_vertices, chunks, kChunk, stream, photos, grid, sigma, work);
+    launch(solve, photos.count, kSolverThreads, stream, photos, solver, work);
+    launch(slice, chunks, kChunk, stream, photos, work, out.as<float>());
+  });
+}
+
+}  // namespace namedmask::cuda
