@@ -107,6 +107,18 @@ SETTINGS = {
     "precision": ("detector", "precision"),
     "refine": ("refine", "name"),
     "largest_component": ("refine", "largest_component"),
+    "encoder": ("segmenter", "encoder"),
+    "encoder_weights": ("segmenter", "encoder_weights"),
+    "width": ("segmenter", "width"),
+    "crop": ("segmenter", "crop"),
+    "copies": ("segmenter", "copies"),
+    "batch": ("segmenter", "batch"),
+    "accumulate": ("segmenter", "accumulate"),
+    "steps": ("segmenter", "steps"),
+    "rate": ("segmenter", "rate"),
+    "encoder_rate": ("segmenter", "encoder_rate"),
+    "training_precision": ("segmenter", "precision"),
+    "seed": ("segmenter", "seed"),
 }
 
 
@@ -404,6 +416,43 @@ def evaluate(
     print_table(figures)
     if json_file is not None:
         write_json(json_file, figures)
+
+
+@app.command()
+@stage_command("train")
+def train(
+    out: RunFolder,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="A timm network, or resnet50.dino. (default: resnet50.dino)")
+    ] = None,
+    encoder_weights: Annotated[
+        Path | None, typer.Option("--encoder-weights", help="A local file with its weights.")
+    ] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Channels of the head. (default: 256)")] = None,
+    crop: Annotated[int | None, typer.Option("--crop", help="Pixels a side in training. (default: 384)")] = None,
+    copies: Annotated[
+        tuple[int, int] | None,
+        typer.Option("--copies", metavar="FROM TO", help="Objects pasted into a photo. (default: 1 2)"),
+    ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Photos a step, of all workers. (default: 16)")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option("--accumulate", help="Parts of a batch, one after another. (default: 1)")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Of the training. (default: 20000)")] = None,
+    rate: Annotated[float | None, typer.Option("--rate", help="Learning rate of the head. (default: 5e-4)")] = None,
+    encoder_rate: Annotated[
+        float | None, typer.Option("--encoder-rate", help="Of the encoder. (default: 5e-5)")
+    ] = None,
+    training_precision: Annotated[
+        str | None, typer.Option("--precision", help="float32 or bfloat16 for the products. (default: float32)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of all draws. (default: 0)")] = None,
+    workers: Workers = 1,
+    gpus: Gpus = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """One segmenter for all categories from the masks of a run; run it again to continue."""
 
 
 @app.command()

@@ -18,9 +18,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_RESTARTS = 3
 
@@ -74,6 +77,37 @@ class Worker:
         """Tells the workers that wait, or will wait, at a barrier that this one will not come."""
         if self.store is not None:
             self.store.set(f"{self.attempt}/failed", f"worker {self.rank} stopped: {reason}")
+
+    def share(self, begin: int, count: int) -> range:
+        """This worker's part of the `count` numbers from `begin` on; all workers' parts, in order, are the whole."""
+        return range(begin + count * self.rank // self.count, begin + count * (self.rank + 1) // self.count)
+
+    @contextlib.contextmanager
+    def collective(self, device: str) -> Iterator[None]:
+        """Within it `sum` and torch.distributed work between the workers; a worker that is alone needs neither."""
+        if self.store is None:
+            yield
+            return
+        import torch
+        from torch import distributed
+
+        if device != "cpu":
+            torch.cuda.set_device(device)
+        store = distributed.PrefixStore(f"{self.attempt}/collective", self.store)
+        backend = "gloo" if device == "cpu" else "nccl"
+        distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.count)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all workers' tensors, in place; within `collective`."""
+        if self.store is not None:
+            from torch.distributed import all_reduce
+
+            all_reduce(tensor)
+        return tensor
 
     def device(self, kind: str) -> str:
         """ "cpu", or this worker's GPU as "cuda:0": one that all its threads name, whatever their current device is."""

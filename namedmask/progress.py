@@ -36,7 +36,8 @@ class Progress:
             self.last_line = now
             rate = self._rate(now)
             left = f", {(self.total - self.done) / rate:.0f} s left" if rate else ""
-            print(f"{self.stage}: {self.done} of {self.total} photos, {rate:.1f}/s{left}", flush=True)
+            note = f" ({self.note})" if self.note else ""
+            print(f"{self.stage}: {self.done} of {self.total} photos, {rate:.1f}/s{left}{note}", flush=True)
 
     def _rate(self, now: float) -> float:
         return (self.done - self.skipped) / max(now - self.start, 1e-9)
@@ -51,11 +52,12 @@ class Progress:
                 rich.MofNCompleteColumn(),
                 rich.TextColumn("{task.fields[rate]}"),
                 rich.TimeRemainingColumn(),
+                rich.TextColumn("{task.fields[note]}"),
             )
             self.bar.start()
-            self.task = self.bar.add_task(self.stage, total=self.total, rate="")
+            self.task = self.bar.add_task(self.stage, total=self.total, rate="", note="")
         rate = self._rate(time.monotonic())
-        self.bar.update(self.task, completed=self.done, total=self.total, rate=f"{rate:.1f}/s")
+        self.bar.update(self.task, completed=self.done, total=self.total, rate=f"{rate:.1f}/s", note=self.note)
 
     def __exit__(self, kind, error, trace) -> None:
         if self.bar is not None:

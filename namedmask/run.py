@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A run and its folder: the lock, the check of settings, the stages in their order, one process or many.
 
-run.toml  index/  archive.json  masks/  errors.jsonl  report.html      (each described where it is made)
+run.toml  index/  archive.json  masks/  errors.jsonl  report.html  segmenter/     (each described where it is made)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .files import TEMPORARY_PREFIX, remove_stale
 from .masks import ErrorRecord, assemble_errors, errors_path, read_errors, read_masks, write_errors
 from .photos import PhotoSource
 
-STAGES = ("index", "archive", "pseudolabel", "report")
+STAGES = ("index", "archive", "pseudolabel", "report", "train")
 
 # The settings that each stage reads, and where what it makes lies. What a stage makes depends on its own settings and
 # on those of the stages before it; they may change until it is there.
@@ -32,8 +32,15 @@ SETTINGS = {
     "archive": ("categories", "archive"),
     "pseudolabel": ("shard_size", "detector", "refine"),
     "report": (),
+    "train": ("segmenter",),
 }
-MADE = {"index": "index", "archive": "archive.json", "pseudolabel": "masks", "report": "report.html"}
+MADE = {
+    "index": "index",
+    "archive": "archive.json",
+    "pseudolabel": "masks",
+    "report": "report.html",
+    "train": "segmenter",
+}
 
 
 @contextmanager
@@ -72,7 +79,9 @@ def prepare(out: Path, given: dict, stages: Sequence[str], overwrite: bool) -> R
         for stage in STAGES[min(map(STAGES.index, stages)) :]:
             remove(out / MADE[stage])
     changed = differences(old, config) if old else []
-    for number, stage in enumerate(STAGES[:-1]):
+    for number, stage in enumerate(STAGES):
+        if stage == "report":  # of whatever is there, and made anew each time
+            continue
         read = [key for before in STAGES[: number + 1] for key in SETTINGS[before]]
         clashes = [line for line in changed if line.split(":")[0].split(".")[0] in read]
         if clashes and (out / MADE[stage]).exists():
@@ -137,6 +146,8 @@ def start(out: Path, given: dict, stages: Sequence[str], workers: int, gpus: int
             work(out, stages, worker, device)
         else:
             _start_workers(out, stages, gpus or workers, device)
+    if "train" in stages:
+        print(f"the segmenter is in {out / MADE['train']}")
     return "pseudolabel" not in stages or _summarise(out, "report" in stages)
 
 
@@ -172,7 +183,7 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str) -> None:
         source = open_source(config)
         if "archive" in stages and (not config.categories or (out / "archive.json").exists()):
             stages = [stage for stage in stages if stage != "index"]  # class folders, or searched already
-        for folder in (out, out / "index", out / "masks"):
+        for folder in (out, out / "index", out / "masks", out / "segmenter"):
             if worker.is_main and folder.is_dir():
                 remove_stale(folder)
         for stage in stages:
@@ -258,7 +269,19 @@ def _report(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, d
         write_report(out)
 
 
-RUN: dict[str, Callable] = {"index": _index, "archive": _archive, "pseudolabel": _pseudolabel, "report": _report}
+def _train(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, device: str, progress) -> None:
+    from .segmenter.training import train_segmenter
+
+    train_segmenter(out, source, config.segmenter, worker, device, progress)
+
+
+RUN: dict[str, Callable] = {
+    "index": _index,
+    "archive": _archive,
+    "pseudolabel": _pseudolabel,
+    "report": _report,
+    "train": _train,
+}
 
 
 def _merged(settings: dict, given: dict) -> dict:

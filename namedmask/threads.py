@@ -22,9 +22,17 @@ def thread_count() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
-def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """`function` of each item, in order, computed in threads ahead of the caller; at most two items a thread wait."""
-    pool = ThreadPoolExecutor(threads)
+def map_ahead(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    prepare: Callable[[], None] | None = None,
+) -> Iterator[Result]:
+    """`function` of each item, in order, computed in threads ahead of the caller; at most two items a thread wait.
+
+    prepare: called first in every thread
+    """
+    pool = ThreadPoolExecutor(threads, initializer=prepare)
     waiting: deque[Future] = deque()
     try:
         for item in items:
@@ -35,6 +43,13 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)  # the caller may stop early
+
+
+def one_torch_thread() -> None:
+    """Torch's kernels, called from this thread, stay in it. Threads that have called torch before are not affected."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 
 OUT/saliency/
   model.safetensors   the network, tensors named as in the authors' checkpoint; written last
-  metrics.jsonl       the settings, then a line every LOG_EVERY steps
-  checkpoint.pt       everything that the training needs to go on after an interruption to the very same result
+  metrics.jsonl, tensorboard/, checkpoint.pt   see `namedmask.training`
 
 A detector without learning errs in its own way on every photo; a network that must explain thousands of its masks
 learns what they share. `keep` lets the masks with the best scores alone teach it; that these are of the easiest photos
@@ -13,9 +12,7 @@ is made good by `paste`, which puts their objects before the backgrounds of all 
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
-from torch.optim import Optimizer
 from torchvision.transforms.v2 import functional as TF
 
 from ..backbones import load as load_backbone
@@ -36,11 +32,10 @@ from ..masks import MaskRecord, read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
 from ..threads import map_ahead, thread_count
+from ..training import Journal
 from .selfmask import UPSAMPLED, SelfMask
 from .selfmask import load as load_selfmask
 
-LOG_EVERY = 50  # steps
-SAVE_EVERY = 200  # steps
 WARM_UP = 50  # steps until the learning rate is reached
 
 
@@ -68,13 +63,15 @@ def train_saliency(out: Path, settings: SaliencyTraining, device: str) -> Path:
         weight_decay=settings.weight_decay,
     )
     steps = settings.steps or math.ceil(settings.epochs * teaching_count(records, settings) / settings.batch)
-    first = _restore(folder, settings, network, optimiser)
-    with Progress("train-saliency", Worker()) as progress:
-        progress.total = steps
-        progress.tick(first, found=True)
-        sums, began = np.zeros(3), time.perf_counter()
-        samples = batches(source, records, settings, network, range(first, steps))
-        for step, (photos, targets) in zip(range(first, steps), samples, strict=True):
+    about = {"settings": settings.model_dump()}
+    with (
+        Progress("train-saliency", Worker()) as progress,
+        Journal(folder, about, network, optimiser, steps, Worker()) as journal,
+    ):
+        progress.total = steps * settings.batch
+        progress.tick(journal.step * settings.batch, found=True)
+        rest = range(journal.step, steps)
+        for step, (photos, targets) in zip(rest, batches(source, records, settings, network, rest), strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = group["high"] * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps) ** 0.9
             dice, rank = losses(*network(photos.to(device)), targets.to(device))
@@ -82,18 +79,10 @@ def train_saliency(out: Path, settings: SaliencyTraining, device: str) -> Path:
             (dice.mean() + rank).backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
-            sums += [1, dice[-1].mean().item(), rank.item()]
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-                count, dice_mean, rank_mean = sums[0], *(sums[1:] / sums[0])
-                rate = count * settings.batch / (time.perf_counter() - began)
-                line = {"step": step + 1, "dice": dice_mean, "ranking": rank_mean, "photos_per_second": rate}
-                with (folder / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps({key: round(float(value), 4) for key, value in line.items()}) + "\n")
-                progress.note = f"dice loss {dice_mean:.3f}"
-                sums, began = np.zeros(3), time.perf_counter()
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-                _save(folder, settings, network, optimiser, step + 1)
-            progress.tick(1)
+            journal.end_step(settings.batch, {"dice": dice[-1].mean().detach(), "ranking": rank.detach()})
+            if journal.step % 10 == 0:  # not more often: reading it makes a GPU wait
+                progress.note = f"dice loss {float(dice[-1].detach().mean()):.3f}"
+            progress.tick(settings.batch)
     with atomic_write(path) as file:
         file.write(save({name: value.contiguous() for name, value in network.state_dict().items()}))
     return path
@@ -206,25 +195,3 @@ def losses(masks: Tensor, objectness: Tensor, targets: Tensor) -> tuple[Tensor, 
     worse = dice.detach()[..., :, None] > dice.detach()[..., None, :]
     rank = F.softplus(objectness[..., :, None] - objectness[..., None, :])
     return dice, (rank * worse).sum() / worse.sum().clamp_min(1)
-
-
-def _save(folder: Path, settings: SaliencyTraining, network: SelfMask, optimiser: Optimizer, step: int) -> None:
-    state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
-    with atomic_write(folder / "checkpoint.pt") as file:
-        torch.save({**state, "settings": settings.model_dump()}, file)
-
-
-def _restore(folder: Path, settings: SaliencyTraining, network: SelfMask, optimiser: Optimizer) -> int:
-    """Takes up the checkpoint, if there is one: the number of steps done. The metrics after it are dropped."""
-    metrics = folder / "metrics.jsonl"
-    if not (folder / "checkpoint.pt").exists():
-        metrics.write_text(json.dumps({"settings": settings.model_dump()}) + "\n")
-        return 0
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    if state["settings"] != settings.model_dump():
-        raise UserError(f"{folder} is of a training with other settings; give the old ones or remove the folder")
-    network.load_state_dict(state["network"])
-    optimiser.load_state_dict(state["optimiser"])
-    lines = [line for line in metrics.read_text().splitlines() if json.loads(line).get("step", 0) <= state["step"]]
-    metrics.write_text("\n".join(lines) + "\n")
-    return state["step"]

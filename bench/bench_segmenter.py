@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: MIT
+"""The training of a segmenter: a step of DeepLabv3+ on ResNet-50, and whether photos come faster than it eats them.
+
+`pytest bench/bench_segmenter.py --benchmark-only -s` prints the tables. The weights are random: they cost the same.
+"""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_bilateral_solver import photo as draw
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+
+from common import paired_medians, report
+from namedmask.backbones import untrained_encoder
+from namedmask.config import SegmenterTraining
+from namedmask.distributed import Worker
+from namedmask.masks import MaskRecord
+from namedmask.photos import PhotoSource
+from namedmask.segmenter.augment import IGNORE
+from namedmask.segmenter.deeplab import DeepLab
+from namedmask.segmenter.training import Sample, accumulate_gradients, batches
+from namedmask.threads import thread_count
+
+CLASSES, PHOTOS = 21, 2  # a step's photos here; its cost grows with them
+
+
+def make_network(quick: bool) -> DeepLab:
+    torch.manual_seed(0)
+    return DeepLab(untrained_encoder("test_resnet" if quick else "resnet50"), CLASSES, 32 if quick else 256).train()
+
+
+def settings_of(quick: bool, **changed) -> SegmenterTraining:
+    return SegmenterTraining(**({"crop": 64, "batch": 4} if quick else {}) | changed)
+
+
+def our_step(network: DeepLab, photos, labels, settings: SegmenterTraining):
+    network.to(memory_format=torch.channels_last)
+    optimiser = torch.optim.Adam(network.parameters(), 1e-6, weight_decay=settings.weight_decay, fused=True)
+
+    def step():
+        optimiser.zero_grad()
+        loss = accumulate_gradients(network, network, photos, labels, settings, Worker())
+        optimiser.step()
+        return float(loss)
+
+    return step
+
+
+def plain_step(network: DeepLab, photos, labels):
+    """As one writes it first: dense NCHW tensors in float32, Adam as it comes, the mean that cross_entropy takes."""
+    optimiser = torch.optim.Adam(network.parameters(), 1e-6, weight_decay=2e-4)
+
+    def step():
+        optimiser.zero_grad()
+        loss = F.cross_entropy(network(network.normalised(photos)), labels.long(), ignore_index=IGNORE)
+        loss.backward()
+        optimiser.step()
+        return float(loss.detach())
+
+    return step
+
+
+def matrix_rate(dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a square matrix product, the ceiling of a convolution."""
+    a = torch.randn(size, size).to(dtype)
+    return 2 * size**3 / paired_medians({"": lambda: a @ a}, rounds=5)[""]
+
+
+def test_training_step(benchmark, quick):
+    settings = settings_of(quick)
+    generator = torch.Generator().manual_seed(0)
+    photos = torch.randint(0, 256, (PHOTOS, 3, settings.crop, settings.crop), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(IGNORE, CLASSES, photos[:, 0].shape, dtype=torch.int32, generator=generator)
+    bfloat16 = settings.model_copy(update={"precision": "bfloat16"})
+    calls = {
+        "ours, float32": our_step(make_network(quick), photos, labels, settings),
+        "ours, bfloat16": our_step(make_network(quick), photos, labels, bfloat16),
+        "plain, float32": plain_step(make_network(quick), photos, labels),
+    }
+    with FlopCounterMode(display=False) as counter:
+        plain_step(make_network(quick), photos, labels)()
+    losses = {who: call() for who, call in calls.items()}
+    assert abs(losses["ours, float32"] - losses["plain, float32"]) < 1e-3 * losses["plain, float32"]
+    assert abs(losses["ours, bfloat16"] - losses["plain, float32"]) < 2e-2 * losses["plain, float32"]
+    benchmark.pedantic(calls["ours, float32"], rounds=1)
+    seconds = paired_medians(calls, rounds=3)
+    size = 256 if quick else 2048
+    ceiling = {"float32": matrix_rate(torch.float32, size), "bfloat16": matrix_rate(torch.bfloat16, size)}
+    flops = counter.get_total_flops()
+    report(
+        f"training step, DeepLabv3+ on {make_network(quick).encoder}, crop {settings.crop}, {PHOTOS} photos, "
+        f"{flops / PHOTOS / 1e9:.0f} GFLOP a photo",
+        [
+            {
+                "who": who,
+                "s": s,
+                "photos/s": PHOTOS / s,
+                "GFLOP/s": flops / s / 1e9,
+                "of a matrix product's": f"{flops / s / ceiling[who.split()[-1]]:.0%}",
+                "plain / this": seconds["plain, float32"] / s,
+            }
+            for who, s in seconds.items()
+        ],
+    )
+
+
+class Plain(Dataset):
+    """The same augmentation as one writes it with torchvision's transforms, an object of another photo pasted in."""
+
+    def __init__(self, source: PhotoSource, samples: list[Sample], settings: SegmenterTraining, blur: bool):
+        self.source, self.samples, self.settings = source, samples, settings
+        self.colours = v2.Compose(
+            [
+                v2.RandomApply([v2.ColorJitter(*settings.jitter)], settings.jitter_share),
+                v2.RandomGrayscale(settings.grey),
+                *([v2.RandomApply([v2.GaussianBlur(39, settings.blur_sigma)], settings.blur)] if blur else []),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def view(self, number: int):
+        sample, size = self.samples[number], self.settings.crop
+        with Image.open(f"{self.source.path}/{sample.record.photo}") as file:
+            photo = file.convert("RGB")
+        labels = Image.fromarray(sample.record.mask().astype(np.int32) * sample.label)
+        scale = float(torch.empty(()).uniform_(*self.settings.scale))
+        shape = [max(1, round(scale * side)) for side in (photo.height, photo.width)]
+        photo = v2.functional.resize(photo, shape)
+        labels = v2.functional.resize(labels, shape, v2.InterpolationMode.NEAREST)
+        down, right = (max(0, size - side) for side in shape)
+        padding = [right // 2, down // 2, right - right // 2, down - down // 2]
+        mean = [round(c) for c in np.asarray(photo).mean((0, 1))]
+        photo, labels = v2.functional.pad(photo, padding, mean), v2.functional.pad(labels, padding, IGNORE)
+        top, left = (int(torch.randint(side - size + 1, ())) for side in (photo.height, photo.width))
+        photo, labels = (v2.functional.crop(x, top, left, size, size) for x in (photo, labels))
+        if torch.rand(()) < self.settings.flip:
+            photo, labels = v2.functional.hflip(photo), v2.functional.hflip(labels)
+        return self.colours(photo), torch.from_numpy(np.array(labels))
+
+    def __getitem__(self, number: int):
+        photo, labels = self.view(number)
+        for _ in range(int(torch.randint(self.settings.copies[0], self.settings.copies[1] + 1, ()))):
+            other, theirs = self.view(int(torch.randint(len(self), ())))
+            rows, columns = (theirs > 0).any(1).nonzero(), (theirs > 0).any(0).nonzero()
+            if not len(rows):
+                continue
+            box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+            is_object = theirs[box] > 0
+            h, w = is_object.shape
+            top, left = (int(torch.randint(self.settings.crop - side + 1, ())) for side in (h, w))
+            photo[:, top : top + h, left : left + w][:, is_object] = other[:, box[0], box[1]][:, is_object]
+            labels[top : top + h, left : left + w][is_object] = theirs[box][is_object]
+        return photo, labels
+
+
+@pytest.fixture
+def world(tmp_path, quick):
+    """(source, samples): photos of 480 x 640 with an ellipse each."""
+    samples = []
+    y, x = np.mgrid[:480, :640]
+    for i in range(2 if quick else 24):
+        Image.fromarray(draw(i, 480, 640)[1]).save(tmp_path / f"{i:03}.jpg", quality=92)
+        mask = ((y - 240) / (60 + 6 * i)) ** 2 + ((x - 320) / 150) ** 2 < 1
+        samples.append(Sample(MaskRecord.from_mask(f"{i:03}.jpg", mask, "thing", None, 1.0), 1 + i % 20))
+    return PhotoSource(tmp_path), samples
+
+
+def test_data_pipeline(benchmark, world, quick):
+    """Photos a second that are decoded, augmented and batched, beside those that a training step takes."""
+    source, samples = world
+    settings = settings_of(quick)
+
+    def ours(steps: int) -> float:
+        began = time.perf_counter()
+        for photos, labels in batches(source, samples, settings, Worker(), range(steps)):
+            assert photos.shape[2:] == labels.shape[1:] == (settings.crop, settings.crop)
+        return steps * settings.batch / (time.perf_counter() - began)
+
+    def plain(blur: bool, steps: int) -> float:
+        loader = DataLoader(Plain(source, samples, settings, blur), settings.batch, num_workers=2)
+        taken, began = 0, 0.0
+        while taken < steps * settings.batch:
+            for photos, _ in loader:
+                if not began:
+                    began = time.perf_counter()  # the first batch starts the processes
+                    continue
+                taken += len(photos)
+        return taken / (time.perf_counter() - began)
+
+    steps = 2 if quick else 12
+    ours(1)
+    benchmark.pedantic(lambda: ours(1), rounds=1)
+    rates = {f"ours, {thread_count()} threads": ours(steps)}
+    rates["DataLoader, 2 processes, torchvision, no blur"] = plain(False, steps)
+    rates["DataLoader, 2 processes, torchvision"] = plain(True, 1)
+    photos = torch.randint(0, 256, (PHOTOS, 3, settings.crop, settings.crop), dtype=torch.uint8)
+    step = our_step(make_network(quick), photos, torch.zeros(photos[:, 0].shape, dtype=torch.int32), settings)
+    eaten = PHOTOS / paired_medians({"": step}, rounds=3)[""]
+    report(
+        f"data pipeline, 480 x 640 JPEG to crop {settings.crop} with {settings.copies} copies; a step takes "
+        f"{eaten:.2f} photos/s",
+        [{"who": who, "photos/s": rate, "ms a photo": 1e3 / rate, "of what a step takes": rate / eaten}
+         for who, rate in rates.items()],
+    )  # fmt: skip

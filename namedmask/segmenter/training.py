@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""Trains a segmenter on masks: of all categories, or as the expert of one.
+
+OUT/segmenter/
+  model.safetensors, categories.json   the network (see `deeplab`), written last
+  metrics.jsonl, tensorboard/, checkpoint.pt   see `namedmask.training`
+
+A step draws its photos and all that happens to them from the seed and the number of the step. On the CPU an interrupted
+training therefore ends with the very bits of one that was not; on a GPU some of torch's gradients are not reproducible.
+Several workers share each batch: BatchNorm and the loss are over all of it, so they train what one would, to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..archive import read_archive
+from ..backbones import load_encoder
+from ..config import SegmenterTraining
+from ..distributed import Worker
+from ..errors import UserError
+from ..masks import MaskRecord, read_masks
+from ..photos import PhotoError, PhotoSource
+from ..progress import Progress
+from ..threads import map_ahead, one_torch_thread, thread_count
+from ..training import Journal
+from .augment import IGNORE, View, augmented, copy_paste
+from .batch_norm import synchronise
+from .deeplab import DeepLab, save_segmenter
+
+
+class Sample(NamedTuple):
+    """A photo with the mask of one object, and the class that the object is of; the rest is background, class 0."""
+
+    record: MaskRecord
+    label: int
+
+
+def train_segmenter(
+    out: Path, source: PhotoSource, settings: SegmenterTraining, worker: Worker, device: str, progress: Progress
+) -> None:
+    """Trains on all masks of the run folder `out`, the experts' (OUT/refined) where there are any, unless it is done.
+
+    Class i + 1 is the i-th category of the archive. Raises UserError where there are no masks, or as `train` does.
+    """
+    folder = out / "segmenter"
+    folder.mkdir(exist_ok=True)
+    if (folder / "model.safetensors").exists():
+        progress.note = "done before"
+        return
+    categories = read_archive(out / "archive.json").categories
+    masks = out / "refined" if (out / "refined").is_dir() else out / "masks"
+    samples = [Sample(record, categories.index(record.category) + 1) for record in read_masks(masks) if record.area]
+    if not samples:
+        raise UserError(f"there are no masks in {masks}; make them with `namedmask-pseudolabel`")
+    progress.total = settings.steps * settings.batch
+    network = train(source, samples, len(categories) + 1, folder, settings, worker, device, progress)
+    if worker.is_main:
+        save_segmenter(folder, network, categories)
+
+
+def train(
+    source: PhotoSource,
+    samples: Sequence[Sample],
+    classes: int,
+    folder: Path,
+    settings: SegmenterTraining,
+    worker: Worker,
+    device: str,
+    progress: Progress,
+) -> DeepLab:
+    """A network trained on `samples`, going on from the checkpoint in `folder`; the same in every worker.
+
+    progress: ticks with every photo, `settings.steps * settings.batch` in all
+    Raises UserError where the batch cannot be shared out evenly, where a photo is not what its mask was made of, or
+    where the checkpoint is of other settings or samples.
+    """
+    if settings.batch % (worker.count * settings.accumulate):
+        raise UserError(
+            f"a batch of {settings.batch} cannot be shared by {worker.count} workers in {settings.accumulate} parts "
+            "each; choose another --batch or --accumulate"
+        )
+    torch.manual_seed(settings.seed)
+    network = DeepLab(load_encoder(settings.encoder, settings.encoder_weights), classes, settings.width)
+    if worker.count > 1:
+        synchronise(network, device)
+    network = network.to(device, memory_format=torch.channels_last).train()
+    optimiser = torch.optim.Adam(
+        [
+            {"params": network.backbone.parameters(), "highest": settings.encoder_rate},
+            {"params": network.classifier.parameters(), "highest": settings.rate},
+        ],
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    about = {"settings": settings.model_dump(), "samples": _digest(samples)}
+    with worker.collective(device), Journal(folder, about, network, optimiser, settings.steps, worker) as journal:
+        share = settings.batch // worker.count
+        progress.tick(journal.step * share, found=True)
+        shared: nn.Module = network
+        if worker.count > 1:
+            shared = DistributedDataParallel(network, broadcast_buffers=False)
+        loaded = batches(source, samples, settings, worker, range(journal.step, settings.steps))
+        for step in range(journal.step, settings.steps):
+            began = time.monotonic()
+            photos, labels = next(loaded)
+            waited = torch.tensor(time.monotonic() - began)
+            for group in optimiser.param_groups:
+                left = (1 - step / settings.steps) ** settings.power
+                group["lr"] = max(group["highest"] * left, settings.lowest_rate)
+            optimiser.zero_grad()
+            loss = accumulate_gradients(shared, network, photos.to(device), labels.to(device), settings, worker)
+            optimiser.step()
+            journal.end_step(settings.batch, {"loss": loss, "seconds_waiting_for_photos": waited})
+            if journal.step % 10 == 0:  # not more often: reading it makes a GPU wait
+                progress.note = f"loss {float(loss):.3f}"
+            progress.tick(share)
+    return network
+
+
+def accumulate_gradients(
+    shared: nn.Module,
+    network: DeepLab,
+    photos: Tensor,
+    labels: Tensor,
+    settings: SegmenterTraining,
+    worker: Worker,
+) -> Tensor:
+    """The mean cross-entropy over the labelled pixels of all workers' batches; the network gets its gradients.
+
+    shared: `network`, or what shares its gradients among workers. photos uint8 [n, 3, S, S] and labels int32 [n, S, S]
+    are this worker's. They go through it in `settings.accumulate` parts, each with BatchNorm statistics of its own.
+    """
+    labelled = worker.sum((labels != IGNORE).sum()).clamp_min(1)
+    precision = torch.autocast(photos.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+    parts = list(zip(photos.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True))
+    whole = torch.zeros((), device=photos.device)
+    for number, (part, truth) in enumerate(parts, 1):
+        alone = worker.count > 1 and number < len(parts)  # gradients are shared with those of the last part
+        with shared.no_sync() if alone else contextlib.nullcontext():
+            with precision:
+                logits = shared(network.normalised(part).contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), truth.long(), ignore_index=IGNORE, reduction="sum") / labelled
+            (loss * worker.count).backward()  # sharing takes the mean over workers
+        whole += loss.detach()
+    return worker.sum(whole)
+
+
+def batches(
+    source: PhotoSource, samples: Sequence[Sample], settings: SegmenterTraining, worker: Worker, steps: range
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each step this worker's part of its batch: photos uint8 [n, 3, S, S] and labels int32 [n, S, S].
+
+    Every epoch goes through the samples in an order of its own; pasted objects are of any samples, drawn uniformly.
+    """
+
+    @functools.lru_cache(maxsize=4)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((settings.seed, 0, epoch)).permutation(len(samples))
+
+    def view(place: int) -> View:
+        epoch, index = divmod(place, len(samples))
+        rng = np.random.default_rng((settings.seed, 1, place))
+        first = load_view(source, samples[order(epoch)[index]], settings, rng)
+        copies = rng.integers(settings.copies[0], settings.copies[1] + 1)
+        others = [load_view(source, samples[rng.integers(len(samples))], settings, rng) for _ in range(copies)]
+        copy_paste(first, others, rng)
+        return first
+
+    places = (place for step in steps for place in worker.share(step * settings.batch, settings.batch))
+    loaded = map_ahead(view, places, thread_count(), one_torch_thread)
+    for _ in steps:
+        photos, labels = zip(*(next(loaded) for _ in range(settings.batch // worker.count)), strict=True)
+        yield torch.stack(photos), torch.stack(labels)
+
+
+def load_view(source: PhotoSource, sample: Sample, settings: SegmenterTraining, rng: np.random.Generator) -> View:
+    """A sample's photo, decoded and augmented. Raises UserError where it is not the photo that the mask is of."""
+    try:
+        pixels = source.decode(sample.record.photo).pixels
+    except PhotoError as error:
+        raise UserError(f"a photo that a mask is of cannot be used any more: {error}") from None
+    if pixels.shape[:2] != sample.record.size:
+        raise UserError(f"photo {sample.record.photo!r} has changed since its mask was made: it has another size")
+    return augmented(pixels, sample.record.mask().astype(np.int32) * sample.label, settings, rng)
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    """Tells one list of samples from another."""
+    digest = hashlib.sha256()
+    for record, label in samples:
+        digest.update(f"{record.photo}\0{label}\0{record.size}\0{record.rle}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
