@@ -78,6 +78,18 @@ Weights = Annotated[
     typer.Argument(metavar="WEIGHTS", help="A segmenter's folder or its model.safetensors, or NamedMask's .pth."),
 ]
 EncoderName = Annotated[str, typer.Option("--encoder", help="A timm network, for weights without a categories.json.")]
+TrainedEncoder = Annotated[
+    str | None, typer.Option("--encoder", help="A timm network, or resnet50.dino. (default: resnet50.dino)")
+]
+EncoderWeights = Annotated[Path | None, typer.Option("--encoder-weights", help="A local file with its weights.")]
+Width = Annotated[int | None, typer.Option("--width", help="Channels of the head. (default: 256)")]
+Crop = Annotated[int | None, typer.Option("--crop", help="Pixels a side in training. (default: 384)")]
+Rate = Annotated[float | None, typer.Option("--rate", help="Learning rate of the head. (default: 5e-4)")]
+EncoderRate = Annotated[float | None, typer.Option("--encoder-rate", help="Of the encoder. (default: 5e-5)")]
+TrainingPrecision = Annotated[
+    str | None, typer.Option("--precision", help="float32 or bfloat16 for the products. (default: float32)")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of all draws. (default: 0)")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes on the CPU.")]
 Gpus = Annotated[
     int | None,
@@ -107,6 +119,17 @@ SETTINGS = {
     "precision": ("detector", "precision"),
     "refine": ("refine", "name"),
     "largest_component": ("refine", "largest_component"),
+    "mode": ("experts", "mode"),
+    "expert_encoder": ("experts", "encoder"),
+    "expert_encoder_weights": ("experts", "encoder_weights"),
+    "expert_width": ("experts", "width"),
+    "expert_crop": ("experts", "crop"),
+    "expert_batch": ("experts", "batch"),
+    "expert_steps": ("experts", "steps"),
+    "expert_rate": ("experts", "rate"),
+    "expert_encoder_rate": ("experts", "encoder_rate"),
+    "expert_precision": ("experts", "precision"),
+    "expert_seed": ("experts", "seed"),
     "encoder": ("segmenter", "encoder"),
     "encoder_weights": ("segmenter", "encoder_weights"),
     "width": ("segmenter", "width"),
@@ -419,17 +442,39 @@ def evaluate(
 
 
 @app.command()
+@stage_command("experts")
+def experts(
+    out: RunFolder,
+    mode: Annotated[
+        str | None,
+        typer.Option("--mode", help="separate: a network a category; shared: one for all. (default: separate)"),
+    ] = None,
+    expert_encoder: TrainedEncoder = None,
+    expert_encoder_weights: EncoderWeights = None,
+    expert_width: Width = None,
+    expert_crop: Crop = None,
+    expert_batch: Annotated[int | None, typer.Option("--batch", help="Photos a step. (default: 8)")] = None,
+    expert_steps: Annotated[int | None, typer.Option("--steps", help="Of each training. (default: 5000)")] = None,
+    expert_rate: Rate = None,
+    expert_encoder_rate: EncoderRate = None,
+    expert_precision: TrainingPrecision = None,
+    expert_seed: Seed = None,
+    workers: Workers = 1,
+    gpus: Gpus = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Better masks from what the masks of each category share: an expert learns them and labels the archive anew."""
+
+
+@app.command()
 @stage_command("train")
 def train(
     out: RunFolder,
-    encoder: Annotated[
-        str | None, typer.Option("--encoder", help="A timm network, or resnet50.dino. (default: resnet50.dino)")
-    ] = None,
-    encoder_weights: Annotated[
-        Path | None, typer.Option("--encoder-weights", help="A local file with its weights.")
-    ] = None,
-    width: Annotated[int | None, typer.Option("--width", help="Channels of the head. (default: 256)")] = None,
-    crop: Annotated[int | None, typer.Option("--crop", help="Pixels a side in training. (default: 384)")] = None,
+    encoder: TrainedEncoder = None,
+    encoder_weights: EncoderWeights = None,
+    width: Width = None,
+    crop: Crop = None,
     copies: Annotated[
         tuple[int, int] | None,
         typer.Option("--copies", metavar="FROM TO", help="Objects pasted into a photo. (default: 1 2)"),
@@ -439,14 +484,10 @@ def train(
         int | None, typer.Option("--accumulate", help="Parts of a batch, one after another. (default: 1)")
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Of the training. (default: 20000)")] = None,
-    rate: Annotated[float | None, typer.Option("--rate", help="Learning rate of the head. (default: 5e-4)")] = None,
-    encoder_rate: Annotated[
-        float | None, typer.Option("--encoder-rate", help="Of the encoder. (default: 5e-5)")
-    ] = None,
-    training_precision: Annotated[
-        str | None, typer.Option("--precision", help="float32 or bfloat16 for the products. (default: float32)")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of all draws. (default: 0)")] = None,
+    rate: Rate = None,
+    encoder_rate: EncoderRate = None,
+    training_precision: TrainingPrecision = None,
+    seed: Seed = None,
     workers: Workers = 1,
     gpus: Gpus = None,
     overwrite: Overwrite = False,

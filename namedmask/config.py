@@ -138,6 +138,25 @@ class SegmenterTraining(Part):
         return value
 
 
+class ExpertTraining(SegmenterTraining):
+    """How category experts are trained, each on the masks of its own archive: as a segmenter, with the paper's numbers.
+
+    A photo shows one object: nothing is pasted.
+    """
+
+    mode: Literal["separate", "shared"] = "separate"  # a network a category, or one with a last layer for each
+    copies: Annotated[tuple[int, int], Field(strict=False)] = (0, 0)
+    batch: Positive = 8
+    steps: Positive = 5_000  # of each training
+
+    @field_validator("copies")
+    @classmethod
+    def nothing_is_pasted(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if value != (0, 0):
+            raise ValueError("an expert's photo shows one object, so nothing is pasted: expected [0, 0]")
+        return value
+
+
 class CrfConfig(Part):
     """Fully connected CRF: the published weights and sigmas, and the confidence that erodes objects least."""
 
@@ -183,6 +202,7 @@ class RunConfig(Part):
     archive: ArchiveConfig = ArchiveConfig()
     detector: DetectorConfig = DetectorConfig()
     refine: RefineConfig = RefineConfig()
+    experts: ExpertTraining = ExpertTraining()
     segmenter: SegmenterTraining = SegmenterTraining()
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from .archive import Archive
 from .config import RunConfig
 from .distributed import Worker
-from .masks import ErrorRecord, MaskRecord, errors_path, write_errors, write_shard
+from .masks import ErrorRecord, MaskRecord, errors_path, mask_score, write_errors, write_shard
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .refine import Refiner
 from .saliency import Detection, make_detector
@@ -47,19 +47,6 @@ class Labelled(NamedTuple):
 
     mask: np.ndarray
     score: float
-
-
-def mask_score(mask: np.ndarray, confidence: float) -> float:
-    """How much a mask, bool [H, W], is to be trusted, in [0, 1]; higher is better, 0 for an empty mask.
-
-    The detector's confidence, times the share of the photo's border that the mask leaves free: objects seldom frame
-    their photo, backgrounds do. (On 58 photos with ground truth the rank correlation with the IoU was 0.79 for the
-    spectral detector, against 0.62 for the border and 0.32 for the confidence alone.)
-    """
-    if not mask.any():
-        return 0.0
-    border = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]])
-    return confidence * float(1 - border.mean())
 
 
 class Labeller:

@@ -27,7 +27,7 @@ from .archive import read_archive
 from .config import read_config, read_facts
 from .errors import UserError
 from .files import atomic_write
-from .masks import ErrorRecord, MaskRecord, read_errors, read_masks
+from .masks import ErrorRecord, MaskRecord, best_masks, read_errors, read_masks
 from .photos import PhotoError, PhotoSource
 
 MAX_THUMBNAILS = 1500  # on the page, unless two a category are more
@@ -49,6 +49,7 @@ def write_report(out: str | os.PathLike, sheets: Mapping[str, Image.Image] | Non
 
     sheets: pictures to show before the masks, by their captions; None: those of the demo that has made the folder.
 
+    The masks are those of the experts (OUT/refined) where there are any, else the detector's (OUT/masks).
     The page shows each category's best masks (by `score`, then `category_score`, then the order of the run) and its
     lowest ones, drawn over the photos, with histograms, errors and settings. At most `PER_CATEGORY` masks a category
     and about `MAX_THUMBNAILS` in all are drawn. A photo that cannot be shown any more gets a tile that says why.
@@ -60,11 +61,11 @@ def write_report(out: str | os.PathLike, sheets: Mapping[str, Image.Image] | Non
         from .demo.run import contact_sheets
 
         sheets = contact_sheets(out)
-    config = read_config(out / "run.toml")
+    config, masks = read_config(out / "run.toml"), best_masks(out)
     try:
         archive = read_archive(out / "archive.json")
         categories = {name: _Category(name, len(archive.photos[name])) for name in archive.categories}
-        photos = _gather(read_masks(out / "masks"), categories)
+        photos = _gather(read_masks(masks), categories)
         errors, error_count = _read_errors(out / "errors.jsonl")
     except ValueError as error:
         raise UserError(f"{error}: the run folder is damaged") from error
@@ -79,6 +80,7 @@ def write_report(out: str | os.PathLike, sheets: Mapping[str, Image.Image] | Non
     page = _template().generate(
         title=out.resolve().name,
         photos=config.photos,
+        refined=masks.name == "refined",
         facts=read_facts(out / "run.toml"),
         settings=(out / "run.toml").read_text("utf-8").splitlines(),
         photo_count=photos,

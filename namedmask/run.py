@@ -23,7 +23,7 @@ from .files import TEMPORARY_PREFIX, remove_stale
 from .masks import ErrorRecord, assemble_errors, errors_path, read_errors, read_masks, write_errors
 from .photos import PhotoSource
 
-STAGES = ("index", "archive", "pseudolabel", "report", "train")
+STAGES = ("index", "archive", "pseudolabel", "experts", "report", "train")
 
 # The settings that each stage reads, and where what it makes lies. What a stage makes depends on its own settings and
 # on those of the stages before it; they may change until it is there.
@@ -31,16 +31,19 @@ SETTINGS = {
     "index": ("photos", "index"),
     "archive": ("categories", "archive"),
     "pseudolabel": ("shard_size", "detector", "refine"),
+    "experts": ("experts",),
     "report": (),
     "train": ("segmenter",),
 }
 MADE = {
-    "index": "index",
-    "archive": "archive.json",
-    "pseudolabel": "masks",
-    "report": "report.html",
-    "train": "segmenter",
+    "index": ["index"],
+    "archive": ["archive.json"],
+    "pseudolabel": ["masks"],
+    "experts": ["experts", "refined"],
+    "report": ["report.html"],
+    "train": ["segmenter"],
 }
+TIDIED = ("index", "masks", "experts", "experts/refined", "segmenter")  # where a killed run may leave half a file
 
 
 @contextmanager
@@ -77,16 +80,18 @@ def prepare(out: Path, given: dict, stages: Sequence[str], overwrite: bool) -> R
         raise UserError("give --embeddings or --clip-weights, not both")
     if overwrite:
         for stage in STAGES[min(map(STAGES.index, stages)) :]:
-            remove(out / MADE[stage])
+            for name in MADE[stage]:
+                remove(out / name)
     changed = differences(old, config) if old else []
     for number, stage in enumerate(STAGES):
         if stage == "report":  # of whatever is there, and made anew each time
             continue
         read = [key for before in STAGES[: number + 1] for key in SETTINGS[before]]
         clashes = [line for line in changed if line.split(":")[0].split(".")[0] in read]
-        if clashes and (out / MADE[stage]).exists():
+        made = [out / name for name in MADE[stage] if (out / name).exists()]
+        if clashes and made:
             raise UserError(
-                f"{out / MADE[stage]} was made with other settings: {'; '.join(clashes)} (give the old ones, choose "
+                f"{made[0]} was made with other settings: {'; '.join(clashes)} (give the old ones, choose "
                 "another --out, or start anew with --overwrite)"
             )
     write_config(out / "run.toml", config, made_with())
@@ -147,7 +152,9 @@ def start(out: Path, given: dict, stages: Sequence[str], workers: int, gpus: int
         else:
             _start_workers(out, stages, gpus or workers, device)
     if "train" in stages:
-        print(f"the segmenter is in {out / MADE['train']}")
+        print(f"the segmenter is in {out / 'segmenter'}")
+    if "experts" in stages:
+        print(f"the experts' masks are in {out / 'refined'}")
     return "pseudolabel" not in stages or _summarise(out, "report" in stages)
 
 
@@ -183,7 +190,7 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str) -> None:
         source = open_source(config)
         if "archive" in stages and (not config.categories or (out / "archive.json").exists()):
             stages = [stage for stage in stages if stage != "index"]  # class folders, or searched already
-        for folder in (out, out / "index", out / "masks", out / "segmenter"):
+        for folder in (out, *(out / name for name in TIDIED)):
             if worker.is_main and folder.is_dir():
                 remove_stale(folder)
         for stage in stages:
@@ -262,6 +269,15 @@ def _pseudolabel(out: Path, config: RunConfig, source: PhotoSource, worker: Work
         assemble_errors(out / "errors.jsonl", parts)
 
 
+def _experts(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, device: str, progress) -> None:
+    from .experts import train_experts
+
+    train_experts(out, source, config.experts, worker, device, progress)
+    if worker.is_main:
+        parts = [p for name in ("index", "masks", "refined") for p in sorted((out / name).glob("*.errors.jsonl"))]
+        assemble_errors(out / "errors.jsonl", parts)
+
+
 def _report(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, device: str, progress) -> None:
     from .report import write_report
 
@@ -279,6 +295,7 @@ RUN: dict[str, Callable] = {
     "index": _index,
     "archive": _archive,
     "pseudolabel": _pseudolabel,
+    "experts": _experts,
     "report": _report,
     "train": _train,
 }

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..backbones import Encoder, read_weights, untrained_encoder
 from ..errors import UserError
 from ..files import atomic_write
+from .augment import IGNORE
 
 DILATIONS = (12, 24, 36)  # at output stride 8
 ENCODER_MOMENTUM = 0.01  # of its BatchNorm layers: photos of a small archive are to move its statistics slowly
@@ -106,6 +107,10 @@ class DeepLab(nn.Module):
     def forward(self, photos: Tensor) -> Tensor:
         """photos normalised [n, 3, H, W], of any size -> logits [n, classes, H, W]; class 0 is the background."""
         return F.interpolate(self.coarse_logits(photos), photos.shape[2:], mode="bilinear")
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, summed over the labelled pixels: what `forward` gives, against labels int32 [n, H, W]."""
+        return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE, reduction="sum")
 
 
 def save_segmenter(folder: Path, network: DeepLab, categories: Sequence[str]) -> Path:

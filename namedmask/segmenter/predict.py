@@ -11,9 +11,9 @@ On the CPU each thread takes a photo through the network by itself, in float32. 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ GPU_BATCH = 8  # photos of one size
 MIXED_VALUES = 1 << 24  # logits interpolated at once
 
 Key = TypeVar("Key")
-Seen = tuple[str, Photo | PhotoError, np.ndarray | None]  # a photo's name, the photo and its mask, or what is wrong
+Seen = tuple[str, Photo | PhotoError, Any]  # a photo's name, the photo and its mask, or what is wrong and None
 
 
 class Segmentation(NamedTuple):
@@ -100,16 +100,20 @@ class Segmenter:
 
     def segment(self, source: PhotoSource, names: Iterable[str]) -> Iterator[list[Seen]]:
         """Each photo of a source with its mask, or with what is wrong with it; a few at a time, in order."""
+        return self.each(source, names, lambda photos: self.masks([photo.pixels for photo in photos]))
 
-        def look(
-            batch: list[tuple[str, Photo | PhotoError]],
-        ) -> list[tuple[str, Photo | PhotoError, np.ndarray | None]]:
-            masks = iter(self.masks([p.pixels for _, p in batch]) if isinstance(batch[0][1], Photo) else ())
-            return [(name, photo, next(masks, None)) for name, photo in batch]
+    def each(
+        self, source: PhotoSource, names: Iterable[str], look: Callable[[list[Photo]], Sequence[Any]]
+    ) -> Iterator[list[Seen]]:
+        """The same with what `look` makes of photos of one size: of one on the CPU, where threads share the photos."""
+
+        def look_at(batch: list[tuple[str, Photo | PhotoError]]) -> list[Seen]:
+            found = iter(look([photo for _, photo in batch]) if isinstance(batch[0][1], Photo) else ())
+            return [(name, photo, next(found, None)) for name, photo in batch]
 
         with kernels_on_one_thread(self.device.type) as threads:
             batches = equal_sizes(decode_ahead(source.decode, names), 1 if self.device.type == "cpu" else GPU_BATCH)
-            yield from map_ahead(look, batches, threads)
+            yield from map_ahead(look_at, batches, threads)
 
 
 def equal_sizes(

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,7 +30,7 @@ from ..backbones import load_encoder
 from ..config import SegmenterTraining
 from ..distributed import Worker
 from ..errors import UserError
-from ..masks import MaskRecord, read_masks
+from ..masks import MaskRecord, best_masks, read_masks
 from ..photos import PhotoError, PhotoSource
 from ..progress import Progress
 from ..threads import map_ahead, one_torch_thread, thread_count
@@ -42,10 +41,11 @@ from .deeplab import DeepLab, save_segmenter
 
 
 class Sample(NamedTuple):
-    """A photo with the mask of one object, and the class that the object is of; the rest is background, class 0."""
+    """A photo with the mask of one object, the label of the object, and that of the rest."""
 
     record: MaskRecord
     label: int
+    background: int = 0
 
 
 def train_segmenter(
@@ -61,7 +61,7 @@ def train_segmenter(
         progress.note = "done before"
         return
     categories = read_archive(out / "archive.json").categories
-    masks = out / "refined" if (out / "refined").is_dir() else out / "masks"
+    masks = best_masks(out)
     samples = [Sample(record, categories.index(record.category) + 1) for record in read_masks(masks) if record.area]
     if not samples:
         raise UserError(f"there are no masks in {masks}; make them with `namedmask-pseudolabel`")
@@ -80,8 +80,9 @@ def train(
     worker: Worker,
     device: str,
     progress: Progress,
+    kind: type[DeepLab] = DeepLab,
 ) -> DeepLab:
-    """A network trained on `samples`, going on from the checkpoint in `folder`; the same in every worker.
+    """A network of `kind` trained on `samples`, going on from the checkpoint in `folder`; the same in every worker.
 
     progress: ticks with every photo, `settings.steps * settings.batch` in all
     Raises UserError where the batch cannot be shared out evenly, where a photo is not what its mask was made of, or
@@ -93,7 +94,7 @@ def train(
             "each; choose another --batch or --accumulate"
         )
     torch.manual_seed(settings.seed)
-    network = DeepLab(load_encoder(settings.encoder, settings.encoder_weights), classes, settings.width)
+    network = kind(load_encoder(settings.encoder, settings.encoder_weights), classes, settings.width)
     if worker.count > 1:
         synchronise(network, device)
     network = network.to(device, memory_format=torch.channels_last).train()
@@ -138,7 +139,7 @@ def accumulate_gradients(
     settings: SegmenterTraining,
     worker: Worker,
 ) -> Tensor:
-    """The mean cross-entropy over the labelled pixels of all workers' batches; the network gets its gradients.
+    """The mean loss over the labelled pixels of all workers' batches; the network gets its gradients.
 
     shared: `network`, or what shares its gradients among workers. photos uint8 [n, 3, S, S] and labels int32 [n, S, S]
     are this worker's. They go through it in `settings.accumulate` parts, each with BatchNorm statistics of its own.
@@ -151,8 +152,8 @@ def accumulate_gradients(
         alone = worker.count > 1 and number < len(parts)  # gradients are shared with those of the last part
         with shared.no_sync() if alone else contextlib.nullcontext():
             with precision:
-                logits = shared(network.normalised(part).contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), truth.long(), ignore_index=IGNORE, reduction="sum") / labelled
+                found = shared(network.normalised(part).contiguous(memory_format=torch.channels_last))
+            loss = network.loss(found, truth) / labelled
             (loss * worker.count).backward()  # sharing takes the mean over workers
         whole += loss.detach()
     return worker.sum(whole)
@@ -194,12 +195,13 @@ def load_view(source: PhotoSource, sample: Sample, settings: SegmenterTraining, 
         raise UserError(f"a photo that a mask is of cannot be used any more: {error}") from None
     if pixels.shape[:2] != sample.record.size:
         raise UserError(f"photo {sample.record.photo!r} has changed since its mask was made: it has another size")
-    return augmented(pixels, sample.record.mask().astype(np.int32) * sample.label, settings, rng)
+    labels = np.where(sample.record.mask(), np.int32(sample.label), np.int32(sample.background))
+    return augmented(pixels, labels, settings, rng)
 
 
 def _digest(samples: Sequence[Sample]) -> str:
     """Tells one list of samples from another."""
     digest = hashlib.sha256()
-    for record, label in samples:
+    for record, label, _ in samples:
         digest.update(f"{record.photo}\0{label}\0{record.size}\0{record.rle}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

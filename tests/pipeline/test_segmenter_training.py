@@ -206,7 +206,7 @@ def test_every_step_draws_by_itself_and_workers_share_it(run_of_discs, small):
 def test_an_expert_has_two_classes(run_of_discs, small):
     samples, source = samples_of(run_of_discs)
     settings = SegmenterTraining(**{**small, "copies": (0, 0), "batch": 2}, steps=3)
-    cats = [Sample(record, 1) for record, label in samples if label == 1]
+    cats = [Sample(record, 1) for record, label, _ in samples if label == 1]
     with Progress("experts", Worker()) as progress:
         network = train(source, cats, 2, run_of_discs, settings, Worker(), "cpu", progress)
     assert network.classes == 2 and progress.done == 6

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: MIT
+"""Category experts: what they mend, what they never do again, one by one and all at once, killed and gone on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from namedmask import cli, run
+from namedmask.archive import Archive, Retrieved, write_archive
+from namedmask.backbones import untrained_encoder
+from namedmask.config import ExpertTraining, make_config
+from namedmask.errors import UserError
+from namedmask.experts import SharedExperts, decided, samples_of
+from namedmask.masks import MaskRecord, best_masks, mask_score, read_errors, read_masks, read_shard, write_shard
+from namedmask.report import write_report
+from namedmask.segmenter.augment import IGNORE
+from namedmask.segmenter.deeplab import DeepLab
+
+ENCODER = "test_resnet"  # timm's, for tests
+COLOURS = {"cat": (220, 60, 40), "hot/dog": (40, 90, 220)}  # a name that could not be a file's
+ALONE, BOTH = 6, 3  # photos of one category, and of both
+
+
+def scene(seed: int, kinds: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Discs of the kinds' colours side by side on a grainy ground: pixels and the mask of each."""
+    rng = np.random.default_rng(seed)
+    h, w = 56 + seed % 9, 60 + seed % 13
+    y, x = np.mgrid[:h, :w]
+    pixels, masks = rng.integers(90, 160, (h, w, 1)).repeat(3, 2), {}
+    for place, kind in enumerate(kinds):
+        centre = rng.uniform(20, h - 20), (place + 0.5) * w / len(kinds)
+        masks[kind] = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < rng.uniform(9, 13) ** 2
+        pixels[masks[kind]] = COLOURS[kind]
+    return pixels.astype(np.uint8), masks
+
+
+def shifted(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What a detector that errs in its own way on every photo would have said."""
+    return np.roll(mask, rng.integers(-5, 6, 2), (0, 1))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Path, dict, dict]:
+    """A run folder with poor masks, settings of experts, and the true masks by photo and category."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    network = DeepLab(untrained_encoder(ENCODER), 2, 16)
+    for module in network.backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    truth, records, archive = {}, {kind: [] for kind in COLOURS}, {kind: [] for kind in COLOURS}
+    (root / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    shown = [[kind] for kind in COLOURS for _ in range(ALONE)] + [list(COLOURS)] * BOTH
+    for number, kinds in enumerate(shown):
+        pixels, masks = scene(number, kinds)
+        network.backbone(network.normalised(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
+        name = f"{number:02}.png"
+        Image.fromarray(pixels).save(root / "photos" / name)
+        for kind in kinds:
+            truth[name, kind] = masks[kind]
+            archive[kind].append(Retrieved(name, 0.5))
+            records[kind].append(MaskRecord.from_mask(name, shifted(masks[kind], rng), kind, 0.5, 0.9))
+    weights = root / "encoder.safetensors"
+    save_file(network.backbone.state_dict(), weights)
+    out = root / "out"
+    out.mkdir()
+    categories = list(COLOURS)
+    run.prepare(out, {"photos": str(root / "photos"), "categories": categories}, ("archive", "pseudolabel"), False)
+    write_archive(out / "archive.json", Archive(categories, archive))
+    (out / "masks").mkdir()
+    by_photo = sorted((r for one in records.values() for r in one), key=lambda r: r.photo)
+    write_shard(out / "masks" / "00000.jsonl", by_photo)
+    settings = {
+        "encoder": ENCODER, "encoder_weights": str(weights), "width": 16, "crop": 48, "scale": (0.5, 1.0), "batch": 4,
+        "rate": 3e-3, "encoder_rate": 1e-4, "steps": 120, "jitter_share": 0.0, "grey": 0.0,
+    }  # fmt: skip
+    return out, settings, truth
+
+
+def copy_of(out: Path, folder: Path) -> Path:
+    return shutil.copytree(out, folder / "out", ignore=lambda _, names: {"experts", "refined", ".lock"} & set(names))
+
+
+def iou(record: MaskRecord, truth: dict) -> float:
+    mask, true = record.mask(), truth[record.photo, record.category]
+    return (mask & true).sum() / (mask | true).sum()
+
+
+def start(out: Path, settings: dict, workers: int = 1) -> None:
+    assert run.start(out, {"experts": settings}, ["experts"], workers, 0, False)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("mode", ["separate", "shared"])
+def test_experts_mend_the_masks_that_taught_them(world, tmp_path, mode, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given, settings, truth = world
+    out = copy_of(given, tmp_path)
+    if mode == "shared":  # as many steps as all of the others take, and a head that serves all
+        settings = {**settings, "steps": settings["steps"] * len(COLOURS), "width": 32}
+    start(out, {**settings, "mode": mode})
+    before, after = list(read_masks(out / "masks")), list(read_masks(best_masks(out)))
+    assert best_masks(out) == out / "refined"
+    key = lambda record: (record.photo, record.category)  # noqa: E731
+    assert sorted(map(key, after)) == sorted(map(key, before)) and all(r.category_score == 0.5 for r in after)
+    assert all(r.size == truth[key(r)].shape and 0 <= r.score <= 1 for r in after)
+    assert np.mean([iou(r, truth) for r in after]) > np.mean([iou(r, truth) for r in before]) + 0.06
+    both = [r for r in after if sum(o.photo == r.photo for o in after) == 2]
+    assert len(both) == 2 * BOTH and np.mean([iou(r, truth) for r in both]) > 0.5  # each of its own expert
+    names = {"cat", "hot%2Fdog"} if mode == "separate" else {"shared"}
+    assert {p.name for p in (out / "experts").glob("*.safetensors")} == {f"{name}.safetensors" for name in names}
+    assert all((out / "experts" / name / "metrics.jsonl").exists() for name in names)
+    assert not list((out / "experts").rglob("checkpoint.pt"))
+    if mode == "separate":
+        assert {r.category for r in read_shard(out / "refined" / "00001.jsonl")} == {"hot/dog"}
+    # What is there is not made again; of lost masks only the relabelling is.
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    refined = files(out / "refined")
+    start(out, {})
+    shutil.rmtree(out / "refined")
+    start(out, {})
+    assert files(out / "refined") == refined
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert "refined by category experts" in write_report(out).read_text()
+
+
+def test_killed_and_gone_on_gives_the_same_bytes(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given, settings, _ = world
+    out = copy_of(given, tmp_path)
+    settings = {**settings, "steps": 16}
+    start(out, settings)
+    whole = files(out / "refined")
+    shutil.rmtree(out / "refined")
+    shutil.rmtree(out / "experts")
+    patience = "import pathlib; from namedmask import run, training; training.SAVE_EVERY = 0.05; "
+    command = patience + f"run.start(pathlib.Path({str(out)!r}), {{}}, ['experts'], 1, 0, False)"
+    # Once in the middle of the first expert, once in the middle of the second.
+    for name in ("cat", "hot%2Fdog"):
+        with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            while not (out / "experts" / name / "checkpoint.pt").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.002)
+            os.kill(process.pid, signal.SIGKILL)
+        assert not (out / "experts" / f"{name}.safetensors").exists()
+        assert best_masks(out) == out / "masks"
+    first = out / "experts" / "cat.safetensors"
+    made = first.stat().st_mtime_ns
+    start(out, {})
+    assert files(out / "refined") == whole and first.stat().st_mtime_ns == made
+    assert not list(out.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("mode", ["separate", "shared"])
+def test_two_workers(world, tmp_path, mode, monkeypatch):
+    """One by one the same bytes; all at once a batch that is shared, the same to rounding."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given, settings, _ = world
+    masks = []
+    for workers in (1, 2):
+        out = copy_of(given, tmp_path / str(workers))
+        start(out, {**settings, "mode": mode, "steps": 12}, workers)
+        masks.append(list(read_masks(out / "refined")))
+    if mode == "separate":
+        assert masks[0] == masks[1]
+    else:
+        assert [(r.photo, r.category) for r in masks[0]] == [(r.photo, r.category) for r in masks[1]]
+        same = [(a.mask() == b.mask()).mean() for a, b in zip(*masks, strict=True)]
+        assert np.mean(same) > 0.97
+
+
+def test_other_settings_are_refused_with_the_difference(world, tmp_path):
+    given, settings, _ = world
+    out = copy_of(given, tmp_path)
+    start(out, {**settings, "steps": 2})
+    experts = lambda *a: CliRunner().invoke(cli.app, ["experts", str(out), *map(str, a)], catch_exceptions=False)  # noqa: E731
+    for changed, difference in (
+        (["--steps", 3], "experts.steps: 2 -> 3"),
+        (["--mode", "shared"], "'separate' -> 'shared'"),
+    ):
+        done = experts(*changed)
+        assert done.exit_code == 2 and difference in done.stderr and "--overwrite" in done.stderr
+    assert experts("--mode", "shared", "--overwrite").exit_code == 0
+    assert [p.name for p in (out / "experts").glob("*.safetensors")] == ["shared.safetensors"]
+    with pytest.raises(UserError, match="one object, so nothing is pasted"):
+        make_config({"copies": (1, 2)}, ExpertTraining)
+
+
+def test_nothing_to_learn_and_nothing_found(world, tmp_path):
+    """A category of empty masks keeps its records; a photo that is gone ends among the errors."""
+    given, settings, _ = world
+    out = copy_of(given, tmp_path)
+    records = list(read_masks(out / "masks"))
+    empty = [MaskRecord.from_mask(r.photo, np.zeros(r.size, bool), r.category, 0.5, 0.0) for r in records]
+    mixed = [e if r.category == "hot/dog" else r for r, e in zip(records, empty, strict=True)]
+    write_shard(out / "masks" / "00000.jsonl", mixed)
+    start(out, {**settings, "steps": 2})
+    refined = list(read_masks(out / "refined"))
+    assert [r for r in refined if r.category == "hot/dog"] == [r for r in mixed if r.category == "hot/dog"]
+    assert not (out / "experts" / "hot%2Fdog.safetensors").exists()
+    # An expert whose answer is always "background" leaves empty masks with the score 0.
+    path = out / "experts" / "cat.safetensors"
+    state = load_file(path)
+    state["classifier.classifier.3.weight"][:] = 0
+    state["classifier.classifier.3.bias"][:] = torch.tensor([1.0, -1.0])
+    save_file(state, path)
+    shutil.rmtree(out / "refined")
+    photos = shutil.copytree(given.parent / "photos", tmp_path / "photos")
+    (photos / "00.png").write_bytes(b"")
+    toml = (out / "run.toml").read_text().replace(str(given.parent / "photos"), str(photos))
+    (out / "run.toml").write_text(toml)
+    start(out, {})
+    found = [r for r in read_masks(out / "refined") if r.category == "cat"]
+    assert len(found) == ALONE + BOTH - 1 and all(r.area == 0 and r.score == 0 for r in found)
+    assert [(e.photo, e.stage) for e in read_errors(out / "errors.jsonl")] == [("00.png", "experts")]
+    write_shard(out / "masks" / "00000.jsonl", empty)
+    with pytest.raises(UserError, match="no mask has a pixel"):
+        shutil.rmtree(out / "refined")
+        shutil.rmtree(out / "experts")
+        start(out, {"mode": "shared"})
+
+
+def test_a_photo_teaches_the_last_layer_of_its_category_alone():
+    torch.manual_seed(0)
+    network = SharedExperts(untrained_encoder(ENCODER), 3, 16)
+    labels = torch.randint(0, 2, (2, 24, 32), dtype=torch.int32)
+    labels[:, :5] = IGNORE
+    labels[0][labels[0] >= 0] += 4  # of category 2: 4 and 5
+    photos = torch.randn(2, 3, 24, 32)
+    loss = network.loss(network(photos), labels)
+    loss.backward()
+    layers = network.layers
+    assert layers.weight.grad[2].any() and layers.weight.grad[0].any() and not layers.weight.grad[1].any()
+    with torch.no_grad():
+        expected = 0.0
+        for photo, category in ((0, 2), (1, 0)):
+            coarse = torch.einsum("chw,c->hw", network(photos)[photo], layers.weight[category]) + layers.bias[category]
+            logits = F.interpolate(coarse[None, None], (24, 32), mode="bilinear")[0, 0]
+            targets = (labels[photo] - 2 * category).float()
+            one = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+            expected += one[labels[photo] != IGNORE].sum()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_samples_and_scores():
+    masks = {"empty": np.zeros((4, 6), bool), "full": np.ones((4, 6), bool)}
+    records = {kind: [MaskRecord.from_mask(name, m, kind, None, 0) for name, m in masks.items()] for kind in "xy"}
+    samples = [(s.record.photo, s.record.category, s.label, s.background) for s in samples_of(records, ["x", "y"])]
+    assert samples == [("full", "x", 1, 0), ("full", "y", 3, 2)]
+    soft = torch.zeros(4, 6)
+    assert decided(soft) == 0.0
+    soft[1:3, 1:3] = 1.0
+    assert decided(soft) == 1.0
+    soft[1, 1] = 0.6
+    soft[0, 0] = 0.4
+    assert decided(soft) == pytest.approx(2 * 3.6 / (4.0 + 4))
+    hard = (soft > 0.5).numpy()
+    assert mask_score(hard, decided(soft)) == pytest.approx(0.9)  # the border is free
