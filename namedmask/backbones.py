@@ -2,17 +2,14 @@
 """Networks of timm: a ViT run on ragged batches for its features, and encoders for dense prediction.
 
 Photos of any shapes go through the ViT side by side, nothing padded, features at the end. The tokens of all photos lie
-packed in one matrix [T, C], so every linear layer is one matrix product; only attention looks at one photo at a time.
-timm's own modules and its own interpolation of position embeddings are used throughout, so features are timm's to
-rounding.
-
-An encoder (`load_encoder`) is a convolutional network dilated to output stride 8, to be trained on.
+packed in one matrix [T, C]; only attention looks at one photo at a time. All else goes through the rows in chunks, so
+that what a block computes in between stays in the cache. timm's own modules and its own interpolation of position
+embeddings are used throughout, so features are timm's to rounding.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from namedmask_kernels import Ragged, attention_features
+from namedmask_kernels import Ragged
 
+from . import attention
 from .errors import UserError
 
 # A photo whose long side is more than this many times the short one is resized by its long side: a strip of
@@ -34,6 +32,10 @@ TAPS = ("tokens", "keys", "queries", "values", "cls_attention")
 
 DEMO_VIT = "vit_namedmask_demo"
 
+# Rows that a linear layer is given at a time on a CPU, always exactly so many: a BLAS adds up in another order where
+# there are few rows, and a photo's features would depend on its company. A ViT-S's widest layer makes 1.5 MB of them.
+CHUNK = 256
+
 _NOT_DENSE = "cannot be dilated to output stride 8 with features of stride 4; choose a ResNet or ConvNeXt of timm"
 _NO_VIT = "is not a ViT with fused QKV projections for photos of any shape; choose a DINO, DINOv2 or DINOv3 of timm"
 
@@ -42,9 +44,9 @@ class Backbone:
     """A ViT ready to run; made by `load`."""
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
-        self.model = model.eval().requires_grad_(False).to(device, dtype)
-        self.device, self.dtype = device, dtype
-        self.library = FASTEST.get((device.type, dtype), "torch SDPA")
+        self.device, self.attention_dtype, self.dtype = device, dtype, linear_dtype(device, dtype)
+        self.model = model.eval().requires_grad_(False).to(device, self.dtype)
+        self.library = attention.choose(device, dtype)
         self.patch: int = model.patch_embed.patch_size[0]
         self.prefix: int = model.num_prefix_tokens
         cfg = model.pretrained_cfg
@@ -80,27 +82,26 @@ class Backbone:
                                 with those of CLS and the registers.
         Returns: a Ragged with float32 rows on the patch grids for each tap, under its name. A photo's rows are the same
                  in any batch. Blocks after the last tapped one are not run, and of that one only what is asked for.
-        Errors:  ValueError for an unknown tap; UserError for CLS attention where there is no CLS token.
+        Errors:  ValueError for an unknown tap; UserError for CLS attention where there is no CLS token; RuntimeError
+                 for a photo that wants a gradient, since there is none.
         """
+        if any(photo.requires_grad for photo in photos):
+            raise RuntimeError("extract has no gradient; give it detached photos")
         wanted = {tap: self._parse(tap) for tap in taps}
         last = max((number for number, _ in wanted.values()), default=-1)
-        batch = self._embed(photos)
-        is_patch = torch.ones(len(batch.tokens), dtype=torch.bool, device=self.device)
-        for begin in batch.ends[:-1]:
-            is_patch[begin : begin + self.prefix] = False
-        x, found = batch.tokens, {}
-        for block in range(last + 1):
-            names = {name for number, name in wanted.values() if number == block}
-            x, tapped = self._block(block, x, batch, names, whole=block < last or "tokens" in names)
-            found |= {(block, name): rows[is_patch].float() for name, rows in tapped.items()}
+        batch, found = self._embed(photos), {}
+        for number in range(last + 1):
+            names = {name for at, name in wanted.values() if at == number}
+            tapped = self._block(number, batch, names, whole=number < last or "tokens" in names)
+            found |= {(number, name): rows.float() for name, rows in tapped.items()}
         return {tap: Ragged.of_shapes(found[place], batch.shapes) for tap, place in wanted.items()}
 
     def explain(self) -> str:
-        """Which library computes the attention of blocks that run whole, and how that was found."""
-        return (
-            f"attention in {str(self.dtype)[6:]} on {self.device}: {self.library}, the fastest there as measured by "
-            "`pytest bench/bench_backbones.py --benchmark-only -s -k libraries`"
-        )
+        """Which library computes attention and how that is known, and where linear layers have another dtype."""
+        text = attention.explain(self.device, self.attention_dtype)
+        if self.dtype != self.attention_dtype:
+            text += "\nlinear layers in float32: twice as fast as bfloat16 on a CPU without AMX"
+        return text
 
     def _parse(self, tap: str) -> tuple[int, str]:
         """Block and name in TAPS: (8, "keys") for "keys.8"."""
@@ -123,95 +124,107 @@ class Backbone:
         return tokens[0], rotary
 
     def _embed(self, photos: Sequence[Tensor]) -> _Batch:
-        tokens, rotary, shapes = [torch.empty(0, self.model.embed_dim, device=self.device, dtype=self.dtype)], [], []
+        width, ends, grids, shapes = self.model.embed_dim, [0], [], []
         for photo in photos:
-            patches = self.model.patch_embed(photo[None])[0]  # [h, w, C]
-            h, w = patches.shape[:2]
-            places, table = self.places(h, w)
-            tokens.append(torch.cat([places[: self.prefix], places[self.prefix :] + patches.flatten(0, 1)]))
-            rotary.append(table)
-            shapes.append((h, w))
-        lengths = [len(t) for t in tokens[1:]]
-        ends = list(itertools.accumulate(lengths, initial=0))
-        return _Batch(self.model.norm_pre(torch.cat(tokens)), lengths, ends, rotary, shapes)
+            patches = self.model.patch_embed(photo[None].to(self.dtype))[0]  # [h, w, C]
+            shapes.append(tuple(patches.shape[:2]))
+            grids.append(patches.flatten(0, 1))
+            ends.append(ends[-1] + self.prefix + len(grids[-1]))
+        chunk = CHUNK if self.device.type == "cpu" else max(1, ends[-1])
+        x = torch.zeros(-(-ends[-1] // chunk) * chunk, width, device=self.device, dtype=self.dtype)
+        is_patch, rotary = torch.zeros(len(x), dtype=torch.bool), None
+        for begin, end, patches, shape in zip(ends[:-1], ends[1:], grids, shapes, strict=True):
+            places, table = self.places(*shape)
+            x[begin:end] = places
+            x[begin + self.prefix : end] += patches
+            is_patch[begin + self.prefix : end] = True
+            if table is not None:  # sines and cosines; CLS and registers are turned by nothing
+                if rotary is None:
+                    rotary = table.new_zeros(len(x), 1, 1, table.shape[1])
+                    rotary[..., table.shape[1] // 2 :] = 1
+                rotary[begin + self.prefix : end, 0, 0] = table
+        for rows in x.split(chunk):
+            rows.copy_(self.model.norm_pre(rows))
+        attn = self.model.blocks[0].attn
+        shape = len(x), 3, attn.num_heads, len(attn.qkv.weight) // (3 * attn.num_heads)
+        qkv = torch.empty(shape, device=self.device, dtype=self.attention_dtype)
+        return _Batch(x, qkv, rotary, is_patch.nonzero()[:, 0].to(self.device), chunk, ends, shapes)
 
-    def _block(
-        self, number: int, x: Tensor, batch: _Batch, names: set[str], whole: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x [T, C] before the block -> x after it (if `whole`) and what `names` of it, [T, ...] each."""
-        block = self.model.blocks[number]
-        attn, y = block.attn, block.norm1(x)
-        if whole:
-            q, k, v = _project(attn, y, "qkv").unbind(1)  # [T, H, D] each
-        else:
-            q = _project(attn, y, "q")[:, 0] if "queries" in names else None
-            k = _project(attn, y, "k")[:, 0] if {"keys", "cls_attention"} & names else None
-            v = _project(attn, y, "v")[:, 0] if "values" in names else None
-        q, k = (norm(part) if part is not None else None for norm, part in ((attn.q_norm, q), (attn.k_norm, k)))
-        found = {name: part.flatten(1) for name, part in (("queries", q), ("keys", k), ("values", v)) if name in names}
+    def _block(self, number: int, batch: _Batch, names: set[str], whole: bool) -> dict[str, Tensor]:
+        """The rows of patches of what `names` asks for. Runs the block on batch.tokens, in place, if `whole`."""
+        block, x, qkv, chunk = self.model.blocks[number], batch.tokens, batch.qkv, batch.chunk
+        attn, found = block.attn, {}
+        asked = {"q": "queries" in names, "k": bool({"keys", "cls_attention"} & names), "v": "values" in names}
+        parts = [part for part in "qkv" if whole or asked[part]]
+        for rows, into in zip(x.split(chunk), qkv.split(chunk), strict=True):
+            y = block.norm1(rows) if parts else None
+            for part, projected in _project(attn, y, parts).items():
+                into[:, "qkv".index(part)] = projected
+        for third, name in enumerate(("queries", "keys", "values")):
+            if name in names:
+                found[name] = qkv[batch.patches, third].flatten(1)
         if whole or "cls_attention" in names:
-            turned = self._rotate(attn, k, batch)
-        if "cls_attention" in names:  # CLS stands first and is never rotated
-            cls = q[batch.ends[:-1]] if q is not None else attn.q_norm(_project(attn, y[batch.ends[:-1]], "q")[:, 0])
-            rows = [
-                torch.einsum("hd,nhd->nh", attn.scale * one.float(), keys.float()).softmax(0)
-                for one, keys in zip(cls, turned.split(batch.lengths), strict=True)
-            ]
-            found["cls_attention"] = torch.cat([turned.new_empty(0, attn.num_heads, dtype=torch.float32), *rows])
+            turned = slice(0 if whole else 1, 2)
+            self._rotate(attn, qkv[:, turned], batch)
+        if "cls_attention" in names:
+            found["cls_attention"] = self._cls_attention(block, batch, projected="q" in parts)
         if whole:
-            out = ATTENTIONS[self.library](self._rotate(attn, q, batch), turned, v, batch, attn.scale)
-            x = x + _scaled(block, 1, attn.proj(attn.norm(out.flatten(1))))
-            x = x + _scaled(block, 2, block.mlp(block.norm2(x)))
+            out = attention.LIBRARIES[self.library](qkv[: batch.ends[-1]], batch.ends, attn.scale).flatten(1)
+            for rows, y in zip(x.split(chunk), out.split(chunk), strict=True):
+                y = F.pad(y.to(self.dtype), (0, 0, 0, len(rows) - len(y)))
+                rows += _scaled(block, 1, attn.proj(attn.norm(y)))
+                rows += _scaled(block, 2, block.mlp(block.norm2(rows)))
         if "tokens" in names:
-            found["tokens"] = self.model.norm(x) if number == len(self.model.blocks) - 1 else x
-        return x, found
+            found["tokens"] = x[batch.patches]
+            if number == len(self.model.blocks) - 1:
+                found["tokens"] = self.model.norm(found["tokens"])
+        return found
 
-    def _rotate(self, attn: nn.Module, x: Tensor, batch: _Batch) -> Tensor:
-        """Rotary embedding of patches [T, H, D] where the network has one."""
+    def _rotate(self, attn: nn.Module, x: Tensor, batch: _Batch) -> None:
+        """Rotary embedding of queries or keys [rows, ., H, D] in place, where the network has one."""
         from timm.layers import apply_rot_embed_cat
 
-        if not batch.rotary or batch.rotary[0] is None:
-            return x
-        half, parts = getattr(attn, "rotate_half", False), []
-        for one, table in zip(x.split(batch.lengths), batch.rotary, strict=True):
-            patches = apply_rot_embed_cat(one[self.prefix :].transpose(0, 1), table, half=half)  # [H, h * w, D]
-            parts += [one[: self.prefix], patches.transpose(0, 1).type_as(x)]
-        return torch.cat(parts)
+        if batch.rotary is None:
+            return
+        half = getattr(attn, "rotate_half", False)
+        for rows, table in zip(x.split(batch.chunk), batch.rotary.split(batch.chunk), strict=True):
+            rows.copy_(apply_rot_embed_cat(rows, table, half=half))
+
+    def _cls_attention(self, block: nn.Module, batch: _Batch, projected: bool) -> Tensor:
+        """Softmax weights [patches, H] that CLS gives, from keys (and queries, if `projected`) in batch.qkv."""
+        attn, starts = block.attn, batch.ends[:-1]
+        cls = batch.qkv[starts, 0]  # CLS stands first and is never rotated
+        if not projected:
+            for some, at in zip(cls.split(batch.chunk), torch.tensor(starts).split(batch.chunk), strict=True):
+                y = F.pad(batch.tokens[at], (0, 0, 0, batch.chunk - len(at)))
+                some.copy_(_project(attn, block.norm1(y), "q")["q"][: len(at)])
+        weights = [cls.new_empty(0, attn.num_heads, dtype=torch.float32)]
+        for query, begin, end in zip(cls, starts, batch.ends[1:], strict=True):
+            scores = torch.einsum("hd,nhd->nh", attn.scale * query.float(), batch.qkv[begin:end, 1].float())
+            weights.append(scores.softmax(0)[self.prefix :])
+        return torch.cat(weights)
 
 
 class _Batch(NamedTuple):
-    """Photos with their tokens packed: tokens [T, C]; the others have an entry per photo."""
+    """Photos with their tokens packed, followed by rows that only fill the last chunk: `rows` of them in all."""
 
-    tokens: Tensor
-    lengths: list[int]
+    tokens: Tensor  # [rows, C], after the blocks that have run
+    qkv: Tensor  # [rows, 3, H, D], of the block that runs
+    rotary: Tensor | None  # [rows, 1, 1, 2 * D]
+    patches: Tensor  # the rows that are patches
+    chunk: int
     ends: list[int]  # photo b owns tokens ends[b] to ends[b + 1]
-    rotary: list[Tensor | None]
     shapes: list[tuple[int, int]]  # of the patch grids
 
 
-# -- the plain output of attention, q, k, v [T, H, D] -> [T, H, D] ----------------------------------------------------
+def linear_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What linear layers and the tokens between blocks are computed in where `dtype` is asked for.
 
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, batch: _Batch, scale: float) -> Tensor:
-    """torch's attention, a photo at a time."""
-    out = torch.empty_like(v)
-    for begin, end in itertools.pairwise(batch.ends):
-        one = (part[None, begin:end].transpose(1, 2) for part in (q, k, v))
-        out[begin:end] = F.scaled_dot_product_attention(*one, scale=scale)[0].transpose(0, 1)
-    return out
-
-
-def _attention_features(q: Tensor, k: Tensor, v: Tensor, batch: _Batch, scale: float) -> Tensor:
-    """Ours, the whole batch in one call."""
-    offsets = torch.tensor(batch.ends, dtype=torch.int32)
-    return attention_features(torch.stack([q, k, v], 1), offsets, scale=scale, want=("output",)).output
-
-
-ATTENTIONS = {"torch SDPA": _sdpa, "attention_features": _attention_features}
-
-# (device, dtype) -> the faster one; torch's where nothing is said. In float32 on the CPU they are within some percent
-# of each other. Not yet measured on a GPU.
-FASTEST = {("cpu", torch.bfloat16): "attention_features"}
+    float32 in place of bfloat16 on a CPU without AMX: its bfloat16 products reach half of float32's rate (with
+    AVX512-BF16 on a Sapphire Rapids without AMX: 83 and 152 GFLOP/s a core).
+    """
+    slow = device.type == "cpu" and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+    return torch.float32 if slow else dtype
 
 
 def _scaled(block: nn.Module, branch: int, x: Tensor) -> Tensor:
@@ -228,13 +241,18 @@ def _qkv(attn: nn.Module) -> tuple[Tensor, Tensor | None]:
     return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
 
 
-def _project(attn: nn.Module, x: Tensor, parts: str) -> Tensor:
-    """x [T, C] -> [T, 1, H, D] for "q", "k" or "v" alone, or [T, 3, H, D] for "qkv"."""
+def _project(attn: nn.Module, x: Tensor, parts: Sequence[str]) -> dict[str, Tensor]:
+    """x [n, C] -> what `parts` names of "q", "k" and "v", [n, H, D] each."""
     weight, bias = _qkv(attn)
-    if parts != "qkv":
-        third = "qkv".index(parts)
-        weight, bias = weight.chunk(3)[third], None if bias is None else bias.chunk(3)[third]
-    return F.linear(x, weight, bias).unflatten(1, (len(parts), attn.num_heads, -1))
+    if len(parts) == 3:
+        found = dict(zip("qkv", F.linear(x, weight, bias).chunk(3, 1), strict=True))
+    else:
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        thirds = dict(zip("qkv", zip(weight.chunk(3), biases, strict=True), strict=True))
+        found = {part: F.linear(x, *thirds[part]) for part in parts}
+    norms = {"q": attn.q_norm, "k": attn.k_norm}
+    found = {part: y.unflatten(1, (attn.num_heads, -1)) for part, y in found.items()}
+    return {part: norms[part](y) if part in norms else y for part, y in found.items()}
 
 
 def load(name: str, weights: str | None = None, *, device: str = "cpu", precision: str = "float32") -> Backbone:
@@ -244,7 +262,7 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
                or "vit_namedmask_demo", whose weights are in the package
     weights:   a .safetensors file, or a .pth file that torch opens with weights_only=True; keys as timm names them, or
                as the model's authors do where timm converts them. None: timm's hub, which needs a network.
-    precision: "float32" or "bfloat16"
+    precision: "float32", or "bfloat16" for attention and, but for CPUs without AMX, all else too (`linear_dtype`)
     Errors:    UserError naming the model and what to bring.
     """
     import timm
@@ -266,9 +284,8 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
     except Exception as error:  # hub, network, file format and key mismatches each have their own exception
         raise UserError(f"backbone {name!r}: {_why_no_weights(name, weights, error)}") from error
     attentions = [getattr(block, "attn", None) for block in getattr(model, "blocks", [])]
-    if not attentions or not all(
-        getattr(a, "qkv", None) is not None and getattr(a, "gate", None) is None for a in attentions
-    ):
+    fused = all(getattr(a, "qkv", None) is not None and getattr(a, "gate", None) is None for a in attentions)
+    if not attentions or not fused or getattr(model, "rope_mixed", False):
         raise UserError(f"backbone {name!r} {_NO_VIT}")
     return Backbone(model, torch.device(device), getattr(torch, precision))
 

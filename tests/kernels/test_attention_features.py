@@ -53,6 +53,8 @@ def test_error_is_at_most_twice_that_of_torch(backend, dim, dtype):
     for name in ("rows", "lse", "key_norms"):
         assert getattr(found, name).dtype == torch.float32
     torch.testing.assert_close(found.rows.double(), expected.rows, rtol=5e-6, atol=0)
+    for one in found.rows.double().split([n for n in LENGTHS if n]):
+        torch.testing.assert_close(one.sum(0), torch.ones(3, 1, dtype=torch.float64), rtol=0, atol=1e-5)
     # bfloat16 scores may come from 16-bit integers: off by some 10^-5 |q| |k| scale, here |q| |k| scale = sqrt(dim).
     fixed = dtype == torch.bfloat16 and backend == "cpu"
     torch.testing.assert_close(found.lse.double(), expected.lse, rtol=0, atol=1e-5 * dim**0.5 if fixed else 2e-6)

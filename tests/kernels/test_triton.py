@@ -67,7 +67,18 @@ def torchs(qkv, scale, taps):
 
 @here
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads, dim, taps", [(2, 64, [0]), (1, 32, [0, 33, 2]), (1, 128, [1]), (3, 40, [0, 1])])
+@pytest.mark.parametrize(
+    "heads, dim, taps",
+    [
+        (2, 64, [0]),
+        (1, 32, [0, 33, 2]),
+        (1, 128, [1]),
+        (3, 40, [0, 1]),
+        (1, 48, [0]),
+        (1, 96, list(range(13))),
+        (1, 112, [0]),
+    ],
+)
 def test_attention_features(dtype, heads, dim, taps):
     lengths = [n for n in (130, 0, 1, 64, 2, 34) if n == 0 or n > max(taps)]
     qkv, offsets = random_qkv(lengths, heads, dim, dtype)

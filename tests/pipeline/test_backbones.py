@@ -1,4 +1,9 @@
 # SPDX-License-Identifier: MIT
+import copy
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,14 +19,14 @@ FAMILIES = [
     "vit_small_patch16_dinov3.lvd1689m",
     "vit_small_patch16_dinov3_qkvb.lvd1689m",
     "eva02_tiny_patch14_224",
-    "vit_base_patch16_clip_224.openai",
+    "vit_base_patch16_clip_quickgelu_224.openai",
 ]
 
 
-def make(name: str, depth: int = 3, dtype: torch.dtype = torch.float32) -> backbones.Backbone:
+def make(name: str, depth: int = 3, dtype: torch.dtype = torch.float32, width: int = 96) -> backbones.Backbone:
     """The architecture with random weights, LayerScale and biases included, cut to a few narrow blocks."""
     torch.manual_seed(0)
-    narrow = {"depth": depth, "embed_dim": 96, "num_heads": 3}
+    narrow = {"depth": depth, "embed_dim": width, "num_heads": width // 32}
     model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **narrow)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -120,19 +125,38 @@ def test_a_photo_in_a_batch_equals_the_photo_alone(name, dtype):
             assert torch.equal(alone[tap].rows, together[tap].grids()[at].flatten(0, 1)), tap
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_company_does_not_change_the_bits_of_the_smallest_photos_either(dtype, threads):
+    """At the true width, where a BLAS would add up in another order for a few rows than for many."""
+    backbone = make(FAMILIES[0], depth=2, dtype=dtype, width=384)
+    photos = photos_for(backbone, (1, 1), (2, 3), (20, 21), (1, 2))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        together = backbone.extract(photos, backbones.TAPS)
+        for at, photo in enumerate(photos):
+            alone = backbone.extract([photo], backbones.TAPS)
+            for tap in backbones.TAPS:
+                assert torch.equal(alone[tap].grids()[0], together[tap].grids()[at]), tap
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("amx", [False, True], ids=["float32 layers", "bfloat16 layers"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_bfloat16_is_as_near_to_float32_as_timm_is(name):
+def test_bfloat16_is_as_near_to_float32_as_timm_is(name, amx, monkeypatch):
+    """On a CPU with AMX, and on one without: both ways run on any."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     backbone = make(name, dtype=torch.bfloat16)
-    photo = photos_for(backbone, (9, 11))[0]
-    assert "attention_features" in backbone.explain() and "torch SDPA" in make(name, depth=1).explain()
-    taps = ["tokens", "keys", "queries", "values"]
-    found, theirs = backbone.extract([photo], [*taps, "cls_attention"]), timms(backbone.model, photo)
-    exact = timms(backbone.model.float(), photo.float())
-    for tap in taps:
-        ours = (found[tap].rows - exact[f"{tap}.2"]).norm()
-        assert ours <= 1.5 * (theirs[f"{tap}.2"].float() - exact[f"{tap}.2"]).norm(), tap
-    ours = (found["cls_attention"].rows - exact["cls_attention.2"]).norm()
-    assert ours <= 1.5 * (theirs["cls_attention.2"].float() - exact["cls_attention.2"]).norm()
+    assert (backbone.dtype, backbone.attention_dtype) == (torch.bfloat16 if amx else torch.float32, torch.bfloat16)
+    assert ("linear layers in float32" in backbone.explain()) != amx
+    photo, model = photos_for(backbone, (9, 11))[0], make(name).model
+    found = backbone.extract([photo], backbones.TAPS)
+    exact, theirs = timms(model, photo.float()), timms(copy.deepcopy(model).bfloat16(), photo.bfloat16())
+    for tap in backbones.TAPS:
+        ours, timms_own = (x.float() - exact[f"{tap}.2"] for x in (found[tap].rows, theirs[f"{tap}.2"]))
+        assert ours.norm() <= 1.5 * timms_own.norm(), tap
 
 
 def test_no_photos_and_no_taps():
@@ -141,6 +165,27 @@ def test_no_photos_and_no_taps():
     assert all(found.rows.shape[0] == 0 and found.offsets.tolist() == [0] for found in nothing.values())
     assert nothing["cls_attention"].rows.shape == (0, 3) and nothing["tokens"].rows.shape == (0, 96)
     assert backbone.extract(photos_for(backbone, (2, 2)), []) == {}
+
+
+def test_gradients_are_refused():
+    backbone = make(FAMILIES[0])
+    photos = [photo.requires_grad_() for photo in photos_for(backbone, (2, 2))]
+    with pytest.raises(RuntimeError, match="extract has no gradient; give it detached photos"):
+        backbone.extract(photos, ["keys"])
+
+
+def test_the_readmes_lines_run_as_they_are(backbone_weights):
+    """But for the model's name, with weights that are here."""
+    readme = Path(__file__).parents[2] / "README.md"
+    (lines,) = (code for code in re.findall(r"```python\n(.*?)```", readme.read_text(), re.S) if "vit.extract" in code)
+    names = {"images": [np.full((48, 100, 3), 200, np.uint8), np.zeros((90, 64, 3), np.uint8)]}
+    name = '"vit_small_patch8_224.dino"'
+    assert lines.count(name) == 1 and len(lines.split("\n\n")[1].strip().splitlines()) == 4
+    lines = lines.replace(name, f'"vit_tiny_patch16_224", {str(backbone_weights)!r}').replace("480", "64")
+    exec(lines, names)
+    assert list(names["found"]) == ["keys", "cls_attention", "tokens.8"]
+    assert names["heads"].shape == (4, 8, 3) and names["heads"].dtype == torch.float32
+    assert [tuple(grid.shape) for grid in names["found"]["tokens.8"].grids()] == [(4, 8, 192), (6, 4, 192)]
 
 
 def test_unknown_taps_are_refused_by_name():
@@ -157,8 +202,6 @@ def test_unknown_taps_are_refused_by_name():
 
 
 def test_grid_keeps_the_aspect_to_a_patch_and_bounds_strips():
-    import numpy as np
-
     backbone = make("vit_small_patch16_224.dino", depth=1)
     size = lambda h, w: backbone.grid(np.empty((h, w, 3), np.uint8), 448)  # noqa: E731
     assert size(480, 640) == (28, 37)

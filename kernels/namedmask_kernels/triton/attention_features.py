@@ -45,6 +45,8 @@ BLOCKS = {
     (128, 4): Blocks(32, 16, 8, 2),
     (256, 4): Blocks(16, 16, 8, 1),
 }
+# The same for head dims below the power of two, where the registers of their masks would spill.
+MASKED_BLOCKS = {(64, 2): Blocks(128, 64, 8, 3)}
 TOKENS = 32  # per block of the two small kernels
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -179,6 +181,13 @@ def _key_norms(
     tl.store(norms + t, total, mask=t < tokens)
 
 
+def _padded(dim: int, dtype: torch.dtype) -> tuple[int, Blocks]:
+    """Head dim as the kernels see it, and how `_attend` is cut."""
+    padded = max(16, triton.next_power_of_2(dim))
+    key = max(32, padded), dtype.itemsize
+    return padded, BLOCKS[key] if dim == padded else MASKED_BLOCKS.get(key, BLOCKS[key])
+
+
 def attention_features(
     qkv: Tensor,
     offsets: Tensor,
@@ -197,8 +206,7 @@ def attention_features(
     tokens, _, heads, dim = qkv.shape
     if tokens == 0 or heads == 0:
         return
-    padded = max(16, triton.next_power_of_2(dim))
-    blocks = BLOCKS[max(32, padded), qkv.element_size()]
+    padded, blocks = _padded(dim, qkv.dtype)
     shape = {"D": dim, "PADDED_D": padded}
     strides = qkv.stride()[:3]
 
@@ -232,9 +240,9 @@ def ahead_of_time() -> Iterator[tuple[str, object, dict[str, str], dict[str, obj
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     strides = dict.fromkeys(("token_stride", "part_stride", "head_stride"), "i32")
     for dtype in DTYPES:
-        for dim in (32, 64, 128, 256):
-            blocks = BLOCKS[dim, dtype.itemsize]
-            name, dims = names[dtype], {"D": dim, "PADDED_D": dim}
+        for dim in (32, 48, 64, 80, 96, 112, 128, 256):
+            padded, blocks = _padded(dim, dtype)
+            name, dims = names[dtype], {"D": dim, "PADDED_D": padded}
             array = {"qkv": f"*{name}", "table": "*i32"}
             for write in (True, False):
                 yield (
