@@ -49,6 +49,47 @@ void define_cuda(py::module_ m) {
         arg("counts"), arg("workspace"), arg("stream"), release());
   m.def("component_stats", &cuda::component_stats, arg("labels"), arg("offsets"), arg("shapes"), arg("counts"),
         arg("areas"), arg("boxes"), arg("stream"), release());
+  m.def(
+      "dense_crf_lattice",
+      [](const namedmask::TensorView& probabilities, const namedmask::TensorView& image,
+         const namedmask::TensorView& offsets, const namedmask::TensorView& shapes, const namedmask::TensorView& out,
+         const namedmask::TensorView& status, const namedmask::TensorView& workspace, int64_t iterations,
+         double gaussian_sigma, double gaussian_weight, double bilateral_sigma, double bilateral_sigma_rgb,
+         double bilateral_weight, namedmask::Stream stream) {
+        cuda::dense_crf_lattice(
+            probabilities, image, offsets, shapes, out, status, workspace,
+            {iterations, gaussian_sigma, gaussian_weight, bilateral_sigma, bilateral_sigma_rgb, bilateral_weight},
+            stream);
+      },
+      arg("probabilities"), arg("image"), arg("offsets"), arg("shapes"), arg("out"), arg("status"), arg("workspace"),
+      arg("iterations"), arg("gaussian_sigma"), arg("gaussian_weight"), arg("bilateral_sigma"),
+      arg("bilateral_sigma_rgb"), arg("bilateral_weight"), arg("stream"), release());
+  m.def(
+      "dense_crf_workspace",
+      [](const namedmask::TensorView& offsets, const namedmask::TensorView& shapes, const namedmask::TensorView& counts,
+         int64_t labels, int64_t iterations, double gaussian_sigma, double gaussian_weight, double bilateral_sigma,
+         double bilateral_sigma_rgb, double bilateral_weight) {
+        return cuda::dense_crf_workspace(
+            offsets, shapes, counts, labels,
+            {iterations, gaussian_sigma, gaussian_weight, bilateral_sigma, bilateral_sigma_rgb, bilateral_weight});
+      },
+      arg("offsets"), arg("shapes"), arg("counts"), arg("labels"), arg("iterations"), arg("gaussian_sigma"),
+      arg("gaussian_weight"), arg("bilateral_sigma"), arg("bilateral_sigma_rgb"), arg("bilateral_weight"), release());
+  m.def(
+      "dense_crf",
+      [](const namedmask::TensorView& offsets, const namedmask::TensorView& shapes, const namedmask::TensorView& out,
+         const namedmask::TensorView& status, const namedmask::TensorView& counts,
+         const namedmask::TensorView& lattice_workspace, const namedmask::TensorView& workspace, int64_t iterations,
+         double gaussian_sigma, double gaussian_weight, double bilateral_sigma, double bilateral_sigma_rgb,
+         double bilateral_weight, namedmask::Stream stream) {
+        cuda::dense_crf(
+            offsets, shapes, out, status, counts, lattice_workspace, workspace,
+            {iterations, gaussian_sigma, gaussian_weight, bilateral_sigma, bilateral_sigma_rgb, bilateral_weight},
+            stream);
+      },
+      arg("offsets"), arg("shapes"), arg("out"), arg("status"), arg("counts"), arg("lattice_workspace"),
+      arg("workspace"), arg("iterations"), arg("gaussian_sigma"), arg("gaussian_weight"), arg("bilateral_sigma"),
+      arg("bilateral_sigma_rgb"), arg("bilateral_weight"), arg("stream"), release());
   m.def("largest_component", &cuda::largest_component, arg("mask"), arg("offsets"), arg("shapes"), arg("out"),
         arg("workspace"), arg("stream"), release());
   m.def("fill_holes", &cuda::fill_holes, arg("mask"), arg("offsets"), arg("shapes"), arg("out"), arg("workspace"),

@@ -14,12 +14,15 @@
 #include "dense_crf_levels.h"
 #include "for_each_photo.h"
 #include "level.h"
+#include "permutohedral.h"
+#include "spline_grid.h"
 
 namespace namedmask::cpu {
 namespace {
 
 constexpr int kLanes = CrfSystem::kLanes, kAxes = CrfSystem::kAxes, kCorners = CrfSystem::kCorners;
 constexpr int kTaps = CrfSystem::kTaps, kSums = CrfSystem::kSums;
+static_assert(kAxes == kLatticeAxes && kTaps == kSplineTaps);
 
 const CrfKernels& kernels() {
   switch (level()) {
@@ -34,16 +37,7 @@ const CrfKernels& kernels() {
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// A vertex of the lattice: its coordinates are 6 m_i + r with the same r for all, and sum to 0, so five of the m, 12
-// bits each, and r tell it. Coordinates take steps all at once (r + 1) and one of them steps back by 6.
-typedef uint64_t Key;
-
-Key unit(int axis) { return axis < kAxes ? Key{1} << (12 * axis + 3) : 0; }
-
-// One step along a direction of the lattice; walking all six in any order leads back to the start.
-Key step(Key key, const Key* units, int direction) {
-  return (key & 7) < kAxes ? key + 1 - units[direction] : key - kAxes + units[kCorners] - units[direction];
-}
+typedef LatticeKey Key;
 
 uint64_t scrambled(uint64_t key) {
   key *= 0x9e3779b97f4a7c15u;
@@ -158,29 +152,16 @@ class Solver {
     return norm;
   }
 
-  // The Gaussian of place as B-spline, Gaussian on the nodes, B-spline: variances add up. At a spacing of two thirds of
-  // sigma and less its error is below 0.002 of the peak; where that is below a pixel, the nodes are the pixels.
   void lay_grid(double sigma, double weight) {
     CrfSystem& s = system_;
-    // No wider than that a row fills a block: the lanes of one are `step` pixels apart.
-    const int64_t widest = std::max<int64_t>(1, s.width / kLanes);
-    s.step = std::clamp<int64_t>(static_cast<int64_t>(std::min(sigma / 1.5, 1e9)), 1, widest);
+    s.step = grid_step(sigma, s.width);
     s.cells = round_up((s.width + s.step - 1) / s.step, kLanes);
     s.grid_width = round_up(s.cells + kTaps - 1, kLanes);
-    s.grid_height = (s.height - 1) / s.step + kTaps;
+    s.grid_height = grid_nodes(s.height, s.step);
     std::vector<double> taps(s.step * kTaps);
-    for (int64_t phase = 0; phase < s.step; ++phase) {
-      const double f = static_cast<double>(phase) / s.step, g = 1 - f;
-      const double spline[kTaps] = {g * g * g / 6, (4 - 3 * f * f * (1 + g)) / 6, (4 - 3 * g * g * (1 + f)) / 6,
-                                    f * f * f / 6};
-      const double pixel[kTaps] = {0, 1, 0, 0};
-      std::copy_n(s.step == 1 ? pixel : spline, kTaps, &taps[phase * kTaps]);
-    }
-    const double spline_variance = s.step == 1 ? 0 : 1.0 / 3;
-    const double deviation = std::sqrt(sigma * sigma / (s.step * s.step) - 2 * spline_variance);
-    // What is left out is below 2e-5 of the peak, or off the grid.
-    s.radius =
-        static_cast<int64_t>(std::min(4.65 * deviation, static_cast<double>(std::max(s.grid_height, s.grid_width))));
+    for (int64_t i = 0; i < s.step * kTaps; ++i) taps[i] = spline_tap(i % kTaps, i / kTaps, s.step);
+    const double deviation = grid_deviation(sigma, s.step);
+    s.radius = grid_radius(deviation, std::max(s.grid_height, s.grid_width));
     std::vector<double> gauss(s.radius + 1);
     for (int64_t t = 0; t <= s.radius; ++t) gauss[t] = std::exp(-0.5 * (t / deviation) * (t / deviation));
 
@@ -212,13 +193,7 @@ class Solver {
   void lay_lattice(const uint8_t* image, double sigma, double sigma_rgb) {
     CrfSystem& s = system_;
     float scale[kAxes];
-    for (int i = 0; i < kAxes; ++i) {
-      // The lattice with unit steps blurs by a deviation of (d + 1) sqrt(2 / 3).
-      scale[i] = static_cast<float>(kCorners * std::sqrt(2.0 / 3 / ((i + 1) * (i + 2))) / (i < 2 ? sigma : sigma_rgb));
-    }
-    Key units[kCorners + 1] = {};  // the last: all of them
-    for (int i = 0; i < kCorners; ++i) units[kCorners] += units[i] = unit(i);
-
+    for (int i = 0; i < kAxes; ++i) scale[i] = lattice_scale(i, sigma, sigma_rgb);
     const int64_t blocks = s.height * s.step * s.cells / kLanes;
     corners_.reserve(blocks * kCorners * kLanes);
     weights_.reserve(blocks * kCorners * kLanes);
@@ -243,7 +218,7 @@ class Solver {
             Key key = static_cast<Key>(simplices.low[i]) + (static_cast<Key>(simplices.middle[i]) << 24) +
                       (static_cast<Key>(simplices.high[i]) << 48);
             key <<= 3;
-            const int32_t* const vertices = find_simplex(key, simplices.order[i], units);
+            const int32_t* const vertices = find_simplex(key, simplices.order[i]);
             for (int r = 0; r < kCorners; ++r) corners[r * kLanes + i] = vertices[r];
           }
           for (int64_t i = lanes; i < kLanes; ++i) {
@@ -262,14 +237,14 @@ class Solver {
     s.weights = weights_.data();
   }
 
-  const int32_t* find_simplex(Key key, int32_t order, const Key* units) {
+  const int32_t* find_simplex(Key key, int32_t order) {
     RecentSimplex& simplex = recent_[scrambled(key ^ static_cast<Key>(order) << 40) >> (64 - kRecentBits)];
     if (simplex.key != key || simplex.order != order) {
       simplex.key = key;
       simplex.order = order;
       for (int r = 0; r < kCorners; ++r, order >>= 3) {
         simplex.vertices[r] = table_.find_or_add(key);
-        key = step(key, units, order & 7);
+        key = lattice_step(key, order & 7);
       }
     }
     return simplex.vertices;
@@ -279,14 +254,12 @@ class Solver {
   void join() {
     const std::vector<Key>& keys = table_.keys();
     const auto count = static_cast<int32_t>(keys.size());
-    Key units[kCorners + 1] = {};
-    for (int i = 0; i < kCorners; ++i) units[kCorners] += units[i] = unit(i);
     neighbours_.reserve(2 * kCorners * keys.size());
     std::fill_n(neighbours_.data(), 2 * kCorners * keys.size(), count);
     for (int j = 0; j < kCorners; ++j) {
       int32_t* const near = neighbours_.data() + 2 * j * keys.size();
       for (int32_t v = 0; v < count; ++v) {
-        const int32_t next = table_.find(step(keys[v], units, j));
+        const int32_t next = table_.find(lattice_step(keys[v], j));
         if (next < 0) continue;
         near[2 * v + 1] = next;
         near[2 * next] = v;
@@ -323,19 +296,6 @@ class Solver {
   Buffer<int32_t> corners_, neighbours_;
 };
 
-// Whether every coordinate of the lattice over 6 fits the 12 bits that a key has for it.
-bool fits_keys(int64_t h, int64_t w, const CrfSettings& s) {
-  const double extents[kAxes] = {w / s.bilateral_sigma, h / s.bilateral_sigma, 255 / s.bilateral_sigma_rgb,
-                                 255 / s.bilateral_sigma_rgb, 255 / s.bilateral_sigma_rgb};
-  double sum = 0, most = 0;
-  for (int i = 0; i < kAxes; ++i) {
-    const double extent = extents[i] * std::sqrt(2.0 / 3 / ((i + 1) * (i + 2)));
-    sum += extent;
-    most = std::max(most, (i + 1) * extent);
-  }
-  return std::max(sum, most) < 2000;
-}
-
 }  // namespace
 
 void dense_crf(const TensorView& probabilities, const TensorView& image, const TensorView& offsets,
@@ -346,15 +306,7 @@ void dense_crf(const TensorView& probabilities, const TensorView& image, const T
   expect(op.c_str(), "image", image, DType::kUInt8, {pixels, 3});
   expect(op.c_str(), "out", out, DType::kFloat32, {pixels, labels});
   const RaggedShape batch = expect_ragged(op.c_str(), offsets, shapes, pixels);
-  if (!(settings.gaussian_sigma > 0 && settings.bilateral_sigma > 0 && settings.bilateral_sigma_rgb > 0)) {
-    throw std::invalid_argument(op + ": sigmas must be above 0");
-  }
-  for (int64_t b = 0; b < batch.count; ++b) {
-    if (!fits_keys(batch.height(b), batch.width(b), settings)) {
-      throw std::invalid_argument(op + ": the sigmas of bilateral are too small for photo " + std::to_string(b) +
-                                  " of " + std::to_string(batch.height(b)) + " x " + std::to_string(batch.width(b)));
-    }
-  }
+  expect_sigmas(batch, settings);
   if (labels == 0) return;
   std::vector<uint8_t> refused(batch.count, 0);
   for_each_photo<Solver>(batch, [&](int64_t b, Solver& solver) {

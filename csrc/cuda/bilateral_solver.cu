@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "bilateral_grid.h"
+#include "first_table.h"
 #include "namedmask/bilateral_solver.h"
 #include "photos.h"
 
@@ -23,7 +24,6 @@ namespace {
 
 constexpr int kDirections = 10;  // both ways along five axes
 constexpr int kSolverThreads = 1024;
-constexpr int32_t kNone = -1;
 constexpr unsigned kInfinity = 0x7f800000;  // the bits of float infinity; absolute values order as their bits do
 
 typedef unsigned long long Fixed;  // two's complement; unsigned, as atomicAdd wants it
@@ -68,51 +68,14 @@ struct Workspace {
   int32_t* chunk_first;      // vertices in the chunks before this one
 };
 
-// A cell's part of its photo's table.
-struct Cell {
-  int32_t begin, size;
-};
-
-__device__ Cell cell_at(const Photo& photo, int32_t column, int32_t row, double sigma) {
+// A cell's part of its photo's slots.
+__device__ Region cell_at(const Photo& photo, int32_t column, int32_t row, double sigma) {
   const int32_t x = first_pixel(column, sigma), x_end = min(first_pixel(column + 1, sigma), photo.width);
   const int32_t y = first_pixel(row, sigma), y_end = min(first_pixel(row + 1, sigma), photo.height);
   return {2 * (y * photo.width + (y_end - y) * x), 2 * (y_end - y) * (x_end - x)};
 }
 
-__device__ int32_t first_slot(int32_t key, const Cell& cell) {
-  const unsigned scrambled = static_cast<unsigned>(key) * 0x9e3779b9u;
-  return static_cast<int32_t>(static_cast<unsigned long long>(scrambled) * static_cast<unsigned>(cell.size) >> 32);
-}
-
-// A photo's table and the keys of its pixels.
-struct Table {
-  int32_t* slots;
-  const int32_t* keys;
-
-  // The slot of the pixel's key, which then holds a pixel of that key that is not after this one.
-  __device__ int32_t insert(const Cell& cell, int32_t pixel) const {
-    const int32_t key = keys[pixel];
-    for (int32_t i = first_slot(key, cell);; i = i + 1 == cell.size ? 0 : i + 1) {
-      int32_t* const slot = &slots[cell.begin + i];
-      int32_t held = *const_cast<volatile int32_t*>(slot);
-      if (held == kNone) held = atomicCAS(slot, kNone, pixel);
-      if (held == kNone) return cell.begin + i;
-      if (keys[held] != key) continue;
-      if (pixel < held) atomicMin(slot, pixel);
-      return cell.begin + i;
-    }
-  }
-
-  // The first pixel of a key, or kNone.
-  __device__ int32_t find(const Cell& cell, int32_t key) const {
-    for (int32_t i = first_slot(key, cell);; i = i + 1 == cell.size ? 0 : i + 1) {
-      const int32_t held = slots[cell.begin + i];  // half of the slots at least are empty
-      if (held == kNone || keys[held] == key) return held;
-    }
-  }
-};
-
-__device__ Table table_of(const Photo& photo, const Workspace& work) {
+__device__ FirstTable<int32_t> table_of(const Photo& photo, const Workspace& work) {
   return {work.table + 2 * int64_t{photo.begin}, work.key + photo.begin};
 }
 
@@ -150,9 +113,10 @@ __global__ void __launch_bounds__(kChunk)
   const Photo photo = my_photo(photos, photos.chunks);
   const int32_t pixel = photo.chunk_item();
   if (pixel >= photo.pixels()) return;
-  const Cell cell =
+  const Region cell =
       cell_at(photo, spatial_cell(pixel % photo.width, sigma), spatial_cell(pixel / photo.width, sigma), sigma);
-  work.vertex_of_pixel[photo.begin + pixel] = table_of(photo, work).insert(cell, pixel);
+  work.vertex_of_pixel[photo.begin + pixel] =
+      static_cast<int32_t>(cell.begin) + table_of(photo, work).insert(cell, pixel);
 }
 
 __global__ void __launch_bounds__(kChunk)
@@ -196,7 +160,7 @@ __global__ void __launch_bounds__(kChunk, 1)
   const double sum = static_cast<double>(static_cast<int64_t>(work.sums[at])) / fixed_scale(extreme, photo.pixels());
   work.value[at] = extreme < kInfinity ? static_cast<float>(sum / work.mass[at]) : NAN;
 
-  const Table table = table_of(photo, work);
+  const FirstTable<int32_t> table = table_of(photo, work);
   const int32_t pixel = work.first[at], key = table.keys[pixel];
   const int32_t column = spatial_cell(pixel % photo.width, sigma), row = spatial_cell(pixel / photo.width, sigma);
   int32_t* neighbour = work.neighbours + kDirections * int64_t{photo.begin} + vertex;
@@ -204,7 +168,7 @@ __global__ void __launch_bounds__(kChunk, 1)
     *neighbour = first == kNone ? kNone : work.vertex_of_pixel[photo.begin + first];
     neighbour += count;
   };
-  const Cell cell = cell_at(photo, column, row, sigma);
+  const Region cell = cell_at(photo, column, row, sigma);
   for (int i = 0; i < 3; ++i) {
     join(table.find(cell, key - grid.steps[i]));
     join(table.find(cell, key + grid.steps[i]));

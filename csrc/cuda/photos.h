@@ -9,8 +9,8 @@
 namespace namedmask::cuda {
 namespace {
 
-constexpr int kChunk = 1024;     // items in raster order that a block works on together
-constexpr int kMaxPhotos = 128;  // per launch: the tables below must fit the 4 kB of a kernel's arguments
+constexpr int kChunk = 1024;    // items in raster order that a block works on together
+constexpr int kMaxPhotos = 64;  // per launch: the tables below must fit the 4 kB of a kernel's arguments
 constexpr unsigned kAll = 0xffffffffu;
 
 // The photos of one launch. It travels as a kernel argument: no copy to the device, nothing to keep alive, and the
@@ -45,10 +45,13 @@ __device__ inline int my_place(const Photos& photos, const int32_t* blocks) {
   return low;
 }
 
+__device__ inline Photo photo_at(const Photos& photos, const int32_t* blocks, int place) {
+  return {photos.first + place, photos.begin[place], photos.height[place], photos.width[place],
+          static_cast<int32_t>(blockIdx.x) - blocks[place]};
+}
+
 __device__ inline Photo my_photo(const Photos& photos, const int32_t* blocks) {
-  const int i = my_place(photos, blocks);
-  return {photos.first + i, photos.begin[i], photos.height[i], photos.width[i],
-          static_cast<int32_t>(blockIdx.x) - blocks[i]};
+  return photo_at(photos, blocks, my_place(photos, blocks));
 }
 
 // Calls f(photos, chunks) for groups of photos that fit a launch; `items` of them for every pixel.

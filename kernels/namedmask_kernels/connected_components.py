@@ -37,8 +37,8 @@ def connected_components(mask: Ragged | Array, *, backend: str = "auto") -> Comp
     mask:    bool [H, W] (numpy or torch) or Ragged bool rows [P]; results are of the same kind.
     Labels:  1, 2, ... per photo, in raster order of each component's first pixel, as scipy.ndimage.label gives them.
     Errors:  TypeError for a mask that is not bool; ValueError for a wrong shape or a backend that cannot run.
-    Cost:    two passes over the mask; on CUDA the one operator here that waits for the device, to learn how many
-             components there are. Deterministic: the same on every backend, batch and thread count.
+    Cost:    two passes over the mask; on CUDA it waits for the device, to learn how many components there are.
+             Deterministic: the same on every backend, batch and thread count.
     """
     ragged, restore = arrange("connected_components", "mask", mask, 0)
     expect_dtype("connected_components", "mask", ragged.rows, torch.bool)

@@ -4,6 +4,7 @@ own tests run the real thing."""
 
 import ctypes
 import functools
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -123,12 +124,19 @@ class BilateralSettings(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64 if name == "iterations" else ctypes.c_double) for name in BILATERAL]
 
 
+def assert_numbered_as_met(offsets, vertices):
+    """Whatever thread came first: a photo's vertices are numbered in the order in which its pixels meet them."""
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        met = np.maximum.accumulate(np.concatenate([[-1], vertices[begin:end].numpy()]))
+        assert (np.diff(met) <= 1).all()
+
+
 @pytest.fixture(scope="module")
 def solve(emulated):
     library = emulated("bilateral_solver")
 
-    def run(targets, images, seed=0, **changes):
-        """The emulated bilateral_solver on a Ragged batch, its output and scratch memory poisoned."""
+    def run(targets, images, seed=0, check=lambda workspace: None, **changes):
+        """The emulated bilateral_solver on a Ragged batch, its output and scratch poisoned; `check` sees that."""
         library.seed(seed)
         rows, photos = len(targets.rows), len(targets.shapes)
         out = torch.full((rows,), torch.nan)
@@ -136,6 +144,7 @@ def solve(emulated):
         given = pointers(targets.rows, images.rows, targets.offsets, targets.shapes)
         settings = BilateralSettings(**BILATERAL | changes)
         library.run(*given, rows, photos, *pointers(out, workspace), len(workspace), ctypes.byref(settings))
+        check(workspace)
         return targets.with_rows(out)
 
     return run
@@ -159,7 +168,10 @@ def photos(seed, shapes):
 def test_emulated_bilateral_solver_equals_the_reference(solve, seed):
     batch = photos(seed, [(37, 53), (0, 4), (1, 1), (1, 70), (70, 1), (16, 17), (9, 0)])
     for changes in ({}, {"sigma_spatial": 7.3, "sigma_luma": 5.5, "sigma_chroma": 3.25}):
-        found = solve(*batch, seed, **changes)
+        rows = len(batch[0].rows)
+        found = solve(
+            *batch, seed, lambda w, n=rows: assert_numbered_as_met(batch[0].offsets, w[7 * n : 8 * n]), **changes
+        )
         torch.testing.assert_close(
             found.rows, nk.bilateral_solver(*batch, **changes, backend="reference").rows, atol=2e-5, rtol=0
         )
@@ -208,3 +220,125 @@ def test_emulated_bilateral_solver_equals_the_peer(solve, golden):
     torch.testing.assert_close(
         found.double(), torch.from_numpy(arrays["coffee_soft"]).flatten().double(), atol=1e-5, rtol=0
     )
+
+
+# -- dense_crf -------------------------------------------------------------------------------------------------------
+
+
+CRF = {
+    "iterations": 10, "gaussian_sigma": 3.0, "gaussian_weight": 3.0,
+    "bilateral_sigma": 80.0, "bilateral_sigma_rgb": 13.0, "bilateral_weight": 10.0,
+}  # fmt: skip
+
+
+class CrfSettings(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64 if name == "iterations" else ctypes.c_double) for name in CRF]
+
+
+@pytest.fixture(scope="module")
+def infer(emulated):
+    library = emulated("dense_crf")
+    library.workspace_size.restype = ctypes.c_int64
+
+    def run(probabilities, images, seed=0, iterations=10, gaussian=(3.0, 3.0), bilateral=(80.0, 13.0, 10.0)):
+        """The emulated dense_crf on a Ragged batch, its outputs and scratch memories poisoned."""
+        library.seed(seed)
+        rows, photos, labels = len(probabilities.rows), len(probabilities.shapes), probabilities.rows.shape[1]
+        settings = ctypes.byref(CrfSettings(iterations, *gaussian, *bilateral))
+        out = torch.full((rows, labels), torch.nan)
+        status = torch.full((2, photos), 77, dtype=torch.int32)
+        corners = torch.full((49 * rows + photos,), 0x7FC0BAD0, dtype=torch.int32)
+        batch = pointers(probabilities.offsets, probabilities.shapes)
+        given = pointers(probabilities.rows, images.rows)
+        results = pointers(out, status, corners)
+        library.lay_lattice(*given, *batch, rows, photos, labels, *results, settings)
+        assert_numbered_as_met(6 * probabilities.offsets, corners[24 * rows : 30 * rows])
+        counts = status[0].clone()
+        size = library.workspace_size(*batch, photos, labels, *pointers(counts), settings)
+        workspace = torch.full((size,), 0x7FC0BAD0, dtype=torch.int32)
+        memory = pointers(out, status, counts, corners, workspace)
+        library.infer(*batch, rows, photos, labels, *memory, ctypes.c_int64(size), settings)
+        return probabilities.with_rows(out), status
+
+    return run
+
+
+def scenes(seed, shapes, labels):
+    """(probabilities, images): photos with a probability for each label that follows the place loosely."""
+    _, images = photos(seed, shapes)
+    rng = np.random.default_rng(seed)
+    scores = [
+        np.add.outer(np.arange(h), np.arange(w))[..., None] / 20 + rng.normal(0, 1, (h, w, labels)) for h, w in shapes
+    ]
+    waves = [torch.from_numpy(np.sin(s * np.arange(1, labels + 1)) * 2).float().softmax(-1) for s in scores]
+    return Ragged.pack(waves), images
+
+
+@pytest.mark.parametrize(("n", "bits"), [(0, 5), (1, 0), (5000, 3), (5000, 11), (2049, 22)])
+def test_emulated_sort_is_stable(emulated, n, bits):
+    library = emulated("dense_crf")
+    library.sort_scratch.restype = ctypes.c_int64
+    keys = torch.from_numpy(np.random.default_rng(n).integers(0, 1 << bits, n).astype(np.int32))
+    rooms = [torch.full((2, n), -77, dtype=torch.int32) for _ in range(2)]
+    scratch = torch.full((library.sort_scratch(ctypes.c_int64(n)),), -77, dtype=torch.int32)
+    held = library.sort_numbers(*pointers(keys), ctypes.c_int64(n), bits, *pointers(*rooms, scratch))
+    order = keys.argsort(stable=True)
+    assert torch.equal(rooms[held], torch.stack([keys[order], order.int()]))
+
+
+CRF_SHAPES = [(21, 27), (0, 4), (1, 1), (1, 40), (40, 1), (9, 0)]
+
+
+@pytest.mark.parametrize(("labels", "seed"), [(2, 0), (3, 1), (21, 2)])
+def test_emulated_dense_crf_equals_the_cpu(infer, labels, seed):
+    batch = scenes(seed, CRF_SHAPES, labels)
+    found, status = infer(*batch, seed, iterations=3)
+    expected = nk.dense_crf(*batch, iterations=3, backend="cpu")
+    torch.testing.assert_close(found.rows, expected.rows, atol=1e-4, rtol=0)
+    assert not status[1].any()
+    for alone, shape, given in zip(
+        found.grids(), CRF_SHAPES, zip(*(b.grids() for b in batch), strict=True), strict=True
+    ):
+        again, _ = infer(*(Ragged.pack([g]) for g in given), seed + 9, iterations=3)
+        assert torch.equal(alone.reshape(-1), again.rows.reshape(-1)), shape
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"iterations": 0},
+        {"gaussian": (1e-9, 3.0), "bilateral": (5.0, 3.0, 2.5)},
+        {"gaussian": (31.0, 5.0), "bilateral": (50.0, 5.0, 0.0)},
+        {"gaussian": (1e9, 5.0), "bilateral": (80.0, 13.0, 0.0)},
+        {"gaussian": (7.0, 0.0), "bilateral": (1e6, 1e6, 4.0)},
+    ],
+)
+def test_emulated_dense_crf_with_other_settings(infer, settings):
+    batch = scenes(5, [(25, 38), (2, 3)], 5)
+    arguments = {"iterations": 2} | settings
+    expected = nk.dense_crf(*batch, **arguments, backend="cpu").rows
+    torch.testing.assert_close(infer(*batch, **arguments)[0].rows, expected, atol=1e-4, rtol=0)
+
+
+def test_emulated_dense_crf_on_special_batches(infer):
+    many = scenes(5, [(2, 3)] * 67, 2)  # more photos than a launch takes
+    expected = nk.dense_crf(*many, iterations=2, backend="cpu").rows
+    torch.testing.assert_close(infer(*many, iterations=2)[0].rows, expected, atol=1e-4, rtol=0)
+    probabilities, images = scenes(6, [(9, 13), (8, 20), (5, 5)], 40)
+    before = infer(probabilities, images, iterations=2)[0].grids()
+    probabilities.grids()[1][3, 4, 7] = torch.nan
+    found, status = infer(probabilities, images, iterations=2)
+    assert status[1].tolist() == [0, 1, 0]
+    assert torch.equal(found.grids()[0], before[0]) and torch.equal(found.grids()[2], before[2])
+    empty = Ragged.of_shapes(torch.zeros(0, 3), [])
+    assert infer(empty, empty.with_rows(torch.zeros(0, 3, dtype=torch.uint8)))[0].rows.shape == (0, 3)
+
+
+def test_emulated_dense_crf_equals_the_cpu_on_a_photo(infer, golden):
+    """A part of the peer's photo, with its parameters and as many updates."""
+    image = torch.from_numpy(golden("bilateral")["coffee_photo"])[40:100, 60:130].contiguous()
+    foreground = torch.from_numpy(golden("densecrf")["fg_in"]).float()[40:100, 60:130]
+    batch = Ragged.pack([torch.stack([1 - foreground, foreground], -1)]), Ragged.pack([image])
+    found, expected = infer(*batch)[0].rows, nk.dense_crf(*batch, backend="cpu").rows
+    assert (found - expected).abs().mean() < 1e-4
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.999

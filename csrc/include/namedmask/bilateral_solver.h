@@ -17,7 +17,7 @@
 //            instruction level, to the bit.
 // Cost       per photo two passes over the pixels and, per vertex (20,000 in a photo of 512 x 683), about 100 bytes a
 //            step; memory 4 bytes a pixel and 150 a vertex, which a thread keeps for its next call (64 MB at most). On
-//            CUDA eight launches for a batch of up to 128 photos, then again for every 128 more; memory 84 bytes a
+//            CUDA eight launches for a batch of up to 64 photos, then again for every 64 more; memory 84 bytes a
 //            pixel.
 #pragma once
 

@@ -10,8 +10,8 @@
 // Aliasing   outputs must not overlap the mask.
 // Threads    OpenMP over photos; the result does not depend on the number of threads nor on the batch.
 // Cost       on the CPU two passes over the mask, memory proportional to the number of horizontal runs, which a thread
-//            keeps for its next call (64 MB at most); on CUDA five launches for a batch of up to 128 photos (three to
-//            fill holes, then again for every 128 more).
+//            keeps for its next call (64 MB at most); on CUDA five launches for a batch of up to 64 photos (three to
+//            fill holes, then again for every 64 more).
 #pragma once
 
 #include <vector>

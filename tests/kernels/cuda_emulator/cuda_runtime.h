@@ -60,7 +60,7 @@ enum class State { kReady, kWarp, kBlock, kDone };  // kWarp, kBlock: waits for 
 struct Fiber {
   ucontext_t start;
   jmp_buf paused;  // not by swapcontext, which asks the system for its signals every time
-  bool started;
+  bool started = false;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state;
   unsigned collectives;  // met so far
@@ -84,9 +84,10 @@ inline std::mt19937 random = [] {
 }
 
 inline void enter() {
-  body();
-  fibers[current].state = State::kDone;
-  _longjmp(scheduler, 1);
+  while (true) {  // a fiber serves one block after another
+    body();
+    pause(State::kDone);
+  }
 }
 
 // Runs a thread until it pauses or is done.
@@ -96,6 +97,10 @@ inline void enter() {
   Fiber& fiber = fibers[thread];
   if (fiber.started) _longjmp(fiber.paused, 1);
   fiber.started = true;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = Fiber::kStack;
+  makecontext(&fiber.start, enter, 0);
   setcontext(&fiber.start);
 }
 
@@ -120,11 +125,6 @@ inline void run_block() {
     Fiber& fiber = fibers[t];
     fiber.state = State::kReady;
     fiber.collectives = 0;
-    fiber.started = false;
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = fiber.stack.get();
-    fiber.start.uc_stack.ss_size = Fiber::kStack;
-    makecontext(&fiber.start, enter, 0);
   }
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);

@@ -11,13 +11,13 @@ extern "C" void seed(unsigned value) { emulator::random.seed(value); }
 
 namespace namedmask {
 
-inline TensorView view(void* data, DType dtype, int64_t n, int64_t columns = 0, Device device = Device::kCUDA) {
-  return {data, dtype, device, 0, columns ? 2 : 1, {n, columns}, {columns ? columns : 1, 1}};
+inline TensorView view(void* data, DType dtype, int64_t n, int64_t columns = -1, Device device = Device::kCUDA) {
+  return {data, dtype, device, 0, columns < 0 ? 1 : 2, {n, columns}, {columns < 0 ? 1 : columns, 1}};
 }
 
 // The batch of `photos`, as every operator takes it.
 inline TensorView offsets_view(void* offsets, int32_t photos) {
-  return view(offsets, DType::kInt32, photos + 1, 0, Device::kCPU);
+  return view(offsets, DType::kInt32, photos + 1, -1, Device::kCPU);
 }
 inline TensorView shapes_view(void* shapes, int32_t photos) {
   return view(shapes, DType::kInt32, photos, 2, Device::kCPU);

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MIT
+// The permutohedral lattice (Adams, Baek and Davis, Eurographics 2010) over x, y, r, g, b: its vertices' names and
+// steps.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "host_device.h"
+#include "namedmask/dense_crf.h"
+
+namespace namedmask {
+
+constexpr int kLatticeAxes = 5;
+constexpr int kLatticeCorners = kLatticeAxes + 1;  // of a simplex, and directions of the lattice
+
+// A vertex: its coordinates are 6 m_i + r with the same r for all, and sum to 0, so five of the m, 12 bits each, and r
+// tell it. Coordinates take steps all at once (r + 1) and one of them steps back by 6.
+typedef uint64_t LatticeKey;
+
+// m_0 .. m_4, whose names are from 0 to 4095, and r = 0.
+constexpr int32_t kLatticeBias = 1 << 11;
+
+NMK_HOST_DEVICE inline LatticeKey lattice_unit(int axis) {
+  return axis < kLatticeAxes ? LatticeKey{1} << (12 * axis + 3) : 0;
+}
+
+// One step along a direction of the lattice; walking all six in any order leads back to the start.
+NMK_HOST_DEVICE inline LatticeKey lattice_step(LatticeKey key, int direction) {
+  constexpr LatticeKey kAllUnits = (LatticeKey{1} << 3) + (LatticeKey{1} << 15) + (LatticeKey{1} << 27) +
+                                   (LatticeKey{1} << 39) + (LatticeKey{1} << 51);
+  const LatticeKey ahead = (key & 7) < kLatticeAxes ? key + 1 : key - kLatticeAxes + kAllUnits;
+  return ahead - lattice_unit(direction);
+}
+
+// What features along an axis are multiplied by: the lattice with unit steps blurs by a deviation of (d + 1) sqrt(2 /
+// 3).
+inline float lattice_scale(int axis, double sigma, double sigma_rgb) {
+  const double length = kLatticeCorners * std::sqrt(2.0 / 3 / ((axis + 1) * (axis + 2)));
+  return static_cast<float>(length / (axis < 2 ? sigma : sigma_rgb));
+}
+
+// Throws unless the sigmas are above 0 and every coordinate of the lattice over 6 fits the 12 bits that a key has for
+// it.
+inline void expect_sigmas(const RaggedShape& batch, const CrfSettings& s) {
+  const std::string op = "dense_crf";
+  if (!(s.gaussian_sigma > 0 && s.bilateral_sigma > 0 && s.bilateral_sigma_rgb > 0)) {
+    throw std::invalid_argument(op + ": sigmas must be above 0");
+  }
+  for (int64_t b = 0; b < batch.count; ++b) {
+    const double width = static_cast<double>(batch.width(b)), height = static_cast<double>(batch.height(b));
+    const double features[kLatticeAxes] = {width, height, 255, 255, 255};
+    double sum = 0, most = 0;
+    for (int i = 0; i < kLatticeAxes; ++i) {
+      const double extent =
+          features[i] / (i < 2 ? s.bilateral_sigma : s.bilateral_sigma_rgb) * std::sqrt(2.0 / 3 / ((i + 1) * (i + 2)));
+      sum += extent;
+      most = std::max(most, (i + 1) * extent);
+    }
+    if (!(std::max(sum, most) < 2000)) {
+      throw std::invalid_argument(op + ": the sigmas of bilateral are too small for photo " + std::to_string(b) +
+                                  " of " + std::to_string(batch.height(b)) + " x " + std::to_string(batch.width(b)));
+    }
+  }
+}
+
+}  // namespace namedmask

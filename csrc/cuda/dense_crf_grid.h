@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: MIT
+// dense_crf's Gaussian of place on the device, the scheme of csrc/common/spline_grid.h: pixels are added to the nodes
+// along rows and then along columns, the nodes are blurred along both, and read along columns and then along rows.
+// Between rows and columns stand "halves": a photo's rows of pixels by a row's nodes.
+//
+// Every kernel takes a thread for each output and channel, which gathers its inputs in a fixed order. All are bound by
+// memory: at sigma 3 (step 2) they read and write some 4 floats a pixel and channel, besides what caches give.
+#pragma once
+
+#include <vector>
+
+#include "photos.h"
+#include "spline_grid.h"
+
+namespace namedmask::cuda {
+namespace {
+
+// What photos.chunks of GridPhotos counts.
+enum class Items { kPixels, kHalves, kNodes, kTables };
+
+// The photos of a launch with their grids. Nodes, halves and tables are those of the photos before each, the photos of
+// other launches included.
+struct GridPhotos : Photos {
+  int32_t step[kMaxPhotos] = {}, radius[kMaxPhotos] = {};
+  int32_t tables[kMaxPhotos] = {};
+  int64_t nodes[kMaxPhotos] = {}, halves[kMaxPhotos] = {};
+};
+
+__device__ inline int32_t nodes_along(int32_t pixels, int32_t step) { return (pixels - 1) / step + kSplineTaps; }
+
+// A photo with its grid, and its part of the arrays.
+struct GridPhoto : Photo {
+  __device__ GridPhoto(const GridPhotos& photos, int place, float* tables)
+      : Photo(photo_at(photos, photos.chunks, place)),
+        step(photos.step[place]),
+        radius(photos.radius[place]),
+        rows(nodes_along(height, step)),
+        columns(nodes_along(width, step)),
+        node_begin(photos.nodes[place]),
+        half_begin(photos.halves[place]),
+        row_norm(tables + photos.tables[place]),
+        column_norm(row_norm + height),
+        gauss(column_norm + width),
+        taps(gauss + radius + 1) {}
+
+  int32_t step, radius, rows, columns;  // rows and columns of nodes
+  int64_t node_begin, half_begin;
+  // Its tables: the norm of each row and each column of pixels, the Gaussian from its centre outwards, and the taps
+  // [step, kSplineTaps] of a pixel by its phase.
+  float *row_norm, *column_norm, *gauss, *taps;
+};
+
+__device__ GridPhoto my_grid(const GridPhotos& photos, float* tables) {
+  return GridPhoto(photos, my_place(photos, photos.chunks), tables);
+}
+
+// A thread's output: of the photo's array [lines, columns, channels]; line is past the last for spare threads. 32 bits
+// suffice (dense_crf sees to that) and divide several times faster than 64.
+struct Output {
+  int32_t line, column, channel;
+};
+
+__device__ Output my_output(const GridPhoto& grid, int32_t channels) {
+  const auto item = static_cast<unsigned>(grid.chunk_item()), across = static_cast<unsigned>(grid.columns * channels);
+  const unsigned line = item / across, rest = item - line * across, column = rest / static_cast<unsigned>(channels);
+  return {static_cast<int32_t>(line), static_cast<int32_t>(column),
+          static_cast<int32_t>(rest - column * static_cast<unsigned>(channels))};
+}
+
+// Where it lies in an array that has `begin` lines' columns before the photo.
+__device__ int64_t place_of(const Output& to, const GridPhoto& grid, int64_t begin, int32_t channels) {
+  return (begin + int64_t{to.line} * grid.columns + to.column) * channels + to.channel;
+}
+
+// -- tables --
+
+__device__ double gauss_at(int64_t distance, double deviation) {
+  const double d = static_cast<double>(distance) / deviation;
+  return exp(-0.5 * d * d);
+}
+
+// What `pixels` ones along an axis add to a node.
+__device__ double ones_at(int64_t node, int64_t pixels, int64_t step) {
+  if (node >= kSplineTaps - 1 && (node + 1) * step <= pixels) return static_cast<double>(step);  // taps sum to 1
+  double sum = 0;
+  for (int tap = 0; tap < kSplineTaps; ++tap) {
+    const int64_t first = (node - tap) * step;
+    for (int64_t phase = 0; phase < step; ++phase) {
+      if (first + phase >= 0 && first + phase < pixels) sum += spline_tap(tap, phase, step);
+    }
+  }
+  return sum;
+}
+
+// 1 / sqrt of the kernel's row sum at a pixel of an axis: of ones, splat, blurred and sliced.
+__device__ double norm_at(int64_t pixel, int64_t pixels, int64_t nodes, int64_t step, int64_t radius,
+                          double deviation) {
+  double sum = 0;
+  for (int tap = 0; tap < kSplineTaps; ++tap) {
+    const int64_t centre = pixel / step + tap, last = min(nodes - 1, centre + radius);
+    double blurred = 0;
+    for (int64_t node = max(int64_t{0}, centre - radius); node <= last; ++node) {
+      blurred += gauss_at(node - centre, deviation) * ones_at(node, pixels, step);
+    }
+    sum += spline_tap(tap, pixel % step, step) * blurred;
+  }
+  return 1 / sqrt(sum);
+}
+
+int64_t table_size(int64_t h, int64_t w, int64_t step, int64_t radius) {
+  return h + w + radius + 1 + step * kSplineTaps;
+}
+
+__global__ void __launch_bounds__(kChunk, 1)
+    fill_tables(const __grid_constant__ GridPhotos photos, double sigma, float* tables) {
+  const GridPhoto grid = my_grid(photos, tables);
+  const double spread = sigma / grid.step;
+  const double deviation = sqrt(spread * spread - (grid.step == 1 ? 0 : 2.0 / 3));
+  const int64_t i = grid.chunk_item();
+  double value;
+  if (i < grid.height) {
+    value = norm_at(i, grid.height, grid.rows, grid.step, grid.radius, deviation);
+  } else if (i < grid.height + grid.width) {
+    value = norm_at(i - grid.height, grid.width, grid.columns, grid.step, grid.radius, deviation);
+  } else if (i < grid.taps - grid.row_norm) {
+    value = gauss_at(i - grid.height - grid.width, deviation);
+  } else {
+    const int64_t tap = i - (grid.taps - grid.row_norm);
+    if (tap >= int64_t{grid.step} * kSplineTaps) return;
+    value = spline_tap(static_cast<int>(tap % kSplineTaps), tap / kSplineTaps, grid.step);
+  }
+  grid.row_norm[i] = static_cast<float>(value);
+}
+
+// -- filter --
+
+// The pixels that touch a node along an axis: calls f(pixel, tap's weight), in order.
+template <class F>
+__device__ void for_each_pixel_of(int32_t node, int32_t pixels, const GridPhoto& grid, F f) {
+  for (int tap = kSplineTaps - 1; tap >= 0; --tap) {
+    const int32_t first = (node - tap) * grid.step;
+    if (first < 0) continue;
+    for (int32_t phase = 0; phase < grid.step && first + phase < pixels; ++phase) {
+      f(first + phase, grid.taps[phase * kSplineTaps + tap]);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kChunk) add_rows(const __grid_constant__ GridPhotos photos, float* tables,
+                                                   int32_t channels, const float* pixels, float* halves) {
+  const GridPhoto grid = my_grid(photos, tables);
+  const Output to = my_output(grid, channels);
+  if (to.line >= grid.height) return;
+  const float* const row = pixels + (grid.begin + int64_t{to.line} * grid.width) * channels + to.channel;
+  float sum = 0;
+  for_each_pixel_of(to.column, grid.width, grid,
+                    [&](int32_t x, float tap) { sum += tap * grid.column_norm[x] * row[x * channels]; });
+  halves[place_of(to, grid, grid.half_begin, channels)] = sum;
+}
+
+__global__ void __launch_bounds__(kChunk) add_columns(const __grid_constant__ GridPhotos photos, float* tables,
+                                                      int32_t channels, const float* halves, float* nodes) {
+  const GridPhoto grid = my_grid(photos, tables);
+  const Output to = my_output(grid, channels);
+  if (to.line >= grid.rows) return;
+  const float* const column = halves + (grid.half_begin + to.column) * channels + to.channel;
+  const int32_t stride = grid.columns * channels;
+  float sum = 0;
+  for_each_pixel_of(to.line, grid.height, grid,
+                    [&](int32_t y, float tap) { sum += tap * grid.row_norm[y] * column[y * stride]; });
+  nodes[place_of(to, grid, grid.node_begin, channels)] = sum;
+}
+
+__global__ void __launch_bounds__(kChunk)
+    blur_nodes(const __grid_constant__ GridPhotos photos, float* tables, int32_t channels, bool along_rows,
+               const float* from, float* to_nodes) {
+  const GridPhoto grid = my_grid(photos, tables);
+  const Output to = my_output(grid, channels);
+  if (to.line >= grid.rows) return;
+  const int64_t at = place_of(to, grid, grid.node_begin, channels);
+  const int32_t stride = along_rows ? channels : grid.columns * channels;
+  const int32_t place = along_rows ? to.column : to.line;
+  const int32_t before = min(place, grid.radius);
+  const int32_t after = min((along_rows ? grid.columns : grid.rows) - 1 - place, grid.radius);
+  float sum = 0;
+  for (int32_t t = -before; t <= after; ++t) sum += grid.gauss[t < 0 ? -t : t] * from[at + t * stride];
+  to_nodes[at] = sum;
+}
+
+__global__ void __launch_bounds__(kChunk)
+    read_columns(const __grid_constant__ GridPhotos photos, float* tables, int32_t channels, float weight,
+                 const float* nodes, float* halves) {
+  const GridPhoto grid = my_grid(photos, tables);
+  const Output to = my_output(grid, channels);
+  if (to.line >= grid.height) return;
+  const int32_t y = to.line;
+  const int32_t stride = grid.columns * channels;
+  const float* const column =
+      nodes + (grid.node_begin + y / grid.step * int64_t{grid.columns} + to.column) * channels + to.channel;
+  float sum = 0;
+#pragma unroll
+  for (int tap = 0; tap < kSplineTaps; ++tap) {
+    sum += grid.taps[y % grid.step * kSplineTaps + tap] * column[tap * stride];
+  }
+  halves[place_of(to, grid, grid.half_begin, channels)] = weight * grid.row_norm[y] * sum;
+}
+
+__device__ float read_row(const GridPhoto& grid, int32_t channels, const float* halves, int32_t x, int32_t y,
+                          int32_t channel) {
+  const float* const row = halves + (grid.half_begin + int64_t{y} * grid.columns + x / grid.step) * channels + channel;
+  float sum = 0;
+#pragma unroll
+  for (int tap = 0; tap < kSplineTaps; ++tap) {
+    sum += grid.taps[x % grid.step * kSplineTaps + tap] * row[tap * channels];
+  }
+  return grid.column_norm[x] * sum;
+}
+
+// -- on the host --
+
+// All photos of a batch, and the sizes of their arrays.
+struct Grids {
+  std::vector<GridPhotos> groups;
+  int64_t nodes = 0, halves = 0, tables = 0;
+  int64_t most = 0;  // nodes or halves of a photo
+};
+
+Grids lay_grids(const RaggedShape& batch, double sigma) {
+  Grids grids;
+  for_each_group(batch, [&](const Photos& group, int64_t) {
+    GridPhotos photos = {group};
+    for (int32_t i = 0; i < photos.count; ++i) {
+      const int64_t h = photos.height[i], w = photos.width[i];
+      photos.nodes[i] = grids.nodes;
+      photos.halves[i] = grids.halves;
+      photos.tables[i] = static_cast<int32_t>(grids.tables);
+      photos.step[i] = 1;
+      if (h * w == 0) continue;
+      const int64_t step = grid_step(sigma, w), rows = grid_nodes(h, step), columns = grid_nodes(w, step);
+      const int64_t radius = grid_radius(grid_deviation(sigma, step), std::max(rows, columns));
+      photos.step[i] = static_cast<int32_t>(step);
+      photos.radius[i] = static_cast<int32_t>(radius);
+      grids.most = std::max({grids.most, rows * columns, h * columns});
+      grids.nodes += rows * columns;
+      grids.halves += h * columns;
+      grids.tables += table_size(h, w, step, radius);
+    }
+    grids.groups.push_back(photos);
+  });
+  return grids;
+}
+
+// The same photos with chunks of other items; `channels` of them where there are any.
+GridPhotos with_chunks(GridPhotos photos, Items items, int64_t channels, int64_t chunk = kChunk) {
+  for (int32_t i = 0; i < photos.count; ++i) {
+    const int64_t h = photos.height[i], w = photos.width[i], step = photos.step[i];
+    int64_t count = 0;
+    if (h * w > 0) {
+      switch (items) {
+        case Items::kPixels: count = h * w; break;
+        case Items::kHalves: count = h * grid_nodes(w, step) * channels; break;
+        case Items::kNodes: count = grid_nodes(h, step) * grid_nodes(w, step) * channels; break;
+        case Items::kTables: count = table_size(h, w, step, photos.radius[i]); break;
+      }
+    }
+    photos.chunks[i + 1] = photos.chunks[i] + static_cast<int32_t>((count + chunk - 1) / chunk);
+  }
+  return photos;
+}
+
+int64_t blocks_of(const Photos& photos) { return photos.chunks[photos.count]; }
+
+}  // namespace
+}  // namespace namedmask::cuda
