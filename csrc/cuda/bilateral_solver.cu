@@ -208,7 +208,8 @@ struct Solver {
 };
 
 // The equations and their scaling are those of csrc/cpu/bilateral_solver_kernel.h. A step reads and writes about 100
-// bytes a vertex, which stay in L2 (a photo of 512 x 683 has some 2 MB); what neighbours read, 4 bytes a vertex, in L1.
+// bytes a vertex, 2 MB for a photo of 512 x 683, from L2 while the photos in work fit it; what neighbours read, 4 bytes
+// a vertex, fits L1. So what one multiprocessor can read should bound it, and photos that have one each run abreast.
 __global__ void __launch_bounds__(kSolverThreads)
     solve(const __grid_constant__ Photos photos, const __grid_constant__ Solver solver,
           const __grid_constant__ Workspace work) {

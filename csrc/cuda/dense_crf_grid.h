@@ -3,8 +3,8 @@
 // along rows and then along columns, the nodes are blurred along both, and read along columns and then along rows.
 // Between rows and columns stand "halves": a photo's rows of pixels by a row's nodes.
 //
-// Every kernel takes a thread for each output and channel, which gathers its inputs in a fixed order. All are bound by
-// memory: at sigma 3 (step 2) they read and write some 4 floats a pixel and channel, besides what caches give.
+// Every kernel takes a thread for each output and channel, which gathers its inputs in a fixed order. All should be
+// bound by memory: at sigma 3 (step 2) they read and write some 4 floats a pixel and channel, besides what caches give.
 #pragma once
 
 #include <vector>

@@ -111,6 +111,19 @@ def test_emulated_components_equal_the_cpu(components, batch):
         assert torch.equal(components(op.__name__, batch, torch.bool)[0], op(batch, backend="cpu").rows)
 
 
+class Scratch:
+    """Poisoned memory (NaN, as floats) for a launcher; whatever is written beyond its end is found."""
+
+    POISON, SPARE = 0x7FC0BAD0, 64
+
+    def __init__(self, size):
+        self.all = torch.full((size + self.SPARE,), self.POISON, dtype=torch.int32)
+        self.own = self.all[:size]
+
+    def check(self):
+        assert (self.all[len(self.own) :] == self.POISON).all()
+
+
 # -- bilateral_solver ------------------------------------------------------------------------------------------------
 
 
@@ -140,11 +153,12 @@ def solve(emulated):
         library.seed(seed)
         rows, photos = len(targets.rows), len(targets.shapes)
         out = torch.full((rows,), torch.nan)
-        workspace = torch.full((21 * rows + 3 * photos,), 0x7FC0BAD0, dtype=torch.int32)  # as floats: NaN
+        scratch = Scratch(21 * rows + 3 * photos)
         given = pointers(targets.rows, images.rows, targets.offsets, targets.shapes)
         settings = BilateralSettings(**BILATERAL | changes)
-        library.run(*given, rows, photos, *pointers(out, workspace), len(workspace), ctypes.byref(settings))
-        check(workspace)
+        library.run(*given, rows, photos, *pointers(out, scratch.own), len(scratch.own), ctypes.byref(settings))
+        scratch.check()
+        check(scratch.own)
         return targets.with_rows(out)
 
     return run
@@ -247,17 +261,19 @@ def infer(emulated):
         settings = ctypes.byref(CrfSettings(iterations, *gaussian, *bilateral))
         out = torch.full((rows, labels), torch.nan)
         status = torch.full((2, photos), 77, dtype=torch.int32)
-        corners = torch.full((49 * rows + photos,), 0x7FC0BAD0, dtype=torch.int32)
+        corners = Scratch(49 * rows + photos)
         batch = pointers(probabilities.offsets, probabilities.shapes)
         given = pointers(probabilities.rows, images.rows)
-        results = pointers(out, status, corners)
+        results = pointers(out, status, corners.own)
         library.lay_lattice(*given, *batch, rows, photos, labels, *results, settings)
-        assert_numbered_as_met(6 * probabilities.offsets, corners[24 * rows : 30 * rows])
+        assert_numbered_as_met(6 * probabilities.offsets, corners.own[24 * rows : 30 * rows])
         counts = status[0].clone()
         size = library.workspace_size(*batch, photos, labels, *pointers(counts), settings)
-        workspace = torch.full((size,), 0x7FC0BAD0, dtype=torch.int32)
-        memory = pointers(out, status, counts, corners, workspace)
+        scratch = Scratch(size)
+        memory = pointers(out, status, counts, corners.own, scratch.own)
         library.infer(*batch, rows, photos, labels, *memory, ctypes.c_int64(size), settings)
+        corners.check()
+        scratch.check()
         return probabilities.with_rows(out), status
 
     return run
