@@ -202,6 +202,7 @@ def test_emulated_bilateral_solver_equals_the_reference(solve, seed):
         {"sigma_spatial": 1.0, "sigma_luma": 1.0, "sigma_chroma": 1.0},
         {"sigma_spatial": 1e9, "sigma_luma": 16.0, "iterations": 0},
         {"sigma_spatial": 1000.0, "sigma_luma": 1.0, "sigma_chroma": 2.9, "smoothness": 3.5, "confidence": 0.25},
+        {"sigma_spatial": 1.1, "sigma_luma": 300.0, "sigma_chroma": 300.0},
         {"smoothness": 0.0},
         {"tolerance": 0.1},
     ],
