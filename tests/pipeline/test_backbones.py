@@ -231,3 +231,9 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, backbone_weights):
         backbones.load("vit_tiny_patch16_224", str(tmp_path / "text.safetensors"))
     with pytest.raises(UserError, match="not a ViT"):
         backbones.load("resnet18", str(backbone_weights))
+    from safetensors.torch import save_file
+
+    name = "vit_small_patch16_rope_mixed_224.naver_in1k"  # rotary tables that differ from block to block
+    save_file(timm.create_model(name, num_classes=0).state_dict(), tmp_path / "mixed.safetensors")
+    with pytest.raises(UserError, match="not a ViT"):
+        backbones.load(name, str(tmp_path / "mixed.safetensors"))

@@ -11,8 +11,8 @@
 // Empty       no sequences, sequences of length 0 and no taps are fine.
 // Accuracy    computed in float32, exponentials within 2 ulp; NaN and Inf spread as in softmax. At level avx512_vnni
 //             the scores of bfloat16 behind output and lse come from 16-bit fixed point, off by some
-//             1e-5 |q| |k| scale; there queries and keys below 2^-100 count as 0, and an Inf in a key as NaN. That level
-//             is taken where AVX512-BF16 or AMX are present too (why: attention_features_avx512_vnni.cpp).
+//             1e-5 |q| |k| scale; there queries and keys below 2^-100 count as 0, and an Inf in a key as NaN. That
+//             level is taken where AVX512-BF16 or AMX are present too (why: attention_features_avx512_vnni.cpp).
 // Errors      std::invalid_argument for a wrong array and for a tap beyond the end of a sequence that is not empty.
 // Threads     OpenMP, one region, over sequence, head and block of queries. The bits of a token's results depend
 //             neither on the threads nor on the other sequences. Levels differ by rounding.
