@@ -12,7 +12,7 @@ mode "shared"    one network with a last layer for each category, trained on all
 OUT/experts/
   NAME.safetensors      a category's network, NAME as in a URL; in the mode "shared" all of them in shared.safetensors
   NAME/                 its metrics.jsonl, tensorboard/ and, until it is finished, checkpoint.pt (`namedmask.training`)
-  refined/              finished shards, until all are there
+OUT/refining/           finished shards, until all are there
 OUT/refined/00000.jsonl the records of masks/ with the experts' masks and scores; in the mode "separate" a category a
                         shard, in the mode "shared" sorted by photo. The folder is there when all of them are.
 
@@ -38,7 +38,7 @@ from .backbones import Encoder, untrained_encoder
 from .config import ExpertTraining
 from .distributed import Worker
 from .errors import UserError
-from .files import atomic_write
+from .files import atomic_write, remove_stale
 from .masks import ErrorRecord, MaskRecord, errors_path, mask_score, read_masks, write_errors, write_shard
 from .photos import Photo, PhotoError, PhotoSource
 from .progress import Progress
@@ -117,17 +117,20 @@ def train_experts(
     records: dict[str, list[MaskRecord]] = {name: [] for name in read_archive(out / "archive.json").categories}
     for record in read_masks(out / "masks"):
         records.setdefault(record.category, []).append(record)
-    (out / "experts" / "refined").mkdir(parents=True, exist_ok=True)
-    experts = _Experts(out / "experts", source, settings, records, worker, device, progress)
-    experts.all_at_once() if settings.mode == SHARED else experts.one_by_one()
+    for folder in ("experts", "refining"):
+        (out / folder).mkdir(exist_ok=True)
+    experts = _Experts(out, source, settings, records, worker, device, progress)
+    shards = experts.all_at_once() if settings.mode == SHARED else experts.one_by_one()
     worker.barrier("experts have seen every photo")
     if worker.is_main:
-        (out / "experts" / "refined").rename(out / "refined")
+        if not all(experts.shard(number).exists() for number in range(shards)):
+            raise UserError("a worker was lost and with it what it was at; run the same command again to go on")
+        (out / "refining").rename(out / "refined")
 
 
 @dataclass
 class _Experts:
-    folder: Path
+    out: Path
     source: PhotoSource
     settings: ExpertTraining
     records: dict[str, list[MaskRecord]]
@@ -141,12 +144,13 @@ class _Experts:
         """What a training sees."""
         return self.settings.steps * self.settings.batch
 
-    def one_by_one(self) -> None:
+    def one_by_one(self) -> int:
+        """A network a category; returns the number of shards."""
         names = list(self.records)
         self.progress.total = len(names) * self.views + sum(map(len, self.records.values()))
         for number in self.worker.claim("experts", len(names)):
             name, records = names[number], self.records[names[number]]
-            if self._shard(number).exists():
+            if self.shard(number).exists():
                 self.progress.tick(self.views + len(records), found=True)
             elif any(record.area for record in records):
                 segmenter = Segmenter(self._expert(name, [name], Worker()), [name], self.device)
@@ -154,8 +158,10 @@ class _Experts:
             else:
                 self._write(number, records, [])
                 self.progress.tick(self.views + len(records), found=True)
+        return len(names)
 
-    def all_at_once(self) -> None:
+    def all_at_once(self) -> int:
+        """One network; returns the number of shards."""
         names = list(self.records)
         self.progress.total = self.views + sum(map(len, self.records.values()))
         if not any(record.area for records in self.records.values() for record in records):
@@ -171,20 +177,23 @@ class _Experts:
         records = sorted((r for one in self.records.values() for r in one), key=lambda r: r.photo)
         shards = list(_shards(records, SHARD))
         for number in self.worker.claim("experts", len(shards)):
-            if self._shard(number).exists():
+            if self.shard(number).exists():
                 self.progress.tick(len(shards[number]), found=True)
             else:
                 self._refine(number, shards[number], segmenter, logits)
+        return len(shards)
 
     def _expert(self, name: str, categories: list[str], worker: Worker) -> DeepLab:
         """The network of a file, trained first by all of `worker`'s workers if there is none."""
         kind, classes = (SharedExperts, len(categories)) if self.settings.mode == SHARED else (DeepLab, 2)
-        path = self.folder / f"{quote(name, safe=' ')}.safetensors"
+        path = self.out / "experts" / f"{quote(name, safe=' ')}.safetensors"
         journal = path.with_suffix("")
         if path.exists():
             self.progress.tick(self.views if worker.is_main else 0, found=True)
         else:
             journal.mkdir(exist_ok=True)
+            if worker.is_main:
+                remove_stale(journal)
             samples, part = samples_of(self.records, categories), _Part(self.progress, name)
             network = train(self.source, samples, classes, journal, self.settings, worker, self.device, part, kind)
             if worker.is_main:
@@ -197,8 +206,8 @@ class _Experts:
         network.load_state_dict(load_file(path))
         return network.eval().requires_grad_(False)
 
-    def _shard(self, number: int) -> Path:
-        return self.folder / "refined" / f"{number:05}.jsonl"
+    def shard(self, number: int) -> Path:
+        return self.out / "refining" / f"{number:05}.jsonl"
 
     def _refine(self, number: int, records: list[MaskRecord], segmenter: Segmenter, logits: ObjectLogits) -> None:
         """Writes a shard: the experts' masks in place of the records'."""
@@ -215,8 +224,8 @@ class _Experts:
         self._write(number, refined, errors)
 
     def _write(self, number: int, records: list[MaskRecord], errors: list[ErrorRecord]) -> None:
-        write_errors(errors_path(self._shard(number)), errors)
-        write_shard(self._shard(number), records)
+        write_errors(errors_path(self.shard(number)), errors)
+        write_shard(self.shard(number), records)
         self.empty += sum(not record.area for record in records)
         if self.empty:
             self.progress.note = f"{self.empty} masks in which an expert has found nothing"

@@ -39,11 +39,11 @@ MADE = {
     "index": ["index"],
     "archive": ["archive.json"],
     "pseudolabel": ["masks"],
-    "experts": ["experts", "refined"],
+    "experts": ["experts", "refining", "refined"],
     "report": ["report.html"],
     "train": ["segmenter"],
 }
-TIDIED = ("index", "masks", "experts", "experts/refined", "segmenter")  # where a killed run may leave half a file
+TIDIED = ("index", "masks", "experts", "refining", "segmenter")  # where a killed run may leave half a file
 
 
 @contextmanager

@@ -93,7 +93,9 @@ def world(tmp_path_factory) -> tuple[Path, dict, dict]:
 
 
 def copy_of(out: Path, folder: Path) -> Path:
-    return shutil.copytree(out, folder / "out", ignore=lambda _, names: {"experts", "refined", ".lock"} & set(names))
+    return shutil.copytree(
+        out, folder / "out", ignore=lambda _, names: {"experts", "refining", "refined", ".lock"} & set(names)
+    )
 
 
 def iou(record: MaskRecord, truth: dict) -> float:
@@ -165,6 +167,7 @@ def test_killed_and_gone_on_gives_the_same_bytes(world, tmp_path, monkeypatch):
         assert best_masks(out) == out / "masks"
     first = out / "experts" / "cat.safetensors"
     made = first.stat().st_mtime_ns
+    (out / "experts" / "hot%2Fdog" / ".tmp-half").touch()
     start(out, {})
     assert files(out / "refined") == whole and first.stat().st_mtime_ns == made
     assert not list(out.rglob(".tmp-*"))
