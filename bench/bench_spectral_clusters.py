@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 
 import namedmask_kernels as nk
-from common import CHANNELS, paired_medians, report, scene, threads
+from common import CHANNELS, on_gpu, paired_medians, report, scene, threads
 
 COUNTS = (2, 3, 4)
 HEIGHT, WIDTH = 38, 50
@@ -71,3 +71,27 @@ def test_one_photo(benchmark, count):
         benchmark.pedantic(calls["cpu"], rounds=5)
     rows = [{"who": who, "ms": 1e3 * s, "times cpu's": s / seconds["cpu"]} for who, s in seconds.items()]
     report(f"spectral_clusters, k = 2, 3, 4, {HEIGHT * WIDTH} tokens, C = {CHANNELS}, {count} threads", rows + absent)
+
+
+def test_a_batch_of_64_on_a_gpu(benchmark, quick):
+    """No GPU has run this yet."""
+    photos = np.stack([scene(60, seed)[:HEIGHT, :WIDTH] for seed in range(4)])
+    photos = torch.from_numpy(photos).repeat(1 if quick else 16, 1, 1, 1)
+
+    def by_lobpcg_there(rows):
+        a = (unit := torch.nn.functional.normalize(rows, dim=1)) @ unit.T
+        least, most = a.aminmax()
+        d = (a := (a - least) / (most - least)).sum(1)
+        start = torch.randn(len(a), max(COUNTS), device=a.device, generator=torch.Generator(a.device).manual_seed(0))
+        return torch.lobpcg(d.diag() - a, B=d.diag(), X=start, largest=False, niter=100)[1]
+
+    def calls():
+        there, expected = photos.cuda(), nk.spectral_clusters(photos[:4], COUNTS)
+        found = nk.spectral_clusters(there, COUNTS)[:4].cpu()
+        for column, _ in enumerate(COUNTS):
+            assert agreement(expected[..., column], found[..., column]) > 0.99
+        yield "cuda", lambda: nk.spectral_clusters(there, COUNTS)
+        yield "torch.lobpcg alone, photo after photo", lambda: [by_lobpcg_there(p) for p in there.flatten(1, 2)]
+
+    on_gpu(f"spectral_clusters, k = 2, 3, 4, {len(photos)} photos of {HEIGHT * WIDTH} tokens, on a GPU", calls,
+           len(photos), benchmark)  # fmt: skip

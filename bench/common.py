@@ -62,31 +62,6 @@ def paired_medians(
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def on_gpu(title: str, make: Callable[[], Iterator[tuple[str, Callable]]], photos: int, benchmark) -> None:
-    """Reports the median time of the calls that `make` yields with their names, in turns, by the GPU's own clock.
-
-    `make` moves the data to the GPU and checks results; where there is no GPU that is reported and the test skipped.
-    """
-    if not torch.cuda.is_available():
-        report(title, [{"who": "absent: torch finds no CUDA device"}])
-        pytest.skip("no CUDA device here")
-    calls = dict(make())
-    benchmark.pedantic(next(iter(calls.values())), rounds=3)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(3 if QUICK else 23):
-        for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            if turn >= 2:  # the first compile and warm up
-                times[name].append(start.elapsed_time(end))
-    medians = {name: statistics.median(taken) for name, taken in times.items()}
-    report(f"{title}, {torch.cuda.get_device_name()}",
-           [{"who": who, "ms": ms, "ms a photo": ms / photos} for who, ms in medians.items()])  # fmt: skip
-
-
 def _openblas() -> Iterator[tuple[Callable[[int], None], Callable[[], int]]]:
     """(set, get) of the number of threads, for every OpenBLAS in this process (numpy and scipy bring one each)."""
     paths = set(re.findall(r"/\S*openblas\S*", Path("/proc/self/maps").read_text()))
@@ -184,6 +159,19 @@ def device_median(call: Callable[[], object], rounds: int = 30) -> float:
         if turn >= 3:
             taken.append(start.elapsed_time(end) / 1e3)
     return statistics.median(taken)
+
+
+def on_gpu(title: str, make: Callable[[], Iterator[tuple[str, Callable]]], photos: int, benchmark) -> None:
+    """Reports the median time of the calls that `make` yields with their names, or that there is no GPU.
+
+    `make` moves the data to the GPU and checks the results. The first call is ours.
+    """
+    needs_gpu(title)
+    calls = dict(make())
+    first = next(iter(calls.values()))
+    benchmark.pedantic(lambda: (first(), torch.cuda.synchronize()), rounds=10)
+    seconds = {who: device_median(call) for who, call in calls.items()}
+    report(title, [{"who": who, "ms": 1e3 * s, "ms a photo": 1e3 * s / photos} for who, s in seconds.items()])
 
 
 def device_copy_bandwidth() -> float:

@@ -60,11 +60,11 @@ def main(words: list[str]) -> int:
     failures = 0
     print(f"triton {triton.__version__}\n{'kernel':44} arch  registers  shared  spilled bytes")
     for module in pkgutil.iter_modules(package.__path__):
-        for label, *variant in variants(module.name):
+        for label, kernel, types, constants, options, *only in variants(module.name):
             if words and not any(word in label for word in words):
                 continue
-            for arch in (80, 90):
-                registers, spills, shared = compile_for(arch, *variant)
+            for arch in only or (80, 90):
+                registers, spills, shared = compile_for(arch, kernel, types, constants, options)
                 bad = spills > 0 or shared > SHARED_LIMIT[arch]
                 failures += bad
                 name = f"{module.name}.{label.lstrip('_')}"

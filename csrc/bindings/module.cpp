@@ -94,6 +94,13 @@ void define_cuda(py::module_ m) {
         arg("workspace"), arg("stream"), release());
   m.def("fill_holes", &cuda::fill_holes, arg("mask"), arg("offsets"), arg("shapes"), arg("out"), arg("workspace"),
         arg("stream"), release());
+  m.def("normalized_cut", &cuda::normalized_cut, arg("bits"), arg("offsets"), arg("shapes"), arg("vector"),
+        arg("value"), arg("residual"), arg("iterations"), arg("partition"), arg("seed"), arg("workspace"), arg("eps"),
+        arg("tolerance"), arg("max_iterations"), arg("stream"), release());
+  m.def("spectral_clusters_workspace", &cuda::spectral_clusters_workspace, arg("offsets"), arg("shapes"), arg("counts"),
+        arg("tokens"), arg("channels"));
+  m.def("spectral_clusters", &cuda::spectral_clusters, arg("unit"), arg("ranges"), arg("offsets"), arg("shapes"),
+        arg("counts"), arg("labels"), arg("workspace"), arg("seed"), arg("stream"), release());
 }
 
 }  // namespace

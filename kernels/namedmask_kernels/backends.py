@@ -19,6 +19,9 @@ ORDER = ("cuda", "triton", "cpu", "reference")
 # operator -> backend -> implementation; each operator's module adds its own line.
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {}
 
+# Operators whose cuda version has a part in Triton.
+CUDA_WITH_TRITON = {"normalized_cut", "spectral_clusters"}
+
 
 @functools.cache
 def native():
@@ -47,7 +50,7 @@ def obstacle(op: str, backend: str, device: torch.device) -> str | None:
         return f"the tensors are on {device}, not on a CUDA device"
     if backend == "cuda" and not (native() and native().has_cuda()):
         return "this build has no CUDA kernels; build with NMK_CUDA=ON"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
+    if (backend == "triton" or op in CUDA_WITH_TRITON) and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from . import backends
 from .library import register
-from .ragged import Array, Ragged, arrange, expect_dtype
+from .ragged import Array, Ragged, arrange, expect_dtype, expect_rows
 from .reference import normalized_cut as reference
 
 NAME = "normalized_cut"
 
 
 class NormalizedCut(NamedTuple):
-    """What `normalized_cut` found, for B photos. "Like the features": Ragged rows, a grid or a batch of grids.
+    """What `normalized_cut` found, for B photos. "Like the features": Ragged rows, a grid or a batch of grids. Arrays
+    [B] are on the CPU, wherever the features are.
 
     vector:     float32 like the features, the second eigenvector v with v' D v = 1; positive at the seed
     value:      float64 [B], its eigenvalue: from 0 (falls apart) to about 1 (nothing to cut)
@@ -68,6 +69,8 @@ def normalized_cut(
     Errors:         TypeError for features that are not floating point; ValueError for a wrong shape, a setting out of
                     range, features that are not finite (the photo is named), a backend that cannot run.
     Cost:           n^2 C flops and n^2 / 8 lookups per iteration (4 to 14 are usual) for n tokens; n^2 bits of memory.
+                    On a GPU 3 n^2 C flops of float16, then 16 n^2 of bytes per iteration, on its tensor cores; also
+                    8 n max_iterations bytes for each of up to 64 photos at a time. No GPU has run it yet.
                     Deterministic; a photo's result has the same bits alone, in any batch and with any thread count.
     Source:         Y. Wang et al., Self-Supervised Transformers for Unsupervised Object Discovery using Normalized Cut,
                     CVPR 2022; J. Shi and J. Malik, Normalized Cuts and Image Segmentation, PAMI 2000.
@@ -131,7 +134,51 @@ def _cut_cpu(features: Tensor, offsets: Tensor, shapes: Tensor, *settings) -> Ou
     return outputs
 
 
-backends.IMPLEMENTATIONS[NAME] = {"reference": _cut_reference, "cpu": _cut_cpu}
+TOGETHER = 64  # photos whose bits and vectors a GPU holds at a time: some 350 MB for 3,600 tokens each
+
+
+def _cut_cuda(
+    features: Tensor, offsets: Tensor, shapes: Tensor, tau: float, eps: float, tolerance: float, max_iterations: int
+) -> Outputs:
+    """Bits by Triton, vectors by CUDA, foreground by connected_components; waits for the GPU."""
+    from .triton import normalized_cut as triton  # not at import: not every machine has Triton
+    from .triton.unit_rows import refuse_infinite, unit_rows
+
+    expect_rows(NAME, offsets, shapes, features)
+    vector, value, residual, iterations, partition, seed, foreground = _fake_cut(features, offsets, shapes)
+    native, stream = backends.native().cuda, torch.cuda.current_stream(features.device).cuda_stream
+    per_photo = [torch.empty_like(x, device=features.device) for x in (value, residual, iterations, seed)]
+    with torch.cuda.device_of(features):
+        for first in range(0, len(shapes), TOGETHER):
+            grids = shapes[first : first + TOGETHER]
+            begin, end = int(offsets[first]), int(offsets[first + len(grids)])
+            mine = offsets[first : first + len(grids) + 1] - begin
+            unit = unit_rows(features[begin:end])
+            refuse_infinite(NAME, unit.finite, mine, first)
+            bits = triton.affinity_bits(unit, mine, tau)
+            tokens = mine.diff().long()
+            steps = (tokens - 1).clamp(0, max_iterations)
+            doubles = ((steps + 4) * ((tokens + 127) // 128 * 128) + 6 * (steps + 1)).sum()
+            workspace = torch.empty(int(doubles), dtype=torch.float64, device=features.device)
+            values, residuals, counts, seeds = (x[first : first + len(grids)] for x in per_photo)
+            native.normalized_cut(
+                bits, mine, grids, vector[begin:end], values, residuals, counts, partition[begin:end], seeds, workspace,
+                eps, tolerance, max_iterations, stream,
+            )  # fmt: skip
+        if len(features):
+            labels, found = foreground.new_empty(len(features), dtype=torch.int32), torch.empty_like(per_photo[3])
+            scratch = labels.new_empty(2 * len(features) + 4 * len(shapes))
+            native.connected_components(partition, offsets, shapes, labels, found, scratch, stream)
+            tokens, begins = (x.to(features.device) for x in (offsets.diff(), offsets[:-1]))
+            seeded = labels[(begins + per_photo[3]).clamp(0, len(features) - 1)]
+            seeded = seeded.repeat_interleave(tokens, output_size=len(features))
+            torch.logical_and(partition, labels == seeded, out=foreground)
+    for host, there in zip((value, residual, iterations, seed), per_photo, strict=True):
+        host.copy_(there)
+    return vector, value, residual, iterations, partition, seed, foreground
+
+
+backends.IMPLEMENTATIONS[NAME] = {"reference": _cut_reference, "cpu": _cut_cpu, "cuda": _cut_cuda}
 
 
 # -- torch.library ---------------------------------------------------------------------------------------------------

@@ -3,56 +3,27 @@
 own tests run the real thing."""
 
 import ctypes
-import functools
 import itertools
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import emulator
 import namedmask_kernels as nk
+from emulator import pointers
 from namedmask_kernels import Ragged
+from namedmask_kernels.reference import normalized_cut as cut_reference
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-COMPILER = shutil.which("g++")
-
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not here to compile the emulated kernels")
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="g++ is not here to compile the emulated kernels")
 
 
 SEEDS = [0, 1]  # of the order in which threads run
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """A function: operator -> its `run` in cuda_emulator/OPERATOR.cpp."""
-    folder = tmp_path_factory.mktemp("emulator")
-    includes = [
-        f"-I{path}" for path in (HERE / "cuda_emulator", *(CSRC / name for name in ("include", "common", "cuda")))
-    ]
-
-    @functools.cache
-    def build(op):
-        library = folder / f"{op}.so"
-        # _FORTIFY_SOURCE takes a longjmp between stacks for a fault.
-        options = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-o", library]
-        sources = [HERE / "cuda_emulator" / f"{op}.cpp", CSRC / "cpu" / "tensor_view.cpp"]
-        subprocess.run([COMPILER, *options, *includes, *sources], check=True)
-        return ctypes.CDLL(str(library))
-
-    return build
-
-
-def pointers(*tensors):
-    return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-
-
-@pytest.fixture(scope="module")
-def components(emulated):
-    function = emulated("connected_components").run
+def components():
+    function = emulator.library("connected_components").run
 
     def run(op, batch, out_dtype, counts=None, found=0):
         """Calls the launcher with every output and the scratch memory poisoned; -> out, counts, areas, boxes."""
@@ -145,8 +116,8 @@ def assert_numbered_as_met(offsets, vertices):
 
 
 @pytest.fixture(scope="module")
-def solve(emulated):
-    library = emulated("bilateral_solver")
+def solve():
+    library = emulator.library("bilateral_solver")
 
     def run(targets, images, seed=0, check=lambda workspace: None, **changes):
         """The emulated bilateral_solver on a Ragged batch, its output and scratch poisoned; `check` sees that."""
@@ -251,8 +222,8 @@ class CrfSettings(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def infer(emulated):
-    library = emulated("dense_crf")
+def infer():
+    library = emulator.library("dense_crf")
     library.workspace_size.restype = ctypes.c_int64
 
     def run(probabilities, images, seed=0, iterations=10, gaussian=(3.0, 3.0), bilateral=(80.0, 13.0, 10.0)):
@@ -292,8 +263,8 @@ def scenes(seed, shapes, labels):
 
 
 @pytest.mark.parametrize(("n", "bits"), [(0, 5), (1, 0), (5000, 3), (5000, 11), (2049, 22)])
-def test_emulated_sort_is_stable(emulated, n, bits):
-    library = emulated("dense_crf")
+def test_emulated_sort_is_stable(n, bits):
+    library = emulator.library("dense_crf")
     library.sort_scratch.restype = ctypes.c_int64
     keys = torch.from_numpy(np.random.default_rng(n).integers(0, 1 << bits, n).astype(np.int32))
     rooms = [torch.full((2, n), -77, dtype=torch.int32) for _ in range(2)]
@@ -359,3 +330,152 @@ def test_emulated_dense_crf_equals_the_cpu_on_a_photo(infer, golden):
     found, expected = infer(*batch)[0].rows, nk.dense_crf(*batch, backend="cpu").rows
     assert (found - expected).abs().mean() < 1e-4
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.999
+
+
+# -- normalized_cut --------------------------------------------------------------------------------------------------
+
+
+def poisoned(n, dtype, *more):
+    return torch.full((n, *more), 77, dtype=torch.uint8 if dtype == torch.bool else dtype).view(dtype)
+
+
+def cut(batch, tau=0.2, eps=1e-5, tolerance=1e-8, max_iterations=128):
+    """NormalizedCut without its foreground; the bits are the definition's."""
+    bits, doubles = [torch.zeros(0, dtype=torch.int32)], 0
+    for features in batch.grids():
+        n = len(features.flatten(0, 1))
+        tiles, steps = -(-n // 128), min(max_iterations, max(n - 1, 0))
+        edges = np.zeros((tiles * 128, tiles * 128), np.uint8)
+        edges[:n, :n] = cut_reference.edges(features.flatten(0, 1), tau)
+        groups = edges.reshape(tiles * 128, tiles, 128).swapaxes(0, 1)
+        bits.append(torch.from_numpy(np.packbits(groups, bitorder="little").view(np.int32)))
+        doubles += (steps + 4) * tiles * 128 + 6 * (steps + 1)
+    photos, rows = len(batch.shapes), len(batch.rows)
+    vector, partition = poisoned(rows, torch.float32), poisoned(rows, torch.bool)
+    value, residual = (poisoned(photos, torch.float64) for _ in range(2))
+    iterations, seed = (poisoned(photos, torch.int32) for _ in range(2))
+    emulator.normalized_cut(
+        torch.cat(bits), batch.offsets, batch.shapes, vector, value, residual, iterations, partition, seed,
+        poisoned(doubles, torch.float64), eps, tolerance, max_iterations, 0,
+    )  # fmt: skip
+    return nk.NormalizedCut(
+        batch.with_rows(vector), value, residual, iterations, batch.with_rows(partition), seed, None
+    )
+
+
+def halves(h, w, channels, noise, seed=0):
+    """float32 [h, w, channels]: a disk before a background."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:h, :w]
+    inside = (y - h / 2) ** 2 + (x - w / 3) ** 2 < (min(h, w) / 3) ** 2
+    features = rng.normal(size=(2, channels))[inside.astype(int)] + noise * rng.normal(size=(h, w, channels))
+    return torch.from_numpy(features.astype(np.float32))
+
+
+def photos_to_cut():
+    yield Ragged.pack([halves(9, 15, 16, 0.6), halves(0, 3, 16, 1.0), halves(1, 1, 16, 1.0), halves(17, 16, 16, 1.2),
+                       halves(1, 2, 16, 1.0), halves(5, 5, 16, 3.0)])  # fmt: skip
+    two = torch.zeros(4, 6, 2)  # two equal halves: all entries are of one size
+    two[:, :3, 0] = two[:, 3:, 1] = 1
+    apart = torch.eye(20)[:, :2].reshape(4, 5, 2)  # two tokens, and rows of zeros, which nothing joins
+    yield Ragged.pack([two, torch.ones(4, 5, 2), torch.zeros(4, 5, 2), apart])
+    yield Ragged.of_shapes(torch.zeros(0, 4), [])
+
+
+@pytest.mark.parametrize("batch", list(photos_to_cut()))
+@pytest.mark.parametrize("iterations", [3, 128])
+def test_emulated_cut_equals_the_cpu(batch, iterations):
+    expected = nk.normalized_cut(batch, max_iterations=iterations, backend="cpu")
+    found = cut(batch, max_iterations=iterations)
+    assert torch.equal(found.iterations, expected.iterations)
+    assert torch.equal(found.seed, expected.seed)
+    torch.testing.assert_close(found.value, expected.value, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.residual, expected.residual, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(found.vector.rows, expected.vector.rows, rtol=0, atol=2e-7)
+    for b, v in enumerate(expected.vector.grids()):
+        clear = (v - v.mean()).abs() >= 1e-6
+        assert torch.equal(found.partition.grids()[b][clear], expected.partition.grids()[b][clear])
+
+
+def test_emulated_cut_with_other_settings_and_alone():
+    batch = Ragged.pack([halves(6, 11, 16, 1.0), halves(12, 14, 16, 1.5)])
+    settings = {"tau": 0.1, "eps": 0.01, "tolerance": 1e-11}
+    expected, found = nk.normalized_cut(batch, **settings, backend="cpu"), cut(batch, **settings)
+    torch.testing.assert_close(found.value, expected.value, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.vector.rows, expected.vector.rows, rtol=0, atol=2e-7)
+    assert (found.residual <= 1e-11).all()
+    alone = cut(Ragged.pack(batch.grids()[1:]), **settings)
+    assert torch.equal(alone.vector.rows, found.vector.grids()[1].flatten())
+    assert torch.equal(alone.residual, found.residual[1:])
+    assert (cut(batch, tau=1.0).seed == -1).all() and (cut(batch, tau=-1.5).value == 1).all()
+
+
+def test_emulated_cut_of_more_photos_than_a_launch_takes():
+    batch = Ragged.pack([halves(*((1, 1) if b < 99 else (2, 3)), 8, 1.0, b) for b in range(103)])
+    expected, found = nk.normalized_cut(batch, backend="cpu"), cut(batch)
+    torch.testing.assert_close(found.value, expected.value, rtol=0, atol=1e-12)
+    assert torch.equal(found.seed, expected.seed)
+
+
+def test_emulated_cut_equals_tokencut(golden):
+    arrays = golden("ncut")
+    features = torch.from_numpy(arrays["a_features"]).unflatten(0, tuple(arrays["a_dims"]))
+    found = cut(Ragged.pack([features]), tolerance=1e-10)
+    expected = arrays["a_eigvec"]
+    assert abs(found.value.item() - arrays["a_lambda0_3"][1]) < 1e-10
+    assert np.abs(found.vector.rows.numpy() - expected).max() < 1e-6 * np.abs(expected).max()
+    assert found.seed.item() == arrays["a_seed"] and found.residual.item() < 1e-10
+    np.testing.assert_array_equal(found.partition.grids()[0].numpy(), arrays["a_bipartition"])
+
+
+# -- spectral_clusters -----------------------------------------------------------------------------------------------
+
+
+def labels_of(batch, counts, seed=0):
+    """spectral_clusters with unit vectors and ranges by torch, channels rounded up to a multiple of 4."""
+    unit = torch.nn.functional.normalize(batch.rows.double(), dim=1).float()
+    unit = torch.nn.functional.pad(unit, (0, -unit.shape[1] % 4))
+    ranges = [torch.zeros(0, 2)]
+    for grid in batch.with_rows(unit).grids():
+        rows = grid.flatten(0, 1)
+        products = rows @ rows.T
+        ranges.append(torch.stack(products.aminmax())[None] if len(rows) else torch.tensor([[torch.inf, -torch.inf]]))
+    wanted, labels = torch.tensor(counts, dtype=torch.int32), poisoned(len(unit), torch.int32, len(counts))
+    doubles = emulator.spectral_clusters_workspace(batch.offsets, batch.shapes, wanted, *unit.shape)
+    workspace = poisoned(doubles, torch.float64)
+    emulator.spectral_clusters(unit, torch.cat(ranges), *batch[1:], wanted, labels, workspace, seed, 0)
+    return labels
+
+
+def groups(h, w, channels, k, noise, seed=0):
+    """float32 [h, w, channels]: stripes of k kinds."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.normal(size=(k, channels))[np.arange(w) * k // w]
+    return torch.from_numpy((kinds + noise * rng.normal(size=(h, w, channels))).astype(np.float32))
+
+
+@pytest.mark.parametrize("channels, noise, counts, seed", [(24, 0.8, [2, 3, 4], 0), (30, 1.5, [5, 1], -3)])
+def test_emulated_clusters_equal_the_cpu(channels, noise, counts, seed):
+    shapes = [(7, 9, 3), (0, 3, 1), (1, 1, 1), (11, 13, 4), (1, 2, 2)]
+    batch = Ragged.pack([groups(h, w, channels, k, noise) for h, w, k in shapes])
+    labels = labels_of(batch, counts, seed)
+    assert torch.equal(labels, nk.spectral_clusters(batch, counts, seed=seed, backend="cpu").rows)
+    alone = labels_of(Ragged.pack(batch.grids()[3:4]), counts, seed)
+    assert torch.equal(alone, batch.with_rows(labels).grids()[3].flatten(0, 1))
+
+
+def test_emulated_clusters_of_tokens_that_do_not_differ_enough():
+    equal = torch.eye(4)[:3].repeat_interleave(10, 0).reshape(5, 6, 4) + 0.1  # an eigenvalue that occurs twice
+    isolated = groups(5, 6, 4, 2, 0.3).abs()
+    isolated[2, 3] = 0  # no affinity at all
+    batch = Ragged.pack([equal, isolated, torch.ones(4, 5, 4), torch.zeros(2, 2, 4)])
+    labels = labels_of(batch, [3, 2])
+    assert torch.equal(labels, nk.spectral_clusters(batch, [3, 2], backend="reference").rows)
+    assert labels[:30, 0].tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    assert labels_of(Ragged.of_shapes(torch.zeros(0, 4), []), [2]).shape == (0, 1)
+
+
+def test_emulated_clusters_by_many_vectors():
+    features = torch.from_numpy(np.random.default_rng(0).normal(size=(10, 10, 40)).astype(np.float32))
+    batch = Ragged.pack([features])
+    assert torch.equal(labels_of(batch, [12]), nk.spectral_clusters(batch, [12], backend="reference").rows)

@@ -10,7 +10,7 @@ import namedmask_kernels as nk
 from namedmask_kernels import Ragged
 from namedmask_kernels.reference import spectral_clusters as reference
 
-BACKENDS = ["cpu", "reference"]
+BACKENDS = ["cpu", "reference", "cuda"]
 
 
 def scene(h, w, channels, seed=0, objects=3, noise=0.6):
@@ -32,10 +32,9 @@ def in_order(labels):
     return np.argsort(np.argsort(first))[inverse].reshape(np.shape(labels))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_finds_planted_groups(backend):
+def test_finds_planted_groups(run):
     features, planted = scene(18, 30, 64)
-    labels = nk.spectral_clusters(features, 4, backend=backend)
+    labels = run(nk.spectral_clusters, features, 4)
     assert labels.dtype == torch.int32 and labels.shape == (18, 30)
     np.testing.assert_array_equal(labels.numpy(), in_order(planted))
 
@@ -79,12 +78,11 @@ def test_clusters_are_as_tight_as_the_references(h, w, channels, seed, noise, k)
     assert found.max() < k and np.array_equal(found, in_order(found))
 
 
-def test_equal_groups_have_equal_eigenvalues():
+def test_equal_groups_have_equal_eigenvalues(run):
     """Three equal groups of equal tokens: the second eigenvalue occurs twice, a single start vector would find one."""
     features = torch.eye(3).repeat_interleave(20, 0).reshape(6, 10, 3) + 0.1
-    for backend in BACKENDS:
-        labels = nk.spectral_clusters(features, 3, backend=backend)
-        assert torch.equal(labels.flatten(), torch.arange(3, dtype=torch.int32).repeat_interleave(20))
+    labels = run(nk.spectral_clusters, features, 3)
+    assert torch.equal(labels.flatten(), torch.arange(3, dtype=torch.int32).repeat_interleave(20))
 
 
 def test_several_k_equal_each_alone():
@@ -104,43 +102,39 @@ def test_the_seed_decides():
                for i, s in ((0, 0), (2, 1), (3, -5)))  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "features",
     [torch.ones(4, 5, 8), torch.zeros(4, 5, 8), torch.zeros(2, 2, 0), torch.ones(1, 1, 8), torch.ones(0, 7, 8)],
     ids=["constant", "zeros", "no channels", "one token", "empty"],
 )
-def test_all_alike(backend, features):
-    labels = nk.spectral_clusters(features, [2, 3], backend=backend)
+def test_all_alike(run, features):
+    labels = run(nk.spectral_clusters, features, [2, 3])
     assert labels.shape == (*features.shape[:2], 2) and not labels.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_fewer_tokens_than_clusters(backend):
+def test_fewer_tokens_than_clusters(run):
     features = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    labels = nk.spectral_clusters(features, [1, 2, 5], backend=backend)
+    labels = run(nk.spectral_clusters, features, [1, 2, 5])
     assert labels.flatten().tolist() == [0, 0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_of_zeros(backend):
+def test_a_row_of_zeros(run):
     """Cosines of 0 are the least where all others are positive: the token has no affinity at all."""
     features, _ = scene(9, 12, 32, objects=1)
     features = features.abs()
     features[4, 3] = 0
-    labels = nk.spectral_clusters(features, 3, backend=backend)
+    labels = run(nk.spectral_clusters, features, 3)
     assert labels.max() <= 2
     assert torch.equal(labels, nk.spectral_clusters(features, 3, backend="reference"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_photo_in_a_batch_equals_the_photo_alone(backend):
+def test_a_photo_in_a_batch_equals_the_photo_alone(run):
     shapes = [(5, 7), (1, 1), (12, 17), (0, 4), (10, 11), (9, 0), (1, 2)]
     photos = [scene(h, w, 24, seed=b)[0] for b, (h, w) in enumerate(shapes)]
-    batch = nk.spectral_clusters(Ragged.pack(photos), [2, 4], backend=backend)
+    batch = run(nk.spectral_clusters, Ragged.pack(photos), [2, 4])
     assert batch.rows.shape == (sum(h * w for h, w in shapes), 2)
     for photo, labels in zip(photos, batch.grids(), strict=True):
-        assert torch.equal(labels, nk.spectral_clusters(photo, [2, 4], backend=backend))
+        assert torch.equal(labels, run(nk.spectral_clusters, photo, [2, 4]))
 
 
 def test_threads_do_not_change_the_labels():
@@ -171,26 +165,22 @@ def test_every_level_that_runs_here(level, tmp_path, run_at_level):
     np.testing.assert_array_equal(np.load(tmp_path / "found.npy"), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_arrangements_and_dtypes(backend):
+def test_arrangements_and_dtypes(run, device):
     photos = torch.stack([scene(6, 8, 12, seed=b)[0] for b in range(3)])
-    batch = nk.spectral_clusters(photos, 3, backend=backend)
+    batch = run(nk.spectral_clusters, photos, 3)
     assert batch.shape == (3, 6, 8)
-    ragged = nk.spectral_clusters(Ragged.pack(list(photos)), 3, backend=backend)
+    ragged = run(nk.spectral_clusters, Ragged.pack(list(photos)), 3)
     assert torch.equal(ragged.rows, batch.flatten())
-    assert torch.equal(nk.spectral_clusters(photos.double(), 3, backend=backend), batch)
-    as_numpy = nk.spectral_clusters(photos.numpy(), [3], backend=backend)
-    assert isinstance(as_numpy, np.ndarray) and np.array_equal(as_numpy[..., 0], batch)
+    assert torch.equal(run(nk.spectral_clusters, photos.double(), 3), batch)
+    if device == "cpu":
+        as_numpy = run(nk.spectral_clusters, photos.numpy(), [3])
+        assert isinstance(as_numpy, np.ndarray) and np.array_equal(as_numpy[..., 0], batch)
     half = photos.bfloat16()
-    assert torch.equal(
-        nk.spectral_clusters(half, 3, backend=backend), nk.spectral_clusters(half.float(), 3, backend=backend)
-    )
-    none = nk.spectral_clusters(Ragged.of_shapes(torch.zeros(0, 12), []), [2, 3], backend=backend)
+    assert torch.equal(run(nk.spectral_clusters, half, 3), run(nk.spectral_clusters, half.float(), 3))
+    none = run(nk.spectral_clusters, Ragged.of_shapes(torch.zeros(0, 12), []), [2, 3])
     assert none.rows.shape == (0, 2)
     view = photos[0].permute(1, 0, 2)[::2, 1:, ::2]
-    assert torch.equal(
-        nk.spectral_clusters(view, 3, backend=backend), nk.spectral_clusters(view.contiguous(), 3, backend=backend)
-    )
+    assert torch.equal(run(nk.spectral_clusters, view, 3), run(nk.spectral_clusters, view.contiguous(), 3))
 
 
 def test_every_output_is_written(monkeypatch):
@@ -201,16 +191,15 @@ def test_every_output_is_written(monkeypatch):
     assert torch.equal(nk.spectral_clusters(photos, [1, 2, 5]).rows, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_features_that_are_not_finite_are_refused(backend, bad):
+def test_features_that_are_not_finite_are_refused(run, bad):
     photos = [scene(4, 5, 8, seed=b)[0] for b in range(4)]
     photos[2][3, 1, 5] = bad
     message = "spectral_clusters: features must be finite, but those of photo {} hold NaN or Inf"
     with pytest.raises(ValueError, match=message.format(2)):
-        nk.spectral_clusters(Ragged.pack(photos), 2, backend=backend)
+        run(nk.spectral_clusters, Ragged.pack(photos), 2)
     with pytest.raises(ValueError, match=message.format(0)):
-        nk.spectral_clusters(photos[2], 2, backend=backend)
+        run(nk.spectral_clusters, photos[2], 2)
 
 
 def test_bad_input_is_refused_by_name():

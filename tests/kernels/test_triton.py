@@ -8,12 +8,16 @@ import itertools
 import os
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 
-from namedmask_kernels import Ragged
+import emulator
+from namedmask_kernels import Ragged, backends
 from namedmask_kernels.reference import attention_features as reference
+from namedmask_kernels.reference import normalized_cut as cut_reference
 from namedmask_kernels.reference import pamr as pamr_reference
 from namedmask_kernels.reference import random_walk as walk_reference
 
@@ -251,3 +255,86 @@ def test_random_walk_of_nothing_without_steps_and_of_features_that_are_not_finit
     features.rows[13, 3] = torch.nan
     with pytest.raises(ValueError, match="random_walk: features must be finite, but those of photo 1 hold NaN or Inf"):
         run_walk(soft, features, 2, 10.0)
+
+
+@here
+@pytest.mark.parametrize("channels, tau", [(2, 0.5), (64, 0.2), (100, -0.1), (16, -1.5), (16, 1.0)])
+def test_affinity_bits(channels, tau):
+    from namedmask_kernels.triton.normalized_cut import affinity_bits
+    from namedmask_kernels.triton.unit_rows import unit_rows
+
+    batch = tokens([(12, 25), (0, 4), (1, 1), (8, 16), (1, 129)], channels)
+    features = batch.rows
+    bits = affinity_bits(unit_rows(features.to(DEVICE)), batch.offsets, tau).cpu()
+    for begin, end in itertools.pairwise(batch.offsets.tolist()):
+        tiles = -(-(end - begin) // 128)
+        mine, bits = bits[: tiles**2 * 512], bits[tiles**2 * 512 :]
+        found = np.unpackbits(mine.numpy().view(np.uint8), bitorder="little").reshape(tiles, tiles * 128, 128)
+        found = found.swapaxes(0, 1).reshape(tiles * 128, tiles * 128)
+        inside = found[: end - begin, : end - begin]
+        assert found.sum() == inside.sum() and np.array_equal(inside, inside.T)
+        unit = torch.nn.functional.normalize(features[begin:end].double(), dim=1)
+        clear = ((unit @ unit.T).clamp(max=1) - tau).abs().numpy() > (0 if tau == 1 else 1e-6)
+        expected = cut_reference.edges(features[begin:end], tau)
+        assert np.array_equal(inside[clear], expected[clear]) and clear.sum() >= 0.99 * clear.size
+    assert len(bits) == 0
+
+
+@here
+@pytest.mark.parametrize("channels", [2, 64])
+def test_cosine_ranges(channels):
+    from namedmask_kernels.triton.spectral_clusters import cosine_ranges
+    from namedmask_kernels.triton.unit_rows import unit_rows
+
+    batch = tokens([(12, 25), (0, 4), (1, 1), (1, 129)], channels)
+    found = cosine_ranges(unit_rows(batch.rows.to(DEVICE)), batch.offsets).cpu()
+    for range_, grid in zip(found, batch.grids(), strict=True):
+        unit = torch.nn.functional.normalize(grid.flatten(0, 1).double(), dim=1)
+        least, most = (unit @ unit.T).aminmax() if len(unit) else (torch.inf, -torch.inf)
+        torch.testing.assert_close(range_, torch.tensor([least, most], dtype=torch.float32), rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch):
+    """Makes the cuda backend run on the CPU: Triton in its interpreter, CUDA in the emulator."""
+    if emulator.COMPILER is None:
+        pytest.skip("g++ is not here to compile the emulated kernels")
+    monkeypatch.setattr(backends, "native", lambda: types.SimpleNamespace(cuda=emulator))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    return lambda op: backends.IMPLEMENTATIONS[op]["cuda"]
+
+
+emulated = pytest.mark.skipif(not INTERPRETED, reason="only where nothing else can run it")
+
+
+@emulated
+def test_the_cut_from_features_to_foreground(emulated_cuda, monkeypatch):
+    batch = tokens([(9, 17), (0, 4), (1, 1), (6, 6), (9, 0)], 24)
+    settings = 0.2, 1e-5, 1e-8, 128
+    expected = backends.IMPLEMENTATIONS["normalized_cut"]["reference"](*batch, *settings)
+    monkeypatch.setattr(sys.modules["namedmask_kernels.normalized_cut"], "TOGETHER", 2)
+    found = emulated_cuda("normalized_cut")(*batch, *settings)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+    for i in (4, 5, 6):  # partition, seed, foreground
+        assert torch.equal(found[i], expected[i])
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
+    assert found[2].max() <= 1e-8 and found[3].max() > 1
+    none = Ragged.of_shapes(torch.zeros(0, 24), [])
+    assert [len(x) for x in emulated_cuda("normalized_cut")(*none, *settings)] == [0] * 7
+    batch.rows[160, 3] = torch.nan
+    with pytest.raises(ValueError, match="normalized_cut: features must be finite, but those of photo 3 hold NaN"):
+        emulated_cuda("normalized_cut")(*batch, *settings)
+
+
+@emulated
+def test_clusters_from_features_to_labels(emulated_cuda, monkeypatch):
+    batch = tokens([(9, 17), (0, 4), (1, 1), (6, 6), (9, 0)], 24)
+    expected = backends.IMPLEMENTATIONS["spectral_clusters"]["reference"](*batch, [2, 3], 1)
+    monkeypatch.setattr(sys.modules["namedmask_kernels.spectral_clusters"], "TOGETHER", 2)
+    assert torch.equal(emulated_cuda("spectral_clusters")(*batch, [2, 3], 1), expected)
+    assert emulated_cuda("spectral_clusters")(*batch, [], 1).shape == (len(batch.rows), 0)
+    batch.rows[160, 3] = torch.nan
+    with pytest.raises(ValueError, match="spectral_clusters: features must be finite, but those of photo 3 hold NaN"):
+        emulated_cuda("spectral_clusters")(*batch, [2], 1)

@@ -44,4 +44,22 @@ void normalized_cut(const TensorView& features, const TensorView& offsets, const
                     const TensorView& foreground, const CutSettings& settings);
 
 }  // namespace cpu
+
+// The part from the affinity on, on a CUDA device: offsets and shapes stay on the CPU, everything else lies on one
+// device, is contiguous and must live until `stream` has passed it.
+//
+// bits       int32 [sum over the photos of p^2 / 32], p their tokens rounded up to a multiple of 128: for each photo
+//            [p / 128, p, 4], bit k % 32 of word k / 32 of group g and row i set where i is connected to 128 g + k;
+//            symmetric, 0 beyond the photo's tokens.
+// workspace  float64 [sum over the photos of (s + 4) p + 6 (s + 1)], s = min(max_iterations, tokens - 1); scratch.
+// The other arrays are as above; what is not finite in the features was to be refused before. One launch for every 100
+// photos, a thread block a photo. The bits of a result do not depend on the batch.
+namespace cuda {
+
+void normalized_cut(const TensorView& bits, const TensorView& offsets, const TensorView& shapes,
+                    const TensorView& vector, const TensorView& value, const TensorView& residual,
+                    const TensorView& iterations, const TensorView& partition, const TensorView& seed,
+                    const TensorView& workspace, double eps, double tolerance, int64_t max_iterations, Stream stream);
+
+}  // namespace cuda
 }  // namespace namedmask

@@ -25,9 +25,30 @@
 
 #include "namedmask/tensor_view.h"
 
-namespace namedmask::cpu {
+namespace namedmask {
+namespace cpu {
 
 void spectral_clusters(const TensorView& features, const TensorView& offsets, const TensorView& shapes,
                        const TensorView& counts, const TensorView& labels, int64_t seed);
 
-}  // namespace namedmask::cpu
+}  // namespace cpu
+
+// The part after m and M, on a CUDA device: offsets, shapes and counts stay on the CPU, everything else lies on one
+// device, is contiguous and must live until `stream` has passed it. Vectors are found one after the other, not
+// together, to a residual of 1e-8 or as far as 192 products each go; the sums of k-means are taken in another order.
+//
+// unit       float32 [T, C], the unit vectors, C a multiple of 4 (zeros at the end do no harm)
+// ranges     float32 [B, 2], m and M of each photo
+// workspace  float64 [spectral_clusters_workspace(...)], scratch
+// At most 64 counts. Three launches for every 64 photos: a thread block a photo, a run of k-means, a photo and k.
+namespace cuda {
+
+int64_t spectral_clusters_workspace(const TensorView& offsets, const TensorView& shapes, const TensorView& counts,
+                                    int64_t tokens, int64_t channels);
+
+void spectral_clusters(const TensorView& unit, const TensorView& ranges, const TensorView& offsets,
+                       const TensorView& shapes, const TensorView& counts, const TensorView& labels,
+                       const TensorView& workspace, int64_t seed, Stream stream);
+
+}  // namespace cuda
+}  // namespace namedmask

@@ -41,13 +41,17 @@ def _step(
     length = tl.load(entry + 1)
     row = tl.load(entry + 2) + tl.arange(0, ROWS)
     mask = tl.program_id(1) * MASKS + tl.arange(0, MASKS)
-    rows = begin + tl.minimum(row, length - 1)
+    rows = tl.minimum(row, length - 1)
+    high += begin * row_stride
+    low += begin * row_stride
+    source += begin * masks
+    target += begin * masks
     acc = tl.zeros([ROWS, MASKS], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for start in tl.range(0, length, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = column < length
-        columns = begin + tl.minimum(column, length - 1)
+        columns = tl.minimum(column, length - 1)
         tile = cosines(high, low, rows, columns, row_stride, ROWS, COLUMNS, CHANNELS)
         weights = tl.where(inside[None, :], tl.exp2(factor * (tile - 1)), 0)
         total += tl.sum(weights, 1)
@@ -61,7 +65,8 @@ def _step(
 def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, steps: int, sharpness: float) -> None:
     """Fills out; arrays as in random_walk.h. Waits for the GPU: features that are not finite are a ValueError.
 
-    masks, features and out lie on one GPU, offsets (which the caller has checked) on the CPU.
+    masks, features and out lie on one GPU, offsets (which the caller has checked) on the CPU. A photo may have up to
+    2^31 elements of masks and of features, a batch 2^31 tokens.
     """
     count = masks.shape[1]
     with torch.cuda.device_of(masks):

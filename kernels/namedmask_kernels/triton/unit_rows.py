@@ -18,6 +18,9 @@ from torch import Tensor
 
 CHANNELS = 64  # that a product takes at a time; rows are padded to a multiple of it with zeros
 TOKENS = 16  # of a block of `_unit_rows`
+# For tiles of 128 x 128 cosines, by architecture: channels of a step, a divisor of CHANNELS, and options. Not yet
+# measured on a GPU: chosen for no spills.
+STEPS = {80: (16, {"num_warps": 8, "num_stages": 3}), 90: (64, {"num_warps": 8, "num_stages": 2})}
 
 
 class UnitRows(NamedTuple):
@@ -55,7 +58,10 @@ def _unit_rows(features, high, low, finite, tokens, channels, TOKENS: tl.constex
 
 @triton.jit
 def cosines(high, low, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
-    """float32 [ROWS, COLUMNS]: products of the unit vectors `rows` (int64 [ROWS]) and `columns` (int64 [COLUMNS])."""
+    """float32 [ROWS, COLUMNS]: products of a photo's unit vectors `rows` (int32 [ROWS]) and `columns` [COLUMNS].
+
+    high, low: where the photo begins; it may have up to 2^31 elements.
+    """
     c = tl.arange(0, CHANNELS)
     a = rows[:, None] * row_stride + c[None, :]
     b = columns[None, :] * row_stride + c[:, None]
@@ -67,6 +73,27 @@ def cosines(high, low, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: t
         acc = tl.dot(a_high, tl.load(low + b + start), acc)
         acc = tl.dot(tl.load(low + a + start), b_high, acc)
     return acc * (1.0 / 65536)
+
+
+@triton.jit
+def upper_tile(t):
+    """Tile t on or above the diagonal of a matrix, column by column: (its row, its column), in tiles."""
+    right = ((tl.sqrt(8.0 * t + 1) - 1) * 0.5).to(tl.int32)  # rounding may have it one off
+    right -= (right * (right + 1) // 2 > t).to(tl.int32)
+    right += ((right + 1) * (right + 2) // 2 <= t).to(tl.int32)
+    return t - right * (right + 1) // 2, right
+
+
+def upper_tiles(lengths: Tensor, size: int) -> int:
+    """How many such tiles of size x size the largest photo has; lengths: tokens of each."""
+    tiles = -(-int(lengths.max()) // size) if len(lengths) else 0
+    return tiles * (tiles + 1) // 2
+
+
+def steps_on(like: Tensor) -> tuple[int, dict[str, int]]:
+    """The entry of STEPS for the tensor's GPU."""
+    major = torch.cuda.get_device_capability(like.device)[0] if like.is_cuda else 9
+    return STEPS[90 if major in (9, 10) else 80]  # consumers' later GPUs have the shared memory of sm_8x
 
 
 def unit_rows(features: Tensor) -> UnitRows:
@@ -85,11 +112,14 @@ def unit_rows(features: Tensor) -> UnitRows:
     return UnitRows(high, low, finite)
 
 
-def refuse_infinite(op: str, finite: Tensor, offsets: Tensor) -> None:
-    """ValueError naming the first photo whose features are not `finite`, bool [T]; waits for the GPU."""
+def refuse_infinite(op: str, finite: Tensor, offsets: Tensor, first: int = 0) -> None:
+    """ValueError naming the first photo whose features are not `finite`, bool [T]; waits for the GPU.
+
+    first: the number of offsets' first photo
+    """
     if len(finite) and not finite.all():
         row = int(finite.byte().argmin())
-        photo = int(torch.searchsorted(offsets, row, right=True)) - 1
+        photo = first + int(torch.searchsorted(offsets, row, right=True)) - 1
         raise ValueError(f"{op}: features must be finite, but those of photo {photo} hold NaN or Inf")
 
 

@@ -10,6 +10,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -57,6 +58,8 @@ namespace emulator {
 
 enum class State { kReady, kWarp, kBlock, kDone };  // kWarp, kBlock: waits for the rest of the warp or block
 
+using Offer = std::array<uint32_t, 6>;
+
 struct Fiber {
   ucontext_t start;
   jmp_buf paused;  // not by swapcontext, which asks the system for its signals every time
@@ -64,7 +67,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state;
   unsigned collectives;  // met so far
-  uint64_t offered[2];   // to the other lanes; two, as a lane may be one collective ahead of another
+  Offer offered[2];      // to the other lanes; two, as a lane may be one collective ahead of another
   static constexpr size_t kStack = 32 << 10;
 };
 
@@ -150,14 +153,24 @@ inline void run_block() {
   }
 }
 
-// Every lane of the warp offers a value; returns the parity under which `lane` finds the others'.
-inline unsigned offer(unsigned mask, uint64_t value) {
+// Every lane of the warp offers something of up to 24 bytes; returns the parity under which it finds the others'.
+template <class T>
+unsigned offer(unsigned mask, const T& value) {
+  static_assert(sizeof(T) <= sizeof(Offer));
   if (mask != 0xffffffffu) std::abort();  // only whole warps are known
   Fiber& fiber = fibers[current];
   const unsigned parity = fiber.collectives++ % 2;
-  fiber.offered[parity] = value;
+  std::memcpy(fiber.offered[parity].data(), &value, sizeof(T));
   pause(State::kWarp);
   return parity;
+}
+
+// What another lane of the warp offered.
+template <class T>
+T offered(unsigned lane, unsigned parity) {
+  T value;
+  std::memcpy(&value, fibers[current / 32 * 32 + lane].offered[parity].data(), sizeof(T));
+  return value;
 }
 
 inline void interleave() {  // lets other threads go first, now and then
@@ -176,27 +189,20 @@ T atomic(T* at, F f) {
 
 inline void __syncthreads() { emulator::pause(emulator::State::kBlock); }
 
+inline void __syncwarp() { emulator::offer(0xffffffffu, 0); }
+
 inline unsigned __ballot_sync(unsigned mask, bool value) {
-  const unsigned parity = emulator::offer(mask, value), warp = emulator::current / 32 * 32;
+  const unsigned parity = emulator::offer(mask, value);
   unsigned word = 0;
   for (unsigned lane = 0; lane < 32; ++lane) {
-    word |= static_cast<unsigned>(emulator::fibers[warp + lane].offered[parity]) << lane;
+    word |= static_cast<unsigned>(emulator::offered<bool>(lane, parity)) << lane;
   }
   return word;
 }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  const unsigned parity = emulator::offer(mask, bits), from = emulator::current / 32 * 32 + lane % 32;
-  std::memcpy(&value, &emulator::fibers[from].offered[parity], sizeof(T));
-  return value;
-}
-
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return __shfl_sync(mask, value, static_cast<int>(emulator::current % 32) ^ lanes);
+  return emulator::offered<T>(lane % 32, emulator::offer(mask, value));
 }
 
 template <class T>
@@ -204,6 +210,30 @@ T __shfl_up_sync(unsigned mask, T value, int by) {
   const int lane = emulator::current % 32;
   return __shfl_sync(mask, value, lane >= by ? lane - by : lane);
 }
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int by) {
+  return __shfl_sync(mask, value, emulator::current % 32 ^ by);
+}
+
+namespace namedmask::cuda {
+
+// As csrc/cuda/matrix_units.h has it.
+inline void multiply_add_bytes(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const emulator::Offer mine = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const unsigned parity = emulator::offer(0xffffffffu, mine), lane = emulator::current % 32;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 32; ++k) {
+      const unsigned byte = k % 4 * 8, t = k % 16 / 4;
+      const auto left = emulator::offered<emulator::Offer>(row % 8 * 4 + t, parity)[k / 16 * 2 + row / 8];
+      const auto right = emulator::offered<emulator::Offer>(column * 4 + t, parity)[4 + k / 16];
+      c[i] += static_cast<int32_t>(left >> byte & 255) * static_cast<int8_t>(right >> byte & 255);
+    }
+  }
+}
+
+}  // namespace namedmask::cuda
 
 template <class T>
 T atomicAdd(T* at, T value) {
