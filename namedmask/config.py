@@ -25,6 +25,8 @@ else:
 FACTS = "made-with"  # the table of run.toml that is no setting
 
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[tuple[float, float], Field(strict=False)]  # from, to; a list in run.toml
 
 
 class Part(BaseModel):
@@ -78,7 +80,7 @@ class SaliencyTraining(Part):
     queries: Positive = 20
     layers: Positive = 6
     keep: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the masks, those with the best scores
-    paste: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the views whose object is put before another background
+    paste: Share = 0.0  # share of the views whose object is put before another background
     crop: Annotated[int, Field(ge=16)] = 224  # pixels a side
     scale: tuple[float, float] = (0.1, 1.0)  # area of a crop, as a share of the photo's
     batch: Positive = 8
@@ -88,10 +90,6 @@ class SaliencyTraining(Part):
     encoder_rate: Annotated[float, Field(gt=0)] = 6e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     seed: int = 0
-
-
-Range = Annotated[tuple[float, float], Field(strict=False)]  # from, to; a list in run.toml
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class SegmenterTraining(Part):

@@ -3,7 +3,7 @@
 
 OUT/segmenter/
   model.safetensors, categories.json   the network (see `deeplab`), written last
-  metrics.jsonl, tensorboard/, checkpoint.pt   see `namedmask.training`
+  metrics.jsonl, tensorboard/, checkpoint.pt   see `namedmask.training`; the checkpoint goes at the end
 
 A step draws its photos and all that happens to them from the seed and the number of the step. On the CPU an interrupted
 training therefore ends with the very bits of one that was not; on a GPU some of torch's gradients are not reproducible.
@@ -62,13 +62,17 @@ def train_segmenter(
         return
     categories = read_archive(out / "archive.json").categories
     masks = best_masks(out)
-    samples = [Sample(record, categories.index(record.category) + 1) for record in read_masks(masks) if record.area]
-    if not samples:
+    records = [record for record in read_masks(masks) if record.area]
+    if not records:
         raise UserError(f"there are no masks in {masks}; make them with `namedmask-pseudolabel`")
+    if unknown := sorted({record.category for record in records} - set(categories)):
+        raise UserError(f"{masks} has masks of {', '.join(unknown)}, of which {out / 'archive.json'} knows nothing")
+    samples = [Sample(record, categories.index(record.category) + 1) for record in records]
     progress.total = settings.steps * settings.batch
     network = train(source, samples, len(categories) + 1, folder, settings, worker, device, progress)
     if worker.is_main:
         save_segmenter(folder, network, categories)
+        (folder / "checkpoint.pt").unlink()
 
 
 def train(
@@ -93,6 +97,8 @@ def train(
             f"a batch of {settings.batch} cannot be shared by {worker.count} workers in {settings.accumulate} parts "
             "each; choose another --batch or --accumulate"
         )
+    if settings.batch // settings.accumulate < 2:
+        raise UserError("BatchNorm needs two photos at a time: choose a larger --batch or a smaller --accumulate")
     torch.manual_seed(settings.seed)
     network = kind(load_encoder(settings.encoder, settings.encoder_weights), classes, settings.width)
     if worker.count > 1:
@@ -119,8 +125,8 @@ def train(
             photos, labels = next(loaded)
             waited = torch.tensor(time.monotonic() - began)
             for group in optimiser.param_groups:
-                left = (1 - step / settings.steps) ** settings.power
-                group["lr"] = max(group["highest"] * left, settings.lowest_rate)
+                rate = group["highest"] * (1 - step / settings.steps) ** settings.power
+                group["lr"] = max(rate, min(group["highest"], settings.lowest_rate))
             optimiser.zero_grad()
             loss = accumulate_gradients(shared, network, photos.to(device), labels.to(device), settings, worker)
             optimiser.step()
@@ -152,7 +158,7 @@ def accumulate_gradients(
         alone = worker.count > 1 and number < len(parts)  # gradients are shared with those of the last part
         with shared.no_sync() if alone else contextlib.nullcontext():
             with precision:
-                found = shared(network.normalised(part).contiguous(memory_format=torch.channels_last))
+                found = shared(network.normalised(part))
             loss = network.loss(found, truth) / labelled
             (loss * worker.count).backward()  # sharing takes the mean over workers
         whole += loss.detach()

@@ -120,7 +120,12 @@ def test_it_tells_several_objects_apart_that_it_saw_one_by_one(run_of_discs, sma
     first, *rest = lines(run_of_discs)
     assert first["settings"]["crop"] == 48 and [line["step"] for line in rest] == [50, 100, 120]
     assert rest[-1]["loss"] < 0.6 * rest[0]["loss"] and rest[0]["photos_per_second"] > 0
-    assert list((run_of_discs / "segmenter" / "tensorboard").iterdir())
+    assert {path.name for path in (run_of_discs / "segmenter").iterdir()} == {
+        "model.safetensors",
+        "categories.json",
+        "metrics.jsonl",
+        "tensorboard",
+    }
     time_made = (run_of_discs / "segmenter" / "model.safetensors").stat().st_mtime_ns
     train_run(run_of_discs, {})  # again: done before
     assert (run_of_discs / "segmenter" / "model.safetensors").stat().st_mtime_ns == time_made
@@ -291,8 +296,14 @@ def test_a_batch_without_a_labelled_pixel_changes_nothing():
 def test_what_cannot_be_trained_on_is_refused(run_of_discs, small):
     samples, source = samples_of(run_of_discs)
     settings = SegmenterTraining(**small)
-    with Progress("train", Worker()) as progress, pytest.raises(UserError, match="batch of 4 cannot be shared by 3"):
-        train(source, samples, 3, run_of_discs, settings, Worker(0, 3), "cpu", progress)
+    with Progress("train", Worker()) as progress:
+        with pytest.raises(UserError, match="batch of 4 cannot be shared by 3"):
+            train(source, samples, 3, run_of_discs, settings, Worker(0, 3), "cpu", progress)
+        with pytest.raises(UserError, match="two photos at a time"):
+            train(source, samples, 3, run_of_discs, settings.model_copy(update={"batch": 1}), Worker(), "cpu", progress)
+    write_archive(run_of_discs / "archive.json", Archive(["dog"], {"dog": []}))
+    with pytest.raises(UserError, match="has masks of cat, of which"):
+        train_run(run_of_discs, small)
     Image.new("RGB", (9, 9)).save(run_of_discs.parent / "photos" / "cat" / "0.png")
     (run_of_discs.parent / "photos" / "cat" / "1.png").unlink()
     for sample, message in ((samples[0], "has changed since its mask"), (samples[1], "cannot be used any more.*cat/1")):
