@@ -18,14 +18,15 @@ class Buffer {
   T& operator[](size_t i) const { return data_.get()[i]; }
   size_t bytes() const { return capacity_ * sizeof(T); }
 
-  void reserve(size_t count) {  // keeps what is there
-    if (count <= capacity_) return;
+  T* reserve(size_t count) {  // keeps what is there
+    if (count <= capacity_) return data();
     count = std::max(count, capacity_ + capacity_ / 2);
     void* grown = std::realloc(data_.get(), count * sizeof(T));
     if (grown == nullptr) throw std::bad_alloc();
     static_cast<void>(data_.release());
     data_.reset(static_cast<T*>(grown));
     capacity_ = count;
+    return data();
   }
 
  private:

@@ -34,14 +34,14 @@ class Labeller {
     runs_.height = h;
     runs_.width = w;
     runs_.words = w / 64 + 1;
-    runs_.bits = reserved(bits_, h * runs_.words);
-    runs_.first = reserved(first_, h + 1);
-    runs_.ends = reserved(ends_, 2 * (w / 2 + 1 + Runs::kPadding));
+    runs_.bits = bits_.reserve(h * runs_.words);
+    runs_.first = first_.reserve(h + 1);
+    runs_.ends = ends_.reserve(2 * (w / 2 + 1 + Runs::kPadding));
     kernels().scan(mask, value, runs_);
     const size_t count = runs_.first[h];
-    runs_.label = reserved(label_, count + 2 * Runs::kPadding) + Runs::kPadding;
-    runs_.parent = reserved(parent_, count);
-    runs_.top = reserved(top_, count);
+    runs_.label = label_.reserve(count + 2 * Runs::kPadding) + Runs::kPadding;
+    runs_.parent = parent_.reserve(count);
+    runs_.top = top_.reserve(count);
     labels_ = kernels().join(runs_);
   }
 
@@ -57,7 +57,7 @@ class Labeller {
       count += first;
       runs_.parent[i] = label ^ ((label ^ count) & -first);
     }
-    reserved(extents_, count + 1);
+    extents_.reserve(count + 1);
     std::fill_n(extents_.data(), count + 1, Extent{0, static_cast<int32_t>(-runs_.width), 0, 0});
     kernels().measure(runs_.parent, runs_, extents_.data());
     return count;
@@ -68,7 +68,7 @@ class Labeller {
 
   // After join: all but the components that reach the photo's border.
   void drop_border(uint8_t* out) {
-    uint8_t* const keep = reserved(keep_, labels_);
+    uint8_t* const keep = keep_.reserve(labels_);
     std::fill_n(keep, labels_, 0);
     const auto mark = [&](int32_t run) {
       int32_t label = runs_.label[run];
@@ -91,7 +91,7 @@ class Labeller {
 
   // After measure.
   void keep_component(int32_t component, int32_t components, uint8_t* out) {
-    uint8_t* const keep = reserved(keep_, components + 1);
+    uint8_t* const keep = keep_.reserve(components + 1);
     std::fill_n(keep, components + 1, 0);
     keep[component] = 1;
     populate(out, runs_.height * runs_.width);
@@ -109,12 +109,6 @@ class Labeller {
   }
 
  private:
-  template <class T>
-  static T* reserved(Buffer<T>& buffer, size_t count) {
-    buffer.reserve(count);
-    return buffer.data();
-  }
-
   Runs runs_ = {};
   int32_t labels_ = 0;  // provisional ones
   Buffer<uint64_t> bits_;

@@ -100,7 +100,7 @@ double* Lanczos::prepare(int64_t n, int64_t wanted, int64_t max_products) {
   n_ = n;
   wanted_ = width_ = std::max<int64_t>(0, std::min(wanted, n - 1));
   steps_ = std::max<int64_t>(0, std::min(max_products, n - 1));
-  memory_ = vector_memory_.get((1 + steps_ + 2 * width_) * n);
+  memory_ = vector_memory_.reserve((1 + steps_ + 2 * width_) * n);
   product_ = memory_ + (1 + steps_ + width_) * n;
   const int64_t vectors = steps_ + width_;
   if (static_cast<int64_t>(entries_.size()) < vectors * steps_) entries_.resize(vectors * steps_);

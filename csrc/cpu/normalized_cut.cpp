@@ -11,10 +11,8 @@
 #include <exception>
 #include <vector>
 
+#include "cosines.h"
 #include "lanczos.h"
-#include "level.h"
-#include "normalized_cut_levels.h"
-#include "unit_rows.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -23,16 +21,10 @@ constexpr const char* kOp = "normalized_cut";
 constexpr int64_t kBlockWords = kBlock / kWord;
 constexpr int64_t kTileWords = 8;  // words (columns / 32) of a tile
 constexpr double kTie = 1 - 1e-5;  // entries this close to the largest are as large
+// Products of a photo below which one thread does it: with 2.4e8 (784 tokens) a second saves 0.7 of 1.9 ms, and costs 4
+// to 8 ms, a time slice or two, whenever something else keeps its core busy.
+constexpr double kWorthThreads = 4e8;
 static_assert(kBlock % kWord == 0 && kBlock % kMicroRows == 0);
-
-const CutKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512VNNI) return cut_avx512_vnni;
-  if (level() == Level::kAVX512) return cut_avx512;
-  if (level() == Level::kAVX2) return cut_avx2;
-#endif
-  return cut_portable;
-}
 
 // The 32 x 32 bit matrix a, a row a word, transposed.
 void transpose(const uint32_t* a, uint32_t* out) {
@@ -51,10 +43,6 @@ struct Tile {
   int64_t block, begin, end;  // rows of the block, words [begin, end)
 };
 
-struct Unsure {
-  int32_t low = 0, high = 0;  // integer products within do not tell a cosine from tau
-};
-
 class Cut {
  public:
   struct Result {
@@ -64,16 +52,17 @@ class Cut {
     uint8_t *partition, *foreground;
   };
 
-  Cut(const CutSettings& settings, const CutKernels& kernels) : settings_(settings), kernels_(kernels) {}
+  explicit Cut(const CutSettings& settings) : settings_(settings) {}
 
   // Everything that allocates, so that normalise() and connect() may run in a parallel region.
   void prepare(const float* features, int64_t h, int64_t w, int64_t channels, const Result& result) {
-    width_ = w, n_ = h * w, channels_ = channels, result_ = result;
+    width_ = w, n_ = h * w, result_ = result;
     words_ = (n_ + kWord - 1) / kWord;
-    rows_.prepare(features, n_, channels_);
-    padded_ = rows_.padded();
-    bits_ = bit_memory_.get((words_ + words_ % 2) * padded_);
-    double* memory = vector_memory_.get(3 * n_ + 2 * kWord);
+    // with a tau beyond the cosines' range the floats alone say what it means
+    cosines_.prepare(features, n_, channels, /*integers=*/std::abs(settings_.tau) < 1);
+    padded_ = cosines_.padded();
+    bits_ = bit_memory_.reserve((words_ + words_ % 2) * padded_);
+    double* memory = vector_memory_.reserve(3 * n_ + 2 * kWord);
     inverse_root_ = memory, product_ = memory + n_, input_ = memory + 2 * n_;
     std::fill_n(input_ + n_, 2 * kWord, 0.0);  // read where bits are 0
     counts_.resize(n_), queue_.resize(n_), diagonal_.resize(n_);
@@ -84,51 +73,23 @@ class Cut {
       }
     }
     next_tile_ = 0;
-    // with a tau beyond the cosines' range the floats alone say what it means
-    quantised_ = kernels_.connect_quantised && n_ > 0 && channels_ > 0 && std::abs(settings_.tau) < 1;
-    if (!quantised_) return;
-    pairs_ = (channels_ + 1) / 2;
-    integers_ = integer_memory_.get(4 * pairs_ * padded_);
-    integer_panels_ = integers_ + 2 * pairs_ * padded_;
-    errors_.assign(panels(), 0.0);
   }
 
   // The three steps, each to be called when the last is done. Any number of threads may share the first two: each
   // normalises its part of the panels, and all call connect().
 
-  int64_t panels() const { return rows_.panels(); }
-
-  void normalise(int64_t panel) {
-    rows_.normalise(panel);
-    if (!quantised_) return;
-    const int64_t first = panel * kPanel;
-    double largest = 0;
-    for (int64_t i = 0; i < kPanel; ++i) {
-      int16_t* row = integers_ + (first + i) * 2 * pairs_;
-      largest = std::max(largest, kernels_.quantise(rows_.row(first + i), channels_, row));
-      for (int64_t k = 0; k < 2 * pairs_; ++k) {
-        integer_panels_[first * 2 * pairs_ + (k / 2 * kPanel + i) * 2 + k % 2] = row[k];
-      }
-    }
-    errors_[panel] = std::sqrt(largest);
-  }
+  Cosines& cosines() { return cosines_; }
 
   void connect() {
-    Unsure unsure;
-    if (quantised_) {
-      // Vectors of length kUnit that are off by e have products off by (kUnit + kUnit + e) e at most. Rounding of the
-      // unit rows to floats, which the cosine has by definition, changes their length by less than the 1e-6 added.
-      const double e = *std::max_element(errors_.begin(), errors_.end()), unit = kUnit * (1 + 1e-6);
-      const double middle = settings_.tau * kUnit * kUnit, reach = (2 * unit + e) * e + 1e-6 * kUnit * kUnit;
-      unsure = {static_cast<int32_t>(std::floor(middle - reach)), static_cast<int32_t>(std::ceil(middle + reach))};
-    }
-    for (size_t i; (i = next_tile_++) < tiles_.size();) connect(tiles_[i], unsure);
+    if (!cosines_.finite()) return;
+    const double reach = cosines_.reach();
+    for (size_t i; (i = next_tile_++) < tiles_.size();) connect(tiles_[i], reach);
   }
 
   // False if the features are not finite. One thread: it takes a tenth of the time, and a region's barriers cost more
   // than they bring on a machine that does something else too.
   bool solve() {
-    if (!rows_.finite()) return false;
+    if (!cosines_.finite()) return false;
     if (words_ % 2) std::fill_n(bits_ + words_ * padded_, n_, 0u);
     count();
     if (alike()) {
@@ -153,37 +114,18 @@ class Cut {
  private:
   // The bits of a tile on or above the diagonal, and their mirror image. Bits stand word-major, bits_[word][row], as
   // products read them. Each word is written by one tile.
-  void connect(const Tile& tile, const Unsure& unsure) {
+  void connect(const Tile& tile, double reach) {
     const int64_t row = tile.block * kBlock;
     const int64_t count = round_up(std::min(kBlock, n_ - row), kMicroRows);
-    const float threshold = settings_.tau >= 1 ? INFINITY : static_cast<float>(settings_.tau);
     for (int64_t word = tile.begin; word < tile.end; ++word) {
       uint32_t* bits = bits_ + word * padded_ + row;
-      if (quantised_) {
-        connect_quantised(row, count, word * kWord, unsure, threshold, bits);
-      } else {
-        kernels_.connect(rows_.row(row), count, rows_.panel_of(word * kWord), channels_, threshold, bits);
-      }
+      cosines_.above(row, count, word * kWord, settings_.tau, reach, bits);
       if (const int64_t left = n_ - word * kWord; left < kWord) {  // padding is connected like the last token
         for (int64_t r = 0; r < count; ++r) bits[r] &= (1u << left) - 1;
       }
       if (word < (tile.block + 1) * kBlockWords) continue;
       for (int64_t k = 0; k < kBlockWords; ++k) {
         transpose(bits + k * kWord, bits_ + (tile.block * kBlockWords + k) * padded_ + word * kWord);
-      }
-    }
-  }
-
-  void connect_quantised(int64_t row, int64_t count, int64_t column, const Unsure& range, float threshold,
-                         uint32_t* bits) const {
-    uint32_t unsure[kBlock];
-    kernels_.connect_quantised(integers_ + row * 2 * pairs_, count, integer_panels_ + column * 2 * pairs_, channels_,
-                               range.low, range.high, bits, unsure);
-    for (int64_t r = 0; r < count; ++r) {
-      for (uint32_t left = unsure[r]; left; left &= left - 1) {
-        const int bit = __builtin_ctz(left);
-        const float cosine = kernels_.dot(rows_.row(row + r), rows_.row(column + bit), channels_);
-        bits[r] |= static_cast<uint32_t>(cosine > threshold) << bit;
       }
     }
   }
@@ -294,15 +236,9 @@ class Cut {
   }
 
   const CutSettings settings_;
-  const CutKernels& kernels_;
   Result result_ = {};
-  int64_t width_ = 0, n_ = 0, channels_ = 0, padded_ = 0, words_ = 0;
-  UnitRows rows_;
-  bool quantised_ = false;
-  int64_t pairs_ = 0;  // of channels
-  Buffer<int16_t> integer_memory_;
-  int16_t *integers_ = nullptr, *integer_panels_ = nullptr;
-  std::vector<double> errors_;  // of each panel, the largest
+  int64_t width_ = 0, n_ = 0, padded_ = 0, words_ = 0;
+  Cosines cosines_;
   Buffer<uint32_t> bit_memory_;
   Buffer<double> vector_memory_;
   uint32_t* bits_ = nullptr;
@@ -342,28 +278,28 @@ void normalized_cut(const TensorView& features, const TensorView& offsets, const
         {vector.as<float>() + at, value.as<double>() + b, residual.as<double>() + b, iterations.as<int32_t>() + b,
          seed.as<int32_t>() + b, partition.as<uint8_t>() + at, foreground.as<uint8_t>() + at});
   };
-  const CutKernels& chosen = kernels();
   std::vector<uint8_t> refused(batch.count, 0);
   std::exception_ptr failure;
   if (batch.count == 1) {
-    Cut cut(settings, chosen);
+    Cut cut(settings);
     prepare(cut, 0);
-#pragma omp parallel
+    const auto n = static_cast<double>(total);
+#pragma omp parallel if (n * n * static_cast<double>(channels) > kWorthThreads)
     {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < cut.panels(); ++i) cut.normalise(i);
+      for (int64_t i = 0; i < cut.cosines().panels(); ++i) cut.cosines().normalise(i);
       cut.connect();
     }
     refused[0] = !cut.solve();
   } else {
 #pragma omp parallel
     {
-      Cut cut(settings, chosen);
+      Cut cut(settings);
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < batch.count; ++b) {
         try {
           prepare(cut, b);
-          for (int64_t i = 0; i < cut.panels(); ++i) cut.normalise(i);
+          for (int64_t i = 0; i < cut.cosines().panels(); ++i) cut.cosines().normalise(i);
           cut.connect();
           refused[b] = !cut.solve();
         } catch (...) {  // an exception must not leave a parallel region

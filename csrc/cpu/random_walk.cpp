@@ -44,11 +44,11 @@ class Walk {
   void prepare(const float* masks, int64_t m, const float* features, int64_t n, int64_t channels, int64_t buffers) {
     n_ = n, m_ = m, channels_ = channels;
     width_ = round_up(m + 1, kWalkUnit);
-    rows_.prepare(features, n, channels, /*panels_alone=*/true);
+    rows_.prepare(features, n, channels, /*rows=*/false, /*panels=*/true);
     size_ = rows_.padded() * width_;
-    masks_ = mask_memory_.get(size_);
-    total_ = total_memory_.get(size_);
-    sums_ = sum_memory_.get(size_ * buffers);
+    masks_ = mask_memory_.reserve(size_);
+    total_ = total_memory_.reserve(size_);
+    sums_ = sum_memory_.reserve(size_ * buffers);
     std::fill_n(masks_, size_, 0.0f);  // tokens beyond n and columns beyond m weigh nothing
     for (int64_t i = 0; i < n; ++i) {
       std::copy_n(masks + i * m, m, masks_ + i * width_);

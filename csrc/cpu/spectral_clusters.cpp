@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: MIT
 // The affinity is a matrix of rank C and a constant, A = (F F' - m) / (M - m), so a product with it is two products
-// with the features F and one sum. Only m and M need all pairs of tokens, a tile at a time.
+// with the features F and one sum. Only m needs all pairs of tokens, a tile at a time.
 #include "namedmask/spectral_clusters.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <exception>
 #include <vector>
 
+#include "cosines.h"
+#include "for_each_photo.h"
 #include "lanczos.h"
 #include "level.h"
+#include "share_out.h"
 #include "spectral_clusters_levels.h"
-#include "unit_rows.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -21,6 +22,7 @@ constexpr const char* kOp = "spectral_clusters";
 constexpr int64_t kMaxCount = 64;
 constexpr int64_t kMaxProducts = 96;  // for each vector
 constexpr int64_t kRestarts = 10, kRounds = 100;
+constexpr int64_t kPanelsAtOnce = 8, kPart = kBlock;  // of the work that threads share
 constexpr double kTolerance = 1e-6;
 constexpr double kAlike = 1e-6;     // affinities that differ by less do not differ
 constexpr double kIsolated = 1e-6;  // row sums below are 0
@@ -52,147 +54,139 @@ class Random {
   uint64_t state_;
 };
 
+// One run of k-means on points [dims, n].
 class KMeans {
  public:
-  // points [dims, n]; labels of n tokens, `stride` elements from token to token.
-  void run(const ClusterKernels& kernels, const double* points, int64_t n, int64_t dims, int64_t k, int64_t seed,
-           int32_t* labels, int64_t stride) {
-    points_ = points, n_ = n, dims_ = dims;
-    distance_.resize(n), label_.resize(n), before_.resize(n), best_.resize(n);
-    double least = INFINITY;
-    for (int64_t run = 0; run < kRestarts; ++run) {
-      Random random(seed, k, run);
-      choose_centres(k, random);
-      const double sum = refine(kernels);
-      if (sum < least) least = sum, best_ = label_;
-    }
-    std::vector<int32_t> number(k, -1);
-    int32_t next = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      int32_t& mine = number[best_[i]];
-      if (mine < 0) mine = next++;
-      labels[i * stride] = mine;
-    }
+  // Allocates, so that run() may be shared out.
+  void prepare(const double* points, int64_t n, int64_t dims, int64_t k) {
+    points_ = points, n_ = n, dims_ = dims, k_ = k;
+    distance_ = memory_.reserve(2 * n + 2 * k * dims), step_ = distance_ + n;
+    centres_ = step_ + n, sums_ = centres_ + k * dims;
+    label_ = integers_.reserve(2 * n + k), before_ = label_ + n, sizes_ = before_ + n;
   }
+
+  void run(const ClusterKernels& kernels, Random random) {
+    choose_centres(kernels, random);
+    refine(kernels);
+  }
+
+  double spread() const { return spread_; }  // sum of squared distances to the nearest centres
+  int64_t label(int64_t i) const { return label_[i]; }
 
  private:
-  double squared_distance(int64_t i, const double* centre) const {
-    double sum = 0;
-    for (int64_t d = 0; d < dims_; ++d) {
-      const double step = points_[d * n_ + i] - centre[d];
-      sum += step * step;
-    }
-    return sum;
-  }
-
-  void add_centre(int64_t i) {
-    for (int64_t d = 0; d < dims_; ++d) centres_.push_back(points_[d * n_ + i]);
-    const double* centre = centres_.data() + centres_.size() - dims_;
-    for (int64_t j = 0; j < n_; ++j) distance_[j] = std::min(distance_[j], squared_distance(j, centre));
+  void add_centre(const ClusterKernels& kernels, int64_t i) {
+    double* centre = centres_ + found_ * dims_;
+    for (int64_t d = 0; d < dims_; ++d) centre[d] = points_[d * n_ + i];
+    kernels.assign(points_, n_, dims_, centre, 1, found_ ? step_ : distance_, label_);
+    for (int64_t j = 0; found_ && j < n_; ++j) distance_[j] = std::min(distance_[j], step_[j]);
+    ++found_;
   }
 
   // k-means++: each next centre is a token drawn with the square of its distance to those before.
-  void choose_centres(int64_t k, Random& random) {
-    centres_.clear();
-    std::fill(distance_.begin(), distance_.end(), INFINITY);
-    add_centre(std::min(n_ - 1, static_cast<int64_t>(random.next() * static_cast<double>(n_))));
-    for (int64_t c = 1; c < k; ++c) {
+  void choose_centres(const ClusterKernels& kernels, Random& random) {
+    found_ = 0;
+    add_centre(kernels, std::min(n_ - 1, static_cast<int64_t>(random.next() * static_cast<double>(n_))));
+    while (found_ < k_) {
       double total = 0, sum = 0;
       for (int64_t i = 0; i < n_; ++i) total += distance_[i];
       if (!(total > 0)) return;  // no point differs from the centres
       const double threshold = random.next() * total;
       int64_t chosen = 0;
       while (chosen + 1 < n_ && (sum += distance_[chosen]) <= threshold) ++chosen;
-      add_centre(chosen);
+      add_centre(kernels, chosen);
     }
   }
 
-  // Lloyd's rounds; returns the sum of squared distances to the nearest centres.
-  double refine(const ClusterKernels& kernels) {
-    const auto k = static_cast<int64_t>(centres_.size()) / dims_;
+  // Lloyd's rounds.
+  void refine(const ClusterKernels& kernels) {
     for (int64_t round = 0;; ++round) {
-      kernels.assign(points_, n_, dims_, centres_.data(), k, distance_.data(), label_.data());
-      if (round == kRounds || (round && label_ == before_)) break;
-      before_ = label_;
-      sums_.assign(k * dims_, 0.0), sizes_.assign(k, 0);
+      kernels.assign(points_, n_, dims_, centres_, found_, distance_, label_);
+      if (round == kRounds || (round && std::equal(label_, label_ + n_, before_))) break;
+      std::copy_n(label_, n_, before_);
+      std::fill_n(sizes_, found_, 0);
       for (int64_t i = 0; i < n_; ++i) ++sizes_[label_[i]];
-      for (int64_t d = 0; d < dims_; ++d) {
-        for (int64_t i = 0; i < n_; ++i) sums_[label_[i] * dims_ + d] += points_[d * n_ + i];
-      }
-      for (int64_t c = 0; c < k; ++c) {
+      kernels.add_up(points_, n_, dims_, label_, found_, sums_);
+      for (int64_t c = 0; c < found_; ++c) {
         for (int64_t d = 0; sizes_[c] && d < dims_; ++d) {
           centres_[c * dims_ + d] = sums_[c * dims_ + d] / static_cast<double>(sizes_[c]);
         }
       }
     }
-    double sum = 0;
-    for (int64_t i = 0; i < n_; ++i) sum += distance_[i];
-    return sum;
+    spread_ = 0;
+    for (int64_t i = 0; i < n_; ++i) spread_ += distance_[i];
   }
 
   const double* points_ = nullptr;
-  int64_t n_ = 0, dims_ = 0;
-  std::vector<double> centres_, distance_, sums_;
-  std::vector<int64_t> label_, before_, best_, sizes_;
+  int64_t n_ = 0, dims_ = 0, k_ = 0, found_ = 0;  // found_: centres
+  Buffer<double> memory_;
+  double *distance_ = nullptr, *step_ = nullptr, *centres_ = nullptr, *sums_ = nullptr;
+  Buffer<int64_t> integers_;
+  int64_t *label_ = nullptr, *before_ = nullptr, *sizes_ = nullptr;
+  double spread_ = 0;
 };
 
 class Clusters {
  public:
-  Clusters(const int32_t* counts, int64_t n_counts, int64_t seed, const ClusterKernels& kernels)
-      : counts_(counts, counts + n_counts), seed_(seed), kernels_(kernels) {
-    for (int32_t k : counts_) vectors_ = std::max<int64_t>(vectors_, k - 1);
-  }
-
-  // Everything that allocates, so that rows().normalise() and compare() may run in a parallel region.
-  void prepare(const float* features, int64_t n, int64_t channels, int32_t* labels) {
-    n_ = n, channels_ = channels, labels_ = labels;
-    rows_.prepare(features, n, channels);
-    ranges_.assign(2 * (rows_.padded() / kBlock), 0.0f);
-    next_block_ = 0;
-  }
-
-  // The three steps, each to be called when the last is done; any number of threads may share the first two.
-
-  UnitRows& rows() { return rows_; }
-
-  // The range of G, a block of rows at a time, from the diagonal on.
-  void compare() {
-    for (int64_t block; (block = next_block_++) * kBlock < rows_.padded();) {
-      float range[2] = {INFINITY, -INFINITY};
-      for (int64_t column = block * kBlock; column < rows_.padded(); column += kWord) {
-        kernels_.range(rows_.row(block * kBlock), kBlock, rows_.panel_of(column), channels_, range);
-      }
-      ranges_[2 * block] = range[0], ranges_[2 * block + 1] = range[1];
-    }
-  }
-
-  // False if the features are not finite.
-  bool solve() {
-    if (!rows_.finite()) return false;
-    const auto stride = static_cast<int64_t>(counts_.size());
-    std::fill_n(labels_, n_ * stride, 0);
-    if (n_ < 2 || vectors_ == 0) return true;
-    double greatest = ranges_[1];
-    least_ = ranges_[0];
-    for (size_t i = 2; i < ranges_.size(); i += 2) {
-      least_ = std::min<double>(least_, ranges_[i]);
-      greatest = std::max<double>(greatest, ranges_[i + 1]);
-    }
-    if (!(greatest - least_ >= kAlike)) return true;
-    scale_ = 1 / (greatest - least_);
+  // labels [n, counts]. False if the features are not finite.
+  bool solve(const float* features, int64_t n, int64_t channels, const std::vector<int32_t>& counts, int64_t seed,
+             int32_t* labels) {
+    n_ = n, channels_ = channels;
+    vectors_ = *std::max_element(counts.begin(), counts.end()) - 1;
+    std::fill_n(labels, n * counts.size(), 0);
+    cosines_.prepare(features, n, channels);
+    share_out(cosines_.panels(), kPanelsAtOnce, [&](int64_t i) { cosines_.normalise(i); });
+    if (!cosines_.finite()) return false;
+    if (n < 2 || vectors_ == 0) return true;
+    find_range();
+    if (!(greatest_ - least_ >= kAlike)) return true;
     embed();
-    for (int64_t c = 0; c < stride; ++c) {
-      const int64_t dims = std::min<int64_t>(counts_[c] - 1, lanczos_.found());
-      if (dims > 0) kmeans_.run(kernels_, points_.data(), n_, dims, counts_[c], seed_, labels_ + c, stride);
-    }
+    if (lanczos_.found() == 0) return true;
+    cluster(counts, seed, labels);
     return true;
   }
 
+  size_t bytes() const { return cosines_.bytes(); }  // of which all else is a small part
+
  private:
+  double cosine(int64_t i, int64_t j) const { return kernels_.cosine(cosines_.row(i), cosines_.row(j), channels_); }
+
+  // The least and the greatest cosine. No pair's is greater than that of one of its tokens with itself (Cauchy and
+  // Schwarz). The least needs all pairs; but few can lie below the least found so far, and only they are worked out.
+  void find_range() {
+    int64_t far = 0;
+    greatest_ = -INFINITY, least_ = INFINITY;
+    for (int64_t i = 0; i < n_; ++i) greatest_ = std::max(greatest_, cosine(i, i));
+    for (int round = 0; round < 2; ++round) {  // a good guess: the token farthest from the one that is farthest from 0
+      for (int64_t i = 0, from = far; i < n_; ++i) {
+        if (const double c = cosine(from, i); c < least_) least_ = c, far = i;
+      }
+    }
+    const double reach = cosines_.reach();
+    share_out(cosines_.padded() / kBlock, 1, [&](int64_t block) {
+      for (int64_t column = block * kBlock; column < cosines_.padded(); column += kWord) {
+        const int64_t end = std::min(n_, std::min((block + 1) * kBlock, column + kWord));
+        for (int64_t row = block * kBlock; row < end; row += kMicroRows) look_at(row, column, reach);
+      }
+    });
+  }
+
+  void look_at(int64_t row, int64_t column, double reach) {
+    uint32_t bits[kMicroRows];
+    cosines_.maybe_below(row, kMicroRows, column, least_, reach, bits);
+    for (int64_t r = 0; r < kMicroRows; ++r) {
+      for (uint32_t left = bits[r]; left; left &= left - 1) {
+        const double c = cosine(row + r, column + __builtin_ctz(left));
+        for (double least = least_; c < least && !least_.compare_exchange_weak(least, c);) continue;
+      }
+    }
+  }
+
   // points_ [found, n]: the eigenvectors v_2, v_3, ...
   void embed() {
+    scale_ = 1 / (greatest_ - least_);
     inverse_root_.assign(n_, 1.0);
     scaled_.resize(vectors_ * n_), sums_.resize(vectors_ * channels_);
+    parts_.resize((n_ + kPart - 1) / kPart * sums_.size());
     std::vector<double> degrees(n_);
     const std::vector<double> ones(n_, 1.0);
     affine(ones.data(), 1, degrees.data());
@@ -212,13 +206,25 @@ class Clusters {
     }
   }
 
-  // out [count, n] = D^-1/2 A D^-1/2 times q [count, n]; with inverse_root_ still 1, A times q.
+  // out [count, n] = D^-1/2 A D^-1/2 times q [count, n]; with inverse_root_ still 1, A times q. Tokens are taken in
+  // parts whose sums are added in order, so that the bits do not depend on who does them.
   void affine(const double* q, int64_t count, double* out) {
     for (int64_t c = 0; c < count; ++c) {
       for (int64_t i = 0; i < n_; ++i) scaled_[c * n_ + i] = inverse_root_[i] * q[c * n_ + i];
     }
-    kernels_.project(rows_.row(0), n_, channels_, scaled_.data(), count, sums_.data());
-    kernels_.expand(rows_.row(0), n_, channels_, sums_.data(), count, out);
+    const int64_t parts = (n_ + kPart - 1) / kPart, size = count * channels_;
+    const auto tokens = [&](int64_t part) { return std::min(kPart, n_ - part * kPart); };
+    share_out(parts, 1, [&](int64_t part) {
+      kernels_.project(cosines_.row(part * kPart), tokens(part), channels_, scaled_.data() + part * kPart, count, n_,
+                       parts_.data() + part * size);
+    });
+    std::copy_n(parts_.data(), size, sums_.data());
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t i = 0; i < size; ++i) sums_[i] += parts_[part * size + i];
+    }
+    share_out(parts, 1, [&](int64_t part) {
+      kernels_.expand(cosines_.row(part * kPart), tokens(part), channels_, sums_.data(), count, out + part * kPart, n_);
+    });
     for (int64_t c = 0; c < count; ++c) {
       double total = 0;
       for (int64_t i = 0; i < n_; ++i) total += scaled_[c * n_ + i];
@@ -228,18 +234,40 @@ class Clusters {
     }
   }
 
-  const std::vector<int32_t> counts_;
-  const int64_t seed_;
-  const ClusterKernels& kernels_;
+  void cluster(const std::vector<int32_t>& counts, int64_t seed, int32_t* labels) {
+    const auto n_counts = static_cast<int64_t>(counts.size());
+    runs_.resize(n_counts * kRestarts);
+    for (int64_t i = 0; i < n_counts * kRestarts; ++i) {
+      const int64_t k = counts[i / kRestarts];
+      if (k > 1) runs_[i].prepare(points_.data(), n_, std::min(k - 1, lanczos_.found()), k);
+    }
+    share_out(n_counts * kRestarts, 1, [&](int64_t i) {
+      const int64_t k = counts[i / kRestarts];
+      if (k > 1) runs_[i].run(kernels_, Random(seed, k, i % kRestarts));
+    });
+    for (int64_t c = 0; c < n_counts; ++c) {
+      if (counts[c] == 1) continue;
+      const auto first = runs_.begin() + c * kRestarts;
+      const auto best = std::min_element(first, first + kRestarts,
+                                         [](const KMeans& a, const KMeans& b) { return a.spread() < b.spread(); });
+      std::vector<int32_t> number(counts[c], -1);
+      int32_t next = 0;
+      for (int64_t i = 0; i < n_; ++i) {
+        int32_t& mine = number[best->label(i)];
+        if (mine < 0) mine = next++;
+        labels[i * n_counts + c] = mine;
+      }
+    }
+  }
+
+  const ClusterKernels& kernels_ = kernels();
   int64_t vectors_ = 0, n_ = 0, channels_ = 0;
-  int32_t* labels_ = nullptr;
-  UnitRows rows_;
-  std::vector<float> ranges_;  // least and largest entry of each block of rows
-  std::atomic<int64_t> next_block_{0};
-  double least_ = 0, scale_ = 1;
-  std::vector<double> inverse_root_, scaled_, sums_, points_;
+  Cosines cosines_;
+  std::atomic<double> least_{0};
+  double greatest_ = 0, scale_ = 1;
+  std::vector<double> inverse_root_, scaled_, parts_, sums_, points_;
   Lanczos lanczos_;
-  KMeans kmeans_;
+  std::vector<KMeans> runs_;  // kRestarts for each count
 };
 
 }  // namespace
@@ -251,49 +279,20 @@ void spectral_clusters(const TensorView& features, const TensorView& offsets, co
   const int64_t total = features.shape[0], channels = features.shape[1], n_counts = counts.shape[0];
   const RaggedShape batch = expect_ragged(kOp, offsets, shapes, total);
   expect(kOp, "labels", labels, DType::kInt32, {total, n_counts});
-  for (int64_t c = 0; c < n_counts; ++c) {
-    const int32_t k = counts.as<int32_t>()[c];
+  const std::vector<int32_t> ks(counts.as<int32_t>(), counts.as<int32_t>() + n_counts);
+  if (ks.empty()) return;
+  for (const int32_t k : ks) {
     if (k < 1 || k > kMaxCount) {
       throw std::invalid_argument(std::string(kOp) + ": k must be between 1 and 64, but is " + std::to_string(k));
     }
   }
-  const ClusterKernels& chosen = kernels();
-  const auto prepare = [&](Clusters& clusters, int64_t b) {
-    const int64_t at = batch.begin(b);
-    clusters.prepare(features.as<float>() + at * channels, batch.end(b) - at, channels,
-                     labels.as<int32_t>() + at * n_counts);
-  };
   std::vector<uint8_t> refused(batch.count, 0);
-  std::exception_ptr failure;
-  if (batch.count == 1) {
-    Clusters clusters(counts.as<int32_t>(), n_counts, seed, chosen);
-    prepare(clusters, 0);
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < clusters.rows().panels(); ++i) clusters.rows().normalise(i);
-      clusters.compare();
-    }
-    refused[0] = !clusters.solve();
-  } else {
-#pragma omp parallel
-    {
-      Clusters clusters(counts.as<int32_t>(), n_counts, seed, chosen);
-#pragma omp for schedule(dynamic)
-      for (int64_t b = 0; b < batch.count; ++b) {
-        try {
-          prepare(clusters, b);
-          for (int64_t i = 0; i < clusters.rows().panels(); ++i) clusters.rows().normalise(i);
-          clusters.compare();
-          refused[b] = !clusters.solve();
-        } catch (...) {  // an exception must not leave a parallel region
-#pragma omp critical(nmk_spectral_clusters)
-          failure = std::current_exception();
-        }
-      }
-    }
-  }
-  if (failure) std::rethrow_exception(failure);
+  const auto solve = [&](int64_t b, Clusters& clusters) {
+    const int64_t at = batch.begin(b);
+    refused[b] = !clusters.solve(features.as<float>() + at * channels, batch.end(b) - at, channels, ks, seed,
+                                 labels.as<int32_t>() + at * n_counts);
+  };
+  for_each_photo<Clusters>(batch, solve, /*shared=*/true);
   const auto first = std::find(refused.begin(), refused.end(), 1);
   if (first != refused.end()) {
     throw std::invalid_argument(std::string(kOp) + ": features must be finite, but those of photo " +

@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const ClusterKernels cluster_avx512 = {range, project, expand, assign};
+const ClusterKernels cluster_avx512 = {cosine, project, expand, assign, add_up};
 
 }  // namespace namedmask::cpu

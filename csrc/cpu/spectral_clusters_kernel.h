@@ -1,104 +1,102 @@
 // SPDX-License-Identifier: MIT
 // spectral_clusters' inner loops, included by one file per instruction level; level.h says what is allowed here.
 #include "doubles.h"
-#include "lanes.h"
 #include "spectral_clusters_levels.h"
 
 namespace namedmask::cpu {
 namespace {
 
-void range(const float* rows, int64_t count, const float* panels, int64_t channels, float* range) {
-  V least = broadcast(-range[0]), most = broadcast(range[1]);  // least is kept with its sign turned
-  for (int part = 0; part < kWord; part += kVectors * kLanes) {
-    const auto columns = [=](int v) {
-      const int column = part + v * kLanes;
-      return panels + column / kPanel * channels * kPanel + column % kPanel;
-    };
-    for (int64_t r = 0; r < count; r += kRows) {
-      V sums[kRows][kVectors] = {};
-      multiply_add(sums, rows + r * channels, channels, columns, kPanel, channels);
-      for (int i = 0; i < kRows; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          most = larger(most, sums[i][v]);
-          least = larger(least, -sums[i][v]);
-        }
-      }
-    }
+double cosine(const float* a, const float* b, int64_t channels) {
+  W lanes[4] = {};  // that do not wait for each other
+  int64_t c = 0;
+  for (; c + 32 <= channels; c += 32) {
+    for (int v = 0; v < 4; ++v) lanes[v] += widen(a + c + 8 * v) * widen(b + c + 8 * v);
   }
-  float lanes[kLanes];
-  store(lanes, least);
-  for (float lane : lanes) range[0] = range[0] < -lane ? range[0] : -lane;
-  store(lanes, most);
-  for (float lane : lanes) range[1] = range[1] > lane ? range[1] : lane;
+  for (int l = 0; c < channels; ++c, ++l) lanes[l / 8][l % 8] += static_cast<double>(a[c]) * b[c];
+  return fold((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
 }
 
 constexpr int64_t kTogether = 3;  // vectors that share a pass over the rows
 
 template <int kCount>
-void project_few(const float* rows, int64_t n, int64_t channels, const double* x, double* sums) {
+void project_few(const float* rows, int64_t n, int64_t channels, const double* x, int64_t stride, double* sums) {
   for (int64_t i = 0; i < kCount * channels; ++i) sums[i] = 0;
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
     const float* row = rows + i * channels;
+    double factor[kCount][4];  // a copy, which writing sums cannot change
+    for (int v = 0; v < kCount; ++v) __builtin_memcpy(factor[v], x + v * stride + i, sizeof factor[v]);
     int64_t c = 0;
     for (; c + 8 <= channels; c += 8) {
       W f[4];
       for (int r = 0; r < 4; ++r) f[r] = widen(row + r * channels + c);
 #pragma GCC unroll 3
       for (int v = 0; v < kCount; ++v) {
-        const double* factor = x + v * n + i;
         double* sum = sums + v * channels + c;
-        const W more = (f[0] * factor[0] + f[1] * factor[1]) + (f[2] * factor[2] + f[3] * factor[3]);
+        const W more = (f[0] * factor[v][0] + f[1] * factor[v][1]) + (f[2] * factor[v][2] + f[3] * factor[v][3]);
         write(sum, read(sum) + more);
       }
     }
     for (; c < channels; ++c) {
       for (int v = 0; v < kCount; ++v) {
-        const double* factor = x + v * n + i;
-        sums[v * channels + c] += (row[c] * factor[0] + row[channels + c] * factor[1]) +
-                                  (row[2 * channels + c] * factor[2] + row[3 * channels + c] * factor[3]);
+        sums[v * channels + c] += (row[c] * factor[v][0] + row[channels + c] * factor[v][1]) +
+                                  (row[2 * channels + c] * factor[v][2] + row[3 * channels + c] * factor[v][3]);
       }
     }
   }
   for (; i < n; ++i) {
     for (int v = 0; v < kCount; ++v) {
-      for (int64_t c = 0; c < channels; ++c) sums[v * channels + c] += rows[i * channels + c] * x[v * n + i];
+      for (int64_t c = 0; c < channels; ++c) sums[v * channels + c] += rows[i * channels + c] * x[v * stride + i];
     }
+  }
+}
+
+template <int kCount, int kHere>
+void expand_rows(const float* rows, int64_t channels, const double* sums, double* out, int64_t stride) {
+  W lanes[kCount][kHere] = {};
+  int64_t c = 0;
+  for (; c + 8 <= channels; c += 8) {
+    W f[kHere];
+    for (int r = 0; r < kHere; ++r) f[r] = widen(rows + r * channels + c);
+#pragma GCC unroll 3
+    for (int v = 0; v < kCount; ++v) {
+      const W sum = read(sums + v * channels + c);
+      for (int r = 0; r < kHere; ++r) lanes[v][r] += f[r] * sum;
+    }
+  }
+  for (int l = 0; c < channels; ++c, ++l) {
+    for (int v = 0; v < kCount; ++v) {
+      for (int r = 0; r < kHere; ++r) lanes[v][r][l] += rows[r * channels + c] * sums[v * channels + c];
+    }
+  }
+  for (int v = 0; v < kCount; ++v) {
+    for (int r = 0; r < kHere; ++r) out[v * stride + r] = fold(lanes[v][r]);
   }
 }
 
 template <int kCount>
-void expand_few(const float* rows, int64_t n, int64_t channels, const double* sums, double* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float* row = rows + i * channels;
-    W lanes[kCount] = {};
-    int64_t c = 0;
-    for (; c + 8 <= channels; c += 8) {
-      const W f = widen(row + c);
-#pragma GCC unroll 3
-      for (int v = 0; v < kCount; ++v) lanes[v] += f * read(sums + v * channels + c);
-    }
-    for (int l = 0; c < channels; ++c, ++l) {
-      for (int v = 0; v < kCount; ++v) lanes[v][l] += row[c] * sums[v * channels + c];
-    }
-    for (int v = 0; v < kCount; ++v) out[v * n + i] = fold(lanes[v]);
-  }
+void expand_few(const float* rows, int64_t n, int64_t channels, const double* sums, double* out, int64_t stride) {
+  int64_t i = 0;
+  for (; i + 2 <= n; i += 2) expand_rows<kCount, 2>(rows + i * channels, channels, sums, out + i, stride);
+  if (i < n) expand_rows<kCount, 1>(rows + i * channels, channels, sums, out + i, stride);
 }
 
-void project(const float* rows, int64_t n, int64_t channels, const double* x, int64_t count, double* sums) {
-  for (; count >= kTogether; count -= kTogether, x += kTogether * n, sums += kTogether * channels) {
-    project_few<kTogether>(rows, n, channels, x, sums);
+void project(const float* rows, int64_t n, int64_t channels, const double* x, int64_t count, int64_t stride,
+             double* sums) {
+  for (; count >= kTogether; count -= kTogether, x += kTogether * stride, sums += kTogether * channels) {
+    project_few<kTogether>(rows, n, channels, x, stride, sums);
   }
-  if (count == 2) project_few<2>(rows, n, channels, x, sums);
-  if (count == 1) project_few<1>(rows, n, channels, x, sums);
+  if (count == 2) project_few<2>(rows, n, channels, x, stride, sums);
+  if (count == 1) project_few<1>(rows, n, channels, x, stride, sums);
 }
 
-void expand(const float* rows, int64_t n, int64_t channels, const double* sums, int64_t count, double* out) {
-  for (; count >= kTogether; count -= kTogether, sums += kTogether * channels, out += kTogether * n) {
-    expand_few<kTogether>(rows, n, channels, sums, out);
+void expand(const float* rows, int64_t n, int64_t channels, const double* sums, int64_t count, double* out,
+            int64_t stride) {
+  for (; count >= kTogether; count -= kTogether, sums += kTogether * channels, out += kTogether * stride) {
+    expand_few<kTogether>(rows, n, channels, sums, out, stride);
   }
-  if (count == 2) expand_few<2>(rows, n, channels, sums, out);
-  if (count == 1) expand_few<1>(rows, n, channels, sums, out);
+  if (count == 2) expand_few<2>(rows, n, channels, sums, out, stride);
+  if (count == 1) expand_few<1>(rows, n, channels, sums, out, stride);
 }
 
 void assign(const double* points, int64_t n, int64_t dims, const double* centres, int64_t k, double* distance,
@@ -122,6 +120,28 @@ void assign(const double* points, int64_t n, int64_t dims, const double* centres
       }
     }
     for (int64_t i = 0; i < here; ++i) distance[first + i] = best[i], label[first + i] = nearest[i];
+  }
+}
+
+void add_up(const double* points, int64_t n, int64_t dims, const int64_t* label, int64_t k, double* sums) {
+  typedef int64_t L __attribute__((vector_size(64)));
+  constexpr int kAtOnce = 4;  // centres that share the reads
+  for (int64_t first = 0; first < k; first += kAtOnce) {
+    for (int64_t d = 0; d < dims; ++d) {
+      W lanes[kAtOnce] = {};
+      int64_t i = 0;
+      for (; i + 8 <= n; i += 8) {
+        L labels, bits;
+        __builtin_memcpy(&labels, label + i, sizeof labels);
+        __builtin_memcpy(&bits, points + d * n + i, sizeof bits);
+#pragma GCC unroll 4
+        for (int c = 0; c < kAtOnce; ++c) lanes[c] += (W)(bits & (L)(labels == first + c));
+      }
+      for (int l = 0; i < n; ++i, ++l) {
+        for (int c = 0; c < kAtOnce; ++c) lanes[c][l] += label[i] == first + c ? points[d * n + i] : 0;
+      }
+      for (int c = 0; c < kAtOnce && first + c < k; ++c) sums[(first + c) * dims + d] = fold(lanes[c]);
+    }
   }
 }
 

@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const ClusterKernels cluster_portable = {range, project, expand, assign};
+const ClusterKernels cluster_portable = {cosine, project, expand, assign, add_up};
 
 }  // namespace namedmask::cpu

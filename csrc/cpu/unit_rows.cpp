@@ -34,10 +34,10 @@ double dot(const double* a, const double* b, int64_t n) {
   return fold(lanes);
 }
 
-void UnitRows::prepare(const float* features, int64_t n, int64_t channels, bool panels_alone) {
+void UnitRows::prepare(const float* features, int64_t n, int64_t channels, bool rows, bool panels) {
   features_ = features, n_ = n, channels_ = channels, padded_ = round_up(n, kBlock);
-  rows_ = panels_alone ? nullptr : row_memory_.get(padded_ * channels_);
-  panels_ = panel_memory_.get(padded_ * channels_);
+  rows_ = rows ? row_memory_.reserve(padded_ * channels_) : nullptr;
+  panels_ = panels ? panel_memory_.reserve(padded_ * channels_) : nullptr;
   finite_ = true;
 }
 
@@ -51,12 +51,15 @@ bool UnitRows::unit_row(int64_t i, float* out, int64_t stride) const {
 
 void UnitRows::normalise(int64_t panel) {
   const int64_t first = panel * kPanel;
-  float* tokens = panels_ + first * channels_;
   for (int64_t i = 0; i < kPanel; ++i) {
-    if (!unit_row(first + i, tokens + i, kPanel)) finite_ = false;
-    if (!rows_) continue;
+    float* token = panels_ + first * channels_ + i;
+    if (!rows_) {
+      if (!unit_row(first + i, token, kPanel)) finite_ = false;
+      continue;
+    }
     float* row = rows_ + (first + i) * channels_;
-    for (int64_t c = 0; c < channels_; ++c) row[c] = tokens[c * kPanel + i];
+    if (!unit_row(first + i, row)) finite_ = false;
+    for (int64_t c = 0; panels_ && c < channels_; ++c) token[c * kPanel] = row[c];
   }
 }
 

@@ -4,40 +4,26 @@
 
 #include <atomic>
 #include <cstdint>
-#include <memory>
 
+#include "buffer.h"
 #include "panel.h"
 
 namespace namedmask::cpu {
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Memory that is not cleared and is kept from photo to photo: often most of what is asked for is never touched.
-template <class T>
-class Buffer {
- public:
-  T* get(int64_t n) {
-    if (n > size_) data_.reset(new T[n]), size_ = n;
-    return data_.get();
-  }
-
- private:
-  std::unique_ptr<T[]> data_;
-  int64_t size_ = 0;
-};
-
 // Eight partial sums in a fixed order, which the compiler turns into vectors.
 double dot(const double* a, const double* b, int64_t n);
 
 class UnitRows {
  public:
-  // features [n, C]; rows are padded to a multiple of kBlock. With panels alone half the memory is needed. Allocates,
-  // so that normalise() may run in a parallel region.
-  void prepare(const float* features, int64_t n, int64_t channels, bool panels_alone = false);
+  // features [n, C]; tokens are padded to a multiple of kBlock. Which of the two layouts are wanted. Allocates, so that
+  // normalise() may run in a parallel region.
+  void prepare(const float* features, int64_t n, int64_t channels, bool rows, bool panels);
 
   int64_t panels() const { return padded_ / kPanel; }
 
-  // Rows of one panel divided by max(norm, 1e-12), both row-major and side by side; rows beyond n repeat the last, so
+  // Rows of one panel divided by max(norm, 1e-12), row-major, side by side or both; rows beyond n repeat the last, so
   // that they add no cosine that is not there. Panels may be done by any threads.
   void normalise(int64_t panel);
 
@@ -50,6 +36,7 @@ class UnitRows {
   const float* row(int64_t i) const { return rows_ + i * channels_; }
   const float* panel_of(int64_t i) const { return panels_ + i * channels_; }  // i a multiple of kPanel
   int64_t padded() const { return padded_; }
+  size_t bytes() const { return row_memory_.bytes() + panel_memory_.bytes(); }
 
  private:
   const float* features_ = nullptr;

@@ -128,6 +128,14 @@ def test_a_row_of_zeros(run):
     assert torch.equal(labels, nk.spectral_clusters(features, 3, backend="reference"))
 
 
+def test_cosines_that_fall_from_token_to_token():
+    """The search for the least cosine finds a lesser one with every tile; it stands in the last."""
+    angles = torch.linspace(0, 2.5, 13 * 17).reshape(13, 17, 1)
+    features = torch.cat([angles.cos(), angles.sin()], 2)
+    labels = nk.spectral_clusters(features, [2, 3])
+    assert torch.equal(labels, nk.spectral_clusters(features, [2, 3], backend="reference"))
+
+
 def test_a_photo_in_a_batch_equals_the_photo_alone(run):
     shapes = [(5, 7), (1, 1), (12, 17), (0, 4), (10, 11), (9, 0), (1, 2)]
     photos = [scene(h, w, 24, seed=b)[0] for b, (h, w) in enumerate(shapes)]

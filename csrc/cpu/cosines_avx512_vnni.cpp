@@ -1,25 +1,22 @@
 // SPDX-License-Identifier: MIT
 // Products of 16-bit integers, two to a lane: twice the products of a float multiply-add.
-#include "normalized_cut_kernel.h"
+#include "cosines_kernel.h"
 
 namespace namedmask::cpu {
 namespace {
 
 double quantise(const float* row, int64_t channels, int16_t* out) {
-  double squares = 0;
-  for (int64_t first = 0; first < channels; first += kLanes) {
-    const int64_t here = channels - first < kLanes ? channels - first : kLanes;
-    float error[kLanes] = {};
-    for (int64_t c = 0; c < here; ++c) {
-      const float exact = kUnit * row[first + c];
-      const float rounded = (exact + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: the sum has no room for a fraction
-      out[first + c] = static_cast<int16_t>(rounded);
-      error[c] = exact - rounded;
-    }
-    for (float e : error) squares += e * e;
+  V squares = broadcast(0);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const __mmask16 there = channels - c < kLanes ? (1u << (channels - c)) - 1 : 0xffff;
+    const V exact = broadcast(kUnit) * _mm512_maskz_loadu_ps(there, row + c);
+    const __m512i rounded = _mm512_cvtps_epi32(exact);
+    const V error = exact - _mm512_cvtepi32_ps(rounded);
+    squares = fma(error, error, squares);
+    _mm512_mask_cvtepi32_storeu_epi16(out + c, there, rounded);
   }
   if (channels % 2) out[channels] = 0;
-  return squares;
+  return _mm512_reduce_add_ps(squares);
 }
 
 constexpr int kIntegerRows = 6;  // with more, GCC does not keep the sums in registers
@@ -72,6 +69,6 @@ float dot(const float* a, const float* b, int64_t channels) {
 
 }  // namespace
 
-const CutKernels cut_avx512_vnni = {connect, quantise, connect_quantised, dot};
+const CosineKernels cosines_avx512_vnni = {connect, quantise, connect_quantised, dot};
 
 }  // namespace namedmask::cpu

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The part of normalized_cut that exists once per instruction level; see level.h.
+// The parts of cosines that exist once per instruction level; see level.h.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace namedmask::cpu {
 
-struct CutKernels {
+struct CosineKernels {
   // bits[r], bit j: dot(rows[r], token j of the two panels) > threshold, r < count. Products are added one after the
   // other, channel by channel, so a pair's bit depends on nothing but the pair.
   void (*connect)(const float* rows, int64_t count, const float* panels, int64_t channels, float threshold,
@@ -28,9 +28,9 @@ struct CutKernels {
 
 constexpr float kUnit = 32767;  // products of two such vectors, and all their partial sums, fit 32 bits
 
-extern const CutKernels cut_portable;
+extern const CosineKernels cosines_portable;
 #if defined(__x86_64__)
-extern const CutKernels cut_avx2, cut_avx512, cut_avx512_vnni;
+extern const CosineKernels cosines_avx2, cosines_avx512, cosines_avx512_vnni;
 #endif
 
 }  // namespace namedmask::cpu

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// normalized_cut's inner loop, included by one file per instruction level; level.h says what is allowed here.
+// cosines' inner loop, included by one file per instruction level; level.h says what is allowed here.
+#include "cosines_levels.h"
 #include "lanes.h"
-#include "normalized_cut_levels.h"
 
 namespace namedmask::cpu {
 namespace {
