@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kChunk)
     work.mass[at] = 0;
     extreme = __float_as_uint(target[at]) & 0x7fffffff;
   }
-  for (int step = 16; step > 0; step /= 2) extreme = max(extreme, __shfl_xor_sync(kAll, extreme, step));
+  extreme = across_warp(extreme, Most());
   unsigned* const greatest = &work.extremes[photo.index];
   // It only grows: a look at an old value saves most of the atomics.
   if (threadIdx.x % 32 == 0 && extreme > *const_cast<volatile unsigned*>(greatest)) atomicMax(greatest, extreme);
@@ -183,25 +183,6 @@ __global__ void __launch_bounds__(kChunk, 1)
   beside(column, row + 1);
 }
 
-// Sums over a block of kSolverThreads, always in the same order; every thread gets them.
-template <int kCount>
-__device__ void add_over_block(double (&sums)[kCount]) {
-  __shared__ double of_warp[kCount][kSolverThreads / 32];
-  static_assert(kSolverThreads == 32 * 32);
-  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto over_warp = [](double sum) {
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
-    return sum;
-  };
-  for (int i = 0; i < kCount; ++i) {
-    const double sum = over_warp(sums[i]);
-    if (lane == 0) of_warp[i][warp] = sum;
-  }
-  __syncthreads();
-  for (int i = 0; i < kCount; ++i) sums[i] = over_warp(of_warp[i][lane]);
-  __syncthreads();
-}
-
 struct Solver {
   double confidence, smoothness, tolerance;
   int64_t iterations;
@@ -269,7 +250,7 @@ __global__ void __launch_bounds__(kSolverThreads)
     sums[1] += double{plain} * plain;
     sums[2] += double{r} * r;
   });
-  add_over_block(sums);
+  across_block<kSolverThreads / 32>(sums, Sum());
   for_each_vertex([&](int32_t v) { change[v] = 0; });
 
   const double enough = solver.tolerance * solver.tolerance * sums[0];
@@ -289,7 +270,7 @@ __global__ void __launch_bounds__(kSolverThreads)
       image[v] = q;
       curvature[0] += double{p} * q;
     });
-    add_over_block(curvature);
+    across_block<kSolverThreads / 32>(curvature, Sum());
     if (!(curvature[0] > 0)) break;  // the residual has underflowed
     const auto length = static_cast<float>(rho / curvature[0]);
     double next_sums[2] = {};
@@ -300,7 +281,7 @@ __global__ void __launch_bounds__(kSolverThreads)
       next_sums[0] += double{r} * r;
       next_sums[1] += double{r * diagonal[v]} * r;
     });
-    add_over_block(next_sums);
+    across_block<kSolverThreads / 32>(next_sums, Sum());
     before = rho;
     rho = next_sums[0];
     norm = next_sums[1];

@@ -36,16 +36,37 @@ __device__ T across_warp(T value, F combine) {
   return value;
 }
 
-// The same of all threads of a block of kWarps warps, a power of two; two barriers.
+// The same of all threads of a block of kWarps warps, a power of two, for each of several values; two barriers.
+template <int kWarps, class T, int kCount, class F>
+__device__ void across_block(T (&values)[kCount], F combine) {
+  __shared__ T parts[kCount][kWarps];
+  __syncthreads();  // parts of the call before have been read
+  for (int i = 0; i < kCount; ++i) {
+    const T of_warp = across_warp(values[i], combine);
+    if (threadIdx.x % 32 == 0) parts[i][threadIdx.x / 32] = of_warp;
+  }
+  __syncthreads();
+  for (int i = 0; i < kCount; ++i) {
+    T value = parts[i][threadIdx.x % kWarps];
+    for (int step = kWarps / 2; step; step /= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
+    values[i] = value;
+  }
+}
+
 template <int kWarps, class T, class F>
 __device__ T across_block(T value, F combine) {
-  __shared__ T parts[kWarps];
-  value = across_warp(value, combine);
-  __syncthreads();  // parts of the call before have been read
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = parts[threadIdx.x % kWarps];
-  for (int step = kWarps / 2; step; step /= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
+  T values[1] = {value};
+  across_block<kWarps>(values, combine);
+  return values[0];
+}
+
+// The sum of the values of this lane and those before it.
+__device__ inline int32_t sum_upto(int32_t value) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t left = __shfl_up_sync(kAllLanes, value, step);
+    if (lane >= step) value += left;
+  }
   return value;
 }
 

@@ -75,7 +75,7 @@ __global__ void label_tiles(const __grid_constant__ TiledPhotos photos, const ui
   for (int32_t r = warp; r < kTile; r += kTileWarps) {
     const int32_t y = top + r;
     const bool set = x < photo.width && y < photo.height && (mask[photo.begin + y * photo.width + x] != 0) == value;
-    const unsigned word = __ballot_sync(kAll, set);
+    const unsigned word = __ballot_sync(kAllLanes, set);
     if (lane == 0) words[r] = word;
     tile[r * kTile + lane] = r * kTile + (32 - __clz(static_cast<int>(~word & below(lane))));  // its run's first pixel
   }
@@ -158,14 +158,14 @@ __global__ void add_areas(const __grid_constant__ TiledPhotos photos, int32_t* a
   for (int32_t r = static_cast<int32_t>(threadIdx.y); r < kTile; r += kTileWarps) {
     const int32_t y = tile_top(photo) + r, node = y * photo.width + x + 1;
     const bool set = x < photo.width && y < photo.height && nodes[node] != kUnlabelled;
-    const unsigned word = __ballot_sync(kAll, set);
+    const unsigned word = __ballot_sync(kAllLanes, set);
     int32_t first = 0;
     if (run_begins(word) >> lane & 1) {
       first = root(nodes, node);
       const int past = __ffs(static_cast<int>(~(word >> lane)));  // 1 + the run's length; 0: it fills the word
       atomicAdd(&areas[first], past ? past - 1 : 32);
     }
-    first = __shfl_sync(kAll, first, 32 - __clz(static_cast<int>(~word & below(lane))));
+    first = __shfl_sync(kAllLanes, first, 32 - __clz(static_cast<int>(~word & below(lane))));
     if (set) nodes[node] = first;
   }
 }
@@ -177,7 +177,7 @@ __global__ void pick_largest(const __grid_constant__ Photos photos, int32_t* all
   const int32_t node = photo.chunk_item() + 1;
   if (node > photo.pixels() || nodes_of(photo, all_nodes)[node] != node) return;
   const auto area = static_cast<unsigned long long>(nodes_of(photo, all_areas)[node]);
-  const unsigned long long key = area << 32 | (kAll - static_cast<unsigned>(node));
+  const unsigned long long key = area << 32 | ~static_cast<unsigned>(node);
   // It only grows, so a look at an old value never skips a winner, and saves most of the atomics.
   if (key > *const_cast<volatile unsigned long long*>(&best[photo.index])) atomicMax(&best[photo.index], key);
 }
@@ -187,7 +187,7 @@ __global__ void keep_largest(const __grid_constant__ Photos photos, int32_t* all
   const Photo photo = my_photo(photos, photos.chunks);
   const int32_t pixel = photo.chunk_item();
   if (pixel >= photo.pixels()) return;
-  const auto winner = static_cast<int32_t>(kAll - static_cast<unsigned>(best[photo.index]));
+  const auto winner = static_cast<int32_t>(~static_cast<unsigned>(best[photo.index]));
   const int32_t parent = nodes_of(photo, all_nodes)[pixel + 1];
   out[photo.begin + pixel] = parent != kUnlabelled && parent == winner;
 }
@@ -232,9 +232,9 @@ __global__ void add_stats(const __grid_constant__ TiledPhotos photos, const int3
     const int32_t y = tile_top(photo) + r;
     const bool inside = x < photo.width && y < photo.height;
     const int32_t label = inside ? labels[photo.begin + y * photo.width + x] : 0;
-    const int32_t left = __shfl_up_sync(kAll, label, 1);
+    const int32_t left = __shfl_up_sync(kAllLanes, label, 1);
     const bool begins = lane == 0 || label != left;
-    const unsigned next = __ballot_sync(kAll, begins) & ~(below(lane) << 1 | 1);
+    const unsigned next = __ballot_sync(kAllLanes, begins) & ~(below(lane) << 1 | 1);
     if (!begins || label == 0) continue;  // no collective follows in this turn, and lanes meet again at the next
     const int32_t length = (next ? __ffs(static_cast<int>(next)) - 1 : 32) - lane;
     const int32_t component = first + label - 1;

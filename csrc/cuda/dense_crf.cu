@@ -107,9 +107,9 @@ __global__ void __launch_bounds__(kUpdateThreads, 4)
     const int64_t at = (int64_t{grid.begin} + first + (inside ? p : count - 1)) * labels;
     float best = -INFINITY, sum = 0;
     for (int32_t c = lane; c < labels; c += settings.group) best = fmaxf(best, scores[at + c]);
-    for (int step = settings.group / 2; step > 0; step /= 2) best = fmaxf(best, __shfl_xor_sync(kAll, best, step));
+    for (int step = settings.group / 2; step > 0; step /= 2) best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, step));
     for (int32_t c = lane; c < labels; c += settings.group) sum += expf(scores[at + c] - best);
-    for (int step = settings.group / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
+    for (int step = settings.group / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     for (int32_t c = lane; inside && c < labels; c += settings.group) {
       out[at + c] = expf(scores[at + c] - best) / sum;
     }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "block.h"
 #include "launch.h"
 
 namespace namedmask::cuda {
@@ -11,7 +12,6 @@ namespace {
 
 constexpr int kChunk = 1024;    // items in raster order that a block works on together
 constexpr int kMaxPhotos = 64;  // per launch: the tables below must fit the 4 kB of a kernel's arguments
-constexpr unsigned kAll = 0xffffffffu;
 
 // The photos of one launch. It travels as a kernel argument: no copy to the device, nothing to keep alive, and the
 // launch stays asynchronous (and can be captured in a CUDA graph). Larger batches are launched in groups.
@@ -79,7 +79,7 @@ __device__ inline unsigned below(unsigned lane) { return (1u << lane) - 1; }
 __device__ inline int32_t rank_in_chunk(bool chosen, int32_t* total) {
   __shared__ int32_t warp_chosen[kChunk / 32];
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const unsigned word = __ballot_sync(kAll, chosen);
+  const unsigned word = __ballot_sync(kAllLanes, chosen);
   if (lane == 0) warp_chosen[warp] = __popc(word);
   __syncthreads();
   int32_t before = 0;
@@ -97,11 +97,7 @@ __global__ void add_ranks(const __grid_constant__ Photos photos, int32_t* chunk_
   const int32_t mine = min(begin + lane * per_lane, end), mine_end = min(mine + per_lane, end);
   int32_t sum = 0;
   for (int32_t c = mine; c < mine_end; ++c) sum += chunk_totals[c];
-  int32_t upto = sum;
-  for (int32_t step = 1; step < 32; step *= 2) {
-    const int32_t left = __shfl_up_sync(kAll, upto, step);
-    if (lane >= step) upto += left;
-  }
+  const int32_t upto = sum_upto(sum);
   if (lane == 31) counts[photos.first + b] = upto;
   int32_t before = upto - sum;
   for (int32_t c = mine; c < mine_end; ++c) {

@@ -13,11 +13,7 @@ namespace {
 __device__ inline int32_t sum_before(int32_t value, int32_t* total) {
   __shared__ int32_t of_warp[kChunk / 32];
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  int32_t upto = value;
-  for (int step = 1; step < 32; step *= 2) {
-    const int32_t left = __shfl_up_sync(kAll, upto, step);
-    if (lane >= step) upto += left;
-  }
+  const int32_t upto = sum_upto(value);
   if (lane == 31) of_warp[warp] = upto;
   __syncthreads();
   int32_t before = 0, all = 0;
@@ -94,9 +90,9 @@ __global__ void move_by_digit(const int32_t* keys, const int32_t* values, int64_
     const bool inside = i < end;
     const int32_t key = inside ? keys[i] : 0;
     const unsigned digit = key >> shift & (kDigits - 1);
-    unsigned alike = __ballot_sync(kAll, inside);  // lanes with the same digit
+    unsigned alike = __ballot_sync(kAllLanes, inside);  // lanes with the same digit
     for (int bit = 0; bit < kDigitBits; ++bit) {
-      const unsigned set = __ballot_sync(kAll, digit >> bit & 1);
+      const unsigned set = __ballot_sync(kAllLanes, digit >> bit & 1);
       alike &= digit >> bit & 1 ? set : ~set;
     }
     const int32_t rank = __popc(alike & below(lane));
