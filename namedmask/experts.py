@@ -110,6 +110,7 @@ def train_experts(
 
     Every worker calls it. On the CPU an expert's weights are those of an uninterrupted training bit for bit, with the
     same number of threads; with another, to rounding. All records are held in memory, some hundred bytes each.
+    Raises UserError where no mask has a pixel, where a worker was lost, or as `train` does.
     """
     if (out / "refined").exists():
         progress.note = "done before"
@@ -117,6 +118,8 @@ def train_experts(
     records: dict[str, list[MaskRecord]] = {name: [] for name in read_archive(out / "archive.json").categories}
     for record in read_masks(out / "masks"):
         records.setdefault(record.category, []).append(record)
+    if not any(record.area for one in records.values() for record in one):
+        raise UserError(f"{out / 'masks'}: no mask has a pixel, so there is nothing to learn from")
     for folder in ("experts", "refining"):
         (out / folder).mkdir(exist_ok=True)
     experts = _Experts(out, source, settings, records, worker, device, progress)
@@ -164,8 +167,6 @@ class _Experts:
         """One network; returns the number of shards."""
         names = list(self.records)
         self.progress.total = self.views + sum(map(len, self.records.values()))
-        if not any(record.area for records in self.records.values() for record in records):
-            raise UserError("no mask has a pixel: there is nothing to learn from")
         network = self._expert(SHARED, names, self.worker)
         segmenter = Segmenter(network, names, self.device)
         place = {name: torch.tensor([number], device=segmenter.device) for number, name in enumerate(names)}

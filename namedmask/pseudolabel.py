@@ -42,6 +42,11 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05}.jsonl"
 
 
+def missing_shards(archive: Archive, folder: Path, shard_size: int) -> list[int]:
+    """The numbers of the shards of masks that are not made yet."""
+    return [s for s in range(-(-len(work_of(archive)) // shard_size)) if not shard_path(folder, s).exists()]
+
+
 class Labelled(NamedTuple):
     """What the engine makes of a photo: its refined mask, bool [H, W], and the mask's score."""
 

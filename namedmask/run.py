@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A run and its folder: the lock, the check of settings, the stages in their order, one process or many.
 
-run.toml  index/  archive.json  masks/  errors.jsonl  report.html  segmenter/     (each described where it is made)
+run.toml  index/  archive.json  masks/  errors.jsonl  experts/  refined/  segmenter/  report.html
+(each described where it is made)
 """
 
 from __future__ import annotations
@@ -269,9 +270,19 @@ def _pseudolabel(out: Path, config: RunConfig, source: PhotoSource, worker: Work
         assemble_errors(out / "errors.jsonl", parts)
 
 
+def _expect_masks(out: Path, config: RunConfig) -> None:
+    """What learns from masks waits for all of them: made of some, it would be taken for finished ever after."""
+    from .pseudolabel import missing_shards
+
+    finished = (out / "refined").exists()  # made of all of them
+    if not finished and missing_shards(read_archive(out / "archive.json"), out / "masks", config.shard_size):
+        raise UserError(f"{out / 'masks'} is not finished; go on with `namedmask pseudolabel {out}`")
+
+
 def _experts(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, device: str, progress) -> None:
     from .experts import train_experts
 
+    _expect_masks(out, config)
     train_experts(out, source, config.experts, worker, device, progress)
     if worker.is_main:
         parts = [p for name in ("index", "masks", "refined") for p in sorted((out / name).glob("*.errors.jsonl"))]
@@ -288,6 +299,7 @@ def _report(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, d
 def _train(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, device: str, progress) -> None:
     from .segmenter.training import train_segmenter
 
+    _expect_masks(out, config)
     train_segmenter(out, source, config.segmenter, worker, device, progress)
 
 

@@ -6,7 +6,8 @@ encoder of output stride 8. The tensors of a state dict are named as in NamedMas
 
 A trained network lies in a folder as
   model.safetensors   its tensors
-  categories.json     {"categories": names, "encoder": its timm name}; class 0 is the background, i + 1 the i-th name
+  categories.json     {"categories": names, "encoder": its timm name, "masks": a digest of those it was trained on};
+                      class 0 is the background, i + 1 the i-th name
 """
 
 from __future__ import annotations
@@ -113,9 +114,9 @@ class DeepLab(nn.Module):
         return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE, reduction="sum")
 
 
-def save_segmenter(folder: Path, network: DeepLab, categories: Sequence[str]) -> Path:
-    """Writes a trained network, the weights last; returns their path."""
-    about = {"categories": list(categories), "encoder": network.encoder}
+def save_segmenter(folder: Path, network: DeepLab, categories: Sequence[str], masks: str | None = None) -> Path:
+    """Writes a trained network, the weights last; returns their path. masks: a digest of what it was trained on."""
+    about = {"categories": list(categories), "encoder": network.encoder, "masks": masks}
     with atomic_write(folder / "categories.json") as file:
         file.write(json.dumps(about, indent=1, ensure_ascii=False).encode())
     path = folder / "model.safetensors"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,13 +54,11 @@ def train_segmenter(
 ) -> None:
     """Trains on all masks of the run folder `out`, the experts' (OUT/refined) where there are any, unless it is done.
 
-    Class i + 1 is the i-th category of the archive. Raises UserError where there are no masks, or as `train` does.
+    Class i + 1 is the i-th category of the archive. Raises UserError where there are no masks, where a finished
+    segmenter is of others than are there now, or as `train` does.
     """
     folder = out / "segmenter"
     folder.mkdir(exist_ok=True)
-    if (folder / "model.safetensors").exists():
-        progress.note = "done before"
-        return
     categories = read_archive(out / "archive.json").categories
     masks = best_masks(out)
     records = [record for record in read_masks(masks) if record.area]
@@ -68,10 +67,17 @@ def train_segmenter(
     if unknown := sorted({record.category for record in records} - set(categories)):
         raise UserError(f"{masks} has masks of {', '.join(unknown)}, of which {out / 'archive.json'} knows nothing")
     samples = [Sample(record, categories.index(record.category) + 1) for record in records]
+    if (folder / "model.safetensors").exists():
+        if json.loads((folder / "categories.json").read_text(encoding="utf-8")).get("masks") != _digest(samples):
+            raise UserError(f"{folder} was trained on other masks than {masks} has now; start anew with --overwrite")
+        if worker.is_main:
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        progress.note = "done before"
+        return
     progress.total = settings.steps * settings.batch
     network = train(source, samples, len(categories) + 1, folder, settings, worker, device, progress)
     if worker.is_main:
-        save_segmenter(folder, network, categories)
+        save_segmenter(folder, network, categories, _digest(samples))
         (folder / "checkpoint.pt").unlink()
 
 

@@ -236,10 +236,11 @@ def test_nothing_to_learn_and_nothing_found(world, tmp_path):
     assert len(found) == ALONE + BOTH - 1 and all(r.area == 0 and r.score == 0 for r in found)
     assert [(e.photo, e.stage) for e in read_errors(out / "errors.jsonl")] == [("00.png", "experts")]
     write_shard(out / "masks" / "00000.jsonl", empty)
-    with pytest.raises(UserError, match="no mask has a pixel"):
-        shutil.rmtree(out / "refined")
-        shutil.rmtree(out / "experts")
-        start(out, {"mode": "shared"})
+    shutil.rmtree(out / "refined")
+    shutil.rmtree(out / "experts")
+    for mode in ("separate", "shared"):
+        with pytest.raises(UserError, match="no mask has a pixel"):
+            start(out, {"mode": mode})
 
 
 def test_a_photo_teaches_the_last_layer_of_its_category_alone():

@@ -170,6 +170,32 @@ def test_a_checkpoint_of_other_masks_is_refused(run_of_discs, small, monkeypatch
             train(source, samples[1:], *arguments[:-1], progress)
 
 
+def test_a_segmenter_of_other_masks_is_refused(run_of_discs, small):
+    folder, words = run_of_discs / "segmenter", ["train", str(run_of_discs)]
+    train_run(run_of_discs, {**small, "steps": 1})
+    (folder / "checkpoint.pt").touch()  # killed just before it was to go
+    assert CliRunner().invoke(app, words).exit_code == 0 and not (folder / "checkpoint.pt").exists()
+    made = (folder / "model.safetensors").read_bytes()
+    (run_of_discs / "refined").mkdir()
+    write_shard(run_of_discs / "refined" / "00000.jsonl", [s.record for s in samples_of(run_of_discs)[0][:9]])
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert f"trained on other masks than {run_of_discs / 'refined'}" in refused.stderr
+    assert "--overwrite" in refused.stderr and (folder / "model.safetensors").read_bytes() == made
+    assert CliRunner().invoke(app, [*words, "--overwrite"]).exit_code == 0
+    assert (folder / "model.safetensors").read_bytes() != made
+    assert CliRunner().invoke(app, words).exit_code == 0
+
+
+def test_masks_that_are_not_finished_are_refused(run_of_discs):
+    config = (run_of_discs / "run.toml").read_text()
+    (run_of_discs / "run.toml").write_text(config.replace("shard_size = 64", "shard_size = 8"))  # two shards, one made
+    for stage in ("experts", "train"):
+        refused = CliRunner().invoke(app, [stage, str(run_of_discs)])
+        assert refused.exit_code == 2 and "masks is not finished; go on with" in refused.stderr, refused.output
+    assert not (run_of_discs / "refined").exists() and not (run_of_discs / "segmenter").exists()
+
+
 def samples_of(out: Path) -> tuple[list[Sample], PhotoSource]:
     records = [MaskRecord.from_json(line) for line in (out / "masks" / "00000.jsonl").open()]
     samples = [Sample(record, list(COLOURS).index(record.category) + 1) for record in records]
