@@ -397,8 +397,10 @@ def segment(
             for name in ("masks", "overlays", "categories.json", "errors.jsonl"):
                 run.remove(out / name)
         with Progress("segment", Worker()) as progress:
-            failed = segment_photos(segmenter, weights, source, out, progress)
+            made, failed = segment_photos(segmenter, weights, source, out, progress)
     print(f"masks and overlays are in {out}" + (f"; {failed} photos failed: {out / 'errors.jsonl'}" if failed else ""))
+    if not made:
+        raise typer.Exit(3)
 
 
 @app.command()

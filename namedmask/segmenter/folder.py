@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -24,18 +24,20 @@ from ..errors import UserError
 from ..files import atomic_write, remove_stale
 from ..formats import label_palette, write_label_map
 from ..masks import ErrorRecord, write_errors
-from ..photos import Photo, PhotoSource
+from ..photos import Photo, PhotoError, PhotoSource
 from ..progress import Progress
 from .predict import Segmenter
 
 OVERLAY = 0.5  # share of the class's colour
 
 
-def segment_photos(segmenter: Segmenter, weights: Path, source: PhotoSource, out: Path, progress: Progress) -> int:
-    """Segments what is left to do of the photos of `source`; returns how many of them could not be used.
+def segment_photos(
+    segmenter: Segmenter, weights: Path, source: PhotoSource, out: Path, progress: Progress
+) -> tuple[int, int]:
+    """Segments what is left to do of the photos of `source`; returns how many have masks and how many have failed.
 
     weights: what `segmenter` was loaded from. The caller holds the lock of `out`.
-    Raises UserError where `out` was made with others, or where two photos would have one mask.
+    Raises UserError where `out` was made with others, without photos, or where two photos would have one mask.
     """
     _settle(out / "categories.json", segmenter, weights)
     remove_stale(out)
@@ -43,13 +45,10 @@ def segment_photos(segmenter: Segmenter, weights: Path, source: PhotoSource, out
         for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
             remove_stale(path)
     errors: list[ErrorRecord] = []
-    names, places = [], {}
-    for name in source.names(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason))):
-        place = stem(name)
-        if place in places:
-            raise UserError(f"{places[place]} and {name} would both become {place}.png; rename one of them")
-        places[place] = name
-        names.append(name)
+    names = list(by_stem(source.names(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason)))).values())
+    if not names and not errors:
+        raise UserError(f"there are no photos in {source.path}")
+    unlisted = len(errors)
     progress.total = len(names)
     left = [name for name in names if not (out / "masks" / f"{stem(name)}.png").exists()]
     progress.tick(len(names) - len(left), found=True)
@@ -61,7 +60,7 @@ def segment_photos(segmenter: Segmenter, weights: Path, source: PhotoSource, out
                 errors.append(ErrorRecord(name, "segment", photo.reason))
         progress.tick(len(batch))
     write_errors(out / "errors.jsonl", errors)
-    return len(errors)
+    return len(names) + unlisted - len(errors), len(errors)
 
 
 def stem(name: str) -> str:
@@ -69,6 +68,15 @@ def stem(name: str) -> str:
     path = PurePosixPath(name)
     parts = ["up" if part == ".." else part for part in path.with_suffix("").parts if not part.startswith("/")]
     return "/".join(parts)
+
+
+def by_stem(names: Iterable[str]) -> dict[str, str]:
+    """Names of photos by those of their masks, in order; UserError where two would have one."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (other := found.setdefault(stem(name), name)) != name:
+            raise UserError(f"{other} and {name} would both become {stem(name)}.png; rename one of them")
+    return found
 
 
 def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -115,7 +123,11 @@ def _settle(path: Path, segmenter: Segmenter, weights: Path) -> None:
 
 def predictions(segmenter: Segmenter, source: PhotoSource, wanted: set[str]) -> Iterator[tuple[str, np.ndarray]]:
     """(name without suffix, mask) of the photos of a source whose names are wanted; UserError where one is unusable."""
-    found = {stem(name): name for name in source if stem(name) in wanted}
+
+    def refuse(error: PhotoError) -> None:
+        raise UserError(str(error))
+
+    found = by_stem(name for name in source.names(refuse) if stem(name) in wanted)
     if missing := sorted(wanted - found.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"there is no photo called {missing[0]}{more} in {source.path}")

@@ -209,6 +209,15 @@ def test_segment_says_in_one_line_what_is_wrong(weights, tmp_path):
     assert segment(other, tmp_path / "photos", "--out", out, "--overwrite").exit_code == 0
     draw_photo(0, "cat").save(tmp_path / "photos" / "cat0000.png")
     refused("would both become cat0000.png", other, tmp_path / "photos")
+    masks = tmp_path / "truth"
+    masks.mkdir()
+    write_label_map(masks / "cat0000.png", np.zeros((3, 3), int), 3)
+    words = ["evaluate", str(other), str(masks), "--photos", str(tmp_path / "photos")]
+    assert "would both become cat0000.png" in CliRunner().invoke(cli.app, words).stderr
+    (tmp_path / "useless").mkdir()
+    refused("there are no photos in", other, tmp_path / "useless", "--overwrite")
+    (tmp_path / "useless" / "bad.jpg").write_text("no photo")
+    assert segment(other, tmp_path / "useless", "--out", out).exit_code == 3
 
 
 def test_released_weights_want_names(tmp_path):
