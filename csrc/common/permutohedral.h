@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The permutohedral lattice (Adams, Baek and Davis, Eurographics 2010) over x, y, r, g, b: its vertices' names and
-// steps.
+// The permutohedral lattice over x, y, r, g, b (Adams, Baek and Davis, Eurographics 2010): names of vertices, steps.
 #pragma once
 
 #include <algorithm>
@@ -36,15 +35,14 @@ NMK_HOST_DEVICE inline LatticeKey lattice_step(LatticeKey key, int direction) {
   return ahead - lattice_unit(direction);
 }
 
-// What features along an axis are multiplied by: the lattice with unit steps blurs by a deviation of (d + 1) sqrt(2 /
-// 3).
+// What features along an axis are multiplied by: with unit steps the lattice blurs by a deviation of
+// (d + 1) sqrt(2 / 3).
 inline float lattice_scale(int axis, double sigma, double sigma_rgb) {
   const double length = kLatticeCorners * std::sqrt(2.0 / 3 / ((axis + 1) * (axis + 2)));
   return static_cast<float>(length / (axis < 2 ? sigma : sigma_rgb));
 }
 
-// Throws unless the sigmas are above 0 and every coordinate of the lattice over 6 fits the 12 bits that a key has for
-// it.
+// Throws unless the sigmas are above 0 and every coordinate of the lattice over 6 fits the 12 bits of its key.
 inline void expect_sigmas(const RaggedShape& batch, const CrfSettings& s) {
   const std::string op = "dense_crf";
   if (!(s.gaussian_sigma > 0 && s.bilateral_sigma > 0 && s.bilateral_sigma_rgb > 0)) {

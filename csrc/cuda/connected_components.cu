@@ -121,8 +121,7 @@ __global__ void unite_tiles(const __grid_constant__ TiledPhotos photos, bool out
   if (contact(0) && (i == 0 || !contact(along_row ? 1 : w))) unite(nodes, here, there);
 }
 
-// Points every node straight at its root, gives the roots of each chunk ranks 0, 1, ... in raster order and counts
-// them.
+// Points every node straight at its root, ranks the roots of each chunk 0, 1, ... in raster order and counts them.
 __global__ void rank_roots(const __grid_constant__ Photos photos, int32_t* all_nodes, int32_t* chunk_roots) {
   const Photo photo = my_photo(photos, photos.chunks);
   int32_t* nodes = nodes_of(photo, all_nodes);

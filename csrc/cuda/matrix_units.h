@@ -10,8 +10,7 @@
 
 namespace namedmask::cuda {
 
-// c [16, 8] += a [16, 32] b [32, 8], unsigned times signed bytes, exact. With g = lane / 4 and t = lane % 4 a lane
-// holds
+// c [16, 8] += a [16, 32] b [32, 8], unsigned times signed bytes, exact. A lane holds, with g = lane / 4, t = lane % 4,
 //   a[0] = row g, columns 4 t to 4 t + 3; a[1] = row g + 8, the same; a[2], a[3] = as a[0], a[1], 16 columns further
 //   b[0] = column g, rows 4 t to 4 t + 3; b[1] = 16 rows further
 //   c[0], c[1] = row g, columns 2 t and 2 t + 1; c[2], c[3] = row g + 8, the same

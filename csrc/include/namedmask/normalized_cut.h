@@ -2,8 +2,7 @@
 // TokenCut's normalised cut of every photo of a packed batch of feature grids.
 //
 // Definition  Rows are divided by max(norm, 1e-12). A_ij = 1 where the cosine of i and j exceeds tau, else eps; D is
-// the
-//             diagonal of A's row sums. vector = v of the second smallest eigenvalue of (D - A) v = value D v, with
+//             the diagonal of A's row sums. vector = v of the second smallest eigenvalue of (D - A) v = value D v, with
 //             v' D v = 1 and its largest absolute entry, the seed, positive (entries within 1e-5 of the largest count
 //             as equal, the first is taken). partition = v above its mean; foreground = the 4-connected component of
 //             the partition that holds the seed. A tau of 1 or more connects nothing, not even a token with itself.
