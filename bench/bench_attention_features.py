@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import namedmask_kernels as nk
-from common import forget_peak, paired_medians, report, resident, threads
+from common import forget_peak, on_gpu, paired_medians, report, resident, threads
 
 HEADS, DIM = 6, 64  # ViT-S
 
@@ -85,3 +85,25 @@ def added_memory(call, *args):
     before = resident("VmRSS")
     call(*args)
     return resident() - before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("tokens", [785, 3601])
+def test_a_batch_of_16_on_a_gpu(benchmark, tokens, dtype):
+    """No GPU has run this yet."""
+    qkv, _ = inputs(16 * tokens, dtype)
+    offsets = torch.arange(17, dtype=torch.int32) * tokens
+
+    def calls():
+        there, dense = qkv.cuda(), qkv.cuda().unflatten(0, (16, tokens)).permute(2, 0, 3, 1, 4)  # [3, 16, H, n, D]
+        exact = nk.attention_features(qkv[:tokens].double(), offsets[:2], backend="reference")
+        found = nk.attention_features(there, offsets)
+        of_torch = F.scaled_dot_product_attention(*dense)
+        first = of_torch[0].transpose(0, 1).cpu()
+        assert (found.output[:tokens].cpu() - exact.output).norm() <= 2 * (first - exact.output).norm()
+        torch.testing.assert_close(found.rows[:tokens].cpu().double(), exact.rows, rtol=1e-4, atol=1e-9)
+        yield "triton", lambda: nk.attention_features(there, offsets)
+        yield "torch SDPA (no row)", lambda: F.scaled_dot_product_attention(*dense)
+
+    title = f"attention_features, {HEADS} x {DIM}, 16 photos of {tokens} tokens, {str(dtype)[6:]}, on a GPU"
+    on_gpu(title, calls, 16, benchmark)

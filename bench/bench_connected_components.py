@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 
 import namedmask_kernels as nk
-from common import copy_bandwidth, on_threads, one_thread, paired_medians, report, threads
+from common import copy_bandwidth, on_gpu, on_threads, one_thread, paired_medians, report, threads
 from namedmask_kernels import Ragged
 
 SIZE = 480
@@ -129,3 +129,19 @@ def test_a_batch_of_eight(benchmark, kind):
             for who, s in seconds.items()
         ],
     )
+
+
+@pytest.mark.parametrize("kind", [blobs, maze])
+def test_a_batch_of_64_on_a_gpu(benchmark, kind):
+    """No GPU has run this yet."""
+    batch = Ragged.pack([torch.from_numpy(kind(np.random.default_rng(seed))) for seed in range(8)] * 8)
+    operators = nk.connected_components, nk.largest_component, nk.fill_holes
+
+    def calls():
+        there = batch.with_rows(batch.rows.cuda())
+        assert torch.equal(nk.connected_components(there).labels.rows.cpu(), nk.connected_components(batch).labels.rows)
+        for operator in operators[1:]:
+            assert torch.equal(operator(there).rows.cpu(), operator(batch).rows)
+        yield from ((operator.__name__, functools.partial(operator, there)) for operator in operators)
+
+    on_gpu(f"components, 64 masks of {SIZE} x {SIZE}, {kind.__name__}, on a GPU", calls, 64, benchmark)

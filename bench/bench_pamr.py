@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import namedmask_kernels as nk
-from common import one_thread, paired_medians, report, resident, threads
+from common import on_gpu, one_thread, paired_medians, report, resident, threads
 from namedmask_kernels import Ragged
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -115,6 +115,24 @@ def test_a_batch_of_eight(benchmark, quick):
             for who, s in seconds.items()
         ],
     )
+
+
+@pytest.mark.parametrize("labels", [2, 21])
+def test_a_batch_of_16_on_a_gpu(benchmark, labels, quick):
+    """No GPU has run this yet."""
+    masks, image = photo(*((60, 80) if quick else (375, 500)), labels)
+    batch = [Ragged.pack([x] * 16) for x in (masks, image)]
+
+    def calls():
+        there, one = [x.with_rows(x.rows.cuda()) for x in batch], (masks.cuda(), image.cuda())
+        expected = nk.pamr(masks, image)
+        for call in (nk.pamr, torch_form):
+            torch.testing.assert_close(call(*one).cpu(), expected, rtol=0, atol=5e-5)
+        yield "triton", lambda: nk.pamr(*there)
+        yield "torch, unfolded", lambda: [torch_form(*one) for _ in range(16)]
+
+    size = "x".join(map(str, image.shape[:2]))
+    on_gpu(f"pamr, 16 photos of {size}, {labels} labels, 10 iterations, on a GPU", calls, 16, benchmark)
 
 
 if __name__ == "__main__":  # the process of peak_memory

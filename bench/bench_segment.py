@@ -9,7 +9,7 @@ from bench_bilateral_solver import photo as draw
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import paired_medians, report
+from common import matrix_rate, paired_medians, report
 from namedmask.backbones import untrained_encoder
 from namedmask.photos import PhotoSource
 from namedmask.segmenter.deeplab import DeepLab
@@ -30,12 +30,6 @@ def photos(folder, quick: bool) -> PhotoSource:
     for i in range(2):
         Image.fromarray(draw(i, height, width)[1]).save(folder / f"{i}.jpg", quality=92)
     return PhotoSource(folder)
-
-
-def sgemm_rate() -> float:
-    """Flops per second of a matrix product in float32, on all threads: the ceiling."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    return 2 * 1024**3 / paired_medians({"sgemm": lambda: a @ b}, rounds=20)["sgemm"]
 
 
 @torch.inference_mode()
@@ -74,7 +68,7 @@ def test_segment(benchmark, tmp_path, quick):
     benchmark.pedantic(ours, rounds=1)
     with FlopCounterMode(display=False) as counter:
         plain(net, source, names[0])
-    flops, ceiling = counter.get_total_flops(), sgemm_rate()
+    flops, ceiling = counter.get_total_flops(), matrix_rate()
     title = f"segment: {CLASSES} classes, {'small' if quick else '480 x 640'}, {thread_count()} threads"
     report(
         title,

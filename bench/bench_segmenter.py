@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from common import paired_medians, report
+from common import matrix_rate, paired_medians, report
 from namedmask.backbones import untrained_encoder
 from namedmask.config import SegmenterTraining
 from namedmask.distributed import Worker
@@ -64,12 +64,6 @@ def plain_step(network: DeepLab, photos, labels):
         return float(loss.detach())
 
     return step
-
-
-def matrix_rate(dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of a square matrix product, the ceiling of a convolution."""
-    a = torch.randn(size, size).to(dtype)
-    return 2 * size**3 / paired_medians({"": lambda: a @ a}, rounds=5)[""]
 
 
 def test_training_step(benchmark, quick):

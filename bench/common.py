@@ -140,6 +140,12 @@ def copy_bandwidth(bytes_moved: int = 1 << 28) -> float:
     return repeats * bytes_moved / paired_medians({"copy": copy}, rounds=7)["copy"]
 
 
+def matrix_rate(dtype: torch.dtype = torch.float32, size: int = 1024) -> float:
+    """Flops per second of a square matrix product: the ceiling of convolutions and linear layers."""
+    a = torch.randn(size, size).to(dtype)
+    return 2 * size**3 / paired_medians({"": lambda: a @ a}, rounds=10)[""]
+
+
 def needs_gpu(title: str) -> None:
     """Where there is no GPU: reports the table as absent and skips the bench."""
     if not torch.cuda.is_available():
