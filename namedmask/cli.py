@@ -363,12 +363,16 @@ def train_saliency(
 ) -> None:
     """A SelfMask network from the masks of a run, for `--detector selfmask`; run it again to continue."""
     options = {name: value for name, value in locals().items() if value is not None and name not in ("out", "debug")}
-    from .config import SaliencyTraining, make_config
+    from . import run
+    from .config import SaliencyTraining, make_config, read_config
     from .distributed import count_gpus
     from .saliency.selfmask_training import train_saliency
 
     given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    print(train_saliency(out, make_config(given, SaliencyTraining), "cuda" if count_gpus(None, 1) else "cpu"))
+    settings = make_config(given, SaliencyTraining)
+    read_config(out / "run.toml")  # says that this is no run's folder, before one is made
+    with run.locked(out):
+        print(train_saliency(out, settings, "cuda" if count_gpus(None, 1) else "cpu"))
 
 
 @app.command()

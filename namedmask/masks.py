@@ -5,10 +5,11 @@ A shard is `00000.jsonl`. The errors met while making it are in `00000.errors.js
 even when there are none: a shard that is there has its errors there, and a shard done anew replaces them.
 """
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -123,6 +124,15 @@ def best_masks(out: str | os.PathLike) -> Path:
     """The folder of a run's masks to go on with: the experts' where they have finished, else the detector's."""
     refined = Path(out) / "refined"
     return refined if refined.is_dir() else Path(out) / "masks"
+
+
+def digest(records: Iterable[MaskRecord], labels: Sequence = ()) -> str:
+    """Tells one list of masks, and of labels that they are given, from another."""
+    found = hashlib.sha256()
+    for record in records:
+        found.update(record.to_json().encode() + b"\n")
+    found.update(repr(labels).encode())
+    return found.hexdigest()
 
 
 class ErrorRecord(NamedTuple):

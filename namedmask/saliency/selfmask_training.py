@@ -28,7 +28,7 @@ from ..config import SaliencyTraining, read_config
 from ..distributed import Worker
 from ..errors import UserError
 from ..files import atomic_write
-from ..masks import MaskRecord, read_masks
+from ..masks import MaskRecord, digest, read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
 from ..threads import map_ahead, thread_count
@@ -44,7 +44,7 @@ def train_saliency(out: Path, settings: SaliencyTraining, device: str) -> Path:
 
     Reads photos and pseudo-masks alone. Every step draws its photos and their augmentation from the seed and the
     number of the step, so that an interrupted training ends with the weights of one that was not.
-    Raises UserError where there are no masks, or where a checkpoint is of other settings.
+    Raises UserError where there are no masks, or where a checkpoint is of other settings or masks.
     """
     source = PhotoSource(read_config(out / "run.toml").photos)
     records = ranked_masks(out / "masks")
@@ -63,7 +63,7 @@ def train_saliency(out: Path, settings: SaliencyTraining, device: str) -> Path:
         weight_decay=settings.weight_decay,
     )
     steps = settings.steps or math.ceil(settings.epochs * teaching_count(records, settings) / settings.batch)
-    about = {"settings": settings.model_dump()}
+    about = {"settings": settings.model_dump(), "masks": digest(records)}
     with (
         Progress("train-saliency", Worker()) as progress,
         Journal(folder, about, network, optimiser, steps, Worker()) as journal,

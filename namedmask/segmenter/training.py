@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from ..backbones import load_encoder
 from ..config import SegmenterTraining
 from ..distributed import Worker
 from ..errors import UserError
-from ..masks import MaskRecord, best_masks, read_masks
+from ..masks import MaskRecord, best_masks, digest, read_masks
 from ..photos import PhotoError, PhotoSource
 from ..progress import Progress
 from ..threads import map_ahead, one_torch_thread, thread_count
@@ -213,7 +212,4 @@ def load_view(source: PhotoSource, sample: Sample, settings: SegmenterTraining, 
 
 def _digest(samples: Sequence[Sample]) -> str:
     """Tells one list of samples from another."""
-    digest = hashlib.sha256()
-    for record, label, _ in samples:
-        digest.update(f"{record.photo}\0{label}\0{record.size}\0{record.rle}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    return digest((sample.record for sample in samples), [(sample.label, sample.background) for sample in samples])

@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from golden import GOLDEN, filled
 from namedmask import run, training
 from namedmask.backbones import untrained
+from namedmask.cli import app
 from namedmask.config import DetectorConfig, SaliencyTraining
 from namedmask.errors import UserError
-from namedmask.masks import MaskRecord, write_shard
+from namedmask.masks import MaskRecord, read_shard, write_shard
 from namedmask.photos import Photo
 from namedmask.saliency import make_detector, selfmask_training
 from namedmask.saliency.selfmask import SelfMask
@@ -172,6 +174,18 @@ def test_an_interrupted_training_ends_with_the_same_weights(run_of_discs, monkey
     assert train_saliency(run_of_discs, settings, "cpu").read_bytes() == whole
     with pytest.raises(UserError, match="other settings"):
         train_saliency(run_of_discs, settings.model_copy(update={"rate": 1e-4}), "cpu")
+    shard = run_of_discs / "masks" / "00000.jsonl"
+    write_shard(shard, list(read_shard(shard))[1:])
+    with pytest.raises(UserError, match="other settings or masks"):
+        train_saliency(run_of_discs, settings, "cpu")
+
+
+def test_two_trainings_in_one_folder(run_of_discs):
+    with run.locked(run_of_discs):
+        refused = CliRunner().invoke(app, ["train-saliency", str(run_of_discs), "--steps", "1"])
+    assert refused.exit_code == 2 and "is in use by another run" in refused.stderr
+    missing = run_of_discs / "none"
+    assert CliRunner().invoke(app, ["train-saliency", str(missing)]).exit_code == 2 and not missing.exists()
 
 
 def test_a_run_without_masks_is_refused(run_of_discs):
