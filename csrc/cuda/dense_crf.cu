@@ -78,7 +78,8 @@ struct Update {
 
 // Scores of kUpdatePixels pixels, a thread for each label in turn; then their softmax, a group of lanes for each pixel.
 // Reads 44 bytes a label and pixel, 40 of them from the lattice and the halves and so mostly by way of caches, and
-// writes 8. unary and out may be one array, as a block reads its own pixels' before it writes them; so may scores and out.
+// writes 8. unary and out may be one array, as a block reads its own pixels' before it writes them, and so may scores
+// and out.
 __global__ void __launch_bounds__(kUpdateThreads, 4)
     update(const __grid_constant__ GridPhotos photos, const __grid_constant__ Lattice lattice,
            const __grid_constant__ Update settings, float* tables, const float* halves, const float* unary,
