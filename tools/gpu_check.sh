@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Builds with the CUDA kernels, tests and benches every operator on a machine with a GPU, in one go and offline:
+# Builds with the CUDA kernels, tests and benches every operator on a machine with a GPU, and tests backbones and
+# segmenters there, in one go and offline:
 #
 #     tools/gpu_check.sh [RESULTS]        RESULTS is bench/results unless given
 #
@@ -27,7 +28,8 @@ step "Triton kernels compiled ahead of time"
 python tools/compile_triton.py || failed=1
 
 step "tests on $device"
-python -m pytest -q tests/kernels --junitxml="$file-tests.xml" || failed=1
+python -m pytest -q tests/kernels tests/pipeline/test_{attention,backbones,predict,segmenter_training}.py \
+  --junitxml="$file-tests.xml" || failed=1
 
 step "benches on $device"
 python -m pytest -q bench --benchmark-only --benchmark-disable-gc --benchmark-json="$file-bench.json" || failed=1

@@ -126,6 +126,17 @@ def test_bfloat16_agrees_at_most_pixels(weights):
     assert (exact == rounded).mean() > 0.95
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_on_a_gpu(weights, tmp_path, precision):
+    """No GPU has run this yet."""
+    here, there = Segmenter.load(weights), Segmenter.load(weights, device="cuda", precision=precision)
+    source = PhotoSource(tmp_path)
+    for batch in there.segment(source, draw_photos(tmp_path, 5)):
+        for name, _, mask in batch:
+            assert (mask == here(source.decode(name).pixels).mask).mean() > 0.95
+
+
 def test_a_photo_s_mask_is_the_same_in_any_company(weights, tmp_path, monkeypatch):
     draw_photos(tmp_path / "photos", 9)
     (tmp_path / "photos" / "bad.jpg").write_text("no photo")

@@ -97,8 +97,8 @@ def small(encoder_weights) -> dict:
             "batch": 4, "rate": 3e-3, "encoder_rate": 1e-4}  # fmt: skip
 
 
-def train_run(out: Path, settings: dict, workers: int = 1) -> dict[str, torch.Tensor]:
-    assert run.start(out, {"segmenter": settings}, ["train"], workers, 0, False)
+def train_run(out: Path, settings: dict, workers: int = 1, gpus: int = 0) -> dict[str, torch.Tensor]:
+    assert run.start(out, {"segmenter": settings}, ["train"], workers, gpus, False)
     return load_file(out / "segmenter" / "model.safetensors")
 
 
@@ -158,6 +158,28 @@ def test_killed_and_gone_on_it_ends_with_the_same_bits(run_of_discs, small, monk
     assert all(torch.equal(again[name], whole[name]) for name in whole) and again.keys() == whole.keys()
     losses = [[(line["step"], line["loss"]) for line in some[1:]] for some in (whole_lines, lines(run_of_discs))]
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_interrupted_and_gone_on_on_a_gpu(run_of_discs, small, precision, monkeypatch):
+    """No GPU has run this yet; it need not give the same bits, as some of torch's gradients are not reproducible."""
+    settings = {**small, "precision": precision, "steps": 120, "grey": 0.0, "jitter_share": 0.0}
+    steps = iter(range(70))
+
+    def interrupted(*arguments):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return accumulate_gradients(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "SAVE_EVERY", 0)
+        patch.setattr(segmenter_training, "accumulate_gradients", interrupted)
+        train_run(run_of_discs, settings, gpus=1)
+    assert torch.load(run_of_discs / "segmenter" / "checkpoint.pt")["step"] == 70
+    train_run(run_of_discs, settings, gpus=1)
+    _, *rest = lines(run_of_discs)
+    assert [line["step"] for line in rest] == [50, 100, 120] and rest[-1]["loss"] < 0.6 * rest[0]["loss"]
 
 
 def test_a_checkpoint_of_other_masks_is_refused(run_of_discs, small, monkeypatch):
