@@ -67,10 +67,13 @@ class Walk {
       const int64_t row = block * kBlock;
       for (int64_t i = 0; i < kBlock; ++i) rows_.unit_row(row + i, scratch.rows.data() + i * channels_);
       for (int64_t column = row; column < rows_.padded(); column += kBlock) {
+        const int64_t columns = std::min(kBlock, round_up(n_ - column, kWord));  // those that hold tokens
         float* weights = scratch.weights.data();
-        kernels_.weigh(scratch.rows.data(), rows_.panel_of(column), channels_, sharpness_, weights);
-        kernels_.add(weights, false, masks_ + column * width_, width_, sums + row * width_);
-        if (column > row) kernels_.add(weights, true, masks_ + row * width_, width_, sums + column * width_);
+        kernels_.weigh(scratch.rows.data(), rows_.panel_of(column), channels_, sharpness_, columns, weights);
+        kernels_.add(weights, columns, masks_ + column * width_, width_, sums + row * width_);
+        if (column > row) {
+          kernels_.add_turned(weights, columns, masks_ + row * width_, width_, sums + column * width_);
+        }
       }
     }
   }

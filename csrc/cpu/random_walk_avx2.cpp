@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const WalkKernels walk_avx2 = {weigh, add};
+const WalkKernels walk_avx2 = {weigh, add, add_turned};
 
 }  // namespace namedmask::cpu

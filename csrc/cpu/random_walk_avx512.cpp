@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const WalkKernels walk_avx512 = {weigh, add};
+const WalkKernels walk_avx512 = {weigh, add, add_turned};
 
 }  // namespace namedmask::cpu

@@ -7,25 +7,27 @@
 namespace namedmask::cpu {
 namespace {
 
-static_assert(kBlock % kRows == 0 && kBlock % (kVectors * kLanes) == 0 && kWalkUnit % (kVectors * kLanes) == 0);
+static_assert(kBlock % kRows == 0 && kWord % (kVectors * kLanes) == 0 && kWalkUnit % (kVectors * kLanes) == 0);
 
-void weigh(const float* rows, const float* panels, int64_t channels, float sharpness, float* weights) {
-  for (int64_t column = 0; column < kBlock; column += kVectors * kLanes) {
-    const auto columns = [=](int v) {
+void weigh(const float* rows, const float* panels, int64_t channels, float sharpness, int64_t columns, float* weights) {
+  for (int64_t column = 0; column < columns; column += kVectors * kLanes) {
+    const auto tokens = [=](int v) {
       const int64_t at = column + v * kLanes;
       return panels + at / kPanel * channels * kPanel + at % kPanel;
     };
     for (int64_t r = 0; r < kBlock; r += kRows) {
       V sums[kRows][kVectors] = {};
-      multiply_add(sums, rows + r * channels, channels, columns, kPanel, channels);
+      multiply_add(sums, rows + r * channels, channels, tokens, kPanel, channels);
       for (int i = 0; i < kRows; ++i) {
         for (int v = 0; v < kVectors; ++v) store(weights + (r + i) * kBlock + column + v * kLanes, sums[i][v]);
       }
     }
   }
   // apart from the products, which would lose registers to it
-  for (int64_t i = 0; i < kBlock * kBlock; i += kLanes) {
-    store(weights + i, exponential(broadcast(sharpness) * (load(weights + i) - broadcast(1.0f))));
+  for (int64_t r = 0; r < kBlock; ++r, weights += kBlock) {
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      store(weights + i, exponential(broadcast(sharpness) * (load(weights + i) - broadcast(1.0f))));
+    }
   }
 }
 
@@ -45,22 +47,33 @@ inline __attribute__((always_inline)) void multiply_add_turned(V (&sums)[kRows][
   }
 }
 
-void add(const float* weights, bool turned, const float* masks, int64_t width, float* sums) {
+// sums [kRows, kVectors * kLanes] += part.
+inline __attribute__((always_inline)) void add_part(const V (&part)[kRows][kVectors], int64_t width, float* sums) {
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* sum = sums + i * width + v * kLanes;
+      store(sum, load(sum) + part[i][v]);
+    }
+  }
+}
+
+void add(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums) {
   for (int64_t r = 0; r < kBlock; r += kRows) {
-    for (int64_t column = 0; column < width; column += kVectors * kLanes) {
+    for (int64_t m = 0; m < width; m += kVectors * kLanes) {
       V part[kRows][kVectors] = {};
-      if (turned) {
-        multiply_add_turned(part, weights + r, masks + column, width);
-      } else {
-        const auto columns = [=](int v) { return masks + column + v * kLanes; };
-        multiply_add(part, weights + r * kBlock, kBlock, columns, width, kBlock);
-      }
-      for (int i = 0; i < kRows; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          float* sum = sums + (r + i) * width + column + v * kLanes;
-          store(sum, load(sum) + part[i][v]);
-        }
-      }
+      const auto vectors = [=](int v) { return masks + m + v * kLanes; };
+      multiply_add(part, weights + r * kBlock, kBlock, vectors, width, columns);
+      add_part(part, width, sums + r * width + m);
+    }
+  }
+}
+
+void add_turned(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums) {
+  for (int64_t r = 0; r < columns; r += kRows) {
+    for (int64_t m = 0; m < width; m += kVectors * kLanes) {
+      V part[kRows][kVectors] = {};
+      multiply_add_turned(part, weights + r, masks + m, width);
+      add_part(part, width, sums + r * width + m);
     }
   }
 }

@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const WalkKernels walk_portable = {weigh, add};
+const WalkKernels walk_portable = {weigh, add, add_turned};
 
 }  // namespace namedmask::cpu

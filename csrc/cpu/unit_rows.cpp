@@ -38,27 +38,33 @@ void UnitRows::prepare(const float* features, int64_t n, int64_t channels, bool 
   features_ = features, n_ = n, channels_ = channels, padded_ = round_up(n, kBlock);
   rows_ = rows ? row_memory_.reserve(padded_ * channels_) : nullptr;
   panels_ = panels ? panel_memory_.reserve(padded_ * channels_) : nullptr;
+  factors_.reserve(padded_);
   finite_ = true;
 }
 
-bool UnitRows::unit_row(int64_t i, float* out, int64_t stride) const {
+void UnitRows::unit_row(int64_t i, float* out, int64_t stride) const {
   const float* in = features_ + std::min(i, n_ - 1) * channels_;
-  const double squares = sum_of_squares(in, channels_);
-  const double factor = 1 / std::max(std::sqrt(squares), 1e-12);
-  for (int64_t c = 0; c < channels_; ++c) out[c * stride] = static_cast<float>(in[c] * factor);
-  return squares < INFINITY;
+  const double factor = factors_[i];
+  if (stride == 1) {  // a loop of its own, of vectors
+    for (int64_t c = 0; c < channels_; ++c) out[c] = static_cast<float>(in[c] * factor);
+  } else {
+    for (int64_t c = 0; c < channels_; ++c) out[c * stride] = static_cast<float>(in[c] * factor);
+  }
 }
 
 void UnitRows::normalise(int64_t panel) {
   const int64_t first = panel * kPanel;
-  for (int64_t i = 0; i < kPanel; ++i) {
-    float* token = panels_ + first * channels_ + i;
+  for (int64_t i = first; i < first + kPanel; ++i) {
+    const double squares = sum_of_squares(features_ + std::min(i, n_ - 1) * channels_, channels_);
+    if (!(squares < INFINITY)) finite_ = false;
+    factors_[i] = 1 / std::max(std::sqrt(squares), 1e-12);
+    float* token = panels_ + first * channels_ + i - first;
     if (!rows_) {
-      if (!unit_row(first + i, token, kPanel)) finite_ = false;
+      unit_row(i, token, kPanel);
       continue;
     }
-    float* row = rows_ + (first + i) * channels_;
-    if (!unit_row(first + i, row)) finite_ = false;
+    float* row = rows_ + i * channels_;
+    unit_row(i, row);
     for (int64_t c = 0; panels_ && c < channels_; ++c) token[c * kPanel] = row[c];
   }
 }

@@ -30,19 +30,20 @@ class UnitRows {
   // False when a row held NaN or Inf; known when all panels are done.
   bool finite() const { return finite_; }
 
-  // out[c * stride] = channel c of row i, the same bits as in the panels; false when the features are not finite.
-  bool unit_row(int64_t i, float* out, int64_t stride = 1) const;
+  // out[c * stride] = channel c of row i, the same bits as in the panels, once its panel is done.
+  void unit_row(int64_t i, float* out, int64_t stride = 1) const;
 
   const float* row(int64_t i) const { return rows_ + i * channels_; }
   const float* panel_of(int64_t i) const { return panels_ + i * channels_; }  // i a multiple of kPanel
   int64_t padded() const { return padded_; }
-  size_t bytes() const { return row_memory_.bytes() + panel_memory_.bytes(); }
+  size_t bytes() const { return row_memory_.bytes() + panel_memory_.bytes() + factors_.bytes(); }
 
  private:
   const float* features_ = nullptr;
   int64_t n_ = 0, channels_ = 0, padded_ = 0;
   Buffer<float> row_memory_, panel_memory_;
   float *rows_ = nullptr, *panels_ = nullptr;
+  Buffer<double> factors_;
   std::atomic<bool> finite_{true};
 };
 
