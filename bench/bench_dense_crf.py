@@ -17,6 +17,7 @@ from common import (
     device_copy_bandwidth,
     device_median,
     needs_gpu,
+    on_threads,
     one_thread,
     paired_medians,
     report,
@@ -105,16 +106,17 @@ def test_a_batch_of_eight(benchmark, labels):
     scenes = [scene(labels, seed, 512 - 16 * seed, 683 - 40 * seed) for seed in range(8)]
     batch = [Ragged.pack([torch.from_numpy(s[i]) for s in scenes]) for i in (0, 1)]
 
-    def on(count):
-        def call():
-            with threads(count):
-                return nk.dense_crf(*batch)
+    def call():
+        return nk.dense_crf(*batch)
 
-        return call
-
-    assert torch.equal(on(1)().rows, on(2)().rows)
-    seconds = paired_medians({f"{n} threads": on(n) for n in (1, 2)}, rounds=9, seconds=20)
-    benchmark.pedantic(on(2), rounds=3)
+    results = []
+    for count in (1, 2):
+        with threads(count):
+            results.append(call().rows)
+    assert torch.equal(*results)
+    with threads(2):
+        seconds = paired_medians({f"{n} threads": on_threads(n, call) for n in (1, 2)}, rounds=9, seconds=20)
+        benchmark.pedantic(call, rounds=3)
     report(
         f"dense_crf, batch of 8 photos, 400 x 403 to 512 x 683, {labels} labels",
         [
