@@ -81,7 +81,7 @@ def by_stem(names: Iterable[str]) -> dict[str, str]:
 
 def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """A photo uint8 [H, W, 3] with its mask [H, W] in colours over it and a white line around every object."""
-    colours = label_palette()[mask % 256]  # beyond 255 classes colours come again
+    colours = label_palette()[mask.astype(np.uint8)]  # beyond 255 classes colours come again
     drawn = np.where((mask > 0)[..., None], (1 - OVERLAY) * pixels + OVERLAY * colours, pixels).astype(np.uint8)
     edge = np.zeros(mask.shape, bool)
     edge[1:] |= mask[1:] != mask[:-1]
