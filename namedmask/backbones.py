@@ -5,6 +5,8 @@ Photos of any shapes go through the ViT side by side, nothing padded, features a
 packed in one matrix [T, C]; only attention looks at one photo at a time. All else goes through the rows in chunks, so
 that what a block computes in between stays in the cache. timm's own modules and its own interpolation of position
 embeddings are used throughout, so features are timm's to rounding.
+
+An encoder (`load_encoder`) is a convolutional network dilated to output stride 8, or a ViT, to be trained on.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ DEMO_VIT = "vit_namedmask_demo"
 # there are few rows, and a photo's features would depend on its company. A ViT-S's widest layer makes 1.5 MB of them.
 CHUNK = 256
 
-_NOT_DENSE = "cannot be dilated to output stride 8 with features of stride 4; choose a ResNet or ConvNeXt of timm"
+_NOT_DENSE = "cannot be dilated to output stride 8 with features of stride 4; choose a ResNet, ConvNeXt or ViT of timm"
 _NO_VIT = "is not a ViT with fused QKV projections for photos of any shape; choose a DINO, DINOv2 or DINOv3 of timm"
 
 
@@ -315,10 +317,11 @@ def untrained(name: str) -> nn.Module:
 
 
 class Encoder(NamedTuple):
-    """A timm network dilated to output stride 8; made by `load_encoder` or `untrained_encoder`.
+    """A timm network dilated to output stride 8, or a ViT; made by `load_encoder` or `untrained_encoder`.
 
     network:   photos normalised [n, 3, H, W] -> a list of features [n, C, ceil(H / stride), ceil(W / stride)]
-    taken:     places in that list of the last features of stride 4 and of the very last, of stride 8
+    taken:     places in that list of the last features of stride 4 and of the very last, of stride 8; of a ViT those of
+               half its patch's side and of its side
     channels:  their C
     mean, std: of the colours that it wants, [3] each, of 1
     """
@@ -329,6 +332,24 @@ class Encoder(NamedTuple):
     channels: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+class TokenPyramid(nn.Module):
+    """A ViT as an encoder: the tokens of its middle, upsampled to half the patch's stride, and of its end."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit = vit
+        self.patch: int = vit.patch_embed.patch_size[0]
+        self.taken = [len(vit.blocks) // 2 - 1, len(vit.blocks) - 1]
+
+    def forward(self, photos: Tensor) -> list[Tensor]:
+        sides = photos.shape[2:]
+        height, width = (-side % self.patch for side in sides)
+        whole = F.pad(photos, (0, width, 0, height))  # the last patches see a margin of the mean colour
+        middle, end = self.vit.forward_intermediates(whole, self.taken, norm=True, intermediates_only=True)
+        h, w = (-(-2 * side // self.patch) for side in sides)
+        return [F.interpolate(middle, scale_factor=2, mode="bilinear")[:, :, :h, :w], end]
 
 
 # Encoders whose published weights timm does not carry.
@@ -347,6 +368,10 @@ def untrained_encoder(name: str) -> Encoder:
 
     architecture = name.partition(".")[0] if name in PUBLISHED else name
     _expect_model(architecture)
+    if architecture.startswith("vit_"):
+        vit = untrained(architecture)
+        colours = (tuple(vit.pretrained_cfg[key]) for key in ("mean", "std"))
+        return Encoder(name, TokenPyramid(vit), (0, 1), (vit.embed_dim, vit.embed_dim), *colours)
     try:
         network = timm.create_model(architecture, pretrained=False, **_DENSE)
         strides, channels = network.feature_info.reduction(), network.feature_info.channels()
@@ -364,25 +389,31 @@ def load_encoder(name: str, weights: str | None = None) -> Encoder:
 
     name:    as in `untrained_encoder`; "resnet50.dino" is DINO's ResNet-50
     weights: a .safetensors or .pth file with timm's names of tensors, which for ResNets are torchvision's and DINO's.
-             A classifier's tensors are passed over, all others must be there. None: the network, once.
+             A classifier's tensors are passed over, all others must be there; of a SelfMask network its encoder is
+             taken. None: the network, once.
     Errors:  UserError naming the encoder and what to bring.
     """
     import timm
 
     encoder = untrained_encoder(name)
+    is_vit = isinstance(encoder.network, TokenPyramid)
+    network = encoder.network.vit if is_vit else encoder.network
     try:
         if weights is not None:
             state = read_weights(weights, "--encoder-weights")
+            if "query_embed" in state:
+                state = {key.removeprefix("encoder."): tensor for key, tensor in state.items()}
         elif name in PUBLISHED:
             state = torch.hub.load_state_dict_from_url(PUBLISHED[name], map_location="cpu", weights_only=True)
         else:
-            state = timm.create_model(name, pretrained=True, **_DENSE).state_dict()
+            options = {"num_classes": 0, "dynamic_img_size": True} if is_vit else _DENSE
+            state = timm.create_model(name, pretrained=True, **options).state_dict()
     except UserError:
         raise
     except Exception as error:  # hub, network and file format have exceptions of their own
         raise UserError(f"encoder {name!r}: {_why_no_weights(name, None, error, 'encoder')}") from error
     try:
-        encoder.network.load_state_dict(_fitting(state, encoder.network))
+        network.load_state_dict(_fitting(state, network))
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"--encoder-weights {weights} does not fit encoder {name!r}: {reason}") from None

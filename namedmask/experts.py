@@ -73,8 +73,8 @@ class CategoryLayers(nn.Module):
 class SharedExperts(DeepLab):
     """All experts in one network, which ends in features; of them `layers` makes the logits of a category."""
 
-    def __init__(self, encoder: Encoder, categories: int, width: int):
-        super().__init__(encoder, categories, width)
+    def __init__(self, encoder: Encoder, categories: int, width: int, encoder_momentum: float = 0.01):
+        super().__init__(encoder, categories, width, encoder_momentum)
         self.classifier.classifier[-1] = CategoryLayers(width, categories)
 
     @property

@@ -27,7 +27,6 @@ from ..files import atomic_write
 from .augment import IGNORE
 
 DILATIONS = (12, 24, 36)  # at output stride 8
-ENCODER_MOMENTUM = 0.01  # of its BatchNorm layers: photos of a small archive are to move its statistics slowly
 
 
 def conv_norm(channels: int, width: int, dilation: int | None = None) -> nn.Sequential:
@@ -83,9 +82,12 @@ class Head(nn.Module):
 
 
 class DeepLab(nn.Module):
-    """The network. `width`, at least 16: channels of the head, 256 in the paper; a small encoder wants fewer."""
+    """The network. `width`, at least 16: channels of the head, 256 in the paper; a small encoder wants fewer.
 
-    def __init__(self, encoder: Encoder, classes: int, width: int = 256):
+    encoder_momentum: of the encoder's BatchNorm statistics, which photos of a small archive are to move slowly.
+    """
+
+    def __init__(self, encoder: Encoder, classes: int, width: int = 256, encoder_momentum: float = 0.01):
         super().__init__()
         self.encoder, self.classes, self.width = encoder.name, classes, width
         self.backbone, self.taken = encoder.network, encoder.taken
@@ -94,7 +96,7 @@ class DeepLab(nn.Module):
             self.register_buffer(name, torch.tensor(getattr(encoder, name)).view(3, 1, 1), persistent=False)
         for module in self.backbone.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = ENCODER_MOMENTUM
+                module.momentum = encoder_momentum
 
     def normalised(self, photos: Tensor) -> Tensor:
         """photos uint8 [n, 3, H, W] -> float32, with the mean and spread of colours that the encoder wants."""

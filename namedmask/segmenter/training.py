@@ -105,7 +105,8 @@ def train(
     if settings.batch // settings.accumulate < 2:
         raise UserError("BatchNorm needs two photos at a time: choose a larger --batch or a smaller --accumulate")
     torch.manual_seed(settings.seed)
-    network = kind(load_encoder(settings.encoder, settings.encoder_weights), classes, settings.width)
+    encoder = load_encoder(settings.encoder, settings.encoder_weights)
+    network = kind(encoder, classes, settings.width, settings.encoder_momentum)
     if worker.count > 1:
         synchronise(network, device)
     network = network.to(device, memory_format=torch.channels_last).train()

@@ -6,11 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from golden import GOLDEN, filled
-from namedmask.backbones import load_encoder, untrained_encoder
+from namedmask.backbones import load_encoder, untrained, untrained_encoder
+from namedmask.demo.models import create_clip
 from namedmask.errors import UserError
+from namedmask.saliency.selfmask import SelfMask
 from namedmask.segmenter.deeplab import DeepLab, load_segmenter, save_segmenter
 
 TINY = "test_resnet"  # timm's, for tests
@@ -71,6 +74,34 @@ def test_whole_models_of_timm_fit_their_encoders(name, tmp_path):
         (encoder.channels[0], 16, 24),
         (encoder.channels[1], 8, 12),
     ]
+
+
+def test_a_vit_is_an_encoder_and_selfmask_s_weights_fit_it(tmp_path):
+    torch.manual_seed(0)
+    vit = untrained("vit_namedmask_demo").eval()
+    photos = torch.randn(1, 3, 50, 91)  # 6.25 x 11.4 patches
+    with torch.inference_mode():
+        want = vit.forward_features(F.pad(photos, (0, 5, 0, 6)))[:, 1:].mT.unflatten(2, (7, 12))
+    files = {"vit": vit.state_dict(), "selfmask": SelfMask(vit, queries=2, layers=1).state_dict()}
+    for name, state in files.items():
+        path = str(tmp_path / f"{name}.safetensors")
+        save_file(state, path)
+        encoder = load_encoder("vit_namedmask_demo", path)
+        with torch.inference_mode():
+            fine, coarse = encoder.network.eval()(photos)
+        torch.testing.assert_close(coarse, want, atol=1e-5, rtol=0)
+        assert encoder.taken == (0, 1) and encoder.channels == (96, 96) and fine.shape == (1, 96, 13, 23)
+    network = DeepLab(encoder, 3, width=16).eval()
+    assert network(photos).shape == (1, 3, 50, 91)
+
+
+def test_the_demo_s_encoder_is_its_clip():
+    clip, _, _ = create_clip()
+    encoder = load_encoder("resnet_namedmask_demo")
+    tower, photos = clip.visual, torch.randn(1, 3, 64, 80)
+    with torch.inference_mode():
+        fine = tower.layer1(tower.stem(photos))
+        assert torch.equal(encoder.network.eval()(photos)[encoder.taken[0]], fine)
 
 
 def test_encoders_that_do_not_serve_are_refused():
