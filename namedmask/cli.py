@@ -65,6 +65,9 @@ Tau = Annotated[float | None, typer.Option("--tau", help="Cosines above it are e
 ImageSize = Annotated[
     int | None, typer.Option("--image-size", help="Short side for the backbone, in pixels. (default: 448)")
 ]
+Mirror = Annotated[
+    bool | None, typer.Option("--mirror/--no-mirror", help="selfmask also looks at each photo mirrored. (default: no)")
+]
 Precision = Annotated[
     str | None, typer.Option("--precision", help="float32 or bfloat16 for the backbone. (default: float32)")
 ]
@@ -90,6 +93,10 @@ TrainingPrecision = Annotated[
     str | None, typer.Option("--precision", help="float32 or bfloat16 for the products. (default: float32)")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of all draws. (default: 0)")]
+FillHoles = Annotated[
+    bool | None,
+    typer.Option("--fill-holes/--keep-holes", help="What a refined mask surrounds is object too. (default: no)"),
+]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes on the CPU.")]
 Gpus = Annotated[
     int | None,
@@ -116,9 +123,11 @@ SETTINGS = {
     "centre": ("detector", "centre"),
     "tau": ("detector", "tau"),
     "image_size": ("detector", "image_size"),
+    "mirror": ("detector", "mirror"),
     "precision": ("detector", "precision"),
     "refine": ("refine", "name"),
     "largest_component": ("refine", "largest_component"),
+    "fill_holes": ("refine", "fill_holes"),
     "mode": ("experts", "mode"),
     "expert_encoder": ("experts", "encoder"),
     "expert_encoder_weights": ("experts", "encoder_weights"),
@@ -270,9 +279,11 @@ def pseudolabel_everything(
     centre: Centre = None,
     tau: Tau = None,
     image_size: ImageSize = None,
+    mirror: Mirror = None,
     precision: Precision = None,
     refine: Refine = None,
     largest_component: LargestComponent = None,
+    fill_holes: FillHoles = None,
     workers: Workers = 1,
     gpus: Gpus = None,
     overwrite: Overwrite = False,
@@ -326,9 +337,11 @@ def pseudolabel(
     centre: Centre = None,
     tau: Tau = None,
     image_size: ImageSize = None,
+    mirror: Mirror = None,
     precision: Precision = None,
     refine: Refine = None,
     largest_component: LargestComponent = None,
+    fill_holes: FillHoles = None,
     workers: Workers = 1,
     gpus: Gpus = None,
     overwrite: Overwrite = False,
@@ -349,6 +362,9 @@ def train_saliency(
     keep: Annotated[float | None, typer.Option("--keep", help="Share of the masks, by score. (default: 1)")] = None,
     paste: Annotated[
         float | None, typer.Option("--paste", help="Share of objects put before another background. (default: 0)")
+    ] = None,
+    texture: Annotated[
+        float | None, typer.Option("--texture", help="Share of objects with a texture of another photo. (default: 0)")
     ] = None,
     crop: Annotated[int | None, typer.Option("--crop", help="Pixels a side in training. (default: 224)")] = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Photos a step. (default: 8)")] = None,

@@ -25,6 +25,7 @@ else:
 FACTS = "made-with"  # the table of run.toml that is no setting
 
 Positive = Annotated[int, Field(ge=1)]
+Scale = Annotated[float, Field(gt=0, le=4)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[float, float], Field(strict=False)]  # from, to; a list in run.toml
 
@@ -61,6 +62,8 @@ class DetectorConfig(Part):
     centre: bool = False  # subtract each photo's mean feature
     tau: Annotated[float, Field(ge=-1, le=1)] = 0.2
     image_size: Annotated[int, Field(ge=16)] = 448  # short side, pixels
+    scales: Annotated[list[Scale], Field(min_length=1)] = [1.0]  # of image_size, at which selfmask looks at a photo
+    mirror: bool = False  # it looks at each also mirrored; its mask is the mean of what all looks find
     precision: Literal["float32", "bfloat16"] = "float32"
 
     @field_validator("more_backbones")
@@ -81,6 +84,7 @@ class SaliencyTraining(Part):
     layers: Positive = 6
     keep: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the masks, those with the best scores
     paste: Share = 0.0  # share of the views whose object is put before another background
+    texture: Share = 0.0  # share of the views whose object gets a texture of another photo
     crop: Annotated[int, Field(ge=16)] = 224  # pixels a side
     scale: tuple[float, float] = (0.1, 1.0)  # area of a crop, as a share of the photo's
     batch: Positive = 8
@@ -115,6 +119,7 @@ class SegmenterTraining(Part):
     steps: Positive = 20_000
     rate: Annotated[float, Field(gt=0)] = 5e-4  # Adam's, of the head
     encoder_rate: Annotated[float, Field(ge=0)] = 5e-5
+    encoder_momentum: Annotated[float, Field(gt=0, le=1)] = 0.01  # of its BatchNorm; short trainings want a higher one
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
     power: Annotated[float, Field(ge=0)] = 0.9  # rates fall as (1 - step / steps) ** power
     lowest_rate: Annotated[float, Field(ge=0)] = 1e-6
@@ -182,6 +187,7 @@ class RefineConfig(Part):
 
     name: Literal["bilateral", "crf", "pamr", "none"] = "bilateral"
     largest_component: bool = False  # of the detector's mask only the largest connected part is refined
+    fill_holes: bool = False  # what the refined mask surrounds is object too
     sigma_spatial: Annotated[float, Field(gt=0)] = 16.0
     sigma_luma: Annotated[float, Field(ge=1)] = 16.0
     sigma_chroma: Annotated[float, Field(ge=1)] = 8.0
@@ -196,6 +202,7 @@ class RunConfig(Part):
     photos: str
     categories: list[str] = []
     shard_size: Positive = 64  # photos per shard of masks
+    keep_detected: bool = False  # the detector's masks before refinement too, in OUT/detected
     index: IndexConfig = IndexConfig()
     archive: ArchiveConfig = ArchiveConfig()
     detector: DetectorConfig = DetectorConfig()

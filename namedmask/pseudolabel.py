@@ -48,10 +48,11 @@ def missing_shards(archive: Archive, folder: Path, shard_size: int) -> list[int]
 
 
 class Labelled(NamedTuple):
-    """What the engine makes of a photo: its refined mask, bool [H, W], and the mask's score."""
+    """What the engine makes of a photo: its refined mask, bool [H, W], its score, and the mask before refinement."""
 
     mask: np.ndarray
     score: float
+    detected: np.ndarray
 
 
 class Labeller:
@@ -89,7 +90,8 @@ class Labeller:
         softs = self.refiner.refine(photos, [detection.mask for detection in detections])
         masks = [(soft > 0.5).numpy() for soft in softs]
         scores = [mask_score(mask, found.confidence) for mask, found in zip(masks, detections, strict=True)]
-        return [Labelled(mask, score) for mask, score in zip(masks, scores, strict=True)]
+        before = [(found.mask > 0.5).numpy() for found in detections]
+        return [Labelled(*one) for one in zip(masks, scores, before, strict=True)]
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
@@ -122,6 +124,8 @@ def pseudolabel(
 ) -> Labeller | None:
     """Makes every shard of masks that is not there yet; `tick(photos, found=...)` is called as photos are done.
 
+    With `keep_detected` the masks before refinement go into `detected` beside `folder`, with the same scores.
+
     Returns the labeller, for its timings; None when nothing was left to do.
     """
     work = work_of(archive)
@@ -132,7 +136,7 @@ def pseudolabel(
             tick(len(part), found=True)
             continue
         labeller = labeller or Labeller(config, device)
-        records, errors = [], []
+        records, detected, errors = [], [], []
         categories = dict(part)
         for batch in labeller.label(source, categories):
             for name, found in batch:
@@ -140,7 +144,11 @@ def pseudolabel(
                     errors.append(ErrorRecord(name, "pseudolabel", found.reason))
                 else:
                     records += [MaskRecord.from_mask(name, found.mask, *c, found.score) for c in categories[name]]
+                    detected += [MaskRecord.from_mask(name, found.detected, *c, found.score) for c in categories[name]]
             tick(len(batch))
         write_errors(errors_path(shard_path(folder, shard)), errors)
+        if config.keep_detected:  # before the masks, which say that the shard is done
+            (folder.parent / "detected").mkdir(exist_ok=True)
+            write_shard(shard_path(folder.parent / "detected", shard), detected)
         write_shard(shard_path(folder, shard), records)
     return labeller

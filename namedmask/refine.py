@@ -26,6 +26,13 @@ def without_small_parts(targets: Ragged) -> Ragged:
     return targets.with_rows(targets.rows.masked_fill(is_object & ~largest.bool(), 0.0))
 
 
+def without_holes(soft: Ragged) -> Ragged:
+    """Soft masks [P] with 1 wherever they are background (0.5 or less) that a photo's object surrounds."""
+    is_object = soft.rows > 0.5
+    filled = namedmask_kernels.fill_holes(soft.with_rows(is_object)).rows
+    return soft.with_rows(soft.rows.masked_fill(filled.bool() & ~is_object, 1.0))
+
+
 class Refiner:
     """Refines masks by the method that the settings name; safe to call from several threads."""
 
@@ -49,6 +56,8 @@ class Refiner:
                 batch = without_small_parts(batch)
             images = Ragged.pack([torch.from_numpy(photos[number].pixels) for number in numbers])
             soft = getattr(self, f"_{self.config.name}")(batch, images, side / SHORT_SIDE)
+            if self.config.fill_holes:
+                soft = without_holes(soft)
             refined.update(zip(numbers, soft.grids(), strict=True))
         return [refined[number] for number in range(len(targets))]
 

@@ -31,7 +31,7 @@ STAGES = ("index", "archive", "pseudolabel", "experts", "report", "train")
 SETTINGS = {
     "index": ("photos", "index"),
     "archive": ("categories", "archive"),
-    "pseudolabel": ("shard_size", "detector", "refine"),
+    "pseudolabel": ("shard_size", "keep_detected", "detector", "refine"),
     "experts": ("experts",),
     "report": (),
     "train": ("segmenter",),
@@ -39,12 +39,12 @@ SETTINGS = {
 MADE = {
     "index": ["index"],
     "archive": ["archive.json"],
-    "pseudolabel": ["masks"],
+    "pseudolabel": ["masks", "detected"],
     "experts": ["experts", "refining", "refined"],
     "report": ["report.html"],
     "train": ["segmenter"],
 }
-TIDIED = ("index", "masks", "experts", "refining", "segmenter")  # where a killed run may leave half a file
+TIDIED = ("index", "masks", "detected", "experts", "refining", "segmenter")  # where a killed run may leave half a file
 
 
 @contextmanager

@@ -623,7 +623,8 @@ def train_selfmask(arguments: argparse.Namespace) -> None:
         given = {"photos": str(photos.parent.absolute()), "detector": detector, "refine": REFINE}
         run.start(out, given, ["archive", "pseudolabel"], workers=1, gpus=0, overwrite=False)
         settings = SaliencyTraining(
-            backbone=VIT_NAME, start=weights, queries=10, layers=3, keep=keep, paste=arguments.paste, steps=steps,
+            backbone=VIT_NAME, start=weights, queries=10, layers=3, keep=keep, paste=arguments.paste,
+            texture=arguments.texture, steps=steps,
             crop=112, scale=(0.25, 1.0), batch=20, rate=8e-4, encoder_rate=3e-4, weight_decay=0.02,
         )  # fmt: skip
         weights = str(train_saliency(out, settings, "cpu").absolute())
@@ -671,6 +672,7 @@ def main() -> None:
         "--keep", type=float, nargs="+", default=[0.25, 0.5, 0.6, 0.7, 0.8], help="share of the masks, each turn"
     )
     mask.add_argument("--paste", type=float, default=0.5, help="share of objects put before another background")
+    mask.add_argument("--texture", type=float, default=0.0, help="share of objects that get a texture of another photo")
     mask.add_argument("--steps", type=int, nargs="+", default=[400, 500, 700, 2000, 1400], help="of each turn")
     mask.add_argument("--threads", type=int, default=1)
     mask.set_defaults(run=train_selfmask)

@@ -7,8 +7,11 @@ tensors of a state dict are named as in the authors' checkpoint. `selfmask_train
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,23 +114,48 @@ class Encoder(Backbone):
 class SelfMaskDetector(Detector):
     """Finds the object of each photo as the mask of the query with the highest objectness.
 
-    Its confidence is the `certainty` of that mask.
+    With several scales, or mirrored too, it looks several times: the mask is the mean of what each look finds. Its
+    confidence is the `certainty` of that mask, times the looks' `agreement`.
     """
 
     def __init__(self, config: DetectorConfig, device: str):
         self.network = load(config.backbone, config.weights).to(device).eval().requires_grad_(False)
         super().__init__(config, Encoder(self.network, torch.device(device), getattr(torch, config.precision)))
+        sizes = [round(config.image_size * scale) for scale in config.scales]
+        self.looks = list(itertools.product(sizes, (False, True) if config.mirror else (False,)))
+
+    def tokens(self, photo: Photo) -> int:
+        return sum(math.prod(self.backbone.grid(photo.pixels, size)) for size, _ in self.looks)
 
     @torch.inference_mode()
     def detect(self, photos: Sequence[Photo]) -> list[Detection]:
-        prepared = [self.backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
+        views = []
+        for photo in photos:
+            for size, mirrored in self.looks:
+                pixels = np.ascontiguousarray(photo.pixels[:, ::-1]) if mirrored else photo.pixels
+                views.append(self.backbone.prepare(pixels, size))
+        grids = iter(self.backbone.extract(views, ["tokens"])["tokens"].grids())
         found = []
-        for photo, tokens in zip(photos, self.backbone.extract(prepared, ["tokens"])["tokens"].grids(), strict=True):
-            masks, objectness = self.network.decode(tokens.flatten(0, 1)[None], *tokens.shape[:2])
-            soft = masks[-1, 0, objectness[-1, 0].argmax()].sigmoid()  # [2h, 2w]
-            mask = F.interpolate(soft[None, None], photo.pixels.shape[:2], mode="bilinear")[0, 0]
-            found.append(Detection(mask.cpu(), certainty(soft)))
+        for photo in photos:
+            softs = [self._look(next(grids), mirrored, photo.pixels.shape[:2]) for _, mirrored in self.looks]
+            soft = torch.stack(softs).mean(0)
+            found.append(Detection(soft.cpu(), certainty(soft) * agreement(softs)))
         return found
+
+    def _look(self, tokens: Tensor, mirrored: bool, size: tuple[int, int]) -> Tensor:
+        """tokens [h, w, C] of one look -> what it finds, in [0, 1], laid on the photo [H, W]."""
+        masks, objectness = self.network.decode(tokens.flatten(0, 1)[None], *tokens.shape[:2])
+        soft = masks[-1, 0, objectness[-1, 0].argmax()].sigmoid()  # [2h, 2w]
+        return F.interpolate((soft.flip(1) if mirrored else soft)[None, None], size, mode="bilinear")[0, 0]
+
+
+def agreement(softs: Sequence[Tensor]) -> float:
+    """The mean IoU of all pairs of soft masks [h, w] at 0.5; 1 for a single one."""
+    masks = torch.stack(list(softs)).flatten(1) > 0.5
+    overlap = masks.float() @ masks.float().T
+    union = overlap.diagonal()[:, None] + overlap.diagonal() - overlap
+    i, j = torch.triu_indices(len(softs), len(softs), 1, device=masks.device)
+    return float((overlap / union.clamp_min(1))[i, j].mean()) if len(softs) > 1 else 1.0
 
 
 def certainty(soft: Tensor) -> float:

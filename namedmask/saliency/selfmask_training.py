@@ -126,6 +126,10 @@ def batches(
     def decode(record: MaskRecord) -> Tensor:
         return torch.from_numpy(source.decode(record.photo).pixels).permute(2, 0, 1)
 
+    def corner(rng: np.random.Generator) -> Tensor:
+        other = records[rng.integers(len(records))]
+        return recoloured(cropped(decode(other), corner_box(*other.size, rng), settings.crop), rng)
+
     def sample(place: int) -> tuple[Tensor, Tensor]:
         epoch, index = divmod(place, len(teaching))
         if epoch not in orders:  # drawn alike by every thread that comes here first
@@ -135,10 +139,10 @@ def batches(
         mask = torch.from_numpy(record.mask())[None].float()
         box = random_box(*record.size, settings.scale, rng)
         photo = recoloured(cropped(decode(record), box, settings.crop), rng)
+        if rng.random() < settings.texture:
+            photo = photo.lerp(corner(rng), cropped(mask, box, settings.crop) * rng.uniform(0.3, 0.9))
         if rng.random() < settings.paste:
-            other = records[rng.integers(len(records))]
-            ground = recoloured(cropped(decode(other), corner_box(*other.size, rng), settings.crop), rng)
-            photo = ground.lerp(photo, cropped(mask, box, settings.crop))
+            photo = corner(rng).lerp(photo, cropped(mask, box, settings.crop))
         # Antialiased: a cell of the target is the share of it that the object covers.
         target = cropped(mask, box, side)
         return (photo.flip(2), target.flip(2)) if rng.random() < 0.5 else (photo, target)

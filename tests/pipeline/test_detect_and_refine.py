@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from scipy import ndimage
 
 import namedmask_kernels
 from namedmask.backbones import Backbone
@@ -14,7 +15,7 @@ from namedmask.config import CrfConfig, DetectorConfig, PamrConfig, RefineConfig
 from namedmask.errors import UserError
 from namedmask.photos import Photo
 from namedmask.pseudolabel import mask_score
-from namedmask.refine import Refiner, without_small_parts
+from namedmask.refine import Refiner, without_holes, without_small_parts
 from namedmask.saliency.cluster_vote import ClusterVoteDetector, elect
 from namedmask.saliency.spectral import SpectralDetector, centred, separation
 from namedmask_kernels import Ragged
@@ -83,6 +84,17 @@ def test_only_the_largest_part_is_refined_where_that_is_asked():
     assert torch.equal(first, want) and torch.equal(second, spotted * 0.4)
     alone = Refiner(RefineConfig(largest_component=True)).refine([photo], [spotted])[0]
     assert torch.equal(alone, Refiner(RefineConfig()).refine([photo], [target])[0])
+
+
+def test_holes_are_filled_where_that_is_asked():
+    photo, mask = disc_photo()
+    target = torch.from_numpy(mask).float()
+    target[44:52, 60:68] = 0
+    plain, filled = (Refiner(RefineConfig(fill_holes=fill)).refine([photo], [target])[0] for fill in (False, True))
+    holes = ndimage.binary_fill_holes((plain > 0.5).numpy()) & (plain <= 0.5).numpy()
+    assert torch.equal(filled, plain.masked_fill(torch.from_numpy(holes), 1.0))
+    ring = Ragged.pack([torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.4, 0.6], [0.9, 0.9, 0.9]]), torch.full((2, 2), 0.3)])
+    assert without_holes(ring).rows.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 1, 0.6, 0.9, 0.9, 0.9] + [0.3] * 4)
 
 
 def test_without_refinement_the_detector_s_mask_stays():

@@ -23,7 +23,7 @@ from namedmask.errors import UserError
 from namedmask.masks import MaskRecord, read_shard, write_shard
 from namedmask.photos import Photo
 from namedmask.saliency import make_detector, selfmask_training
-from namedmask.saliency.selfmask import SelfMask
+from namedmask.saliency.selfmask import SelfMask, agreement
 from namedmask.saliency.selfmask_training import losses, ranked_masks, teaching_count, train_saliency
 
 TINY = "vit_namedmask_demo"
@@ -83,6 +83,29 @@ def test_the_detector_is_the_network(tmp_path):
     torch.testing.assert_close(find.detect([photo])[0].mask, want, atol=1e-5, rtol=0)
 
 
+def test_several_looks_are_averaged(tmp_path):
+    """Mirrored ones make the detector blind to which way a photo hangs."""
+    weights = str(small_weights(tmp_path / "w.safetensors"))
+    config = DetectorConfig(name="selfmask", backbone=TINY, weights=weights, image_size=64)
+    pixels = np.random.default_rng(2).integers(0, 256, (70, 91, 3), np.uint8)
+    photo, turned = Photo("", pixels), Photo("", np.ascontiguousarray(pixels[:, ::-1]))
+    singles = [make_detector(config.model_copy(update={"image_size": size}), "cpu") for size in (64, 96)]
+    masks = [single.detect([p])[0].mask for single in singles for p in (photo, turned)]
+    masks[1::2] = [mask.flip(1) for mask in masks[1::2]]
+    find = make_detector(config.model_copy(update={"scales": [1.0, 1.5], "mirror": True}), "cpu")
+    together, mirrored = find.detect([photo, turned])
+    torch.testing.assert_close(together.mask, torch.stack(masks).mean(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mirrored.mask.flip(1), together.mask, atol=1e-5, rtol=0)
+    assert find.tokens(photo) == 2 * sum(single.tokens(photo) for single in singles)
+
+
+def test_agreement_is_the_mean_iou_of_pairs():
+    a = torch.tensor([[0.9, 0.9, 0.1, 0.1]])
+    b = torch.tensor([[0.9, 0.1, 0.1, 0.1]])
+    assert agreement([a]) == 1 and agreement([a, a]) == 1 and agreement([a, 1 - a]) == 0
+    assert agreement([a, b, b]) == pytest.approx((0.5 + 0.5 + 1) / 3)
+
+
 def test_wrong_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"needs --detector-weights FILE"):
         make_detector(DetectorConfig(name="selfmask"), "cpu")
@@ -131,8 +154,8 @@ def run_of_discs(tmp_path) -> Path:
     return out
 
 
-SMALL = {"backbone": TINY, "queries": 3, "layers": 2, "keep": 0.5, "paste": 0.25, "crop": 48, "scale": (0.5, 1.0),
-         "batch": 6, "rate": 2e-3, "encoder_rate": 1e-3}  # fmt: skip
+SMALL = {"backbone": TINY, "queries": 3, "layers": 2, "keep": 0.5, "paste": 0.25, "texture": 0.1, "crop": 48,
+         "scale": (0.5, 1.0), "batch": 6, "rate": 2e-3, "encoder_rate": 1e-3}  # fmt: skip
 
 
 def test_the_best_masks_teach(run_of_discs):
