@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..segmenter.folder import overlay
 from .scenes import KINDS, evaluation_scene, index_photo
 from .score import Shown
+from .score_scenes import ShownScene
 
 TILE = 128  # pixels a side
 LABEL = 16  # pixels for the line below
@@ -39,6 +41,18 @@ def draw_masks(shown: Sequence[Shown]) -> Image.Image:
         tiles.append((one.image, one.kind))
         for mask, label in ((one.detector, "detector"), (one.refined, "refined"), (one.truth, "truth")):
             tiles.append((_tinted(one.image, mask), label))
+    return _grid(tiles, columns=8)
+
+
+def draw_segments(shown: Sequence[ShownScene]) -> Image.Image:
+    """Scene, the named pseudo-mask, the segmenter's labels and the truth, a colour a kind, two scenes a row."""
+    tiles = []
+    for one in shown:
+        tiles.append((one.image, "scene"))
+        for labels, caption in ((one.pseudo, "CLIP"), (one.segmented, "found"), (one.truth, "truth")):
+            share = np.bincount(labels.ravel(), minlength=len(KINDS) + 1)[1:] / labels.size
+            kinds = [KINDS[place] for place in np.argsort(-share)[:2] if share[place] > 0.01]
+            tiles.append((overlay(one.image, labels), f"{caption}: {', '.join(kinds)}"))
     return _grid(tiles, columns=8)
 
 

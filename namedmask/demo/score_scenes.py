@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""What the demo's segmenter is worth on scenes of one to three objects, which no stage of the pipeline has seen.
+
+- `segmenter_miou`: its mean IoU over the kinds and the background, one confusion matrix over all scenes.
+- `pseudo_miou`: the same of what it was taught by, applied to the scenes themselves: the detector's refined mask,
+  named by what CLIP finds likeliest. One mask with one name for each scene, as pseudo-masks are.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..archive import Archive, Retrieved, prompts
+from ..config import RunConfig, read_config
+from ..distributed import Worker, count_gpus
+from ..evaluate.folders import as_json
+from ..evaluate.metrics import Confusion
+from ..formats import BACKGROUND
+from ..index import make_embedder
+from ..masks import read_masks
+from ..photos import PhotoSource
+from ..progress import Progress
+from ..pseudolabel import pseudolabel
+from ..segmenter.predict import Segmenter
+from ..threads import map_ahead, thread_count
+from .scenes import KINDS, evaluation_scene
+
+SHOWN = 16
+
+
+class ShownScene(NamedTuple):
+    """A scene for the contact sheet: uint8 [H, W, 3], and labels uint8 [H, W], 0 or 1 + the kind's place."""
+
+    image: np.ndarray
+    pseudo: np.ndarray
+    segmented: np.ndarray
+    truth: np.ndarray
+
+
+def render_scenes(folder: Path, seed: int, count: int) -> list[np.ndarray]:
+    """Renders evaluation scenes as 00000.png, ... and gives their true labels, uint8 [H, W]: 0, or 1 + the kind's."""
+
+    def draw(number: int) -> np.ndarray:
+        scene = evaluation_scene(seed, number)
+        Image.fromarray(scene.image).save(folder / f"{number:05}.png", compress_level=1)
+        truth = np.zeros(scene.image.shape[:2], np.uint8)
+        for mask, kind in zip(scene.masks, scene.kinds, strict=True):
+            truth[mask] = 1 + KINDS.index(kind)
+        return truth
+
+    return list(map_ahead(draw, range(count), thread_count()))
+
+
+def score_scenes(out: Path, seed: int, count: int) -> tuple[dict[str, dict], list[ShownScene]]:
+    """Figures as demo.json holds them, of the segmenter in the run folder `out`, and what to look at."""
+    config = read_config(out / "run.toml")
+    device = "cuda" if count_gpus(None, 1) else "cpu"
+    with tempfile.TemporaryDirectory() as folder, Progress("scenes", Worker()) as progress:
+        photos = Path(folder, "photos")
+        photos.mkdir()
+        progress.total = 2 * count
+        truth = render_scenes(photos, seed, count)
+        source = PhotoSource(str(photos))
+        names = [f"{number:05}.png" for number in range(count)]
+        figures, first = {}, {}
+        for key, predictions in (
+            ("pseudo_miou", _pseudo_labels(source, names, config, Path(folder, "masks"), device)),
+            ("segmenter_miou", _segmented(source, names, out / "segmenter", device)),
+        ):
+            confusion, first[key] = Confusion(len(KINDS) + 1), []
+            for labels, true in zip(predictions, truth, strict=True):
+                confusion.add(labels, true)
+                if len(first[key]) < SHOWN:
+                    first[key].append(labels)
+                progress.tick(1)
+            found = as_json(confusion.metrics(), (BACKGROUND, *KINDS), count)
+            figures[key] = {"mean": found["mean_iou"], "per_category": found["iou"]}
+        images = [source.decode(name).pixels for name in names[:SHOWN]]
+        shown = [ShownScene(*row) for row in zip(images, *first.values(), truth, strict=False)]
+    return figures, shown
+
+
+def _segmented(source: PhotoSource, names: list[str], weights: Path, device: str) -> Iterator[np.ndarray]:
+    segmenter = Segmenter.load(weights, device=device)
+    order = [0, *(1 + KINDS.index(name) for name in segmenter.names[1:])]
+    for batch in segmenter.segment(source, names):
+        for _, _, mask in batch:
+            yield np.array(order)[mask]
+
+
+def _pseudo_labels(
+    source: PhotoSource, names: list[str], config: RunConfig, folder: Path, device: str
+) -> Iterator[np.ndarray]:
+    """The pipeline's own engine on an archive in which each scene has the one category that CLIP finds likeliest."""
+    clip = make_embedder(config.index, device)
+    text = clip.texts(KINDS, prompts())
+    photos: dict[str, list[Retrieved]] = {kind: [] for kind in KINDS}
+    for name, embedding in clip.images(source, names):
+        likeness = text @ embedding
+        photos[KINDS[int(likeness.argmax())]].append(Retrieved(name, float(likeness.max())))
+    folder.mkdir()
+    pseudolabel(source, Archive(list(KINDS), photos), folder, config, Worker(), device, lambda *_, **__: None)
+    for record in sorted(read_masks(folder), key=lambda record: record.photo):
+        yield record.mask() * np.uint8(1 + KINDS.index(record.category))
