@@ -76,7 +76,7 @@ SEGMENTER = LEARNING | {"encoder": ENCODER_NAME, "steps": 155, "rate": 3e-3, "en
 
 
 def run_demo(
-    out: Path, *, overwrite: bool = False, blocks: int = 20, best: int = 50, steps: int | None = None, scenes: int = 120
+    out: Path, *, overwrite: bool = False, blocks: int = 20, best: int = 50, steps: int | None = None, scenes: int = 80
 ) -> dict:
     """Runs the demo in the folder `out`, or what is left of it to do; prints and returns the figures of demo.json.
 
