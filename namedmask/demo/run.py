@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`namedmask demo`: photos rendered here, the ordinary pipeline over them, and what it makes of them is worth.
+"""`namedmask demo`: photos rendered here, the ordinary pipeline over them, and what its masks and segmenter are worth.
 
 OUT is an ordinary run folder, with these beside:
 
@@ -113,8 +113,8 @@ def run_demo(
     if overwrite:
         with run.locked(out):
             run.prepare(out, given, run.STAGES, overwrite)
-    # Trainings of such small networks gain little from threads that share each product, and their rounding would depend
-    # on the number of threads.
+    # Where somebody else uses a core too, threads that share each product slow the training of such small networks
+    # several times; and the rounding would depend on their number.
     with kernels_on_one_thread("cuda" if count_gpus(None, 1) else "cpu"):
         for stage in STAGES:
             with timed(stage):

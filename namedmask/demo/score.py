@@ -72,7 +72,9 @@ def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) 
         progress.total = 2 * len(names)
         refined, experts = _masks(out / "masks"), _experts_masks(out / "refined")
         alone = _masks(out / "detected")
-        cut = _remade(out, config.model_copy(update={"detector": spectral, "refine": coarse}), progress)
+        cut = _remade(
+            out, config.model_copy(update={"detector": spectral, "refine": coarse, "keep_detected": False}), progress
+        )
 
         def compare(name: str, guesses: Mapping[str, Guess]) -> tuple[Scene, dict[str, float]]:
             scene, photo = index_photo(seed, int(Path(name).stem)), source.decode(name)

@@ -105,6 +105,7 @@ def _pseudo_labels(
         likeness = text @ embedding
         photos[KINDS[int(likeness.argmax())]].append(Retrieved(name, float(likeness.max())))
     folder.mkdir()
+    config = config.model_copy(update={"keep_detected": False})
     pseudolabel(source, Archive(list(KINDS), photos), folder, config, Worker(), device, lambda *_, **__: None)
     for record in sorted(read_masks(folder), key=lambda record: record.photo):
         yield record.mask() * np.uint8(1 + KINDS.index(record.category))

@@ -44,7 +44,7 @@ class ClusterVoteDetector(Detector):
         for backbone in self.backbones:
             prepared = [backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
             features = backbone.extract(prepared, [self.config.features])[self.config.features]
-            # The clustering has no CUDA version. Its input is small beside what the network has moved.
+            # No GPU has run the clustering's CUDA version yet. Its input is small beside what the network has moved.
             features = features.with_rows(features.rows.cpu())
             if self.config.centre:
                 features = centred(features)

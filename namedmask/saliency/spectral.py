@@ -39,7 +39,7 @@ class SpectralDetector(Detector):
     def detect(self, photos: Sequence[Photo]) -> list[Detection]:
         prepared = [self.backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
         features = self.backbone.extract(prepared, [self.config.features])[self.config.features]
-        # The cut has no CUDA version yet. Its input is small beside what the network has moved.
+        # No GPU has run the cut's CUDA version yet. Its input is small beside what the network has moved.
         features = features.with_rows(features.rows.cpu())
         if self.config.centre:
             features = centred(features)
