@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A small ViT with random weights, in a file as a user would bring it, and the options that run it."""
+"""A small ViT with random weights, in a file as a user would bring it, the options that run it; one thread for torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,15 @@ def detector_options(backbone_weights) -> list[str]:
     """Options with which the spectral detector runs in milliseconds."""
     backbone = ["--backbone", BACKBONE, "--backbone-weights", str(backbone_weights)]
     return [*backbone, "--image-size", "96", "--features", "tokens", "--centre"]
+
+
+@pytest.fixture
+def one_thread(monkeypatch) -> Iterator[None]:
+    """Torch on one thread, here and in processes that are started: rounding depends on their number."""
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

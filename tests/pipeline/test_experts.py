@@ -112,8 +112,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("mode", ["separate", "shared"])
-def test_experts_mend_the_masks_that_taught_them(world, tmp_path, mode, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_experts_mend_the_masks_that_taught_them(world, tmp_path, mode, one_thread):
     given, settings, truth = world
     out = copy_of(given, tmp_path)
     if mode == "shared":  # as many steps as all of the others take, and a head that serves all
@@ -144,8 +143,7 @@ def test_experts_mend_the_masks_that_taught_them(world, tmp_path, mode, monkeypa
     assert "refined by category experts" in write_report(out).read_text()
 
 
-def test_killed_and_gone_on_gives_the_same_bytes(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_killed_and_gone_on_gives_the_same_bytes(world, tmp_path, one_thread):
     given, settings, _ = world
     out = copy_of(given, tmp_path)
     settings = {**settings, "steps": 16}
@@ -174,9 +172,8 @@ def test_killed_and_gone_on_gives_the_same_bytes(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["separate", "shared"])
-def test_two_workers(world, tmp_path, mode, monkeypatch):
+def test_two_workers(world, tmp_path, mode, one_thread):
     """One by one the same bytes; all at once a batch that is shared, the same to rounding."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     given, settings, _ = world
     masks = []
     for workers in (1, 2):

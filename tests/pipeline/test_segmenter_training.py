@@ -292,8 +292,7 @@ def test_two_workers_have_the_gradients_of_one(tmp_path):
             assert (found[name] - value).abs().max() / size < 1e-3, name
 
 
-def test_two_workers_train_what_one_does(run_of_discs, small, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_two_workers_train_what_one_does(run_of_discs, small, one_thread):
     settings = {**small, "steps": 4, "rate": 1e-4, "encoder_rate": 1e-4}
     alone = train_run(run_of_discs, settings)
     loss = lines(run_of_discs)[-1]["loss"]
