@@ -28,12 +28,11 @@ from namedmask.demo import run as demo
 from namedmask.demo.scenes import KINDS, index_photo
 from namedmask.demo.score import iou
 from namedmask.demo.score_scenes import score_scenes
-from namedmask.masks import read_masks, write_shard
+from namedmask.masks import MaskRecord, read_masks, write_shard
 
 BEGIN, END = "<!-- table: made by tools/ablations.py -->", "<!-- end of the table -->"
 LARGEST = 100  # photos a kind in the largest archive
 SCENES = 120
-STEPS = {"experts": 80, "segmenter": 120}  # fewer than the demo's, as a table is some seventy trainings
 BLOCKS = 30  # of 53 photos: 120 of each kind
 
 BASE = {"detector": "selfmask", "refine": True, "experts": "shared", "photos": 50, "copies": (1, 2)}
@@ -41,6 +40,8 @@ ROWS = {
     "the demo": {},
     "spectral detector": {"detector": "spectral"},
     "spectral detector, no experts": {"detector": "spectral", "experts": None},
+    "true masks": {"detector": "truth"},
+    "true masks, no experts": {"detector": "truth", "experts": None},
     "no solver": {"refine": False},
     "no experts": {"experts": None},
     "an expert network a kind": {"experts": "separate"},
@@ -55,7 +56,7 @@ ROWS = {
 
 def settings(folder: Path, row: dict) -> dict:
     """The run's settings for a row."""
-    experts = demo.EXPERTS | {"mode": row["experts"] or "shared", "steps": STEPS["experts"]}
+    experts = demo.EXPERTS | {"mode": row["experts"] or "shared"}
     if row["experts"] == "separate":  # as many views in all, a twelfth of them for each
         experts |= {"steps": -(-2 * experts["steps"] // len(KINDS)), "batch": experts["batch"] // 2}
     return {
@@ -63,10 +64,10 @@ def settings(folder: Path, row: dict) -> dict:
         "categories": list(KINDS),
         "index": {"clip_model": demo.CLIP_NAME},
         "archive": {"photos_per_category": row["photos"]},
-        "detector": demo.DETECTOR if row["detector"] == "selfmask" else demo.SPECTRAL,
+        "detector": demo.SPECTRAL if row["detector"] == "spectral" else demo.DETECTOR,
         "refine": demo.REFINE if row["refine"] else {"name": "none"},
         "experts": experts,
-        "segmenter": demo.SEGMENTER | {"copies": row["copies"], "steps": STEPS["segmenter"]},
+        "segmenter": demo.SEGMENTER | {"copies": row["copies"]},
     }
 
 
@@ -79,8 +80,24 @@ def masks_of(folder: Path, row: dict) -> Path:
     """A folder with the run's stages as far as the masks, of the largest archive; for all rows that differ later."""
     out = folder / f"masks, {row['detector']}{'' if row['refine'] else ', no solver'}"
     given = settings(folder, row | {"photos": LARGEST})
-    stages(out, given, "index", "archive", "pseudolabel")
+    stages(out, given, "index", "archive")
+    if row["detector"] == "truth":
+        write_truth(out, int(folder.name))
+    else:
+        stages(out, given, "pseudolabel")
     return out
+
+
+def write_truth(out: Path, seed: int) -> None:
+    """The true masks of the archive's photos, where a detector's would be: what no mask can be better than."""
+    records = []
+    for kind, entries in read_archive(out / "archive.json").photos.items():
+        for entry in entries:
+            scene = index_photo(seed, int(Path(entry.photo).stem))
+            mask = scene.masks[0] if scene.kinds == (kind,) else np.zeros(scene.image.shape[:2], bool)
+            records.append(MaskRecord.from_mask(entry.photo, mask, kind, entry.score, 1.0))
+    (out / "masks").mkdir(exist_ok=True)
+    write_shard(out / "masks" / "00000.jsonl", sorted(records, key=lambda record: record.photo))
 
 
 def cut_short(whole: Path, out: Path, photos: int) -> None:
