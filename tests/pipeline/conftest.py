@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A small ViT with random weights, in a file as a user would bring it, the options that run it; one thread for torch."""
+"""A small ViT with random weights in a file, as a user would bring it, options that run it; one thread for torch."""
 
 from __future__ import annotations
 
