@@ -412,6 +412,8 @@ def segment(
     from .segmenter.folder import segment_photos
 
     source = _source(photos)
+    if out.resolve() in (weights.resolve(), weights.resolve().parent):
+        raise UserError(f"{out} holds the weights, and a categories.json of theirs: choose another --out")
     with run.locked(out):
         if overwrite:
             for name in ("masks", "overlays", "categories.json", "errors.jsonl"):

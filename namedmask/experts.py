@@ -93,6 +93,11 @@ class SharedExperts(DeepLab):
         return F.binary_cross_entropy_with_logits(logits[labelled], (labels[labelled] % 2).float(), reduction="sum")
 
 
+def file_name(category: str) -> str:
+    """What a category's file is called, without a suffix: another for every name, and none that climbs out."""
+    return quote(category, safe=" ").replace(".", "%2E")
+
+
 def samples_of(records: dict[str, list[MaskRecord]], names: Sequence[str]) -> list[Sample]:
     """What teaches the experts of `names`: background is 2 k, the object 2 k + 1, where k is the category's place."""
     return [
@@ -187,7 +192,7 @@ class _Experts:
     def _expert(self, name: str, categories: list[str], worker: Worker) -> DeepLab:
         """The network of a file, trained first by all of `worker`'s workers if there is none."""
         kind, classes = (SharedExperts, len(categories)) if self.settings.mode == SHARED else (DeepLab, 2)
-        path = self.out / "experts" / f"{quote(name, safe=' ')}.safetensors"
+        path = self.out / "experts" / f"{file_name(name)}.safetensors"
         journal = path.with_suffix("")
         if path.exists():
             self.progress.tick(self.views if worker.is_main else 0, found=True)

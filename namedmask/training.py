@@ -99,7 +99,7 @@ class Journal:
             self.step, self.sums = state["step"], {name: value.to(device) for name, value in state["sums"].items()}
         if self.worker.is_main:
             lines = [json.dumps(self.about)]
-            if self.step:
-                lines = [x for x in metrics.read_text().splitlines() if json.loads(x).get("step", 0) <= self.step]
+            if self.step and metrics.exists():
+                lines += [x for x in metrics.read_text().splitlines() if 0 < json.loads(x).get("step", 0) <= self.step]
             with atomic_write(metrics) as file:
                 file.write("".join(line + "\n" for line in lines).encode())

@@ -48,8 +48,9 @@ def default_ignore(classes: int, red_green: bool) -> int:
 def new_confusion(categories: list[str], ignore: int | None, red_green: bool) -> Confusion:
     """Counts for the background and the categories; UserError where the ignored id is that of a class."""
     classes = len(categories) + 1
+    ignore = default_ignore(classes, red_green) if ignore is None else ignore
     try:
-        return Confusion(classes, default_ignore(classes, red_green) if ignore is None else ignore)
+        return Confusion(classes, ignore)
     except ValueError as error:
         raise UserError(f"--ignore {ignore}: {error}") from None
 

@@ -47,8 +47,10 @@ def export_onnx(segmenter: Segmenter, path: Path) -> float:
     """Writes a segmenter, of the CPU and in float32, to an ONNX file that onnxruntime runs to the same result.
 
     Returns the largest difference of a logit between the two, on photos of noise, as a share of the largest logit.
-    Raises UserError without the packages, and where the two differ; then there is no file.
+    Raises UserError without the packages or the folder, and where the two differ; then there is no file.
     """
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder, or {path.parent} is none")
     try:
         import onnx
         import onnxscript  # noqa: F401  what torch's exporter writes with

@@ -110,7 +110,8 @@ def _settle(path: Path, segmenter: Segmenter, weights: Path) -> None:
     }
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in ("categories", "sha256", "precision") if old.get(key) != about[key]]
+        parts = {"categories": "categories", "sha256": "weights", "precision": "precision"}
+        changed = [part for key, part in parts.items() if old.get(key) != about[key]]
         if changed:
             raise UserError(
                 f"{path.parent} was made with other {' and '.join(changed)} (weights then: {old.get('weights')}): "

@@ -24,7 +24,7 @@ from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained_encoder
 from namedmask.config import ExpertTraining, make_config
 from namedmask.errors import UserError
-from namedmask.experts import SharedExperts, decided, samples_of
+from namedmask.experts import SharedExperts, decided, file_name, samples_of
 from namedmask.masks import MaskRecord, best_masks, mask_score, read_errors, read_masks, read_shard, write_shard
 from namedmask.report import write_report
 from namedmask.segmenter.augment import IGNORE
@@ -260,6 +260,12 @@ def test_a_photo_teaches_the_last_layer_of_its_category_alone():
             one = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
             expected += one[labels[photo] != IGNORE].sum()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_names_of_files():
+    assert [file_name(name) for name in ("traffic light", "hot/dog", "..", "a%2Fb")] == [
+        "traffic light", "hot%2Fdog", "%2E%2E", "a%252Fb",
+    ]  # fmt: skip
 
 
 def test_samples_and_scores():

@@ -56,6 +56,9 @@ def test_a_file_that_differs_is_not_left(weights, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model\.onnx is not written: onnxruntime's result differs"):
         export.export_onnx(network, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+    for path in (tmp_path, tmp_path / "none" / "model.onnx"):
+        with pytest.raises(UserError, match="cannot be written"):
+            export.export_onnx(network, path)
 
 
 def test_without_the_packages(weights, tmp_path, monkeypatch):

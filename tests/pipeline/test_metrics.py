@@ -163,6 +163,7 @@ def test_evaluate_says_in_one_line_what_is_wrong(folders):
     predictions, truth = folders / "predictions", folders / "truth"
     refused("there is no categories.json in", predictions, truth)
     refused("--ignore 2", predictions, truth, *names, "--ignore", 2)
+    refused("--ignore 1000: ", predictions, truth, "--categories", ",".join(map(str, range(1000))), "--red-green")
     refused("a.png: the prediction has the id 2: classes are 0 to 1", predictions, truth, "--categories", "cat")
     refused("is not a folder", folders / "none", truth, *names)
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(predictions / "a.png")

@@ -210,13 +210,16 @@ def test_segment_says_in_one_line_what_is_wrong(weights, tmp_path):
     refused("does not exist", weights, tmp_path / "none")
     refused("there is no such file", tmp_path / "none", tmp_path / "photos")
     refused("expected float32 or bfloat16", weights, tmp_path / "photos", "--precision", "int8")
+    for given in (weights, weights / "model.safetensors"):
+        own = segment(given, tmp_path / "photos", "--out", weights, "--overwrite")
+        assert own.exit_code == 2 and "holds the weights" in own.stderr and (weights / "categories.json").exists()
     assert segment(weights, tmp_path / "photos", "--out", out).exit_code == 0
     other = tmp_path / "other"
     other.mkdir()
     network = tiny_network()
     network.classifier.classifier[3].bias.data += 1
     save_segmenter(other, network, ["cat", "bird"])
-    refused("was made with other categories and sha256", other, tmp_path / "photos")
+    refused("was made with other categories and weights", other, tmp_path / "photos")
     assert segment(other, tmp_path / "photos", "--out", out, "--overwrite").exit_code == 0
     draw_photo(0, "cat").save(tmp_path / "photos" / "cat0000.png")
     refused("would both become cat0000.png", other, tmp_path / "photos")

@@ -190,6 +190,9 @@ def test_a_checkpoint_of_other_masks_is_refused(run_of_discs, small, monkeypatch
         train(source, samples, *arguments[:-1], progress)
         with pytest.raises(UserError, match="other settings or masks"):
             train(source, samples[1:], *arguments[:-1], progress)
+        (run_of_discs / "metrics.jsonl").unlink()  # lost, while the checkpoint is there
+        train(source, samples, *arguments[:-1], progress)
+    assert len((run_of_discs / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_segmenter_of_other_masks_is_refused(run_of_discs, small):
