@@ -62,6 +62,7 @@ def settings(folder: Path, row: dict) -> dict:
     return {
         "photos": str((folder / "photos").absolute()),
         "categories": list(KINDS),
+        "shard_size": LARGEST * len(KINDS),  # one file of masks, as `cut_short` writes
         "index": {"clip_model": demo.CLIP_NAME},
         "archive": {"photos_per_category": row["photos"]},
         "detector": demo.SPECTRAL if row["detector"] == "spectral" else demo.DETECTOR,
