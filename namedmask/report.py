@@ -25,6 +25,7 @@ from PIL import Image
 
 from .archive import read_archive
 from .config import read_config, read_facts
+from .demo.folder import contact_sheets
 from .errors import UserError
 from .files import atomic_write
 from .masks import ErrorRecord, MaskRecord, best_masks, read_errors, read_masks
@@ -57,10 +58,7 @@ def write_report(out: str | os.PathLike, sheets: Mapping[str, Image.Image] | Non
     Raises UserError if the run folder lacks run.toml or archive.json, or if a file in it is damaged.
     """
     out = Path(out)
-    if sheets is None and (out / "demo.json").exists():
-        from .demo.run import contact_sheets
-
-        sheets = contact_sheets(out)
+    sheets = contact_sheets(out) if sheets is None else sheets
     config, masks = read_config(out / "run.toml"), best_masks(out)
     try:
         archive = read_archive(out / "archive.json")

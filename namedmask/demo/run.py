@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .. import run
 from ..config import DetectorConfig, RefineConfig
@@ -24,18 +23,11 @@ from ..errors import UserError
 from ..files import TEMPORARY_PREFIX, atomic_write
 from ..progress import Progress
 from ..threads import kernels_on_one_thread, map_ahead, thread_count
+from .folder import FIGURES, SHEETS, fingerprint, read_figures
 from .models import CLIP_NAME, ENCODER_NAME, SELFMASK_WEIGHTS, VIT_NAME
 from .scenes import KINDS, index_photo
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 SEED = 7  # neither training (tools/train_demo_weights.py) nor the choice of the settings below has seen this one
-SHEETS = {
-    "scenes.png": "What the photos look like",
-    "masks.png": "Photo, SelfMask alone, refined, truth",
-    "segments.png": "Scenes of several objects: a mask that CLIP names, the segmenter, the truth",
-}
 STAGES = ("index", "archive", "pseudolabel", "experts", "train")
 BLOCK = 53  # photos: what `scenes.index_photo` deals the kinds in
 
@@ -83,7 +75,7 @@ def run_demo(
     overwrite: make everything anew. blocks: of 53 photos each. best: photos in the archive of each kind. steps: of the
     experts' and the segmenter's trainings, instead of the demo's. scenes: that the segmenter is scored on.
     """
-    from .score import fingerprint, print_figures, score
+    from .score import print_figures, score
     from .score_scenes import score_scenes
     from .sheets import draw_masks, draw_scenes, draw_segments
 
@@ -107,7 +99,7 @@ def run_demo(
         "segmenter": SEGMENTER | ({"steps": steps} if steps else {}),
     }
     if overwrite:
-        (out / "demo.json").unlink(missing_ok=True)
+        (out / FIGURES).unlink(missing_ok=True)
     with timed("render"):
         render(out / "photos", SEED, blocks * BLOCK, overwrite)
     if overwrite:
@@ -120,8 +112,8 @@ def run_demo(
             with timed(stage):
                 run.start(out, given, [stage], workers=1, gpus=None, overwrite=False)
 
-    figures = _finished(out, fingerprint(out))
-    if figures is None:
+    figures = read_figures(out)
+    if figures is None or not all((out / name).exists() for name in (*SHEETS, "report.html")):
         with timed("score"):
             figures, shown = score(out, SEED, DetectorConfig(**SPECTRAL), RefineConfig(**COARSE))
             of_scenes, segmented = score_scenes(out, SEED, scenes)
@@ -135,10 +127,10 @@ def run_demo(
 
             write_report(out, dict(zip(SHEETS.values(), drawn, strict=True)))
         figures |= {"seconds": {**seconds, "all": round(sum(seconds.values()), 1)}, "made_of": fingerprint(out)}
-        with atomic_write(out / "demo.json") as file:
+        with atomic_write(out / FIGURES) as file:
             file.write(json.dumps(figures, indent=1).encode() + b"\n")
     print_figures(figures)
-    print(f"figures: {out / 'demo.json'}; sheets: {', '.join(str(out / name) for name in SHEETS)}")
+    print(f"figures: {out / FIGURES}; sheets: {', '.join(str(out / name) for name in SHEETS)}")
     print(f"look at {out / 'report.html'}")
     return figures
 
@@ -170,32 +162,3 @@ def render(folder: Path, seed: int, count: int, overwrite: bool) -> None:
 def photo_name(number: int) -> str:
     """What photo `number` of the index is called."""
     return f"{number:05}.png"
-
-
-def contact_sheets(out: Path) -> dict[str, Image.Image]:
-    """The sheets of the demo in `out` by their captions, for a report that is written again.
-
-    Empty where the masks are no longer those that the demo has scored and drawn.
-    """
-    from PIL import Image
-
-    from .score import fingerprint
-
-    if _figures(out, fingerprint(out)) is None:
-        return {}
-    return {caption: Image.open(out / name) for name, caption in SHEETS.items() if (out / name).exists()}
-
-
-def _figures(out: Path, made_of: str) -> dict | None:
-    """The figures of an earlier run, if they are of these very masks."""
-    try:
-        figures = json.loads((out / "demo.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return figures if figures.get("made_of") == made_of else None
-
-
-def _finished(out: Path, made_of: str) -> dict | None:
-    """The same, if all that goes with them is there too."""
-    complete = all((out / name).exists() for name in (*SHEETS, "report.html"))
-    return _figures(out, made_of) if complete else None

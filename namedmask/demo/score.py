@@ -14,7 +14,6 @@ A mean is that of the kinds.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -132,15 +131,6 @@ def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two masks, bool [H, W]; 0 where both are empty."""
     return float((a & b).sum() / max(1, (a | b).sum()))
-
-
-def fingerprint(out: Path) -> str:
-    """Tells one set of archive, masks and segmenter from another."""
-    digest = hashlib.sha256()
-    for made in ("archive.json", "masks/*.jsonl", "refined/*.jsonl", "segmenter/model.safetensors"):
-        for path in sorted(out.glob(made)):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def print_figures(figures: Mapping) -> None:
