@@ -20,7 +20,9 @@ const ComponentKernels& kernels() {
   switch (level()) {
 #if defined(__x86_64__)
     case Level::kAVX512VNNI:
-    case Level::kAVX512: return components_avx512;
+    case Level::kAVX512:
+      if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq")) return components_avx512;
+      return components_avx2;
     case Level::kAVX2: return components_avx2;
 #endif
     default: return components_portable;
@@ -124,13 +126,14 @@ void check_masks(const char* op, const TensorView& mask, const TensorView& out) 
 
 ComponentStats stats_of(const Labeller& labeller, int32_t count) {
   ComponentStats stats;
-  stats.areas.reserve(count);
-  stats.boxes.reserve(4 * static_cast<size_t>(count));
-  for (int32_t c = 1; c <= count; ++c) {
+  stats.areas.resize(count);
+  stats.boxes.resize(4 * static_cast<size_t>(count));
+  int32_t *area = stats.areas.data(), *box = stats.boxes.data();
+  for (int32_t c = 1; c <= count; ++c, ++area, box += 4) {
     const Extent& e = labeller.extent(c);
     const int32_t top = labeller.top(c);
-    stats.areas.push_back(e.area);
-    stats.boxes.insert(stats.boxes.end(), {-e.minus_left, top, e.right + e.minus_left, e.bottom - top});
+    *area = e.area;
+    box[0] = -e.minus_left, box[1] = top, box[2] = e.right + e.minus_left, box[3] = e.bottom - top;
   }
   return stats;
 }

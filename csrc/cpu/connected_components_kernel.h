@@ -181,18 +181,29 @@ int32_t join(const Runs& runs) {
   return count;
 }
 
-// Writes where bits are set, `from` added, and up to kPadding values more: rather too many than a guess after each.
+struct Places {
+  uint8_t at[64];
+};
+
+constexpr Places places() {
+  Places table = {};
+  for (int i = 0; i < 64; ++i) table.at[i] = static_cast<uint8_t>(i);
+  return table;
+}
+
+alignas(64) constexpr Places kPlaces = places();
+
+// Writes where bits are set, none beside another, `from` added, and up to kPadding values more: rather too many than a
+// guess after each.
 inline int32_t* positions(uint64_t bits, int32_t from, int32_t* out) {
   int32_t* const end = out + count_ones(bits);
-#if defined(__AVX512F__)
-  const __m512i sixteen = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                           _mm512_set1_epi32(from));
-#pragma GCC unroll 4
-  for (int quarter = 0; quarter < 4; ++quarter, bits >>= 16) {
-    const __m512i places = _mm512_add_epi32(sixteen, _mm512_set1_epi32(16 * quarter));
-    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), places));
-    out += count_ones(bits & 0xffff);
-  }
+#if defined(__AVX512VBMI2__)
+  const __m512i found = _mm512_maskz_compress_epi8(bits, _mm512_load_si512(kPlaces.at));
+  const auto store = [from](__m128i sixteen, int32_t* to) {
+    _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_cvtepu8_epi32(sixteen), _mm512_set1_epi32(from)));
+  };
+  store(_mm512_castsi512_si128(found), out);
+  if (end - out > 16) store(_mm512_extracti32x4_epi32(found, 1), out + 16);
 #else
   while (bits) {
 #pragma GCC unroll 8
@@ -231,6 +242,38 @@ void measure(const int32_t* final, const Runs& runs, Extent* extents) {
   }
 }
 
+#if defined(__AVX512VPOPCNTDQ__)
+
+void paint(const Runs& runs, int32_t* out) {
+  const __m512i upto = _mm512_sub_epi32(
+      _mm512_sllv_epi32(_mm512_set1_epi32(2), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)),
+      _mm512_set1_epi32(1));
+  const uint64_t* bits = runs.bits;
+  for (int64_t y = 0; y < runs.height; ++y, out += runs.width) {
+    const int32_t* labels = runs.label + runs.first[y] - 1;  // the last run that begins before the sixteen pixels
+    Edges edges;
+    for (int64_t i = 0; i < runs.words; ++i) {
+      uint64_t word = *bits++, begins, ends;
+      edges.next(word, begins, ends);
+      const int64_t left = runs.width - 64 * i;
+      for (int64_t j = 0; j < 64 && j < left; j += 16, word >>= 16, begins >>= 16) {
+        const __m512i rank =
+            _mm512_popcnt_epi32(_mm512_and_si512(_mm512_set1_epi32(static_cast<int32_t>(begins)), upto));
+        const __m512i painted =
+            _mm512_maskz_permutexvar_epi32(static_cast<__mmask16>(word), rank, _mm512_loadu_si512(labels));
+        if (j + 16 <= left) {
+          _mm512_storeu_si512(out + 64 * i + j, painted);
+        } else {
+          _mm512_mask_storeu_epi32(out + 64 * i + j, (1u << (left - j)) - 1, painted);
+        }
+        labels += count_ones(begins & 0xffff);
+      }
+    }
+  }
+}
+
+#else
+
 // byte j of at[b]: ones among the bits 0 .. j of b
 struct Ranks {
   uint64_t at[256];
@@ -255,13 +298,9 @@ inline void paint_eight(const int32_t* labels, uint64_t rank, unsigned set, int3
 #if defined(__AVX2__)
   const __m256i index = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(rank)));
   const __m256i near = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(labels));
-#if defined(__AVX512VL__)
-  const __m256i painted = _mm256_maskz_permutexvar_epi32(static_cast<__mmask8>(set), index, near);
-#else
   const __m256i own = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i inside = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(set)), own), own);
   const __m256i painted = _mm256_and_si256(_mm256_permutevar8x32_epi32(near, index), inside);
-#endif
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), painted);
 #else
   for (int j = 0; j < 8; ++j) out[j] = labels[rank >> 8 * j & 0xff] & -static_cast<int32_t>(set >> j & 1);
@@ -293,6 +332,8 @@ void paint(const Runs& runs, int32_t* out) {
     }
   }
 }
+
+#endif
 
 void keep(const uint8_t* keep, const Runs& runs, bool invert, uint8_t* out) {
   const uint64_t* bits = runs.bits;

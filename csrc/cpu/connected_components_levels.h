@@ -42,7 +42,7 @@ struct ComponentKernels {
 
 extern const ComponentKernels components_portable;
 #if defined(__x86_64__)
-extern const ComponentKernels components_avx2, components_avx512;
+extern const ComponentKernels components_avx2, components_avx512;  // the latter also needs VBMI2 and VPOPCNTDQ
 #endif
 
 }  // namespace namedmask::cpu

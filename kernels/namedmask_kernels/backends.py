@@ -59,6 +59,7 @@ def obstacle(op: str, backend: str, device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
 def choose(op: str, backend: str, device: torch.device) -> str:
     """The backend that runs `op`: the named one, or for "auto" the fastest that can.
 

@@ -55,6 +55,23 @@ def test_numpy_in_numpy_out():
         assert isinstance(op(mask), np.ndarray) and op(mask).dtype == bool
 
 
+@pytest.mark.parametrize("shape", [(40, 61), (1, 1), (0, 4), (9, 0)])
+def test_numpy_arrays_of_any_layout(shape, monkeypatch):
+    """They go to the C++ kernel without torch: the same values as by way of tensors, and every one of them written."""
+    (mask,) = random_masks(6, [shape])
+    closed = mask.copy()
+    closed.flags.writeable = False
+    plain = np.empty
+    monkeypatch.setattr(np, "empty", lambda *a, **k: np.full_like(plain(*a, **k), 77))
+    for array in (mask, closed, np.asfortranarray(mask), mask[::-1, ::2], mask.repeat(2, 1)[:, ::2], mask[1:, 1:]):
+        tensor = torch.from_numpy(array.copy())
+        found, expected = nk.connected_components(array), nk.connected_components(tensor)
+        for own, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(own, other.numpy())
+        for op in (nk.largest_component, nk.fill_holes):
+            np.testing.assert_array_equal(op(array), op(tensor).numpy())
+
+
 @pytest.mark.parametrize("shape", [(480, 480), (1, 1000), (1000, 1), (65, 129), (333, 64)])
 @pytest.mark.parametrize("density", [0.05, 0.59, 0.95])
 def test_large_masks_equal_scipy(backend, device, shape, density):

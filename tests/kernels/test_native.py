@@ -38,6 +38,8 @@ def test_what_is_no_array_is_refused_with_its_reason():
         native.fill_holes([True], offsets, shapes, out)
     with pytest.raises(TypeError, match="unsupported dtype"):
         native.fill_holes(flat.astype(np.complex64), offsets, shapes, out)
+    with pytest.raises(BufferError, match="byte order"):
+        native.fill_holes(flat, offsets.astype(">i4"), shapes, out)
     with FakeTensorMode():
         fake = torch.zeros(6, dtype=torch.bool)
     with pytest.raises((TypeError, RuntimeError), match=r"without memory|FakeTensor|fake"):
