@@ -22,25 +22,55 @@ const CosineKernels& kernels() {
 // Rounding of the unit rows to floats, which the cosine has by definition, changes their length by less.
 constexpr double kRounding = 1e-6;
 
+constexpr int64_t kSamples = 16;  // tokens whose mean is the bytes' centre
+
 }  // namespace
 
 Cosines::Cosines() : kernels_(kernels()) {}
 
-void Cosines::prepare(const float* features, int64_t n, int64_t channels, bool integers) {
+void Cosines::prepare(const float* features, int64_t n, int64_t channels, Products products) {
   channels_ = channels;
-  quantised_ = integers && kernels_.connect_quantised && n > 0 && channels > 0;
-  rows_.prepare(features, n, channels, /*rows=*/true, /*panels=*/!quantised_);
-  if (!quantised_) return;
+  products_ = kernels_.quantise && n > 0 && channels > 0 ? products : Products::kFloat32;
+  rows_.prepare(features, n, channels, /*rows=*/true, /*panels=*/products_ == Products::kFloat32);
+  if (products_ == Products::kInt8) prepare_bytes(features, n);
+  if (products_ != Products::kInt16) return;
   pairs_ = (channels + 1) / 2;
   integers_ = integer_memory_.reserve(4 * pairs_ * padded());
   integer_panels_ = integers_ + 2 * pairs_ * padded();
   errors_.assign(panels(), 0.0);
 }
 
+void Cosines::prepare_bytes(const float* features, int64_t n) {
+  const int64_t size = round_up(channels_, kByteGroup) * padded();
+  bytes_.panels = byte_memory_.reserve(2 * size);
+  bytes_.rows = reinterpret_cast<int8_t*>(bytes_.panels + size);
+  bytes_.sums = sum_memory_.reserve(padded());
+  bytes_.units = number_memory_.reserve(4 * padded() + channels_);
+  bytes_.lengths = bytes_.units + padded(), bytes_.along = bytes_.lengths + padded();
+  bytes_.errors = bytes_.along + padded(), bytes_.centre = bytes_.errors + padded();
+  std::vector<double> sum(channels_, 0.0);
+  double lengths = 0;
+  for (int64_t k = 0; k < kSamples; ++k) {
+    const float* row = features + k * n / kSamples * channels_;
+    double squares = 0;
+    for (int64_t c = 0; c < channels_; ++c) sum[c] += row[c], squares += static_cast<double>(row[c]) * row[c];
+    lengths += std::sqrt(squares);
+  }
+  centre_square_ = 0;
+  for (int64_t c = 0; c < channels_; ++c) {
+    const auto mean = static_cast<float>(lengths > 0 ? sum[c] / lengths : 0);
+    bytes_.centre[c] = mean;
+    centre_square_ += static_cast<double>(mean) * mean;
+  }
+}
+
 void Cosines::normalise(int64_t panel) {
   rows_.normalise(panel);
-  if (!quantised_) return;
   const int64_t first = panel * kPanel;
+  if (products_ == Products::kInt8) {
+    for (int64_t i = first; i < first + kPanel; ++i) kernels_.quantise_bytes(rows_.row(i), channels_, i, bytes_);
+  }
+  if (products_ != Products::kInt16) return;
   double largest = 0;
   for (int64_t i = 0; i < kPanel; ++i) {
     int16_t* row = integers_ + (first + i) * 2 * pairs_;
@@ -52,8 +82,11 @@ void Cosines::normalise(int64_t panel) {
 }
 
 double Cosines::reach() const {
-  // A sum of float products is off by half a unit in the last place for each addition and product at most.
-  if (!quantised_) return static_cast<double>(channels_ + 1) * 0x1p-24 + kRounding;
+  // A sum of float products is off by half a unit in the last place for each addition and product at most. Of bytes
+  // two are taken, of the centre with vectors twice as long at most.
+  const double sum = static_cast<double>(channels_ + 1) * 0x1p-24;
+  if (products_ == Products::kFloat32) return sum + kRounding;
+  if (products_ == Products::kInt8) return 4 * sum + kRounding;
   // Vectors of length kUnit that are off by e have products off by (kUnit + kUnit + e) e at most.
   const double e = *std::max_element(errors_.begin(), errors_.end()) / kUnit;
   return (2 * (1 + kRounding) + e) * e + kRounding;
@@ -69,7 +102,7 @@ void Cosines::compare(int64_t row, int64_t count, int64_t column, double low, do
 
 void Cosines::above(int64_t row, int64_t count, int64_t column, double tau, double reach, uint32_t* bits) const {
   const float threshold = tau >= 1 ? INFINITY : static_cast<float>(tau);
-  if (!quantised_) {
+  if (products_ == Products::kFloat32) {
     kernels_.connect(rows_.row(row), count, rows_.panel_of(column), channels_, threshold, bits);
     return;
   }
@@ -86,12 +119,12 @@ void Cosines::above(int64_t row, int64_t count, int64_t column, double tau, doub
 
 void Cosines::maybe_below(int64_t row, int64_t count, int64_t column, double bound, double reach,
                           uint32_t* bits) const {
-  if (quantised_) {
-    uint32_t ignored[kBlock];
-    compare(row, count, column, bound + reach, bound + reach, bits, ignored);
-  } else {
-    kernels_.connect(rows_.row(row), count, rows_.panel_of(column), channels_, static_cast<float>(bound + reach), bits);
+  if (products_ == Products::kInt8) {
+    const auto rest = static_cast<float>(bound + reach - centre_square_);
+    kernels_.maybe_below_bytes(bytes_, row, count, column, channels_, rest, bits);
+    return;
   }
+  kernels_.connect(rows_.row(row), count, rows_.panel_of(column), channels_, static_cast<float>(bound + reach), bits);
   for (int64_t r = 0; r < count; ++r) bits[r] = ~bits[r];
 }
 

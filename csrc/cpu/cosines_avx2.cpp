@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const CosineKernels cosines_avx2 = {connect, nullptr, nullptr, nullptr};
+const CosineKernels cosines_avx2 = {connect, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace namedmask::cpu

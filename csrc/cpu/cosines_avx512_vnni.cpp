@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Products of 16-bit integers, two to a lane: twice the products of a float multiply-add.
+// Products of 16-bit integers, two to a lane, or of bytes, four: twice and four times those of a float multiply-add.
 #include "cosines_kernel.h"
 
 namespace namedmask::cpu {
@@ -51,6 +51,77 @@ void connect_quantised(const int16_t* rows, int64_t count, const int16_t* panels
   }
 }
 
+__mmask16 lanes(int64_t n) { return n < kLanes ? (1u << n) - 1 : 0xffff; }
+
+V part(const float* row, int64_t c, int64_t channels) { return _mm512_maskz_loadu_ps(lanes(channels - c), row + c); }
+
+void quantise_bytes(const float* row, int64_t channels, int64_t i, const Bytes& bytes) {
+  const int64_t groups = (channels + kByteGroup - 1) / kByteGroup, padded = groups * kByteGroup;
+  const auto apart = [&](int64_t c) { return part(row, c, channels) - part(bytes.centre, c, channels); };
+  V largest = broadcast(0);
+  for (int64_t c = 0; c < channels; c += kLanes) largest = larger(largest, _mm512_abs_ps(apart(c)));
+  const float most = _mm512_reduce_max_ps(largest), unit = most / 127, inverse = most > 0 ? 127 / most : 0;
+  int8_t* out = bytes.rows + i * padded;
+  V squares = broadcast(0), length = squares, along = squares;
+  __m512i sums = _mm512_setzero_si512();
+  for (int64_t c = 0; c < padded; c += kLanes) {
+    const V exact = apart(c);
+    length = fma(exact, exact, length);
+    along = fma(exact, part(bytes.centre, c, channels), along);
+    const __m512i rounded = _mm512_cvtps_epi32(broadcast(inverse) * exact);
+    const V error = exact - broadcast(unit) * _mm512_cvtepi32_ps(rounded);
+    squares = fma(error, error, squares);
+    sums = _mm512_add_epi32(sums, rounded);
+    _mm512_mask_cvtsepi32_storeu_epi8(out + c, lanes(padded - c), rounded);
+  }
+  bytes.units[i] = unit;
+  bytes.lengths[i] = __builtin_sqrtf(_mm512_reduce_add_ps(length));
+  bytes.along[i] = _mm512_reduce_add_ps(along);
+  bytes.errors[i] = __builtin_sqrtf(_mm512_reduce_add_ps(squares));
+  bytes.sums[i] = _mm512_reduce_add_epi32(sums);
+  uint8_t* panel = bytes.panels + i / kPanel * kPanel * padded + i % kPanel * kByteGroup;
+  for (int64_t k = 0; k < groups; ++k) {
+    uint32_t group;
+    __builtin_memcpy(&group, out + k * kByteGroup, sizeof group);
+    group ^= 0x80808080u;
+    __builtin_memcpy(panel + k * kPanel * kByteGroup, &group, sizeof group);
+  }
+}
+
+void maybe_below_bytes(const Bytes& bytes, int64_t row, int64_t count, int64_t column, int64_t channels, float bound,
+                       uint32_t* bits) {
+  const int64_t groups = (channels + kByteGroup - 1) / kByteGroup;
+  const uint8_t* panels = bytes.panels + column * groups * kByteGroup;
+  for (int64_t r = row; r < row + count; r += kIntegerRows) {
+    __m512i sums[kIntegerRows][2];
+    for (int i = 0; i < kIntegerRows; ++i) sums[i][0] = sums[i][1] = _mm512_set1_epi32(-128 * bytes.sums[r + i]);
+    for (int64_t k = 0; k < groups; ++k) {
+      const __m512i b0 = _mm512_loadu_si512(panels + k * kPanel * kByteGroup);
+      const __m512i b1 = _mm512_loadu_si512(panels + (groups + k) * kPanel * kByteGroup);
+#pragma GCC unroll 6
+      for (int i = 0; i < kIntegerRows; ++i) {
+        int32_t group;
+        __builtin_memcpy(&group, bytes.rows + ((r + i) * groups + k) * kByteGroup, sizeof group);
+        const __m512i factor = _mm512_set1_epi32(group);
+        sums[i][0] = _mm512_dpbusd_epi32(sums[i][0], b0, factor);
+        sums[i][1] = _mm512_dpbusd_epi32(sums[i][1], b1, factor);
+      }
+    }
+    // a . b is off by |a'| times b's error and |b| times a's, where |a'| is at most |a| and a's error
+    for (int i = 0; i < kIntegerRows; ++i) {
+      const V unit = broadcast(bytes.units[r + i]), error = broadcast(bytes.errors[r + i]);
+      const V length = broadcast(bytes.lengths[r + i]) + error, rest = broadcast(bound - bytes.along[r + i]);
+      uint32_t below = 0;
+      for (int v = 0; v < 2; ++v) {
+        const int64_t at = column + v * kPanel;
+        const V off = fma(error, load(bytes.lengths + at), length * load(bytes.errors + at)) - load(bytes.along + at);
+        below |= above(rest, _mm512_cvtepi32_ps(sums[i][v]) * (unit * load(bytes.units + at)) - off) << (v * kPanel);
+      }
+      bits[r - row + i] = below;
+    }
+  }
+}
+
 float dot(const float* a, const float* b, int64_t channels) {
   V sums[2] = {};
   int64_t c = 0;
@@ -69,6 +140,8 @@ float dot(const float* a, const float* b, int64_t channels) {
 
 }  // namespace
 
-const CosineKernels cosines_avx512_vnni = {connect, quantise, connect_quantised, dot};
+const CosineKernels cosines_avx512_vnni = {
+    connect, quantise, connect_quantised, dot, quantise_bytes, maybe_below_bytes,
+};
 
 }  // namespace namedmask::cpu

@@ -59,7 +59,7 @@ class Cut {
     width_ = w, n_ = h * w, result_ = result;
     words_ = (n_ + kWord - 1) / kWord;
     // with a tau beyond the cosines' range the floats alone say what it means
-    cosines_.prepare(features, n_, channels, /*integers=*/std::abs(settings_.tau) < 1);
+    cosines_.prepare(features, n_, channels, std::abs(settings_.tau) < 1 ? Products::kInt16 : Products::kFloat32);
     padded_ = cosines_.padded();
     bits_ = bit_memory_.reserve((words_ + words_ % 2) * padded_);
     double* memory = vector_memory_.reserve(3 * n_ + 2 * kWord);

@@ -10,7 +10,7 @@ double cosine(const float* a, const float* b, int64_t channels) {
   W lanes[4] = {};  // that do not wait for each other
   int64_t c = 0;
   for (; c + 32 <= channels; c += 32) {
-    for (int v = 0; v < 4; ++v) lanes[v] += widen(a + c + 8 * v) * widen(b + c + 8 * v);
+    for (int v = 0; v < 4; ++v) lanes[v] = add_exact_product(widen(a + c + 8 * v), widen(b + c + 8 * v), lanes[v]);
   }
   for (int l = 0; c < channels; ++c, ++l) lanes[l / 8][l % 8] += static_cast<double>(a[c]) * b[c];
   return fold((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
@@ -33,14 +33,14 @@ void project_few(const float* rows, int64_t n, int64_t channels, const double* x
 #pragma GCC unroll 3
       for (int v = 0; v < kCount; ++v) {
         double* sum = sums + v * channels + c;
-        const W more = (f[0] * factor[v][0] + f[1] * factor[v][1]) + (f[2] * factor[v][2] + f[3] * factor[v][3]);
-        write(sum, read(sum) + more);
+        W more = read(sum);
+        for (int r = 0; r < 4; ++r) more = add_exact_product(f[r], spread(factor[v][r]), more);
+        write(sum, more);
       }
     }
     for (; c < channels; ++c) {
       for (int v = 0; v < kCount; ++v) {
-        sums[v * channels + c] += (row[c] * factor[v][0] + row[channels + c] * factor[v][1]) +
-                                  (row[2 * channels + c] * factor[v][2] + row[3 * channels + c] * factor[v][3]);
+        for (int r = 0; r < 4; ++r) sums[v * channels + c] += row[r * channels + c] * factor[v][r];
       }
     }
   }
@@ -61,7 +61,7 @@ void expand_rows(const float* rows, int64_t channels, const double* sums, double
 #pragma GCC unroll 3
     for (int v = 0; v < kCount; ++v) {
       const W sum = read(sums + v * channels + c);
-      for (int r = 0; r < kHere; ++r) lanes[v][r] += f[r] * sum;
+      for (int r = 0; r < kHere; ++r) lanes[v][r] = add_exact_product(f[r], sum, lanes[v][r]);
     }
   }
   for (int l = 0; c < channels; ++c, ++l) {
@@ -77,8 +77,8 @@ void expand_rows(const float* rows, int64_t channels, const double* sums, double
 template <int kCount>
 void expand_few(const float* rows, int64_t n, int64_t channels, const double* sums, double* out, int64_t stride) {
   int64_t i = 0;
-  for (; i + 2 <= n; i += 2) expand_rows<kCount, 2>(rows + i * channels, channels, sums, out + i, stride);
-  if (i < n) expand_rows<kCount, 1>(rows + i * channels, channels, sums, out + i, stride);
+  for (; i + 4 <= n; i += 4) expand_rows<kCount, 4>(rows + i * channels, channels, sums, out + i, stride);
+  for (; i < n; ++i) expand_rows<kCount, 1>(rows + i * channels, channels, sums, out + i, stride);
 }
 
 void project(const float* rows, int64_t n, int64_t channels, const double* x, int64_t count, int64_t stride,

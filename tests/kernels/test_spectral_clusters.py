@@ -47,6 +47,31 @@ def test_equals_the_reference(seed):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("case", ["one channel above all", "nearly alike", "one token far from all", "two opposite"])
+def test_the_least_cosine_is_found_where_bytes_are_coarse(case):
+    """8 bits tell few pairs apart here, or the first guess is no least pair; noise is strong, so that it matters."""
+    features, _ = scene(17, 19, 70, seed=3, objects=2, noise=2.0)
+    if case == "one channel above all":
+        features[..., 1] += 12
+    elif case == "nearly alike":
+        features = 1 + 0.01 * features
+    elif case == "one token far from all":
+        features = features.abs()
+        features[11, 7] = -features[2, 3]
+    else:
+        features[3, 4] = -features[16, 18]
+    found = nk.spectral_clusters(features, [2, 3, 5])
+    assert torch.equal(found, nk.spectral_clusters(features, [2, 3, 5], backend="reference"))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_clusters_of_noise_equal_the_reference(seed):
+    """What k-means makes of noise shows errors of a hundredth in the least cosine."""
+    features = torch.from_numpy(np.random.default_rng(seed).normal(size=(30, 40, 13)).astype(np.float32))
+    found = nk.spectral_clusters(features, [3, 12])
+    assert torch.equal(found, nk.spectral_clusters(features, [3, 12], backend="reference"))
+
+
 def sum_of_squares(points, labels):
     return sum(((points[labels == c] - points[labels == c].mean(0)) ** 2).sum() for c in np.unique(labels))
 
@@ -159,7 +184,7 @@ def test_threads_do_not_change_the_labels():
         assert torch.equal(alone, results[0][0]) and torch.equal(batch, results[0][1])
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_vnni"])
 def test_every_level_that_runs_here(level, tmp_path, run_at_level):
     features, _ = scene(19, 21, 70)
     np.save(tmp_path / "features.npy", features.numpy())
