@@ -3,6 +3,11 @@
 
 `pytest bench/bench_bilateral_solver.py --benchmark-only -s` prints the tables. Another public implementation on the CPU
 is not known to us.
+
+Where one photo's time goes on a core of a Sapphire Rapids Xeon, in ms: colours' keys 0.5, sums of vertices 0.9, their
+neighbours and the order of the system 0.6, bistochastisation 0.25, 25 steps 1.05, slices 0.2: 3.5 when all is warm.
+The reference leaves nothing of it in the caches, which costs more than half a millisecond. A step is bound by the loads
+of its neighbours' values, one by one from the second-level cache.
 """
 
 import numpy as np

@@ -67,6 +67,7 @@ bool fill(const py::array& array, TensorView& view) {
     case 'b' << 8 | 1: view.dtype = DType::kBool; break;
     case 'u' << 8 | 1: view.dtype = DType::kUInt8; break;
     case 'i' << 8 | 4: view.dtype = DType::kInt32; break;
+    case 'f' << 8 | 4: view.dtype = DType::kFloat32; break;
     default: return false;
   }
   view.ndim = static_cast<int>(array.ndim());

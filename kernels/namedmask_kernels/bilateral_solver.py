@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import backends
 from .library import register
-from .ragged import Array, Ragged, arrange, expect_dtype, expect_same_grids
+from .ragged import Array, Ragged, arrange, expect_dtype, expect_same_grids, pack_numpy
 from .reference import bilateral_solver as reference
 
 NAME = "bilateral_solver"
@@ -53,6 +54,25 @@ def bilateral_solver(
              The CUDA version has not been run on a GPU yet, only in an emulator; it takes 84 bytes a pixel.
     Source:  J. T. Barron and B. Poole, The Fast Bilateral Solver, ECCV 2016; settings of SelfMask and NamedMask.
     """
+    for name, value, low, high in (
+        ("confidence", confidence, 0, 1),
+        ("sigma_spatial", sigma_spatial, 1, math.inf),
+        ("sigma_luma", sigma_luma, 1, math.inf),
+        ("sigma_chroma", sigma_chroma, 1, math.inf),
+        ("smoothness", smoothness, 0, math.inf),
+        ("iterations", iterations, 0, math.inf),
+        ("tolerance", tolerance, 0, math.inf),
+    ):
+        if not (low <= value <= high and value < math.inf) or (name == "confidence" and value == 0):
+            expected = "above 0 and at most 1" if name == "confidence" else f"finite and at least {low}"
+            raise ValueError(f"{NAME}: {name} must be {expected}, but is {value}")
+    sigmas = float(sigma_spatial), float(sigma_luma), float(sigma_chroma)
+    settings = float(confidence), *sigmas, float(smoothness), int(iterations), float(tolerance)
+    if backends.without_torch(NAME, backend, target, image) and _are_plain(target, image):
+        out = np.empty(target.shape, np.float32)
+        packed = pack_numpy(target.astype(np.float32, copy=False), image)
+        backends.native().bilateral_solver(*packed, out.reshape(-1), *settings)
+        return out
     packed_target, restore = arrange(NAME, "target", target, 0)
     packed_image, _ = arrange(NAME, "image", image, 1)
     expect_dtype(NAME, "target", packed_target.rows, torch.float32, torch.bool)
@@ -71,33 +91,25 @@ def bilateral_solver(
             f"{NAME}: target and image must be of the same height and width, "
             f"but are {list(target.shape)} and {list(image.shape[:2])}"
         )
-    for name, value, low, high in (
-        ("confidence", confidence, 0, 1),
-        ("sigma_spatial", sigma_spatial, 1, math.inf),
-        ("sigma_luma", sigma_luma, 1, math.inf),
-        ("sigma_chroma", sigma_chroma, 1, math.inf),
-        ("smoothness", smoothness, 0, math.inf),
-        ("iterations", iterations, 0, math.inf),
-        ("tolerance", tolerance, 0, math.inf),
-    ):
-        if not (low <= value <= high and value < math.inf) or (name == "confidence" and value == 0):
-            expected = "above 0 and at most 1" if name == "confidence" else f"finite and at least {low}"
-            raise ValueError(f"{NAME}: {name} must be {expected}, but is {value}")
     rows = _solve(
         packed_target.rows.to(torch.float32).contiguous(),
         packed_image.rows.contiguous(),
         packed_target.offsets,
         packed_target.shapes,
-        float(confidence),
-        float(sigma_spatial),
-        float(sigma_luma),
-        float(sigma_chroma),
-        float(smoothness),
-        int(iterations),
-        float(tolerance),
+        *settings,
         backend,
     )
     return restore(rows)
+
+
+def _are_plain(target: np.ndarray, image: np.ndarray) -> bool:
+    """Whether there is nothing to refuse."""
+    return (
+        target.ndim == 2
+        and target.dtype in (np.float32, bool)
+        and image.dtype == np.uint8
+        and image.shape == (*target.shape, 3)
+    )
 
 
 # -- backends: every implementation takes the op's tensors and returns what the op's schema says ---------------------

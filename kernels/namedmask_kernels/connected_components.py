@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends
 from .library import register
-from .ragged import Array, Ragged, arrange, expect_dtype
+from .ragged import Array, Ragged, arrange, expect_dtype, pack_numpy
 from .reference import connected_components as reference
 
 
@@ -41,9 +41,9 @@ def connected_components(mask: Ragged | Array, *, backend: str = "auto") -> Comp
     Cost:    two passes over the mask; on CUDA it waits for the device, to learn how many components there are.
              Deterministic: the same on every backend, batch and thread count.
     """
-    if _without_torch("connected_components", mask, backend):
+    if _is_plain("connected_components", mask, backend):
         labels, first = np.empty(mask.shape, np.int32), np.empty(2, np.int32)
-        areas, boxes = backends.native().connected_components(*_packed(mask), labels.reshape(-1), first)
+        areas, boxes = backends.native().connected_components(*pack_numpy(mask), labels.reshape(-1), first)
         return Components(labels, areas, boxes, first)
     ragged, restore = arrange("connected_components", "mask", mask, 0)
     expect_dtype("connected_components", "mask", ragged.rows, torch.bool)
@@ -73,30 +73,17 @@ def fill_holes(mask: Ragged | Array, *, backend: str = "auto") -> Ragged | Array
 
 
 def _mask_to_mask(name: str, op, mask: Ragged | Array, backend: str) -> Ragged | Array:
-    if _without_torch(name, mask, backend):
+    if _is_plain(name, mask, backend):
         out = np.empty(mask.shape, bool)
-        getattr(backends.native(), name)(*_packed(mask), out.reshape(-1))
+        getattr(backends.native(), name)(*pack_numpy(mask), out.reshape(-1))
         return out
     ragged, restore = arrange(name, "mask", mask, 0)
     expect_dtype(name, "mask", ragged.rows, torch.bool)
     return restore(op(ragged.rows.contiguous(), ragged.offsets, ragged.shapes, backend))
 
 
-def _without_torch(name: str, mask: Ragged | Array, backend: str) -> bool:
-    """Whether the mask is a numpy array that the C++ kernel can have as it is. By way of torch's tensors and its
-    dispatcher the call alone would take three times as long, and as long as a photo's labelling where other work has
-    pushed torch's code out of the caches."""
-    return (
-        not torch.compiler.is_compiling()
-        and isinstance(mask, np.ndarray)
-        and (mask.ndim, mask.dtype) == (2, bool)
-        and backends.choose(name, backend, torch.device("cpu")) == "cpu"
-    )
-
-
-def _packed(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A mask [H, W] as the rows, offsets and shapes of a packed batch of one."""
-    return np.ascontiguousarray(mask).reshape(-1), np.array((0, mask.size), np.int32), np.array((mask.shape,), np.int32)
+def _is_plain(name: str, mask: Ragged | Array, backend: str) -> bool:
+    return backends.without_torch(name, backend, mask) and (mask.ndim, mask.dtype) == (2, bool)
 
 
 # -- backends: every implementation takes the op's tensors and returns what the op's schema says ---------------------

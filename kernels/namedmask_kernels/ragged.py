@@ -101,6 +101,13 @@ def arrange(
     return ragged, restore
 
 
+def pack_numpy(*grids: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Arrays [h, w, *row] of one photo as a packed batch of numpy arrays: the rows of each, offsets, shapes."""
+    h, w = grids[0].shape[:2]
+    rows = (np.ascontiguousarray(grid).reshape(h * w, *grid.shape[2:]) for grid in grids)
+    return *rows, np.array((0, h * w), np.int32), np.array(((h, w),), np.int32)
+
+
 def as_tensor(array: np.ndarray) -> Tensor:
     """A numpy array as a tensor, without a copy where torch can read it as it is."""
     # torch warns of arrays that must not be written to, such as np.asarray(a Pillow image): operators only read.

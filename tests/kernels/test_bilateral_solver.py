@@ -213,6 +213,20 @@ def test_views_and_other_kinds_are_read_as_they_are():
     assert np.array_equal(nk.bilateral_solver(target, image_bgr[..., ::-1]), nk.bilateral_solver(target, image))
 
 
+@pytest.mark.parametrize("shape", [(37, 50), (1, 1), (0, 4), (9, 0)])
+def test_numpy_arrays_equal_tensors(monkeypatch, shape):
+    """They go to the C++ kernel without torch: the same bits as by way of tensors, and every one of them written."""
+    target, image = random_photo(5, *shape)
+    expected = nk.bilateral_solver(torch.from_numpy(target), torch.from_numpy(image), smoothness=64.0, iterations=7)
+    image.flags.writeable = False
+    plain = np.empty
+    monkeypatch.setattr(np, "empty", lambda *a, **k: np.full_like(plain(*a, **k), np.nan))
+    for kind in (target, target.astype(bool), np.asfortranarray(target)):
+        found = nk.bilateral_solver(kind, image, smoothness=64.0, iterations=7)
+        assert isinstance(found, np.ndarray) and found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected.numpy())
+
+
 def test_every_output_pixel_is_written(monkeypatch, backend, device):
     photo = random_photo(6, 31, 47)
     expected = solve(*photo, backend, device)
