@@ -33,6 +33,15 @@ inline W widen(const float* p) {
 #endif
 }
 
+inline void write_floats(float* p, const W& w) {
+#if defined(__AVX512F__)
+  _mm256_storeu_ps(p, _mm512_maskz_cvtpd_ps(0xff, (__m512d)w));
+#else
+  const H h = __builtin_convertvector(w, H);
+  __builtin_memcpy(p, &h, sizeof h);
+#endif
+}
+
 // a b + c for products that a double holds: rounded before the addition or not, the bits are the same.
 inline W add_exact_product(const W& a, const W& b, const W& c) {
 #if defined(__AVX512F__)

@@ -69,7 +69,8 @@ class Walk {
       for (int64_t column = row; column < rows_.padded(); column += kBlock) {
         const int64_t columns = std::min(kBlock, round_up(n_ - column, kWord));  // those that hold tokens
         float* weights = scratch.weights.data();
-        kernels_.weigh(scratch.rows.data(), rows_.panel_of(column), channels_, sharpness_, columns, weights);
+        kernels_.weigh(scratch.rows.data(), rows_.panel_of(column), channels_, sharpness_, columns, column == row,
+                       weights);
         kernels_.add(weights, columns, masks_ + column * width_, width_, sums + row * width_);
         if (column > row) {
           kernels_.add_turned(weights, columns, masks_ + row * width_, width_, sums + column * width_);

@@ -9,19 +9,25 @@ namespace {
 
 static_assert(kBlock % kRows == 0 && kWord % (kVectors * kLanes) == 0 && kWalkUnit % (kVectors * kLanes) == 0);
 
-void weigh(const float* rows, const float* panels, int64_t channels, float sharpness, int64_t columns, float* weights) {
+void weigh(const float* rows, const float* panels, int64_t channels, float sharpness, int64_t columns, bool diagonal,
+           float* weights) {
   for (int64_t column = 0; column < columns; column += kVectors * kLanes) {
     const auto tokens = [=](int v) {
       const int64_t at = column + v * kLanes;
       return panels + at / kPanel * channels * kPanel + at % kPanel;
     };
-    for (int64_t r = 0; r < kBlock; r += kRows) {
+    // on the diagonal those above it, which are those below turned: products and their order are the same
+    const int64_t end = diagonal ? column + kVectors * kLanes : kBlock;
+    for (int64_t r = 0; r < end; r += kRows) {
       V sums[kRows][kVectors] = {};
       multiply_add(sums, rows + r * channels, channels, tokens, kPanel, channels);
       for (int i = 0; i < kRows; ++i) {
         for (int v = 0; v < kVectors; ++v) store(weights + (r + i) * kBlock + column + v * kLanes, sums[i][v]);
       }
     }
+  }
+  for (int64_t r = kVectors * kLanes; diagonal && r < columns; ++r) {
+    for (int64_t i = 0; i < r; ++i) weights[r * kBlock + i] = weights[i * kBlock + r];
   }
   // apart from the products, which would lose registers to it
   for (int64_t r = 0; r < kBlock; ++r, weights += kBlock) {

@@ -10,9 +10,9 @@ constexpr int64_t kWalkUnit = 32;  // floats; masks [tokens, width] have a width
 
 struct WalkKernels {
   // weights [kBlock, kBlock] = exp(sharpness (rows . tokens of the panels - 1)); rows [kBlock, C], kBlock tokens in
-  // panels. Only of the first `columns` tokens, a multiple of kWord.
+  // panels. Only of the first `columns` tokens, a multiple of kWord. `diagonal`: rows and columns are the same tokens.
   void (*weigh)(const float* rows, const float* panels, int64_t channels, float sharpness, int64_t columns,
-                float* weights);
+                bool diagonal, float* weights);
   // sums [kBlock, width] += the weights of these columns times masks [columns, width].
   void (*add)(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums);
   // sums [kBlock, width] += the weights' transpose times masks [kBlock, width]; rows beyond `columns` become anything.

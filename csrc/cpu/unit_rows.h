@@ -7,6 +7,7 @@
 
 #include "buffer.h"
 #include "panel.h"
+#include "unit_rows_levels.h"
 
 namespace namedmask::cpu {
 
@@ -17,6 +18,8 @@ double dot(const double* a, const double* b, int64_t n);
 
 class UnitRows {
  public:
+  UnitRows();
+
   // features [n, C]; tokens are padded to a multiple of kBlock. Which of the two layouts are wanted. Allocates, so that
   // normalise() may run in a parallel region.
   void prepare(const float* features, int64_t n, int64_t channels, bool rows, bool panels);
@@ -30,8 +33,8 @@ class UnitRows {
   // False when a row held NaN or Inf; known when all panels are done.
   bool finite() const { return finite_; }
 
-  // out[c * stride] = channel c of row i, the same bits as in the panels, once its panel is done.
-  void unit_row(int64_t i, float* out, int64_t stride = 1) const;
+  // out [C] = row i, the same bits as in the panels, once its panel is done.
+  void unit_row(int64_t i, float* out) const;
 
   const float* row(int64_t i) const { return rows_ + i * channels_; }
   const float* panel_of(int64_t i) const { return panels_ + i * channels_; }  // i a multiple of kPanel
@@ -39,6 +42,7 @@ class UnitRows {
   size_t bytes() const { return row_memory_.bytes() + panel_memory_.bytes() + factors_.bytes(); }
 
  private:
+  const UnitRowKernels& kernels_;
   const float* features_ = nullptr;
   int64_t n_ = 0, channels_ = 0, padded_ = 0;
   Buffer<float> row_memory_, panel_memory_;
