@@ -198,12 +198,14 @@ alignas(64) constexpr Places kPlaces = places();
 inline int32_t* positions(uint64_t bits, int32_t from, int32_t* out) {
   int32_t* const end = out + count_ones(bits);
 #if defined(__AVX512VBMI2__)
+  // With masks of ones, since GCC 12 takes the plain forms' undefined source for a mistake of ours.
   const __m512i found = _mm512_maskz_compress_epi8(bits, _mm512_load_si512(kPlaces.at));
   const auto store = [from](__m128i sixteen, int32_t* to) {
-    _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_cvtepu8_epi32(sixteen), _mm512_set1_epi32(from)));
+    const __m512i wide = _mm512_maskz_cvtepu8_epi32(0xffff, sixteen);
+    _mm512_storeu_si512(to, _mm512_add_epi32(wide, _mm512_set1_epi32(from)));
   };
-  store(_mm512_castsi512_si128(found), out);
-  if (end - out > 16) store(_mm512_extracti32x4_epi32(found, 1), out + 16);
+  store(_mm512_maskz_extracti32x4_epi32(0xf, found, 0), out);
+  if (end - out > 16) store(_mm512_maskz_extracti32x4_epi32(0xf, found, 1), out + 16);
 #else
   while (bits) {
 #pragma GCC unroll 8
