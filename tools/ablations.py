@@ -165,10 +165,9 @@ def run_row(work: Path, seed: int, name: str) -> dict:
     return figures
 
 
-def run_seed(job: tuple[Path, int, int]) -> None:
-    """All rows of a seed, on one core."""
-    work, seed, core = job
-    os.sched_setaffinity(0, {core})
+def run_seed(job: tuple[Path, int]) -> None:
+    """All rows of a seed, on one thread."""
+    work, seed = job
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     for name in ROWS:
@@ -196,13 +195,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="work folder, outside the repository")
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
-    parser.add_argument("--workers", type=int, default=2, help="processes, a core and a seed each")
+    parser.add_argument("--workers", type=int, default=2, help="processes, a seed each")
     parser.add_argument("--results", type=Path, help="write the table into this file, between its two marks")
     parser.add_argument("--table-only", action="store_true", help="of the rows that are there; run nothing")
     arguments = parser.parse_args()
     if not arguments.table_only:
-        cores = sorted(os.sched_getaffinity(0))
-        jobs = [(arguments.out, seed, cores[place % len(cores)]) for place, seed in enumerate(arguments.seeds)]
+        jobs = [(arguments.out, seed) for seed in arguments.seeds]
         with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
             for _ in pool.imap_unordered(run_seed, jobs, chunksize=1):
                 pass
