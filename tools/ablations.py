@@ -41,7 +41,6 @@ ROWS = {
     "spectral detector": {"detector": "spectral"},
     "spectral detector, no experts": {"detector": "spectral", "experts": None},
     "true masks": {"detector": "truth"},
-    "true masks, no experts": {"detector": "truth", "experts": None},
     "no solver": {"refine": False},
     "no experts": {"experts": None},
     "an expert network a kind": {"experts": "separate"},
