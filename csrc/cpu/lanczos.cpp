@@ -71,10 +71,10 @@ void symmetric_eigen(double* a, int64_t m, double* diagonal, double* z, int64_t 
     int64_t low = high - 1;
     while (low > 0 && !negligible(low - 1)) --low;
     const double half = (diagonal[high - 1] - diagonal[high]) / 2, e = off[high - 1];
-    const double shift = diagonal[high] - e * e / (half + std::copysign(std::hypot(half, e), half));
+    const double shift = diagonal[high] - e * e / (half + std::copysign(std::sqrt(half * half + e * e), half));
     double x = diagonal[low] - shift, y = off[low];
     for (int64_t k = low; k < high; ++k) {
-      const double r = std::hypot(x, y), c = r > 0 ? x / r : 1, s = r > 0 ? y / r : 0;
+      const double r = std::sqrt(x * x + y * y), c = r > 0 ? x / r : 1, s = r > 0 ? y / r : 0;
       if (k > low) off[k - 1] = r;
       const double d1 = diagonal[k], d2 = diagonal[k + 1], b = off[k];
       diagonal[k] = c * c * d1 + 2 * c * s * b + s * s * d2;

@@ -112,9 +112,7 @@ class KMeans {
       kernels.assign(points_, n_, dims_, centres_, found_, distance_, label_);
       if (round == kRounds || (round && std::equal(label_, label_ + n_, before_))) break;
       std::copy_n(label_, n_, before_);
-      std::fill_n(sizes_, found_, 0);
-      for (int64_t i = 0; i < n_; ++i) ++sizes_[label_[i]];
-      kernels.add_up(points_, n_, dims_, label_, found_, sums_);
+      kernels.add_up(points_, n_, dims_, label_, found_, sums_, sizes_);
       for (int64_t c = 0; c < found_; ++c) {
         for (int64_t d = 0; sizes_[c] && d < dims_; ++d) {
           centres_[c * dims_ + d] = sums_[c * dims_ + d] / static_cast<double>(sizes_[c]);

@@ -123,9 +123,15 @@ void assign(const double* points, int64_t n, int64_t dims, const double* centres
   }
 }
 
-void add_up(const double* points, int64_t n, int64_t dims, const int64_t* label, int64_t k, double* sums) {
+void add_up(const double* points, int64_t n, int64_t dims, const int64_t* label, int64_t k, double* sums,
+            int64_t* sizes) {
   typedef int64_t L __attribute__((vector_size(64)));
   constexpr int kAtOnce = 4;  // centres that share the reads
+  for (int64_t c = 0; c < k; ++c) {
+    int64_t size = 0;
+    for (int64_t i = 0; i < n; ++i) size += label[i] == c;
+    sizes[c] = size;
+  }
   for (int64_t first = 0; first < k; first += kAtOnce) {
     for (int64_t d = 0; d < dims; ++d) {
       W lanes[kAtOnce] = {};

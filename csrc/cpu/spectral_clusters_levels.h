@@ -18,8 +18,9 @@ struct ClusterKernels {
   // label[i] = the centre [k, dims] nearest to point i of points [dims, n], of equals the first; its squared distance.
   void (*assign)(const double* points, int64_t n, int64_t dims, const double* centres, int64_t k, double* distance,
                  int64_t* label);
-  // sums [k, dims] = the sums of the points with each label.
-  void (*add_up)(const double* points, int64_t n, int64_t dims, const int64_t* label, int64_t k, double* sums);
+  // sums [k, dims] = the sums of the points with each label, sizes [k] how many they are.
+  void (*add_up)(const double* points, int64_t n, int64_t dims, const int64_t* label, int64_t k, double* sums,
+                 int64_t* sizes);
 };
 
 extern const ClusterKernels cluster_portable;
