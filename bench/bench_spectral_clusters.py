@@ -67,7 +67,7 @@ def test_one_photo(benchmark, count):
     tokens = torch.from_numpy(features).flatten(0, 1)
     calls["features x features', torch"] = lambda: tokens @ tokens.T
     with threads(count):
-        seconds = paired_medians(calls, rounds=7, seconds=15)
+        seconds = paired_medians(calls, rounds=7, seconds=15, pause=0.05)
         benchmark.pedantic(calls["cpu"], rounds=5)
     rows = [{"who": who, "ms": 1e3 * s, "times cpu's": s / seconds["cpu"]} for who, s in seconds.items()]
     report(f"spectral_clusters, k = 2, 3, 4, {HEIGHT * WIDTH} tokens, C = {CHANNELS}, {count} threads", rows + absent)

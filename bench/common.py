@@ -42,11 +42,13 @@ def scene(side: int, seed: int = 0) -> np.ndarray:
 
 
 def paired_medians(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 15, seconds: float = 120.0
+    calls: Mapping[str, Callable[[], object]], rounds: int = 15, seconds: float = 120.0, pause: float = 0.0
 ) -> dict[str, float]:
     """Median seconds of each call, taken in turns so that a slow spell of the machine hits all alike.
 
     Every call runs once unmeasured first. Stops after `rounds` turns, or after `seconds` (three turns at least).
+    `pause`: seconds before each timed call. OpenBLAS's threads spin for some milliseconds after a product, on the cores
+    of whoever comes next: 0.05 where that is a peer and more than one thread counts.
     """
     for call in calls.values():
         call()
@@ -56,6 +58,7 @@ def paired_medians(
         if turn >= 3 and time.perf_counter() > end:
             break
         for name, call in calls.items():
+            time.sleep(pause)
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
