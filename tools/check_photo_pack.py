@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Runs the pipeline on a pack of real photos and scores it: retrieval precision, and masks with and without the solver.
+"""Runs the pipeline on a pack of real photos and scores it: retrieval, masks with and without the solver, a segmenter.
 
     python tools/check_photo_pack.py PHOTOS STANDIN --out OUT [--workers 2]
 
-PHOTOS: index/ with index_labels.csv and names.txt, saliency/ with photos/ and masks/. STANDIN: a ViT-S/14 and image
-and text embeddings, which stand in for DINOv2 and CLIP. Labels are read for scoring only. Prints tables and writes
-OUT/sheet.png: photos, each with the detector's mask, the refined one and the truth.
+PHOTOS: index/ with index_labels.csv and names.txt, saliency/ with photos/ and masks/, eval/ with eval_masks/ beside it.
+STANDIN: a ViT-S/14 and image and text embeddings, which stand in for DINOv2 and CLIP. Labels are read for scoring only.
+Prints tables and writes OUT/sheet.png: photos, each with the detector's mask, the refined one and the truth, and
+OUT/segments.png: photos, each with the segmenter's labels and the true ones.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ from rich.table import Table
 
 from namedmask.archive import read_archive
 from namedmask.config import DetectorConfig, RefineConfig
+from namedmask.evaluate.folders import as_json, print_table
+from namedmask.evaluate.metrics import Confusion
+from namedmask.formats import read_label_map
 from namedmask.photos import PhotoSource
 from namedmask.pseudolabel import mask_score
 from namedmask.refine import Refiner
 from namedmask.run import start
 from namedmask.saliency.spectral import SpectralDetector
+from namedmask.segmenter.folder import overlay
+from namedmask.segmenter.predict import Segmenter
 
 
 def detector_settings(standin: Path) -> dict:
@@ -39,15 +45,31 @@ def detector_settings(standin: Path) -> dict:
     }
 
 
-def check_archive(photos: Path, standin: Path, out: Path, workers: int) -> None:
-    """The whole command on the index photos; prints each name's precision at 10, 20 and 40."""
-    given = {
+def settings(photos: Path, standin: Path) -> dict:
+    """Of a run on the index photos. The segmenter is a head on the ViT, which stays as it is: minutes on two cores."""
+    vit = detector_settings(standin.absolute())
+    return {
         "photos": str((photos / "index").absolute()),
         "categories": (photos / "names.txt").read_text().split("\n")[:-1],
         "index": {"embeddings": str((standin / "embeddings.safetensors").absolute())},
         "archive": {"photos_per_category": 40},
-        "detector": detector_settings(standin.absolute()),
+        "detector": vit,
+        "segmenter": {
+            "encoder": vit["backbone"],
+            "encoder_weights": vit["backbone_weights"],
+            "encoder_rate": 0.0,
+            "width": 128,
+            "crop": 224,
+            "scale": (0.3, 1.0),
+            "steps": 250,
+            "rate": 2e-3,
+        },
     }
+
+
+def check_archive(photos: Path, standin: Path, out: Path, workers: int) -> None:
+    """The whole command on the index photos; prints each name's precision at 10, 20 and 40."""
+    given = settings(photos, standin)
     if not start(out, given, ["index", "archive", "pseudolabel", "report"], workers, 0, False):
         raise SystemExit("no masks were made")
     label = {row["file"]: row["name"] for row in csv.DictReader((photos / "index_labels.csv").open())}
@@ -79,7 +101,8 @@ def check_saliency(photos: Path, standin: Path, out: Path) -> None:
         (soft,) = refiner.refine([photo], [detection.mask])
         found, refined = ((m > 0.5).numpy() for m in (detection.mask, soft))
         rows.append((truth.mean(), iou(found, truth), iou(refined, truth), mask_score(refined, detection.confidence)))
-        tiles.append(_tile(photo.pixels, found, refined, truth))
+        dimmed = [np.where(mask[..., None], photo.pixels, photo.pixels // 4) for mask in (found, refined, truth)]
+        tiles.append(_tile(photo.pixels, *dimmed))
     everything, raw, refined, scores = np.array(rows).T
     table = Table("mask", "mean IoU", "median", title=f"saliency set, {len(rows)} photos")
     for title, values in (("everything", everything), ("detector alone", raw), ("with the solver", refined)):
@@ -91,9 +114,24 @@ def check_saliency(photos: Path, standin: Path, out: Path) -> None:
     Image.fromarray(sheet).save(out / "sheet.png")
 
 
-def _tile(pixels: np.ndarray, *masks: np.ndarray) -> np.ndarray:
-    """A row of thumbnails, uint8 [120, 160 * (1 + masks), 3]: the photo, then the photo dimmed outside each mask."""
-    views = [pixels] + [np.where(mask[..., None], pixels, pixels // 4) for mask in masks]
+def check_segmenter(photos: Path, standin: Path, out: Path) -> None:
+    """A segmenter of the run's masks on everyday scenes; prints the IoU of each name that they show."""
+    start(out, settings(photos, standin), ["train"], 1, 0, False)
+    segmenter, source = Segmenter.load(out / "segmenter"), PhotoSource(photos / "eval")
+    confusion, tiles = Confusion(len(segmenter.names), ignore=255), []
+    for batch in segmenter.segment(source, sorted(source)):
+        for name, photo, labels in batch:
+            truth = read_label_map(photos / "eval_masks" / Path(name).with_suffix(".png"))
+            confusion.add(labels, truth)
+            shown = np.where(truth == 255, 0, truth)
+            tiles.append(_tile(photo.pixels, overlay(photo.pixels, labels), overlay(photo.pixels, shown)))
+    figures = as_json(confusion.metrics(), segmenter.names, len(tiles))
+    print_table(figures)
+    Image.fromarray(np.concatenate(tiles[:30])).save(out / "segments.png")
+
+
+def _tile(*views: np.ndarray) -> np.ndarray:
+    """A row of thumbnails, uint8 [120, 160 * views, 3]."""
     return np.concatenate([np.asarray(Image.fromarray(view).resize((160, 120))) for view in views], axis=1)
 
 
@@ -107,6 +145,7 @@ def main() -> None:
     torch.manual_seed(0)
     check_archive(options.photos, options.standin, options.out, options.workers)
     check_saliency(options.photos, options.standin, options.out)
+    check_segmenter(options.photos, options.standin, options.out)
 
 
 if __name__ == "__main__":
