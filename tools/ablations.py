@@ -20,7 +20,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from namedmask import run
 from namedmask.archive import read_archive, write_archive
@@ -167,8 +166,6 @@ def run_row(work: Path, seed: int, name: str) -> dict:
 def run_seed(job: tuple[Path, int]) -> None:
     """All rows of a seed, on one thread."""
     work, seed = job
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
     for name in ROWS:
         print(seed, name, run_row(work, seed, name), flush=True)
 
@@ -199,6 +196,7 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="of the rows that are there; run nothing")
     arguments = parser.parse_args()
     if not arguments.table_only:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes, which read it when they load torch
         jobs = [(arguments.out, seed) for seed in arguments.seeds]
         with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
             for _ in pool.imap_unordered(run_seed, jobs, chunksize=1):
