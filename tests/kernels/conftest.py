@@ -72,3 +72,19 @@ def run_at_level(tmp_path):
         assert done.returncode == 0, done.stderr
 
     return run
+
+
+@pytest.fixture
+def on_threads():
+    """A function (call, counts): what the call gives on each number of threads."""
+    before = torch.get_num_threads()
+
+    def run(call, counts=(1, 2, 3)) -> list:
+        results = []
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(call())
+        return results
+
+    yield run
+    torch.set_num_threads(before)

@@ -145,17 +145,10 @@ def test_a_sequence_in_a_batch_equals_the_sequence_alone(backend, dtype):
         assert same(alone, (field[begin:end] for field in batch))
 
 
-def test_threads_do_not_change_the_bits():
+def test_threads_do_not_change_the_bits(on_threads):
     qkv, offsets = packed((400, 33, 250))
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(nk.attention_features(qkv, offsets))
-    finally:
-        torch.set_num_threads(before)
-    assert same(results[0], results[1]) and same(results[0], results[2])
+    first, *others = on_threads(lambda: nk.attention_features(qkv, offsets))
+    assert all(same(other, first) for other in others)
 
 
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_vnni"])

@@ -182,20 +182,13 @@ def test_a_photo_in_a_batch_equals_the_photo_alone(backend, device, labels):
 
 
 @pytest.mark.parametrize("labels", [2, 5])
-def test_the_result_does_not_depend_on_the_number_of_threads(labels):
+def test_the_result_does_not_depend_on_the_number_of_threads(labels, on_threads):
     photos = [random_photo(s, 60, 80, labels) for s in range(6)]
     batch = [Ragged.pack([p[i] for p in photos]) for i in (0, 1)]
     alone = random_photo(9, 300, 240, labels)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            results.append((nk.dense_crf(*batch).rows, nk.dense_crf(*alone)))
-    finally:
-        torch.set_num_threads(threads)
-    for batched, single in results[1:]:
-        assert torch.equal(batched, results[0][0]) and torch.equal(single, results[0][1])
+    first, *others = on_threads(lambda: (nk.dense_crf(*batch).rows, nk.dense_crf(*alone)), (1, 2, 5))
+    for batched, single in others:
+        assert torch.equal(batched, first[0]) and torch.equal(single, first[1])
 
 
 def test_instruction_levels_agree():

@@ -243,18 +243,11 @@ def test_a_photo_in_a_batch_equals_the_photo_alone(run):
             assert torch.equal(getattr(batch, name)[b : b + 1], getattr(alone, name))
 
 
-def test_threads_do_not_change_the_bits():
+def test_threads_do_not_change_the_bits(on_threads):
     photos = [scene(20, 23, 40, seed=b) for b in range(3)]
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append((nk.normalized_cut(photos[0]), nk.normalized_cut(Ragged.pack(photos))))
-    finally:
-        torch.set_num_threads(before)
-    for alone, batch in results[1:]:
-        assert same(alone, results[0][0]) and same(batch, results[0][1])
+    first, *others = on_threads(lambda: (nk.normalized_cut(photos[0]), nk.normalized_cut(Ragged.pack(photos))))
+    for alone, batch in others:
+        assert same(alone, first[0]) and same(batch, first[1])
 
 
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_vnni"])

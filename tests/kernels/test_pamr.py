@@ -146,18 +146,11 @@ def test_a_photo_in_a_batch_equals_the_photo_alone(backend, labels):
         assert torch.equal(found, nk.pamr(mask, image, iterations=3, backend=backend))
 
 
-def test_the_result_does_not_depend_on_the_number_of_threads():
+def test_the_result_does_not_depend_on_the_number_of_threads(on_threads):
     photos = [random_photo(s, 60, 80, 5) for s in range(6)]
     batch = [Ragged.pack([torch.from_numpy(p[i]) for p in photos]) for i in (0, 1)]
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            results.append(nk.pamr(*batch).rows)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    first, *others = on_threads(lambda: nk.pamr(*batch).rows, (1, 2, 5))
+    assert all(torch.equal(other, first) for other in others)
 
 
 def test_instruction_levels_agree():

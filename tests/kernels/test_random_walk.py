@@ -102,17 +102,10 @@ def test_a_photo_in_a_batch_equals_the_photo_alone(run):
         assert torch.equal(out, run(nk.random_walk, *photo))
 
 
-def test_threads_do_not_change_the_bits():
+def test_threads_do_not_change_the_bits(on_threads):
     masks, features = scene(31, 37, 40)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 11):
-            torch.set_num_threads(threads)
-            results.append(nk.random_walk(masks, features, steps=3))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results)
+    first, *others = on_threads(lambda: nk.random_walk(masks, features, steps=3), (1, 2, 3, 11))
+    assert all(torch.equal(other, first) for other in others)
 
 
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
