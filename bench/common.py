@@ -58,7 +58,8 @@ def paired_medians(
         if turn >= 3 and time.perf_counter() > end:
             break
         for name, call in calls.items():
-            time.sleep(pause)
+            if pause:
+                time.sleep(pause)
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)

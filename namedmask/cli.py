@@ -412,8 +412,8 @@ def segment(
     from .segmenter.folder import segment_photos
 
     source = _source(photos)
-    if out.resolve() in (weights.resolve(), weights.resolve().parent):
-        raise UserError(f"{out} holds the weights, and a categories.json of theirs: choose another --out")
+    if out.resolve() == (weights if weights.is_dir() else weights.parent).resolve():
+        raise UserError(f"{out} holds the weights: choose another --out, as their files would be overwritten")
     with run.locked(out):
         if overwrite:
             for name in ("masks", "overlays", "categories.json", "errors.jsonl"):

@@ -116,7 +116,8 @@ def check_saliency(photos: Path, standin: Path, out: Path) -> None:
 
 def check_segmenter(photos: Path, standin: Path, out: Path) -> None:
     """A segmenter of the run's masks on everyday scenes; prints the IoU of each name that they show."""
-    start(out, settings(photos, standin), ["train"], 1, 0, False)
+    if not start(out, settings(photos, standin), ["train"], 1, 0, False):
+        raise SystemExit("no segmenter was made")
     segmenter, source = Segmenter.load(out / "segmenter"), PhotoSource(photos / "eval")
     confusion, tiles = Confusion(len(segmenter.names), ignore=255), []
     for batch in segmenter.segment(source, sorted(source)):

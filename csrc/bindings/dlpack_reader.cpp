@@ -62,7 +62,7 @@ void fill(const DLTensor& tensor, TensorView& view) {
 bool fill(const py::array& array, TensorView& view) {
   const py::dtype type = array.dtype();
   const char order = type.byteorder();
-  if (array.ndim() > kMaxDims || !(order == '=' || order == '|')) return false;
+  if (array.ndim() > kMaxDims || type.itemsize() > 4 || !(order == '=' || order == '|')) return false;
   switch (type.kind() << 8 | type.itemsize()) {
     case 'b' << 8 | 1: view.dtype = DType::kBool; break;
     case 'u' << 8 | 1: view.dtype = DType::kUInt8; break;

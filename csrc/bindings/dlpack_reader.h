@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Python array -> TensorView, by DLPack. torch (2.10 and later) offers a C function table on the tensor's type, which
-// costs a fraction of a microsecond a tensor; numpy's arrays of the commonest types are read as they are; any other
-// library goes through the __dlpack__() method.
+// costs a fraction of a microsecond a tensor; numpy's arrays of the commonest types are read as they are, also
+// those that must not be written to (do not pass one as an output: nobody checks); any other library goes through the
+// __dlpack__() method.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -181,6 +181,8 @@ int32_t join(const Runs& runs) {
   return count;
 }
 
+#if defined(__AVX512VBMI2__)
+
 struct Places {
   uint8_t at[64];
 };
@@ -192,6 +194,8 @@ constexpr Places places() {
 }
 
 alignas(64) constexpr Places kPlaces = places();
+
+#endif
 
 // Writes where bits are set, none beside another, `from` added, and up to kPadding values more: rather too many than a
 // guess after each.

@@ -22,7 +22,12 @@ const CosineKernels& kernels() {
 // Rounding of the unit rows to floats, which the cosine has by definition, changes their length by less.
 constexpr double kRounding = 1e-6;
 
-constexpr int64_t kSamples = 16;  // tokens whose mean is the bytes' centre
+// The same of bytes, with what is rounded on the way from a token to its bytes and from their products to a cosine: two
+// dozen times half a unit in the last place, of numbers up to 4.
+constexpr double kRoundingOfBytes = 8e-6;
+
+constexpr int64_t kSamples = 16;                        // tokens whose mean is the bytes' centre
+constexpr int64_t kMaxByteChannels = int64_t{1} << 17;  // the sums of more products of bytes need not fit 32 bits
 
 }  // namespace
 
@@ -30,7 +35,8 @@ Cosines::Cosines() : kernels_(kernels()) {}
 
 void Cosines::prepare(const float* features, int64_t n, int64_t channels, Products products) {
   channels_ = channels;
-  products_ = kernels_.quantise && n > 0 && channels > 0 ? products : Products::kFloat32;
+  const bool fits = products != Products::kInt8 || channels <= kMaxByteChannels;
+  products_ = kernels_.quantise && n > 0 && channels > 0 && fits ? products : Products::kFloat32;
   rows_.prepare(features, n, channels, /*rows=*/true, /*panels=*/products_ == Products::kFloat32);
   if (products_ == Products::kInt8) prepare_bytes(features, n);
   if (products_ != Products::kInt16) return;
@@ -86,18 +92,10 @@ double Cosines::reach() const {
   // two are taken, of the centre with vectors twice as long at most.
   const double sum = static_cast<double>(channels_ + 1) * 0x1p-24;
   if (products_ == Products::kFloat32) return sum + kRounding;
-  if (products_ == Products::kInt8) return 4 * sum + kRounding;
+  if (products_ == Products::kInt8) return 4 * sum + kRoundingOfBytes;
   // Vectors of length kUnit that are off by e have products off by (kUnit + kUnit + e) e at most.
   const double e = *std::max_element(errors_.begin(), errors_.end()) / kUnit;
   return (2 * (1 + kRounding) + e) * e + kRounding;
-}
-
-void Cosines::compare(int64_t row, int64_t count, int64_t column, double low, double high, uint32_t* bits,
-                      uint32_t* unsure) const {
-  const double squared = static_cast<double>(kUnit) * kUnit;
-  kernels_.connect_quantised(integers_ + row * 2 * pairs_, count, integer_panels_ + column * 2 * pairs_, channels_,
-                             static_cast<int32_t>(std::floor(low * squared)),
-                             static_cast<int32_t>(std::ceil(high * squared)), bits, unsure);
 }
 
 void Cosines::above(int64_t row, int64_t count, int64_t column, double tau, double reach, uint32_t* bits) const {
@@ -106,8 +104,11 @@ void Cosines::above(int64_t row, int64_t count, int64_t column, double tau, doub
     kernels_.connect(rows_.row(row), count, rows_.panel_of(column), channels_, threshold, bits);
     return;
   }
+  const double squared = static_cast<double>(kUnit) * kUnit;
   uint32_t unsure[kBlock];
-  compare(row, count, column, tau - reach, tau + reach, bits, unsure);
+  kernels_.connect_quantised(integers_ + row * 2 * pairs_, count, integer_panels_ + column * 2 * pairs_, channels_,
+                             static_cast<int32_t>(std::floor((tau - reach) * squared)),
+                             static_cast<int32_t>(std::ceil((tau + reach) * squared)), bits, unsure);
   for (int64_t r = 0; r < count; ++r) {
     for (uint32_t left = unsure[r]; left; left &= left - 1) {
       const int bit = __builtin_ctz(left);

@@ -29,7 +29,10 @@ class Cosines {
   // A panel of tokens made ready for products; panels may be done by any threads. All else waits until all are done.
   void normalise(int64_t panel);
   bool finite() const { return rows_.finite(); }
-  size_t bytes() const { return rows_.bytes() + integer_memory_.bytes() + byte_memory_.bytes(); }
+  size_t bytes() const {
+    return rows_.bytes() + integer_memory_.bytes() + byte_memory_.bytes() + sum_memory_.bytes() +
+           number_memory_.bytes();
+  }
 
   // How far a cosine may lie from what the products say; of bytes, beside the errors that each row has.
   double reach() const;
@@ -43,8 +46,6 @@ class Cosines {
 
  private:
   void prepare_bytes(const float* features, int64_t n);
-  void compare(int64_t row, int64_t count, int64_t column, double low, double high, uint32_t* bits,
-               uint32_t* unsure) const;
 
   const CosineKernels& kernels_;
   int64_t channels_ = 0;

@@ -60,15 +60,17 @@ void quantise_bytes(const float* row, int64_t channels, int64_t i, const Bytes& 
   const auto apart = [&](int64_t c) { return part(row, c, channels) - part(bytes.centre, c, channels); };
   V largest = broadcast(0);
   for (int64_t c = 0; c < channels; c += kLanes) largest = larger(largest, _mm512_abs_ps(apart(c)));
-  const float most = _mm512_reduce_max_ps(largest), unit = most / 127, inverse = most > 0 ? 127 / most : 0;
+  const float most = _mm512_reduce_max_ps(largest), unit = most / 127;
+  const float inverse = most > 1e-30f ? 127 / most : 0;  // below, all of it is error
   int8_t* out = bytes.rows + i * padded;
-  V squares = broadcast(0), length = squares, along = squares;
+  V squares = broadcast(0), length = squares, along = squares;  // of the error, of token - centre, and with centre
   __m512i sums = _mm512_setzero_si512();
   for (int64_t c = 0; c < padded; c += kLanes) {
     const V exact = apart(c);
     length = fma(exact, exact, length);
     along = fma(exact, part(bytes.centre, c, channels), along);
     const __m512i rounded = _mm512_cvtps_epi32(broadcast(inverse) * exact);
+    // against the unit as it was rounded, as products are taken with it
     const V error = exact - broadcast(unit) * _mm512_cvtepi32_ps(rounded);
     squares = fma(error, error, squares);
     sums = _mm512_add_epi32(sums, rounded);
@@ -83,7 +85,7 @@ void quantise_bytes(const float* row, int64_t channels, int64_t i, const Bytes& 
   for (int64_t k = 0; k < groups; ++k) {
     uint32_t group;
     __builtin_memcpy(&group, out + k * kByteGroup, sizeof group);
-    group ^= 0x80808080u;
+    group ^= 0x80808080u;  // plus 128: vpdpbusd takes one side without a sign
     __builtin_memcpy(panel + k * kPanel * kByteGroup, &group, sizeof group);
   }
 }
@@ -94,6 +96,7 @@ void maybe_below_bytes(const Bytes& bytes, int64_t row, int64_t count, int64_t c
   const uint8_t* panels = bytes.panels + column * groups * kByteGroup;
   for (int64_t r = row; r < row + count; r += kIntegerRows) {
     __m512i sums[kIntegerRows][2];
+    // what the 128 add to the products is taken away first
     for (int i = 0; i < kIntegerRows; ++i) sums[i][0] = sums[i][1] = _mm512_set1_epi32(-128 * bytes.sums[r + i]);
     for (int64_t k = 0; k < groups; ++k) {
       const __m512i b0 = _mm512_loadu_si512(panels + k * kPanel * kByteGroup);

@@ -14,7 +14,7 @@ struct Bytes {
   float* centre;                            // [C]
   int8_t* rows;                             // [tokens, groups of channels, kByteGroup]
   uint8_t* panels;                          // [panels, groups, kPanel, kByteGroup], plus 128
-  int32_t* sums;                            // of each row
+  int32_t* sums;                            // of each row's entries, for what the 128 add to products
   float *units, *lengths, *along, *errors;  // of token - centre: length, product with centre, distance from unit * row
 };
 

@@ -11,7 +11,9 @@
 namespace namedmask::cpu {
 namespace {
 
-constexpr double kExhausted = 1e-14;  // what remains of a unit vector's product that lies in the basis already
+// What remains of a unit vector's product that lies in the basis already, at least of products in float64. Of others a
+// direction of rounding may be let in: it is orthogonal to the rest like any other, and does no harm.
+constexpr double kExhausted = 1e-14;
 
 const LanczosKernels& kernels() {
 #if defined(__x86_64__)

@@ -10,7 +10,8 @@
 
 namespace namedmask::cpu {
 
-// AVX512VNNI is AVX-512 with products of 16-bit integers; a kernel without a file for it runs its AVX-512 one.
+// AVX512VNNI is AVX-512 with products of bytes and 16-bit integers; a kernel without a file for it runs its AVX-512
+// one. Where a kernel's AVX-512 file wants more than all such CPUs have (see CMakeLists.txt), these run its AVX2 one.
 enum class Level { kPortable, kAVX2, kAVX512, kAVX512VNNI };
 
 // The highest level that this CPU has and this build contains, found once. The environment variable NMK_LEVEL

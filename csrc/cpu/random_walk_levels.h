@@ -10,7 +10,8 @@ constexpr int64_t kWalkUnit = 32;  // floats; masks [tokens, width] have a width
 
 struct WalkKernels {
   // weights [kBlock, kBlock] = exp(sharpness (rows . tokens of the panels - 1)); rows [kBlock, C], kBlock tokens in
-  // panels. Only of the first `columns` tokens, a multiple of kWord. `diagonal`: rows and columns are the same tokens.
+  // panels. Only of the first `columns` tokens, a multiple of kWord. `diagonal`: rows and columns are the same tokens,
+  // and rows beyond `columns` become anything.
   void (*weigh)(const float* rows, const float* panels, int64_t channels, float sharpness, int64_t columns,
                 bool diagonal, float* weights);
   // sums [kBlock, width] += the weights of these columns times masks [columns, width].

@@ -28,6 +28,7 @@ constexpr int64_t kPanelsAtOnce = 8, kPart = kBlock;  // of the work that thread
 constexpr double kTolerance = 1e-6;
 constexpr double kAlike = 1e-6;     // affinities that differ by less do not differ
 constexpr double kIsolated = 1e-6;  // row sums below are 0
+constexpr double kMuchAlike = 64;   // 1 / (M - m) from which factors of 29 bits will not do
 
 const ClusterKernels& kernels() {
 #if defined(__x86_64__)
@@ -202,6 +203,7 @@ class Clusters {
     scale_ = 1 / (greatest_ - least_);
     inverse_root_.assign(n_, 1.0);
     scaled_.resize(vectors_ * n_), sums_.resize(vectors_ * channels_);
+    if (scale_ > kMuchAlike) rests_.resize(sums_.size()), rest_out_.resize(scaled_.size());
     parts_.resize((n_ + kPart - 1) / kPart * sums_.size());
     std::vector<double> degrees(n_);
     const std::vector<double> ones(n_, 1.0);
@@ -224,7 +226,7 @@ class Clusters {
 
   // out [count, n] = D^-1/2 A D^-1/2 times q [count, n]; with inverse_root_ still 1, A times q. Tokens are taken in
   // parts whose sums are added in order, so that the bits do not depend on who does them. Factors of 29 bits are off by
-  // less than the features' own rounding.
+  // 2^-29 of their size, and A by 1 / (M - m) of that: where that is much, the sums' rests are taken too.
   void affine(const double* q, int64_t count, double* out) {
     for (int64_t c = 0; c < count; ++c) {
       for (int64_t i = 0; i < n_; ++i) scaled_[c * n_ + i] = narrow(inverse_root_[i] * q[c * n_ + i]);
@@ -239,9 +241,22 @@ class Clusters {
     for (int64_t part = 1; part < parts; ++part) {
       for (int64_t i = 0; i < size; ++i) sums_[i] += parts_[part * size + i];
     }
-    for (double& sum : sums_) sum = narrow(sum);
+    const bool with_rests = scale_ > kMuchAlike;
+    for (int64_t i = 0; i < size; ++i) {
+      const double whole = sums_[i];
+      sums_[i] = narrow(whole);
+      if (with_rests) rests_[i] = whole - sums_[i];  // 24 bits are left
+    }
     share_out(parts, 1, [&](int64_t part) {
-      kernels_.expand(cosines_.row(part * kPart), tokens(part), channels_, sums_.data(), count, out + part * kPart, n_);
+      const float* rows = cosines_.row(part * kPart);
+      double* to = out + part * kPart;
+      kernels_.expand(rows, tokens(part), channels_, sums_.data(), count, to, n_);
+      if (!with_rests) return;
+      double* rest = rest_out_.data() + part * kPart;
+      kernels_.expand(rows, tokens(part), channels_, rests_.data(), count, rest, n_);
+      for (int64_t c = 0; c < count; ++c) {
+        for (int64_t i = 0; i < tokens(part); ++i) to[c * n_ + i] += rest[c * n_ + i];
+      }
     });
     for (int64_t c = 0; c < count; ++c) {
       double total = 0;
@@ -286,6 +301,7 @@ class Clusters {
   std::atomic<double> least_{0};
   double greatest_ = 0, scale_ = 1;
   std::vector<double> inverse_root_, scaled_, parts_, sums_, points_;
+  std::vector<double> rests_, rest_out_;  // where tokens are much alike
   Lanczos lanczos_;
   std::vector<KMeans> runs_;  // kRestarts for each count
 };

@@ -8,7 +8,7 @@ namespace namedmask::cpu {
 
 struct UnitRowKernels {
   double (*sum_of_squares)(const float* row, int64_t n);
-  // out = row * factor, the product rounded once.
+  // out = row * factor, the product rounded to double, then to float.
   void (*scale)(const float* row, int64_t n, double factor, float* out);
 };
 

@@ -62,7 +62,7 @@ def obstacle(op: str, backend: str, device: torch.device) -> str | None:
 
 @functools.cache
 def choose(op: str, backend: str, device: torch.device) -> str:
-    """The backend that runs `op`: the named one, or for "auto" the fastest that can.
+    """The backend that runs `op`: the named one, or for "auto" the fastest that can. An answer is kept for good.
 
     Raises ValueError, with each backend's reason, when the named one cannot run or "auto" finds only the reference.
     """

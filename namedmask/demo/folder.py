@@ -44,6 +44,6 @@ def contact_sheets(out: Path) -> dict[str, Image.Image]:
     """
     from PIL import Image
 
-    if not (out / FIGURES).exists() or read_figures(out) is None:
+    if read_figures(out) is None:
         return {}
     return {caption: Image.open(out / name) for name, caption in SHEETS.items() if (out / name).exists()}

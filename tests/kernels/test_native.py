@@ -38,6 +38,8 @@ def test_what_is_no_array_is_refused_with_its_reason():
         native.fill_holes([True], offsets, shapes, out)
     with pytest.raises(TypeError, match="unsupported dtype"):
         native.fill_holes(flat.astype(np.complex64), offsets, shapes, out)
+    with pytest.raises(BufferError, match="DLPack"):
+        native.fill_holes(np.zeros(6, "S3841"), offsets, shapes, out)  # 256 x 15 + 1 bytes
     with pytest.raises(BufferError, match="byte order"):
         native.fill_holes(flat, offsets.astype(">i4"), shapes, out)
     with FakeTensorMode():

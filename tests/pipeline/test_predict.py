@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -210,9 +211,13 @@ def test_segment_says_in_one_line_what_is_wrong(weights, tmp_path):
     refused("does not exist", weights, tmp_path / "none")
     refused("there is no such file", tmp_path / "none", tmp_path / "photos")
     refused("expected float32 or bfloat16", weights, tmp_path / "photos", "--precision", "int8")
-    for given in (weights, weights / "model.safetensors"):
-        own = segment(given, tmp_path / "photos", "--out", weights, "--overwrite")
-        assert own.exit_code == 2 and "holds the weights" in own.stderr and (weights / "categories.json").exists()
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "model.safetensors").symlink_to(weights / "model.safetensors")
+    shutil.copy(weights / "categories.json", tmp_path / "link")
+    for given in (weights, weights / "model.safetensors", tmp_path / "link" / "model.safetensors"):
+        own = segment(given, tmp_path / "photos", "--out", given if given == weights else given.parent, "--overwrite")
+        assert own.exit_code == 2 and "holds the weights" in own.stderr
+    assert (weights / "categories.json").exists()
     assert segment(weights, tmp_path / "photos", "--out", out).exit_code == 0
     other = tmp_path / "other"
     other.mkdir()

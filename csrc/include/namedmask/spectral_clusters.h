@@ -11,16 +11,18 @@
 //             first occur, so token 0 has label 0.
 // Few         Where fewer than k points differ, fewer than k labels occur. All labels are 0 where M - m < 1e-6 (all
 //             tokens alike) and for k = 1. A row of zeros whose affinities are all 0 stands at the origin.
-// Accuracy    unit rows in float32, everything after in float64; vectors are iterated to a residual of 1e-6, or as far
-//             as kMaxProducts products per vector go.
+// Accuracy    unit rows in float32, everything after in float64, but that A's products have factors of 29 bits, or of
+//             53 where M - m is below 1 / 64; vectors are iterated to a residual of 1e-6, or as far as kMaxProducts
+//             products per vector go.
 // Arrays      features float32 [T, C]; offsets int32 [B + 1] and shapes int32 [B, 2] as in RaggedShape; counts int32
 //             [K], the numbers k, each from 1 to 64; labels int32 [T, K]. All contiguous.
 // Errors      std::invalid_argument for a wrong array or count and for features that are not finite (first photo
 //             named); the labels are then unspecified.
 // Threads     OpenMP, one region: over photos, and over parts of a photo's work where threads are left. The bits of a
 //             result depend neither on the threads nor on the batch nor on the instruction level.
-// Cost        per photo of n tokens n^2 C flops, with AVX-512 VNNI of 16-bit integers at twice the rate, and 4 n C
-//             flops per product; no array of n x n. Per thread 8 n C + 8 n (products + 3 max k) + 320 n K bytes.
+// Cost        per photo of n tokens n^2 C flops, with AVX-512 VNNI of bytes at four times the rate and again C for each
+//             pair that may be the least, and 4 n C flops per product; no array of n x n. Per thread 8 n C (6 n C with
+//             VNNI) + 8 n (products + 3 max k) + 320 n K bytes.
 #pragma once
 
 #include "namedmask/tensor_view.h"
