@@ -5,9 +5,9 @@
     python tools/ablations.py --out WORK --results bench/ABLATIONS.md   # goes on where it was stopped
     python tools/ablations.py --out WORK --seeds 7 --workers 1          # a part of it
 
-Every row is the demo's own run (`namedmask demo`) with a change of its settings, on photos of seeds that no training
-of the demo's weights and no choice of its settings has seen (but for the demo's own, 7). WORK/SEED/ROW.json holds the
-figures of a row; a row that has one is not run again. What rows have in common is made once.
+The base is the demo's own run (`namedmask demo`), but with objects pasted as the paper does; every other row has one
+change of its settings. The photos are of seeds that no training of the demo's weights has seen. WORK/SEED/ROW.json
+holds the figures of a row; a row that has one is not run again. What rows have in common is made once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BLOCKS = 30  # of 53 photos: 120 of each kind
 
 BASE = {"detector": "selfmask", "refine": True, "experts": "shared", "photos": 50, "copies": (1, 2)}
 ROWS = {
-    "the demo": {},
+    "base": {},
     "spectral detector": {"detector": "spectral"},
     "spectral detector, no experts": {"detector": "spectral", "experts": None},
     "true masks": {"detector": "truth"},
