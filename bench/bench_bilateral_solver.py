@@ -19,11 +19,10 @@ from common import (
     device_copy_bandwidth,
     device_median,
     needs_gpu,
-    on_threads,
     one_thread,
     paired_medians,
     report,
-    threads,
+    report_two_threads,
 )
 from namedmask_kernels import Ragged
 from namedmask_kernels.reference import bilateral_solver as reference
@@ -104,19 +103,8 @@ def test_a_batch_of_eight(benchmark):
     for soft, (target, image) in zip(nk.bilateral_solver(targets, images).grids(), photos, strict=True):
         np.testing.assert_allclose(soft.numpy(), reference.bilateral_solver(target, image, *SETTINGS), atol=1e-4)
 
-    def solve():
-        nk.bilateral_solver(targets, images)
-
-    with threads(2):
-        seconds = paired_medians({f"{n} threads": on_threads(n, solve) for n in (1, 2)}, rounds=15)
-        benchmark.pedantic(solve, rounds=5)
-    report(
-        "bilateral_solver, batch of 8 photos, 400 x 403 to 512 x 683",
-        [
-            {"who": who, "ms": 1e3 * s, "photos/s": 8 / s, "speedup": seconds["1 threads"] / s}
-            for who, s in seconds.items()
-        ],
-    )
+    title = "bilateral_solver, batch of 8 photos, 400 x 403 to 512 x 683"
+    report_two_threads(title, lambda: nk.bilateral_solver(targets, images), 8, benchmark, rounds=15, seconds=60)
 
 
 def test_a_batch_of_64_on_a_gpu(benchmark):

@@ -17,10 +17,10 @@ from common import (
     device_copy_bandwidth,
     device_median,
     needs_gpu,
-    on_threads,
     one_thread,
     paired_medians,
     report,
+    report_two_threads,
     threads,
 )
 from namedmask_kernels import Ragged
@@ -114,16 +114,8 @@ def test_a_batch_of_eight(benchmark, labels):
         with threads(count):
             results.append(call().rows)
     assert torch.equal(*results)
-    with threads(2):
-        seconds = paired_medians({f"{n} threads": on_threads(n, call) for n in (1, 2)}, rounds=9, seconds=20)
-        benchmark.pedantic(call, rounds=3)
-    report(
-        f"dense_crf, batch of 8 photos, 400 x 403 to 512 x 683, {labels} labels",
-        [
-            {"who": who, "ms": 1e3 * s, "photos/s": 8 / s, "speedup": seconds["1 threads"] / s}
-            for who, s in seconds.items()
-        ],
-    )
+    title = f"dense_crf, batch of 8 photos, 400 x 403 to 512 x 683, {labels} labels"
+    report_two_threads(title, call, 8, benchmark, rounds=9, seconds=20)
 
 
 @pytest.mark.parametrize("labels", [2, 21])

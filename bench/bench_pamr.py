@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import namedmask_kernels as nk
-from common import on_gpu, one_thread, paired_medians, report, resident, threads
+from common import on_gpu, one_thread, paired_medians, report, report_two_threads, resident
 from namedmask_kernels import Ragged
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -99,22 +99,8 @@ def test_a_batch_of_eight(benchmark, quick):
     for found, (mask, image) in zip(nk.pamr(masks, images).grids(), photos, strict=True):
         assert torch.equal(found, nk.pamr(mask, image))
 
-    def on(count):
-        def call():
-            with threads(count):
-                nk.pamr(masks, images)
-
-        return call
-
-    seconds = paired_medians({f"{n} threads": on(n) for n in (1, 2)}, rounds=15)
-    benchmark.pedantic(on(2), rounds=5)
-    report(
-        "pamr, batch of 8 photos, 263 x 290 to 375 x 500, 2 labels",
-        [
-            {"who": who, "ms": 1e3 * s, "photos/s": 8 / s, "speedup": seconds["1 threads"] / s}
-            for who, s in seconds.items()
-        ],
-    )
+    title = "pamr, batch of 8 photos, 263 x 290 to 375 x 500, 2 labels"
+    report_two_threads(title, lambda: nk.pamr(masks, images), 8, benchmark, rounds=15, seconds=60)
 
 
 @pytest.mark.parametrize("labels", [2, 21])

@@ -114,6 +114,20 @@ def on_threads(count: int, call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def report_two_threads(title: str, call: Callable[[], object], photos: int, benchmark, rounds: int, seconds: float):
+    """Reports the median time of a call, of so many photos, on one thread and on two."""
+    with threads(2):
+        taken = paired_medians({f"{n} threads": on_threads(n, call) for n in (1, 2)}, rounds, seconds)
+        benchmark.pedantic(call, rounds=3)
+    report(
+        title,
+        [
+            {"who": who, "ms": 1e3 * s, "photos/s": photos / s, "speedup": taken["1 threads"] / s}
+            for who, s in taken.items()
+        ],
+    )
+
+
 def resident(which: str = "VmHWM") -> float:
     """MiB of this process in memory: the peak, or "VmRSS" now.
 
