@@ -34,7 +34,7 @@ LARGEST = 100  # photos a kind in the largest archive
 SCENES = 120
 BLOCKS = 30  # of 53 photos: 120 of each kind
 
-BASE = {"detector": "selfmask", "refine": True, "experts": "shared", "photos": 50, "copies": (1, 2)}
+BASE = {"detector": "selfmask", "refine": True, "experts": "shared", "photos": 50, "copies": (1, 2), "crop": 96}
 ROWS = {
     "base": {},
     "spectral detector": {"detector": "spectral"},
@@ -46,6 +46,10 @@ ROWS = {
     "no copy-paste": {"copies": (0, 0)},
     "1 object pasted": {"copies": (1, 1)},
     "1 to 3 objects pasted": {"copies": (1, 3)},
+    "views of 160 pixels": {"crop": 160},
+    "views of 160 pixels, no copy-paste": {"crop": 160, "copies": (0, 0)},
+    "views of 160 pixels, no experts": {"crop": 160, "experts": None},
+    "views of 160 pixels, no experts, no copy-paste": {"crop": 160, "experts": None, "copies": (0, 0)},
     "10 photos a kind": {"photos": 10},
     "25 photos a kind": {"photos": 25},
     "100 photos a kind": {"photos": 100},
@@ -66,7 +70,7 @@ def settings(folder: Path, row: dict) -> dict:
         "detector": demo.SPECTRAL if row["detector"] == "spectral" else demo.DETECTOR,
         "refine": demo.REFINE if row["refine"] else {"name": "none"},
         "experts": experts,
-        "segmenter": demo.SEGMENTER | {"copies": row["copies"]},
+        "segmenter": demo.SEGMENTER | {"copies": row["copies"], "crop": row["crop"]},
     }
 
 

@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ..formats import BACKGROUND
 from ..photos import Photo, PhotoError, PhotoSource, decode_ahead
 from ..threads import kernels_on_one_thread, map_ahead
-from .deeplab import DeepLab, load_segmenter
+from .deeplab import DeepLab, load_segmenter, on_device
 
 GPU_BATCH = 8  # photos of one size
 MIXED_VALUES = 1 << 24  # logits interpolated at once
@@ -47,9 +47,8 @@ class Segmenter:
         self.names = [BACKGROUND, *categories]
         self.device, self.dtype = torch.device(device), getattr(torch, precision)
         self.mean, self.std = network.mean.to(device), network.std.to(device)
-        self.network = fold_batch_norms(network.eval().requires_grad_(False)).to(self.device, self.dtype)
-        if self.device.type == "cuda":
-            self.network = self.network.to(memory_format=torch.channels_last)
+        folded = fold_batch_norms(network.eval().requires_grad_(False)).to(dtype=self.dtype)
+        self.network = on_device(folded, self.device)
 
     @classmethod
     def load(

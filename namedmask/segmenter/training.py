@@ -37,7 +37,7 @@ from ..threads import map_ahead, one_torch_thread, thread_count
 from ..training import Journal
 from .augment import IGNORE, View, augmented, copy_paste
 from .batch_norm import synchronise
-from .deeplab import DeepLab, save_segmenter
+from .deeplab import DeepLab, on_device, save_segmenter
 
 
 class Sample(NamedTuple):
@@ -109,7 +109,7 @@ def train(
     network = kind(encoder, classes, settings.width, settings.encoder_momentum)
     if worker.count > 1:
         synchronise(network, device)
-    network = network.to(device, memory_format=torch.channels_last).train()
+    network = on_device(network, device).train()
     optimiser = torch.optim.Adam(
         [
             {"params": network.backbone.parameters(), "highest": settings.encoder_rate},
