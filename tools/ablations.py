@@ -5,8 +5,8 @@
     python tools/ablations.py --out WORK --results bench/ABLATIONS.md   # goes on where it was stopped
     python tools/ablations.py --out WORK --seeds 7 --workers 1          # a part of it
 
-The base is the demo's own run (`namedmask demo`), but with objects pasted as the paper does; every other row has one
-change of its settings. The photos are of seeds that no training of the demo's weights has seen. WORK/SEED/ROW.json
+The base is the demo's own run (`namedmask demo`), but with objects pasted as the paper does; every other row says
+what it has changed. The photos are of seeds that no training of the demo's weights has seen. WORK/SEED/ROW.json
 holds the figures of a row; a row that has one is not run again. What rows have in common is made once.
 """
 
@@ -34,7 +34,14 @@ LARGEST = 100  # photos a kind in the largest archive
 SCENES = 120
 BLOCKS = 30  # of 53 photos: 120 of each kind
 
-BASE = {"detector": "selfmask", "refine": True, "experts": "shared", "photos": 50, "copies": (1, 2), "crop": 96}
+BASE = {
+    "detector": "selfmask",
+    "refine": True,
+    "experts": "shared",
+    "photos": 50,
+    "copies": (1, 2),
+    "crop": demo.SEGMENTER["crop"],
+}
 ROWS = {
     "base": {},
     "spectral detector": {"detector": "spectral"},

@@ -117,7 +117,7 @@ class DeepLab(nn.Module):
 
 
 def on_device(network: nn.Module, device: str | torch.device) -> nn.Module:
-    """The network on a device, in the layout that is fastest there: channels last on a GPU, channels first on a CPU."""
+    """The network on a device: channels last on a GPU, as cuDNN wants them (not measured), channels first on a CPU."""
     gpu = torch.device(device).type == "cuda"
     return network.to(device, memory_format=torch.channels_last if gpu else torch.contiguous_format)
 
