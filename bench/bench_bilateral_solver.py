@@ -4,10 +4,10 @@
 `pytest bench/bench_bilateral_solver.py --benchmark-only -s` prints the tables. Another public implementation on the CPU
 is not known to us.
 
-Where one photo's time goes on a core of a Sapphire Rapids Xeon, in ms: colours' keys 0.5, sums of vertices 0.9, their
-neighbours and the order of the system 0.6, bistochastisation 0.25, 25 steps 1.05, slices 0.2: 3.5 when all is warm.
+Where one photo's time goes on a core of a Sapphire Rapids Xeon, in ms: colors' keys 0.5, sums of vertices 0.9, their
+neighbors and the order of the system 0.6, bistochastization 0.25, 25 steps 1.05, slices 0.2: 3.5 when all is warm.
 The reference leaves nothing of it in the caches, which costs more than half a millisecond. A step is bound by the loads
-of its neighbours' values, one by one from the second-level cache.
+of its neighbors' values, one by one from the second-level cache.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ SETTINGS = (0.999, 16, 16, 8, 256.0, 25, 1e-5)
 
 
 def photo(seed=0, h=512, w=683):
-    """(target, image): light that varies slowly, textured objects with their own colours, a little noise."""
+    """(target, image): light that varies slowly, textured objects with their own colors, a little noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:h, :w] / h
     image = np.empty((h, w, 3))
@@ -54,10 +54,10 @@ def photo(seed=0, h=512, w=683):
 
 def bytes_of_a_step(image):
     """(vertices, bytes that a step of conjugate gradients reads and writes, caches aside)."""
-    vertex, neighbours = reference.grid(reference.cells(image, *SETTINGS[1:4]))
+    vertex, neighbors = reference.grid(reference.cells(image, *SETTINGS[1:4]))
     count = int(vertex.max()) + 1
-    # 15 reads or writes of a float per vertex; per neighbour its index and its value
-    return count, 15 * 4 * count + 8 * neighbours.nnz
+    # 15 reads or writes of a float per vertex; per neighbor its index and its value
+    return count, 15 * 4 * count + 8 * neighbors.nnz
 
 
 def test_one_photo_on_one_core(benchmark):
@@ -119,7 +119,7 @@ def test_a_batch_of_64_on_a_gpu(benchmark):
     seconds = device_median(lambda: nk.bilateral_solver(*on_gpu))
     benchmark.pedantic(lambda: (nk.bilateral_solver(*on_gpu), torch.cuda.synchronize()), rounds=10)
     # Per pixel: 7 bytes read and 24 of the grid's written, some 40 to find its vertex, 8 to slice. Per vertex 25 steps,
-    # and 10 rounds of bistochastisation as 5.
+    # and 10 rounds of bistochastization as 5.
     steps = sum(bytes_of_a_step(image)[1] for _, image in photos) * 8
     moved = 79 * len(targets.rows) + 30 * steps
     report(

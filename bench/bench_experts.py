@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Relabelling an archive with category experts: photos per second beside the plain way of writing it down.
+"""Relabeling an archive with category experts: photos per second beside the plain way of writing it down.
 
 An expert on a ResNet-50 (random weights) and 480 x 640 JPEGs that stand in the archives of two categories; `--quick`: a
 small encoder, small photos. What the masks are worth is measured on the demo's photos, not here.
@@ -48,7 +48,7 @@ def test_relabel(benchmark, tmp_path, quick):
         for category in CATEGORIES:
             for name in names:
                 pixels = torch.from_numpy(source.decode(name).pixels).permute(2, 0, 1)[None]
-                mask = net(net.normalised(pixels))[0].argmax(0).numpy() == 1
+                mask = net(net.normalized(pixels))[0].argmax(0).numpy() == 1
                 made.append(MaskRecord.from_mask(name, mask, category, 0.3, 0.5))
         return made
 

@@ -25,7 +25,7 @@ def affinity(features, dtype):
 
 
 def dense(features):
-    """As TokenCut: the generalised problem with dense float64 matrices."""
+    """As TokenCut: the generalized problem with dense float64 matrices."""
     a = affinity(features, np.float64)
     degrees = np.diag(a.sum(1))
     return scipy.linalg.eigh(degrees - a, degrees, subset_by_index=[1, 2])[1][:, 0]
@@ -121,17 +121,17 @@ def test_a_batch_of_64_on_a_gpu(benchmark, side, quick):
     photos = photos.repeat(1 if quick else 16, 1, 1, 1)
 
     def calls():
-        from namedmask_kernels.triton import normalized_cut, unit_rows
+        from namedmask_kernels.triton import normalized_cut, normalized_rows
 
         there, expected = photos.cuda(), nk.normalized_cut(photos[:4])
         found = nk.normalized_cut(there)
         assert found.residual.max() <= 1e-8
         assert (found.foreground[:4].cpu() == expected.foreground).float().mean() > 0.999
         rows, offsets = there.flatten(0, 2), torch.arange(len(photos) + 1, dtype=torch.int32) * side * side
-        unit = unit_rows.unit_rows(rows)
+        unit = normalized_rows.normalized_rows(rows)
         half = unit.high.unflatten(0, (len(photos), -1))
         yield "cuda", lambda: nk.normalized_cut(there)
-        yield "  unit vectors, two halves", lambda: unit_rows.unit_rows(rows)
+        yield "  unit vectors, two halves", lambda: normalized_rows.normalized_rows(rows)
         yield "  affinity as bits", lambda: normalized_cut.affinity_bits(unit, offsets, 0.2)
         yield "features x features', torch, float16", lambda: half @ half.mT
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""pamr beside the torch form that users write: all neighbours unfolded, times the weights, summed.
+"""pamr beside the torch form that users write: all neighbors unfolded, times the weights, summed.
 
 `pytest bench/bench_pamr.py --benchmark-only -s` prints the tables. We know no other for the CPU.
 """
@@ -30,10 +30,10 @@ def unfolded(x: Tensor) -> Tensor:
 def torch_form(masks: Tensor, image: Tensor, iterations: int = 10) -> Tensor:
     """masks float32 [H, W, L], image uint8 [H, W, 3]."""
     around = [0, 1, 2, 3, 5, 6, 7, 8]
-    colours = image.permute(2, 0, 1).float() / 255
-    windows = unfolded(colours)
+    colors = image.permute(2, 0, 1).float() / 255
+    windows = unfolded(colors)
     spread = windows.flatten(1, 2).std(1)[:, None, None]
-    weights = -(windows[:, :, around] - colours[:, None, None]).abs() / (1e-8 + 0.1 * spread)
+    weights = -(windows[:, :, around] - colors[:, None, None]).abs() / (1e-8 + 0.1 * spread)
     weights = weights.mean(0).flatten(0, 1).softmax(0)  # [48, H, W]
     refined = masks.permute(2, 0, 1)
     for _ in range(iterations):

@@ -34,9 +34,9 @@ def photos(folder, quick: bool) -> PhotoSource:
 
 @torch.inference_mode()
 def plain(net: DeepLab, source: PhotoSource, name: str, dtype=torch.float32, memory=torch.contiguous_format):
-    """A photo's labels as one writes it down: decode, normalise, forward, resize all logits, argmax."""
+    """A photo's labels as one writes it down: decode, normalize, forward, resize all logits, argmax."""
     pixels = torch.from_numpy(source.decode(name).pixels).permute(2, 0, 1)[None]
-    return net(net.normalised(pixels).to(dtype, memory_format=memory))[0].argmax(0)
+    return net(net.normalized(pixels).to(dtype, memory_format=memory))[0].argmax(0)
 
 
 def test_segment(benchmark, tmp_path, quick):

@@ -40,12 +40,12 @@ def settings_of(quick: bool, **changed) -> SegmenterTraining:
 
 
 def our_step(network: DeepLab, photos, labels, settings: SegmenterTraining):
-    optimiser = torch.optim.Adam(network.parameters(), 1e-6, weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-6, weight_decay=settings.weight_decay, fused=True)
 
     def step():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = accumulate_gradients(network, network, photos, labels, settings, Worker())
-        optimiser.step()
+        optimizer.step()
         return float(loss)
 
     return step
@@ -53,13 +53,13 @@ def our_step(network: DeepLab, photos, labels, settings: SegmenterTraining):
 
 def plain_step(network: DeepLab, photos, labels):
     """As one writes it first: dense NCHW tensors in float32, Adam as it comes, the mean that cross_entropy takes."""
-    optimiser = torch.optim.Adam(network.parameters(), 1e-6, weight_decay=2e-4)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-6, weight_decay=2e-4)
 
     def step():
-        optimiser.zero_grad()
-        loss = F.cross_entropy(network(network.normalised(photos)), labels.long(), ignore_index=IGNORE)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(network.normalized(photos)), labels.long(), ignore_index=IGNORE)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         return float(loss.detach())
 
     return step
@@ -80,7 +80,7 @@ def test_training_step(benchmark, quick):
     }
     network = make_network(quick)
     with FlopCounterMode(display=False) as counter:  # the backward pass is two of it; the counter's own is not right
-        network(network.normalised(photos))  # for depthwise convolutions, which it takes for dense ones
+        network(network.normalized(photos))  # for depthwise convolutions, which it takes for dense ones
     losses = {who: call() for who, call in calls.items()}
     assert abs(losses["ours, float32"] - losses["plain, float32"]) < 1e-3 * losses["plain, float32"]
     assert abs(losses["ours, bfloat16"] - losses["plain, float32"]) < 2e-2 * losses["plain, float32"]
@@ -111,10 +111,10 @@ class Plain(Dataset):
 
     def __init__(self, source: PhotoSource, samples: list[Sample], settings: SegmenterTraining, blur: bool):
         self.source, self.samples, self.settings = source, samples, settings
-        self.colours = v2.Compose(
+        self.colors = v2.Compose(
             [
                 v2.RandomApply([v2.ColorJitter(*settings.jitter)], settings.jitter_share),
-                v2.RandomGrayscale(settings.grey),
+                v2.RandomGrayscale(settings.gray),
                 *([v2.RandomApply([v2.GaussianBlur(39, settings.blur_sigma)], settings.blur)] if blur else []),
                 v2.PILToTensor(),
             ]
@@ -140,7 +140,7 @@ class Plain(Dataset):
         photo, labels = (v2.functional.crop(x, top, left, size, size) for x in (photo, labels))
         if torch.rand(()) < self.settings.flip:
             photo, labels = v2.functional.hflip(photo), v2.functional.hflip(labels)
-        return self.colours(photo), torch.from_numpy(np.array(labels))
+        return self.colors(photo), torch.from_numpy(np.array(labels))
 
     def __getitem__(self, number: int):
         photo, labels = self.view(number)

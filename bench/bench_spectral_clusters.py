@@ -22,7 +22,7 @@ def affinity(features):
 
 
 def by_lobpcg(features):
-    """The generalised problem in torch, as SelfMask's; once for each k there, once for all here."""
+    """The generalized problem in torch, as SelfMask's; once for each k there, once for all here."""
     a = affinity(features)
     d = a.sum(1)
     start = torch.from_numpy(np.random.default_rng(0).normal(size=(len(a), max(COUNTS))).astype(np.float32))

@@ -20,7 +20,7 @@ from namedmask.config import DetectorConfig, IndexConfig, RefineConfig, RunConfi
 from namedmask.demo.run import render
 from namedmask.index import CLIP_BATCH, Clip
 from namedmask.photos import Photo, PhotoSource, decode_ahead
-from namedmask.pseudolabel import Labeller
+from namedmask.pseudolabel import Labeler
 from namedmask.refine import Refiner
 from namedmask.run import start
 from namedmask.saliency.spectral import SpectralDetector
@@ -116,15 +116,15 @@ def test_refine(benchmark, world):
 
 def test_pseudolabel(benchmark, world):
     source, names, config = world
-    labeller = Labeller(RunConfig(photos=str(source.path), detector=config), "cpu")
+    labeler = Labeler(RunConfig(photos=str(source.path), detector=config), "cpu")
 
     def call():
-        labeller.seconds.clear()
-        return [item for batch in labeller.label(source, names) for item in batch]
+        labeler.seconds.clear()
+        return [item for batch in labeler.label(source, names) for item in batch]
 
     assert len(call()) == len(names)
     rate("pseudolabel engine: decode, detect, refine", benchmark, call, len(names))
-    print(", ".join(f"{step} {1e3 * s / len(names):.1f} ms a photo" for step, s in labeller.seconds.items()))
+    print(", ".join(f"{step} {1e3 * s / len(names):.1f} ms a photo" for step, s in labeler.seconds.items()))
 
 
 def test_whole_command(benchmark, world, tmp_path):

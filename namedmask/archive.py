@@ -51,9 +51,9 @@ def prompts() -> list[str]:
 def top_photos(shards: Iterable[tuple[np.ndarray, np.ndarray]], text: np.ndarray, count: int) -> list[list[tuple]]:
     """The `count` photos nearest to each text, streamed: memory does not grow with the number of photos.
 
-    shards: (image float16 or float32 [n, d], photo int64 [n]) each, rows L2-normalised; photos in ascending order over
+    shards: (image float16 or float32 [n, d], photo int64 [n]) each, rows L2-normalized; photos in ascending order over
             all shards
-    text:   float32 [k, d], L2-normalised
+    text:   float32 [k, d], L2-normalized
     Returns k lists of (photo, cosine similarity), best first. Similarities are rounded to 6 decimals; of equals the
     photo with the smaller number comes first.
     """

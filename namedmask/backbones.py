@@ -64,7 +64,7 @@ class Backbone:
         return h, w
 
     def prepare(self, pixels: np.ndarray, image_size: int) -> Tensor:
-        """pixels uint8 [H, W, 3] -> normalised [3, h, w], h and w whole patches (bicubic, antialiased)."""
+        """pixels uint8 [H, W, 3] -> normalized [3, h, w], h and w whole patches (bicubic, antialiased)."""
         from torchvision.transforms.v2 import functional as TF
 
         h, w = self.grid(pixels, image_size)
@@ -76,7 +76,7 @@ class Backbone:
     def extract(self, photos: Sequence[Tensor], taps: Sequence[str]) -> dict[str, Ragged]:
         """Features of any blocks in one pass over photos of any shapes, CLS and register tokens left out.
 
-        photos:  normalised [3, h, w] each, sides whole multiples of the patch, as `prepare` gives them
+        photos:  normalized [3, h, w] each, sides whole multiples of the patch, as `prepare` gives them
         taps:    names of `TAPS`, each alone for the last block or with a block's number (from 0), as in "keys.8":
                  tokens         [T, C] after the block; after the last block and the norm that ends the network
                  queries, keys, values  [T, H * D] as projected, all heads side by side, before any rotary embedding
@@ -319,11 +319,11 @@ def untrained(name: str) -> nn.Module:
 class Encoder(NamedTuple):
     """A timm network dilated to output stride 8, or a ViT; made by `load_encoder` or `untrained_encoder`.
 
-    network:   photos normalised [n, 3, H, W] -> a list of features [n, C, ceil(H / stride), ceil(W / stride)]
+    network:   photos normalized [n, 3, H, W] -> a list of features [n, C, ceil(H / stride), ceil(W / stride)]
     taken:     places in that list of the last features of stride 4 and of the very last, of stride 8; of a ViT those of
                half its patch's side and of its side
     channels:  their C
-    mean, std: of the colours that it wants, [3] each, of 1
+    mean, std: of the colors that it wants, [3] each, of 1
     """
 
     name: str
@@ -346,7 +346,7 @@ class TokenPyramid(nn.Module):
     def forward(self, photos: Tensor) -> list[Tensor]:
         sides = photos.shape[2:]
         height, width = (-side % self.patch for side in sides)
-        whole = F.pad(photos, (0, width, 0, height))  # the last patches see a margin of the mean colour
+        whole = F.pad(photos, (0, width, 0, height))  # the last patches see a margin of the mean color
         middle, end = self.vit.forward_intermediates(whole, self.taken, norm=True, intermediates_only=True)
         h, w = (-(-2 * side // self.patch) for side in sides)
         return [F.interpolate(middle, scale_factor=2, mode="bilinear")[:, :, :h, :w], end]
@@ -370,8 +370,8 @@ def untrained_encoder(name: str) -> Encoder:
     _expect_model(architecture)
     if architecture.startswith("vit_"):
         vit = untrained(architecture)
-        colours = (tuple(vit.pretrained_cfg[key]) for key in ("mean", "std"))
-        return Encoder(name, TokenPyramid(vit), (0, 1), (vit.embed_dim, vit.embed_dim), *colours)
+        colors = (tuple(vit.pretrained_cfg[key]) for key in ("mean", "std"))
+        return Encoder(name, TokenPyramid(vit), (0, 1), (vit.embed_dim, vit.embed_dim), *colors)
     try:
         network = timm.create_model(architecture, pretrained=False, **_DENSE)
         strides, channels = network.feature_info.reduction(), network.feature_info.channels()
@@ -380,8 +380,8 @@ def untrained_encoder(name: str) -> Encoder:
     if 4 not in strides or strides[-1] != 8:
         raise UserError(f"encoder {name!r} {_NOT_DENSE} (its features have strides {strides})")
     taken = len(strides) - 1 - strides[::-1].index(4), len(strides) - 1
-    colours = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
-    return Encoder(name, network, taken, tuple(channels[place] for place in taken), *colours)
+    colors = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
+    return Encoder(name, network, taken, tuple(channels[place] for place in taken), *colors)
 
 
 def load_encoder(name: str, weights: str | None = None) -> Encoder:

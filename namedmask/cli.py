@@ -57,9 +57,9 @@ MoreBackbones = Annotated[
     typer.Option("--more-backbones", help="NAME or NAME=FILE, separated by commas, that vote in cluster-vote too."),
 ]
 Features = Annotated[str | None, typer.Option("--features", help="tokens or keys of the last block. (default: keys)")]
-Centre = Annotated[
+Center = Annotated[
     bool | None,
-    typer.Option("--centre/--no-centre", help="Subtract each photo's mean feature; DINOv2 needs it. (default: no)"),
+    typer.Option("--center/--no-center", help="Subtract each photo's mean feature; DINOv2 needs it. (default: no)"),
 ]
 Tau = Annotated[float | None, typer.Option("--tau", help="Cosines above it are edges of the graph. (default: 0.2)")]
 ImageSize = Annotated[
@@ -120,7 +120,7 @@ SETTINGS = {
     "backbone_weights": ("detector", "backbone_weights"),
     "more_backbones": ("detector", "more_backbones"),
     "features": ("detector", "features"),
-    "centre": ("detector", "centre"),
+    "center": ("detector", "center"),
     "tau": ("detector", "tau"),
     "image_size": ("detector", "image_size"),
     "mirror": ("detector", "mirror"),
@@ -276,7 +276,7 @@ def pseudolabel_everything(
     backbone_weights: BackboneWeights = None,
     more_backbones: MoreBackbones = None,
     features: Features = None,
-    centre: Centre = None,
+    center: Center = None,
     tau: Tau = None,
     image_size: ImageSize = None,
     mirror: Mirror = None,
@@ -334,7 +334,7 @@ def pseudolabel(
     backbone_weights: BackboneWeights = None,
     more_backbones: MoreBackbones = None,
     features: Features = None,
-    centre: Centre = None,
+    center: Center = None,
     tau: Tau = None,
     image_size: ImageSize = None,
     mirror: Mirror = None,

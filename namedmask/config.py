@@ -59,7 +59,7 @@ class DetectorConfig(Part):
     backbone_weights: str | None = None  # a local file instead of the published weights
     more_backbones: list[str] = []  # of cluster-vote: NAME, or NAME=FILE with a local file of weights
     features: Literal["tokens", "keys"] = "keys"
-    centre: bool = False  # subtract each photo's mean feature
+    center: bool = False  # subtract each photo's mean feature
     tau: Annotated[float, Field(ge=-1, le=1)] = 0.2
     image_size: Annotated[int, Field(ge=16)] = 448  # short side, pixels
     scales: Annotated[list[Scale], Field(min_length=1)] = [1.0]  # of image_size, at which selfmask looks at a photo
@@ -110,7 +110,7 @@ class SegmenterTraining(Part):
     flip: Share = 0.5  # share of the views
     jitter: Annotated[tuple[float, float, float, float], Field(strict=False)] = (0.8, 0.8, 0.8, 0.2)  # as ColorJitter
     jitter_share: Share = 0.8
-    grey: Share = 0.2
+    gray: Share = 0.2
     blur: Share = 0.5
     blur_sigma: Range = (0.1, 2.0)  # pixels
     copies: Annotated[tuple[int, int], Field(strict=False)] = (1, 2)  # objects pasted into a view, from, to
@@ -168,7 +168,7 @@ class CrfConfig(Part):
     gaussian_sigma: Annotated[float, Field(gt=0)] = 3.0
     gaussian_weight: Annotated[float, Field(ge=0)] = 3.0
     bilateral_sigma: Annotated[float, Field(gt=0)] = 80.0
-    colour_sigma: Annotated[float, Field(gt=0)] = 13.0  # steps of 255
+    color_sigma: Annotated[float, Field(gt=0)] = 13.0  # steps of 255
     bilateral_weight: Annotated[float, Field(ge=0)] = 10.0
 
 

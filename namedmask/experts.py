@@ -82,15 +82,15 @@ class SharedExperts(DeepLab):
         return self.classifier.classifier[-1]
 
     def forward(self, photos: Tensor) -> Tensor:
-        """photos normalised [n, 3, H, W] -> features [n, width, ceil(H / 4), ceil(W / 4)]."""
+        """photos normalized [n, 3, H, W] -> features [n, width, ceil(H / 4), ceil(W / 4)]."""
         return self.coarse_logits(photos)
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Binary cross-entropy of each photo's own category, summed over labelled pixels; labels: see `samples_of`."""
+        """Binary cross-entropy of each photo's own category, summed over labeled pixels; labels: see `samples_of`."""
         logits = self.layers.logits(features, labels.flatten(1).amax(1).long() // 2)
         logits = F.interpolate(logits[:, None].float(), labels.shape[1:], mode="bilinear")[:, 0]
-        labelled = labels != IGNORE
-        return F.binary_cross_entropy_with_logits(logits[labelled], (labels[labelled] % 2).float(), reduction="sum")
+        labeled = labels != IGNORE
+        return F.binary_cross_entropy_with_logits(logits[labeled], (labels[labeled] % 2).float(), reduction="sum")
 
 
 def file_name(category: str) -> str:
@@ -159,13 +159,13 @@ class _Experts:
         for number in self.worker.claim("experts", len(names)):
             name, records = names[number], self.records[names[number]]
             if self.shard(number).exists():
-                self.progress.tick(self.views + len(records), found=True)
+                self.progress.advance(self.views + len(records), found=True)
             elif any(record.area for record in records):
                 segmenter = Segmenter(self._expert(name, [name], Worker()), [name], self.device)
                 self._refine(number, records, segmenter, lambda logits, _: logits[1] - logits[0])
             else:
                 self._write(number, records, [])
-                self.progress.tick(self.views + len(records), found=True)
+                self.progress.advance(self.views + len(records), found=True)
         return len(names)
 
     def all_at_once(self) -> int:
@@ -184,7 +184,7 @@ class _Experts:
         shards = list(_shards(records, SHARD))
         for number in self.worker.claim("experts", len(shards)):
             if self.shard(number).exists():
-                self.progress.tick(len(shards[number]), found=True)
+                self.progress.advance(len(shards[number]), found=True)
             else:
                 self._refine(number, shards[number], segmenter, logits)
         return len(shards)
@@ -195,7 +195,7 @@ class _Experts:
         path = self.out / "experts" / f"{file_name(name)}.safetensors"
         journal = path.with_suffix("")
         if path.exists():
-            self.progress.tick(self.views if worker.is_main else 0, found=True)
+            self.progress.advance(self.views if worker.is_main else 0, found=True)
         else:
             journal.mkdir(exist_ok=True)
             if worker.is_main:
@@ -226,7 +226,7 @@ class _Experts:
                 errors.append(ErrorRecord(name, "experts", found.reason))
             else:
                 refined += found
-            self.progress.tick(len(by_photo[name]))
+            self.progress.advance(len(by_photo[name]))
         self._write(number, refined, errors)
 
     def _write(self, number: int, records: list[MaskRecord], errors: list[ErrorRecord]) -> None:
@@ -245,8 +245,8 @@ class _Part:
     name: str
     total: int = 0
 
-    def tick(self, views: int, found: bool = False) -> None:
-        self.whole.tick(views, found)
+    def advance(self, views: int, found: bool = False) -> None:
+        self.whole.advance(views, found)
 
     @property
     def note(self) -> str:
@@ -288,7 +288,7 @@ def relabel(
 def decided(soft: Tensor) -> float:
     """How sure a network is of a mask, in [0, 1]: the Dice coefficient of its probabilities [h, w] and their mask.
 
-    Times the share of the photo's border that the mask leaves free (`mask_score`) it is the score of a relabelled mask.
+    Times the share of the photo's border that the mask leaves free (`mask_score`) it is the score of a relabeled mask.
     """
     hard = soft > 0.5
     return float(2 * soft[hard].sum() / (soft.sum() + hard.sum())) if hard.any() else 0.0

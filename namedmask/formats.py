@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Label maps as PNG files, as other tools read and write them: a pixel's value is the id of its class.
 
-Written are indexed (palette) files of 8 bits, and grey ones of 16 bits where ids go beyond 255. Read are these, grey
-files of 8 bits, and ImageNet-S's colour files, whose id is R + 256 G.
+Written are indexed (palette) files of 8 bits, and gray ones of 16 bits where ids go beyond 255. Read are these, gray
+files of 8 bits, and ImageNet-S's color files, whose id is R + 256 G.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ BACKGROUND = "background"  # the name of class 0
 
 @functools.cache
 def label_palette() -> np.ndarray:
-    """Colours of ids 0 to 255, uint8 [256, 3]: PASCAL VOC's, which most viewers of masks know.
+    """Colors of ids 0 to 255, uint8 [256, 3]: PASCAL VOC's, which most viewers of masks know.
 
     An id's lowest three bits are the highest bits of red, green and blue, the next three the next ones, and so on: all
-    colours differ, and those of small ids most.
+    colors differ, and those of small ids most.
     """
     ids = np.arange(256)
     palette = np.zeros((256, 3), np.uint8)
@@ -36,7 +36,7 @@ def label_palette() -> np.ndarray:
 
 
 def write_label_map(path: Path, labels: np.ndarray, classes: int) -> None:
-    """Writes labels [H, W], ids below `classes`, as a PNG: indexed up to 256 classes, else grey with 16 bits.
+    """Writes labels [H, W], ids below `classes`, as a PNG: indexed up to 256 classes, else gray with 16 bits.
 
     The file appears whole or not at all. Raises ValueError for an id that is no class.
     """
@@ -52,7 +52,7 @@ def write_label_map(path: Path, labels: np.ndarray, classes: int) -> None:
 
 
 def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:
-    """The ids in a PNG file, uint8 or uint16 [H, W]. red_green: colour files, the id is R + 256 G (ImageNet-S).
+    """The ids in a PNG file, uint8 or uint16 [H, W]. red_green: color files, the id is R + 256 G (ImageNet-S).
 
     Raises UserError, naming the file, where it cannot be read or is not of the kind asked for.
     """
@@ -69,7 +69,7 @@ def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:
     if mode == "1":
         return pixels.astype(np.uint8)  # not a view: the bytes that Pillow gives for True are 255
     if mode not in ("L", "P") and not mode.startswith("I"):
-        raise UserError(f"{path} is a picture in colours (PNG mode {mode}), not a label map with an id a pixel")
+        raise UserError(f"{path} is a picture in colors (PNG mode {mode}), not a label map with an id a pixel")
     if mode.startswith("I"):
         if pixels.size and not 0 <= pixels.min() <= pixels.max() <= MAX_LABEL:
             raise UserError(f"{path} holds ids above {MAX_LABEL}")

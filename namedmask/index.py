@@ -2,7 +2,7 @@
 """Photos -> image embeddings, in shards: by a CLIP of open_clip, or taken from embeddings computed elsewhere.
 
 index/photos.jsonl          the photos' names in order; a photo's number is its line, from 0
-index/00000.safetensors     image float16 [n, d], rows L2-normalised; photo int64 [n], the photos' numbers, rising
+index/00000.safetensors     image float16 [n, d], rows L2-normalized; photo int64 [n], the photos' numbers, rising
 index/00000.errors.jsonl    photos of the shard that have no row, and why
 """
 
@@ -31,10 +31,10 @@ class Embedder(Protocol):
     """What turns photos and names into embeddings that can be compared."""
 
     def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
-        """Each name with its embedding, float32 [d] L2-normalised, or what is wrong with the photo."""
+        """Each name with its embedding, float32 [d] L2-normalized, or what is wrong with the photo."""
 
     def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
-        """float32 [k, d], L2-normalised: one row per name."""
+        """float32 [k, d], L2-normalized: one row per name."""
 
 
 def list_photos(source: PhotoSource, folder: Path) -> None:
@@ -63,8 +63,8 @@ def missing_shards(folder: Path, config: IndexConfig) -> list[int]:
     return [s for s in range(-(-count // config.shard_size)) if not shard_path(folder, s).exists()]
 
 
-def build_index(source: PhotoSource, folder: Path, config: IndexConfig, worker: Worker, device: str, tick) -> None:
-    """Embeds every photo of photos.jsonl that is in no finished shard; `tick(photos, found=...)` after each shard."""
+def build_index(source: PhotoSource, folder: Path, config: IndexConfig, worker: Worker, device: str, advance) -> None:
+    """Embeds every photo of photos.jsonl that is in no finished shard; calls `advance(photos, found=...)` per shard."""
     count = sum(1 for _ in read_photos(folder))
     shards = -(-count // config.shard_size)
     names, at = read_photos(folder), 0  # claims only ever rise, so one pass over the list serves them all
@@ -77,7 +77,7 @@ def build_index(source: PhotoSource, folder: Path, config: IndexConfig, worker: 
             batch = list(itertools.islice(names, first - at, first - at + size))
             at = first + size
             _embed_shard(embedder, source, batch, first, shard_path(folder, shard))
-        tick(size, found=found)
+        advance(size, found=found)
 
 
 def _embed_shard(embedder: Embedder, source: PhotoSource, names: list[str], first: int, path: Path) -> None:
@@ -98,7 +98,7 @@ def _embed_shard(embedder: Embedder, source: PhotoSource, names: list[str], firs
 
 def make_embedder(config: IndexConfig, device: str) -> Embedder:
     """The embedder that the settings name. Raises UserError where it cannot be had."""
-    return GivenEmbeddings(config.embeddings) if config.embeddings else Clip(config, device)
+    return PrecomputedEmbeddings(config.embeddings) if config.embeddings else Clip(config, device)
 
 
 class Clip:
@@ -169,7 +169,7 @@ class Clip:
         return torch.stack(rows).cpu().numpy()
 
 
-class GivenEmbeddings:
+class PrecomputedEmbeddings:
     """FILE.safetensors with `image` [n, d], `text` [k, d]; FILE.json with `image_files` and `names` in that order."""
 
     def __init__(self, path: str):

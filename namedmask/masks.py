@@ -59,7 +59,7 @@ class MaskRecord:
     def mask(self) -> np.ndarray:
         """The mask, bool `[height, width]`. Raises ValueError if `rle`, `size` and `area` do not fit together."""
         pixels = coco.decode({"size": list(self.size), "counts": self.rle.encode()})
-        # For a string that ends early pycocotools leaves the remaining pixels uninitialised.
+        # For a string that ends early pycocotools leaves the remaining pixels uninitialized.
         if pixels.max() > 1 or np.count_nonzero(pixels) != self.area:
             raise ValueError(f"mask of {self.photo!r}: rle does not fit size {self.size} and area {self.area}")
         return np.ascontiguousarray(pixels).view(bool)

@@ -191,8 +191,8 @@ class PhotoSource:
         """The photo as a viewer shows it: turned upright by its EXIF orientation, so masks fit what the viewer shows.
 
         Transparent pixels are composited over white. Of an animation or a multi-page file the first frame is taken.
-        Greys of more than 8 bits: 16-bit ones keep their high byte, fractions of one are scaled by 255, any other
-        range is stretched from its own minimum to its own maximum. Colour profiles are ignored.
+        Grays of more than 8 bits: 16-bit ones keep their high byte, fractions of one are scaled by 255, any other
+        range is stretched from its own minimum to its own maximum. Color profiles are ignored.
 
         Raises PhotoError, and nothing else, whatever the file holds.
         """
@@ -399,7 +399,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Greys [h, w] of uint16, int32 or float32 -> uint8, by the rules that `PhotoSource.decode` states."""
+    """Grays [h, w] of uint16, int32 or float32 -> uint8, by the rules that `PhotoSource.decode` states."""
     if values.dtype.kind == "f":
         values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
     low, high = values.min(), values.max()

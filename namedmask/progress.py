@@ -24,8 +24,8 @@ class Progress:
         self.start = self.last_line = time.monotonic()
         return self
 
-    def tick(self, photos: int, found: bool = False) -> None:
-        """`photos` more are done by this worker, or were `found` done: those do not count towards the rate."""
+    def advance(self, photos: int, found: bool = False) -> None:
+        """`photos` more are done by this worker, or were `found` done: those do not count toward the rate."""
         self.skipped = self.worker.count_done(f"{self.stage}/found", photos if found else 0)
         self.done = self.worker.count_done(self.stage, photos)
         if not self.worker.is_main:
@@ -63,7 +63,7 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
         if error is None and self.worker.is_main:
-            self.tick(0)
+            self.advance(0)
             now = time.monotonic()
             photos = f"{self.done} photos, {self._rate(now):.1f}/s, " if self.done > self.skipped else ""
             found = f"{self.skipped} done before, " if self.skipped else ""

@@ -47,7 +47,7 @@ def missing_shards(archive: Archive, folder: Path, shard_size: int) -> list[int]
     return [s for s in range(-(-len(work_of(archive)) // shard_size)) if not shard_path(folder, s).exists()]
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """What the engine makes of a photo: its refined mask, bool [H, W], its score, and the mask before refinement."""
 
     mask: np.ndarray
@@ -55,7 +55,7 @@ class Labelled(NamedTuple):
     detected: np.ndarray
 
 
-class Labeller:
+class Labeler:
     """Detector and refiner of a run, and the seconds that each step has taken so far, summed over threads.
 
     On the CPU each thread takes a batch through all steps by itself.
@@ -68,7 +68,7 @@ class Labeller:
         self.seconds: Counter[str] = Counter()
         self.counting = Lock()
 
-    def label(self, source: PhotoSource, names: Iterable[str]) -> Iterator[list[tuple[str, Labelled | PhotoError]]]:
+    def label(self, source: PhotoSource, names: Iterable[str]) -> Iterator[list[tuple[str, Labeled | PhotoError]]]:
         """Each photo's mask and score, or what is wrong with it, a batch at a time and in order."""
 
         def decode(name: str) -> Photo:
@@ -78,20 +78,20 @@ class Labeller:
         with kernels_on_one_thread(self.device) as threads:
             yield from map_ahead(self._label_batch, self._batches(decode_ahead(decode, names)), threads)
 
-    def _label_batch(self, batch: list[tuple[str, Photo | PhotoError]]) -> list[tuple[str, Labelled | PhotoError]]:
+    def _label_batch(self, batch: list[tuple[str, Photo | PhotoError]]) -> list[tuple[str, Labeled | PhotoError]]:
         photos = [photo for _, photo in batch if isinstance(photo, Photo)]
         with self._timed("detect"):
             detections = self.detector.detect(photos) if photos else []
         with self._timed("refine"):
-            labelled = iter(self._refined(photos, detections))
-        return [(name, photo if isinstance(photo, PhotoError) else next(labelled)) for name, photo in batch]
+            labeled = iter(self._refined(photos, detections))
+        return [(name, photo if isinstance(photo, PhotoError) else next(labeled)) for name, photo in batch]
 
-    def _refined(self, photos: list[Photo], detections: list[Detection]) -> list[Labelled]:
+    def _refined(self, photos: list[Photo], detections: list[Detection]) -> list[Labeled]:
         softs = self.refiner.refine(photos, [detection.mask for detection in detections])
         masks = [(soft > 0.5).numpy() for soft in softs]
         scores = [mask_score(mask, found.confidence) for mask, found in zip(masks, detections, strict=True)]
         before = [(found.mask > 0.5).numpy() for found in detections]
-        return [Labelled(*one) for one in zip(masks, scores, before, strict=True)]
+        return [Labeled(*one) for one in zip(masks, scores, before, strict=True)]
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
@@ -120,35 +120,35 @@ def pseudolabel(
     config: RunConfig,
     worker: Worker,
     device: str,
-    tick: Callable[..., None],
-) -> Labeller | None:
-    """Makes every shard of masks that is not there yet; `tick(photos, found=...)` is called as photos are done.
+    advance: Callable[..., None],
+) -> Labeler | None:
+    """Makes every shard of masks that is not there yet; `advance(photos, found=...)` is called as photos are done.
 
     With `keep_detected` the masks before refinement go into `detected` beside `folder`, with the same scores.
 
-    Returns the labeller, for its timings; None when nothing was left to do.
+    Returns the labeler, for its timings; None when nothing was left to do.
     """
     work = work_of(archive)
-    labeller = None
+    labeler = None
     for shard in worker.claim("pseudolabel", -(-len(work) // config.shard_size)):
         part = work[shard * config.shard_size : (shard + 1) * config.shard_size]
         if shard_path(folder, shard).exists():
-            tick(len(part), found=True)
+            advance(len(part), found=True)
             continue
-        labeller = labeller or Labeller(config, device)
+        labeler = labeler or Labeler(config, device)
         records, detected, errors = [], [], []
         categories = dict(part)
-        for batch in labeller.label(source, categories):
+        for batch in labeler.label(source, categories):
             for name, found in batch:
                 if isinstance(found, PhotoError):
                     errors.append(ErrorRecord(name, "pseudolabel", found.reason))
                 else:
                     records += [MaskRecord.from_mask(name, found.mask, *c, found.score) for c in categories[name]]
                     detected += [MaskRecord.from_mask(name, found.detected, *c, found.score) for c in categories[name]]
-            tick(len(batch))
+            advance(len(batch))
         write_errors(errors_path(shard_path(folder, shard)), errors)
         if config.keep_detected:  # before the masks, which say that the shard is done
             (folder.parent / "detected").mkdir(exist_ok=True)
             write_shard(shard_path(folder.parent / "detected", shard), detected)
         write_shard(shard_path(folder, shard), records)
-    return labeller
+    return labeler

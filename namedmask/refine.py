@@ -15,7 +15,7 @@ from .config import RefineConfig
 from .photos import Photo
 
 # The settings belong to photos of this short side; lengths are scaled with the photo, so that they cover the same share
-# of it. Colours need no scaling.
+# of it. Colors need no scaling.
 SHORT_SIDE = 512
 
 
@@ -81,7 +81,7 @@ class Refiner:
             images,
             iterations=config.iterations,
             gaussian=(max(1.0, config.gaussian_sigma * scale), config.gaussian_weight),
-            bilateral=(max(1.0, config.bilateral_sigma * scale), config.colour_sigma, config.bilateral_weight),
+            bilateral=(max(1.0, config.bilateral_sigma * scale), config.color_sigma, config.bilateral_weight),
         )
         return targets.with_rows(marginals.rows[:, 1])
 

@@ -39,7 +39,7 @@ _SIDE = 224  # of a thumbnail, the longer one, in pixels
 _BINS = 20
 _THREADS = 4  # each may hold a photo of 100 megapixels
 _UNSHOWABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-# Any single colour is lost on some photo. So the rest of the photo is dimmed, and the outline is white beside black.
+# Any single color is lost on some photo. So the rest of the photo is dimmed, and the outline is white beside black.
 _BESIDE, _INSIDE, _LIGHT, _DARK = range(4)
 _PALETTE = [0, 0, 0, 255, 40, 140, 255, 255, 255, 0, 0, 0]
 _OPACITY = bytes([80, 72, 255, 200])
@@ -237,10 +237,10 @@ def _draw_overlay(mask: np.ndarray, size: tuple[int, int]) -> str:
     framed = np.pad(small, 2)  # zeros around, so an object that is cut by the photo's border is outlined there too
     plus = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]
     near = [np.roll(framed, shift, (0, 1))[2:-2, 2:-2] for shift in plus]
-    colours = np.where(small, _INSIDE, _BESIDE).astype(np.uint8)
-    colours[np.logical_or.reduce(near) & ~small] = _DARK
-    colours[small & ~np.logical_and.reduce(near)] = _LIGHT
-    image = Image.fromarray(colours)
+    colors = np.where(small, _INSIDE, _BESIDE).astype(np.uint8)
+    colors[np.logical_or.reduce(near) & ~small] = _DARK
+    colors[small & ~np.logical_and.reduce(near)] = _LIGHT
+    image = Image.fromarray(colors)
     image.putpalette(_PALETTE)
     return _data_uri(image, "png", bits=2, transparency=_OPACITY)
 

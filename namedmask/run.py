@@ -156,10 +156,10 @@ def start(out: Path, given: dict, stages: Sequence[str], workers: int, gpus: int
         print(f"the segmenter is in {out / 'segmenter'}")
     if "experts" in stages:
         print(f"the experts' masks are in {out / 'refined'}")
-    return "pseudolabel" not in stages or _summarise(out, "report" in stages)
+    return "pseudolabel" not in stages or _summarize(out, "report" in stages)
 
 
-def _summarise(out: Path, report: bool) -> bool:
+def _summarize(out: Path, report: bool) -> bool:
     """Says what a finished run has made; returns whether there are masks."""
     masks = sum(1 for _ in read_masks(out / "masks"))
     errors = sum(1 for _ in read_errors(out / "errors.jsonl"))
@@ -216,7 +216,7 @@ def _index(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, de
             raise UserError(f"there are no photos in {config.photos}")
     worker.barrier("photos are listed")
     progress.total = sum(1 for _ in read_photos(folder))
-    build_index(source, folder, config.index, worker, device, progress.tick)
+    build_index(source, folder, config.index, worker, device, progress.advance)
     worker.barrier("photos are indexed")
 
 
@@ -258,13 +258,13 @@ def _pseudolabel(out: Path, config: RunConfig, source: PhotoSource, worker: Work
     archive = read_archive(out / "archive.json")
     (out / "masks").mkdir(exist_ok=True)
     progress.total = len(work_of(archive))
-    labeller = pseudolabel(source, archive, out / "masks", config, worker, device, progress.tick)
-    if labeller is not None:
-        progress.note = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in labeller.seconds.items())
+    labeler = pseudolabel(source, archive, out / "masks", config, worker, device, progress.advance)
+    if labeler is not None:
+        progress.note = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in labeler.seconds.items())
     worker.barrier("masks are made")
     if worker.is_main:
         if worker.count > 1:  # what a worker had claimed when it was lost, if the others did not start anew with it
-            lost = lambda photos, found=False: None if found else progress.tick(photos)  # noqa: E731
+            lost = lambda photos, found=False: None if found else progress.advance(photos)  # noqa: E731
             pseudolabel(source, archive, out / "masks", config, Worker(), device, lost)
         parts = [p for name in ("index", "masks") for p in sorted((out / name).glob("*.errors.jsonl"))]
         assemble_errors(out / "errors.jsonl", parts)

@@ -25,22 +25,22 @@ LOG_EVERY = 50  # steps
 SAVE_EVERY = 60.0  # seconds
 
 
-class Journal:
+class TrainingState:
     """The state of a training on disk; `step` is the number of steps done, and where to go on.
 
     A training that draws all that step i needs from its seed and i ends with the same weights, however often it was
     killed. The main worker writes; all restore.
     """
 
-    def __init__(self, folder: Path, about: dict, network: nn.Module, optimiser: Optimizer, steps: int, worker: Worker):
+    def __init__(self, folder: Path, about: dict, network: nn.Module, optimizer: Optimizer, steps: int, worker: Worker):
         """about: what the result depends on, as plain values. Raises UserError where the folder's is of another."""
-        self.folder, self.about, self.network, self.optimiser = folder, about, network, optimiser
+        self.folder, self.about, self.network, self.optimizer = folder, about, network, optimizer
         self.steps, self.worker = steps, worker
         self.step, self.photos = 0, 0
         self.sums: dict[str, Tensor] = {}  # of the values since the last line
         self._restore()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> TrainingState:
         if self.worker.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -80,7 +80,7 @@ class Journal:
         self.logged, self.photos, self.sums = now, 0, {}
 
     def _save(self) -> None:
-        state = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step}
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
         with atomic_write(self.folder / "checkpoint.pt") as file:
             torch.save({**state, "sums": self.sums, "about": self.about}, file)
 
@@ -94,7 +94,7 @@ class Journal:
                     f"{self.folder} is of a training with other settings or masks; give the old ones or remove it"
                 )
             self.network.load_state_dict(state["network"])
-            self.optimiser.load_state_dict(state["optimiser"])
+            self.optimizer.load_state_dict(state["optimizer"])
             device = next(self.network.parameters()).device
             self.step, self.sums = state["step"], {name: value.to(device) for name, value in state["sums"].items()}
         if self.worker.is_main:

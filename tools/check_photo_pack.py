@@ -40,7 +40,7 @@ def detector_settings(standin: Path) -> dict:
         "backbone": "vit_small_patch14_dinov2.lvd142m",
         "backbone_weights": str(standin / "vit_small_patch14_standin.safetensors"),
         "features": "tokens",
-        "centre": True,
+        "center": True,
         "image_size": 448,
     }
 

@@ -126,7 +126,7 @@ class Run:
         """The share of the steps that is done, in [0, 1]."""
         return self.step / self.steps
 
-    def tick(self, photos: int, **values: float) -> None:
+    def advance(self, photos: int, **values: float) -> None:
         """Count a step; log the mean of the values every 50 steps and save every two minutes."""
         now = time.time()
         self.spent += now - self._last
@@ -158,8 +158,8 @@ class Run:
         self._saved = self.spent
 
 
-def set_rate(optimiser, rate: float) -> None:
-    for group in optimiser.param_groups:
+def set_rate(optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
         group["lr"] = rate
 
 
@@ -222,7 +222,7 @@ def train_clip(arguments: argparse.Namespace) -> None:
 
     In most batches all captions follow one template and are plain: what tells the captions apart is then the name of
     what is shown, and nothing else. In the others each photo has its own template and words
-    about colour, pattern and place.
+    about color, pattern and place.
     """
     import copy
 
@@ -239,14 +239,14 @@ def train_clip(arguments: argparse.Namespace) -> None:
     side = side[0] if isinstance(side, tuple) else side
     model = model.to(memory_format=torch.channels_last).train()
     smooth = copy.deepcopy(model)
-    optimiser = torch.optim.AdamW(decayed_groups([model], 0.05), betas=(0.9, 0.98), eps=1e-6)
-    run = Run(arguments.out / "clip", arguments.steps, {"model": model, "smooth": smooth, "optimiser": optimiser})
+    optimizer = torch.optim.AdamW(decayed_groups([model], 0.05), betas=(0.9, 0.98), eps=1e-6)
+    run = Run(arguments.out / "clip", arguments.steps, {"model": model, "smooth": smooth, "optimizer": optimizer})
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     templates, tokens = all_templates(), {}
     while run.progress < 1.0:
         rng = run.rng
-        set_rate(optimiser, cosine(run.progress, arguments.rate, 1e-5))
+        set_rate(optimizer, cosine(run.progress, arguments.rate, 1e-5))
         chosen = rng.integers(0, len(pool), arguments.batch)
         photos = np.stack([square(pool[i], rng, side, 0.72) for i in chosen])
         photos = torch.from_numpy(photos).permute(0, 3, 1, 2).float() / 255.0
@@ -276,15 +276,15 @@ def train_clip(arguments: argparse.Namespace) -> None:
         from_text = -(logits.log_softmax(0) * same / same.sum(0)).sum(0)
         from_text = (from_text * same.sum(0)).sum() / len(texts)
         loss = 0.5 * (from_photo + from_text)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0.0, 4.6)
         average(smooth, model, min(0.99, 1.0 - 1.0 / (run.step + 2)))
         hit = (logits.argmax(1) == own).float().mean()
-        run.tick(len(chosen), loss=loss.item(), hit=hit.item(), scale=model.logit_scale.exp().item())
+        run.advance(len(chosen), loss=loss.item(), hit=hit.item(), scale=model.logit_scale.exp().item())
 
 
 # ViT: photos alone --------------------------------------------------------------------------------------------------
@@ -329,20 +329,20 @@ def crop(photo: np.ndarray, rng: np.random.Generator, low: float, high: float, p
     return View(array, left, top, side, swapped, mirrored, inverted)
 
 
-def recolour(views, rng: np.random.Generator, strength: float):
-    """Random colours and light, one draw per view: float [n, 3, h, w] in [0, 1] -> the same, still in [0, 1].
+def recolor(views, rng: np.random.Generator, strength: float):
+    """Random colors and light, one draw per view: float [n, 3, h, w] in [0, 1] -> the same, still in [0, 1].
 
-    Hue and saturation are turned by a random matrix, some views become grey, and uneven light is laid over:
+    Hue and saturation are turned by a random matrix, some views become gray, and uneven light is laid over:
     without it brightness is most of what tokens say.
     ``strength`` is the share of views whose hue is turned by any angle; half as many become negatives. The stronger,
-    the less colour itself and the more only contrast with the surroundings survives in both views, and the slower
+    the less color itself and the more only contrast with the surroundings survives in both views, and the slower
     is the learning.
     """
     import torch
     from torch import nn
 
     count, (height, width) = len(views), views.shape[-2:]
-    grey = np.full((3, 3), 1.0 / 3.0)
+    gray = np.full((3, 3), 1.0 / 3.0)
     matrices = []
     for _ in range(count):
         angle = rng.uniform(-np.pi, np.pi) if rng.random() < strength else rng.uniform(-0.5, 0.5)
@@ -350,7 +350,7 @@ def recolour(views, rng: np.random.Generator, strength: float):
         sign = -1.0 if rng.random() < 0.5 * strength else 1.0
         c, s = np.cos(angle), np.sin(angle) / np.sqrt(3.0)
         turn = np.array([[0, -s, s], [s, 0, -s], [-s, s, 0]])
-        matrices.append(sign * (grey + saturation * (c * (np.eye(3) - grey) + turn)))
+        matrices.append(sign * (gray + saturation * (c * (np.eye(3) - gray) + turn)))
     turned = torch.einsum("nij,njhw->nihw", torch.tensor(np.array(matrices), dtype=torch.float32), views)
 
     def draw(low: float, high: float) -> torch.Tensor:
@@ -372,7 +372,7 @@ def block_mask(rng: np.random.Generator, count: int, grid: int, low: float, high
 
 
 def places_in(target: View, source: View, grid: int) -> np.ndarray:
-    """Where the patch centres of ``target`` lie in ``source``: float32 [grid, grid, 2] (x, y) in [-1, 1] inside it."""
+    """Where the patch centers of ``target`` lie in ``source``: float32 [grid, grid, 2] (x, y) in [-1, 1] inside it."""
     at = ((np.arange(grid) + 0.5) / grid).astype(np.float64)
     x, y = target.to_crop(*np.meshgrid(at, at))
     x, y = target.left + target.side * x, target.top + target.side * y
@@ -381,7 +381,7 @@ def places_in(target: View, source: View, grid: int) -> np.ndarray:
 
 
 def make_head(width: int, out: int, hidden: int | None = None):
-    """DINO's head in small: tokens [..., width] -> a normalised code -> its cosines with ``out`` unit prototypes.
+    """DINO's head in small: tokens [..., width] -> a normalized code -> its cosines with ``out`` unit prototypes.
 
     Without ``hidden`` the code is the token itself, so that what the loss pulls together is what the cut compares.
     """
@@ -421,7 +421,7 @@ class SelfDistillation:
         )
         self.student.mask_token = nn.Parameter(torch.zeros(vit.embed_dim))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.centres = nn.ParameterDict({"place": torch.zeros(arguments.place)}).requires_grad_(False)
+        self.centers = nn.ParameterDict({"place": torch.zeros(arguments.place)}).requires_grad_(False)
         self.own_mean, self.blur = arguments.own_mean, arguments.blur
 
     def encode(self, side, views, hidden=None):
@@ -434,7 +434,7 @@ class SelfDistillation:
         return vit.norm(vit.blocks(tokens))
 
     def soften(self, places):
-        """[n, P, C]: what a place says, mixed with its neighbourhood: a tile and its joint are one floor."""
+        """[n, P, C]: what a place says, mixed with its neighborhood: a tile and its joint are one floor."""
         from torch import nn
 
         side = round(places.shape[1] ** 0.5)
@@ -455,10 +455,10 @@ class SelfDistillation:
             place = self.soften(place)
             # DINO's temperature is a constant because its logits grow in the first epochs; a run of minutes has no such
             # epochs. Dividing by the logits' own deviation makes the targets equally sharp from the first step on.
-            # Whole views are centred on their batch: a slow average lags behind such a start, and all views collapse
+            # Whole views are centered on their batch: a slow average lags behind such a start, and all views collapse
             # into one prototype.
-            self.centres["place"].lerp_(place.mean((0, 1)), 0.05)
-            whole_off, place_off = whole - whole.mean(0), place - self.centres["place"]
+            self.centers["place"].lerp_(place.mean((0, 1)), 0.05)
+            whole_off, place_off = whole - whole.mean(0), place - self.centers["place"]
             sharp = (
                 (whole_off / (whole_off.std() * temperature + 1e-6)).softmax(-1),
                 (place_off / (place_off.std() * temperature + 1e-6)).softmax(-1),
@@ -470,7 +470,7 @@ def train_vit(arguments: argparse.Namespace) -> None:
     """DINO's self-distillation with multi-crop, and iBOT's for places.
 
     Of each photo the teacher sees one crop; the student sees another crop with 2 x 2 blocks of patches hidden, and two
-    small crops, each in other colours. The student's view as a whole must agree with the teacher's (DINO), and so must
+    small crops, each in other colors. The student's view as a whole must agree with the teacher's (DINO), and so must
     each place that both see (iBOT's masked patches, but between two crops: where in the view a place lies then
     differs, so position tells nothing and only content can agree).
     """
@@ -482,8 +482,8 @@ def train_vit(arguments: argparse.Namespace) -> None:
     pool = Pool(arguments.out / "pool")
     both = SelfDistillation(arguments)
     student, teacher = both.student, both.teacher
-    optimiser = torch.optim.AdamW(decayed_groups([student], 0.04))
-    parts = {"student": student, "teacher": teacher, "centres": both.centres, "optimiser": optimiser}
+    optimizer = torch.optim.AdamW(decayed_groups([student], 0.04))
+    parts = {"student": student, "teacher": teacher, "centers": both.centers, "optimizer": optimizer}
     run = Run(arguments.out / arguments.name, arguments.steps, parts)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -493,7 +493,7 @@ def train_vit(arguments: argparse.Namespace) -> None:
     def tensor(views: list[View], rng: np.random.Generator) -> torch.Tensor:
         pixels = np.stack([view.pixels for view in views])
         pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
-        return (recolour(pixels, rng, arguments.colours) - mean) / std
+        return (recolor(pixels, rng, arguments.colors) - mean) / std
 
     def seen_by_both(at, target):
         """Places [n, p, 2] of the student: which lie in the teacher's view [n, p], what it says there [n, p, C]."""
@@ -523,7 +523,7 @@ def train_vit(arguments: argparse.Namespace) -> None:
 
     while run.progress < 1.0:
         rng = run.rng
-        set_rate(optimiser, cosine(run.progress, arguments.rate, 1e-5, 0.04))
+        set_rate(optimizer, cosine(run.progress, arguments.rate, 1e-5, 0.04))
         chosen = [pool[i] for i in rng.integers(0, len(pool), arguments.batch)]
         first = [crop(photo, rng, 0.4, 1.0, big) for photo in chosen]
         second = [crop(photo, rng, 0.4, 1.0, big) for photo in chosen]
@@ -546,15 +546,15 @@ def train_vit(arguments: argparse.Namespace) -> None:
                 wholes.append(-(target_whole * log).sum(-1).mean())
         whole, place = torch.stack(wholes).mean(), torch.stack(places).mean()
         loss = arguments.whole_weight * whole + place + arguments.spread_weight * spread
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         keep = 1.0 - (1.0 - arguments.keep) * 0.5 * (1.0 + float(np.cos(np.pi * run.progress)))
         average(teacher, student, min(keep, 1.0 - 1.0 / (run.step + 2)))
         mean_place = target_place.mean((0, 1))
         sure = -(target_place * (target_place + 1e-9).log()).sum(-1).mean()
-        run.tick(
+        run.advance(
             len(chosen), loss=loss.item(), whole=whole.item(), place=place.item(),
             spread=spread.item(),
             used=(-(mean_place * (mean_place + 1e-9).log()).sum()).exp().item(), entropy=sure.item(),
@@ -654,8 +654,8 @@ def main() -> None:
     vit.add_argument("--whole", type=int, default=256, help="prototypes for whole views")
     vit.add_argument("--place", type=int, default=64, help="prototypes for places")
     vit.add_argument("--own-mean", type=float, default=1.0, help="share of a photo's mean taken off its places' logits")
-    vit.add_argument("--colours", type=float, default=0.1, help="how strongly views are recoloured, from 0 to 1")
-    vit.add_argument("--blur", type=float, default=0.75, help="share of the 3 x 3 neighbourhood in a place's target")
+    vit.add_argument("--colors", type=float, default=0.1, help="how strongly views are recolored, from 0 to 1")
+    vit.add_argument("--blur", type=float, default=0.75, help="share of the 3 x 3 neighborhood in a place's target")
     vit.add_argument("--whole-weight", type=float, default=0.5)
     vit.add_argument("--spread-weight", type=float, default=2.0)
     vit.add_argument("--temperature", type=float, default=0.35, help="of the teacher, in deviations of its logits")

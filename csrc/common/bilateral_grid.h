@@ -18,15 +18,15 @@ inline void expect_cells(const BilateralSettings& settings) {
   }
 }
 
-// How a colour becomes a key: steps[0] * luma cell + steps[1] * blue cell + steps[2] * red cell + offset. Every axis
+// How a color becomes a key: steps[0] * luma cell + steps[1] * blue cell + steps[2] * red cell + offset. Every axis
 // has a spare cell that stays empty, so that a step over an edge finds nothing instead of wrapping around; the smallest
 // key minus any step is not negative.
-struct ColourGrid {
+struct ColorGrid {
   double sizes[3];  // of the cells of luma, blue chroma, red chroma
   int32_t steps[3];
   int32_t offset;
 
-  explicit ColourGrid(const BilateralSettings& settings)
+  explicit ColorGrid(const BilateralSettings& settings)
       : sizes{settings.sigma_luma, settings.sigma_chroma, settings.sigma_chroma} {
     const auto luma_cells = static_cast<int32_t>(255 / settings.sigma_luma) + 2;
     const auto chroma_cells = static_cast<int32_t>(256 / settings.sigma_chroma) + 2;
@@ -36,10 +36,10 @@ struct ColourGrid {
     offset = steps[2];
   }
 
-  // The number of keys, from 0 on, neighbours' included.
+  // The number of keys, from 0 on, neighbors' included.
   size_t keys() const { return static_cast<size_t>(steps[2]) * (static_cast<size_t>(256 / sizes[2]) + 3); }
 
-  // The key of one colour by the definition, in double.
+  // The key of one color by the definition, in double.
   NMK_HOST_DEVICE int32_t key(int r, int g, int b) const {
     constexpr double kPlanes[3][3] = {{0.299, 0.587, 0.114}, {-0.168736, -0.331264, 0.5}, {0.5, -0.418688, -0.081312}};
     const double red = r, green = g, blue = b;

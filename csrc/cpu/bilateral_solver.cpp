@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// A photo is walked one spatial cell at a time. The pixels of a cell differ in colour only, so a table indexed by the
-// colour's key finds their vertices without hashing or sorting, and neighbours too: those in colour in the same table,
-// those left and above by looking up the neighbouring cell's keys in it. Then the table's used entries are cleared.
+// A photo is walked one spatial cell at a time. The pixels of a cell differ in color only, so a table indexed by the
+// color's key finds their vertices without hashing or sorting, and neighbors too: those in color in the same table,
+// those left and above by looking up the neighboring cell's keys in it. Then the table's used entries are cleared.
 #include "namedmask/bilateral_solver.h"
 
 #include <algorithm>
@@ -13,11 +13,11 @@
 #include "buffer.h"
 #include "for_each_photo.h"
 #include "level.h"
-#include "populate.h"
+#include "prefault_pages.h"
 
 namespace namedmask::cpu {
 
-int32_t colour_key(const ColourGrid& grid, int r, int g, int b) { return grid.key(r, g, b); }
+int32_t color_key(const ColorGrid& grid, int r, int g, int b) { return grid.key(r, g, b); }
 
 namespace {
 
@@ -59,7 +59,7 @@ class Solver {
     if (!fill()) return false;
     kernels().solve(system_);
     for (int32_t v = 0; v < count_; ++v) values_[v] = system_.value[place_[v]];
-    populate(out, h * w * sizeof(float));
+    prefault_pages(out, h * w * sizeof(float));
     kernels().slice(values_.data(), vertex_of_pixel_.data(), h * w, out);
     return true;
   }
@@ -67,19 +67,19 @@ class Solver {
   size_t bytes() const {
     return table_.bytes() + vertex_of_pixel_.bytes() + keys_.bytes() + key_.bytes() + degree_.bytes() +
            joined_.bytes() + sums_.bytes() + lanes_.bytes() + local_.bytes() + place_.bytes() + at_.bytes() +
-           widths_.bytes() + neighbours_.bytes() + floats_.bytes() + values_.bytes();
+           widths_.bytes() + neighbors_.bytes() + floats_.bytes() + values_.bytes();
   }
 
  private:
   void prepare(const BilateralSettings& settings) {
     settings_ = settings;
-    grid_ = ColourTable(settings);
-    for (int v = 0; v < 256; ++v) grid_.grey[v] = grid_.key(v, v, v);
+    grid_ = ColorTable(settings);
+    for (int v = 0; v < 256; ++v) grid_.gray[v] = grid_.key(v, v, v);
     table_.reserve(grid_.keys());
     std::fill_n(table_.data(), grid_.keys(), 0);
   }
 
-  // The vertices with their keys, sums and neighbours, and vertex_of_pixel_.
+  // The vertices with their keys, sums and neighbors, and vertex_of_pixel_.
   void build(const float* target, const uint8_t* image, int64_t h, int64_t w) {
     const std::vector<int32_t> ys = cell_starts(h, settings_.sigma_spatial);
     const std::vector<int32_t> xs = cell_starts(w, settings_.sigma_spatial);
@@ -145,7 +145,7 @@ class Solver {
     for (int64_t y = 0; y < rows; ++y, target += w, vertex_of_pixel += w) {
       for (int32_t x = begin; x < end; ++x, ++local) {
         vertex_of_pixel[x] = first + *local;
-        // Neighbouring pixels are often of one vertex: by turns into several sums, or each would wait for the last.
+        // Neighboring pixels are often of one vertex: by turns into several sums, or each would wait for the last.
         lanes[kSums * *local + (x & (kSums - 1))] += Sum{target[x], 1.0};
       }
     }
@@ -178,7 +178,7 @@ class Solver {
     }
   }
 
-  // Sorts the vertices by number of neighbours: place_, at_ and the system's slices.
+  // Sorts the vertices by number of neighbors: place_, at_ and the system's slices.
   void arrange() {
     const int32_t padded = (count_ + kLanes - 1) / kLanes * kLanes;
     int32_t start[kDirections + 2] = {};
@@ -197,8 +197,8 @@ class Solver {
     }
     widths_.reserve(padded / kLanes);
     // Widths only fall, so filling up the slices takes less than one slice of the greatest width.
-    neighbours_.reserve(edges + kLanes * kDirections);
-    int32_t* slice = neighbours_.data();
+    neighbors_.reserve(edges + kLanes * kDirections);
+    int32_t* slice = neighbors_.data();
     for (int32_t s = 0; s < padded; s += kLanes) {
       const int32_t width = widths_[s / kLanes] = degree_[at_[s]];
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -210,7 +210,7 @@ class Solver {
     }
     system_.count = padded;
     system_.widths = widths_.data();
-    system_.neighbours = neighbours_.data();
+    system_.neighbors = neighbors_.data();
   }
 
   // The rest of the system. False if a sum is not finite, which shows a target that is not: finite ones cannot
@@ -242,18 +242,18 @@ class Solver {
   static constexpr int kSums = 4;
 
   BilateralSettings settings_;
-  ColourTable grid_{settings_};
+  ColorTable grid_{settings_};
   Buffer<int32_t> table_;  // key -> vertex of the cell in work, counted from 1; 0: none
   Buffer<int32_t> vertex_of_pixel_;
   Buffer<int32_t> keys_;          // of the pixels of a row of cells
   Buffer<int32_t> local_;         // vertex of each pixel of a cell, counted from the cell's first
   Buffer<Sum> lanes_;             // [vertices of a cell, kSums]
   int32_t count_ = 0;             // vertices, cell after cell:
-  Buffer<int32_t> key_, degree_;  // degree: number of neighbours
-  Buffer<int32_t> joined_;        // neighbours, [count, kDirections]
+  Buffer<int32_t> key_, degree_;  // degree: number of neighbors
+  Buffer<int32_t> joined_;        // neighbors, [count, kDirections]
   Buffer<Sum> sums_;
   Buffer<int32_t> place_, at_;  // vertex -> its place in the system, and back
-  Buffer<int32_t> widths_, neighbours_;
+  Buffer<int32_t> widths_, neighbors_;
   Buffer<float> floats_, values_;
   BilateralSystem system_ = {};
 };

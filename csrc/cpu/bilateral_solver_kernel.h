@@ -62,10 +62,10 @@ struct Dot {
   double sum() const { return (pair(0) + pair(2)) + (pair(1) + pair(3)); }
 };
 
-// Calls f(i, sum of term(i, neighbours' indices)) for every slice.
+// Calls f(i, sum of term(i, neighbors' indices)) for every slice.
 template <class Term, class F>
 inline void for_each_slice(const BilateralSystem& s, Term term, F f) {
-  const int32_t* index = s.neighbours;
+  const int32_t* index = s.neighbors;
   for (int64_t i = 0; i < s.count; i += kLanes) {
     F8 sum = {};
     for (int32_t k = s.widths[i / kLanes]; k > 0; --k, index += kLanes) sum += term(i, index);
@@ -73,9 +73,9 @@ inline void for_each_slice(const BilateralSystem& s, Term term, F f) {
   }
 }
 
-// With n from bistochastisation the system is  (weight + smoothness * L) x = weight * mean,  where L is the Laplacian
+// With n from bistochastization the system is  (weight + smoothness * L) x = weight * mean,  where L is the Laplacian
 // of the graph whose edges weigh n_i * n_j, and weight = confidence * mass. Scaled by the square root of its diagonal D
-// it becomes  (1 - w N w) u = ...  with N the 0/1 neighbour matrix and w = n * sqrt(smoothness / D): Jacobi's
+// it becomes  (1 - w N w) u = ...  with N the 0/1 neighbor matrix and w = n * sqrt(smoothness / D): Jacobi's
 // preconditioner is then built in and a step touches the fewest arrays. u is what is added to the means, so rounding
 // hurts only the change, and a constant target has a residual of exactly 0.
 void solve(const BilateralSystem& system) {
@@ -86,15 +86,15 @@ void solve(const BilateralSystem& system) {
   float* const direction = s.scratch[3];
   float* const image = s.scratch[4];  // of the direction
   float* const change = s.scratch[5];
-  float* const weighted = s.scratch[6];  // w * direction, what neighbours read
+  float* const weighted = s.scratch[6];  // w * direction, what neighbors read
   const float smoothness = static_cast<float>(s.smoothness), confidence = static_cast<float>(s.confidence);
 
   float* n = image;
   float* next = change;
   for (int64_t i = 0; i < s.count; ++i) n[i] = 1.0f;
-  const auto neighbour_n = [&](int64_t, const int32_t* index) { return gather(n, index); };
+  const auto neighbor_n = [&](int64_t, const int32_t* index) { return gather(n, index); };
   for (int round = 0; round < 10; ++round) {
-    for_each_slice(s, neighbour_n, [&](int64_t i, F8 sum) {
+    for_each_slice(s, neighbor_n, [&](int64_t i, F8 sum) {
       const F8 own = load(n + i);
       store(next + i, root(own * load(s.mass + i) / (10.0f * own + sum)));
     });
@@ -102,7 +102,7 @@ void solve(const BilateralSystem& system) {
     n = next;
     next = swap;
   }
-  for_each_slice(s, neighbour_n, [&](int64_t i, F8 sum) {
+  for_each_slice(s, neighbor_n, [&](int64_t i, F8 sum) {
     store(diagonal + i, smoothness * load(n + i) * sum + confidence * load(s.mass + i));
   });
 
@@ -190,7 +190,7 @@ inline Pixels load_pixels(const uint8_t* rgb) {
 
 // In float32, where the planes times 1000 and 31250 are whole numbers below 2^24 and so exact; only the division
 // rounds, by less than kClose. Pixels that close to a border of a cell get a negative key here and their own from
-// colour_key.
+// color_key.
 struct Scale {
   float luma, blue, red;  // 1 / size of a cell
   int32_t luma_step, blue_step, red_step, offset;
@@ -212,23 +212,23 @@ inline I8 eight_keys(const uint8_t* rgb, const Scale& scale) {
 }
 
 // Gives their keys to the pixels of [begin, end) whose key is negative.
-void settle(const uint8_t* rgb, int64_t begin, int64_t end, const ColourTable& grid, int32_t* keys) {
-  int last_colour = -1;
+void settle(const uint8_t* rgb, int64_t begin, int64_t end, const ColorTable& grid, int32_t* keys) {
+  int last_color = -1;
   int32_t last_key = 0;
   for (int64_t i = begin; i < end; ++i) {
     if (keys[i] >= 0) continue;
-    const int r = rgb[3 * i], g = rgb[3 * i + 1], b = rgb[3 * i + 2], colour = r << 16 | g << 8 | b;
+    const int r = rgb[3 * i], g = rgb[3 * i + 1], b = rgb[3 * i + 2], color = r << 16 | g << 8 | b;
     if (r == g && g == b) {
-      keys[i] = grid.grey[r];
+      keys[i] = grid.gray[r];
     } else {
-      if (colour != last_colour) last_key = colour_key(grid, r, g, b);
-      last_colour = colour;
+      if (color != last_color) last_key = color_key(grid, r, g, b);
+      last_color = color;
       keys[i] = last_key;
     }
   }
 }
 
-void keys(const uint8_t* rgb, int64_t n, const ColourTable& grid, int32_t* keys) {
+void keys(const uint8_t* rgb, int64_t n, const ColorTable& grid, int32_t* keys) {
   constexpr int64_t kChunk = 8 * kLanes;
   const Scale scale = {static_cast<float>(1 / (1000 * grid.sizes[0])),
                        static_cast<float>(1 / (31250 * grid.sizes[1])),

@@ -8,22 +8,22 @@
 
 namespace namedmask::cpu {
 
-struct ColourTable : ColourGrid {
-  using ColourGrid::ColourGrid;
-  int32_t grey[256];  // the keys of r = g = b, which all lie on a border between chroma cells
+struct ColorTable : ColorGrid {
+  using ColorGrid::ColorGrid;
+  int32_t gray[256];  // the keys of r = g = b, which all lie on a border between chroma cells
 };
 
-// The grid as equations. Vertices stand in slices of kLanes, sorted by number of neighbours, most first, so that the
+// The grid as equations. Vertices stand in slices of kLanes, sorted by number of neighbors, most first, so that the
 // vertices of a slice have (nearly) equally many; `count` is a multiple of kLanes. The last slice may be filled up
-// with vertices without neighbours, of mass 1 and mean 0. Every array has one more slice, which holds zeros.
+// with vertices without neighbors, of mass 1 and mean 0. Every array has one more slice, which holds zeros.
 struct BilateralSystem {
   static constexpr int kLanes = 8;
 
   int64_t count;
-  const int32_t* widths;      // [count / kLanes]: neighbours of a slice
-  const int32_t* neighbours;  // slice after slice [width, kLanes]; a missing one is `count`
-  const float* mass;          // pixels in a cell
-  float* value;               // in: mean of the target in a cell; out: the solution
+  const int32_t* widths;     // [count / kLanes]: neighbors of a slice
+  const int32_t* neighbors;  // slice after slice [width, kLanes]; a missing one is `count`
+  const float* mass;         // pixels in a cell
+  float* value;              // in: mean of the target in a cell; out: the solution
   float* scratch[7];
   double confidence, smoothness, tolerance;
   int64_t iterations;
@@ -31,14 +31,14 @@ struct BilateralSystem {
 
 struct BilateralKernels {
   // Keys of n pixels [n, 3].
-  void (*keys)(const uint8_t* rgb, int64_t n, const ColourTable& grid, int32_t* keys);
+  void (*keys)(const uint8_t* rgb, int64_t n, const ColorTable& grid, int32_t* keys);
   void (*solve)(const BilateralSystem& system);
   // out[i] = values[index[i]]
   void (*slice)(const float* values, const int32_t* index, int64_t n, float* out);
 };
 
 // grid.key(r, g, b): a function that no level compiles for itself.
-int32_t colour_key(const ColourGrid& grid, int r, int g, int b);
+int32_t color_key(const ColorGrid& grid, int r, int g, int b);
 
 extern const BilateralKernels bilateral_portable;
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Run-based labelling in two passes (He, Chao and Suzuki, IEEE TIP 2008): horizontal runs get provisional labels from
+// Run-based labeling in two passes (He, Chao and Suzuki, IEEE TIP 2008): horizontal runs get provisional labels from
 // the row above, runs that meet are united, and then the final labels are painted. connected_components_kernel.h has
 // the loops.
 #include "namedmask/connected_components.h"
@@ -11,7 +11,7 @@
 #include "connected_components_levels.h"
 #include "for_each_photo.h"
 #include "level.h"
-#include "populate.h"
+#include "prefault_pages.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -29,7 +29,7 @@ const ComponentKernels& kernels() {
   }
 }
 
-class Labeller {
+class Labeler {
  public:
   // Cuts mask [h, w] into runs of pixels equal to `value`, which get provisional labels, and unites those that touch.
   void join(const uint8_t* mask, int64_t h, int64_t w, bool value) {
@@ -87,7 +87,7 @@ class Labeller {
       if (row[last / 64] >> last % 64 & 1) mark(first[y + 1] - 1);
     }
     for (int32_t i = 0; i < labels_; ++i) keep[i] = keep[runs_.parent[i]];
-    populate(out, runs_.height * runs_.width);
+    prefault_pages(out, runs_.height * runs_.width);
     kernels().keep(keep, runs_, true, out);
   }
 
@@ -96,12 +96,12 @@ class Labeller {
     uint8_t* const keep = keep_.reserve(components + 1);
     std::fill_n(keep, components + 1, 0);
     keep[component] = 1;
-    populate(out, runs_.height * runs_.width);
+    prefault_pages(out, runs_.height * runs_.width);
     kernels().keep(keep, runs_, false, out);
   }
 
   void paint(int32_t* out) const {
-    populate(out, runs_.height * runs_.width * sizeof(int32_t));
+    prefault_pages(out, runs_.height * runs_.width * sizeof(int32_t));
     kernels().paint(runs_, out);
   }
 
@@ -124,14 +124,14 @@ void check_masks(const char* op, const TensorView& mask, const TensorView& out) 
   expect(op, "out", out, DType::kBool, {mask.shape[0]});
 }
 
-ComponentStats stats_of(const Labeller& labeller, int32_t count) {
+ComponentStats stats_of(const Labeler& labeler, int32_t count) {
   ComponentStats stats;
   stats.areas.resize(count);
   stats.boxes.resize(4 * static_cast<size_t>(count));
   int32_t *area = stats.areas.data(), *box = stats.boxes.data();
   for (int32_t c = 1; c <= count; ++c, ++area, box += 4) {
-    const Extent& e = labeller.extent(c);
-    const int32_t top = labeller.top(c);
+    const Extent& e = labeler.extent(c);
+    const int32_t top = labeler.top(c);
     *area = e.area;
     box[0] = -e.minus_left, box[1] = top, box[2] = e.right + e.minus_left, box[3] = e.bottom - top;
   }
@@ -148,10 +148,10 @@ ComponentStats connected_components(const TensorView& mask, const TensorView& of
   expect(op, "labels", labels, DType::kInt32, {mask.shape[0]});
   expect(op, "first", first, DType::kInt32, {batch.count + 1});
   std::vector<ComponentStats> found(batch.count);
-  for_each_photo<Labeller>(batch, [&](int64_t b, Labeller& labeller) {
-    labeller.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true);
-    found[b] = stats_of(labeller, labeller.measure());
-    labeller.paint(labels.as<int32_t>() + batch.begin(b));
+  for_each_photo<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
+    labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true);
+    found[b] = stats_of(labeler, labeler.measure());
+    labeler.paint(labels.as<int32_t>() + batch.begin(b));
   });
   int32_t* const begin = first.as<int32_t>();
   begin[0] = 0;
@@ -171,23 +171,23 @@ void largest_component(const TensorView& mask, const TensorView& offsets, const 
                        const TensorView& out) {
   check_masks("largest_component", mask, out);
   const RaggedShape batch = expect_ragged("largest_component", offsets, shapes, mask.shape[0]);
-  for_each_photo<Labeller>(batch, [&](int64_t b, Labeller& labeller) {
-    labeller.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true);
-    const int32_t count = labeller.measure();
+  for_each_photo<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
+    labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true);
+    const int32_t count = labeler.measure();
     int32_t best = 0;  // is no component and has no area
     for (int32_t c = 1; c <= count; ++c) {
-      if (labeller.extent(c).area > labeller.extent(best).area) best = c;
+      if (labeler.extent(c).area > labeler.extent(best).area) best = c;
     }
-    labeller.keep_component(best, count, out.as<uint8_t>() + batch.begin(b));
+    labeler.keep_component(best, count, out.as<uint8_t>() + batch.begin(b));
   });
 }
 
 void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& out) {
   check_masks("fill_holes", mask, out);
   const RaggedShape batch = expect_ragged("fill_holes", offsets, shapes, mask.shape[0]);
-  for_each_photo<Labeller>(batch, [&](int64_t b, Labeller& labeller) {
-    labeller.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), false);
-    labeller.drop_border(out.as<uint8_t>() + batch.begin(b));
+  for_each_photo<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
+    labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), false);
+    labeler.drop_border(out.as<uint8_t>() + batch.begin(b));
   });
 }
 

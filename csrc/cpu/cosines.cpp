@@ -26,7 +26,7 @@ constexpr double kRounding = 1e-6;
 // dozen times half a unit in the last place, of numbers up to 4.
 constexpr double kRoundingOfBytes = 8e-6;
 
-constexpr int64_t kSamples = 16;                        // tokens whose mean is the bytes' centre
+constexpr int64_t kSamples = 16;                        // tokens whose mean is the bytes' center
 constexpr int64_t kMaxByteChannels = int64_t{1} << 17;  // the sums of more products of bytes need not fit 32 bits
 
 }  // namespace
@@ -36,7 +36,7 @@ Cosines::Cosines() : kernels_(kernels()) {}
 void Cosines::prepare(const float* features, int64_t n, int64_t channels, Products products) {
   channels_ = channels;
   const bool fits = products != Products::kInt8 || channels <= kMaxByteChannels;
-  products_ = kernels_.quantise && n > 0 && channels > 0 && fits ? products : Products::kFloat32;
+  products_ = kernels_.quantize && n > 0 && channels > 0 && fits ? products : Products::kFloat32;
   rows_.prepare(features, n, channels, /*rows=*/true, /*panels=*/products_ == Products::kFloat32);
   if (products_ == Products::kInt8) prepare_bytes(features, n);
   if (products_ != Products::kInt16) return;
@@ -53,7 +53,7 @@ void Cosines::prepare_bytes(const float* features, int64_t n) {
   bytes_.sums = sum_memory_.reserve(padded());
   bytes_.units = number_memory_.reserve(4 * padded() + channels_);
   bytes_.lengths = bytes_.units + padded(), bytes_.along = bytes_.lengths + padded();
-  bytes_.errors = bytes_.along + padded(), bytes_.centre = bytes_.errors + padded();
+  bytes_.errors = bytes_.along + padded(), bytes_.center = bytes_.errors + padded();
   std::vector<double> sum(channels_, 0.0);
   double lengths = 0;
   for (int64_t k = 0; k < kSamples; ++k) {
@@ -62,25 +62,25 @@ void Cosines::prepare_bytes(const float* features, int64_t n) {
     for (int64_t c = 0; c < channels_; ++c) sum[c] += row[c], squares += static_cast<double>(row[c]) * row[c];
     lengths += std::sqrt(squares);
   }
-  centre_square_ = 0;
+  center_square_ = 0;
   for (int64_t c = 0; c < channels_; ++c) {
     const auto mean = static_cast<float>(lengths > 0 ? sum[c] / lengths : 0);
-    bytes_.centre[c] = mean;
-    centre_square_ += static_cast<double>(mean) * mean;
+    bytes_.center[c] = mean;
+    center_square_ += static_cast<double>(mean) * mean;
   }
 }
 
-void Cosines::normalise(int64_t panel) {
-  rows_.normalise(panel);
+void Cosines::normalize(int64_t panel) {
+  rows_.normalize(panel);
   const int64_t first = panel * kPanel;
   if (products_ == Products::kInt8) {
-    for (int64_t i = first; i < first + kPanel; ++i) kernels_.quantise_bytes(rows_.row(i), channels_, i, bytes_);
+    for (int64_t i = first; i < first + kPanel; ++i) kernels_.quantize_bytes(rows_.row(i), channels_, i, bytes_);
   }
   if (products_ != Products::kInt16) return;
   double largest = 0;
   for (int64_t i = 0; i < kPanel; ++i) {
     int16_t* row = integers_ + (first + i) * 2 * pairs_;
-    largest = std::max(largest, kernels_.quantise(rows_.row(first + i), channels_, row));
+    largest = std::max(largest, kernels_.quantize(rows_.row(first + i), channels_, row));
     int16_t* pair = integer_panels_ + first * 2 * pairs_ + 2 * i;
     for (int64_t k = 0; k < pairs_; ++k) std::memcpy(pair + k * 2 * kPanel, row + 2 * k, 2 * sizeof *row);
   }
@@ -89,7 +89,7 @@ void Cosines::normalise(int64_t panel) {
 
 double Cosines::reach() const {
   // A sum of float products is off by half a unit in the last place for each addition and product at most. Of bytes
-  // two are taken, of the centre with vectors twice as long at most.
+  // two are taken, of the center with vectors twice as long at most.
   const double sum = static_cast<double>(channels_ + 1) * 0x1p-24;
   if (products_ == Products::kFloat32) return sum + kRounding;
   if (products_ == Products::kInt8) return 4 * sum + kRoundingOfBytes;
@@ -106,7 +106,7 @@ void Cosines::above(int64_t row, int64_t count, int64_t column, double tau, doub
   }
   const double squared = static_cast<double>(kUnit) * kUnit;
   uint32_t unsure[kBlock];
-  kernels_.connect_quantised(integers_ + row * 2 * pairs_, count, integer_panels_ + column * 2 * pairs_, channels_,
+  kernels_.connect_quantized(integers_ + row * 2 * pairs_, count, integer_panels_ + column * 2 * pairs_, channels_,
                              static_cast<int32_t>(std::floor((tau - reach) * squared)),
                              static_cast<int32_t>(std::ceil((tau + reach) * squared)), bits, unsure);
   for (int64_t r = 0; r < count; ++r) {
@@ -121,7 +121,7 @@ void Cosines::above(int64_t row, int64_t count, int64_t column, double tau, doub
 void Cosines::maybe_below(int64_t row, int64_t count, int64_t column, double bound, double reach,
                           uint32_t* bits) const {
   if (products_ == Products::kInt8) {
-    const auto rest = static_cast<float>(bound + reach - centre_square_);
+    const auto rest = static_cast<float>(bound + reach - center_square_);
     kernels_.maybe_below_bytes(bytes_, row, count, column, channels_, rest, bits);
     return;
   }

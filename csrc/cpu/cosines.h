@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cosines_levels.h"
-#include "unit_rows.h"
+#include "normalized_rows.h"
 
 namespace namedmask::cpu {
 
@@ -19,7 +19,7 @@ class Cosines {
  public:
   Cosines();
 
-  // features [n, C]. Allocates, so that normalise() may run in a parallel region.
+  // features [n, C]. Allocates, so that normalize() may run in a parallel region.
   void prepare(const float* features, int64_t n, int64_t channels, Products products);
 
   int64_t panels() const { return rows_.panels(); }
@@ -27,7 +27,7 @@ class Cosines {
   const float* row(int64_t i) const { return rows_.row(i); }
 
   // A panel of tokens made ready for products; panels may be done by any threads. All else waits until all are done.
-  void normalise(int64_t panel);
+  void normalize(int64_t panel);
   bool finite() const { return rows_.finite(); }
   size_t bytes() const {
     return rows_.bytes() + integer_memory_.bytes() + byte_memory_.bytes() + sum_memory_.bytes() +
@@ -49,7 +49,7 @@ class Cosines {
 
   const CosineKernels& kernels_;
   int64_t channels_ = 0;
-  UnitRows rows_;
+  NormalizedRows rows_;
   Products products_ = Products::kFloat32;
   int64_t pairs_ = 0;  // of channels
   Buffer<int16_t> integer_memory_;
@@ -59,7 +59,7 @@ class Cosines {
   Buffer<int32_t> sum_memory_;
   Buffer<float> number_memory_;
   Bytes bytes_ = {};
-  double centre_square_ = 0;
+  double center_square_ = 0;
 };
 
 }  // namespace namedmask::cpu

@@ -5,7 +5,7 @@
 namespace namedmask::cpu {
 namespace {
 
-double quantise(const float* row, int64_t channels, int16_t* out) {
+double quantize(const float* row, int64_t channels, int16_t* out) {
   V squares = broadcast(0);
   for (int64_t c = 0; c < channels; c += kLanes) {
     const __mmask16 there = channels - c < kLanes ? (1u << (channels - c)) - 1 : 0xffff;
@@ -21,7 +21,7 @@ double quantise(const float* row, int64_t channels, int16_t* out) {
 
 constexpr int kIntegerRows = 6;  // with more, GCC does not keep the sums in registers
 
-void connect_quantised(const int16_t* rows, int64_t count, const int16_t* panels, int64_t channels, int32_t low,
+void connect_quantized(const int16_t* rows, int64_t count, const int16_t* panels, int64_t channels, int32_t low,
                        int32_t high, uint32_t* bits, uint32_t* unsure) {
   static_assert(2 * kPanel == kWord && kLanes == kPanel && kMicroRows % kIntegerRows == 0);
   const int64_t pairs = (channels + 1) / 2;
@@ -55,20 +55,20 @@ __mmask16 lanes(int64_t n) { return n < kLanes ? (1u << n) - 1 : 0xffff; }
 
 V part(const float* row, int64_t c, int64_t channels) { return _mm512_maskz_loadu_ps(lanes(channels - c), row + c); }
 
-void quantise_bytes(const float* row, int64_t channels, int64_t i, const Bytes& bytes) {
+void quantize_bytes(const float* row, int64_t channels, int64_t i, const Bytes& bytes) {
   const int64_t groups = (channels + kByteGroup - 1) / kByteGroup, padded = groups * kByteGroup;
-  const auto apart = [&](int64_t c) { return part(row, c, channels) - part(bytes.centre, c, channels); };
+  const auto apart = [&](int64_t c) { return part(row, c, channels) - part(bytes.center, c, channels); };
   V largest = broadcast(0);
   for (int64_t c = 0; c < channels; c += kLanes) largest = larger(largest, _mm512_abs_ps(apart(c)));
   const float most = _mm512_reduce_max_ps(largest), unit = most / 127;
   const float inverse = most > 1e-30f ? 127 / most : 0;  // below, all of it is error
   int8_t* out = bytes.rows + i * padded;
-  V squares = broadcast(0), length = squares, along = squares;  // of the error, of token - centre, and with centre
+  V squares = broadcast(0), length = squares, along = squares;  // of the error, of token - center, and with center
   __m512i sums = _mm512_setzero_si512();
   for (int64_t c = 0; c < padded; c += kLanes) {
     const V exact = apart(c);
     length = fma(exact, exact, length);
-    along = fma(exact, part(bytes.centre, c, channels), along);
+    along = fma(exact, part(bytes.center, c, channels), along);
     const __m512i rounded = _mm512_cvtps_epi32(broadcast(inverse) * exact);
     // against the unit as it was rounded, as products are taken with it
     const V error = exact - broadcast(unit) * _mm512_cvtepi32_ps(rounded);
@@ -144,7 +144,7 @@ float dot(const float* a, const float* b, int64_t channels) {
 }  // namespace
 
 const CosineKernels cosines_avx512_vnni = {
-    connect, quantise, connect_quantised, dot, quantise_bytes, maybe_below_bytes,
+    connect, quantize, connect_quantized, dot, quantize_bytes, maybe_below_bytes,
 };
 
 }  // namespace namedmask::cpu

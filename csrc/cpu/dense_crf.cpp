@@ -119,14 +119,14 @@ class Solver {
     join();
     system_.bilateral_weight = static_cast<float>(half * settings.bilateral_weight);
     allocate();
-    kernels().normalise(system_);
+    kernels().normalize(system_);
     if (!kernels().start(system_, probabilities)) return false;
     kernels().infer(system_, settings.iterations);
     return true;
   }
 
   size_t bytes() const {
-    return taps_.bytes() + corners_.bytes() + weights_.bytes() + neighbours_.bytes() + floats_.bytes() + table_.bytes();
+    return taps_.bytes() + corners_.bytes() + weights_.bytes() + neighbors_.bytes() + floats_.bytes() + table_.bytes();
   }
 
  private:
@@ -250,14 +250,14 @@ class Solver {
     return simplex.vertices;
   }
 
-  // neighbours_
+  // neighbors_
   void join() {
     const std::vector<Key>& keys = table_.keys();
     const auto count = static_cast<int32_t>(keys.size());
-    neighbours_.reserve(2 * kCorners * keys.size());
-    std::fill_n(neighbours_.data(), 2 * kCorners * keys.size(), count);
+    neighbors_.reserve(2 * kCorners * keys.size());
+    std::fill_n(neighbors_.data(), 2 * kCorners * keys.size(), count);
     for (int j = 0; j < kCorners; ++j) {
-      int32_t* const near = neighbours_.data() + 2 * j * keys.size();
+      int32_t* const near = neighbors_.data() + 2 * j * keys.size();
       for (int32_t v = 0; v < count; ++v) {
         const int32_t next = table_.find(lattice_step(keys[v], j));
         if (next < 0) continue;
@@ -265,7 +265,7 @@ class Solver {
         near[2 * next] = v;
       }
     }
-    system_.neighbours = neighbours_.data();
+    system_.neighbors = neighbors_.data();
   }
 
   void allocate() {
@@ -293,7 +293,7 @@ class Solver {
   VertexTable table_;
   std::vector<RecentSimplex> recent_;
   Buffer<float> taps_, weights_, floats_;
-  Buffer<int32_t> corners_, neighbours_;
+  Buffer<int32_t> corners_, neighbors_;
 };
 
 }  // namespace

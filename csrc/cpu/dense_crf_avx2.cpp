@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const CrfKernels crf_avx2 = {embed, normalise, start, infer};
+const CrfKernels crf_avx2 = {embed, normalize, start, infer};
 
 }  // namespace namedmask::cpu

@@ -229,12 +229,12 @@ inline F8 slice(const float* lattice, const int32_t* corners, const float* weigh
 template <class F>
 inline void for_each_direction(CrfSystem s, float* lattice, float* scratch, float scale, F f) {
   for (int j = 0; j < kCorners; j += 2) {
-    f(lattice, scratch, s.neighbours + 2 * j * s.vertices, 1.0f);
-    f(scratch, lattice, s.neighbours + 2 * (j + 1) * s.vertices, j + 2 == kCorners ? scale : 1.0f);
+    f(lattice, scratch, s.neighbors + 2 * j * s.vertices, 1.0f);
+    f(scratch, lattice, s.neighbors + 2 * (j + 1) * s.vertices, j + 2 == kCorners ? scale : 1.0f);
   }
 }
 
-// Every vertex plus half of its two neighbours, direction after direction; the result times `scale`.
+// Every vertex plus half of its two neighbors, direction after direction; the result times `scale`.
 void blur_one(CrfSystem s, float* lattice, float* scratch, float scale) {
   for (int64_t i = 0; i <= s.vertices; ++i) lattice[i] = lattice[kSums * i] + lattice[kSums * i + 1];
   for_each_direction(s, lattice, scratch, scale, [&](const float* from, float* to, const int32_t* near, float own) {
@@ -256,17 +256,17 @@ void blur_many(CrfSystem s, float* lattice, float* scratch, float scale) {
   for_each_direction(s, lattice, scratch, scale, [&](const float* from, float* to, const int32_t* near, float own) {
     const float other = 0.5f * own;
     for (int64_t i = 0; i < s.vertices; ++i, near += 2, to += s.channels) {
-      const float *centre = from + i * s.channels, *a = from + near[0] * s.channels, *b = from + near[1] * s.channels;
+      const float *center = from + i * s.channels, *a = from + near[0] * s.channels, *b = from + near[1] * s.channels;
       for_each_vector(s.channels, [&](auto v, int64_t c) {
         using V = decltype(v);
-        store(to + c, fma(load<V>(a + c) + load<V>(b + c), broadcast<V>(other), load<V>(centre + c) * own));
+        store(to + c, fma(load<V>(a + c) + load<V>(b + c), broadcast<V>(other), load<V>(center + c) * own));
       });
     }
     fill(to, 0.0f, s.channels);
   });
 }
 
-void normalise(CrfSystem s) {
+void normalize(CrfSystem s) {
   const int64_t blocks = s.height * s.step * s.cells / kLanes;
   constexpr int64_t kBlock = kCorners * kLanes;
   fill(s.lattice, 0.0f, kSums * (s.vertices + 1));

@@ -2,7 +2,7 @@
 // The parts of dense_crf that exist once per instruction level; see level.h.
 //
 // A photo's pixels stand in blocks of kLanes. The spatial grid has a node every `step` pixels along both axes; a block
-// holds pixels of one row that are `step` apart, so that neighbouring lanes read neighbouring nodes: lane i of block
+// holds pixels of one row that are `step` apart, so that neighboring lanes read neighboring nodes: lane i of block
 // (y, phase, cell / kLanes) is the pixel x = (cell + i) * step + phase. Lanes beyond the photo weigh nothing.
 #pragma once
 
@@ -27,13 +27,13 @@ struct CrfSystem {
   const float* row_taps;            // [height, kTaps]: times the row's norm and the term's weight
   const float* add_taps;            // [height, kTaps]: times the row's norm
   const float* column_norm;         // [step, cells]
-  const float* gauss;               // [radius + 1]: the filter on the grid, from its centre outwards
+  const float* gauss;               // [radius + 1]: the filter on the grid, from its center outwards
   int64_t radius;
 
   int64_t vertices;
-  const int32_t* corners;     // [height, step, cells / kLanes, kCorners, kLanes]: a pixel's vertices
-  float* weights;             // the same shape: their weights, from `normalise` on times the pixel's norm
-  const int32_t* neighbours;  // [kCorners, vertices, 2]: along each direction; a missing one is `vertices`
+  const int32_t* corners;    // [height, step, cells / kLanes, kCorners, kLanes]: a pixel's vertices
+  float* weights;            // the same shape: their weights, from `normalize` on times the pixel's norm
+  const int32_t* neighbors;  // [kCorners, vertices, 2]: along each direction; a missing one is `vertices`
   float bilateral_weight;
 
   float *lattice, *next_lattice;  // [vertices + 1, channels], the last row zero; kSums times as wide with one channel
@@ -54,7 +54,7 @@ struct CrfKernels {
   // features [kAxes, kLanes], scaled -> the simplices of eight pixels, and their weights [kCorners, kLanes].
   void (*embed)(const float* features, CrfSimplices* simplices, float* weights);
   // Divides the weights by the square root of what the lattice makes of ones.
-  void (*normalise)(CrfSystem system);
+  void (*normalize)(CrfSystem system);
   // The unary term of [height * width, labels] probabilities. False if one is not finite.
   bool (*start)(CrfSystem system, const float* probabilities);
   // `iterations` updates of the marginals, then out.

@@ -3,6 +3,6 @@
 
 namespace namedmask::cpu {
 
-const CrfKernels crf_portable = {embed, normalise, start, infer};
+const CrfKernels crf_portable = {embed, normalize, start, infer};
 
 }  // namespace namedmask::cpu

@@ -13,7 +13,7 @@ namespace namedmask::cpu {
 constexpr size_t kKeptBytes = 64 << 20;
 
 // Calls f(b, worker) for every photo that has pixels, photos spread over threads. What f throws comes out here.
-// `shared`: f shares its work out (share_out.h), so that a single photo needs the threads too.
+// `shared`: f shares its work out (parallel_for.h), so that a single photo needs the threads too.
 template <class Worker, class F>
 void for_each_photo(const RaggedShape& batch, F f, bool shared = false) {
   std::exception_ptr failure;

@@ -113,7 +113,7 @@ double* Lanczos::prepare(int64_t n, int64_t wanted, int64_t max_products) {
 
 // y minus its part in the span of the known vector and the basis, whose coefficients it returns; then y's norm. The
 // second pass removes what rounding left.
-double Lanczos::orthogonalise(double* y, double* coefficients) const {
+double Lanczos::orthogonalize(double* y, double* coefficients) const {
   std::fill_n(coefficients, size_, 0.0);
   std::vector<double> part(size_ + 1);
   for (int pass = 0; pass < 2; ++pass) {
@@ -143,7 +143,7 @@ void Lanczos::solve(double tolerance, const Multiply& multiply) {
       z = (z ^ z >> 27) * 0x94d049bb133111ebull;
       q[i] = static_cast<double>(static_cast<int64_t>(z ^ z >> 31)) * 0x1p-63;
     }
-    append(q, orthogonalise(q, coefficients.data()));
+    append(q, orthogonalize(q, coefficients.data()));
   }
   for (done_ = size_ == 0; !done_;) {
     const int64_t first = products_, count = std::min(size_, steps_) - first;
@@ -151,7 +151,7 @@ void Lanczos::solve(double tolerance, const Multiply& multiply) {
     for (int64_t c = 0; c < count; ++c) {
       double *y = product_ + c * n_, *column = &entry(0, first + c);
       std::fill_n(column, steps_ + width_, 0.0);
-      const double norm = orthogonalise(y, column);
+      const double norm = orthogonalize(y, column);
       if (append(y, norm)) column[size_ - 1] = norm;
     }
     products_ += count;

@@ -10,7 +10,7 @@
 #include <functional>
 #include <vector>
 
-#include "unit_rows.h"
+#include "normalized_rows.h"
 
 namespace namedmask::cpu {
 
@@ -35,7 +35,7 @@ class Lanczos {
   void vector(int64_t j, double* out) const;
 
  private:
-  double orthogonalise(double* y, double* coefficients) const;
+  double orthogonalize(double* y, double* coefficients) const;
   bool append(double* y, double norm);
   void ritz(double tolerance, bool last);
 

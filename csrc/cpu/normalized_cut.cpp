@@ -54,7 +54,7 @@ class Cut {
 
   explicit Cut(const CutSettings& settings) : settings_(settings) {}
 
-  // Everything that allocates, so that normalise() and connect() may run in a parallel region.
+  // Everything that allocates, so that normalize() and connect() may run in a parallel region.
   void prepare(const float* features, int64_t h, int64_t w, int64_t channels, const Result& result) {
     width_ = w, n_ = h * w, result_ = result;
     words_ = (n_ + kWord - 1) / kWord;
@@ -76,7 +76,7 @@ class Cut {
   }
 
   // The three steps, each to be called when the last is done. Any number of threads may share the first two: each
-  // normalises its part of the panels, and all call connect().
+  // normalizes its part of the panels, and all call connect().
 
   Cosines& cosines() { return cosines_; }
 
@@ -287,7 +287,7 @@ void normalized_cut(const TensorView& features, const TensorView& offsets, const
 #pragma omp parallel if (n * n * static_cast<double>(channels) > kWorthThreads)
     {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < cut.cosines().panels(); ++i) cut.cosines().normalise(i);
+      for (int64_t i = 0; i < cut.cosines().panels(); ++i) cut.cosines().normalize(i);
       cut.connect();
     }
     refused[0] = !cut.solve();
@@ -299,7 +299,7 @@ void normalized_cut(const TensorView& features, const TensorView& offsets, const
       for (int64_t b = 0; b < batch.count; ++b) {
         try {
           prepare(cut, b);
-          for (int64_t i = 0; i < cut.cosines().panels(); ++i) cut.cosines().normalise(i);
+          for (int64_t i = 0; i < cut.cosines().panels(); ++i) cut.cosines().normalize(i);
           cut.connect();
           refused[b] = !cut.solve();
         } catch (...) {  // an exception must not leave a parallel region

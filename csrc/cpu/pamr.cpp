@@ -39,7 +39,7 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Memory that is not cleared, in huge pages where the system has them: a vector of masks has neighbours in 300 small
+// Memory that is not cleared, in huge pages where the system has them: a vector of masks has neighbors in 300 small
 // pages, more than a core keeps in mind, and thousands of page faults would take their time.
 template <class T>
 std::unique_ptr<T[], Free> allocate(int64_t count) {
@@ -74,7 +74,7 @@ class Refiner {
     const auto planes =
         allocate<float>(photo_.height * std::max(pamr_row(photo_.stride, 3), 2 * pamr_row(photo_.stride, most)));
     const auto weights = allocate<uint16_t>(photo_.height * pamr_weights(photo_.columns, photo_.n_dilations));
-    photo_.colours = planes.get();
+    photo_.colors = planes.get();
     photo_.weights = weights.get();
     unpack(image, 3, 0, 3, planes.get());
     for (int64_t y = 0; y < photo_.height; ++y) kernels().affinities(photo_, y);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // pamr's inner loops, included by one file per instruction level; level.h says what is allowed here.
 //
-// A vector of neighbouring pixels of a row is in work at a time, so that every neighbour is a load at another
+// A vector of neighboring pixels of a row is in work at a time, so that every neighbor is a load at another
 // offset.
 #include "exponential.h"
 #include "lanes.h"
@@ -12,7 +12,7 @@ namespace {
 
 static_assert(kPamrColumns % kLanes == 0);
 
-constexpr int64_t kMaxNeighbours = 8 * kPamrDilations;
+constexpr int64_t kMaxNeighbors = 8 * kPamrDilations;
 constexpr float kOne = 65535;  // the largest stored root
 constexpr int kTogether = 8;   // planes that share a pass over the weights: enough sums in flight for the multipliers
 
@@ -31,8 +31,8 @@ inline V weight(const uint16_t* p) {
   return root * root;
 }
 
-// What to add to the place of a pixel of row y, to come to each of its neighbours in the same plane.
-inline void neighbour_offsets(const PamrPhoto& photo, int64_t planes, int64_t y, int64_t* offsets) {
+// What to add to the place of a pixel of row y, to come to each of its neighbors in the same plane.
+inline void neighbor_offsets(const PamrPhoto& photo, int64_t planes, int64_t y, int64_t* offsets) {
   for (int64_t i = 0; i < photo.n_dilations; ++i) {
     const int64_t d = photo.dilations[i], dx = d < photo.width ? d : photo.width;
     const int64_t rows[] = {d < y ? y - d : 0, y, d < photo.height - y ? y + d : photo.height - 1};
@@ -43,19 +43,19 @@ inline void neighbour_offsets(const PamrPhoto& photo, int64_t planes, int64_t y,
 }
 
 void affinities(const PamrPhoto& photo, int64_t y) {
-  const int64_t neighbours = 8 * photo.n_dilations;
+  const int64_t neighbors = 8 * photo.n_dilations;
   const float samples = static_cast<float>(9 * photo.n_dilations);
-  int64_t offsets[kMaxNeighbours];
-  neighbour_offsets(photo, 3, y, offsets);
+  int64_t offsets[kMaxNeighbors];
+  neighbor_offsets(photo, 3, y, offsets);
   uint16_t* out = photo.weights + y * pamr_weights(photo.columns, photo.n_dilations);
   for (int64_t x = 0; x < photo.columns; x += kLanes) {
-    V logits[kMaxNeighbours] = {};
+    V logits[kMaxNeighbors] = {};
     for (int64_t c = 0; c < 3; ++c) {
-      const float* colour = photo.colours + y * pamr_row(photo.stride, 3) + c * photo.stride + photo.pad + x;
-      const V centre = load(colour);
-      V sum = {}, squares = {};  // of the differences from the centre: integers below 2^24, so nothing is rounded
-      for (int64_t k = 0; k < neighbours; ++k) {
-        const V difference = load(colour + offsets[k]) - centre;
+      const float* color = photo.colors + y * pamr_row(photo.stride, 3) + c * photo.stride + photo.pad + x;
+      const V center = load(color);
+      V sum = {}, squares = {};  // of the differences from the center: integers below 2^24, so nothing is rounded
+      for (int64_t k = 0; k < neighbors; ++k) {
+        const V difference = load(color + offsets[k]) - center;
         sum = sum + difference;
         squares = fma(difference, difference, squares);
       }
@@ -65,15 +65,15 @@ void affinities(const PamrPhoto& photo, int64_t y) {
       store(deviations, spread / broadcast(samples * (samples - 1)));
       for (int i = 0; i < kLanes; ++i) deviations[i] = __builtin_sqrtf(deviations[i]);
       const V factor = broadcast(-1.0f / 3) / fma(broadcast(0.1f), load(deviations), broadcast(255 * 1e-8f));
-      for (int64_t k = 0; k < neighbours; ++k) {
-        const V difference = load(colour + offsets[k]) - centre;
+      for (int64_t k = 0; k < neighbors; ++k) {
+        const V difference = load(color + offsets[k]) - center;
         logits[k] = fma((V)((I)difference & 0x7fffffff), factor, logits[k]);
       }
     }
     V top = logits[0];
-    for (int64_t k = 1; k < neighbours; ++k) top = larger(top, logits[k]);
+    for (int64_t k = 1; k < neighbors; ++k) top = larger(top, logits[k]);
     V total = {};
-    for (int64_t k = 0; k < neighbours; ++k) {
+    for (int64_t k = 0; k < neighbors; ++k) {
       // Added to 1.5 * 2^23, a number is rounded to an integer in the low bits.
       const V root = exponential((logits[k] - top) * broadcast(0.5f));
       const I rounded = (I)fma(root, broadcast(kOne), broadcast(12582912.0f)) & 0xffff;
@@ -90,17 +90,17 @@ void affinities(const PamrPhoto& photo, int64_t y) {
 
 // A vector of pixels in kPlanes planes; source and target point at it in the first of them.
 template <int kPlanes>
-void average_vector(const uint16_t* weights, const int64_t* offsets, int64_t neighbours, const float* source,
+void average_vector(const uint16_t* weights, const int64_t* offsets, int64_t neighbors, const float* source,
                     int64_t stride, float* target) {
   V sums[kPlanes] = {};
-  for (int64_t k = 0; k < neighbours; ++k) {
+  for (int64_t k = 0; k < neighbors; ++k) {
     const V factor = weight(weights + k * kLanes);
     const float* p = source + offsets[k];
 #pragma GCC unroll 8
     for (int i = 0; i < kPlanes; ++i) sums[i] = fma(factor, load(p + i * stride), sums[i]);
   }
   V scale;
-  __builtin_memcpy(&scale, weights + neighbours * kLanes, sizeof scale);
+  __builtin_memcpy(&scale, weights + neighbors * kLanes, sizeof scale);
 #pragma GCC unroll 8
   for (int i = 0; i < kPlanes; ++i) store(target + i * stride, sums[i] * scale);
 }
@@ -116,16 +116,16 @@ inline decltype(&average_vector<1>) average_vector_of(int64_t planes) {
 
 void average(const PamrPhoto& photo, const float* source, float* target, int64_t planes, int64_t y, int64_t begin,
              int64_t end) {
-  const int64_t neighbours = 8 * photo.n_dilations, row = y * pamr_row(photo.stride, planes) + photo.pad;
-  int64_t offsets[kMaxNeighbours];
-  neighbour_offsets(photo, planes, y, offsets);
+  const int64_t neighbors = 8 * photo.n_dilations, row = y * pamr_row(photo.stride, planes) + photo.pad;
+  int64_t offsets[kMaxNeighbors];
+  neighbor_offsets(photo, planes, y, offsets);
   const uint16_t* weights = photo.weights + y * pamr_weights(photo.columns, photo.n_dilations);
   for (int64_t p = 0; p < planes; p += kTogether) {
     const int64_t together = planes - p < kTogether ? planes - p : kTogether;
     const int64_t at = row + p * photo.stride;
     const auto average_one = average_vector_of(together);
     for (int64_t x = begin; x < end; x += kLanes) {
-      average_one(weights + x * (neighbours + 2), offsets, neighbours, source + at + x, photo.stride, target + at + x);
+      average_one(weights + x * (neighbors + 2), offsets, neighbors, source + at + x, photo.stride, target + at + x);
     }
   }
 }

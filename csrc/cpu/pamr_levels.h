@@ -7,7 +7,7 @@
 namespace namedmask::cpu {
 
 constexpr int64_t kPamrColumns = 16;    // rows are made of whole vectors of every level
-constexpr int64_t kPamrDilations = 16;  // at most: the sums of colours stay exact
+constexpr int64_t kPamrDilations = 16;  // at most: the sums of colors stay exact
 
 // A photo's arrays, with float planes row by row: [height, planes, stride], where a row of a plane is `pad` floats,
 // then `columns`, then `pad`. What lies outside the photo's own columns repeats its first or its last one.
@@ -16,8 +16,8 @@ struct PamrPhoto {
   int64_t columns, pad, stride;  // columns: width rounded up to whole vectors
   const int64_t* dilations;
   int64_t n_dilations;
-  const float* colours;  // 3 planes, 0 to 255
-  // Per row and vector of pixels: a vector of roots of weights for each neighbour, then one float per pixel that makes
+  const float* colors;  // 3 planes, 0 to 255
+  // Per row and vector of pixels: a vector of roots of weights for each neighbor, then one float per pixel that makes
   // the weights sum to 1. pamr_weights() of them per row.
   uint16_t* weights;
 };

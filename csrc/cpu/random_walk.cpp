@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "level.h"
+#include "normalized_rows.h"
 #include "random_walk_levels.h"
-#include "unit_rows.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -56,7 +56,7 @@ class Walk {
     }
   }
 
-  UnitRows& rows() { return rows_; }
+  NormalizedRows& rows() { return rows_; }
   int64_t blocks() const { return rows_.padded() / kBlock; }
 
   // The sums of one group's tiles.
@@ -102,7 +102,7 @@ class Walk {
   const float sharpness_;
   const WalkKernels& kernels_;
   int64_t n_ = 0, m_ = 0, channels_ = 0, width_ = 0, size_ = 0;
-  UnitRows rows_;
+  NormalizedRows rows_;
   Buffer<float> mask_memory_, total_memory_, sum_memory_;
   float *masks_ = nullptr, *total_ = nullptr, *sums_ = nullptr;
 };
@@ -138,7 +138,7 @@ void random_walk(const TensorView& masks, const TensorView& features, const Tens
     {
       Scratch& scratch = scratches[omp_get_thread_num()];
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < walk.rows().panels(); ++i) walk.rows().normalise(i);
+      for (int64_t i = 0; i < walk.rows().panels(); ++i) walk.rows().normalize(i);
       for (int64_t step = 0; step < steps; ++step) {
 #pragma omp for schedule(dynamic)
         for (int64_t group = 0; group < kGroups; ++group) walk.gather(group, group, scratch);
@@ -161,7 +161,7 @@ void random_walk(const TensorView& masks, const TensorView& features, const Tens
         try {
           prepare(walk, b, 1);
           scratch = Scratch(channels);
-          for (int64_t i = 0; i < walk.rows().panels(); ++i) walk.rows().normalise(i);
+          for (int64_t i = 0; i < walk.rows().panels(); ++i) walk.rows().normalize(i);
           for (int64_t step = 0; step < steps; ++step) {
             for (int64_t group = 0; group < kGroups; ++group) {
               walk.gather(group, 0, scratch);

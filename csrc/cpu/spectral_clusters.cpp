@@ -14,7 +14,7 @@
 #include "for_each_photo.h"
 #include "lanczos.h"
 #include "level.h"
-#include "share_out.h"
+#include "parallel_for.h"
 #include "spectral_clusters_levels.h"
 
 namespace namedmask::cpu {
@@ -76,34 +76,34 @@ class KMeans {
   }
 
   void run(const ClusterKernels& kernels, Random random) {
-    choose_centres(kernels, random);
+    choose_centers(kernels, random);
     refine(kernels);
   }
 
-  double spread() const { return spread_; }  // sum of squared distances to the nearest centres
+  double spread() const { return spread_; }  // sum of squared distances to the nearest centers
   int64_t label(int64_t i) const { return label_[i]; }
 
  private:
-  void add_centre(const ClusterKernels& kernels, int64_t i) {
-    double* centre = centres_ + found_ * dims_;
-    for (int64_t d = 0; d < dims_; ++d) centre[d] = points_[d * n_ + i];
-    kernels.assign(points_, n_, dims_, centre, 1, found_ ? step_ : distance_, label_);
+  void add_center(const ClusterKernels& kernels, int64_t i) {
+    double* center = centres_ + found_ * dims_;
+    for (int64_t d = 0; d < dims_; ++d) center[d] = points_[d * n_ + i];
+    kernels.assign(points_, n_, dims_, center, 1, found_ ? step_ : distance_, label_);
     for (int64_t j = 0; found_ && j < n_; ++j) distance_[j] = std::min(distance_[j], step_[j]);
     ++found_;
   }
 
-  // k-means++: each next centre is a token drawn with the square of its distance to those before.
-  void choose_centres(const ClusterKernels& kernels, Random& random) {
+  // k-means++: each next center is a token drawn with the square of its distance to those before.
+  void choose_centers(const ClusterKernels& kernels, Random& random) {
     found_ = 0;
-    add_centre(kernels, std::min(n_ - 1, static_cast<int64_t>(random.next() * static_cast<double>(n_))));
+    add_center(kernels, std::min(n_ - 1, static_cast<int64_t>(random.next() * static_cast<double>(n_))));
     while (found_ < k_) {
       double total = 0, sum = 0;
       for (int64_t i = 0; i < n_; ++i) total += distance_[i];
-      if (!(total > 0)) return;  // no point differs from the centres
+      if (!(total > 0)) return;  // no point differs from the centers
       const double threshold = random.next() * total;
       int64_t chosen = 0;
       while (chosen + 1 < n_ && (sum += distance_[chosen]) <= threshold) ++chosen;
-      add_centre(kernels, chosen);
+      add_center(kernels, chosen);
     }
   }
 
@@ -125,7 +125,7 @@ class KMeans {
   }
 
   const double* points_ = nullptr;
-  int64_t n_ = 0, dims_ = 0, k_ = 0, found_ = 0;  // found_: centres
+  int64_t n_ = 0, dims_ = 0, k_ = 0, found_ = 0;  // found_: centers
   Buffer<double> memory_;
   double *distance_ = nullptr, *step_ = nullptr, *centres_ = nullptr, *sums_ = nullptr;
   Buffer<int64_t> integers_;
@@ -143,8 +143,8 @@ class Clusters {
     std::fill_n(labels, n * counts.size(), 0);
     cosines_.prepare(features, n, channels, Products::kInt8);
     squares_.resize(cosines_.padded());
-    share_out(cosines_.panels(), kPanelsAtOnce, [&](int64_t panel) {
-      cosines_.normalise(panel);
+    parallel_for(cosines_.panels(), kPanelsAtOnce, [&](int64_t panel) {
+      cosines_.normalize(panel);
       for (int64_t i = panel * kPanel; i < (panel + 1) * kPanel; ++i) squares_[i] = cosine(i, i);
     });
     if (!cosines_.finite()) return false;
@@ -169,7 +169,7 @@ class Clusters {
     double least = INFINITY;
     least_of_part_.resize((n_ + kPart - 1) / kPart);
     for (int64_t round = 0, far = 0; round < 2; ++round) {  // a guess: the token farthest from the one farthest from 0
-      share_out(least_of_part_.size(), 1, [&](int64_t part) {
+      parallel_for(least_of_part_.size(), 1, [&](int64_t part) {
         auto& [lowest, who] = least_of_part_[part] = {INFINITY, 0};
         for (int64_t i = part * kPart; i < std::min(n_, (part + 1) * kPart); ++i) {
           if (const double c = cosine(far, i); c < lowest) lowest = c, who = i;
@@ -179,7 +179,7 @@ class Clusters {
     }
     least_ = least;
     const double reach = cosines_.reach();
-    share_out(cosines_.padded() / kBlock, 1, [&](int64_t block) {
+    parallel_for(cosines_.padded() / kBlock, 1, [&](int64_t block) {
       for (int64_t column = block * kBlock; column < cosines_.padded(); column += kWord) {
         const int64_t end = std::min(n_, std::min((block + 1) * kBlock, column + kWord));
         for (int64_t row = block * kBlock; row < end; row += kMicroRows) look_at(row, column, reach);
@@ -233,7 +233,7 @@ class Clusters {
     }
     const int64_t parts = (n_ + kPart - 1) / kPart, size = count * channels_;
     const auto tokens = [&](int64_t part) { return std::min(kPart, n_ - part * kPart); };
-    share_out(parts, 1, [&](int64_t part) {
+    parallel_for(parts, 1, [&](int64_t part) {
       kernels_.project(cosines_.row(part * kPart), tokens(part), channels_, scaled_.data() + part * kPart, count, n_,
                        parts_.data() + part * size);
     });
@@ -247,7 +247,7 @@ class Clusters {
       sums_[i] = narrow(whole);
       if (with_rests) rests_[i] = whole - sums_[i];  // 24 bits are left
     }
-    share_out(parts, 1, [&](int64_t part) {
+    parallel_for(parts, 1, [&](int64_t part) {
       const float* rows = cosines_.row(part * kPart);
       double* to = out + part * kPart;
       kernels_.expand(rows, tokens(part), channels_, sums_.data(), count, to, n_);
@@ -274,7 +274,7 @@ class Clusters {
       const int64_t k = counts[i / kRestarts];
       if (k > 1) runs_[i].prepare(points_.data(), n_, std::min(k - 1, lanczos_.found()), k);
     }
-    share_out(n_counts * kRestarts, 1, [&](int64_t i) {
+    parallel_for(n_counts * kRestarts, 1, [&](int64_t i) {
       const int64_t k = counts[i / kRestarts];
       if (k > 1) runs_[i].run(kernels_, Random(seed, k, i % kRestarts));
     });

@@ -99,7 +99,7 @@ void expand(const float* rows, int64_t n, int64_t channels, const double* sums, 
   if (count == 1) expand_few<1>(rows, n, channels, sums, out, stride);
 }
 
-void assign(const double* points, int64_t n, int64_t dims, const double* centres, int64_t k, double* distance,
+void assign(const double* points, int64_t n, int64_t dims, const double* centers, int64_t k, double* distance,
             int64_t* label) {
   constexpr int64_t kPart = 64;  // points in work at a time
   for (int64_t first = 0; first < n; first += kPart) {
@@ -109,9 +109,9 @@ void assign(const double* points, int64_t n, int64_t dims, const double* centres
     for (int64_t c = 0; c < k; ++c) {
       for (int64_t i = 0; i < kPart; ++i) squares[i] = 0;
       for (int64_t d = 0; d < dims; ++d) {
-        const double centre = centres[c * dims + d];
+        const double center = centers[c * dims + d];
         const double* at = points + d * n + first;
-        for (int64_t i = 0; i < here; ++i) squares[i] += (at[i] - centre) * (at[i] - centre);
+        for (int64_t i = 0; i < here; ++i) squares[i] += (at[i] - center) * (at[i] - center);
       }
       for (int64_t i = 0; i < kPart; ++i) {
         const bool closer = c == 0 || squares[i] < best[i];
@@ -126,7 +126,7 @@ void assign(const double* points, int64_t n, int64_t dims, const double* centres
 void add_up(const double* points, int64_t n, int64_t dims, const int64_t* label, int64_t k, double* sums,
             int64_t* sizes) {
   typedef int64_t L __attribute__((vector_size(64)));
-  constexpr int kAtOnce = 4;  // centres that share the reads
+  constexpr int kAtOnce = 4;  // centers that share the reads
   for (int64_t c = 0; c < k; ++c) {
     int64_t size = 0;
     for (int64_t i = 0; i < n; ++i) size += label[i] == c;

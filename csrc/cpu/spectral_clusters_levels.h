@@ -15,8 +15,8 @@ struct ClusterKernels {
   // out [count, n], whose rows are `stride` apart, = sums [count, C] times the rows' transpose.
   void (*expand)(const float* rows, int64_t n, int64_t channels, const double* sums, int64_t count, double* out,
                  int64_t stride);
-  // label[i] = the centre [k, dims] nearest to point i of points [dims, n], of equals the first; its squared distance.
-  void (*assign)(const double* points, int64_t n, int64_t dims, const double* centres, int64_t k, double* distance,
+  // label[i] = the center [k, dims] nearest to point i of points [dims, n], of equals the first; its squared distance.
+  void (*assign)(const double* points, int64_t n, int64_t dims, const double* centers, int64_t k, double* distance,
                  int64_t* label);
   // sums [k, dims] = the sums of the points with each label, sizes [k] how many they are.
   void (*add_up)(const double* points, int64_t n, int64_t dims, const int64_t* label, int64_t k, double* sums,

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
 // Pixels of different spatial cells never share a vertex. So every spatial cell has a hash table of its own, twice as
-// large as the cell, in which its pixels' colour keys meet:
+// large as the cell, in which its pixels' color keys meet:
 //
-//   key_pixels        colour keys; every photo's greatest |target|
+//   key_pixels        color keys; every photo's greatest |target|
 //   insert_pixels     a slot of the table for each key; it ends as the key's first pixel in raster order
 //   rank_vertices -> add_ranks -> splat    vertices are numbered in the order of their first pixels, pixels added up
-//   join_vertices     neighbours, by looking their keys up
-//   solve             bistochastisation and conjugate gradients, a block per photo
+//   join_vertices     neighbors, by looking their keys up
+//   solve             bistochastization and conjugate gradients, a block per photo
 //   slice
 //
 // Threads race for the slots, but what the race decides is not used: the first pixel of a key is a minimum, targets
@@ -15,7 +15,7 @@
 #include <utility>
 
 #include "bilateral_grid.h"
-#include "first_table.h"
+#include "hash_table.h"
 #include "namedmask/bilateral_solver.h"
 #include "photos.h"
 
@@ -42,7 +42,7 @@ struct Workspace {
     rank = shared + 6 * pixels;
     for (int i = 0; i < 7; ++i) scratch[i] = reinterpret_cast<float*>(shared + i * pixels);
     vertex_of_pixel = take(pixels);
-    neighbours = take(kDirections * pixels);
+    neighbors = take(kDirections * pixels);
     mass = take(pixels);
     value = reinterpret_cast<float*>(take(pixels));
     counts = take(photos);
@@ -53,14 +53,14 @@ struct Workspace {
   // While the grid is built:
   Fixed* sums;     // [P]: of the target, by vertex
   int32_t* table;  // [2 P]: slots; each cell's lie together
-  int32_t* key;    // [P]: of a pixel's colour
+  int32_t* key;    // [P]: of a pixel's color
   int32_t* first;  // [P]: first pixel of a vertex
   int32_t* rank;   // [P]: of a vertex's first pixel among those of its chunk
   // While it is solved:
   float* scratch[7];  // [P] each
   // Throughout:
   int32_t* vertex_of_pixel;  // [P]; until the vertices are numbered, the pixel's slot
-  int32_t* neighbours;       // [photo: kDirections, vertices]; kNone: none
+  int32_t* neighbors;        // [photo: kDirections, vertices]; kNone: none
   int32_t* mass;             // [P]: pixels of a vertex
   float* value;              // [P]: mean target of a vertex, in the end the solution
   int32_t* counts;           // [B]: vertices
@@ -88,7 +88,7 @@ __device__ double fixed_scale(unsigned extreme, int32_t pixels) {
 
 // Reads 7 bytes a pixel and writes 24; some 60 operations in double.
 __global__ void __launch_bounds__(kChunk)
-    key_pixels(const __grid_constant__ Photos photos, const __grid_constant__ ColourGrid grid, const float* target,
+    key_pixels(const __grid_constant__ Photos photos, const __grid_constant__ ColorGrid grid, const float* target,
                const uint8_t* image, const __grid_constant__ Workspace work) {
   const Photo photo = my_photo(photos, photos.chunks);
   const int32_t pixel = photo.chunk_item();
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kChunk)
     work.mass[at] = 0;
     extreme = __float_as_uint(target[at]) & 0x7fffffff;
   }
-  extreme = across_warp(extreme, Most());
+  extreme = warp_reduce(extreme, Most());
   unsigned* const greatest = &work.extremes[photo.index];
   // It only grows: a look at an old value saves most of the atomics.
   if (threadIdx.x % 32 == 0 && extreme > *const_cast<volatile unsigned*>(greatest)) atomicMax(greatest, extreme);
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kChunk)
 }
 
 __global__ void __launch_bounds__(kChunk, 1)
-    join_vertices(const __grid_constant__ Photos photos, const __grid_constant__ ColourGrid grid, double sigma,
+    join_vertices(const __grid_constant__ Photos photos, const __grid_constant__ ColorGrid grid, double sigma,
                   const __grid_constant__ Workspace work) {
   const Photo photo = my_photo(photos, photos.chunks);
   const int32_t vertex = photo.chunk_item(), count = work.counts[photo.index];
@@ -163,10 +163,10 @@ __global__ void __launch_bounds__(kChunk, 1)
   const FirstTable<int32_t> table = table_of(photo, work);
   const int32_t pixel = work.first[at], key = table.keys[pixel];
   const int32_t column = spatial_cell(pixel % photo.width, sigma), row = spatial_cell(pixel / photo.width, sigma);
-  int32_t* neighbour = work.neighbours + kDirections * int64_t{photo.begin} + vertex;
+  int32_t* neighbor = work.neighbors + kDirections * int64_t{photo.begin} + vertex;
   const auto join = [&](int32_t first) {
-    *neighbour = first == kNone ? kNone : work.vertex_of_pixel[photo.begin + first];
-    neighbour += count;
+    *neighbor = first == kNone ? kNone : work.vertex_of_pixel[photo.begin + first];
+    neighbor += count;
   };
   const Region cell = cell_at(photo, column, row, sigma);
   for (int i = 0; i < 3; ++i) {
@@ -189,7 +189,7 @@ struct Solver {
 };
 
 // The equations and their scaling are those of csrc/cpu/bilateral_solver_kernel.h. A step reads and writes about 100
-// bytes a vertex, 2 MB for a photo of 512 x 683, from L2 while the photos in work fit it; what neighbours read, 4 bytes
+// bytes a vertex, 2 MB for a photo of 512 x 683, from L2 while the photos in work fit it; what neighbors read, 4 bytes
 // a vertex, fits L1. So what one multiprocessor can read should bound it, and photos that have one each run abreast.
 __global__ void __launch_bounds__(kSolverThreads)
     solve(const __grid_constant__ Photos photos, const __grid_constant__ Solver solver,
@@ -197,23 +197,23 @@ __global__ void __launch_bounds__(kSolverThreads)
   const int32_t index = photos.first + static_cast<int32_t>(blockIdx.x), count = work.counts[index];
   const int64_t begin = photos.begin[blockIdx.x];
   const int32_t* const mass = work.mass + begin;
-  const int32_t* const neighbours = work.neighbours + kDirections * begin;
+  const int32_t* const neighbors = work.neighbors + kDirections * begin;
   float *const value = work.value + begin, *const w = work.scratch[0] + begin,
                *const diagonal = work.scratch[1] + begin;
   float *const residual = work.scratch[2] + begin, *const direction = work.scratch[3] + begin;
   float* const image = work.scratch[4] + begin;  // of the direction
   float* const change = work.scratch[5] + begin;
-  float* const weighted = work.scratch[6] + begin;  // w * direction, what neighbours read
+  float* const weighted = work.scratch[6] + begin;  // w * direction, what neighbors read
   const auto smoothness = static_cast<float>(solver.smoothness), confidence = static_cast<float>(solver.confidence);
 
   const auto for_each_vertex = [&](auto f) {
     for (auto v = static_cast<int32_t>(threadIdx.x); v < count; v += kSolverThreads) f(v);
   };
-  const auto over_neighbours = [&](int32_t vertex, auto term) {
+  const auto over_neighbors = [&](int32_t vertex, auto term) {
     float sum = 0;
 #pragma unroll
     for (int d = 0; d < kDirections; ++d) {
-      const int32_t near = neighbours[d * int64_t{count} + vertex];
+      const int32_t near = neighbors[d * int64_t{count} + vertex];
       if (near != kNone) sum += term(near);
     }
     return sum;
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kSolverThreads)
   for (int round = 0; round < 10; ++round) {
     __syncthreads();
     for_each_vertex([&](int32_t v) {
-      const float own = n[v], sum = over_neighbours(v, [&](int32_t near) { return n[near]; });
+      const float own = n[v], sum = over_neighbors(v, [&](int32_t near) { return n[near]; });
       next[v] = sqrtf(own * static_cast<float>(mass[v]) / (10 * own + sum));
     });
     float* const swap = n;
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kSolverThreads)
   for_each_vertex([&](int32_t v) {
     const float own = n[v], mean = value[v], weight = confidence * static_cast<float>(mass[v]);
     float around = 0;
-    const float pull = over_neighbours(v, [&](int32_t near) {
+    const float pull = over_neighbors(v, [&](int32_t near) {
       around += n[near];
       return n[near] * (value[near] - mean);
     });
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kSolverThreads)
     sums[1] += double{plain} * plain;
     sums[2] += double{r} * r;
   });
-  across_block<kSolverThreads / 32>(sums, Sum());
+  block_reduce<kSolverThreads / 32>(sums, Sum());
   for_each_vertex([&](int32_t v) { change[v] = 0; });
 
   const double enough = solver.tolerance * solver.tolerance * sums[0];
@@ -265,12 +265,12 @@ __global__ void __launch_bounds__(kSolverThreads)
     __syncthreads();
     double curvature[1] = {};
     for_each_vertex([&](int32_t v) {
-      const float sum = over_neighbours(v, [&](int32_t near) { return weighted[near]; });
+      const float sum = over_neighbors(v, [&](int32_t near) { return weighted[near]; });
       const float p = direction[v], q = p - w[v] * sum;
       image[v] = q;
       curvature[0] += double{p} * q;
     });
-    across_block<kSolverThreads / 32>(curvature, Sum());
+    block_reduce<kSolverThreads / 32>(curvature, Sum());
     if (!(curvature[0] > 0)) break;  // the residual has underflowed
     const auto length = static_cast<float>(rho / curvature[0]);
     double next_sums[2] = {};
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kSolverThreads)
       next_sums[0] += double{r} * r;
       next_sums[1] += double{r * diagonal[v]} * r;
     });
-    across_block<kSolverThreads / 32>(next_sums, Sum());
+    block_reduce<kSolverThreads / 32>(next_sums, Sum());
     before = rho;
     rho = next_sums[0];
     norm = next_sums[1];
@@ -316,7 +316,7 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
     }
   }
   const Workspace work(workspace, pixels, batch.count);
-  const ColourGrid grid(settings);
+  const ColorGrid grid(settings);
   const double sigma = settings.sigma_spatial;
   const Solver solver = {settings.confidence, settings.smoothness, settings.tolerance, settings.iterations};
   const OnDevice device(target);

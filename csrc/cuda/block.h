@@ -31,18 +31,18 @@ struct Most {
 
 // `combine` (commutative) of the values of all lanes, in every lane.
 template <class T, class F>
-__device__ T across_warp(T value, F combine) {
+__device__ T warp_reduce(T value, F combine) {
   for (int step = 16; step; step /= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
 
 // The same of all threads of a block of kWarps warps, a power of two, for each of several values; two barriers.
 template <int kWarps, class T, int kCount, class F>
-__device__ void across_block(T (&values)[kCount], F combine) {
+__device__ void block_reduce(T (&values)[kCount], F combine) {
   __shared__ T parts[kCount][kWarps];
   __syncthreads();  // parts of the call before have been read
   for (int i = 0; i < kCount; ++i) {
-    const T of_warp = across_warp(values[i], combine);
+    const T of_warp = warp_reduce(values[i], combine);
     if (threadIdx.x % 32 == 0) parts[i][threadIdx.x / 32] = of_warp;
   }
   __syncthreads();
@@ -54,14 +54,14 @@ __device__ void across_block(T (&values)[kCount], F combine) {
 }
 
 template <int kWarps, class T, class F>
-__device__ T across_block(T value, F combine) {
+__device__ T block_reduce(T value, F combine) {
   T values[1] = {value};
-  across_block<kWarps>(values, combine);
+  block_reduce<kWarps>(values, combine);
   return values[0];
 }
 
 // The sum of the values of this lane and those before it.
-__device__ inline int32_t sum_upto(int32_t value) {
+__device__ inline int32_t inclusive_scan(int32_t value) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int step = 1; step < 32; step *= 2) {
     const int32_t left = __shfl_up_sync(kAllLanes, value, step);

@@ -21,8 +21,8 @@ constexpr int kTile = 32;      // a tile's row is one ballot
 constexpr int kTileWarps = 8;  // warps that share a tile, rows in turn
 
 // Nodes of a photo: 0 is the outside (only fill_holes unites anything with it), pixel i is i + 1. A node's value is its
-// parent, or kUnlabelled, or, from rank_roots on, kFirstRank - rank for a root.
-constexpr int32_t kUnlabelled = -1;
+// parent, or kUnlabeled, or, from rank_roots on, kFirstRank - rank for a root.
+constexpr int32_t kUnlabeled = -1;
 constexpr int32_t kFirstRank = -2;
 
 struct TiledPhotos : Photos {
@@ -90,7 +90,7 @@ __global__ void label_tiles(const __grid_constant__ TiledPhotos photos, const ui
     if (x >= photo.width || y >= photo.height) continue;
     const int32_t first = root(tile, r * kTile + lane);
     const int32_t parent = (top + first / kTile) * photo.width + tile_left(photo) + first % kTile + 1;
-    nodes[y * photo.width + x + 1] = words[r] >> lane & 1 ? parent : kUnlabelled;
+    nodes[y * photo.width + x + 1] = words[r] >> lane & 1 ? parent : kUnlabeled;
   }
   if (photo.block == 0 && lane == 0 && warp == 0) nodes[0] = 0;
 }
@@ -114,9 +114,9 @@ __global__ void unite_tiles(const __grid_constant__ TiledPhotos photos, bool out
   if (border ? !outside : side >= 2) return;
   const int32_t here = y * w + x + 1;
   const int32_t there = border ? 0 : along_row ? here - w : here - 1;
-  // Neighbours along a side lie in one component of the tile already: the first contact of a run speaks for all.
+  // Neighbors along a side lie in one component of the tile already: the first contact of a run speaks for all.
   const auto contact = [&](int32_t back) {
-    return nodes[here - back] != kUnlabelled && (border || nodes[there - back] != kUnlabelled);
+    return nodes[here - back] != kUnlabeled && (border || nodes[there - back] != kUnlabeled);
   };
   if (contact(0) && (i == 0 || !contact(along_row ? 1 : w))) unite(nodes, here, there);
 }
@@ -126,11 +126,11 @@ __global__ void rank_roots(const __grid_constant__ Photos photos, int32_t* all_n
   const Photo photo = my_photo(photos, photos.chunks);
   int32_t* nodes = nodes_of(photo, all_nodes);
   const int32_t pixel = photo.chunk_item(), node = pixel + 1;
-  const bool labelled = pixel < photo.pixels() && nodes[node] != kUnlabelled;
-  const int32_t first = labelled ? root(nodes, node) : kUnlabelled;
+  const bool labeled = pixel < photo.pixels() && nodes[node] != kUnlabeled;
+  const int32_t first = labeled ? root(nodes, node) : kUnlabeled;
   const int32_t rank = rank_in_chunk(first == node, &chunk_roots[blockIdx.x]);
   // Threads of other blocks may be walking through these nodes: `root` stops at a ranked root as at any other.
-  if (labelled) nodes[node] = first == node ? kFirstRank - rank : first;
+  if (labeled) nodes[node] = first == node ? kFirstRank - rank : first;
 }
 
 __global__ void paint(const __grid_constant__ Photos photos, const int32_t* chunk_first, int32_t* all_nodes,
@@ -140,7 +140,7 @@ __global__ void paint(const __grid_constant__ Photos photos, const int32_t* chun
   const int32_t pixel = photo.chunk_item();
   if (pixel >= photo.pixels()) return;
   int32_t label = 0;
-  if (const int32_t parent = nodes[pixel + 1]; parent != kUnlabelled) {
+  if (const int32_t parent = nodes[pixel + 1]; parent != kUnlabeled) {
     const int32_t first = parent < 0 ? pixel + 1 : parent;
     const int32_t chunk = static_cast<int32_t>(blockIdx.x) - photo.block + (first - 1) / kChunk;
     label = chunk_first[chunk] + (kFirstRank - nodes[first]) + 1;
@@ -156,7 +156,7 @@ __global__ void add_areas(const __grid_constant__ TiledPhotos photos, int32_t* a
   const int32_t x = tile_left(photo) + static_cast<int32_t>(lane);
   for (int32_t r = static_cast<int32_t>(threadIdx.y); r < kTile; r += kTileWarps) {
     const int32_t y = tile_top(photo) + r, node = y * photo.width + x + 1;
-    const bool set = x < photo.width && y < photo.height && nodes[node] != kUnlabelled;
+    const bool set = x < photo.width && y < photo.height && nodes[node] != kUnlabeled;
     const unsigned word = __ballot_sync(kAllLanes, set);
     int32_t first = 0;
     if (run_begins(word) >> lane & 1) {
@@ -188,7 +188,7 @@ __global__ void keep_largest(const __grid_constant__ Photos photos, int32_t* all
   if (pixel >= photo.pixels()) return;
   const auto winner = static_cast<int32_t>(~static_cast<unsigned>(best[photo.index]));
   const int32_t parent = nodes_of(photo, all_nodes)[pixel + 1];
-  out[photo.begin + pixel] = parent != kUnlabelled && parent == winner;
+  out[photo.begin + pixel] = parent != kUnlabeled && parent == winner;
 }
 
 // The background that is not united with the outside, and the mask.
@@ -197,7 +197,7 @@ __global__ void keep_inside(const __grid_constant__ Photos photos, int32_t* all_
   const int32_t pixel = photo.chunk_item();
   if (pixel >= photo.pixels()) return;
   const int32_t* nodes = nodes_of(photo, all_nodes);
-  out[photo.begin + pixel] = nodes[pixel + 1] == kUnlabelled || root(nodes, pixel + 1) != 0;
+  out[photo.begin + pixel] = nodes[pixel + 1] == kUnlabeled || root(nodes, pixel + 1) != 0;
 }
 
 __global__ void start_stats(int32_t n, int32_t* areas, int32_t* boxes) {

@@ -28,7 +28,7 @@ struct Workspace {
     const auto take_floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count)); };
     lattice.vertices = vertices;
     lattice.entries = kCorners * pixels;
-    lattice.neighbours = take(2 * kCorners * vertices);
+    lattice.neighbors = take(2 * kCorners * vertices);
     lattice.starts = take(vertices + 1);
     lattice.pieces = take(vertices + 1);
     lattice.piece_vertex = take(lattice.most_pieces());
@@ -222,7 +222,7 @@ void dense_crf(const TensorView& offsets, const TensorView& shapes, const Tensor
   Lattice& lattice = work.lattice;
   lattice.vertex = corners.vertex;
   lattice.weights = corners.weights;
-  check(cudaMemsetAsync(lattice.neighbours, 0xff, sizeof(int32_t) * 2 * kCorners * lattice.vertices,
+  check(cudaMemsetAsync(lattice.neighbors, 0xff, sizeof(int32_t) * 2 * kCorners * lattice.vertices,
                         static_cast<cudaStream_t>(stream.handle)));
   for_each_group_of_vertices(
       batch, vertices, [&](int64_t b) { return vertices[b]; },
@@ -247,7 +247,7 @@ void dense_crf(const TensorView& offsets, const TensorView& shapes, const Tensor
   launch(assign_pieces, chunks_of(lattice.vertices), kChunk, stream, lattice);
   launch(sort_weights, chunks_of(entries), kChunk, stream, lattice);
   filter(lattice, 1, nullptr, stream);
-  launch(normalise, chunks_of(pixels), kChunk, stream, lattice);
+  launch(normalize, chunks_of(pixels), kChunk, stream, lattice);
   launch(sort_weights, chunks_of(entries), kChunk, stream, lattice);
 
   for (const GridPhotos& group : grids.groups) {

@@ -45,7 +45,7 @@ struct GridPhoto : Photo {
 
   int32_t step, radius, rows, columns;  // rows and columns of nodes
   int64_t node_begin, half_begin;
-  // Its tables: the norm of each row and each column of pixels, the Gaussian from its centre outwards, and the taps
+  // Its tables: the norm of each row and each column of pixels, the Gaussian from its center outwards, and the taps
   // [step, kSplineTaps] of a pixel by its phase.
   float *row_norm, *column_norm, *gauss, *taps;
 };
@@ -97,10 +97,10 @@ __device__ double norm_at(int64_t pixel, int64_t pixels, int64_t nodes, int64_t 
                           double deviation) {
   double sum = 0;
   for (int tap = 0; tap < kSplineTaps; ++tap) {
-    const int64_t centre = pixel / step + tap, last = min(nodes - 1, centre + radius);
+    const int64_t center = pixel / step + tap, last = min(nodes - 1, center + radius);
     double blurred = 0;
-    for (int64_t node = max(int64_t{0}, centre - radius); node <= last; ++node) {
-      blurred += gauss_at(node - centre, deviation) * ones_at(node, pixels, step);
+    for (int64_t node = max(int64_t{0}, center - radius); node <= last; ++node) {
+      blurred += gauss_at(node - center, deviation) * ones_at(node, pixels, step);
     }
     sum += spline_tap(tap, pixel % step, step) * blurred;
   }

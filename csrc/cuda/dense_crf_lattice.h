@@ -4,7 +4,7 @@
 // through the whole batch, and their entries sorted: from there on photos do not matter any more.
 #pragma once
 
-#include "first_table.h"
+#include "hash_table.h"
 #include "permutohedral.h"
 #include "sort.h"
 
@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(kChunk)
 struct Lattice {
   int64_t vertices, entries;
   const int32_t* vertex;  // [entries]
-  float* weights;         // [entries]; from `normalise` on times the pixel's norm
-  int32_t* neighbours;    // [6, vertices, 2]; kNone: none
+  float* weights;         // [entries]; from `normalize` on times the pixel's norm
+  int32_t* neighbors;     // [6, vertices, 2]; kNone: none
   int32_t* starts;        // [vertices + 1]: a vertex's first entry in the sorted ones
   int32_t* sorted;        // [entries]: entries by vertex, then by pixel
   float* sorted_weights;  // [entries]
@@ -173,7 +173,7 @@ struct VertexPhotos : Photos {
   int32_t before[kMaxPhotos] = {};
 };
 
-// photos.chunks counts vertices. A search for a neighbour each.
+// photos.chunks counts vertices. A search for a neighbor each.
 __global__ void __launch_bounds__(kChunk)
     join_vertices(const __grid_constant__ VertexPhotos photos, const int32_t* counts,
                   const __grid_constant__ Corners work, const __grid_constant__ Lattice lattice) {
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kChunk)
     const int32_t entry = table.find(region_of(photo), lattice_step(key, j));
     if (entry == kNone) continue;
     const int32_t next = before + work.vertex[begin + entry];
-    int32_t* const near = lattice.neighbours + 2 * j * lattice.vertices;
+    int32_t* const near = lattice.neighbors + 2 * j * lattice.vertices;
     near[2 * int64_t{before + vertex} + 1] = next;  // the others are kNone already
     near[2 * int64_t{next}] = before + vertex;
   }
@@ -269,13 +269,13 @@ __global__ void add_pieces(const __grid_constant__ Lattice lattice, int32_t chan
   lattice.values[my_item()] = sum;
 }
 
-// Every vertex plus half of its two neighbours along a direction. Per vertex 8 bytes of neighbours, and per channel 12
+// Every vertex plus half of its two neighbors along a direction. Per vertex 8 bytes of neighbors, and per channel 12
 // read, 8 of them mostly from L2, and 4 written.
 __global__ void blur(const __grid_constant__ Lattice lattice, int32_t direction, int32_t channels, const float* from,
                      float* to) {
   const auto [vertex, channel] = my_value(channels);
   if (vertex >= lattice.vertices) return;
-  const int32_t* const near = lattice.neighbours + 2 * (direction * lattice.vertices + vertex);
+  const int32_t* const near = lattice.neighbors + 2 * (direction * lattice.vertices + vertex);
   const int32_t own = my_item(), offset = own - vertex * channels;
   const auto value = [&](int32_t v) { return v == kNone ? 0.0f : from[v * channels + offset]; };
   to[own] = from[own] + 0.5f * (value(near[0]) + value(near[1]));
@@ -292,7 +292,7 @@ __device__ inline float slice(const Lattice& lattice, int64_t pixel, int32_t cha
 }
 
 // Divides the weights by the square root of what the lattice makes of ones.
-__global__ void normalise(const __grid_constant__ Lattice lattice) {
+__global__ void normalize(const __grid_constant__ Lattice lattice) {
   const int32_t pixel = my_item();
   if (pixel >= lattice.entries / kCorners) return;
   const float norm = 1 / sqrtf(slice(lattice, pixel, 1, 0) + 1e-20f);

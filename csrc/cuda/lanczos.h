@@ -53,10 +53,10 @@ struct Lanczos {
       product[i] = static_cast<double>(static_cast<int64_t>(mix(kMixStep * (start + static_cast<uint64_t>(i) + 2))));
     }
     __syncthreads();
-    append(0, orthogonalise(0, &diagonal));
+    append(0, orthogonalize(0, &diagonal));
     for (int64_t m = 1;; ++m) {
       multiply(basis(m - 1));
-      const double norm = orthogonalise(m, &diagonal);
+      const double norm = orthogonalize(m, &diagonal);
       if (threadIdx.x < 32) {
         if (threadIdx.x == 0) alpha()[m - 1] = diagonal, beta()[m - 1] = norm;
         __syncwarp();
@@ -85,7 +85,7 @@ struct Lanczos {
  private:
   // The product minus its part in the span of the known vectors and the first `size` of the basis, twice, as rounding
   // leaves some; its norm. `last`: the coefficient of the last of these vectors.
-  __device__ double orthogonalise(int64_t size, double* last) const {
+  __device__ double orthogonalize(int64_t size, double* last) const {
     const auto thread = static_cast<int64_t>(threadIdx.x);
     const int64_t count = known + size;
     double squares = 0;
@@ -94,7 +94,7 @@ struct Lanczos {
       for (int64_t j = thread / 32; j < count; j += kWarps) {
         double sum = 0;
         for (int64_t i = thread % 32; i < n; i += 32) sum += vectors[j * stride + i] * product[i];
-        sum = across_warp(sum, Sum());
+        sum = warp_reduce(sum, Sum());
         if (thread % 32 == 0) coefficients()[j] = sum;
       }
       __syncthreads();
@@ -106,7 +106,7 @@ struct Lanczos {
         squares += y * y;
       }
       *last += coefficients()[count - 1];
-      squares = across_block<kWarps>(squares, Sum());
+      squares = block_reduce<kWarps>(squares, Sum());
     }
     return sqrt(squares);
   }

@@ -13,7 +13,7 @@
 #include "block.h"
 #include "lanczos.h"
 #include "launch.h"
-#include "matrix_units.h"
+#include "mma.h"
 #include "namedmask/normalized_cut.h"
 
 namespace namedmask::cuda {
@@ -65,8 +65,8 @@ __device__ void multiply(const Cut& cut, const double* q, double eps) {
     largest = max(largest, fabs(x));
     cut.product()[i] = x;
   }
-  total = across_block<kWarps>(total, Sum());
-  largest = across_block<kWarps>(largest, Most());
+  total = block_reduce<kWarps>(total, Sum());
+  largest = block_reduce<kWarps>(largest, Most());
   int exponent, count;  // the largest is below 2^exponent, n below 2^count: a sum of n integers stays below 2^62
   frexp(largest, &exponent);
   frexp(static_cast<double>(cut.n), &count);
@@ -136,8 +136,8 @@ __device__ bool alike(const Cut& cut, double eps, double* value) {
     most = max(most, 2 * count + static_cast<int32_t>(own));
     cut.known[i] = sqrt(eps * static_cast<double>(cut.n) + (1 - eps) * count);
   }
-  least = across_block<kWarps>(least, Least());
-  most = across_block<kWarps>(most, Most());
+  least = block_reduce<kWarps>(least, Least());
+  most = block_reduce<kWarps>(most, Most());
   *value = 1;
   if (cut.n < 2) return true;
   const int64_t own = most % 2, others = most / 2 - own;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
     cut.inverse_root()[i] = 1 / cut.known[i];
     squares += cut.known[i] * cut.known[i];
   }
-  const double norm = sqrt(across_block<kWarps>(squares, Sum()));
+  const double norm = sqrt(block_reduce<kWarps>(squares, Sum()));
   for (int64_t i = thread; i < n; i += kThreads) cut.known[i] /= norm;
   __syncthreads();
   const Lanczos<kWarps> lanczos = cut.lanczos();
@@ -197,13 +197,13 @@ __global__ void __launch_bounds__(kThreads)
     largest = max(largest, fabs(v));
     sum += v;
   }
-  largest = across_block<kWarps>(largest, Most());
-  const double mean = across_block<kWarps>(sum, Sum()) / static_cast<double>(n);
+  largest = block_reduce<kWarps>(largest, Most());
+  const double mean = block_reduce<kWarps>(sum, Sum()) / static_cast<double>(n);
   int32_t seed = INT_MAX;
   for (int64_t i = thread; i < n; i += kThreads) {
     if (fabs(cut.product()[i]) >= kTie * largest) seed = min(seed, static_cast<int32_t>(i));
   }
-  seed = across_block<kWarps>(seed, Least());
+  seed = block_reduce<kWarps>(seed, Least());
   const double sign = cut.product()[seed] < 0 ? -1 : 1;
   for (int64_t i = thread; i < n; i += kThreads) {
     const double v = sign * cut.product()[i];

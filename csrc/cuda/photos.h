@@ -97,7 +97,7 @@ __global__ void add_ranks(const __grid_constant__ Photos photos, int32_t* chunk_
   const int32_t mine = min(begin + lane * per_lane, end), mine_end = min(mine + per_lane, end);
   int32_t sum = 0;
   for (int32_t c = mine; c < mine_end; ++c) sum += chunk_totals[c];
-  const int32_t upto = sum_upto(sum);
+  const int32_t upto = inclusive_scan(sum);
   if (lane == 31) counts[photos.first + b] = upto;
   int32_t before = upto - sum;
   for (int32_t c = mine; c < mine_end; ++c) {

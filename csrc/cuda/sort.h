@@ -13,7 +13,7 @@ namespace {
 __device__ inline int32_t sum_before(int32_t value, int32_t* total) {
   __shared__ int32_t of_warp[kChunk / 32];
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int32_t upto = sum_upto(value);
+  const int32_t upto = inclusive_scan(value);
   if (lane == 31) of_warp[warp] = upto;
   __syncthreads();
   int32_t before = 0, all = 0;

@@ -78,7 +78,7 @@ struct Affinity {
     const auto thread = static_cast<int32_t>(threadIdx.x);
     double total = 0;
     for (int32_t i = thread; i < n; i += kThreads) total += inverse_root[i] * q[i];
-    total = across_block<kWarps>(total, Sum());
+    total = block_reduce<kWarps>(total, Sum());
     // sums = F' x: threads share the channels, four each, and what threads are left share the rows
     const int32_t quads = channels / 4;
     const int32_t groups = quads < kThreads ? kThreads / quads : 1;
@@ -106,7 +106,7 @@ struct Affinity {
       double sum = 0;
       for (int32_t c = thread % 32; c < channels; c += 32)
         sum += unit[static_cast<int64_t>(i) * channels + c] * sums[c];
-      sum = across_warp(sum, Sum());
+      sum = warp_reduce(sum, Sum());
       if (thread % 32 == 0) out[i] = inverse_root[i] * scale * (sum - least * total);
     }
     __syncthreads();
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(32 * kWarps) embed(const __grid_constant__ Pho
     affinity.inverse_root[i] = joined ? 1 / known[i] : 0;
     squares += known[i] * known[i];
   }
-  const double norm = sqrt(across_block<kWarps>(squares, Sum()));
+  const double norm = sqrt(block_reduce<kWarps>(squares, Sum()));
   for (int64_t i = thread; i < work.n; i += kThreads) known[i] /= norm;
   __syncthreads();
   for (int64_t j = 0; j < work.vectors; ++j) {
@@ -175,7 +175,7 @@ class Random {
 __global__ void __launch_bounds__(32 * kRunWarps)
     run_kmeans(const __grid_constant__ Photos photos, int64_t channels, double* workspace, int64_t seed) {
   constexpr int32_t kThreads = 32 * kRunWarps;
-  __shared__ double centres[kMaxCount * (kMaxCount - 1)];
+  __shared__ double centers[kMaxCount * (kMaxCount - 1)];
   __shared__ double parts[kThreads];
   __shared__ int32_t chosen;
   const auto thread = static_cast<int32_t>(threadIdx.x);
@@ -189,22 +189,22 @@ __global__ void __launch_bounds__(32 * kRunWarps)
   const double* points = memory + n;  // [dims, n]
   double *least = work.run(memory, r), *distance = least + 1;
   auto* label = reinterpret_cast<int32_t*>(distance + n);
-  const auto squared_distance = [&](int32_t i, int32_t centre) {
+  const auto squared_distance = [&](int32_t i, int32_t center) {
     double sum = 0;
     for (int32_t d = 0; d < dims; ++d) {
-      const double step = points[static_cast<int64_t>(d) * n + i] - centres[centre * dims + d];
+      const double step = points[static_cast<int64_t>(d) * n + i] - centers[center * dims + d];
       sum += step * step;
     }
     return sum;
   };
 
-  // k-means++: each next centre is a token drawn with the square of its distance to those before
+  // k-means++: each next center is a token drawn with the square of its distance to those before
   Random random(seed, k, r % kRestarts);
   int32_t count = 0, token = min(n - 1, static_cast<int32_t>(random.next() * n));
   const int32_t per = (n + kThreads - 1) / kThreads, begin = min(n, thread * per), end = min(n, begin + per);
   while (true) {
     for (int32_t d = thread; d < dims; d += kThreads)
-      centres[count * dims + d] = points[static_cast<int64_t>(d) * n + token];
+      centers[count * dims + d] = points[static_cast<int64_t>(d) * n + token];
     __syncthreads();
     double part = 0;
     for (int32_t i = begin; i < end; ++i) {
@@ -214,8 +214,8 @@ __global__ void __launch_bounds__(32 * kRunWarps)
     }
     parts[thread] = part;
     if (++count == k) break;
-    const double total = across_block<kRunWarps>(part, Sum());
-    if (!(total > 0)) break;  // no point differs from the centres
+    const double total = block_reduce<kRunWarps>(part, Sum());
+    if (!(total > 0)) break;  // no point differs from the centers
     const double threshold = random.next() * total;
     if (thread == 0) {
       double sum = 0;
@@ -246,19 +246,19 @@ __global__ void __launch_bounds__(32 * kRunWarps)
       label[i] = nearest;
       sum += best;
     }
-    if (across_block<kRunWarps>(changed, Sum()) == 0 || round == kRounds) break;
+    if (block_reduce<kRunWarps>(changed, Sum()) == 0 || round == kRounds) break;
     for (int32_t pair = thread / 32; pair < count * dims; pair += kRunWarps) {
       double total = 0;
       int32_t size = 0;
       for (int32_t i = thread % 32; i < n; i += 32) {
         if (label[i] == pair / dims) total += points[static_cast<int64_t>(pair % dims) * n + i], ++size;
       }
-      total = across_warp(total, Sum());
-      size = across_warp(size, Sum());
-      if (size && thread % 32 == 0) centres[pair] = total / size;
+      total = warp_reduce(total, Sum());
+      size = warp_reduce(size, Sum());
+      if (size && thread % 32 == 0) centers[pair] = total / size;
     }
   }
-  sum = across_block<kRunWarps>(sum, Sum());
+  sum = block_reduce<kRunWarps>(sum, Sum());
   if (thread == 0) *least = sum;
 }
 

@@ -88,7 +88,7 @@ def without_torch(op: str, backend: str, *arrays: object) -> bool:
     """Whether these are numpy arrays that `op`'s C++ kernel can have as they are.
 
     By way of torch's tensors and dispatcher a call costs 25 to 45 us, and 400 where other work has pushed torch's code
-    out of the caches: more than labelling a photo. Under torch.compile they go that way nevertheless.
+    out of the caches: more than labeling a photo. Under torch.compile they go that way nevertheless.
     """
     if torch.compiler.is_compiling() or not all(isinstance(array, np.ndarray) for array in arrays):
         return False

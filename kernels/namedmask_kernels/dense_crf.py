@@ -29,7 +29,7 @@ def dense_crf(
 
     probabilities: float32 [H, W, L] (numpy or torch), or Ragged with rows [P, L]: any number L of labels, of each pixel
                    its probability, usually a softmax. The result is float32 and arranged like it: the marginals, which
-                   sum to 1 at every pixel; argmax over L is the labelling.
+                   sum to 1 at every pixel; argmax over L is the labeling.
     image:         uint8 [H, W, 3], RGB, or Ragged with rows [P, 3]; of the same height and width
     iterations:    updates of the marginals, at least 0; 0 gives softmax(-unary)
     gaussian:      (sigma_xy, weight) of the term that smooths; sigma in pixels, above 0

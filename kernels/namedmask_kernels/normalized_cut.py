@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""TokenCut's normalised cut: which tokens of a photo are the object, from the affinity of its features."""
+"""TokenCut's normalized cut: which tokens of a photo are the object, from the affinity of its features."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def normalized_cut(
     max_iterations: int = 128,
     backend: str = "auto",
 ) -> NormalizedCut:
-    """Splits the tokens of each photo in two by a normalised cut of their features, and picks the object.
+    """Splits the tokens of each photo in two by a normalized cut of their features, and picks the object.
 
     Two tokens have affinity A_ij = 1 where the cosine of their features exceeds tau, else eps; D is diagonal with A's
     row sums. v is the second smallest eigenvector of (D - A) v = lambda D v.
@@ -142,7 +142,7 @@ def _cut_cuda(
 ) -> Outputs:
     """Bits by Triton, vectors by CUDA, foreground by connected_components; waits for the GPU."""
     from .triton import normalized_cut as triton  # not at import: not every machine has Triton
-    from .triton.unit_rows import refuse_infinite, unit_rows
+    from .triton.normalized_rows import normalized_rows, refuse_infinite
 
     expect_rows(NAME, offsets, shapes, features)
     vector, value, residual, iterations, partition, seed, foreground = _fake_cut(features, offsets, shapes)
@@ -153,7 +153,7 @@ def _cut_cuda(
             grids = shapes[first : first + TOGETHER]
             begin, end = int(offsets[first]), int(offsets[first + len(grids)])
             mine = offsets[first : first + len(grids) + 1] - begin
-            unit = unit_rows(features[begin:end])
+            unit = normalized_rows(features[begin:end])
             refuse_infinite(NAME, unit.finite, mine, first)
             bits = triton.affinity_bits(unit, mine, tau)
             tokens = mine.diff().long()

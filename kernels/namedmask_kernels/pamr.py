@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pixel-adaptive mask refinement: masks that spread within the regions of like colour around each pixel."""
+"""Pixel-adaptive mask refinement: masks that spread within the regions of like color around each pixel."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def pamr(
     iterations: int = 10,
     backend: str = "auto",
 ) -> Ragged | Array:
-    """Makes every pixel's mask, again and again, the mean of its neighbours' masks, weighted by likeness of colour.
+    """Makes every pixel's mask, again and again, the mean of its neighbors' masks, weighted by likeness of color.
 
     masks:      float32 [H, W, L] or [H, W] (numpy or torch), or Ragged with rows [P, L] or [P]: a value per pixel and
                 label, usually probabilities. The result is arranged like it. Labels do not influence each other; what
                 is constant stays, nothing leaves the range of its input, labels that sum to 1 go on doing so.
     image:      uint8 [H, W, 3], RGB, or Ragged with rows [P, 3]; of the masks' height and width
-    dilations:  steps in pixels from a pixel to its 8 neighbours, one ring of them for each; 1 to 16 of them, from 1 up.
-                Beyond the border stands the nearest pixel. A pixel is not its own neighbour.
+    dilations:  steps in pixels from a pixel to its 8 neighbors, one ring of them for each; 1 to 16 of them, from 1 up.
+                Beyond the border stands the nearest pixel. A pixel is not its own neighbor.
     iterations: how often, at least 0
 
-    The weights are the softmax over all neighbours of the mean over the colours of -|difference| / (1e-8 + 0.1 s), with
-    colours from 0 to 1 and s the colour's standard deviation in all windows around the pixel.
+    The weights are the softmax over all neighbors of the mean over the colors of -|difference| / (1e-8 + 0.1 s), with
+    colors from 0 to 1 and s the color's standard deviation in all windows around the pixel.
     Accuracy: within 5e-5 of float64 for masks from 0 to 1 and the default settings, 1e-6 as a rule; the roots of the
              weights are kept with 16 bits (the reference: weights in float32). NaN and Inf spread within their label.
     Errors:  TypeError for a wrong dtype or kind; ValueError for shapes that do not match, a parameter out of range, a
              backend that cannot run. There is no gradient: RuntimeError.
-    Cost:    2 flops for each of 8 neighbours a dilation, label, pixel and iteration; memory 100 bytes a pixel for the
+    Cost:    2 flops for each of 8 neighbors a dilation, label, pixel and iteration; memory 100 bytes a pixel for the
              weights of the default dilations, and twice the masks (of 24 labels at most) per thread. Photos of a Ragged
              batch are spread over torch's threads. Deterministic: the same bits alone, in any batch, beside any other
              labels and with any number of threads.

@@ -44,7 +44,7 @@ def random_walk(
                held. With Triton 6 n^2 C flops of float16 for a step; no GPU has run it yet. Deterministic; a photo's
                result has the same bits alone, in any batch and with any thread count.
     Source:    J. Ahn and S. Kwak, Learning Pixel-level Semantic Affinity, CVPR 2018, section 3.4 (affinities of all
-               pairs in place of neighbours', squared distances of unit features in place of L1, their Hadamard power
+               pairs in place of neighbors', squared distances of unit features in place of L1, their Hadamard power
                as the factor in the exponent).
     """
     ragged, restore = arrange(NAME, "masks", masks, 1, batches=True)

@@ -22,7 +22,7 @@ def spectral_clusters(
     """Groups the tokens of each photo into k clusters.
 
     The affinity A holds the cosines of all pairs of tokens, scaled so that the photo's least is 0 and its largest 1; D
-    is diagonal with A's row sums. The clusters are those of k-means on the generalised eigenvectors v_2, ..., v_k of
+    is diagonal with A's row sums. The clusters are those of k-means on the generalized eigenvectors v_2, ..., v_k of
     (D - A) v = lambda D v with the smallest eigenvalues after the constant one, v' D v = 1.
 
     features: floating point grid [h, w, C], equal grids [B, h, w, C], or Ragged rows [T, C]; computed in float32.
@@ -81,8 +81,8 @@ TOGETHER = 64  # photos whose vectors a GPU holds at a time: some 250 MB for 1,9
 
 def _cluster_cuda(features: Tensor, offsets: Tensor, shapes: Tensor, counts: list[int], seed: int) -> Tensor:
     """The range of the cosines by Triton, vectors and k-means by CUDA."""
+    from .triton.normalized_rows import normalized_rows, refuse_infinite
     from .triton.spectral_clusters import cosine_ranges  # not at import: not every machine has Triton
-    from .triton.unit_rows import refuse_infinite, unit_rows
 
     expect_rows(NAME, offsets, shapes, features)
     labels = _fake_cluster(features, offsets, shapes, counts)
@@ -93,7 +93,7 @@ def _cluster_cuda(features: Tensor, offsets: Tensor, shapes: Tensor, counts: lis
             grids = shapes[first : first + TOGETHER]
             begin, end = int(offsets[first]), int(offsets[first + len(grids)])
             mine = offsets[first : first + len(grids) + 1] - begin
-            unit = unit_rows(features[begin:end])
+            unit = normalized_rows(features[begin:end])
             refuse_infinite(NAME, unit.finite, mine, first)
             ranges = cosine_ranges(unit, mine)
             vectors = (unit.high.float() + unit.low.float()) / 256

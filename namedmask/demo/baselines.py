@@ -15,7 +15,7 @@ CELL = 8
 """Pixels a side of the cells of the hand-made features, on a photo whose short side is 192 pixels."""
 
 
-def centre_disc(image: np.ndarray) -> np.ndarray:
+def center_disc(image: np.ndarray) -> np.ndarray:
     """A disc in the middle that covers a quarter of the photo, whatever is shown."""
     height, width = image.shape[:2]
     y = (np.arange(height) + 0.5)[:, None] - height / 2
@@ -34,21 +34,21 @@ def lab(image: np.ndarray) -> np.ndarray:
     return np.stack([116.0 * y - 16.0, 500.0 * (x - y), 200.0 * (y - z)], -1).astype(np.float32)
 
 
-def colour_kmeans(image: np.ndarray, clusters: int = 3) -> np.ndarray:
-    """k-means on the colours; of the clusters the one that the photo's border shows least, its largest component."""
+def color_kmeans(image: np.ndarray, clusters: int = 3) -> np.ndarray:
+    """k-means on the colors; of the clusters the one that the photo's border shows least, its largest component."""
     from namedmask_kernels import largest_component
 
     pixels = _blur(lab(image), 2).reshape(-1, 3)
-    # Start at the mean, then always at the colour farthest from all centres so far: no dice needed.
-    centres = [pixels.mean(0)]
+    # Start at the mean, then always at the color farthest from all centers so far: no dice needed.
+    centers = [pixels.mean(0)]
     for _ in range(clusters):
-        gap = np.min([((pixels - c) ** 2).sum(1) for c in centres], axis=0)
-        centres.append(pixels[gap.argmax()])
-    centres = np.stack(centres[1:])
+        gap = np.min([((pixels - c) ** 2).sum(1) for c in centers], axis=0)
+        centers.append(pixels[gap.argmax()])
+    centers = np.stack(centers[1:])
     for _ in range(12):
-        labels = ((pixels[:, None] - centres) ** 2).sum(2).argmin(1)
-        centres = np.stack(
-            [pixels[labels == k].mean(0) if (labels == k).any() else centres[k] for k in range(clusters)]
+        labels = ((pixels[:, None] - centers) ** 2).sum(2).argmin(1)
+        centers = np.stack(
+            [pixels[labels == k].mean(0) if (labels == k).any() else centers[k] for k in range(clusters)]
         )
     labels = labels.reshape(image.shape[:2])
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
@@ -59,7 +59,7 @@ def colour_kmeans(image: np.ndarray, clusters: int = 3) -> np.ndarray:
 
 
 def handmade_features(image: np.ndarray) -> np.ndarray:
-    """Texture and colour of each cell: float32 [h, w, 11], every column with mean 0 and deviation 1 over the photo.
+    """Texture and color of each cell: float32 [h, w, 11], every column with mean 0 and deviation 1 over the photo.
 
     Mean and deviation of L, a and b, the energy of edges in four directions, and of fine detail.
     """
@@ -83,12 +83,12 @@ def handmade_features(image: np.ndarray) -> np.ndarray:
 
 
 def handmade_cut(image: np.ndarray, tau: float = 0.1) -> np.ndarray:
-    """The normalised cut on hand-made features instead of learned ones."""
+    """The normalized cut on hand-made features instead of learned ones."""
     return _cut(handmade_features(image), image.shape[:2], tau)
 
 
 def untrained_cut(
-    image_size: int, features: str, tau: float, centre: bool = True
+    image_size: int, features: str, tau: float, center: bool = True
 ) -> Callable[[np.ndarray], np.ndarray]:
     """The demo's own detector with the ViT's weights as drawn, before any training: a function photo -> mask."""
     import torch
@@ -101,20 +101,20 @@ def untrained_cut(
     def detect(image: np.ndarray) -> np.ndarray:
         found = backbone.extract([backbone.prepare(image, image_size)], [features])[features]
         grid = found.grids()[0].numpy()
-        return _cut(grid - grid.mean((0, 1)) if centre else grid, image.shape[:2], tau)
+        return _cut(grid - grid.mean((0, 1)) if center else grid, image.shape[:2], tau)
 
     return detect
 
 
 def baselines(
-    image_size: int, features: str, tau: float, centre: bool
+    image_size: int, features: str, tau: float, center: bool
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """All of them by name, ``photo -> mask``; the arguments are the detector's own, for the untrained ViT."""
     return {
-        "colour k-means": colour_kmeans,
-        "centre disc": centre_disc,
+        "color k-means": color_kmeans,
+        "center disc": center_disc,
         "hand-made features, cut": handmade_cut,
-        "untrained ViT, cut": untrained_cut(image_size, features, tau, centre),
+        "untrained ViT, cut": untrained_cut(image_size, features, tau, center),
     }
 
 

@@ -53,11 +53,11 @@ def subject(scene: Scene) -> str:
 
 
 def describe(scene: Scene, rng: HasRandom) -> str:
-    """A noun phrase with some of what can be seen: colour, pattern, background. The words are true of the scene."""
+    """A noun phrase with some of what can be seen: color, pattern, background. The words are true of the scene."""
     if scene.kinds:
         phrases = []
-        for kind, colour, surface in zip(scene.kinds, scene.colours, scene.surfaces, strict=True):
-            words = [colour] if rng.random() < 0.6 else []
+        for kind, color, surface in zip(scene.kinds, scene.colors, scene.surfaces, strict=True):
+            words = [color] if rng.random() < 0.6 else []
             if rng.random() < 0.4 and surface != "plain":
                 words.append(surface)
             phrases.append(" ".join([*words, kind]))

@@ -3,7 +3,7 @@
 
 A kind is a function that draws parts on a :class:`Canvas`. Everything lives in the object's own frame: ``u`` to the
 right, ``v`` down, the object inside about [-1, 1]. Each call draws another individual: proportions, number of petals,
-arms or sails, optional parts. Colour and surface pattern are chosen outside, for all kinds from the same
+arms or sails, optional parts. Color and surface pattern are chosen outside, for all kinds from the same
 distribution, so neither tells the kind. Only + - * / sqrt, comparisons and floor are used on arrays: the result is
 the same bytes on every machine.
 """
@@ -316,7 +316,7 @@ def snail(c: Canvas) -> None:
     cx, cy = j(-0.25, -0.1), 0.62 - size * j(0.85, 1.0)
     shell = c.ellipse(cx, cy, size, size * j(0.88, 1.0))
     c.add(shell, "main", 0.4)
-    # The coil: circles whose centre wanders towards the mouth of the shell.
+    # The coil: circles whose center wanders toward the mouth of the shell.
     coil = None
     shift = j(0.1, 0.2)
     for share in (0.74, 0.5, 0.28):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Surface patterns and backgrounds: scalar fields in [0, 1] that mix two colours, from exactly rounded arithmetic."""
+"""Surface patterns and backgrounds: scalar fields in [0, 1] that mix two colors, from exactly rounded arithmetic."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ BLOCK = 53  # photos: what `scenes.index_photo` deals the kinds in
 
 # Chosen on photos of another seed. The solver's sigmas are given for photos of 512 pixels: these are of 160. COARSE
 # serves the cut and what takes no learning better than REFINE, which SelfMask's finer masks want.
-SPECTRAL = {"backbone": VIT_NAME, "features": "tokens", "centre": True, "tau": 0.0, "image_size": 128}
+SPECTRAL = {"backbone": VIT_NAME, "features": "tokens", "center": True, "tau": 0.0, "image_size": 128}
 DETECTOR = {"name": "selfmask", "backbone": VIT_NAME, "image_size": 160, "scales": [1.0, 1.4], "mirror": True}
 REFINE = {
     "name": "bilateral",
@@ -157,7 +157,7 @@ def render(folder: Path, seed: int, count: int, overwrite: bool) -> None:
     with Progress("render", Worker()) as progress:
         progress.total = count
         for _ in map_ahead(draw, range(count), thread_count()):
-            progress.tick(1)
+            progress.advance(1)
 
 
 def photo_name(number: int) -> str:

@@ -2,9 +2,9 @@
 """The demo world's photos: rendered, seeded, the same bytes on every machine, with exact masks.
 
 A scene is layered back to front: a textured and slightly defocused background, clutter of no kind, one to three named
-objects with soft shadows, things in front that hide a part of them, then the camera: light falling off, a colour cast,
-blur and noise. Colours come from one distribution for everything; in a third of the scenes an object even takes the
-background's colour. Training sees the photo and its caption only; the masks are for evaluation.
+objects with soft shadows, things in front that hide a part of them, then the camera: light falling off, a color cast,
+blur and noise. Colors come from one distribution for everything; in a third of the scenes an object even takes the
+background's color. Training sees the photo and its caption only; the masks are for evaluation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BLOCK, _EMPTY_IN_BLOCK = (
     5,
 )  # 4 photos of each of the 12 kinds and 5 of none, shuffled: 1,060 photos are 80 of each + 100
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
 
 class Scene(NamedTuple):
@@ -37,8 +37,8 @@ class Scene(NamedTuple):
     """bool [n, H, W]: the visible pixels of each named object; no pixel is in two."""
     kinds: tuple[str, ...]
     """The kind of each object; empty for a photo without any."""
-    colours: tuple[str, ...]
-    """A colour word per object."""
+    colors: tuple[str, ...]
+    """A color word per object."""
     surfaces: tuple[str, ...]
     """A pattern word per object (a key of patterns.SURFACES)."""
     background: str
@@ -62,33 +62,33 @@ def evaluation_scene(seed: int, number: int, size: tuple[int, int] | None = None
     return _render(dice, dice.shuffled(KINDS)[: dice.integer(1, 4)], size, largest=0.42)
 
 
-# Colours ------------------------------------------------------------------------------------------------------------
+# Colors ------------------------------------------------------------------------------------------------------------
 
 
-def _hsv(hue: float, saturation: float, value: float) -> Colour:
+def _hsv(hue: float, saturation: float, value: float) -> Color:
     hue = (hue - math.floor(hue)) * 6.0
     ramp = [abs(hue - 3.0) - 1.0, 2.0 - abs(hue - 2.0), 2.0 - abs(hue - 4.0)]
     r, g, b = (255.0 * value * (1.0 - saturation + saturation * min(max(x, 0.0), 1.0)) for x in ramp)
     return r, g, b
 
 
-def _mix(a: Colour, b: Colour, share: float) -> Colour:
+def _mix(a: Color, b: Color, share: float) -> Color:
     return (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share, a[2] + (b[2] - a[2]) * share)
 
 
-def _any_colour(dice: Dice) -> Colour:
+def _any_color(dice: Dice) -> Color:
     return _hsv(dice.random(), 0.05 + 0.75 * dice.random() * dice.random(), dice.uniform(0.28, 0.95))
 
 
-def _kin(dice: Dice, colour: Colour, reach: float) -> Colour:
-    """A colour related to another: lighter or darker, a little shifted."""
+def _kin(dice: Dice, color: Color, reach: float) -> Color:
+    """A color related to another: lighter or darker, a little shifted."""
     target = (250.0, 245.0, 235.0) if dice.chance(0.5) else (18.0, 16.0, 22.0)
-    return _mix(_mix(colour, target, dice.uniform(0.3, 1.0) * reach), _any_colour(dice), 0.2)
+    return _mix(_mix(color, target, dice.uniform(0.3, 1.0) * reach), _any_color(dice), 0.2)
 
 
-def _colour_word(colour: Colour) -> str:
-    r, g, b = colour
-    high, low = max(colour), min(colour)
+def _color_word(color: Color) -> str:
+    r, g, b = color
+    high, low = max(color), min(color)
     if high < 60.0:
         return "black"
     if high - low < 0.16 * high:
@@ -108,7 +108,7 @@ def _colour_word(colour: Colour) -> str:
 
 
 class _Thing(NamedTuple):
-    """What to draw and where: centre and half size in pixels, a turn, a mirror, a stretch and a shear."""
+    """What to draw and where: center and half size in pixels, a turn, a mirror, a stretch and a shear."""
 
     draw: object
     cx: float
@@ -118,7 +118,7 @@ class _Thing(NamedTuple):
     flip: float
     stretch: float
     shear: float
-    colour: Colour
+    color: Color
     surface: str
     blur: float
 
@@ -166,10 +166,10 @@ def _paint(
     return mask
 
 
-def _tones(dice: Dice, thing: _Thing) -> dict[str, tuple[Colour, Colour]]:
-    main = thing.colour
-    mate = _any_colour(dice) if dice.chance(0.35) else _kin(dice, main, 0.5)
-    second = _any_colour(dice) if dice.chance(0.35) else _kin(dice, main, 0.45)
+def _tones(dice: Dice, thing: _Thing) -> dict[str, tuple[Color, Color]]:
+    main = thing.color
+    mate = _any_color(dice) if dice.chance(0.35) else _kin(dice, main, 0.5)
+    second = _any_color(dice) if dice.chance(0.35) else _kin(dice, main, 0.45)
     light, dark = _mix(main, (245.0, 240.0, 230.0), 0.65), _mix(main, (12.0, 12.0, 16.0), 0.72)
     return {
         "main": (main, mate),
@@ -182,7 +182,7 @@ def _tones(dice: Dice, thing: _Thing) -> dict[str, tuple[Colour, Colour]]:
 def _paint_part(
     window: np.ndarray,
     part: Part,
-    tones: dict[str, tuple[Colour, Colour]],
+    tones: dict[str, tuple[Color, Color]],
     field: np.ndarray,
     light: tuple[float, float, float],
     gloss: float,
@@ -236,20 +236,20 @@ def _soften(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def _background(dice: Dice, height: int, width: int) -> tuple[np.ndarray, str, Colour]:
+def _background(dice: Dice, height: int, width: int) -> tuple[np.ndarray, str, Color]:
     name = dice.pick(tuple(BACKGROUNDS))
-    first = _any_colour(dice)
-    other = _any_colour(dice) if dice.chance(0.4) else _kin(dice, first, 0.75)
+    first = _any_color(dice)
+    other = _any_color(dice) if dice.chance(0.4) else _kin(dice, first, 0.75)
     field = BACKGROUNDS[name](dice, height, width)
     stain = smooth_noise(dice, height, width, dice.uniform(1.0, 4.0), dice.uniform(1.0, 4.0)) * dice.uniform(0.0, 0.35)
-    third = _any_colour(dice)
+    third = _any_color(dice)
     image = np.empty((3, height, width), dtype=np.float32)
     for channel in range(3):
         paint = field * (other[channel] - first[channel]) + first[channel]
         image[channel] = paint + (third[channel] - paint) * stain
     if dice.chance(0.1):  # now and then a wall and a floor
         line = int(height * dice.uniform(0.25, 0.6))
-        below = _any_colour(dice)
+        below = _any_color(dice)
         again = BACKGROUNDS[dice.pick(tuple(BACKGROUNDS))](dice, height, width)[line:]
         for channel in range(3):
             image[channel, line:] = again * (other[channel] - below[channel]) + below[channel]
@@ -273,10 +273,10 @@ def _render(dice: Dice, kinds: list[str], size: tuple[int, int] | None, largest:
     shadow = dice.uniform(0.1, 0.6)
 
     def loose(scale: float, blur: float) -> _Thing:
-        colour = _mix(ground, _any_colour(dice), dice.uniform(0.2, 1.0))
+        color = _mix(ground, _any_color(dice), dice.uniform(0.2, 1.0))
         return _Thing(
             lump, dice.uniform(0.0, width), dice.uniform(0.0, height), scale, dice.random(), 1.0,
-            dice.uniform(0.8, 1.25), 0.0, colour, dice.pick(tuple(SURFACES)), blur,
+            dice.uniform(0.8, 1.25), 0.0, color, dice.pick(tuple(SURFACES)), blur,
         )  # fmt: skip
 
     for _ in range(dice.integer(1, 6) if kinds else dice.integer(4, 9)):
@@ -284,31 +284,31 @@ def _render(dice: Dice, kinds: list[str], size: tuple[int, int] | None, largest:
 
     masks: list[np.ndarray] = []
     drawn: list[tuple[str, str, str]] = []
-    centres = _centres(dice, len(kinds), height, width)
-    for kind, (cx, cy) in zip(kinds, centres, strict=True):
+    centers = _centers(dice, len(kinds), height, width)
+    for kind, (cx, cy) in zip(kinds, centers, strict=True):
         scale = short * (dice.uniform(0.28, largest) if len(kinds) == 1 else dice.uniform(0.2, largest) * 0.85)
         camouflage = dice.chance(0.33)
-        colour = _mix(ground, _any_colour(dice), dice.uniform(0.0, 0.3)) if camouflage else _any_colour(dice)
+        color = _mix(ground, _any_color(dice), dice.uniform(0.0, 0.3)) if camouflage else _any_color(dice)
         surface = dice.pick(tuple(SURFACES)) if dice.chance(0.7) else "plain"
         thing = _Thing(
             DRAW[kind], cx, cy, scale, _turn(dice, kind), dice.sign(), dice.uniform(0.86, 1.16),
-            dice.uniform(-0.15, 0.15), colour, surface, dice.uniform(0.8, 1.3),
+            dice.uniform(-0.15, 0.15), color, surface, dice.uniform(0.8, 1.3),
         )  # fmt: skip
         mask = _paint(image, thing, dice, light, shadow)
         masks = [earlier & ~mask for earlier in masks]
         masks.append(mask)
-        drawn.append((kind, _colour_word(colour), surface))
+        drawn.append((kind, _color_word(color), surface))
 
     if kinds and dice.chance(0.4):
         masks = _cover(image, dice, masks, loose, light)
     image = _camera(image, dice)
     kept = [index for index, mask in enumerate(masks) if mask.sum() >= 60]
     stack = np.stack([masks[i] for i in kept]) if kept else np.zeros((0, height, width), dtype=bool)
-    names, colours, surfaces = (tuple(drawn[i][column] for i in kept) for column in range(3))
-    return Scene(image, stack, names, colours, surfaces, background)
+    names, colors, surfaces = (tuple(drawn[i][column] for i in kept) for column in range(3))
+    return Scene(image, stack, names, colors, surfaces, background)
 
 
-def _centres(dice: Dice, count: int, height: int, width: int) -> list[tuple[float, float]]:
+def _centers(dice: Dice, count: int, height: int, width: int) -> list[tuple[float, float]]:
     """Where the objects stand: anywhere not too near the border, and apart from each other when there are several."""
     if count == 1:
         return [(width * dice.uniform(0.32, 0.68), height * dice.uniform(0.32, 0.68))]
@@ -342,7 +342,7 @@ def _cover(
 
 
 def _camera(image: np.ndarray, dice: Dice) -> np.ndarray:
-    """Light falling off, colour cast, blur, noise, rounding: float32 [3, H, W] -> uint8 [H, W, 3]."""
+    """Light falling off, color cast, blur, noise, rounding: float32 [3, H, W] -> uint8 [H, W, 3]."""
     _, height, width = image.shape
     x = np.arange(width, dtype=np.float32)[None, :] * np.float32(1.0 / width) - 0.5
     y = np.arange(height, dtype=np.float32)[:, None] * np.float32(1.0 / height) - 0.5

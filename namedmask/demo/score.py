@@ -63,7 +63,7 @@ def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) 
 
     config, archive = read_config(out / "run.toml"), read_archive(out / "archive.json")
     source, refiner = PhotoSource(config.photos), Refiner(coarse)
-    trivial = baselines(spectral.image_size, spectral.features, spectral.tau, spectral.centre)
+    trivial = baselines(spectral.image_size, spectral.features, spectral.tau, spectral.center)
     names = sorted({entry.photo for entries in archive.photos.values() for entry in entries})
     retrieved = {name: {entry.photo for entry in archive.photos[name]} for name in archive.categories}
 
@@ -100,7 +100,7 @@ def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) 
             best = {strongest: trivial[strongest]}
             for name, result in zip(names, map_ahead(lambda name: compare(name, best), names, threads), strict=True):
                 found[name] = result
-                progress.tick(1)
+                progress.advance(1)
 
     precision, shown = {}, []
     ious: dict[str, dict[str, float]] = {who: {} for who in ("spectral", "detector", "refined", "experts", strongest)}
@@ -191,5 +191,5 @@ def _remade(out: Path, config: RunConfig, progress: Progress) -> dict[str, np.nd
     with tempfile.TemporaryDirectory() as folder:
         source, archive, masks = PhotoSource(config.photos), read_archive(out / "archive.json"), Path(folder, "masks")
         masks.mkdir()
-        pseudolabel(source, archive, masks, config, Worker(), device, progress.tick)
+        pseudolabel(source, archive, masks, config, Worker(), device, progress.advance)
         return _masks(masks)

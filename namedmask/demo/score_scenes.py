@@ -78,7 +78,7 @@ def score_scenes(out: Path, seed: int, count: int) -> tuple[dict[str, dict], lis
                 confusion.add(labels, true)
                 if len(first[key]) < SHOWN:
                     first[key].append(labels)
-                progress.tick(1)
+                progress.advance(1)
             found = as_json(confusion.metrics(), (BACKGROUND, *KINDS), count)
             figures[key] = {"mean": found["mean_iou"], "per_category": found["iou"]}
         images = [source.decode(name).pixels for name in names[:SHOWN]]

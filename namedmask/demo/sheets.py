@@ -45,7 +45,7 @@ def draw_masks(shown: Sequence[Shown]) -> Image.Image:
 
 
 def draw_segments(shown: Sequence[ShownScene]) -> Image.Image:
-    """Scene, the named pseudo-mask, the segmenter's labels and the truth, a colour a kind, two scenes a row."""
+    """Scene, the named pseudo-mask, the segmenter's labels and the truth, a color a kind, two scenes a row."""
     tiles = []
     for one in shown:
         tiles.append((one.image, "scene"))

@@ -73,9 +73,9 @@ def compare(
     truth: dict[str, Path],
     confusion: Confusion,
     red_green: bool,
-    tick: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> None:
-    """Adds every photo to `confusion`: predicted gives names of `truth` with labels [H, W]; `tick(1)` after each."""
+    """Adds every photo to `confusion`: predicted gives names of `truth` with labels [H, W]; `advance(1)` after each."""
 
     def count(one: tuple[str, np.ndarray]) -> np.ndarray:
         name, labels = one
@@ -86,7 +86,7 @@ def compare(
 
     for matrix in map_ahead(count, predicted, thread_count()):
         confusion.matrix += matrix
-        tick(1)
+        advance(1)
 
 
 def evaluate_folders(
@@ -109,7 +109,9 @@ def evaluate_folders(
     confusion = new_confusion(categories, ignore, red_green)
     with Progress("evaluate", Worker()) as progress:
         progress.total = len(wanted)
-        compare(((name, read_label_map(found[name])) for name in wanted), wanted, confusion, red_green, progress.tick)
+        compare(
+            ((name, read_label_map(found[name])) for name in wanted), wanted, confusion, red_green, progress.advance
+        )
     return as_json(confusion.metrics(), [BACKGROUND, *categories], len(wanted))
 
 
@@ -123,7 +125,7 @@ def evaluate_segmenter(
     confusion = new_confusion(segmenter.names[1:], ignore, red_green)
     with Progress("evaluate", Worker()) as progress:
         progress.total = len(wanted)
-        compare(predictions(segmenter, source, set(wanted)), wanted, confusion, red_green, progress.tick)
+        compare(predictions(segmenter, source, set(wanted)), wanted, confusion, red_green, progress.advance)
     return as_json(confusion.metrics(), segmenter.names, len(wanted))
 
 

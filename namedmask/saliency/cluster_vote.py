@@ -20,7 +20,7 @@ from ..backbones import load
 from ..config import DetectorConfig
 from ..photos import Photo
 from . import Detection, Detector
-from .spectral import centred
+from .spectral import centered
 
 COUNTS = (2, 3, 4)  # numbers of clusters; every cluster is a candidate
 
@@ -46,8 +46,8 @@ class ClusterVoteDetector(Detector):
             features = backbone.extract(prepared, [self.config.features])[self.config.features]
             # No GPU has run the clustering's CUDA version yet. Its input is small beside what the network has moved.
             features = features.with_rows(features.rows.cpu())
-            if self.config.centre:
-                features = centred(features)
+            if self.config.center:
+                features = centered(features)
             for mine, grid in zip(labels, spectral_clusters(features, COUNTS).grids(), strict=True):
                 mine.append(grid)
         return [elect(mine, photo.pixels.shape[:2]) for mine, photo in zip(labels, photos, strict=True)]

@@ -92,7 +92,7 @@ class SelfMask(nn.Module):
         return torch.cat([self.encoder.cls_token[0] + cls, grid])
 
     def forward(self, photos: Tensor) -> tuple[Tensor, Tensor]:
-        """photos normalised [n, 3, H, W], sides whole patches -> as `decode`."""
+        """photos normalized [n, 3, H, W], sides whole patches -> as `decode`."""
         patches = self.encoder.patch_embed(photos)  # [n, h, w, C]
         n, h, w, _ = patches.shape
         places = self.places(h, w)

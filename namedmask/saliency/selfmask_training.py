@@ -32,7 +32,7 @@ from ..masks import MaskRecord, digest, read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
 from ..threads import map_ahead, thread_count
-from ..training import Journal
+from ..training import TrainingState
 from .selfmask import UPSAMPLED, SelfMask
 from .selfmask import load as load_selfmask
 
@@ -52,7 +52,7 @@ def train_saliency(out: Path, settings: SaliencyTraining, device: str) -> Path:
     folder.mkdir(exist_ok=True)
     torch.manual_seed(settings.seed)
     network = start_network(settings).to(device).train()
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": network.encoder.parameters(), "high": settings.encoder_rate},
             {
@@ -66,23 +66,23 @@ def train_saliency(out: Path, settings: SaliencyTraining, device: str) -> Path:
     about = {"settings": settings.model_dump(), "masks": digest(records)}
     with (
         Progress("train-saliency", Worker()) as progress,
-        Journal(folder, about, network, optimiser, steps, Worker()) as journal,
+        TrainingState(folder, about, network, optimizer, steps, Worker()) as state,
     ):
         progress.total = steps * settings.batch
-        progress.tick(journal.step * settings.batch, found=True)
-        rest = range(journal.step, steps)
+        progress.advance(state.step * settings.batch, found=True)
+        rest = range(state.step, steps)
         for step, (photos, targets) in zip(rest, batches(source, records, settings, network, rest), strict=True):
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = group["high"] * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps) ** 0.9
             dice, rank = losses(*network(photos.to(device)), targets.to(device))
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (dice.mean() + rank).backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimiser.step()
-            journal.end_step(settings.batch, {"dice": dice[-1].mean().detach(), "ranking": rank.detach()})
-            if journal.step % 10 == 0:  # not more often: reading it makes a GPU wait
+            optimizer.step()
+            state.end_step(settings.batch, {"dice": dice[-1].mean().detach(), "ranking": rank.detach()})
+            if state.step % 10 == 0:  # not more often: reading it makes a GPU wait
                 progress.note = f"dice loss {float(dice[-1].detach().mean()):.3f}"
-            progress.tick(settings.batch)
+            progress.advance(settings.batch)
     with atomic_write(path) as file:
         file.write(save({name: value.contiguous() for name, value in network.state_dict().items()}))
     return path
@@ -112,7 +112,7 @@ def start_network(settings: SaliencyTraining) -> SelfMask:
 def batches(
     source: PhotoSource, records: list[MaskRecord], settings: SaliencyTraining, network: SelfMask, steps: range
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each step photos float32 [batch, 3, S, S], normalised, and masks [batch, h, w] in [0, 1], h the decoder's.
+    """For each step photos float32 [batch, 3, S, S], normalized, and masks [batch, h, w] in [0, 1], h the decoder's.
 
     records: the masks, the best first, of which the share `settings.keep` teaches; every epoch goes through those in an
     order of its own. The others lend their corners as new backgrounds.
@@ -128,7 +128,7 @@ def batches(
 
     def corner(rng: np.random.Generator) -> Tensor:
         other = records[rng.integers(len(records))]
-        return recoloured(cropped(decode(other), corner_box(*other.size, rng), settings.crop), rng)
+        return recolored(cropped(decode(other), corner_box(*other.size, rng), settings.crop), rng)
 
     def sample(place: int) -> tuple[Tensor, Tensor]:
         epoch, index = divmod(place, len(teaching))
@@ -138,7 +138,7 @@ def batches(
         rng = np.random.default_rng((settings.seed, 1, place))
         mask = torch.from_numpy(record.mask())[None].float()
         box = random_box(*record.size, settings.scale, rng)
-        photo = recoloured(cropped(decode(record), box, settings.crop), rng)
+        photo = recolored(cropped(decode(record), box, settings.crop), rng)
         if rng.random() < settings.texture:
             photo = photo.lerp(corner(rng), cropped(mask, box, settings.crop) * rng.uniform(0.3, 0.9))
         if rng.random() < settings.paste:
@@ -171,15 +171,15 @@ def cropped(image: Tensor, box: list[int], side: int) -> Tensor:
     return TF.resized_crop(image, *box, [side, side], TF.InterpolationMode.BILINEAR, antialias=True)
 
 
-def recoloured(photo: Tensor, rng: np.random.Generator) -> Tensor:
-    """A photo uint8 [3, h, w] in other light and colours, sometimes grey: float32 [3, h, w] in [0, 1].
+def recolored(photo: Tensor, rng: np.random.Generator) -> Tensor:
+    """A photo uint8 [3, h, w] in other light and colors, sometimes gray: float32 [3, h, w] in [0, 1].
 
-    Saturation and hue are one matrix on RGB, a rotation about the grey axis: a tenth of the time of a way through HSV.
+    Saturation and hue are one matrix on RGB, a rotation about the gray axis: a tenth of the time of a way through HSV.
     """
-    grey = torch.full((3, 3), 1 / 3)
+    gray = torch.full((3, 3), 1 / 3)
     turn = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     angle, saturation = rng.uniform(-0.6, 0.6), 0.0 if rng.random() < 0.1 else rng.uniform(0.4, 1.6)
-    matrix = grey + saturation * (math.cos(angle) * (torch.eye(3) - grey) + math.sin(angle) * turn)
+    matrix = gray + saturation * (math.cos(angle) * (torch.eye(3) - gray) + math.sin(angle) * turn)
     pixels = matrix @ (photo.flatten(1).float() / 255)
     middle = pixels.mean()
     pixels = (pixels - middle) * rng.uniform(0.6, 1.4) + middle * rng.uniform(0.6, 1.4)

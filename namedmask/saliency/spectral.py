@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The spectral detector: ViT features -> normalised cut -> the component that holds the seed (TokenCut).
+"""The spectral detector: ViT features -> normalized cut -> the component that holds the seed (TokenCut).
 
 Wang et al., "Self-supervised transformers for unsupervised object discovery using normalized cut", CVPR 2022.
 """
@@ -20,13 +20,13 @@ from ..photos import Photo
 from . import Detection, Detector
 
 
-def centred(features: Ragged) -> Ragged:
+def centered(features: Ragged) -> Ragged:
     """Features [T, C] less the mean of their own photo."""
     return features.with_rows(torch.cat([(g - g.mean((0, 1))).flatten(0, 1) for g in features.grids()]))
 
 
 class SpectralDetector(Detector):
-    """Finds the object of each photo as the foreground of a normalised cut of its features.
+    """Finds the object of each photo as the foreground of a normalized cut of its features.
 
     Its confidence is the `separation` of the cut vector.
     """
@@ -41,8 +41,8 @@ class SpectralDetector(Detector):
         features = self.backbone.extract(prepared, [self.config.features])[self.config.features]
         # No GPU has run the cut's CUDA version yet. Its input is small beside what the network has moved.
         features = features.with_rows(features.rows.cpu())
-        if self.config.centre:
-            features = centred(features)
+        if self.config.center:
+            features = centered(features)
         cut = normalized_cut(features, tau=self.config.tau)
         return [
             Detection(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What a training photo goes through: scale, crop, flip, colours, blur; and objects of other photos pasted into it.
+"""What a training photo goes through: scale, crop, flip, colors, blur; and objects of other photos pasted into it.
 
 Every draw comes from the generator that the caller gives, so a sample depends on nothing else. Labels are int32: 0 is
 the background, i + 1 the i-th category, IGNORE neither, so that there may be any number of categories.
 
-Colours follow torchvision's ColorJitter, but for two liberties that save 95% of its time. Hue turns about the grey axis
-instead of going through HSV; then brightness, contrast, saturation, hue and grey are each affine in RGB, and a photo's
+Colors follow torchvision's ColorJitter, but for two liberties that save 95% of its time. Hue turns about the gray axis
+instead of going through HSV; then brightness, contrast, saturation, hue and gray are each affine in RGB, and a photo's
 draw of them is one matrix.
 """
 
@@ -39,7 +39,7 @@ def augmented(pixels: np.ndarray, labels: np.ndarray, settings: SegmenterTrainin
     """A view of a photo uint8 [H, W, 3] with labels int32 [H, W], of S = settings.crop pixels a side.
 
     The photo is scaled by a factor of `settings.scale`. Of a side that is longer than the view a window at a uniform
-    place is taken (only that is resized); a shorter one is padded evenly at both ends, with the mean colour and IGNORE.
+    place is taken (only that is resized); a shorter one is padded evenly at both ends, with the mean color and IGNORE.
     """
     size = settings.crop
     scale = rng.uniform(*settings.scale)
@@ -55,7 +55,7 @@ def augmented(pixels: np.ndarray, labels: np.ndarray, settings: SegmenterTrainin
         view, padded = view.flip(2), padded.flip(1)
     if rng.random() < settings.jitter_share:
         view = jittered(view, settings.jitter, rng)
-    if rng.random() < settings.grey:
+    if rng.random() < settings.gray:
         view = torch.einsum("c,chw->hw", LUMA, view).expand(3, -1, -1)
     if rng.random() < settings.blur:
         view = blurred(view, rng.uniform(*settings.blur_sigma))
@@ -72,12 +72,12 @@ def _window(length: int, scale: float, size: int, rng: np.random.Generator) -> t
 
 
 def jittered(photo: Tensor, strengths: Sequence[float], rng: np.random.Generator) -> Tensor:
-    """A photo float32 [3, h, w] in [0, 1] in other light and colours, within [0, 1].
+    """A photo float32 [3, h, w] in [0, 1] in other light and colors, within [0, 1].
 
     strengths: of brightness, contrast, saturation and hue, as in ColorJitter: a factor from 1 - s to 1 + s of the first
-    three, a turn from -s to s of the colour circle. They follow each other in an order that is drawn too.
+    three, a turn from -s to s of the color circle. They follow each other in an order that is drawn too.
     """
-    grey = torch.full((3, 3), 1 / 3)
+    gray = torch.full((3, 3), 1 / 3)
     turn = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     matrix, shift = torch.eye(3), torch.zeros(3)
     mean = photo.mean((1, 2))
@@ -85,13 +85,13 @@ def jittered(photo: Tensor, strengths: Sequence[float], rng: np.random.Generator
         strength = strengths[which]
         if which == 3:
             angle = 2 * math.pi * rng.uniform(-strength, strength)
-            step, offset = grey + math.cos(angle) * (torch.eye(3) - grey) + math.sin(angle) * turn, torch.zeros(3)
+            step, offset = gray + math.cos(angle) * (torch.eye(3) - gray) + math.sin(angle) * turn, torch.zeros(3)
         else:
             factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
             step, offset = factor * torch.eye(3), torch.zeros(3)
-            if which == 1:  # towards the mean luma of the photo as it is by now
+            if which == 1:  # toward the mean luma of the photo as it is by now
                 offset = (1 - factor) * (LUMA @ (matrix @ mean + shift)) * torch.ones(3)
-            if which == 2:  # towards each pixel's luma
+            if which == 2:  # toward each pixel's luma
                 step = step + (1 - factor) * LUMA.expand(3, 3)
         matrix, shift = step @ matrix, step @ shift + offset
     return torch.addmm(shift[:, None], matrix, photo.flatten(1)).clamp_(0, 1).view(photo.shape)

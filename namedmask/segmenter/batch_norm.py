@@ -14,7 +14,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [n, C, h, w], this worker's -> the same, normalised and scaled, in x's dtype."""
+        """x [n, C, h, w], this worker's -> the same, normalized and scaled, in x's dtype."""
         if not self.training:
             return super().forward(x)
         from torch.distributed import get_world_size
@@ -23,17 +23,17 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         y = x.float()
         count = get_world_size() * y.numel() // y.shape[1]
         mean = all_reduce(y.sum((0, 2, 3))) / count
-        centred = y - mean.view(-1, 1, 1)
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        centered = y - mean.view(-1, 1, 1)
+        variance = all_reduce(centered.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / max(1, count - 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
+        return (centered * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
 
 
-def synchronise(network: nn.Module, device: str) -> None:
+def synchronize(network: nn.Module, device: str) -> None:
     """Replaces every BatchNorm of the network by one over all workers; tensors keep their names.
 
     On a GPU that is torch's own. What timm's variants do after it (dropout, activation) follows it as before.

@@ -98,21 +98,21 @@ class DeepLab(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = encoder_momentum
 
-    def normalised(self, photos: Tensor) -> Tensor:
-        """photos uint8 [n, 3, H, W] -> float32, with the mean and spread of colours that the encoder wants."""
+    def normalized(self, photos: Tensor) -> Tensor:
+        """photos uint8 [n, 3, H, W] -> float32, with the mean and spread of colors that the encoder wants."""
         return (photos.float() / 255 - self.mean) / self.std
 
     def coarse_logits(self, photos: Tensor) -> Tensor:
-        """photos normalised [n, 3, H, W], of any size -> logits [n, classes, ceil(H / 4), ceil(W / 4)]."""
+        """photos normalized [n, 3, H, W], of any size -> logits [n, classes, ceil(H / 4), ceil(W / 4)]."""
         features = self.backbone(photos)
         return self.classifier(*(features[place] for place in self.taken))
 
     def forward(self, photos: Tensor) -> Tensor:
-        """photos normalised [n, 3, H, W], of any size -> logits [n, classes, H, W]; class 0 is the background."""
+        """photos normalized [n, 3, H, W], of any size -> logits [n, classes, H, W]; class 0 is the background."""
         return F.interpolate(self.coarse_logits(photos), photos.shape[2:], mode="bilinear")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, summed over the labelled pixels: what `forward` gives, against labels int32 [n, H, W]."""
+        """Cross-entropy, summed over the labeled pixels: what `forward` gives, against labels int32 [n, H, W]."""
         return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE, reduction="sum")
 
 

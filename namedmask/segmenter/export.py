@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A segmenter as one ONNX file for photos of any size, checked with onnxruntime before it is left on the disk.
 
-Input:    photos  uint8 [n, 3, H, W], RGB as decoded: the file holds the normalisation
+Input:    photos  uint8 [n, 3, H, W], RGB as decoded: the file holds the normalization
 Outputs:  labels  int64 [n, H, W], the class of every pixel; logits float32 [n, classes, ceil(H / 4), ceil(W / 4)]
 Metadata: names   JSON list of the names of the classes, the background's first
 """

@@ -4,7 +4,7 @@
 OUT/
   categories.json       the names of classes 1, 2, ...; the weights and a digest of them; the precision
   masks/NAME.png        the class of every pixel (`formats.write_label_map`); written after the overlay
-  overlays/NAME.jpg     the photo with the masks' colours over it, objects outlined
+  overlays/NAME.jpg     the photo with the masks' colors over it, objects outlined
   errors.jsonl          photos that could not be used, and why; written last
 
 NAME is the photo's name without its suffix. A photo whose mask is there is not done again.
@@ -28,7 +28,7 @@ from ..photos import Photo, PhotoError, PhotoSource
 from ..progress import Progress
 from .predict import Segmenter
 
-OVERLAY = 0.5  # share of the class's colour
+OVERLAY = 0.5  # share of the class's color
 
 
 def segment_photos(
@@ -51,14 +51,14 @@ def segment_photos(
     unlisted = len(errors)
     progress.total = len(names)
     left = [name for name in names if not (out / "masks" / f"{stem(name)}.png").exists()]
-    progress.tick(len(names) - len(left), found=True)
+    progress.advance(len(names) - len(left), found=True)
     for batch in segmenter.segment(source, left):
         for name, photo, mask in batch:
             if isinstance(photo, Photo):
                 _write(out, stem(name), photo.pixels, mask, len(segmenter.names))
             else:
                 errors.append(ErrorRecord(name, "segment", photo.reason))
-        progress.tick(len(batch))
+        progress.advance(len(batch))
     write_errors(out / "errors.jsonl", errors)
     return len(names) + unlisted - len(errors), len(errors)
 
@@ -80,9 +80,9 @@ def by_stem(names: Iterable[str]) -> dict[str, str]:
 
 
 def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A photo uint8 [H, W, 3] with its mask [H, W] in colours over it and a white line around every object."""
-    colours = label_palette()[mask.astype(np.uint8)]  # beyond 255 classes colours come again
-    drawn = np.where((mask > 0)[..., None], (1 - OVERLAY) * pixels + OVERLAY * colours, pixels).astype(np.uint8)
+    """A photo uint8 [H, W, 3] with its mask [H, W] in colors over it and a white line around every object."""
+    colors = label_palette()[mask.astype(np.uint8)]  # beyond 255 classes colors come again
+    drawn = np.where((mask > 0)[..., None], (1 - OVERLAY) * pixels + OVERLAY * colors, pixels).astype(np.uint8)
     edge = np.zeros(mask.shape, bool)
     edge[1:] |= mask[1:] != mask[:-1]
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]

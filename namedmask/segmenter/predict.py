@@ -118,7 +118,7 @@ class Segmenter:
 def equal_sizes(
     photos: Iterable[tuple[Key, Photo | PhotoError]], most: int
 ) -> Iterator[list[tuple[Key, Photo | PhotoError]]]:
-    """Neighbours of one size together, at most `most`; what could not be read is alone."""
+    """Neighbors of one size together, at most `most`; what could not be read is alone."""
     batch: list[tuple[Key, Photo | PhotoError]] = []
     for key, photo in photos:
         size = photo.pixels.shape if isinstance(photo, Photo) else None
@@ -136,7 +136,7 @@ def equal_sizes(
 def labels_at(logits: Tensor, height: int, width: int) -> Tensor:
     """The class with the largest logit at every pixel, int64 [height, width].
 
-    logits [classes, h, w] are resized bilinearly with half-pixel centres, as the network does. Where the four logits
+    logits [classes, h, w] are resized bilinearly with half-pixel centers, as the network does. Where the four logits
     around a pixel have one winner it wins in between too, so only the pixels near edges are interpolated: neither time
     nor memory grows with classes x pixels. Ties, and what rounding makes one, go to either class.
     """
@@ -156,7 +156,7 @@ def labels_at(logits: Tensor, height: int, width: int) -> Tensor:
 
 
 class _Between(NamedTuple):
-    """For each position of a longer line its neighbours on a shorter one, and how near the higher one is."""
+    """For each position of a longer line its neighbors on a shorter one, and how near the higher one is."""
 
     low: Tensor
     high: Tensor

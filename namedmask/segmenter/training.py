@@ -34,9 +34,9 @@ from ..masks import MaskRecord, best_masks, digest, read_masks
 from ..photos import PhotoError, PhotoSource
 from ..progress import Progress
 from ..threads import map_ahead, one_torch_thread, thread_count
-from ..training import Journal
+from ..training import TrainingState
 from .augment import IGNORE, View, augmented, copy_paste
-from .batch_norm import synchronise
+from .batch_norm import synchronize
 from .deeplab import DeepLab, on_device, save_segmenter
 
 
@@ -108,9 +108,9 @@ def train(
     encoder = load_encoder(settings.encoder, settings.encoder_weights)
     network = kind(encoder, classes, settings.width, settings.encoder_momentum)
     if worker.count > 1:
-        synchronise(network, device)
+        synchronize(network, device)
     network = on_device(network, device).train()
-    optimiser = torch.optim.Adam(
+    optimizer = torch.optim.Adam(
         [
             {"params": network.backbone.parameters(), "highest": settings.encoder_rate},
             {"params": network.classifier.parameters(), "highest": settings.rate},
@@ -119,27 +119,27 @@ def train(
         fused=True,
     )
     about = {"settings": settings.model_dump(), "samples": _digest(samples)}
-    with worker.collective(device), Journal(folder, about, network, optimiser, settings.steps, worker) as journal:
+    with worker.collective(device), TrainingState(folder, about, network, optimizer, settings.steps, worker) as state:
         share = settings.batch // worker.count
-        progress.tick(journal.step * share, found=True)
+        progress.advance(state.step * share, found=True)
         shared: nn.Module = network
         if worker.count > 1:
             shared = DistributedDataParallel(network, broadcast_buffers=False)
-        loaded = batches(source, samples, settings, worker, range(journal.step, settings.steps))
-        for step in range(journal.step, settings.steps):
+        loaded = batches(source, samples, settings, worker, range(state.step, settings.steps))
+        for step in range(state.step, settings.steps):
             began = time.monotonic()
             photos, labels = next(loaded)
             waited = torch.tensor(time.monotonic() - began)
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 rate = group["highest"] * (1 - step / settings.steps) ** settings.power
                 group["lr"] = max(rate, min(group["highest"], settings.lowest_rate))
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss = accumulate_gradients(shared, network, photos.to(device), labels.to(device), settings, worker)
-            optimiser.step()
-            journal.end_step(settings.batch, {"loss": loss, "seconds_waiting_for_photos": waited})
-            if journal.step % 10 == 0:  # not more often: reading it makes a GPU wait
+            optimizer.step()
+            state.end_step(settings.batch, {"loss": loss, "seconds_waiting_for_photos": waited})
+            if state.step % 10 == 0:  # not more often: reading it makes a GPU wait
                 progress.note = f"loss {float(loss):.3f}"
-            progress.tick(share)
+            progress.advance(share)
     return network
 
 
@@ -151,12 +151,12 @@ def accumulate_gradients(
     settings: SegmenterTraining,
     worker: Worker,
 ) -> Tensor:
-    """The mean loss over the labelled pixels of all workers' batches; the network gets its gradients.
+    """The mean loss over the labeled pixels of all workers' batches; the network gets its gradients.
 
     shared: `network`, or what shares its gradients among workers. photos uint8 [n, 3, S, S] and labels int32 [n, S, S]
     are this worker's. They go through it in `settings.accumulate` parts, each with BatchNorm statistics of its own.
     """
-    labelled = worker.sum((labels != IGNORE).sum()).clamp_min(1)
+    labeled = worker.sum((labels != IGNORE).sum()).clamp_min(1)
     precision = torch.autocast(photos.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
     parts = list(zip(photos.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True))
     whole = torch.zeros((), device=photos.device)
@@ -164,8 +164,8 @@ def accumulate_gradients(
         alone = worker.count > 1 and number < len(parts)  # gradients are shared with those of the last part
         with shared.no_sync() if alone else contextlib.nullcontext():
             with precision:
-                found = shared(network.normalised(part))
-            loss = network.loss(found, truth) / labelled
+                found = shared(network.normalized(part))
+            loss = network.loss(found, truth) / labeled
             (loss * worker.count).backward()  # sharing takes the mean over workers
         whole += loss.detach()
     return worker.sum(whole)

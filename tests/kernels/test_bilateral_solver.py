@@ -46,7 +46,7 @@ def solve(target, image, backend, device, **parameters):
 
 
 def random_photo(seed, h, w):
-    """(target, image): smooth colours with some noise and greys, a blob as target."""
+    """(target, image): smooth colors with some noise and grays, a blob as target."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:h, :w] / max(h, w, 1)
     waves = [np.sin(2 * np.pi * (a * x + b * y + c)) for a, b, c in rng.uniform(-2, 2, (3, 3))]
@@ -116,14 +116,14 @@ def test_equals_reference_on_photos(backend, device, shape, sigmas):
     np.testing.assert_allclose(found, definition(target, image, **parameters), atol=2e-5)
 
 
-def test_colours_on_a_border_between_cells_fall_as_in_the_reference(backend, device):
-    """All colours whose luma or chroma is a whole number of cells, all greys among them: rounding decides."""
+def test_colors_on_a_border_between_cells_fall_as_in_the_reference(backend, device):
+    """All colors whose luma or chroma is a whole number of cells, all grays among them: rounding decides."""
     r, g, b = np.ogrid[:256, :256, :256]
     luma = 299 * r + 587 * g + 114 * b
     blue = 15625 * b - 5273 * r - 10352 * g  # around 0, as chroma
     red = 15625 * r - 13084 * g - 2541 * b
-    colours = np.argwhere((luma % 16000 == 0) | (blue % 250000 == 0) | (red % 250000 == 0)).astype(np.uint8)
-    image = colours[: len(colours) // 4 * 4].reshape(4, -1, 3)
+    colors = np.argwhere((luma % 16000 == 0) | (blue % 250000 == 0) | (red % 250000 == 0)).astype(np.uint8)
+    image = colors[: len(colors) // 4 * 4].reshape(4, -1, 3)
     target = np.random.default_rng(1).random(image.shape[:2], np.float32)
     found = solve(target, image, backend, device, smoothness=0.0)  # the means of the cells
     np.testing.assert_allclose(found, definition(target, image, smoothness=0.0), atol=1e-6)

@@ -136,7 +136,7 @@ def solve():
 
 
 def photos(seed, shapes):
-    """(targets, images): light that varies slowly, noise, some grey; a disc."""
+    """(targets, images): light that varies slowly, noise, some gray; a disc."""
     rng = np.random.default_rng(seed)
     targets, images = [], []
     for h, w in shapes:

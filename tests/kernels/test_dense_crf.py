@@ -19,7 +19,7 @@ CASES = {"A": (80.0, 13.0, 10.0), "B": (50.0, 5.0, 10.0)}  # bilateral's paramet
 
 
 def random_photo(seed, h, w, labels=2):
-    """(probabilities, image): smooth colours with noise, a probability for each label that follows them loosely."""
+    """(probabilities, image): smooth colors with noise, a probability for each label that follows them loosely."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:h, :w] / max(h, w, 1)
     waves = [np.sin(2 * np.pi * (a * x + b * y + c)) for a, b, c in rng.uniform(-2, 2, (max(3, labels), 3))]
@@ -69,9 +69,9 @@ def test_reference_equals_a_dense_matrix():
     probabilities, image = random_photo(0, 7, 9, labels=3)
     (sigma, weight), (sigma_xy, sigma_rgb, bilateral_weight) = (2.5, 3.0), (6.0, 20.0, 4.0)
     place = np.array([(x, y) for y in range(7) for x in range(9)], np.float64)
-    colour = image.numpy().reshape(-1, 3).astype(np.float64)
+    color = image.numpy().reshape(-1, 3).astype(np.float64)
     matrix = np.zeros((63, 63))
-    for features, w in ((place / sigma, weight), (np.hstack([place / sigma_xy, colour / sigma_rgb]), bilateral_weight)):
+    for features, w in ((place / sigma, weight), (np.hstack([place / sigma_xy, color / sigma_rgb]), bilateral_weight)):
         kernel = np.exp(-0.5 * ((features[:, None] - features[None]) ** 2).sum(-1))
         norm = 1 / np.sqrt(kernel.sum(1))
         matrix += w * norm[:, None] * kernel * norm

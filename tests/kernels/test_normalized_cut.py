@@ -20,8 +20,8 @@ def scene(h, w, channels, seed=0, objects=1, noise=0.6):
     y, x = np.mgrid[:h, :w]
     features = np.tile(rng.normal(size=channels), (h, w, 1))
     for k in range(objects):
-        centre = (h / 2, w * (2 * k + 1) / (2 * objects))
-        inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < (min(h, w / objects) / 3) ** 2
+        center = (h / 2, w * (2 * k + 1) / (2 * objects))
+        inside = (y - center[0]) ** 2 + (x - center[1]) ** 2 < (min(h, w / objects) / 3) ** 2
         features[inside] = rng.normal(size=channels)
     return torch.from_numpy((features + noise * rng.normal(size=features.shape)).astype(np.float32))
 

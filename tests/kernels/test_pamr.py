@@ -24,7 +24,7 @@ def definition(masks, image, dilations=DILATIONS, iterations=10):
 
 
 def random_photo(seed, h, w, labels):
-    """(masks that sum to 1, image): smooth colours with some noise."""
+    """(masks that sum to 1, image): smooth colors with some noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:h, :w] / max(h, w, 1)
     waves = [np.sin(2 * np.pi * (a * x + b * y + c)) for a, b, c in rng.uniform(-2, 2, (3, 3))]
@@ -81,7 +81,7 @@ def test_steps_beyond_the_photo_end_at_its_border():
     np.testing.assert_allclose(far, definition(masks, image, (1, 50), 2), rtol=0, atol=5e-5)
 
 
-def test_a_photo_of_two_colours_keeps_its_object():
+def test_a_photo_of_two_colors_keeps_its_object():
     """Nothing crosses a clear edge: noise in the mask is averaged away on either side of it."""
     image = np.full((40, 60, 3), 30, np.uint8)
     image[10:30, 20:45] = (220, 200, 40)

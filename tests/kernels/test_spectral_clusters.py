@@ -19,8 +19,8 @@ def scene(h, w, channels, seed=0, objects=3, noise=0.6):
     y, x = np.mgrid[:h, :w]
     labels = np.zeros((h, w), int)
     for k in range(objects):
-        centre = (h / 2, w * (2 * k + 1) / (2 * objects))
-        labels[(y - centre[0]) ** 2 + (x - centre[1]) ** 2 < (min(h, w / objects) / 2.2) ** 2] = k + 1
+        center = (h / 2, w * (2 * k + 1) / (2 * objects))
+        labels[(y - center[0]) ** 2 + (x - center[1]) ** 2 < (min(h, w / objects) / 2.2) ** 2] = k + 1
     directions = rng.normal(size=(objects + 1, channels))
     features = directions[labels] + noise * rng.normal(size=(h, w, channels))
     return torch.from_numpy(features.astype(np.float32)), labels

@@ -138,7 +138,7 @@ def test_block_table_covers_every_token_once():
 
 
 def pamr_batch(labels):
-    """Photos of odd sizes: (masks, image), Ragged; noisy masks, smooth colours with a clear edge."""
+    """Photos of odd sizes: (masks, image), Ragged; noisy masks, smooth colors with a clear edge."""
     generator = torch.Generator().manual_seed(labels)
     masks, images = [], []
     for h, w in [(5, 9), (0, 3), (1, 1), (1, 30)]:
@@ -207,17 +207,17 @@ def tokens(shapes, channels, noise=0.7):
 
 @here
 @pytest.mark.parametrize("channels", [1, 64, 100])
-def test_unit_rows(channels):
-    from namedmask_kernels.triton.unit_rows import unit_rows
+def test_normalized_rows(channels):
+    from namedmask_kernels.triton.normalized_rows import normalized_rows
 
     features = tokens([(5, 7)], channels).rows
-    high, low, finite = unit_rows(features.to(DEVICE))
+    high, low, finite = normalized_rows(features.to(DEVICE))
     exact = features.double() / features.double().norm(dim=1, keepdim=True).clamp(min=1e-12)
     found = (high.cpu().double() + low.cpu().double()) / 256
     torch.testing.assert_close(found[:, :channels], exact, rtol=2**-22, atol=2**-33)
     assert not found[:, channels:].any() and finite.all()
     features[3, -1], features[4, 0] = torch.nan, torch.inf
-    assert unit_rows(features.to(DEVICE)).finite.logical_not().nonzero().flatten().tolist() == [3, 4]
+    assert normalized_rows(features.to(DEVICE)).finite.logical_not().nonzero().flatten().tolist() == [3, 4]
 
 
 def run_walk(masks, features, *settings):
@@ -261,11 +261,11 @@ def test_random_walk_of_nothing_without_steps_and_of_features_that_are_not_finit
 @pytest.mark.parametrize("channels, tau", [(2, 0.5), (64, 0.2), (100, -0.1), (16, -1.5), (16, 1.0)])
 def test_affinity_bits(channels, tau):
     from namedmask_kernels.triton.normalized_cut import affinity_bits
-    from namedmask_kernels.triton.unit_rows import unit_rows
+    from namedmask_kernels.triton.normalized_rows import normalized_rows
 
     batch = tokens([(12, 25), (0, 4), (1, 1), (8, 16), (1, 129)], channels)
     features = batch.rows
-    bits = affinity_bits(unit_rows(features.to(DEVICE)), batch.offsets, tau).cpu()
+    bits = affinity_bits(normalized_rows(features.to(DEVICE)), batch.offsets, tau).cpu()
     for begin, end in itertools.pairwise(batch.offsets.tolist()):
         tiles = -(-(end - begin) // 128)
         mine, bits = bits[: tiles**2 * 512], bits[tiles**2 * 512 :]
@@ -283,11 +283,11 @@ def test_affinity_bits(channels, tau):
 @here
 @pytest.mark.parametrize("channels", [2, 64])
 def test_cosine_ranges(channels):
+    from namedmask_kernels.triton.normalized_rows import normalized_rows
     from namedmask_kernels.triton.spectral_clusters import cosine_ranges
-    from namedmask_kernels.triton.unit_rows import unit_rows
 
     batch = tokens([(12, 25), (0, 4), (1, 1), (1, 129)], channels)
-    found = cosine_ranges(unit_rows(batch.rows.to(DEVICE)), batch.offsets).cpu()
+    found = cosine_ranges(normalized_rows(batch.rows.to(DEVICE)), batch.offsets).cpu()
     for range_, grid in zip(found, batch.grids(), strict=True):
         unit = torch.nn.functional.normalize(grid.flatten(0, 1).double(), dim=1)
         least, most = (unit @ unit.T).aminmax() if len(unit) else (torch.inf, -torch.inf)

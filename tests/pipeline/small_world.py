@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Small real things for pipeline tests: photos drawn here, embeddings by colour."""
+"""Small real things for pipeline tests: photos drawn here, embeddings by color."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = {"cat": (200, 60, 40), "dog": (40, 90, 200)}
 
 
 def draw_photo(seed: int, kind: str, size: tuple[int, int] = (120, 90)) -> Image.Image:
-    """A blob of the kind's colour on a grainy background."""
+    """A blob of the kind's color on a grainy background."""
     rng = np.random.default_rng(seed)
     w, h = size
     grain = Image.fromarray(rng.integers(60, 180, (h // 6, w // 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)

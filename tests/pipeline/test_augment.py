@@ -24,7 +24,7 @@ from namedmask.segmenter.augment import (
     paste_object,
 )
 
-PLAIN = {"flip": 0.0, "jitter_share": 0.0, "grey": 0.0, "blur": 0.0}
+PLAIN = {"flip": 0.0, "jitter_share": 0.0, "gray": 0.0, "blur": 0.0}
 
 
 @pytest.mark.parametrize("case", ["two", "four", "empty_second", "one_row", "full", "single"])
@@ -80,7 +80,7 @@ def test_every_place_is_drawn():
 
 
 def photo_with_box(h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
-    """A grey photo with a white box in its middle, and the box's labels."""
+    """A gray photo with a white box in its middle, and the box's labels."""
     labels = np.zeros((h, w), np.int32)
     labels[h // 4 : 3 * h // 4, w // 4 : 3 * w // 4] = 300
     return np.repeat(np.where(labels > 0, 255, 60).astype(np.uint8)[..., None], 3, 2), labels
@@ -93,16 +93,16 @@ def test_photo_and_labels_stay_together(h, w):
         view = augmented(*photo_with_box(h, w), settings, np.random.default_rng(seed))
         assert view.photo.shape == (3, 64, 64) and view.photo.dtype == torch.uint8
         assert view.labels.shape == (64, 64) and view.labels.dtype == torch.int32
-        white, grey = view.photo[0] > 250, view.photo[0] < 65
+        white, gray = view.photo[0] > 250, view.photo[0] < 65
         seen = view.labels != IGNORE
-        assert (view.labels[white & seen] == 300).all() and (view.labels[grey & seen] == 0).all()
+        assert (view.labels[white & seen] == 300).all() and (view.labels[gray & seen] == 0).all()
         rows, columns = seen.any(1), seen.any(0)
         for side in (rows, columns):  # what is left over lies at both ends evenly
             ends = int(side.int().argmax()), int(side.flip(0).int().argmax())
             assert ends[1] - ends[0] in (0, 1)
 
 
-def test_the_padding_has_the_mean_colour():
+def test_the_padding_has_the_mean_color():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
     view = augmented(pixels, np.zeros((20, 30), np.int32), SegmenterTraining(crop=64, scale=(1.0, 1.0), **PLAIN), rng)
@@ -126,7 +126,7 @@ def only(which: int, strength: float) -> list[float]:
 @pytest.mark.parametrize(
     ("which", "adjust"), [(0, TF.adjust_brightness), (1, TF.adjust_contrast), (2, TF.adjust_saturation)]
 )
-def test_colours_are_torchvision_s(which, adjust):
+def test_colors_are_torchvision_s(which, adjust):
     photo = 0.3 + 0.3 * torch.rand(3, 9, 11, generator=torch.Generator().manual_seed(0))
     for seed in range(5):
         rng = np.random.default_rng(seed)
@@ -138,13 +138,13 @@ def test_colours_are_torchvision_s(which, adjust):
         )
 
 
-def test_hue_turns_and_grey_stays():
+def test_hue_turns_and_gray_stays():
     photo = 0.3 + 0.3 * torch.rand(3, 9, 11)
     other = jittered(photo, only(3, 0.2), np.random.default_rng(0))
-    torch.testing.assert_close(other.mean(0), photo.mean(0))  # about the grey axis
+    torch.testing.assert_close(other.mean(0), photo.mean(0))  # about the gray axis
     assert (other - photo).abs().max() > 0.02
-    grey = torch.rand(1, 9, 11).expand(3, -1, -1)
-    torch.testing.assert_close(jittered(grey, only(3, 0.2), np.random.default_rng(0)), grey, atol=1e-6, rtol=0)
+    gray = torch.rand(1, 9, 11).expand(3, -1, -1)
+    torch.testing.assert_close(jittered(gray, only(3, 0.2), np.random.default_rng(0)), gray, atol=1e-6, rtol=0)
     torch.testing.assert_close(jittered(photo, [0, 0, 0, 0], np.random.default_rng(0)), photo, atol=1e-6, rtol=0)
 
 
@@ -165,14 +165,14 @@ def test_settings_say_how_often():
     plain = view()
     np.testing.assert_array_equal(plain.photo.permute(1, 2, 0), pixels)
     assert torch.equal(view(flip=1.0).photo, plain.photo.flip(2))
-    grey = view(grey=1.0).photo
-    torch.testing.assert_close(grey[0].float(), torch.einsum("c,chw->hw", LUMA, plain.photo.float()), atol=0.51, rtol=0)
-    assert torch.equal(grey[0], grey[2])
+    gray = view(gray=1.0).photo
+    torch.testing.assert_close(gray[0].float(), torch.einsum("c,chw->hw", LUMA, plain.photo.float()), atol=0.51, rtol=0)
+    assert torch.equal(gray[0], gray[2])
     assert not torch.equal(view(blur=1.0, blur_sigma=(2.0, 2.0)).photo, plain.photo)
-    assert torch.equal(view(flip=1.0, jitter_share=1.0, grey=1.0, blur=1.0).labels, plain.labels.flip(1))
+    assert torch.equal(view(flip=1.0, jitter_share=1.0, gray=1.0, blur=1.0).labels, plain.labels.flip(1))
 
 
 def test_wrong_settings_are_refused():
-    for given_, message in (({"copies": (2, 1)}, "copies"), ({"scale": (0.0, 1.0)}, "scale"), ({"grey": 1.5}, "grey")):
+    for given_, message in (({"copies": (2, 1)}, "copies"), ({"scale": (0.0, 1.0)}, "scale"), ({"gray": 1.5}, "gray")):
         with pytest.raises(UserError, match=message):
             make_config(given_, SegmenterTraining)

@@ -117,7 +117,7 @@ def test_logits_have_the_photo_s_size(size):
     network = DeepLab(untrained_encoder(TINY), 3, width=16).eval()
     photos = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     with torch.inference_mode():
-        logits = network(network.normalised(photos))
+        logits = network(network.normalized(photos))
     assert logits.shape == (2, 3, *size) and logits.isfinite().all()
 
 

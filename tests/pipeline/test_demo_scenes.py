@@ -87,12 +87,12 @@ def test_captions_name_what_is_shown():
     assert all(template.count("{}") == 1 for template in TEMPLATES)
 
 
-def test_colour_does_not_give_the_kind_away():
+def test_color_does_not_give_the_kind_away():
     words = {kind: set() for kind in KINDS}
     for number in range(265):
         scene = index_photo(15, number, size=(48, 48))
-        for kind, colour in zip(scene.kinds, scene.colours, strict=True):
-            words[kind].add(colour)
+        for kind, color in zip(scene.kinds, scene.colors, strict=True):
+            words[kind].add(color)
     assert all(len(found) >= 4 for found in words.values())
 
 

@@ -17,7 +17,7 @@ from namedmask.photos import Photo
 from namedmask.pseudolabel import mask_score
 from namedmask.refine import Refiner, without_holes, without_small_parts
 from namedmask.saliency.cluster_vote import ClusterVoteDetector, elect
-from namedmask.saliency.spectral import SpectralDetector, centred, separation
+from namedmask.saliency.spectral import SpectralDetector, centered, separation
 from namedmask_kernels import Ragged
 
 
@@ -30,22 +30,22 @@ def disc_photo(h=96, w=128):
     return Photo("disc", pixels.clip(0, 255).astype(np.uint8)), mask
 
 
-class ColourBackbone(Backbone):
-    """A patch's mean colour as its feature: real geometry and a real cut, without a network that was trained."""
+class ColorBackbone(Backbone):
+    """A patch's mean color as its feature: real geometry and a real cut, without a network that was trained."""
 
     def __init__(self):
         super().__init__(timm.create_model("vit_tiny_patch16_224", num_classes=0), torch.device("cpu"), torch.float32)
         self.patch = 8
 
     def extract(self, photos, taps):
-        colours = Ragged.pack([torch.nn.functional.avg_pool2d(p, self.patch).permute(1, 2, 0) for p in photos])
-        return dict.fromkeys(taps, colours)
+        colors = Ragged.pack([torch.nn.functional.avg_pool2d(p, self.patch).permute(1, 2, 0) for p in photos])
+        return dict.fromkeys(taps, colors)
 
 
 @pytest.fixture
 def detector(monkeypatch):
-    monkeypatch.setattr("namedmask.saliency.spectral.load", lambda *a, **k: ColourBackbone())
-    return SpectralDetector(DetectorConfig(centre=True, image_size=192), "cpu")
+    monkeypatch.setattr("namedmask.saliency.spectral.load", lambda *a, **k: ColorBackbone())
+    return SpectralDetector(DetectorConfig(center=True, image_size=192), "cpu")
 
 
 METHODS = ["bilateral", "crf", "pamr"]
@@ -137,7 +137,7 @@ def test_the_crf_s_unary_is_the_detector_s_mask_with_the_confidence_of_the_setti
         return probabilities
 
     monkeypatch.setattr(namedmask_kernels, "dense_crf", dense_crf, raising=False)
-    photo = Photo("grey", np.full((256, 300, 3), 99, np.uint8))
+    photo = Photo("gray", np.full((256, 300, 3), 99, np.uint8))
     target = torch.rand(256, 300)
     config = RefineConfig(name="crf", crf=CrfConfig(confidence=0.8, iterations=3, bilateral_sigma=60.0))
     (soft,) = Refiner(config).refine([photo], [target])
@@ -192,9 +192,9 @@ def test_separation_is_the_distance_of_means_in_spreads():
     assert separation(torch.tensor([[1.0, 1.0, -1.0]]), torch.tensor([[True, True, False]])) <= 1
 
 
-def test_centring_is_per_photo():
+def test_centering_is_per_photo():
     batch = Ragged.pack([torch.randn(3, 4, 5) + 7, torch.randn(2, 2, 5) - 3])
-    for grid in centred(batch).grids():
+    for grid in centered(batch).grids():
         torch.testing.assert_close(grid.mean((0, 1)), torch.zeros(5), atol=1e-5, rtol=0)
 
 
@@ -202,9 +202,9 @@ def test_centring_is_per_photo():
 def voter(monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        "namedmask.saliency.cluster_vote.load", lambda *a, **k: loaded.append((a, k)) or ColourBackbone()
+        "namedmask.saliency.cluster_vote.load", lambda *a, **k: loaded.append((a, k)) or ColorBackbone()
     )
-    config = DetectorConfig(name="cluster-vote", centre=True, image_size=192, more_backbones=["b", "c=/weights"])
+    config = DetectorConfig(name="cluster-vote", center=True, image_size=192, more_backbones=["b", "c=/weights"])
     made = ClusterVoteDetector(config, "cpu")
     assert [a for a, _ in loaded] == [("vit_small_patch8_224.dino", None), ("b", None), ("c", "/weights")]
     made.backbones[1].patch, made.backbones[2].patch = 12, 16

@@ -31,20 +31,20 @@ from namedmask.segmenter.augment import IGNORE
 from namedmask.segmenter.deeplab import DeepLab
 
 ENCODER = "test_resnet"  # timm's, for tests
-COLOURS = {"cat": (220, 60, 40), "hot/dog": (40, 90, 220)}  # a name that could not be a file's
+COLORS = {"cat": (220, 60, 40), "hot/dog": (40, 90, 220)}  # a name that could not be a file's
 ALONE, BOTH = 6, 3  # photos of one category, and of both
 
 
 def scene(seed: int, kinds: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Discs of the kinds' colours side by side on a grainy ground: pixels and the mask of each."""
+    """Discs of the kinds' colors side by side on a grainy ground: pixels and the mask of each."""
     rng = np.random.default_rng(seed)
     h, w = 56 + seed % 9, 60 + seed % 13
     y, x = np.mgrid[:h, :w]
     pixels, masks = rng.integers(90, 160, (h, w, 1)).repeat(3, 2), {}
     for place, kind in enumerate(kinds):
-        centre = rng.uniform(20, h - 20), (place + 0.5) * w / len(kinds)
-        masks[kind] = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < rng.uniform(9, 13) ** 2
-        pixels[masks[kind]] = COLOURS[kind]
+        center = rng.uniform(20, h - 20), (place + 0.5) * w / len(kinds)
+        masks[kind] = (y - center[0]) ** 2 + (x - center[1]) ** 2 < rng.uniform(9, 13) ** 2
+        pixels[masks[kind]] = COLORS[kind]
     return pixels.astype(np.uint8), masks
 
 
@@ -62,13 +62,13 @@ def world(tmp_path_factory) -> tuple[Path, dict, dict]:
     for module in network.backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
-    truth, records, archive = {}, {kind: [] for kind in COLOURS}, {kind: [] for kind in COLOURS}
+    truth, records, archive = {}, {kind: [] for kind in COLORS}, {kind: [] for kind in COLORS}
     (root / "photos").mkdir()
     rng = np.random.default_rng(0)
-    shown = [[kind] for kind in COLOURS for _ in range(ALONE)] + [list(COLOURS)] * BOTH
+    shown = [[kind] for kind in COLORS for _ in range(ALONE)] + [list(COLORS)] * BOTH
     for number, kinds in enumerate(shown):
         pixels, masks = scene(number, kinds)
-        network.backbone(network.normalised(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
+        network.backbone(network.normalized(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
         name = f"{number:02}.png"
         Image.fromarray(pixels).save(root / "photos" / name)
         for kind in kinds:
@@ -79,7 +79,7 @@ def world(tmp_path_factory) -> tuple[Path, dict, dict]:
     save_file(network.backbone.state_dict(), weights)
     out = root / "out"
     out.mkdir()
-    categories = list(COLOURS)
+    categories = list(COLORS)
     run.prepare(out, {"photos": str(root / "photos"), "categories": categories}, ("archive", "pseudolabel"), False)
     write_archive(out / "archive.json", Archive(categories, archive))
     (out / "masks").mkdir()
@@ -87,7 +87,7 @@ def world(tmp_path_factory) -> tuple[Path, dict, dict]:
     write_shard(out / "masks" / "00000.jsonl", by_photo)
     settings = {
         "encoder": ENCODER, "encoder_weights": str(weights), "width": 16, "crop": 48, "scale": (0.5, 1.0), "batch": 4,
-        "rate": 3e-3, "encoder_rate": 1e-4, "steps": 120, "jitter_share": 0.0, "grey": 0.0,
+        "rate": 3e-3, "encoder_rate": 1e-4, "steps": 120, "jitter_share": 0.0, "gray": 0.0,
     }  # fmt: skip
     return out, settings, truth
 
@@ -116,7 +116,7 @@ def test_experts_mend_the_masks_that_taught_them(world, tmp_path, mode, one_thre
     given, settings, truth = world
     out = copy_of(given, tmp_path)
     if mode == "shared":  # as many steps as all of the others take, and a head that serves all
-        settings = {**settings, "steps": settings["steps"] * len(COLOURS), "width": 32}
+        settings = {**settings, "steps": settings["steps"] * len(COLORS), "width": 32}
     start(out, {**settings, "mode": mode})
     before, after = list(read_masks(out / "masks")), list(read_masks(best_masks(out)))
     assert best_masks(out) == out / "refined"
@@ -132,7 +132,7 @@ def test_experts_mend_the_masks_that_taught_them(world, tmp_path, mode, one_thre
     assert not list((out / "experts").rglob("checkpoint.pt"))
     if mode == "separate":
         assert {r.category for r in read_shard(out / "refined" / "00001.jsonl")} == {"hot/dog"}
-    # What is there is not made again; of lost masks only the relabelling is.
+    # What is there is not made again; of lost masks only the relabeling is.
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     refined = files(out / "refined")
     start(out, {})

@@ -93,20 +93,20 @@ def test_label_maps_survive_the_disk(tmp_path, classes):
     assert not (tmp_path / "b.png").exists()
 
 
-def test_palette_is_voc_s_and_all_colours_differ():
+def test_palette_is_voc_s_and_all_colors_differ():
     palette = label_palette()
     assert len(np.unique(palette, axis=0)) == 256
-    # aeroplane, bicycle, person, the ignored border: as the colour map of VOC's development kit has them
-    colours = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [224, 224, 192]]
-    assert palette[[0, 1, 2, 15, 255]].tolist() == colours
+    # aeroplane, bicycle, person, the ignored border: as the color map of VOC's development kit has them
+    colors = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [224, 224, 192]]
+    assert palette[[0, 1, 2, 15, 255]].tolist() == colors
 
 
 def test_other_kinds_of_label_files(tmp_path):
     ids = np.array([[0, 1, 919], [1000, 256, 3]])
-    colours = np.stack([ids % 256, ids // 256, 0 * ids], -1).astype(np.uint8)
-    Image.fromarray(colours).save(tmp_path / "rg.png")
+    colors = np.stack([ids % 256, ids // 256, 0 * ids], -1).astype(np.uint8)
+    Image.fromarray(colors).save(tmp_path / "rg.png")
     np.testing.assert_array_equal(read_label_map(tmp_path / "rg.png", red_green=True), ids)
-    with pytest.raises(UserError, match=r"rg\.png is a picture in colours"):
+    with pytest.raises(UserError, match=r"rg\.png is a picture in colors"):
         read_label_map(tmp_path / "rg.png")
     Image.fromarray(ids.astype(np.uint8) > 0).save(tmp_path / "binary.png")
     np.testing.assert_array_equal(read_label_map(tmp_path / "binary.png"), ids.astype(np.uint8) > 0)
@@ -175,7 +175,7 @@ def test_evaluate_says_in_one_line_what_is_wrong(folders):
 
 
 def test_evaluate_red_green(folders):
-    """ImageNet-S: colour truth with ids beyond 255, 16-bit predictions, 1000 left out."""
+    """ImageNet-S: color truth with ids beyond 255, 16-bit predictions, 1000 left out."""
     rng = np.random.default_rng(2)
     classes = [f"class {n}" for n in range(1, 920)]
     (folders / "many.txt").write_text("\n".join(classes))
@@ -184,8 +184,8 @@ def test_evaluate_red_green(folders):
         (folders / folder).mkdir()
     write_label_map(folders / "wide" / "a.png", truth, 920)
     truth[:4] = 1000
-    colours = np.stack([truth % 256, truth // 256, 0 * truth], -1).astype(np.uint8)
-    Image.fromarray(colours).save(folders / "rg" / "a.png")
+    colors = np.stack([truth % 256, truth // 256, 0 * truth], -1).astype(np.uint8)
+    Image.fromarray(colors).save(folders / "rg" / "a.png")
     names = ["--categories-file", folders / "many.txt"]
     done = evaluate(folders / "wide", folders / "rg", *names, "--red-green", "--json", folders / "f.json")
     assert done.exit_code == 0, done.output

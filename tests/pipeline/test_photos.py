@@ -544,7 +544,7 @@ def test_broken_exif_does_not_cost_the_photo(tmp_path):
 
 
 def raw_tiff(*extra):
-    """A big-endian 16-bit grey TIFF of WIDE; extra: more tags as (tag, type, count, value)."""
+    """A big-endian 16-bit gray TIFF of WIDE; extra: more tags as (tag, type, count, value)."""
     tags = [(256, 40), (257, 24), (258, 16), (259, 1), (262, 1), (273, 256), (277, 1), (279, 1920)]
     entries = [(tag, 4, 1, value) for tag, value in tags] + list(extra)
     ifd = b"".join(struct.pack(">HHII", *entry) for entry in entries)
@@ -559,13 +559,13 @@ def palette(transparency=None):
     image = Image.frombytes("P", image.size, image.tobytes())
     image.putpalette([200, 10, 20, 30, 210, 40, 50, 60, 220])
     options = {} if transparency is None else {"transparency": transparency}
-    colours = np.array([[200, 10, 20], [30, 210, 40], [50, 60, 220]], np.uint8)
+    colors = np.array([[200, 10, 20], [30, 210, 40], [50, 60, 220]], np.uint8)
     for index in range(3) if isinstance(transparency, bytes) else ():
         alpha = transparency[index] / 255
-        colours[index] = np.rint(colours[index] * alpha + 255 * (1 - alpha))
+        colors[index] = np.rint(colors[index] * alpha + 255 * (1 - alpha))
     if isinstance(transparency, int):
-        colours[transparency] = 255
-    return image, options, colours[np.arange(24 * 40).reshape(24, 40) % 3]
+        colors[transparency] = 255
+    return image, options, colors[np.arange(24 * 40).reshape(24, 40) % 3]
 
 
 @pytest.mark.parametrize(
@@ -593,14 +593,14 @@ def test_alpha_is_composited_over_white(tmp_path, kind):
         assert np.abs(got - over_white(GREY, alpha)[..., None]).max() <= 1
 
 
-def test_transparent_colour_keys(tmp_path):
+def test_transparent_color_keys(tmp_path):
     got = decoded(tmp_path, encoded(scene(), "PNG", transparency=(0, 0, 60)))
     assert (got[0, 0] == 255).all() and (got[1:] == scene()[1:]).all()
     got = decoded(tmp_path, encoded(GREY, "PNG", transparency=0))
     assert (got[:, 0] == 255).all() and (got[:, 1:] == GREY[:, 1:, None]).all()
 
 
-def test_grey_and_black_and_white(tmp_path):
+def test_gray_and_black_and_white(tmp_path):
     np.testing.assert_array_equal(decoded(tmp_path, encoded(GREY)), np.dstack([GREY] * 3))
     bits = GREY > 100
     np.testing.assert_array_equal(
@@ -614,7 +614,7 @@ WIDE = (np.arange(24 * 40).reshape(24, 40) * 68).astype(np.uint16)  # 0 ... 6521
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_greys_keep_their_high_byte(tmp_path, kind):
+def test_16_bit_grays_keep_their_high_byte(tmp_path, kind):
     got = decoded(tmp_path, encoded(WIDE, kind, exif=with_orientation(6)))
     np.testing.assert_array_equal(got, np.dstack([np.rot90(WIDE >> 8, -1)] * 3))
 
@@ -630,7 +630,7 @@ def test_16_bit_greys_keep_their_high_byte(tmp_path, kind):
         (np.where(WIDE % 5 == 0, np.nan, 0.5).astype(np.float32), np.where(WIDE % 5 == 0, 0, 128)),
     ],
 )
-def test_wide_greys(tmp_path, values, expected):
+def test_wide_grays(tmp_path, values, expected):
     got = decoded(tmp_path, encoded(values, "TIFF"))
     assert (got[..., 0] == got[..., 1]).all() and np.abs(got[..., 0] - expected).max() <= 0.5001
 
@@ -643,8 +643,8 @@ def png_chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width, height, depth, colour, data):
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+def png(width, height, depth, color, data):
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + png_chunk(b"IHDR", header)
@@ -653,7 +653,7 @@ def png(width, height, depth, colour, data):
     )
 
 
-def test_16_bit_colour_png(tmp_path):
+def test_16_bit_color_png(tmp_path):
     wide = np.dstack([WIDE, WIDE[::-1], WIDE[:, ::-1]])
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
     np.testing.assert_array_equal(decoded(tmp_path, png(40, 24, 16, 2, rows)), wide >> 8)
@@ -668,7 +668,7 @@ def test_cmyk(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
 def test_the_first_frame_is_taken(tmp_path, kind):
-    frames = [Image.new("RGB", (40, 24), colour) for colour in ("red", "blue", "green")]
+    frames = [Image.new("RGB", (40, 24), color) for color in ("red", "blue", "green")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     assert np.abs(decoded(tmp_path, data).astype(int) - [255, 0, 0]).max() <= 3
 

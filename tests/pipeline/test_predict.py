@@ -55,7 +55,7 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
 @torch.inference_mode()
 def plain(image: np.ndarray) -> torch.Tensor:
     network = tiny_network()
-    return network(network.normalised(torch.from_numpy(image).permute(2, 0, 1)[None]))[0]
+    return network(network.normalized(torch.from_numpy(image).permute(2, 0, 1)[None]))[0]
 
 
 def assert_masks(labels: np.ndarray, logits: torch.Tensor) -> None:
@@ -261,7 +261,7 @@ def test_names_of_masks_stay_below_their_folder():
     assert stem("shard.tar/x.jpg") == "shard.tar/x" and stem("//x.png") == "x"
 
 
-def test_overlay_colours_objects_alone():
+def test_overlay_colors_objects_alone():
     image = np.full((6, 6, 3), 100, np.uint8)
     mask = np.zeros((6, 6), np.uint16)
     mask[2:5, 2:5] = 1

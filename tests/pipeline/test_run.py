@@ -110,7 +110,7 @@ def test_a_dead_worker_s_shard_is_done_by_another(world, tmp_path):
     assert masks_of(tmp_path / "out") == masks_of(out)
 
 
-def test_torchrun_s_environment_is_honoured(world, tmp_path):
+def test_torchrun_s_environment_is_honored(world, tmp_path):
     options, out = world
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run([*torchrun, *process(*options, "--out", tmp_path / "out")], capture_output=True, text=True)

@@ -35,11 +35,11 @@ from namedmask.segmenter.deeplab import DeepLab, load_segmenter
 from namedmask.segmenter.training import Sample, accumulate_gradients, batches, train
 
 ENCODER = "test_resnet"  # timm's, for tests
-COLOURS = {"cat": (220, 60, 40), "dog": (40, 90, 220)}
+COLORS = {"cat": (220, 60, 40), "dog": (40, 90, 220)}
 
 
 def scene(seed: int, kinds: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Discs of the kinds' colours side by side on a grainy ground: pixels and labels."""
+    """Discs of the kinds' colors side by side on a grainy ground: pixels and labels."""
     rng = np.random.default_rng(seed)
     h, w = 56 + seed % 9, 60 + seed % 13
     y, x = np.mgrid[:h, :w]
@@ -47,7 +47,7 @@ def scene(seed: int, kinds: list[str]) -> tuple[np.ndarray, np.ndarray]:
     for place, kind in enumerate(kinds):
         r, cx = rng.uniform(9, 13), (place + 0.5) * w / len(kinds)
         disc = (y - rng.uniform(20, h - 20)) ** 2 + (x - cx) ** 2 < r * r
-        pixels[disc], labels[disc] = COLOURS[kind], list(COLOURS).index(kind) + 1
+        pixels[disc], labels[disc] = COLORS[kind], list(COLORS).index(kind) + 1
     return pixels.astype(np.uint8), labels
 
 
@@ -60,7 +60,7 @@ def encoder_weights(tmp_path_factory) -> str:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
     for seed in range(16):
-        network.backbone(network.normalised(photo_tensor(scene(seed, list(COLOURS))[0])))
+        network.backbone(network.normalized(photo_tensor(scene(seed, list(COLORS))[0])))
     path = tmp_path_factory.mktemp("encoder") / "model.safetensors"
     save_file(network.backbone.state_dict(), path)
     return str(path)
@@ -74,7 +74,7 @@ def photo_tensor(pixels: np.ndarray) -> torch.Tensor:
 def run_of_discs(tmp_path) -> Path:
     """A run folder with true masks of 16 photos of one disc each."""
     records, archive = [], {}
-    for kind in COLOURS:
+    for kind in COLORS:
         (tmp_path / "photos" / kind).mkdir(parents=True)
         for seed in range(8):
             pixels, labels = scene(seed, [kind])
@@ -107,14 +107,14 @@ def lines(out: Path) -> list[dict]:
 
 
 def test_it_tells_several_objects_apart_that_it_saw_one_by_one(run_of_discs, small):
-    train_run(run_of_discs, {**small, "steps": 120, "grey": 0.0, "jitter_share": 0.0})
+    train_run(run_of_discs, {**small, "steps": 120, "gray": 0.0, "jitter_share": 0.0})
     network, categories = load_segmenter(run_of_discs / "segmenter")
-    assert categories == list(COLOURS)
+    assert categories == list(COLORS)
     hits = []
     for seed in range(100, 108):
         pixels, labels = scene(seed, ["dog", "cat"])
         with torch.inference_mode():
-            found = network(network.normalised(photo_tensor(pixels)))[0].argmax(0).numpy()
+            found = network(network.normalized(photo_tensor(pixels)))[0].argmax(0).numpy()
         hits.append([((found == i) & (labels == i)).sum() / ((found == i) | (labels == i)).sum() for i in range(3)])
     assert np.mean(hits, axis=0).min() > 0.6
     first, *rest = lines(run_of_discs)
@@ -164,7 +164,7 @@ def test_killed_and_gone_on_it_ends_with_the_same_bits(run_of_discs, small, monk
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_interrupted_and_gone_on_on_a_gpu(run_of_discs, small, precision, monkeypatch):
     """No GPU has run this yet; it need not give the same bits, as some of torch's gradients are not reproducible."""
-    settings = {**small, "precision": precision, "steps": 120, "grey": 0.0, "jitter_share": 0.0}
+    settings = {**small, "precision": precision, "steps": 120, "gray": 0.0, "jitter_share": 0.0}
     steps = iter(range(70))
 
     def interrupted(*arguments):
@@ -223,7 +223,7 @@ def test_masks_that_are_not_finished_are_refused(run_of_discs):
 
 def samples_of(out: Path) -> tuple[list[Sample], PhotoSource]:
     records = [MaskRecord.from_json(line) for line in (out / "masks" / "00000.jsonl").open()]
-    samples = [Sample(record, list(COLOURS).index(record.category) + 1) for record in records]
+    samples = [Sample(record, list(COLORS).index(record.category) + 1) for record in records]
     return samples, PhotoSource(out.parent / "photos")
 
 
@@ -272,7 +272,7 @@ def batch_of(count: int, encoder: str, **settings) -> dict:
     generator = torch.Generator().manual_seed(0)
     photos = torch.randint(0, 256, (count, 3, 40, 40), dtype=torch.uint8, generator=generator)
     labels = torch.randint(IGNORE, 4, (count, 40, 40), dtype=torch.int32, generator=generator)
-    labels[0] = IGNORE  # of the photos' labelled pixels, the workers have different numbers
+    labels[0] = IGNORE  # of the photos' labeled pixels, the workers have different numbers
     return {"encoder": encoder, "photos": photos, "labels": labels, "settings": settings}
 
 
@@ -334,7 +334,7 @@ def test_bfloat16_is_near_float32_and_ids_go_above_255():
     assert loss["bfloat16"] == pytest.approx(loss["float32"], rel=0.02)
 
 
-def test_a_batch_without_a_labelled_pixel_changes_nothing():
+def test_a_batch_without_a_labeled_pixel_changes_nothing():
     batch = batch_of(1, ENCODER)
     network = DeepLab(untrained_encoder(ENCODER), 4, 16).eval()
     loss = accumulate_gradients(

@@ -124,15 +124,15 @@ def test_wrong_weights_are_refused(tmp_path):
 
 
 def disc_photo(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A disc in one colour on a grainy ground of another."""
+    """A disc in one color on a grainy ground of another."""
     rng = np.random.default_rng(seed)
     h, w = 72 + seed % 9, 80 + seed % 13
     y, x = np.mgrid[:h, :w]
     r, at = rng.uniform(12, 22), (rng.uniform(25, h - 25), rng.uniform(25, w - 25))
     mask = (y - at[0]) ** 2 + (x - at[1]) ** 2 < r * r
-    colours = rng.integers(30, 220, (2, 3))
+    colors = rng.integers(30, 220, (2, 3))
     grain = rng.integers(-25, 26, (h, w, 1)) * ~mask[..., None]
-    return (np.where(mask[..., None], *colours) + grain).clip(0, 255).astype(np.uint8), mask
+    return (np.where(mask[..., None], *colors) + grain).clip(0, 255).astype(np.uint8), mask
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from namedmask import distributed
 from namedmask.backbones import untrained_encoder
 from namedmask.config import SegmenterTraining
-from namedmask.segmenter.batch_norm import synchronise
+from namedmask.segmenter.batch_norm import synchronize
 from namedmask.segmenter.deeplab import DeepLab
 from namedmask.segmenter.training import accumulate_gradients
 
@@ -25,7 +25,7 @@ def step(batch: dict, worker: distributed.Worker) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     network = DeepLab(untrained_encoder(batch["encoder"]), classes=4, width=16)
     if worker.count > 1:
-        synchronise(network, "cpu")
+        synchronize(network, "cpu")
     network.train()
     shared = DistributedDataParallel(network, broadcast_buffers=False) if worker.count > 1 else network
     mine = worker.share(0, len(batch["photos"]))

@@ -7,7 +7,7 @@
 //            the caller and fully written.
 // Grid       a pixel belongs to the cell (x, y, luma, two chromas) / size, truncated; luma and chroma are full-range
 //            BT.601, chroma around 128, each plane rounded as fma(b, kb, fma(g, kg, r * kr)) + offset in double.
-// Solver     10 bistochastisation rounds; conjugate gradients from the cells' means, preconditioned by the diagonal,
+// Solver     10 bistochastization rounds; conjugate gradients from the cells' means, preconditioned by the diagonal,
 //            until the residual is at most `tolerance` times the right-hand side, `iterations` steps at most. float32,
 //            sums of products in float64.
 // Empty      an empty batch and photos of 0 x n pixels are fine.

@@ -6,7 +6,7 @@
 //            Areas are int32 [N] pixels and boxes int32 [N, 4] as x, y, width, height, for the N components of all
 //            photos, photo after photo, label after label.
 // Labels     per photo 1, 2, ... in raster order of each component's first pixel; 0 is background.
-// Empty      an empty batch, photos of 0 x n pixels and all-background masks are fine: nothing is labelled.
+// Empty      an empty batch, photos of 0 x n pixels and all-background masks are fine: nothing is labeled.
 // Aliasing   outputs must not overlap the mask.
 // Threads    OpenMP over photos; the result does not depend on the number of threads nor on the batch.
 // Cost       on the CPU two passes over the mask, memory proportional to the number of horizontal runs, which a thread

@@ -6,10 +6,10 @@
 //            offsets int32 [B + 1] and shapes int32 [B, 2] as in RaggedShape; out float32 [P, L]. All contiguous; out
 //            is allocated by the caller and fully written.
 // Model      unary -log(clip(p, 1e-5, 1)); two Potts terms, whose kernels are Gaussians of place and of place and
-//            colour. A kernel K, its diagonal included, is used as N^-1/2 K N^-1/2 with N = diag(K 1). The marginals
+//            color. A kernel K, its diagonal included, is used as N^-1/2 K N^-1/2 with N = diag(K 1). The marginals
 //            start as softmax(-unary); an update is softmax(-unary + weight K marginals, summed over the terms).
 // Filters    the Gaussian of place on a grid of cubic B-splines, within 0.002 of the exact one's peak; that of place
-//            and colour on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010), with axes x, y, r, g, b.
+//            and color on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010), with axes x, y, r, g, b.
 // Empty      an empty batch, photos of 0 x n pixels and L = 0 are fine.
 // Errors     std::invalid_argument for probabilities that are not finite and for sigmas so small that the lattice
 //            has no name for some vertex (a photo 3000 sigmas wide), naming the photo.

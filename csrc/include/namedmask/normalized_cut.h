@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// TokenCut's normalised cut of every photo of a packed batch of feature grids.
+// TokenCut's normalized cut of every photo of a packed batch of feature grids.
 //
 // Definition  Rows are divided by max(norm, 1e-12). A_ij = 1 where the cosine of i and j exceeds tau, else eps; D is
 //             the diagonal of A's row sums. vector = v of the second smallest eigenvalue of (D - A) v = value D v, with

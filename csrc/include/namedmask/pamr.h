@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
 // Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020): every pixel's mask becomes, again and again, the mean
-// of its neighbours' masks, weighted by how alike their colours are. A packed batch of photos of any sizes.
+// of its neighbors' masks, weighted by how alike their colors are. A packed batch of photos of any sizes.
 //
-// Neighbours  the 8 around a pixel in a 3 x 3 window of each dilation, the pixel itself left out; beyond the border
+// Neighbors  the 8 around a pixel in a 3 x 3 window of each dilation, the pixel itself left out; beyond the border
 //             stands the nearest pixel.
-// Weights     softmax over all neighbours of the mean over the colours c of -|difference| / (1e-8 + 0.1 s_c), with
-//             colours from 0 to 1 and s_c the standard deviation (n - 1) of all windows, the pixel in each of them.
+// Weights     softmax over all neighbors of the mean over the colors c of -|difference| / (1e-8 + 0.1 s_c), with
+//             colors from 0 to 1 and s_c the standard deviation (n - 1) of all windows, the pixel in each of them.
 // Arrays      masks float32 [P, L] and image uint8 [P, 3], one photo after another in raster order; offsets int32
 //             [B + 1] and shapes int32 [B, 2] as in RaggedShape; out float32 [P, L]. All contiguous; out is allocated
 //             by the caller and fully written.
@@ -17,7 +17,7 @@
 // Aliasing    out must not overlap the inputs.
 // Threads     OpenMP, one region, over photos. The bits of a label's result depend on neither the threads, nor
 //             the other labels, nor the batch. Levels differ by rounding.
-// Cost        2 flops per neighbour, label, pixel and iteration; memory per thread 16 bits a neighbour and pixel, and
+// Cost        2 flops per neighbor, label, pixel and iteration; memory per thread 16 bits a neighbor and pixel, and
 //             twice the masks of at most 24 labels.
 #pragma once
 

@@ -6,7 +6,7 @@
 //             smallest eigenvalues of (D - A) v = lambda D v after the constant one, v' D v = 1. The k clusters are
 //             those of k-means on the points (v_2[i], ..., v_k[i]), in float64.
 // k-means     Best of kRestarts runs by the sum of squared distances, the first of equals; k-means++ seeds, drawn by
-//             splitmix64 from (seed, k, run); the nearest centre, of equals the first; a centre that loses its tokens
+//             splitmix64 from (seed, k, run); the nearest center, of equals the first; a center that loses its tokens
 //             stays; up to kRounds rounds, or until no label changes. Labels are numbered in the order in which they
 //             first occur, so token 0 has label 0.
 // Few         Where fewer than k points differ, fewer than k labels occur. All labels are 0 where M - m < 1e-6 (all

@@ -18,7 +18,7 @@ def cells(image: np.ndarray, sigma_spatial: float, sigma_luma: float, sigma_chro
     """image uint8 [h, w, 3] -> int64 [h * w, 5]: each pixel's (y, x, luma, blue, red) / cell size, truncated."""
     h, w, _ = image.shape
     # A matrix product, not a sum of three terms: BLAS fuses multiply and add, and the last bit of that decides to which
-    # side of a border the colours fall that lie on one (every grey does, with chroma 128 exactly).
+    # side of a border the colors fall that lie on one (every gray does, with chroma 128 exactly).
     planes = np.moveaxis(image.astype(np.float64) @ YCBCR.T + OFFSET, -1, 0)
     y, x = np.mgrid[:h, :w]
     sizes = (sigma_spatial, sigma_spatial, sigma_luma, sigma_chroma, sigma_chroma)
@@ -26,9 +26,9 @@ def cells(image: np.ndarray, sigma_spatial: float, sigma_luma: float, sigma_chro
 
 
 def grid(cells: np.ndarray) -> tuple[np.ndarray, sparse.csr_array]:
-    """cells [p, 5] -> (vertex of each pixel [p], which vertices are neighbours: 0/1 matrix [v, v]).
+    """cells [p, 5] -> (vertex of each pixel [p], which vertices are neighbors: 0/1 matrix [v, v]).
 
-    The occupied cells are the vertices; neighbours are one step apart along one of the five axes.
+    The occupied cells are the vertices; neighbors are one step apart along one of the five axes.
     """
     steps = np.cumprod([1, *(cells.max(axis=0)[:0:-1] + 2)])[::-1]  # one spare cell per axis: a step never wraps around
     keys, vertex = np.unique(cells @ steps, return_inverse=True)
@@ -43,11 +43,11 @@ def grid(cells: np.ndarray) -> tuple[np.ndarray, sparse.csr_array]:
     return vertex, sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
 
 
-def bistochastise(neighbours: sparse.csr_array, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def bistochastize(neighbors: sparse.csr_array, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(m, n) such that n * blur(n * x) is a blur that keeps a constant, weighted by m, as it is."""
 
     def blur(x):
-        return 10 * x + neighbours @ x
+        return 10 * x + neighbors @ x
 
     n = np.ones_like(mass)
     for _ in range(BISTOCHASTISATION_ROUNDS):
@@ -89,14 +89,14 @@ def bilateral_solver(
     """target float [h, w], image uint8 [h, w, 3] -> float64 [h, w]."""
     if target.size == 0:
         return np.zeros(target.shape)
-    vertex, neighbours = grid(cells(image, sigma_spatial, sigma_luma, sigma_chroma))
+    vertex, neighbors = grid(cells(image, sigma_spatial, sigma_luma, sigma_chroma))
     mass = np.bincount(vertex).astype(np.float64)
-    m, n = bistochastise(neighbours, mass)
+    m, n = bistochastize(neighbors, mass)
     weight = confidence * mass
     b = confidence * np.bincount(vertex, target.ravel().astype(np.float64))
 
     def multiply(x):
-        return smoothness * (m * x - n * (10 * n * x + neighbours @ (n * x))) + weight * x
+        return smoothness * (m * x - n * (10 * n * x + neighbors @ (n * x))) + weight * x
 
     diagonal = np.maximum(smoothness * (m - 10 * n * n) + weight, DIAGONAL_FLOOR)
     solution = conjugate_gradients(multiply, b, b / weight, diagonal, iterations, tolerance)

@@ -34,8 +34,8 @@ def dense_crf(
         return torch.empty_like(probabilities)
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     place = torch.stack([x, y], dim=-1).to(probabilities).reshape(-1, 2)
-    colour = image.to(probabilities.dtype).reshape(-1, 3)
-    both = torch.cat([place / bilateral_sigma, colour / bilateral_sigma_rgb], dim=1)
+    color = image.to(probabilities.dtype).reshape(-1, 3)
+    both = torch.cat([place / bilateral_sigma, color / bilateral_sigma_rgb], dim=1)
     terms = []
     for features, weight in ((place / gaussian_sigma, gaussian_weight), (both, bilateral_weight)):
         norm = filtered(features, place.new_ones(h * w, 1)).rsqrt()  # [P, 1]

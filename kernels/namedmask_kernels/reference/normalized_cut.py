@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""TokenCut's normalised cut with a dense float64 eigensolver, the definition. One photo: features float32 [n, C]."""
+"""TokenCut's normalized cut with a dense float64 eigensolver, the definition. One photo: features float32 [n, C]."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def edges(features: Tensor, tau: float) -> np.ndarray:
 
 
 def cut(connected: np.ndarray, eps: float) -> Cut:
-    """connected bool [n, n], symmetric -> the second smallest generalised eigenpair and what follows from it."""
+    """connected bool [n, n], symmetric -> the second smallest generalized eigenpair and what follows from it."""
     n = len(connected)
     affinity = np.where(connected, 1.0, eps)
     nothing = np.zeros(n), 1.0, 0.0, np.zeros(n, bool), -1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def windows(grid: Tensor, dilations: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
-    """grid [C, H, W] -> for each dilation, each place of a 3 x 3 window: the grid as seen from there, is it the centre?
+    """grid [C, H, W] -> for each dilation, each place of a 3 x 3 window: the grid as seen from there, is it the center?
 
     Beyond the border stands the nearest pixel.
     """
@@ -24,12 +24,12 @@ def windows(grid: Tensor, dilations: Sequence[int]) -> Iterator[tuple[Tensor, bo
 
 
 def affinities(image: Tensor, dilations: Sequence[int]) -> Tensor:
-    """image [3, H, W] from 0 to 1 -> the weights of a pixel's neighbours, [8 * dilations, H, W], that sum to 1."""
+    """image [3, H, W] from 0 to 1 -> the weights of a pixel's neighbors, [8 * dilations, H, W], that sum to 1."""
     spread = torch.stack([window for window, _ in windows(image, dilations)]).std(0)  # [3, H, W]
     logits = [
         -((window - image).abs() / (1e-8 + 0.1 * spread)).mean(0)
-        for window, centre in windows(image, dilations)
-        if not centre
+        for window, center in windows(image, dilations)
+        if not center
     ]
     return torch.stack(logits).softmax(0)
 
@@ -41,6 +41,6 @@ def pamr(masks: Tensor, image: Tensor, dilations: Sequence[int], iterations: int
     weights = affinities(image.permute(2, 0, 1).to(masks.dtype) / 255, dilations)
     refined = masks.permute(2, 0, 1)  # [L, H, W]
     for _ in range(iterations):
-        neighbours = (window for window, centre in windows(refined, dilations) if not centre)
-        refined = sum(weight * window for weight, window in zip(weights, neighbours, strict=True))
+        neighbors = (window for window, center in windows(refined, dilations) if not center)
+        refined = sum(weight * window for weight, window in zip(weights, neighbors, strict=True))
     return refined.permute(1, 2, 0).clone()

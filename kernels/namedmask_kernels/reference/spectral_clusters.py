@@ -21,7 +21,7 @@ def affinity(features: Tensor) -> np.ndarray | None:
 
 
 def embedding(affinity: np.ndarray, vectors: int) -> np.ndarray:
-    """The generalised eigenvectors v_2, v_3, ... of (D - A, D), columns [n, vectors]; rows without affinity are 0."""
+    """The generalized eigenvectors v_2, v_3, ... of (D - A, D), columns [n, vectors]; rows without affinity are 0."""
     degrees = affinity.sum(1)
     joined = degrees > 1e-6
     a, d = affinity[np.ix_(joined, joined)], degrees[joined]
@@ -49,12 +49,12 @@ class Random:
         return (self._mix(self.state) >> 11) * 2.0**-53
 
 
-def _squares(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+def _squares(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
     """[n, d], [c, d] -> squared distances [n, c]."""
-    return ((points[:, None] - centres) ** 2).sum(2)
+    return ((points[:, None] - centers) ** 2).sum(2)
 
 
-def _choose_centres(points: np.ndarray, k: int, random: Random) -> np.ndarray:
+def _choose_centers(points: np.ndarray, k: int, random: Random) -> np.ndarray:
     chosen = [int(random.next() * len(points))]
     while len(chosen) < k:
         distance = _squares(points, points[chosen]).min(1)
@@ -69,15 +69,15 @@ def kmeans(points: np.ndarray, k: int, seed: int) -> np.ndarray:
     """points [n, d] -> labels [n], numbered in the order in which they first occur."""
     least, best = np.inf, None
     for run in range(RESTARTS):
-        centres = _choose_centres(points, k, Random(seed, k, run))
+        centers = _choose_centers(points, k, Random(seed, k, run))
         labels = None
         for _ in range(ROUNDS + 1):
-            before, squares = labels, _squares(points, centres)
+            before, squares = labels, _squares(points, centers)
             labels = squares.argmin(1)
             if before is not None and np.array_equal(before, labels):
                 break
             for c in np.unique(labels):
-                centres[c] = points[labels == c].mean(0)
+                centers[c] = points[labels == c].mean(0)
         if squares.min(1).sum() < least:
             least, best = squares.min(1).sum(), labels
     _, first, inverse = np.unique(best, return_index=True, return_inverse=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The affinity of normalized_cut as bits, for GPUs from sm_80 on; csrc/cuda/normalized_cut.cu goes on from there.
 
-A tile of cosines is a sum of three float16 products on the tensor cores, as accurate as in float32 (unit_rows.py), so
-no pair needs a second look. (One product, and a second look at pairs within its error of 1e-3 from tau, would take a
+A tile of cosines is a sum of three float16 products on the tensor cores, as accurate as in float32 (normalized_rows.py), so no
+pair needs a second look. (One product, and a second look at pairs within its error of 1e-3 from tau, would take a
 third of the flops; but few of the tiles, of 16,384 pairs each, would be without such a pair.) Tiles below the diagonal
 are mirrored, which makes the bits symmetric and halves the work. All tiles of all photos go into one launch.
 """
@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .normalized_rows import STEPS, NormalizedRows, cosines, steps_on, upper_tile, upper_tiles
 from .tables import to_device
-from .unit_rows import STEPS, UnitRows, cosines, steps_on, upper_tile, upper_tiles
 
 TILE = 128  # rows and columns; fixed by the layout of the bits, see normalized_cut.h
 
@@ -59,7 +59,7 @@ def _connect(high, low, table, bits, threshold, row_stride, TILE: tl.constexpr, 
         tl.store(photo + ((down * size + column)[:, None] * 4 + word[None, :]), turned)
 
 
-def affinity_bits(unit: UnitRows, offsets: Tensor, tau: float) -> Tensor:
+def affinity_bits(unit: NormalizedRows, offsets: Tensor, tau: float) -> Tensor:
     """Which cosines exceed tau: the `bits` of normalized_cut.h, int32, in the order of the current stream.
 
     unit: of the tokens offsets[0] .. offsets[-1] of the batch; offsets int32 [B + 1] on the CPU

@@ -2,7 +2,7 @@
 """pamr for GPUs from sm_80 on: the weights once, then one launch for each iteration, a thread block for some pixels.
 
 The weights are stored as pamr.h has them: square roots with 16 bits, here shifted by 32768 to fit an int16, one plane
-[T] for each neighbour. Masks stay as they come, [T, L], so that neighbouring threads read neighbouring values.
+[T] for each neighbor. Masks stay as they come, [T, L], so that neighboring threads read neighboring values.
 No atomics: the same bits every time, alone or in a batch.
 """
 
@@ -37,8 +37,8 @@ def _block(table, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _neighbour(y, x, h, w, d, J: tl.constexpr):
-    """The place in its photo of neighbour J, 0 to 8 in raster order, d pixels away; beyond the border the nearest."""
+def _neighbor(y, x, h, w, d, J: tl.constexpr):
+    """The place in its photo of neighbor J, 0 to 8 in raster order, d pixels away; beyond the border the nearest."""
     row = tl.minimum(tl.maximum(y + (J // 3 - 1) * d, 0), h - 1)
     column = tl.minimum(tl.maximum(x + (J % 3 - 1) * d, 0), w - 1)
     return row * w + column
@@ -46,7 +46,7 @@ def _neighbour(y, x, h, w, d, J: tl.constexpr):
 
 @triton.jit
 def _logit(image, at, r, g, b, r_factor, g_factor, b_factor):
-    """How alike the pixel `at` is to the centre, of colours r, g, b."""
+    """How alike the pixel `at` is to the center, of colors r, g, b."""
     r_away = tl.abs(tl.load(image + at).to(tl.int32) - r).to(tl.float32)
     g_away = tl.abs(tl.load(image + at + 1).to(tl.int32) - g).to(tl.float32)
     b_away = tl.abs(tl.load(image + at + 2).to(tl.int32) - b).to(tl.float32)
@@ -55,7 +55,7 @@ def _logit(image, at, r, g, b, r_factor, g_factor, b_factor):
 
 @triton.jit
 def _factor(total, squares, n):
-    """Sums of n differences from the centre and of their squares -> what makes a difference of 255 levels a logit."""
+    """Sums of n differences from the center and of their squares -> what makes a difference of 255 levels a logit."""
     spread = (n * squares - total * total).to(tl.float32) / (n * (n - 1)).to(tl.float32)
     return -1 / (3 * (0.1 * tl.sqrt(spread) + 255 * 1e-8))
 
@@ -76,7 +76,7 @@ def _affinities(image, table, dilations, weights, scales, tokens, count, PIXELS:
     for i in tl.range(0, count):
         d = tl.load(dilations + i)
         for j in tl.static_range(9):
-            at = 3 * _neighbour(y, x, h, w, d, j)
+            at = 3 * _neighbor(y, x, h, w, d, j)
             r_away = tl.load(photo + at).to(tl.int32) - r
             g_away = tl.load(photo + at + 1).to(tl.int32) - g
             b_away = tl.load(photo + at + 2).to(tl.int32) - b
@@ -95,7 +95,7 @@ def _affinities(image, table, dilations, weights, scales, tokens, count, PIXELS:
         d = tl.load(dilations + i)
         for j in tl.static_range(9):
             if j != 4:
-                at = 3 * _neighbour(y, x, h, w, d, j)
+                at = 3 * _neighbor(y, x, h, w, d, j)
                 top = tl.maximum(top, _logit(photo, at, r, g, b, r_factor, g_factor, b_factor))
 
     total = tl.zeros([PIXELS], tl.float32)
@@ -104,7 +104,7 @@ def _affinities(image, table, dilations, weights, scales, tokens, count, PIXELS:
         d = tl.load(dilations + i)
         for j in tl.static_range(9):
             if j != 4:
-                at = 3 * _neighbour(y, x, h, w, d, j)
+                at = 3 * _neighbor(y, x, h, w, d, j)
                 logit = _logit(photo, at, r, g, b, r_factor, g_factor, b_factor)
                 root = (tl.exp((logit - top) * 0.5) * 65535 + 0.5).to(tl.int32)
                 tl.store(out, (root - 32768).to(tl.int16), mask=inside)
@@ -129,7 +129,7 @@ def _average(
         d = tl.load(dilations + i)
         for j in tl.static_range(9):
             if j != 4:
-                at = _neighbour(y, x, h, w, d, j) * labels
+                at = _neighbor(y, x, h, w, d, j) * labels
                 root = tl.load(place).to(tl.float32) + 32768
                 acc += (root * root)[:, None] * tl.load(masks + at[:, None], mask=mask, other=0.0)
                 place += tokens

@@ -3,8 +3,8 @@
 
 A block goes through the tiles of S beside it and adds each tile's product with the masks and its rows' sums; a tile is
 all of S that ever exists. Cosines are at most 1, so unlike attention it needs no running maximum. The tile is made
-anew in each step: its three products of float16 on the tensor cores (unit_rows.py) take less time than n^2 floats would
-to be written and read. No atomics: the same bits every time, alone or in a batch.
+anew in each step: its three products of float16 on the tensor cores (normalized_rows.py) take less time than n^2 floats
+would to be written and read. No atomics: the same bits every time, alone or in a batch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .normalized_rows import CHANNELS, cosines, normalized_rows, refuse_infinite
 from .tables import block_table, to_device
-from .unit_rows import CHANNELS, cosines, refuse_infinite, unit_rows
 
 # Not yet measured on a GPU: chosen for no spills.
 ROWS, COLUMNS = 128, 64  # of a tile of S
@@ -70,7 +70,7 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
     """
     count = masks.shape[1]
     with torch.cuda.device_of(masks):
-        unit = unit_rows(features)
+        unit = normalized_rows(features)
         refuse_infinite("random_walk", unit.finite, offsets)
         if masks.numel() == 0 or steps == 0:
             out.copy_(masks)

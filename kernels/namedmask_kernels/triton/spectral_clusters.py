@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .normalized_rows import STEPS, NormalizedRows, cosines, steps_on, upper_tile, upper_tiles
 from .tables import to_device
-from .unit_rows import STEPS, UnitRows, cosines, steps_on, upper_tile, upper_tiles
 
 TILE = 128
 
@@ -42,7 +42,7 @@ def _range(high, low, table, ranges, row_stride, TILE: tl.constexpr, CHANNELS: t
         tl.store(at + 1, tl.max(tl.max(tile, 1), 0))
 
 
-def cosine_ranges(unit: UnitRows, offsets: Tensor) -> Tensor:
+def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
     """float32 [B, 2], the least and largest cosine of any two tokens of a photo, in the order of the current stream.
 
     offsets int32 [B + 1] on the CPU, from 0 on. A photo of no tokens has inf and -inf.

@@ -218,7 +218,7 @@ T __shfl_xor_sync(unsigned mask, T value, int by) {
 
 namespace namedmask::cuda {
 
-// As csrc/cuda/matrix_units.h has it.
+// As csrc/cuda/mma.h has it.
 inline void multiply_add_bytes(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const emulator::Offer mine = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const unsigned parity = emulator::offer(0xffffffffu, mine), lane = emulator::current % 32;

@@ -12,9 +12,9 @@
 namespace namedmask::cpu {
 
 // Asks the system for all pages of an output that is about to be written, where some are missing. Outputs often lie in
-// fresh memory, and a page fault for each 4 kB takes longer than labelling what is in them: of 480 x 480 labels 250 us,
+// fresh memory, and a page fault for each 4 kB takes longer than labeling what is in them: of 480 x 480 labels 250 us,
 // in one call 100, and to see that none is missing takes 1. Where the system does not know the calls, nothing happens.
-inline void populate(void* data, size_t bytes) {
+inline void prefault_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE of Linux 5.14, which older C libraries do not name
   constexpr uintptr_t kPage = 4096;   // a wrong guess makes the calls fail, no more

@@ -9,7 +9,7 @@ namespace namedmask::cpu {
 // wait at the end of a worksharing loop or `single` take their share; one that the system does not run meanwhile holds
 // nothing up, as it would at a barrier. f may not throw.
 template <class F>
-void share_out(int64_t n, int64_t grain, const F& f) {
+void parallel_for(int64_t n, int64_t grain, const F& f) {
 #pragma omp taskloop grainsize(grain) shared(f)
   for (int64_t i = 0; i < n; ++i) f(i);
 }

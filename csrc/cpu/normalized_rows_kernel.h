@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// unit_rows' inner loops, included by one file per instruction level; level.h says what is allowed here.
+// normalized_rows' inner loops, included by one file per instruction level; level.h says what is allowed here.
 #include "doubles.h"
-#include "unit_rows_levels.h"
+#include "normalized_rows_levels.h"
 
 namespace namedmask::cpu {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The parts of unit_rows that exist once per instruction level, with the same bits on all; see level.h.
+// The parts of normalized_rows that exist once per instruction level, with the same bits on all; see level.h.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@ struct UnitRowKernels {
   void (*scale)(const float* row, int64_t n, double factor, float* out);
 };
 
-extern const UnitRowKernels unit_rows_portable;
+extern const UnitRowKernels normalized_rows_portable;
 #if defined(__x86_64__)
-extern const UnitRowKernels unit_rows_avx2, unit_rows_avx512;
+extern const UnitRowKernels normalized_rows_avx2, normalized_rows_avx512;
 #endif
 
 }  // namespace namedmask::cpu

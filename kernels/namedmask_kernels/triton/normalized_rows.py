@@ -17,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 CHANNELS = 64  # that a product takes at a time; rows are padded to a multiple of it with zeros
-TOKENS = 16  # of a block of `_unit_rows`
+TOKENS = 16  # of a block of `_normalized_rows`
 # For tiles of 128 x 128 cosines, by architecture: channels of a step, a divisor of CHANNELS, and options. Not yet
 # measured on a GPU: chosen for no spills.
 STEPS = {80: (16, {"num_warps": 8, "num_stages": 3}), 90: (64, {"num_warps": 8, "num_stages": 2})}
 
 
-class UnitRows(NamedTuple):
+class NormalizedRows(NamedTuple):
     """high, low: float16 [T, channels rounded up]: 2^8 times the unit vectors; finite: bool [T], of their features."""
 
     high: Tensor
@@ -32,8 +32,8 @@ class UnitRows(NamedTuple):
 
 
 @triton.jit
-def _unit_rows(features, high, low, finite, tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The arrays of UnitRows for TOKENS rows of features [tokens, channels]; grid (blocks)."""
+def _normalized_rows(features, high, low, finite, tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The arrays of NormalizedRows for TOKENS rows of features [tokens, channels]; grid (blocks)."""
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = (row < tokens)[:, None]
     squares = tl.zeros([TOKENS], tl.float64)
@@ -96,8 +96,8 @@ def steps_on(like: Tensor) -> tuple[int, dict[str, int]]:
     return STEPS[90 if major in (9, 10) else 80]  # consumers' later GPUs have the shared memory of sm_8x
 
 
-def unit_rows(features: Tensor) -> UnitRows:
-    """features float32 [T, C], contiguous, on a GPU -> UnitRows beside them, in the order of the current stream.
+def normalized_rows(features: Tensor) -> NormalizedRows:
+    """features float32 [T, C], contiguous, on a GPU -> NormalizedRows beside them, in the order of the current stream.
 
     As the CPU kernels have it: norms in float64, rows divided by max(norm, 1e-12) and rounded to float32.
     """
@@ -106,10 +106,10 @@ def unit_rows(features: Tensor) -> UnitRows:
     high, low = torch.empty(2, tokens, padded, dtype=torch.float16, device=features.device)
     finite = torch.empty(tokens, dtype=torch.bool, device=features.device)
     if tokens:
-        _unit_rows[(triton.cdiv(tokens, TOKENS),)](
+        _normalized_rows[(triton.cdiv(tokens, TOKENS),)](
             features, high, low, finite, tokens, channels, TOKENS=TOKENS, CHANNELS=CHANNELS
         )
-    return UnitRows(high, low, finite)
+    return NormalizedRows(high, low, finite)
 
 
 def refuse_infinite(op: str, finite: Tensor, offsets: Tensor, first: int = 0) -> None:
@@ -124,9 +124,9 @@ def refuse_infinite(op: str, finite: Tensor, offsets: Tensor, first: int = 0) ->
 
 
 def ahead_of_time() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], dict[str, int]]]:
-    """(label, kernel, types of its arguments, constants, options) of every variant that `unit_rows` starts."""
+    """(label, kernel, types of its arguments, constants, options) of every variant that `normalized_rows` starts."""
     yield (
-        "_unit_rows", _unit_rows,
+        "_normalized_rows", _normalized_rows,
         {"features": "*fp32", "high": "*fp16", "low": "*fp16", "finite": "*i1", "tokens": "i32", "channels": "i32"},
         {"TOKENS": TOKENS, "CHANNELS": CHANNELS}, {},
     )  # fmt: skip

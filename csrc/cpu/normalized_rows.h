@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "buffer.h"
+#include "normalized_rows_levels.h"
 #include "panel.h"
-#include "unit_rows_levels.h"
 
 namespace namedmask::cpu {
 
@@ -16,19 +16,19 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 // Eight partial sums in a fixed order, which the compiler turns into vectors.
 double dot(const double* a, const double* b, int64_t n);
 
-class UnitRows {
+class NormalizedRows {
  public:
-  UnitRows();
+  NormalizedRows();
 
   // features [n, C]; tokens are padded to a multiple of kBlock. Which of the two layouts are wanted. Allocates, so that
-  // normalise() may run in a parallel region.
+  // normalize() may run in a parallel region.
   void prepare(const float* features, int64_t n, int64_t channels, bool rows, bool panels);
 
   int64_t panels() const { return padded_ / kPanel; }
 
   // Rows of one panel divided by max(norm, 1e-12), row-major, side by side or both; rows beyond n repeat the last, so
   // that they add no cosine that is not there. Panels may be done by any threads.
-  void normalise(int64_t panel);
+  void normalize(int64_t panel);
 
   // False when a row held NaN or Inf; known when all panels are done.
   bool finite() const { return finite_; }

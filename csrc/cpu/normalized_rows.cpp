@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-#include "unit_rows.h"
+#include "normalized_rows.h"
 
 #include <algorithm>
 #include <cmath>
 
 #include "level.h"
-#include "unit_rows_levels.h"
+#include "normalized_rows_levels.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -14,10 +14,10 @@ constexpr int64_t kPart = 64;  // channels that go into a panel at a time
 
 const UnitRowKernels& kernels() {
 #if defined(__x86_64__)
-  if (level() >= Level::kAVX512) return unit_rows_avx512;
-  if (level() == Level::kAVX2) return unit_rows_avx2;
+  if (level() >= Level::kAVX512) return normalized_rows_avx512;
+  if (level() == Level::kAVX2) return normalized_rows_avx2;
 #endif
-  return unit_rows_portable;
+  return normalized_rows_portable;
 }
 
 }  // namespace
@@ -32,9 +32,9 @@ double dot(const double* a, const double* b, int64_t n) {
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
-UnitRows::UnitRows() : kernels_(kernels()) {}
+NormalizedRows::NormalizedRows() : kernels_(kernels()) {}
 
-void UnitRows::prepare(const float* features, int64_t n, int64_t channels, bool rows, bool panels) {
+void NormalizedRows::prepare(const float* features, int64_t n, int64_t channels, bool rows, bool panels) {
   features_ = features, n_ = n, channels_ = channels, padded_ = round_up(n, kBlock);
   rows_ = rows ? row_memory_.reserve(padded_ * channels_) : nullptr;
   panels_ = panels ? panel_memory_.reserve(padded_ * channels_) : nullptr;
@@ -42,11 +42,11 @@ void UnitRows::prepare(const float* features, int64_t n, int64_t channels, bool 
   finite_ = true;
 }
 
-void UnitRows::unit_row(int64_t i, float* out) const {
+void NormalizedRows::unit_row(int64_t i, float* out) const {
   kernels_.scale(features_ + std::min(i, n_ - 1) * channels_, channels_, factors_[i], out);
 }
 
-void UnitRows::normalise(int64_t panel) {
+void NormalizedRows::normalize(int64_t panel) {
   const int64_t first = panel * kPanel;
   for (int64_t i = first; i < first + kPanel; ++i) {
     const float* in = features_ + std::min(i, n_ - 1) * channels_;
