@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The affinity of normalized_cut as bits, for GPUs from sm_80 on; csrc/cuda/normalized_cut.cu goes on from there.
 
-A tile of cosines is a sum of three float16 products on the tensor cores, as accurate as in float32 (normalized_rows.py), so no
-pair needs a second look. (One product, and a second look at pairs within its error of 1e-3 from tau, would take a
-third of the flops; but few of the tiles, of 16,384 pairs each, would be without such a pair.) Tiles below the diagonal
-are mirrored, which makes the bits symmetric and halves the work. All tiles of all photos go into one launch.
+A tile of cosines is a sum of three float16 products on the tensor cores, as accurate as in float32
+(normalized_rows.py), so no pair needs a second look. (One product, and a second look at pairs within its error of 1e-3
+from tau, would take a third of the flops; but few of the tiles, of 16,384 pairs each, would be without such a pair.)
+Tiles below the diagonal are mirrored, which makes the bits symmetric and halves the work. All tiles of all photos go
+into one launch.
 """
 
 from __future__ import annotations
