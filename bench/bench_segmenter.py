@@ -36,7 +36,7 @@ def make_network(quick: bool) -> DeepLab:
 
 
 def settings_of(quick: bool, **changed) -> SegmenterTraining:
-    return SegmenterTraining(**({"crop": 64, "batch": 4} if quick else {}) | changed)
+    return SegmenterTraining(**({"crop_size": 64, "batch_size": 4} if quick else {}) | changed)
 
 
 def our_step(network: DeepLab, photos, labels, settings: SegmenterTraining):
@@ -68,7 +68,9 @@ def plain_step(network: DeepLab, photos, labels):
 def test_training_step(benchmark, quick):
     settings = settings_of(quick)
     generator = torch.Generator().manual_seed(0)
-    photos = torch.randint(0, 256, (PHOTOS, 3, settings.crop, settings.crop), dtype=torch.uint8, generator=generator)
+    photos = torch.randint(
+        0, 256, (PHOTOS, 3, settings.crop_size, settings.crop_size), dtype=torch.uint8, generator=generator
+    )
     labels = torch.randint(IGNORE, CLASSES, photos[:, 0].shape, dtype=torch.int32, generator=generator)
     bfloat16 = settings.model_copy(update={"precision": "bfloat16"})
     last = make_network(quick).to(memory_format=torch.channels_last)
@@ -90,7 +92,7 @@ def test_training_step(benchmark, quick):
     ceiling = {"float32": matrix_rate(torch.float32, size), "bfloat16": matrix_rate(torch.bfloat16, size)}
     flops = 3 * counter.get_total_flops()
     report(
-        f"training step, DeepLabv3+ on {network.encoder}, crop {settings.crop}, {PHOTOS} photos, "
+        f"training step, DeepLabv3+ on {network.encoder}, crop {settings.crop_size}, {PHOTOS} photos, "
         f"{flops / PHOTOS / 1e9:.0f} GFLOP a photo",
         [
             {
@@ -113,9 +115,9 @@ class Plain(Dataset):
         self.source, self.samples, self.settings = source, samples, settings
         self.colors = v2.Compose(
             [
-                v2.RandomApply([v2.ColorJitter(*settings.jitter)], settings.jitter_share),
-                v2.RandomGrayscale(settings.gray),
-                *([v2.RandomApply([v2.GaussianBlur(39, settings.blur_sigma)], settings.blur)] if blur else []),
+                v2.RandomApply([v2.ColorJitter(*settings.color_jitter)], settings.color_jitter_prob),
+                v2.RandomGrayscale(settings.grayscale_prob),
+                *([v2.RandomApply([v2.GaussianBlur(39, settings.blur_sigma)], settings.blur_prob)] if blur else []),
                 v2.PILToTensor(),
             ]
         )
@@ -124,7 +126,7 @@ class Plain(Dataset):
         return len(self.samples)
 
     def view(self, number: int):
-        sample, size = self.samples[number], self.settings.crop
+        sample, size = self.samples[number], self.settings.crop_size
         with Image.open(f"{self.source.path}/{sample.record.photo}") as file:
             photo = file.convert("RGB")
         labels = Image.fromarray(sample.record.mask().astype(np.int32) * sample.label)
@@ -138,13 +140,13 @@ class Plain(Dataset):
         photo, labels = v2.functional.pad(photo, padding, mean), v2.functional.pad(labels, padding, IGNORE)
         top, left = (int(torch.randint(side - size + 1, ())) for side in (photo.height, photo.width))
         photo, labels = (v2.functional.crop(x, top, left, size, size) for x in (photo, labels))
-        if torch.rand(()) < self.settings.flip:
+        if torch.rand(()) < self.settings.flip_prob:
             photo, labels = v2.functional.hflip(photo), v2.functional.hflip(labels)
         return self.colors(photo), torch.from_numpy(np.array(labels))
 
     def __getitem__(self, number: int):
         photo, labels = self.view(number)
-        for _ in range(int(torch.randint(self.settings.copies[0], self.settings.copies[1] + 1, ()))):
+        for _ in range(int(torch.randint(self.settings.paste_objects[0], self.settings.paste_objects[1] + 1, ()))):
             other, theirs = self.view(int(torch.randint(len(self), ())))
             rows, columns = (theirs > 0).any(1).nonzero(), (theirs > 0).any(0).nonzero()
             if not len(rows):
@@ -152,7 +154,7 @@ class Plain(Dataset):
             box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
             is_object = theirs[box] > 0
             h, w = is_object.shape
-            top, left = (int(torch.randint(self.settings.crop - side + 1, ())) for side in (h, w))
+            top, left = (int(torch.randint(self.settings.crop_size - side + 1, ())) for side in (h, w))
             photo[:, top : top + h, left : left + w][:, is_object] = other[:, box[0], box[1]][:, is_object]
             labels[top : top + h, left : left + w][is_object] = theirs[box][is_object]
         return photo, labels
@@ -178,13 +180,13 @@ def test_data_pipeline(benchmark, world, quick):
     def ours(steps: int) -> float:
         began = time.perf_counter()
         for photos, labels in batches(source, samples, settings, Worker(), range(steps)):
-            assert photos.shape[2:] == labels.shape[1:] == (settings.crop, settings.crop)
-        return steps * settings.batch / (time.perf_counter() - began)
+            assert photos.shape[2:] == labels.shape[1:] == (settings.crop_size, settings.crop_size)
+        return steps * settings.batch_size / (time.perf_counter() - began)
 
     def plain(blur: bool, steps: int) -> float:
-        loader = DataLoader(Plain(source, samples, settings, blur), settings.batch, num_workers=2)
+        loader = DataLoader(Plain(source, samples, settings, blur), settings.batch_size, num_workers=2)
         taken, began = 0, 0.0
-        while taken < steps * settings.batch:
+        while taken < steps * settings.batch_size:
             for photos, _ in loader:
                 if not began:
                     began = time.perf_counter()  # the first batch starts the processes
@@ -198,12 +200,12 @@ def test_data_pipeline(benchmark, world, quick):
     rates = {f"ours, {thread_count()} threads": ours(steps)}
     rates["DataLoader, 2 processes, torchvision, no blur"] = plain(False, steps)
     rates["DataLoader, 2 processes, torchvision"] = plain(True, 1)
-    photos = torch.randint(0, 256, (PHOTOS, 3, settings.crop, settings.crop), dtype=torch.uint8)
+    photos = torch.randint(0, 256, (PHOTOS, 3, settings.crop_size, settings.crop_size), dtype=torch.uint8)
     step = our_step(make_network(quick), photos, torch.zeros(photos[:, 0].shape, dtype=torch.int32), settings)
     eaten = PHOTOS / paired_medians({"": step}, rounds=3)[""]
     report(
-        f"data pipeline, 480 x 640 JPEG to crop {settings.crop} with {settings.copies} copies; a step takes "
-        f"{eaten:.2f} photos/s",
+        f"data pipeline, 480 x 640 JPEG to crop {settings.crop_size}, {settings.paste_objects} objects pasted; a step "
+        f"takes {eaten:.2f} photos/s",
         [{"who": who, "photos/s": rate, "ms a photo": 1e3 / rate, "of what a step takes": rate / eaten}
          for who, rate in rates.items()],
     )  # fmt: skip

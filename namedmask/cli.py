@@ -1,198 +1,234 @@
 # SPDX-License-Identifier: MIT
-"""The commands: parse, call one stage, print. Everything heavy is imported by what needs it, so --help is quick.
+"""The commands: parse, call one stage or function, print. What is heavy is imported where it is needed.
 
-Exit codes: 0 finished (photos that could not be used are in errors.jsonl), 1 an error of the program, 2 something that
-the user can mend, 3 finished but every photo failed, 130 interrupted.
+The options of commands that run stages are generated from the fields of `config`; --set and --config reach those that
+have no option.
+
+Exit codes: 0 finished (photos that could not be used are in errors.jsonl), 1 internal error, 2 an error that the user
+can fix, 3 finished but no photo could be used, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
+from .config import Setting, find_setting, merge, nest, read_settings, settings
 from .errors import UserError
+from .files import absolute
+from .stages import STAGES
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-alone = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
-)  # namedmask-pseudolabel
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
+pseudolabel_app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
 
-Photos = Annotated[Path, typer.Argument(metavar="PHOTOS", help="A folder, a list file (.txt) or a .tar of photos.")]
-Out = Annotated[Path, typer.Option("--out", help="The run folder; made if missing, continued if it is there.")]
-DemoOut = Annotated[Path, typer.Option("--out", help="The demo's folder; made if missing, continued if it is there.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The run folder.")]
-Categories = Annotated[
-    str | None,
-    typer.Option("--categories", help="Names, separated by commas. Without names PHOTOS must be class folders."),
+LABELING = ("index", "archive", "pseudolabel", "report")  # what `namedmask run` runs
+
+Photos = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[PHOTOS]", help="Folder, list file (.txt) or .tar of photos. Default: those of the run in --out."
+    ),
 ]
-CategoriesFile = Annotated[Path | None, typer.Option("--categories-file", help="A file with one name a line.")]
-ClipModel = Annotated[
-    str | None, typer.Option("--clip-model", help="open_clip's MODEL:PRETRAINED. (default: ViT-L-14-336:openai)")
+Out = Annotated[Path, typer.Option("--out", help="Run folder; created if missing, continued if it exists.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Run folder.")]
+MovedPhotos = Annotated[Path | None, typer.Option("--photos", help="Where the photos are now, if they have moved.")]
+Categories = Annotated[str | None, typer.Option("--categories", metavar="NAME,...", help="Category names.")]
+CategoriesFile = Annotated[Path | None, typer.Option("--categories-file", help="File with one category name per line.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings in the format of a run's run.toml.")
 ]
-ClipWeights = Annotated[Path | None, typer.Option("--clip-weights", help="A local file with CLIP's weights.")]
-Embeddings = Annotated[
-    Path | None, typer.Option("--embeddings", help="FILE.safetensors (beside FILE.json) instead of a CLIP model.")
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any setting, such as refine.crf.confidence=0.9. Repeatable."),
 ]
-PhotosPerCategory = Annotated[
-    int | None, typer.Option("--photos-per-category", help="Size of the archive of each name. (default: 500)")
-]
-Detector = Annotated[
-    str | None, typer.Option("--detector", help="spectral, cluster-vote or selfmask. (default: spectral)")
-]
-DetectorWeights = Annotated[
-    Path | None, typer.Option("--detector-weights", help="A local file with selfmask's network, its encoder included.")
-]
-BackboneName = Annotated[
-    str | None, typer.Option("--backbone", help="A timm ViT. (default: vit_small_patch8_224.dino)")
-]
-BackboneWeights = Annotated[Path | None, typer.Option("--backbone-weights", help="A local file with its weights.")]
-MoreBackbones = Annotated[
-    str | None,
-    typer.Option("--more-backbones", help="NAME or NAME=FILE, separated by commas, that vote in cluster-vote too."),
-]
-Features = Annotated[str | None, typer.Option("--features", help="tokens or keys of the last block. (default: keys)")]
-Center = Annotated[
-    bool | None,
-    typer.Option("--center/--no-center", help="Subtract each photo's mean feature; DINOv2 needs it. (default: no)"),
-]
-Tau = Annotated[float | None, typer.Option("--tau", help="Cosines above it are edges of the graph. (default: 0.2)")]
-ImageSize = Annotated[
-    int | None, typer.Option("--image-size", help="Short side for the backbone, in pixels. (default: 448)")
-]
-Mirror = Annotated[
-    bool | None, typer.Option("--mirror/--no-mirror", help="selfmask also looks at each photo mirrored. (default: no)")
-]
-Precision = Annotated[
-    str | None, typer.Option("--precision", help="float32 or bfloat16 for the backbone. (default: float32)")
-]
-Refine = Annotated[str | None, typer.Option("--refine", help="bilateral, crf, pamr or none. (default: bilateral)")]
-LargestComponent = Annotated[
-    bool | None,
-    typer.Option("--largest-component/--all-components", help="Refine the largest part alone. (default: all)"),
-]
-Weights = Annotated[
-    Path,
-    typer.Argument(metavar="WEIGHTS", help="A segmenter's folder or its model.safetensors, or NamedMask's .pth."),
-]
-EncoderName = Annotated[str, typer.Option("--encoder", help="A timm network, for weights without a categories.json.")]
-TrainedEncoder = Annotated[
-    str | None, typer.Option("--encoder", help="A timm network, or resnet50.dino. (default: resnet50.dino)")
-]
-EncoderWeights = Annotated[Path | None, typer.Option("--encoder-weights", help="A local file with its weights.")]
-Width = Annotated[int | None, typer.Option("--width", help="Channels of the head. (default: 256)")]
-Crop = Annotated[int | None, typer.Option("--crop", help="Pixels a side in training. (default: 384)")]
-Rate = Annotated[float | None, typer.Option("--rate", help="Learning rate of the head. (default: 5e-4)")]
-EncoderRate = Annotated[float | None, typer.Option("--encoder-rate", help="Of the encoder. (default: 5e-5)")]
-TrainingPrecision = Annotated[
-    str | None, typer.Option("--precision", help="float32 or bfloat16 for the products. (default: float32)")
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of all draws. (default: 0)")]
-FillHoles = Annotated[
-    bool | None,
-    typer.Option("--fill-holes/--keep-holes", help="What a refined mask surrounds is object too. (default: no)"),
-]
-Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes on the CPU.")]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Number of processes on the CPU.")]
 Gpus = Annotated[
-    int | None,
-    typer.Option("--gpus", min=0, help="Processes with a GPU each. (default: 1 if a GPU is there, else 0)"),
+    int | None, typer.Option("--gpus", min=0, help="Number of processes with a GPU each. Default: 1 if there is a GPU.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew what was made with other settings.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Remove the results of this command and of later ones, and start over.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+WeightsArgument = Annotated[
+    Path, typer.Argument(metavar="WEIGHTS", help="Segmenter folder, its model.safetensors, or NamedMask's .pth file.")
+]
+EncoderName = Annotated[
+    str, typer.Option("--encoder", help="timm name of the encoder, for weights without a categories.json.")
+]
+PrecisionName = Annotated[
+    Literal["float32", "bfloat16"], typer.Option("--precision", help="Floating-point format; bfloat16 is for GPUs.")
+]
 
 
-# Where each option stands among the settings of a run (`config.RunConfig`).
-SETTINGS = {
-    "photos": ("photos",),
-    "categories": ("categories",),
-    "clip_model": ("index", "clip_model"),
-    "clip_weights": ("index", "clip_weights"),
-    "embeddings": ("index", "embeddings"),
-    "photos_per_category": ("archive", "photos_per_category"),
-    "detector": ("detector", "name"),
-    "detector_weights": ("detector", "weights"),
-    "backbone": ("detector", "backbone"),
-    "backbone_weights": ("detector", "backbone_weights"),
-    "more_backbones": ("detector", "more_backbones"),
-    "features": ("detector", "features"),
-    "center": ("detector", "center"),
-    "tau": ("detector", "tau"),
-    "image_size": ("detector", "image_size"),
-    "mirror": ("detector", "mirror"),
-    "precision": ("detector", "precision"),
-    "refine": ("refine", "name"),
-    "largest_component": ("refine", "largest_component"),
-    "fill_holes": ("refine", "fill_holes"),
-    "mode": ("experts", "mode"),
-    "expert_encoder": ("experts", "encoder"),
-    "expert_encoder_weights": ("experts", "encoder_weights"),
-    "expert_width": ("experts", "width"),
-    "expert_crop": ("experts", "crop"),
-    "expert_batch": ("experts", "batch"),
-    "expert_steps": ("experts", "steps"),
-    "expert_rate": ("experts", "rate"),
-    "expert_encoder_rate": ("experts", "encoder_rate"),
-    "expert_precision": ("experts", "precision"),
-    "expert_seed": ("experts", "seed"),
-    "encoder": ("segmenter", "encoder"),
-    "encoder_weights": ("segmenter", "encoder_weights"),
-    "width": ("segmenter", "width"),
-    "crop": ("segmenter", "crop"),
-    "copies": ("segmenter", "copies"),
-    "batch": ("segmenter", "batch"),
-    "accumulate": ("segmenter", "accumulate"),
-    "steps": ("segmenter", "steps"),
-    "rate": ("segmenter", "rate"),
-    "encoder_rate": ("segmenter", "encoder_rate"),
-    "training_precision": ("segmenter", "precision"),
-    "seed": ("segmenter", "seed"),
-}
+def command(function: Callable) -> Callable:
+    """Turns errors into one line and an exit code."""
 
-
-def settings_of(options: dict) -> dict:
-    """The options that were given -> the nested settings of RunConfig; paths become absolute."""
-    options = dict(options)
-    options["categories"] = _names(options.get("categories"), options.pop("categories_file", None))
-    options["more_backbones"] = _backbones(options.get("more_backbones"))
-    given: dict = {}
-    for option, value in options.items():
-        if value is not None:
-            *parts, key = SETTINGS[option]
-            part = given.setdefault(parts[0], {}) if parts else given
-            # abspath keeps links, which the user may turn elsewhere; Path.resolve() would not.
-            part[key] = os.path.abspath(value) if isinstance(value, Path) else value  # noqa: PTH100
-    return given
-
-
-def _names(categories: str | None, file: Path | None) -> list[str] | None:
-    if categories is not None and file is not None:
-        raise UserError("give --categories or --categories-file, not both")
-    if file is not None:
+    @functools.wraps(function)
+    def wrapper(debug: bool = False, **options: Any) -> None:
         try:
-            text = file.read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise UserError(f"--categories-file {file}: {error}") from None
-        names = [line.strip() for line in text.splitlines()]
-    elif categories is not None:
-        names = [name.strip() for name in categories.split(",")]
-    else:
-        return None
+            function(**options)
+        except UserError as error:
+            if debug:
+                raise
+            print(f"namedmask: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("namedmask: interrupted; run the same command again to continue", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except (typer.Exit, BrokenPipeError):  # click exits quietly when nothing reads its output any more
+            raise
+        except Exception as error:  # an internal error, unless the disk or the network is to blame
+            if debug:
+                raise
+            print(f"namedmask: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+            raise typer.Exit(2 if isinstance(error, OSError) else 1) from None
+
+    return wrapper
+
+
+# -- commands that run stages ----------------------------------------------------------------------------------------
+
+
+def stage_command(*stages: str, takes_photos: bool) -> Callable:
+    """A command that runs stages, with an option for each of their settings that has a flag.
+
+    takes_photos: its argument is the photos, as for a new run, instead of the run folder.
+    """
+    sections = [section for stage in stages for section in STAGES[stage].sections]
+    flags = {_variable(one): one for one in settings() if one.flag and one.name.split(".")[0] in sections}
+
+    def run_stages(
+        out: Path,
+        photos: Path | None = None,
+        categories_file: Path | None = None,
+        config: Path | None = None,
+        set_: list[str] | None = None,
+        workers: int = 1,
+        gpus: int | None = None,
+        overwrite: bool = False,
+        **options: str | None,
+    ) -> None:
+        given = given_settings(
+            sections,
+            config,
+            set_ or [],
+            {flags[name]: text for name, text in options.items() if text is not None},
+        )
+        if categories_file is not None:
+            if options.get("categories") is not None:
+                raise UserError("give --categories or --categories-file, not both")
+            given["categories"] = read_names(categories_file)
+        if photos is not None:
+            given["photos"] = absolute(photos)
+        from . import run
+
+        if not run.start(out, given, stages, workers, gpus, overwrite):
+            raise typer.Exit(3)
+
+    folder = {"photos": (Photos, None), "out": (Out, Path("run"))}
+    parameters: dict[str, tuple[Any, Any]] = folder if takes_photos else {"out": (RunFolder, Parameter.empty)}
+    parameters |= {name: (_option(one), None) for name, one in flags.items()}
+    if "categories" in sections:
+        parameters["categories_file"] = CategoriesFile, None
+    if not takes_photos:
+        parameters["photos"] = MovedPhotos, None
+    parameters |= {"config": (Config, None), "set_": (Set, None), "workers": (Workers, 1), "gpus": (Gpus, None)}
+    parameters |= {"overwrite": (Overwrite, False), "debug": (Debug, False)}
+    wrapper = command(run_stages)
+    wrapper.__signature__ = Signature(  # type: ignore[attr-defined]  # typer makes options of it
+        [Parameter(n, Parameter.KEYWORD_ONLY, annotation=a, default=d) for n, (a, d) in parameters.items()]
+    )
+    wrapper.__annotations__ = {name: annotation for name, (annotation, _) in parameters.items()}
+    return wrapper
+
+
+def _variable(one: Setting) -> str:
+    return (one.flag or "").lstrip("-").replace("-", "_")
+
+
+def _option(one: Setting) -> Any:
+    """The typer option of a setting. Its text is parsed by the setting itself, as that of --set is."""
+    default = one.field.default
+    shown = ",".join(map(str, default)) if one.is_list else str(default).lower() if default is False else default
+    notes = [one.limits, "" if default in (None, [], ...) else f"default: {shown}"]
+    note = "; ".join(filter(None, notes))
+    text = f"{one.field.description} [{note}]" if note else one.field.description
+    if one.kind is bool:
+        return Annotated[bool | None, typer.Option(f"{one.flag}/--no-{(one.flag or '')[2:]}", help=text)]
+    kind: Any = one.kind if one.choices else str  # a Literal is completed by the shell
+    return Annotated[kind | None, typer.Option(one.flag, metavar=one.metavar, help=text)]
+
+
+def given_settings(sections: list[str], config: Path | None, pairs: list[str], options: dict[Setting, Any]) -> dict:
+    """The nested settings that a command line gives: --config, over it --set, over it options.
+
+    Raises UserError for names that do not exist, for values that do not fit, and for --set of what no stage of the
+    command reads; a file may hold the settings of other stages too.
+    """
+    flat: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair}: expected NAME=VALUE, such as refine.crf.confidence=0.9")
+        one = find_setting(name.strip())
+        if one.name.split(".")[0] not in sections:
+            raise UserError(f"--set {one.name}: this command does not read it; it reads {', '.join(sections)}")
+        flat[one.name] = one.parse(text.strip())
+    for one, value in options.items():
+        flat[one.name] = value if isinstance(value, bool) else one.parse(value)
+    if flat.get("categories") == []:
+        raise UserError("--categories: no category name was given")
+    return merge(read_settings(config) if config else {}, nest(flat))
+
+
+def read_names(file: Path) -> list[str]:
+    """The category names in a file, one per line. Raises UserError if there is none."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--categories-file {file}: {error}") from None
     if not (names := [name for name in names if name]):
-        raise UserError("no category name was given")
+        raise UserError(f"--categories-file {file}: no category name was given")
     return names
 
 
-def _backbones(text: str | None) -> list[str] | None:
-    """ "NAME,NAME=FILE" -> its entries, files with absolute paths."""
-    if text is None:
-        return None
-    entries = [entry.strip().partition("=") for entry in text.split(",") if entry.strip()]
-    return [name + equals + (os.path.abspath(file) if file else "") for name, equals, file in entries]  # noqa: PTH100
+run_labeling = stage_command(*LABELING, takes_photos=True)
+run_labeling.__doc__ = """Label photos: index, archive, pseudolabel and report in one go.
+
+Photos and category names in, named masks and a gallery out. Run it again to continue.
+"""
+app.command("run")(run_labeling)
+pseudolabel_app.command()(run_labeling)
+for _stage in STAGES.values():
+    if _stage.sections:
+        app.command(_stage.name, help=_stage.summary)(stage_command(_stage.name, takes_photos=_stage.name == "index"))
+
+
+@app.command(help=STAGES["report"].summary)
+@command
+def report(out: RunFolder, debug: Debug = False) -> None:
+    from .report import write_report
+
+    print(write_report(out))
+
+
+# -- other commands --------------------------------------------------------------------------------------------------
+
+
+def _names(categories: str | None, file: Path | None) -> list[str] | None:
+    """Names from --categories or --categories-file, for commands that are no stages."""
+    if categories is not None and file is not None:
+        raise UserError("give --categories or --categories-file, not both")
+    if categories is not None:
+        return find_setting("categories").parse(categories)
+    return None if file is None else read_names(file)
 
 
 def _source(photos: Path):
@@ -209,202 +245,24 @@ def _load_segmenter(weights: Path, categories: str | None, file: Path | None, en
     from .distributed import count_gpus
     from .segmenter.predict import Segmenter
 
-    if precision not in ("float32", "bfloat16"):
-        raise UserError(f"--precision {precision}: expected float32 or bfloat16")
     device = "cuda" if count_gpus(None, 1) else "cpu"
     return Segmenter.load(weights, categories=names, encoder=encoder, device=device, precision=precision)
-
-
-def command(function: Callable) -> Callable:
-    """Gives every ending its exit code; an error that a person can act on becomes one line."""
-
-    @functools.wraps(function)
-    def wrapper(debug: bool = False, **options) -> None:
-        try:
-            function(**options)
-        except UserError as error:
-            if debug:
-                raise
-            print(f"namedmask: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            print("namedmask: interrupted; run the same command again to go on", file=sys.stderr)
-            raise typer.Exit(130) from None
-        except (typer.Exit, BrokenPipeError):  # click ends quietly when nobody reads its output any more
-            raise
-        except Exception as error:  # a fault of the program, but for the disk's and the network's
-            if debug:
-                raise
-            print(f"namedmask: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
-            raise typer.Exit(2 if isinstance(error, OSError) else 1) from None
-
-    return wrapper
-
-
-def stage_command(*stages: str) -> Callable:
-    """A command that runs stages: the function it decorates is only its signature, the options and the help text."""
-
-    def decorate(signature: Callable) -> Callable:
-        @command
-        @functools.wraps(signature)
-        def run_stages(out, workers=1, gpus=None, overwrite=False, **options) -> None:
-            given = settings_of(options)
-            from . import run
-
-            if not run.start(out, given, stages, workers, gpus, overwrite):
-                raise typer.Exit(3)
-
-        return run_stages
-
-    return decorate
-
-
-@alone.command()
-@stage_command("index", "archive", "pseudolabel", "report")
-def pseudolabel_everything(
-    photos: Photos,
-    out: Out,
-    categories: Categories = None,
-    categories_file: CategoriesFile = None,
-    clip_model: ClipModel = None,
-    clip_weights: ClipWeights = None,
-    embeddings: Embeddings = None,
-    photos_per_category: PhotosPerCategory = None,
-    detector: Detector = None,
-    detector_weights: DetectorWeights = None,
-    backbone: BackboneName = None,
-    backbone_weights: BackboneWeights = None,
-    more_backbones: MoreBackbones = None,
-    features: Features = None,
-    center: Center = None,
-    tau: Tau = None,
-    image_size: ImageSize = None,
-    mirror: Mirror = None,
-    precision: Precision = None,
-    refine: Refine = None,
-    largest_component: LargestComponent = None,
-    fill_holes: FillHoles = None,
-    workers: Workers = 1,
-    gpus: Gpus = None,
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-) -> None:
-    """Photos and names in, named masks and a gallery out: index, archive, pseudolabel and report in one go.
-
-    Run it again to continue; what is done is kept.
-    """
-
-
-@app.command()
-@stage_command("index")
-def index(
-    photos: Photos,
-    out: Out,
-    clip_model: ClipModel = None,
-    clip_weights: ClipWeights = None,
-    embeddings: Embeddings = None,
-    workers: Workers = 1,
-    gpus: Gpus = None,
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-) -> None:
-    """Photos to CLIP image embeddings."""
-
-
-@app.command()
-@stage_command("archive")
-def archive(
-    out: RunFolder,
-    categories: Categories = None,
-    categories_file: CategoriesFile = None,
-    photos_per_category: PhotosPerCategory = None,
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-) -> None:
-    """The best photos of an index for each name."""
-
-
-@app.command()
-@stage_command("pseudolabel")
-def pseudolabel(
-    out: RunFolder,
-    detector: Detector = None,
-    detector_weights: DetectorWeights = None,
-    backbone: BackboneName = None,
-    backbone_weights: BackboneWeights = None,
-    more_backbones: MoreBackbones = None,
-    features: Features = None,
-    center: Center = None,
-    tau: Tau = None,
-    image_size: ImageSize = None,
-    mirror: Mirror = None,
-    precision: Precision = None,
-    refine: Refine = None,
-    largest_component: LargestComponent = None,
-    fill_holes: FillHoles = None,
-    workers: Workers = 1,
-    gpus: Gpus = None,
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-) -> None:
-    """A mask for every photo of an archive."""
-
-
-@app.command()
-@command
-def train_saliency(
-    out: RunFolder,
-    backbone: BackboneName = None,
-    backbone_weights: BackboneWeights = None,
-    start: Annotated[Path | None, typer.Option("--start", help="A SelfMask network to go on from.")] = None,
-    queries: Annotated[int | None, typer.Option("--queries", help="Masks that it proposes. (default: 20)")] = None,
-    layers: Annotated[int | None, typer.Option("--layers", help="Of its decoder. (default: 6)")] = None,
-    keep: Annotated[float | None, typer.Option("--keep", help="Share of the masks, by score. (default: 1)")] = None,
-    paste: Annotated[
-        float | None, typer.Option("--paste", help="Share of objects put before another background. (default: 0)")
-    ] = None,
-    texture: Annotated[
-        float | None, typer.Option("--texture", help="Share of objects with a texture of another photo. (default: 0)")
-    ] = None,
-    crop: Annotated[int | None, typer.Option("--crop", help="Pixels a side in training. (default: 224)")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Photos a step. (default: 8)")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the masks. (default: 12)")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Instead of epochs.")] = None,
-    rate: Annotated[float | None, typer.Option("--rate", help="Learning rate of the decoder. (default: 6e-6)")] = None,
-    encoder_rate: Annotated[
-        float | None, typer.Option("--encoder-rate", help="Of the encoder. (default: 6e-6)")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of all draws. (default: 0)")] = None,
-    debug: Debug = False,
-) -> None:
-    """A SelfMask network from the masks of a run, for `--detector selfmask`; run it again to continue."""
-    options = {name: value for name, value in locals().items() if value is not None and name not in ("out", "debug")}
-    from . import run
-    from .config import SaliencyTraining, make_config, read_config
-    from .distributed import count_gpus
-    from .saliency.selfmask_training import train_saliency
-
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    settings = make_config(given, SaliencyTraining)
-    read_config(out / "run.toml")  # says that this is no run's folder, before one is made
-    with run.locked(out):
-        print(train_saliency(out, settings, "cuda" if count_gpus(None, 1) else "cpu"))
 
 
 @app.command()
 @command
 def segment(
-    weights: Weights,
-    photos: Photos,
-    out: Annotated[Path, typer.Option("--out", help="A folder for masks and overlays; continued if it is there.")],
+    weights: WeightsArgument,
+    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="Folder, list file (.txt) or .tar of photos.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for masks and overlays; continued if it exists.")],
     categories: Categories = None,
     categories_file: CategoriesFile = None,
     encoder: EncoderName = "resnet50",
-    precision: Annotated[str, typer.Option("--precision", help="float32 or bfloat16, for GPUs.")] = "float32",
+    precision: PrecisionName = "float32",
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """A mask with the class of every pixel, and a picture of it, for each photo; run it again to continue."""
+    """Segment photos: one label map and one overlay per photo. Run it again to continue."""
     segmenter = _load_segmenter(weights, categories, categories_file, encoder, precision)
     from . import run
     from .distributed import Worker
@@ -431,27 +289,29 @@ def evaluate(
     predictions: Annotated[
         Path,
         typer.Argument(
-            metavar="PREDICTIONS", help="A folder of PNG masks, the OUT of `segment`, or WEIGHTS with --photos."
+            metavar="PREDICTIONS", help="Folder of PNG masks, the OUT of `segment`, or WEIGHTS with --photos."
         ),
     ],
-    truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="A folder of PNG masks with the same names.")],
+    truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="Folder of PNG masks with the same names.")],
     photos: Annotated[
-        Path | None, typer.Option("--photos", help="PREDICTIONS are the weights of a segmenter, to see these photos.")
+        Path | None, typer.Option("--photos", help="Photos to segment; PREDICTIONS are the weights of a segmenter.")
     ] = None,
     categories: Categories = None,
     categories_file: CategoriesFile = None,
     encoder: EncoderName = "resnet50",
     ignore: Annotated[
         int | None,
-        typer.Option("--ignore", help="Id in TRUTH that does not count. (default: 255; 65535 where that is a class)"),
+        typer.Option(
+            "--ignore", help="Label in TRUTH to ignore. [default: 255, or 65535 if there are more than 255 classes]"
+        ),
     ] = None,
     red_green: Annotated[
-        bool, typer.Option("--red-green", help="TRUTH holds ids as R + 256 G and ignores 1000, as ImageNet-S does.")
+        bool, typer.Option("--red-green", help="TRUTH holds labels as R + 256 G and ignores 1000, as in ImageNet-S.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE.")] = None,
     debug: Debug = False,
 ) -> None:
-    """How good predicted masks are: IoU of every class, mIoU, pixel accuracy; 0 is the background, k the k-th name."""
+    """Evaluate masks: IoU per class, mIoU and pixel accuracy. Label 0 is the background, label k the k-th category."""
     from .evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
 
     if photos is None:
@@ -466,71 +326,16 @@ def evaluate(
 
 
 @app.command()
-@stage_command("experts")
-def experts(
-    out: RunFolder,
-    mode: Annotated[
-        str | None,
-        typer.Option("--mode", help="separate: a network a category; shared: one for all. (default: separate)"),
-    ] = None,
-    expert_encoder: TrainedEncoder = None,
-    expert_encoder_weights: EncoderWeights = None,
-    expert_width: Width = None,
-    expert_crop: Crop = None,
-    expert_batch: Annotated[int | None, typer.Option("--batch", help="Photos a step. (default: 8)")] = None,
-    expert_steps: Annotated[int | None, typer.Option("--steps", help="Of each training. (default: 5000)")] = None,
-    expert_rate: Rate = None,
-    expert_encoder_rate: EncoderRate = None,
-    expert_precision: TrainingPrecision = None,
-    expert_seed: Seed = None,
-    workers: Workers = 1,
-    gpus: Gpus = None,
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-) -> None:
-    """Better masks from what the masks of each category share: an expert learns them and labels the archive anew."""
-
-
-@app.command()
-@stage_command("train")
-def train(
-    out: RunFolder,
-    encoder: TrainedEncoder = None,
-    encoder_weights: EncoderWeights = None,
-    width: Width = None,
-    crop: Crop = None,
-    copies: Annotated[
-        tuple[int, int] | None,
-        typer.Option("--copies", metavar="FROM TO", help="Objects pasted into a photo. (default: 1 2)"),
-    ] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Photos a step, of all workers. (default: 16)")] = None,
-    accumulate: Annotated[
-        int | None, typer.Option("--accumulate", help="Parts of a batch, one after another. (default: 1)")
-    ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Of the training. (default: 20000)")] = None,
-    rate: Rate = None,
-    encoder_rate: EncoderRate = None,
-    training_precision: TrainingPrecision = None,
-    seed: Seed = None,
-    workers: Workers = 1,
-    gpus: Gpus = None,
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-) -> None:
-    """One segmenter for all categories from the masks of a run; run it again to continue."""
-
-
-@app.command()
 @command
 def export(
-    weights: Weights,
-    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The file to write.")],
+    weights: WeightsArgument,
+    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="File to write.")],
     categories: Categories = None,
     categories_file: CategoriesFile = None,
     encoder: EncoderName = "resnet50",
     debug: Debug = False,
 ) -> None:
-    """A segmenter as one ONNX file for photos of any size, checked with onnxruntime."""
+    """Export a segmenter to ONNX, for photos of any size, and check the file with onnxruntime."""
     from .segmenter.export import export_onnx
     from .segmenter.predict import Segmenter
 
@@ -541,17 +346,14 @@ def export(
 
 @app.command()
 @command
-def report(out: RunFolder, debug: Debug = False) -> None:
-    """The gallery of a run: OUT/report.html."""
-    from .report import write_report
-
-    print(write_report(out))
-
-
-@app.command()
-@command
-def demo(out: DemoOut = Path("namedmask-demo"), overwrite: Overwrite = False, debug: Debug = False) -> None:
-    """The whole method on rendered photos, without a download, and how good its masks are: minutes on two cores."""
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of the demo; created if missing, continued if it exists.")
+    ] = Path("namedmask-demo"),
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Run the whole method on rendered photos, without any download, and score its masks. Takes three minutes."""
     from .demo.run import run_demo
 
     run_demo(out, overwrite=overwrite)
@@ -560,11 +362,28 @@ def demo(out: DemoOut = Path("namedmask-demo"), overwrite: Overwrite = False, de
 @app.command()
 @command
 def doctor(debug: Debug = False) -> None:
-    """What is installed, which kernels run where and why not, and where weights are."""
+    """Show installed versions, which kernels run where, and where weights are."""
     from .doctor import examine
 
     for line in examine():
         print(line)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        print(f"namedmask {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Segmentation masks from photos and category names, without labeled pixels."""
 
 
 def main() -> None:
@@ -573,5 +392,5 @@ def main() -> None:
 
 
 def main_pseudolabel() -> None:
-    """The command `namedmask-pseudolabel`."""
-    alone()
+    """The command `namedmask-pseudolabel`, another name of `namedmask run`."""
+    pseudolabel_app()

@@ -1,269 +1,486 @@
 # SPDX-License-Identifier: MIT
-"""Every setting of a run, and run.toml, where they are kept.
+"""Every setting of a run: its name, default, range and description stand here, once.
 
-A setting belongs to the part that it changes the result of. What only changes how fast the result comes (workers, GPUs)
-is no setting and is not kept: it may differ when a run is continued.
+The commands' options (`cli`), the settings reference in the documentation and run.toml are generated from these fields.
+A setting belongs to the section of the stage whose result it changes. Options that change only how fast the result
+comes (--workers, --gpus) are not settings and are not recorded: they can differ when a run is continued.
 """
 
 from __future__ import annotations
 
+import difflib
 import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from .errors import UserError
-from .files import atomic_write
+from .files import absolute
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-FACTS = "made-with"  # the table of run.toml that is no setting
+FACTS = "made-with"  # the table of run.toml that holds versions and the device, not settings
 
-Positive = Annotated[int, Field(ge=1)]
-Scale = Annotated[float, Field(gt=0, le=4)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Range = Annotated[tuple[float, float], Field(strict=False)]  # from, to; a list in run.toml
+Precision = Literal["float32", "bfloat16"]
+Range = Annotated[tuple[float, float], Field(strict=False)]  # low, high; TOML has lists instead of tuples
 
 
-class Part(BaseModel):
+@dataclass(frozen=True)
+class LocalFile:
+    """Marks a setting that names a local file. Runs compare such files by content, wherever they lie.
+
+    companions: suffixes of files beside it that belong to it.
+    """
+
+    companions: tuple[str, ...] = ()
+
+
+Weights = Annotated[str | None, LocalFile()]
+
+
+class Section(BaseModel):
+    """A group of settings. `setting` declares its fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-SomePart = TypeVar("SomePart", bound=Part)
+def setting(default: Any, description: str, *, flag: str | None = "", **limits: Any) -> Any:
+    """A field of a Section.
+
+    Args:
+        default: its default value.
+        description: one sentence for --help and the settings reference.
+        flag: its option on the command line; "" for one called like the field, None for settings that only --set and
+            --config reach.
+        limits: its range, as pydantic's Field takes it (gt, ge, lt, le, min_length, max_length).
+    """
+    return Field(default, description=description, json_schema_extra={"flag": flag}, **limits)
 
 
-class IndexConfig(Part):
-    """Photos -> CLIP image embeddings. Without categories there is no index."""
+class IndexConfig(Section):
+    """Image embeddings of all photos. Not needed for class folders."""
 
-    clip_model: str = "ViT-L-14-336:openai"  # open_clip's MODEL:PRETRAINED
-    clip_weights: str | None = None  # a local file instead of PRETRAINED
-    embeddings: str | None = None  # embeddings computed elsewhere instead of a CLIP model
-    shard_size: Positive = 1024  # photos per index shard
-
-
-class ArchiveConfig(Part):
-    photos_per_category: Positive = 500
+    clip_model: str = setting("ViT-L-14-336:openai", "CLIP model, as open_clip's MODEL:PRETRAINED.")
+    clip_weights: Weights = setting(None, "Local file with CLIP weights, instead of PRETRAINED.")
+    embeddings: Annotated[str | None, LocalFile(companions=(".json",))] = setting(
+        None, "Precomputed embeddings, FILE.safetensors with FILE.json beside it, instead of a CLIP model."
+    )
+    shard_size: int = setting(1024, "Photos per shard of the index.", flag=None, ge=1)
 
 
-class DetectorConfig(Part):
-    """Which pixels are the object."""
+class ArchiveConfig(Section):
+    """The photos of each category."""
 
-    name: Literal["spectral", "cluster-vote", "selfmask"] = "spectral"
-    weights: str | None = None  # a local file with the SelfMask network, its encoder included
-    backbone: str = "vit_small_patch8_224.dino"  # a timm ViT
-    backbone_weights: str | None = None  # a local file instead of the published weights
-    more_backbones: list[str] = []  # of cluster-vote: NAME, or NAME=FILE with a local file of weights
-    features: Literal["tokens", "keys"] = "keys"
-    center: bool = False  # subtract each photo's mean feature
-    tau: Annotated[float, Field(ge=-1, le=1)] = 0.2
-    image_size: Annotated[int, Field(ge=16)] = 448  # short side, pixels
-    scales: Annotated[list[Scale], Field(min_length=1)] = [1.0]  # of image_size, at which selfmask looks at a photo
-    mirror: bool = False  # it looks at each also mirrored; its mask is the mean of what all looks find
-    precision: Literal["float32", "bfloat16"] = "float32"
+    photos_per_category: int = setting(500, "Photos retrieved per category.", ge=1)
+
+
+class DetectorConfig(Section):
+    """Which pixels of a photo are the object."""
+
+    name: Literal["spectral", "cluster-vote", "selfmask"] = setting("spectral", "Detector.", flag="--detector")
+    weights: Weights = setting(
+        None, "Local file with the SelfMask network, including its encoder.", flag="--detector-weights"
+    )
+    backbone: str = setting("vit_small_patch8_224.dino", "ViT backbone, by its timm name.")
+    backbone_weights: Weights = setting(None, "Local file with backbone weights, instead of timm's.")
+    more_backbones: list[Annotated[str, LocalFile()]] = setting(
+        [], "Further backbones that vote in cluster-vote, each NAME or NAME=FILE with a local file of weights."
+    )
+    features: Literal["tokens", "keys"] = setting("keys", "Output of the last block to use as features.")
+    center_features: bool = setting(False, "Subtract the mean feature of each photo. DINOv2 needs it.")
+    tau: float = setting(0.2, "Cosine similarity above which two patches are connected.", ge=-1, le=1)
+    image_size: int = setting(448, "Short side of the backbone's input, in pixels.", ge=16)
+    scales: list[Annotated[float, Field(gt=0, le=4)]] = setting(
+        [1.0], "Test-time augmentation of selfmask: input sizes, relative to image_size.", min_length=1
+    )
+    horizontal_flip: bool = setting(False, "Test-time augmentation of selfmask: average with the flipped photo.")
+    precision: Precision = setting("float32", "Floating-point format of the backbone.")
 
     @field_validator("more_backbones")
     @classmethod
-    def only_clusters_of_several_are_compared(cls, value: list[str], info: ValidationInfo) -> list[str]:
+    def _only_cluster_vote_combines_backbones(cls, value: list[str], info: ValidationInfo) -> list[str]:
         if value and info.data.get("name") != "cluster-vote":
             raise ValueError("only the detector cluster-vote takes several backbones")
         return value
 
 
-class SaliencyTraining(Part):
-    """How a SelfMask network is trained on a run's masks. Rates, sizes and epochs are the SelfMask paper's."""
+class CrfConfig(Section):
+    """Fully connected CRF, with its published weights and sigmas."""
 
-    backbone: str = "vit_small_patch8_224.dino"  # its encoder, a timm ViT
-    backbone_weights: str | None = None  # a local file instead of the published weights
-    start: str | None = None  # a SelfMask network to start from, encoder and all
-    queries: Positive = 20
-    layers: Positive = 6
-    keep: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the masks, those with the best scores
-    paste: Share = 0.0  # share of the views whose object is put before another background
-    texture: Share = 0.0  # share of the views whose object gets a texture of another photo
-    crop: Annotated[int, Field(ge=16)] = 224  # pixels a side
-    scale: tuple[float, float] = (0.1, 1.0)  # area of a crop, as a share of the photo's
-    batch: Positive = 8
-    epochs: Positive = 12
-    steps: Positive | None = None  # instead of epochs
-    rate: Annotated[float, Field(gt=0)] = 6e-6  # of the decoder
-    encoder_rate: Annotated[float, Field(gt=0)] = 6e-6
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    seed: int = 0
+    iterations: int = setting(10, "Mean-field iterations.", flag=None, ge=1)
+    confidence: float = setting(
+        0.999,
+        "Probability of the detected class in the unary term. The default erodes objects least.",
+        flag=None,
+        gt=0.5,
+        lt=1,
+    )
+    gaussian_sigma: float = setting(3.0, "Spatial sigma of the smoothness kernel, in pixels.", flag=None, gt=0)
+    gaussian_weight: float = setting(3.0, "Weight of the smoothness kernel.", flag=None, ge=0)
+    bilateral_sigma: float = setting(80.0, "Spatial sigma of the appearance kernel, in pixels.", flag=None, gt=0)
+    color_sigma: float = setting(13.0, "Color sigma of the appearance kernel, of 255.", flag=None, gt=0)
+    bilateral_weight: float = setting(10.0, "Weight of the appearance kernel.", flag=None, ge=0)
 
 
-class SegmenterTraining(Part):
-    """How a segmenter is trained on a run's masks; a category's expert too, with other numbers. Those are the paper's.
-
-    The result does not depend on the number of workers, to rounding: `batch` is that of all of them together.
-    """
-
-    encoder: str = "resnet50.dino"  # a timm network, or DINO's ResNet-50
-    encoder_weights: str | None = None  # a local file instead of the published weights
-    width: Annotated[int, Field(ge=16)] = 256  # channels of the head
-    crop: Annotated[int, Field(ge=16)] = 384  # pixels a side
-    scale: Range = (0.1, 1.0)  # of a photo's sides
-    flip: Share = 0.5  # share of the views
-    jitter: Annotated[tuple[float, float, float, float], Field(strict=False)] = (0.8, 0.8, 0.8, 0.2)  # as ColorJitter
-    jitter_share: Share = 0.8
-    gray: Share = 0.2
-    blur: Share = 0.5
-    blur_sigma: Range = (0.1, 2.0)  # pixels
-    copies: Annotated[tuple[int, int], Field(strict=False)] = (1, 2)  # objects pasted into a view, from, to
-    batch: Positive = 16  # views a step
-    accumulate: Positive = 1  # parts of the batch that go through the network one after another, to save memory
-    steps: Positive = 20_000
-    rate: Annotated[float, Field(gt=0)] = 5e-4  # Adam's, of the head
-    encoder_rate: Annotated[float, Field(ge=0)] = 5e-5
-    encoder_momentum: Annotated[float, Field(gt=0, le=1)] = 0.01  # of its BatchNorm; short trainings want a higher one
-    weight_decay: Annotated[float, Field(ge=0)] = 2e-4
-    power: Annotated[float, Field(ge=0)] = 0.9  # rates fall as (1 - step / steps) ** power
-    lowest_rate: Annotated[float, Field(ge=0)] = 1e-6
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums are float32
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    @field_validator("copies")
-    @classmethod
-    def copies_go_upwards(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if not 0 <= value[0] <= value[1]:
-            raise ValueError("expected two numbers, from and to")
-        return value
-
-    @field_validator("scale", "blur_sigma")
-    @classmethod
-    def ranges_go_upwards(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("expected two positive numbers, from and to")
-        return value
-
-
-class ExpertTraining(SegmenterTraining):
-    """How category experts are trained, each on the masks of its own archive: as a segmenter, with the paper's numbers.
-
-    A photo shows one object: nothing is pasted.
-    """
-
-    mode: Literal["separate", "shared"] = "separate"  # a network a category, or one with a last layer for each
-    copies: Annotated[tuple[int, int], Field(strict=False)] = (0, 0)
-    batch: Positive = 8
-    steps: Positive = 5_000  # of each training
-
-    @field_validator("copies")
-    @classmethod
-    def nothing_is_pasted(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if value != (0, 0):
-            raise ValueError("an expert's photo shows one object, so nothing is pasted: expected [0, 0]")
-        return value
-
-
-class CrfConfig(Part):
-    """Fully connected CRF: the published weights and sigmas, and the confidence that erodes objects least."""
-
-    iterations: Positive = 10
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.999  # that an object is one where the detector says so
-    gaussian_sigma: Annotated[float, Field(gt=0)] = 3.0
-    gaussian_weight: Annotated[float, Field(ge=0)] = 3.0
-    bilateral_sigma: Annotated[float, Field(gt=0)] = 80.0
-    color_sigma: Annotated[float, Field(gt=0)] = 13.0  # steps of 255
-    bilateral_weight: Annotated[float, Field(ge=0)] = 10.0
-
-
-class PamrConfig(Part):
+class PamrConfig(Section):
     """Pixel-adaptive mask refinement."""
 
-    iterations: Positive = 10
-    dilations: Annotated[list[Positive], Field(min_length=1, max_length=16)] = [1, 2, 4, 8, 12, 24]
+    iterations: int = setting(10, "Iterations.", flag=None, ge=1)
+    dilations: list[Annotated[int, Field(ge=1)]] = setting(
+        [1, 2, 4, 8, 12, 24], "Dilations of the 3 x 3 neighborhoods, in pixels.", flag=None, min_length=1, max_length=16
+    )
 
 
-class RefineConfig(Part):
-    """What makes a mask follow edges. Lengths are in pixels of a photo whose short side is 512 pixels.
+class RefineConfig(Section):
+    """How masks are aligned to edges. Lengths are in pixels of a photo whose short side is 512 pixels.
 
-    The sigmas and the smoothness are the bilateral solver's, as published.
+    The sigmas and the smoothness are the published ones of the bilateral solver.
     """
 
-    name: Literal["bilateral", "crf", "pamr", "none"] = "bilateral"
-    largest_component: bool = False  # of the detector's mask only the largest connected part is refined
-    fill_holes: bool = False  # what the refined mask surrounds is object too
-    sigma_spatial: Annotated[float, Field(gt=0)] = 16.0
-    sigma_luma: Annotated[float, Field(ge=1)] = 16.0
-    sigma_chroma: Annotated[float, Field(ge=1)] = 8.0
-    smoothness: Annotated[float, Field(gt=0)] = 256.0
+    name: Literal["bilateral", "crf", "pamr", "none"] = setting("bilateral", "Mask refinement.", flag="--refine")
+    largest_component: bool = setting(False, "Refine only the largest connected component of the detected mask.")
+    fill_holes: bool = setting(False, "Fill holes in the refined mask.")
+    sigma_spatial: float = setting(16.0, "Spatial sigma of the bilateral solver, in pixels.", flag=None, gt=0)
+    sigma_luma: float = setting(16.0, "Luma sigma of the bilateral solver, of 255.", flag=None, ge=1)
+    sigma_chroma: float = setting(8.0, "Chroma sigma of the bilateral solver, of 255.", flag=None, ge=1)
+    smoothness: float = setting(256.0, "Weight of the bilateral solver's smoothness term.", flag=None, gt=0)
     crf: CrfConfig = CrfConfig()
     pamr: PamrConfig = PamrConfig()
 
 
-class RunConfig(Part):
-    """A whole run. `photos` is a folder, a list file or a tar; without `categories` its folders are the categories."""
+class PseudolabelConfig(Section):
+    """How masks are stored."""
 
-    photos: str
-    categories: list[str] = []
-    shard_size: Positive = 64  # photos per shard of masks
-    keep_detected: bool = False  # the detector's masks before refinement too, in OUT/detected
+    shard_size: int = setting(64, "Photos per shard of masks.", flag=None, ge=1)
+    keep_detected: bool = setting(False, "Keep the masks before refinement, in OUT/detected.")
+
+
+class SaliencyTraining(Section):
+    """A SelfMask network, trained on the masks of a run. Sizes, epochs and learning rates are the SelfMask paper's."""
+
+    backbone: str = setting("vit_small_patch8_224.dino", "Encoder, a ViT by its timm name.")
+    backbone_weights: Weights = setting(None, "Local file with encoder weights, instead of timm's.")
+    init_checkpoint: Weights = setting(None, "SelfMask network to start from, including its encoder.")
+    num_queries: int = setting(20, "Queries, that is mask proposals per photo.", ge=1)
+    decoder_layers: int = setting(6, "Layers of the decoder.", ge=1)
+    keep_fraction: float = setting(1.0, "Fraction of the masks to train on, best scores first.", gt=0, le=1)
+    paste_prob: float = setting(0.0, "Probability of pasting the object onto another background.", ge=0, le=1)
+    texture_prob: float = setting(0.0, "Probability of blending another photo's texture into the object.", ge=0, le=1)
+    crop_size: int = setting(224, "Side of the training crops, in pixels.", ge=16)
+    scale: Range = setting((0.1, 1.0), "Area of a crop relative to the photo: low, high.")
+    batch_size: int = setting(8, "Photos per step, over all workers.", ge=1)
+    epochs: int = setting(12, "Passes over the masks.", ge=1)
+    steps: int | None = setting(None, "Training steps, instead of epochs.", ge=1)
+    lr: float = setting(6e-6, "Learning rate of the decoder.", gt=0)
+    encoder_lr: float = setting(6e-6, "Learning rate of the encoder.", gt=0)
+    weight_decay: float = setting(0.01, "Weight decay.", ge=0)
+    precision: Precision = setting("float32", "Floating-point format of matrix products; weights stay float32.")
+    seed: int = setting(0, "Random seed.", ge=0)
+
+    @field_validator("scale")
+    @classmethod
+    def _scale_is_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        return ordered(value)
+
+
+class SegmenterTraining(Section):
+    """A segmenter of all categories, trained on the masks of a run with the paper's settings.
+
+    `batch_size` is that of all workers together, so the result does not depend on their number, up to rounding.
+    """
+
+    encoder: str = setting("resnet50.dino", "Encoder, by its timm name; resnet50.dino is DINO's ResNet-50.")
+    encoder_weights: Weights = setting(None, "Local file with encoder weights, instead of the published ones.")
+    head_channels: int = setting(256, "Channels of the segmentation head.", ge=16)
+    crop_size: int = setting(384, "Side of the training crops, in pixels.", ge=16)
+    scale: Range = setting((0.1, 1.0), "Random resize factor of a photo: low, high.")
+    flip_prob: float = setting(0.5, "Probability of a horizontal flip.", ge=0, le=1)
+    color_jitter: Annotated[tuple[float, float, float, float], Field(strict=False)] = setting(
+        (0.8, 0.8, 0.8, 0.2), "Strength of brightness, contrast, saturation and hue jitter, as in ColorJitter."
+    )
+    color_jitter_prob: float = setting(0.8, "Probability of color jitter.", ge=0, le=1)
+    grayscale_prob: float = setting(0.2, "Probability of conversion to grayscale.", ge=0, le=1)
+    blur_prob: float = setting(0.5, "Probability of Gaussian blur.", ge=0, le=1)
+    blur_sigma: Range = setting((0.1, 2.0), "Sigma of the blur in pixels: low, high.")
+    paste_objects: Annotated[tuple[int, int], Field(strict=False)] = setting(
+        (1, 2), "Objects of other photos pasted into a training photo: low, high."
+    )
+    batch_size: int = setting(16, "Photos per step, over all workers.", ge=1)
+    grad_accum_steps: int = setting(1, "Parts into which a batch is split to save memory.", ge=1)
+    steps: int = setting(20_000, "Training steps.", ge=1)
+    lr: float = setting(5e-4, "Learning rate of the head.", gt=0)
+    encoder_lr: float = setting(5e-5, "Learning rate of the encoder.", ge=0)
+    encoder_bn_momentum: float = setting(
+        0.01, "Momentum of the encoder's BatchNorm. Short trainings need more.", gt=0, le=1
+    )
+    weight_decay: float = setting(2e-4, "Weight decay.", ge=0)
+    poly_power: float = setting(0.9, "Learning rates decay as (1 - step / steps) ** poly_power.", ge=0)
+    min_lr: float = setting(1e-6, "Lower bound of the learning rates.", ge=0)
+    precision: Precision = setting("float32", "Floating-point format of matrix products; weights stay float32.")
+    seed: int = setting(0, "Random seed.", ge=0)
+
+    @field_validator("paste_objects")
+    @classmethod
+    def _paste_objects_is_ordered(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= value[0] <= value[1]:
+            raise ValueError("expected two numbers, low and high, from 0")
+        return value
+
+    @field_validator("scale", "blur_sigma")
+    @classmethod
+    def _ranges_are_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        return ordered(value)
+
+
+class ExpertTraining(SegmenterTraining):
+    """One binary segmenter per category, trained on the masks of its archive with the paper's settings.
+
+    A photo shows one object, so nothing is pasted.
+    """
+
+    mode: Literal["separate", "shared"] = setting(
+        "separate", "One network per category, or a shared one with an output layer per category."
+    )
+    paste_objects: Annotated[tuple[int, int], Field(strict=False)] = setting(
+        (0, 0), "Always 0, 0: an expert's photo shows one object.", flag=None
+    )
+    batch_size: int = setting(8, "Photos per step.", ge=1)
+    steps: int = setting(5_000, "Steps of each training.", ge=1)
+
+    @field_validator("paste_objects")
+    @classmethod
+    def _nothing_is_pasted(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if value != (0, 0):
+            raise ValueError("an expert's photo shows one object, so nothing is pasted: expected 0, 0")
+        return value
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    photos: str = setting(..., "Folder, list file (.txt) or .tar of photos.", flag=None)
+    categories: list[str] = setting([], "Category names. Without names, the photos must be in class folders.")
     index: IndexConfig = IndexConfig()
     archive: ArchiveConfig = ArchiveConfig()
     detector: DetectorConfig = DetectorConfig()
     refine: RefineConfig = RefineConfig()
+    pseudolabel: PseudolabelConfig = PseudolabelConfig()
+    saliency: SaliencyTraining = SaliencyTraining()
     experts: ExpertTraining = ExpertTraining()
     segmenter: SegmenterTraining = SegmenterTraining()
 
 
-def make_config(settings: dict, kind: type[SomePart] = RunConfig) -> SomePart:
-    """A nested dictionary of settings -> RunConfig; UserError names each wrong value and what was expected."""
+def ordered(value: tuple[float, float]) -> tuple[float, float]:
+    """A range as it is; ValueError unless 0 < low <= high."""
+    if not 0 < value[0] <= value[1]:
+        raise ValueError("expected two positive numbers, low and high")
+    return value
+
+
+METAVARS = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}
+
+
+# -- one setting at a time ------------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """A setting of RunConfig: `name` as in --set, such as "refine.crf.confidence", and its field."""
+
+    name: str
+    field: FieldInfo
+
+    @property
+    def flag(self) -> str | None:
+        """Its option, such as "--batch-size"; None if only --set and --config reach it."""
+        extra = self.field.json_schema_extra
+        assert isinstance(extra, dict)
+        flag = extra["flag"]
+        assert flag is None or isinstance(flag, str)
+        return "--" + self.name.rpartition(".")[2].replace("_", "-") if flag == "" else flag
+
+    @property
+    def kind(self) -> Any:
+        """Its type annotation."""
+        return self.field.annotation
+
+    @property
+    def is_list(self) -> bool:
+        return get_origin(self.kind) in (list, tuple)
+
+    @property
+    def files(self) -> LocalFile | None:
+        """The mark of a setting that holds paths of local files."""
+        inner = [m for arg in get_args(self.kind) for m in getattr(arg, "__metadata__", ())]
+        return next((mark for mark in (*self.field.metadata, *inner) if isinstance(mark, LocalFile)), None)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a setting that takes one of a few strings."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def limits(self) -> str:
+        """Its range, such as "0<=x<=1"; "" where there is none."""
+        signs = {"Gt": "<", "Ge": "<=", "Lt": "<", "Le": "<="}
+        text = "x"
+        for m in self.field.metadata:
+            name = type(m).__name__
+            if name in ("Gt", "Ge"):
+                text = f"{getattr(m, name.lower()):g}{signs[name]}{text}"
+            elif name in ("Lt", "Le"):
+                text = f"{text}{signs[name]}{getattr(m, name.lower()):g}"
+        return "" if text == "x" else text
+
+    @property
+    def metavar(self) -> str:
+        """The type of its value, for --help."""
+        kind = self.kind
+        if self.files:
+            return "NAME[=FILE],..." if self.is_list else "FILE"
+        if self.choices:
+            return "|".join(self.choices)
+        if self.is_list:
+            kinds = [get_args(arg)[0] if get_origin(arg) is Annotated else arg for arg in get_args(kind)]
+            return ",".join(METAVARS[k] for k in kinds) + (",..." if get_origin(kind) is list else "")
+        if get_origin(kind) in (Union, types.UnionType):
+            kind = next(arg for arg in get_args(kind) if arg is not type(None))
+        return METAVARS[kind]
+
+    def parse(self, text: str) -> Any:
+        """The value of a text from the command line; the values of lists are separated by commas. Raises UserError."""
+        raw: Any = text
+        if self.is_list:
+            raw = [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
+        elif text.lower() == "none" and type(None) in get_args(self.kind):
+            raw = None
+        try:
+            value = TypeAdapter(self.kind).validate_python(raw, strict=False)
+        except ValidationError as error:
+            raise UserError(f"wrong settings: {describe(self, error.errors()[0])}") from None
+        if self.files and value:
+            value = [_absolute_file(one) for one in value] if self.is_list else absolute(value)
+        return value
+
+
+def _absolute_file(entry: str) -> str:
+    """ "NAME=FILE" with an absolute path; "NAME" as it is."""
+    name, equals, file = entry.partition("=")
+    return name + equals + (absolute(file) if file else "")
+
+
+def settings(kind: type[Section] = RunConfig, prefix: str = "") -> Iterator[Setting]:
+    """All settings below a section, in order, those of nested sections too."""
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield Setting(prefix + name, field)
+
+
+def find_setting(name: str) -> Setting:
+    """The setting of a dotted name; UserError, with the nearest name, if there is none."""
+    known = {one.name: one for one in settings()}
+    if name not in known:
+        raise UserError(f"there is no setting {name!r}{nearest(name, known)}")
+    return known[name]
+
+
+def nearest(name: str, known: Any) -> str:
+    """ "; did you mean X?" for the most similar of the known names, or nothing. "tau" finds "detector.tau" too."""
+    last = name.rpartition(".")[2]
+    close = difflib.get_close_matches(name, list(known), 1) or [k for k in known if k.rpartition(".")[2] == last][:1]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# -- nested dictionaries ---------------------------------------------------------------------------------------------
+
+
+def flatten(nested: dict, prefix: str = "") -> dict[str, Any]:
+    """{"detector": {"tau": 0.2}} -> {"detector.tau": 0.2}"""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def nest(flat: dict[str, Any]) -> dict:
+    """The inverse of `flatten`."""
+    nested: dict = {}
+    for name, value in flat.items():
+        *sections, key = name.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return nested
+
+
+def merge(*layers: dict) -> dict:
+    """Nested dictionaries on top of each other: later ones win."""
+    return nest({name: value for layer in layers for name, value in flatten(layer).items()})
+
+
+def make_config(values: dict) -> RunConfig:
+    """The settings of a nested dictionary; UserError names each wrong value and what was expected."""
     try:
-        return kind.model_validate(settings)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg'].lower()}, got {e['input']!r}"
-            for e in error.errors()
-        ]
+        known = {one.name: one for one in settings()}
+        lines = []
+        for e in error.errors():
+            name = ".".join(map(str, e["loc"]))
+            place = next((one for key, one in known.items() if name == key or name.startswith(key + ".")), None)
+            if e["type"] == "extra_forbidden":
+                lines.append(f"there is no setting {name!r}{nearest(name, known)}")
+            else:
+                lines.append(describe(place or name, e))
         raise UserError("wrong settings: " + "; ".join(lines)) from None
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """One line for each setting that differs, "detector.tau: 0.2 -> 0.3"."""
-
-    def flat(part: dict, prefix: str = "") -> dict:
-        items = {}
-        for key, value in part.items():
-            items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return items
-
-    a, b = flat(old.model_dump()), flat(new.model_dump())
-    return [f"{key}: {_short(a[key])} -> {_short(b[key])}" for key in a if a[key] != b[key]]
+def describe(where: Setting | str, error: Any) -> str:
+    """A pydantic error in one line: the setting, what was expected, what came, and the nearest choice."""
+    name = where.name if isinstance(where, Setting) else where
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected").removeprefix("Field ")
+    if error["type"] == "missing":
+        return f"{name}: {message}"
+    near = nearest(error["input"], where.choices) if isinstance(where, Setting) and where.choices else ""
+    return f"{name}: {message}, got {error['input']!r}{near}"
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+# -- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_config(path: Path, config: RunConfig, facts: dict[str, str]) -> None:
-    """Writes run.toml: the settings in force and, under FACTS, versions and device, which are not compared."""
-    settings = config.model_dump(exclude_none=True)
-    with atomic_write(path) as file:
-        file.write(tomli_w.dumps({**settings, FACTS: facts}).encode())
+def read_settings(path: Path) -> dict:
+    """The nested settings in a TOML file such as run.toml; UserError if it cannot be read or has unknown names.
 
-
-def read_config(path: Path) -> RunConfig:
-    """The settings in run.toml; UserError when it is missing or damaged."""
-    settings = _read(path)
-    settings.pop(FACTS, None)
-    return make_config(settings)
-
-
-def read_facts(path: Path) -> dict[str, str]:
-    """The versions and the device in run.toml; UserError when it is missing or damaged."""
-    return _read(path).get(FACTS, {})
-
-
-def _read(path: Path) -> dict:
+    Paths in the file are relative to the current folder, as on the command line.
+    """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is not the folder of a run") from None
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path}: {error}") from None
+    values.pop(FACTS, None)
+    make_config({"photos": "", **values})  # names each wrong name and value
+    flat = flatten(values)
+    for one in settings():
+        if one.name in flat and one.files and flat[one.name]:
+            value = flat[one.name]
+            flat[one.name] = [_absolute_file(v) for v in value] if one.is_list else absolute(value)
+    if "photos" in flat:
+        flat["photos"] = absolute(flat["photos"])
+    return nest(flat)
+
+
+def to_toml(config: RunConfig, facts: dict[str, str] | None = None) -> str:
+    """The settings as run.toml shows them; under FACTS, versions and the device."""
+    values = config.model_dump(exclude_none=True)
+    return tomli_w.dumps({**values, FACTS: facts} if facts else values)

@@ -73,9 +73,9 @@ class CategoryLayers(nn.Module):
 class SharedExperts(DeepLab):
     """All experts in one network, which ends in features; of them `layers` makes the logits of a category."""
 
-    def __init__(self, encoder: Encoder, categories: int, width: int, encoder_momentum: float = 0.01):
-        super().__init__(encoder, categories, width, encoder_momentum)
-        self.classifier.classifier[-1] = CategoryLayers(width, categories)
+    def __init__(self, encoder: Encoder, categories: int, head_channels: int, encoder_bn_momentum: float = 0.01):
+        super().__init__(encoder, categories, head_channels, encoder_bn_momentum)
+        self.classifier.classifier[-1] = CategoryLayers(head_channels, categories)
 
     @property
     def layers(self) -> CategoryLayers:
@@ -150,7 +150,7 @@ class _Experts:
     @property
     def views(self) -> int:
         """What a training sees."""
-        return self.settings.steps * self.settings.batch
+        return self.settings.steps * self.settings.batch_size
 
     def one_by_one(self) -> int:
         """A network a category; returns the number of shards."""
@@ -208,7 +208,7 @@ class _Experts:
             worker.barrier(f"{path.name} is written")
         if worker.is_main:
             (journal / "checkpoint.pt").unlink(missing_ok=True)
-        network = kind(untrained_encoder(self.settings.encoder), classes, self.settings.width)
+        network = kind(untrained_encoder(self.settings.encoder), classes, self.settings.head_channels)
         network.load_state_dict(load_file(path))
         return network.eval().requires_grad_(False)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Files that appear whole or not at all."""
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -45,3 +46,17 @@ def remove_stale(folder: str | os.PathLike) -> None:
             shutil.rmtree(stale)
         else:
             stale.unlink(missing_ok=True)
+
+
+def absolute(path: str | os.PathLike) -> str:
+    """An absolute path that keeps symbolic links, which the user may point elsewhere later."""
+    return os.path.abspath(path)  # noqa: PTH100
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 digest of a file, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

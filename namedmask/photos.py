@@ -187,6 +187,16 @@ class PhotoSource:
             raise PhotoError(name, f"truncated: {len(data)} of {size} bytes")
         return data
 
+    def exists(self, name: str) -> bool:
+        """Whether there is a file, or a member of a tar, of this name. It may not be a readable photo."""
+        try:
+            path, member = self._locate(name)
+            if member is not None:
+                _find_member(path, os.stat(path), member, name)
+            return os.path.isfile(path)
+        except (PhotoError, OSError, ValueError):
+            return False
+
     def decode(self, name: str) -> Photo:
         """The photo as a viewer shows it: turned upright by its EXIF orientation, so masks fit what the viewer shows.
 

@@ -130,8 +130,8 @@ def pseudolabel(
     """
     work = work_of(archive)
     labeler = None
-    for shard in worker.claim("pseudolabel", -(-len(work) // config.shard_size)):
-        part = work[shard * config.shard_size : (shard + 1) * config.shard_size]
+    for shard in worker.claim("pseudolabel", -(-len(work) // config.pseudolabel.shard_size)):
+        part = work[shard * config.pseudolabel.shard_size : (shard + 1) * config.pseudolabel.shard_size]
         if shard_path(folder, shard).exists():
             advance(len(part), found=True)
             continue
@@ -147,7 +147,7 @@ def pseudolabel(
                     detected += [MaskRecord.from_mask(name, found.detected, *c, found.score) for c in categories[name]]
             advance(len(batch))
         write_errors(errors_path(shard_path(folder, shard)), errors)
-        if config.keep_detected:  # before the masks, which say that the shard is done
+        if config.pseudolabel.keep_detected:  # before the masks, which say that the shard is done
             (folder.parent / "detected").mkdir(exist_ok=True)
             write_shard(shard_path(folder.parent / "detected", shard), detected)
         write_shard(shard_path(folder, shard), records)

@@ -24,12 +24,13 @@ import numpy as np
 from PIL import Image
 
 from .archive import read_archive
-from .config import read_config, read_facts
+from .config import to_toml
 from .demo.folder import contact_sheets
 from .errors import UserError
 from .files import atomic_write
 from .masks import ErrorRecord, MaskRecord, best_masks, read_errors, read_masks
 from .photos import PhotoError, PhotoSource
+from .record import read_config, read_record
 
 MAX_THUMBNAILS = 1500  # on the page, unless two a category are more
 PER_CATEGORY = 30
@@ -55,11 +56,11 @@ def write_report(out: str | os.PathLike, sheets: Mapping[str, Image.Image] | Non
     lowest ones, drawn over the photos, with histograms, errors and settings. At most `PER_CATEGORY` masks a category
     and about `MAX_THUMBNAILS` in all are drawn. A photo that cannot be shown any more gets a tile that says why.
 
-    Raises UserError if the run folder lacks run.toml or archive.json, or if a file in it is damaged.
+    Raises UserError if the run folder lacks stages.json or archive.json, or if a file in it is damaged.
     """
     out = Path(out)
     sheets = contact_sheets(out) if sheets is None else sheets
-    config, masks = read_config(out / "run.toml"), best_masks(out)
+    config, masks = read_config(out), best_masks(out)
     try:
         archive = read_archive(out / "archive.json")
         categories = {name: _Category(name, len(archive.photos[name])) for name in archive.categories}
@@ -79,8 +80,8 @@ def write_report(out: str | os.PathLike, sheets: Mapping[str, Image.Image] | Non
         title=out.resolve().name,
         photos=config.photos,
         refined=masks.name == "refined",
-        facts=read_facts(out / "run.toml"),
-        settings=(out / "run.toml").read_text("utf-8").splitlines(),
+        facts=read_record(out).made_with,
+        settings=to_toml(config).splitlines(),
         photo_count=photos,
         mask_count=scores.size,
         empty_count=sum(category.empty for category in categories.values()),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A run and its folder: the lock, the check of settings, the stages in their order, one process or many.
+"""A run and its folder: the lock, its settings, its stages one after another, in one process or many.
 
-run.toml  index/  archive.json  masks/  errors.jsonl  experts/  refined/  segmenter/  report.html
-(each described where it is made)
+run.toml  stages.json  index/  archive.json  masks/  errors.jsonl  saliency/  experts/  refined/  segmenter/
+report.html  (each described where it is made)
 """
 
 from __future__ import annotations
@@ -11,45 +11,28 @@ import fcntl
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from . import __version__, distributed
-from .archive import Archive, Retrieved, prompts, read_archive, search_index, write_archive
-from .config import RunConfig, differences, make_config, read_config, write_config
+from .archive import read_archive
+from .config import RunConfig, make_config, merge, nest, to_toml
 from .distributed import Worker
 from .errors import UserError
-from .files import TEMPORARY_PREFIX, remove_stale
-from .masks import ErrorRecord, assemble_errors, errors_path, read_errors, read_masks, write_errors
+from .files import TEMPORARY_PREFIX, atomic_write, remove_stale
+from .masks import read_errors, read_masks
 from .photos import PhotoSource
+from .record import FILE, RunRecord, read_config, read_record, record_of
+from .stages import STAGES, Context, Stage
 
-STAGES = ("index", "archive", "pseudolabel", "experts", "report", "train")
-
-# The settings that each stage reads, and where what it makes lies. What a stage makes depends on its own settings and
-# on those of the stages before it; they may change until it is there.
-SETTINGS = {
-    "index": ("photos", "index"),
-    "archive": ("categories", "archive"),
-    "pseudolabel": ("shard_size", "keep_detected", "detector", "refine"),
-    "experts": ("experts",),
-    "report": (),
-    "train": ("segmenter",),
-}
-MADE = {
-    "index": ["index"],
-    "archive": ["archive.json"],
-    "pseudolabel": ["masks", "detected"],
-    "experts": ["experts", "refining", "refined"],
-    "report": ["report.html"],
-    "train": ["segmenter"],
-}
-TIDIED = ("index", "masks", "detected", "experts", "refining", "segmenter")  # where a killed run may leave half a file
+CHECKED_PHOTOS = 1000  # of a run whose photos have moved
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Holds the run folder for this process; a second run in it is refused. The lock goes with the process."""
+    """Holds the lock of a folder; a second process that asks for it gets a UserError. It ends with the process."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as file:
         try:
@@ -59,44 +42,88 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def prepare(out: Path, given: dict, stages: Sequence[str], overwrite: bool) -> RunConfig:
-    """Settles the settings of a run folder and writes run.toml.
+def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = False) -> RunConfig:
+    """Determines the settings of a run folder, records those of `stages` and writes run.toml.
 
-    A stage that is to run takes the settings `given` (nested) over the defaults where the photos are given too, as a
-    whole command does, else over those of run.toml; other stages keep those of run.toml. With `overwrite` what the
-    stages have made, and what was made from it, is removed first.
-    Raises UserError, with each difference, where something there was made with other settings.
+    A setting is, in this order: the given one, if one of `stages` reads it; the one that the run has recorded; its
+    default. While a stage has no results, its settings may change.
+
+    Args:
+        given: nested settings. Those that none of `stages` reads are ignored.
+        stages: names of the stages that are to run.
+        overwrite: remove the results of `stages`, and those made from them, first.
+
+    Raises:
+        UserError: existing results were made with other settings or other photos, or not by a run at all.
     """
-    old = read_config(out / "run.toml") if (out / "run.toml").exists() else None
-    kept = old.model_dump(exclude_none=True) if old else {}
-    if "photos" in given:
-        kept = {key: kept[key] for key in kept if not any(key in SETTINGS[stage] for stage in stages)}
-    config = make_config(_merged(kept, given))
-    open_source(config)
-    if "archive" in stages and not config.categories and not Path(config.photos).is_dir():
-        raise UserError(f"{config.photos} is no folder of class folders: give --categories or --categories-file")
+    record, todo = read_record(out), [STAGES[name] for name in stages]
+    sections = {section for stage in todo for section in stage.sections}
+    recorded = nest({**record.settings(), "photos": record.photos})
+    config = make_config(merge(recorded, {key: given[key] for key in given if key in sections | {"photos"}}))
+    source = open_source(config)
+    _expect_categories(config, source, stages)
+    for stage in todo:
+        _expect_ours(out, stage, record)
+        new = record_of(config, stage.sections, stage.upstream, record.digests)
+        differences = record.stages[stage.name].differences(new) if stage.name in record.stages else []
+        if differences and stage.has_results(out) and not overwrite:
+            raise UserError(
+                f"{out / stage.outputs[0]} was made with other settings: {'; '.join(differences)} (leave these "
+                "options out to continue with the old ones, choose another --out, or start over with --overwrite)"
+            )
+        if differences and not stage.has_results(out):
+            _remove_outputs(out, stage)  # left behind by an attempt with other settings
+        record.stages[stage.name] = new
+    if record.photos not in (None, config.photos) and not overwrite:
+        _expect_same_photos(out, source, record)
+    if overwrite:
+        for stage in STAGES.values():
+            if stage in todo or not {s.name for s in todo}.isdisjoint(stage.made_from):
+                _remove_outputs(out, stage)
+    record.photos, record.made_with = config.photos, made_with()
+    record.write(out)
+    with atomic_write(out / "run.toml") as file:
+        file.write(to_toml(config, record.made_with).encode())
+    return config
+
+
+def _expect_categories(config: RunConfig, source: PhotoSource, stages: Sequence[str]) -> None:
+    if "archive" in stages and not config.categories and not Path(source.path).is_dir():
+        raise UserError(f"{config.photos} is not a folder of class folders: give --categories or --categories-file")
     if duplicates := sorted({c for c in config.categories if config.categories.count(c) > 1}):
-        raise UserError(f"--categories: {', '.join(duplicates)} stands there more than once")
+        raise UserError(f"--categories: duplicate names: {', '.join(duplicates)}")
     if config.index.embeddings and config.index.clip_weights:
         raise UserError("give --embeddings or --clip-weights, not both")
-    if overwrite:
-        for stage in STAGES[min(map(STAGES.index, stages)) :]:
-            for name in MADE[stage]:
-                remove(out / name)
-    changed = differences(old, config) if old else []
-    for number, stage in enumerate(STAGES):
-        if stage == "report":  # of whatever is there, and made anew each time
-            continue
-        read = [key for before in STAGES[: number + 1] for key in SETTINGS[before]]
-        clashes = [line for line in changed if line.split(":")[0].split(".")[0] in read]
-        made = [out / name for name in MADE[stage] if (out / name).exists()]
-        if clashes and made:
-            raise UserError(
-                f"{made[0]} was made with other settings: {'; '.join(clashes)} (give the old ones, choose "
-                "another --out, or start anew with --overwrite)"
-            )
-    write_config(out / "run.toml", config, made_with())
-    return config
+
+
+def _expect_ours(out: Path, stage: Stage, record: RunRecord) -> None:
+    """Files that no run has recorded may be the user's: neither continued nor removed."""
+    if stage.name not in record.stages and stage.sections:
+        for path in (out / name for name in stage.outputs):
+            if path.is_file() or (path.is_dir() and any(path.iterdir())):
+                raise UserError(
+                    f"{path} exists and was not made by a run ({out / FILE} does not list it); move it away or choose "
+                    "another --out"
+                )
+
+
+def _expect_same_photos(out: Path, source: PhotoSource, record: RunRecord) -> None:
+    """A run may be continued where its photos have moved: they are known by their names below the photo folder."""
+    from .index import read_photos
+
+    names: Iterator[str] = iter(())
+    if (out / "archive.json").exists():
+        archive = read_archive(out / "archive.json")
+        names = (entry.photo for entries in archive.photos.values() for entry in entries)
+    elif (out / "index" / "photos.jsonl").exists():
+        names = read_photos(out / "index")
+    checked = list(islice(names, CHECKED_PHOTOS))
+    missing = [name for name in checked if not source.exists(name)]
+    if len(missing) > len(checked) / 2:
+        raise UserError(
+            f"{out} was made from the photos in {record.photos}, and {source.path} lacks most of them, such as "
+            f"{missing[0]!r}: choose another --out, or start over with --overwrite"
+        )
 
 
 def made_with() -> dict[str, str]:
@@ -125,48 +152,54 @@ def open_source(config: RunConfig) -> PhotoSource:
         raise UserError(str(error)) from None
 
 
-def start(out: Path, given: dict, stages: Sequence[str], workers: int, gpus: int | None, overwrite: bool) -> bool:
-    """Runs stages of the run folder `out` with the settings `given` over those it has; progress goes to the terminal.
+def start(
+    out: Path, given: dict, stages: Sequence[str], workers: int = 1, gpus: int | None = None, overwrite: bool = False
+) -> bool:
+    """Runs stages of the run folder `out`; prints progress.
 
-    workers: processes on the CPU; gpus: processes with a GPU each instead (None: one if there is one).
     Under torchrun or SLURM this process is one of many already and takes its place among them.
-    Returns False when masks were to be made and there is not one.
+
+    Args:
+        given: nested settings, as for `settle`.
+        workers: number of processes on the CPU.
+        gpus: number of processes with a GPU each, instead; None: one if there is a GPU.
+
+    Returns:
+        False if masks were to be made and there is none, else True.
     """
-    if "photos" not in given and not (out / "run.toml").exists():
-        read_config(out / "run.toml")  # says that this is no run's folder, before one is made
+    if "photos" not in given:
+        read_config(out)  # an error for what is not a run folder, before one is made
     gpus = distributed.count_gpus(gpus, workers)
     device = "cuda" if gpus else "cpu"
     worker = distributed.current()
     if not worker.is_main:
-        worker.barrier("prepared")
+        worker.barrier("settled")
         work(out, stages, worker, device)
         return True
     with locked(out):
         try:
-            prepare(out, given, stages, overwrite and worker.attempt == 0)
+            settle(out, given, stages, overwrite and worker.attempt == 0)
         except UserError as error:
             worker.fail(str(error))
             raise
-        worker.barrier("prepared")
+        worker.barrier("settled")
         if worker.count > 1 or max(workers, gpus) == 1:
             work(out, stages, worker, device)
         else:
             _start_workers(out, stages, gpus or workers, device)
-    if "train" in stages:
-        print(f"the segmenter is in {out / 'segmenter'}")
-    if "experts" in stages:
-        print(f"the experts' masks are in {out / 'refined'}")
-    return "pseudolabel" not in stages or _summarize(out, "report" in stages)
+    has_masks = "pseudolabel" not in stages or _print_counts(out)
+    for stage in stages:
+        if STAGES[stage].done:
+            print(STAGES[stage].done.format(out=out))
+    return has_masks
 
 
-def _summarize(out: Path, report: bool) -> bool:
-    """Says what a finished run has made; returns whether there are masks."""
+def _print_counts(out: Path) -> bool:
+    """Prints how many masks a finished run has; returns whether there are any."""
     masks = sum(1 for _ in read_masks(out / "masks"))
     errors = sum(1 for _ in read_errors(out / "errors.jsonl"))
-    failed = f"; {errors} that could not be used are in {out / 'errors.jsonl'}" if errors else ""
+    failed = f"; {errors} photos that could not be used are listed in {out / 'errors.jsonl'}" if errors else ""
     print(f"{masks} masks in {out / 'masks'}{failed}")
-    if report:
-        print(f"look at {out / 'report.html'}")
     return masks > 0
 
 
@@ -176,7 +209,7 @@ def _start_workers(out: Path, stages: Sequence[str], count: int, device: str) ->
     try:
         distributed.launch([str(out), device, *stages], count)
     except UserError:
-        if failure.exists():  # a worker has said what is wrong, and it will not mend by itself
+        if failure.exists():  # a worker has said what is wrong, and a restart would not mend it
             raise UserError(failure.read_text()) from None
         raise
 
@@ -187,141 +220,30 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str) -> None:
 
     try:
         device = worker.device(device)
-        config = read_config(out / "run.toml")
+        config = read_config(out)
         source = open_source(config)
         if "archive" in stages and (not config.categories or (out / "archive.json").exists()):
-            stages = [stage for stage in stages if stage != "index"]  # class folders, or searched already
-        for folder in (out, *(out / name for name in TIDIED)):
+            stages = [stage for stage in stages if stage != "index"]  # class folders, or retrieved already
+        for folder in (out, *(out / name for stage in STAGES.values() for name in stage.outputs)):
             if worker.is_main and folder.is_dir():
-                remove_stale(folder)
+                remove_stale(folder)  # files that a killed run has left unfinished
         for stage in stages:
             worker.barrier(f"before {stage}")
             with Progress(stage, worker) as progress:
-                RUN[stage](out, config, source, worker, device, progress)
+                STAGES[stage].run(Context(out, config, source, worker, device, progress))
         worker.barrier("end")
     except Exception as error:
         worker.fail(str(error))
         raise
 
 
-def _index(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, device: str, progress) -> None:
-    from .index import build_index, list_photos, read_photos
-
-    folder = out / "index"
-    folder.mkdir(exist_ok=True)
-    if worker.is_main and not (folder / "photos.jsonl").exists():
-        list_photos(source, folder)
-        if next(read_photos(folder), None) is None:
-            (folder / "photos.jsonl").unlink()
-            raise UserError(f"there are no photos in {config.photos}")
-    worker.barrier("photos are listed")
-    progress.total = sum(1 for _ in read_photos(folder))
-    build_index(source, folder, config.index, worker, device, progress.advance)
-    worker.barrier("photos are indexed")
-
-
-def _archive(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, device: str, progress) -> None:
-    from .index import make_embedder, missing_shards, read_photos
-
-    if not worker.is_main or (out / "archive.json").exists():
-        return
-    if not config.categories:
-        write_archive(out / "archive.json", _archive_of_folders(out, config, source))
-        return
-    folder = out / "index"
-    if not (folder / "photos.jsonl").exists() or missing_shards(folder, config.index):
-        raise UserError(f"{folder} is not finished; make it with `namedmask index {config.photos} --out {out}`")
-    text = make_embedder(config.index, device).texts(config.categories, prompts())
-    count = config.archive.photos_per_category
-    archive = search_index(folder, config.categories, text, count, read_photos(folder))
-    if not any(archive.photos.values()):
-        raise UserError(f"no photo in {config.photos} could be embedded; see {out / 'index'}/*.errors.jsonl")
-    write_archive(out / "archive.json", archive)
-
-
-def _archive_of_folders(out: Path, config: RunConfig, source: PhotoSource) -> Archive:
-    errors: list[ErrorRecord] = []
-    try:
-        folders = source.categories(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason)))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if not folders:
-        raise UserError(f"there are no photos in the folders of {config.photos}")
-    (out / "index").mkdir(exist_ok=True)
-    write_errors(errors_path(out / "index" / "photos.jsonl"), errors)
-    return Archive(list(folders), {name: [Retrieved(p, None) for p in photos] for name, photos in folders.items()})
-
-
-def _pseudolabel(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, device: str, progress) -> None:
-    from .pseudolabel import pseudolabel, work_of
-
-    archive = read_archive(out / "archive.json")
-    (out / "masks").mkdir(exist_ok=True)
-    progress.total = len(work_of(archive))
-    labeler = pseudolabel(source, archive, out / "masks", config, worker, device, progress.advance)
-    if labeler is not None:
-        progress.note = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in labeler.seconds.items())
-    worker.barrier("masks are made")
-    if worker.is_main:
-        if worker.count > 1:  # what a worker had claimed when it was lost, if the others did not start anew with it
-            lost = lambda photos, found=False: None if found else progress.advance(photos)  # noqa: E731
-            pseudolabel(source, archive, out / "masks", config, Worker(), device, lost)
-        parts = [p for name in ("index", "masks") for p in sorted((out / name).glob("*.errors.jsonl"))]
-        assemble_errors(out / "errors.jsonl", parts)
-
-
-def _expect_masks(out: Path, config: RunConfig) -> None:
-    """What learns from masks waits for all of them: made of some, it would be taken for finished ever after."""
-    from .pseudolabel import missing_shards
-
-    finished = (out / "refined").exists()  # made of all of them
-    if not finished and missing_shards(read_archive(out / "archive.json"), out / "masks", config.shard_size):
-        raise UserError(f"{out / 'masks'} is not finished; go on with `namedmask pseudolabel {out}`")
-
-
-def _experts(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, device: str, progress) -> None:
-    from .experts import train_experts
-
-    _expect_masks(out, config)
-    train_experts(out, source, config.experts, worker, device, progress)
-    if worker.is_main:
-        parts = [p for name in ("index", "masks", "refined") for p in sorted((out / name).glob("*.errors.jsonl"))]
-        assemble_errors(out / "errors.jsonl", parts)
-
-
-def _report(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, device: str, progress) -> None:
-    from .report import write_report
-
-    if worker.is_main:
-        write_report(out)
-
-
-def _train(out: Path, config: RunConfig, source: PhotoSource, worker: Worker, device: str, progress) -> None:
-    from .segmenter.training import train_segmenter
-
-    _expect_masks(out, config)
-    train_segmenter(out, source, config.segmenter, worker, device, progress)
-
-
-RUN: dict[str, Callable] = {
-    "index": _index,
-    "archive": _archive,
-    "pseudolabel": _pseudolabel,
-    "experts": _experts,
-    "report": _report,
-    "train": _train,
-}
-
-
-def _merged(settings: dict, given: dict) -> dict:
-    result = dict(settings)
-    for key, value in given.items():
-        result[key] = _merged(result.get(key, {}), value) if isinstance(value, dict) else value
-    return result
+def _remove_outputs(out: Path, stage: Stage) -> None:
+    for name in stage.outputs:
+        remove(out / name)
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder; killed in the middle it leaves nothing that looks whole."""
+    """Removes a file or a folder. If it is killed half-way, nothing is left that looks complete."""
     if path.exists():
         doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
         path.rename(doomed)
@@ -343,7 +265,7 @@ def _main() -> None:
     except UserError as error:
         failure.write_text(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:  # the parent says it
+    except KeyboardInterrupt:  # the parent reports it
         sys.exit(130)
 
 

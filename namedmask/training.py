@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""What every training shares: its checkpoint, its metrics, and going on after an interruption to the same result.
+"""What every training shares: its loop, its checkpoint, its metrics, and how it continues after an interruption.
 
 A training's folder:
-  metrics.jsonl   what the training is of, then a line every LOG_EVERY steps; the means since the line before
-  tensorboard/    the same for TensorBoard
+  metrics.jsonl   the settings in the first line, then a line every LOG_EVERY steps with means since the last
+  tensorboard/    the same for TensorBoard, if it is installed
   checkpoint.pt   the whole state, every SAVE_EVERY seconds and at the end
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,40 +24,56 @@ from torch.optim import Optimizer
 from .distributed import Worker
 from .errors import UserError
 from .files import atomic_write
+from .progress import Progress
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 60.0  # seconds
+NOTE_EVERY = 10  # steps; reading a loss makes the CPU wait for a GPU
 
 
 class TrainingState:
-    """The state of a training on disk; `step` is the number of steps done, and where to go on.
+    """The state of a training on disk. `step` is the number of finished steps.
 
-    A training that draws all that step i needs from its seed and i ends with the same weights, however often it was
-    killed. The main worker writes; all restore.
+    A training that derives the randomness of step i from its seed and i ends with the same weights however often it was
+    interrupted. The main worker writes; all workers restore.
     """
 
     def __init__(self, folder: Path, about: dict, network: nn.Module, optimizer: Optimizer, steps: int, worker: Worker):
-        """about: what the result depends on, as plain values. Raises UserError where the folder's is of another."""
+        """
+        Args:
+            folder: where the files are.
+            about: what the result depends on, as plain values.
+            network: restored from the checkpoint, if there is one, and saved.
+            optimizer: likewise.
+            steps: length of the training.
+
+        Raises:
+            UserError: the checkpoint in `folder` is of a training about something else.
+        """
         self.folder, self.about, self.network, self.optimizer = folder, about, network, optimizer
         self.steps, self.worker = steps, worker
         self.step, self.photos = 0, 0
         self.sums: dict[str, Tensor] = {}  # of the values since the last line
+        self.board: Any = None
         self._restore()
 
     def __enter__(self) -> TrainingState:
         if self.worker.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+            self.board = _tensorboard(str(self.folder / "tensorboard"), self.step + 1)
         self.logged = self.saved = time.monotonic()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.worker.is_main:
+        if self.board is not None:
             self.board.close()
 
     def end_step(self, photos: int, values: dict[str, Tensor]) -> None:
-        """A step is done. photos: seen by all workers; values: scalars to keep the mean of, read only when logged."""
+        """Counts a finished step; logs and saves when it is time.
+
+        Args:
+            photos: number of photos that all workers have seen in it.
+            values: scalars whose means are logged. They are read only then.
+        """
         self.step += 1
         self.photos += photos
         for name, value in values.items():
@@ -72,9 +92,10 @@ class TrainingState:
         count = (self.step - 1) % LOG_EVERY + 1
         line = {name: float(value) / count for name, value in self.sums.items()}
         line["photos_per_second"] = self.photos / (now - self.logged)
-        for name, value in line.items():
-            self.board.add_scalar(name, value, self.step)
-        self.board.flush()
+        if self.board is not None:
+            for name, value in line.items():
+                self.board.add_scalar(name, value, self.step)
+            self.board.flush()
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": self.step} | {name: round(value, 4) for name, value in line.items()}) + "\n")
         self.logged, self.photos, self.sums = now, 0, {}
@@ -85,13 +106,14 @@ class TrainingState:
             torch.save({**state, "sums": self.sums, "about": self.about}, file)
 
     def _restore(self) -> None:
-        """Takes up the checkpoint, if there is one. What the metrics say of later steps is dropped."""
+        """Loads the checkpoint, if there is one, and drops the metrics of later steps."""
         metrics, checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
         if checkpoint.exists():
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             if state["about"] != self.about:
                 raise UserError(
-                    f"{self.folder} is of a training with other settings or masks; give the old ones or remove it"
+                    f"{checkpoint} is of a training with other settings or masks; continue with those, or start over "
+                    "with --overwrite"
                 )
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -103,3 +125,54 @@ class TrainingState:
                 lines += [x for x in metrics.read_text().splitlines() if 0 < json.loads(x).get("step", 0) <= self.step]
             with atomic_write(metrics) as file:
                 file.write("".join(line + "\n" for line in lines).encode())
+
+
+def fit(
+    state: TrainingState,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    step: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    learning_rate: Callable[[int, float], float],
+    batch_size: int,
+    device: str,
+    progress: Progress,
+) -> None:
+    """Runs the remaining steps of a training.
+
+    Args:
+        batches: this worker's photos and targets of each remaining step.
+        step: gradients and losses of a batch on `device`; the first loss is shown as progress.
+        learning_rate: of a step and a parameter group's highest rate, which is its entry "highest".
+        batch_size: of all workers together.
+        progress: advances with every photo.
+    """
+    share = batch_size // state.worker.count
+    progress.advance(state.step * share, found=True)
+    while state.step < state.steps:
+        began = time.monotonic()
+        photos, targets = next(batches)
+        waited = torch.tensor(time.monotonic() - began)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(state.step, group["highest"])
+        state.optimizer.zero_grad()
+        losses = step(photos.to(device), targets.to(device))
+        state.optimizer.step()
+        state.end_step(batch_size, {**losses, "seconds_waiting_for_photos": waited})
+        if state.step % NOTE_EVERY == 0:
+            name, value = next(iter(losses.items()))
+            progress.note = f"{name} {float(value):.3f}"
+        progress.advance(share)
+
+
+@functools.cache
+def _say_that_tensorboard_is_missing() -> None:
+    print("tensorboard is not installed: metrics are in metrics.jsonl alone", file=sys.stderr)
+
+
+def _tensorboard(folder: str, first_step: int) -> Any:
+    """A TensorBoard writer; None, and a line that says so, where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _say_that_tensorboard_is_missing()
+        return None
+    return SummaryWriter(folder, purge_step=first_step)

@@ -39,8 +39,8 @@ BASE = {
     "refine": True,
     "experts": "shared",
     "photos": 50,
-    "copies": (1, 2),
-    "crop": demo.SEGMENTER["crop"],
+    "paste_objects": (1, 2),
+    "crop_size": demo.SEGMENTER["crop_size"],
 }
 ROWS = {
     "base": {},
@@ -50,13 +50,13 @@ ROWS = {
     "no solver": {"refine": False},
     "no experts": {"experts": None},
     "an expert network a kind": {"experts": "separate"},
-    "no copy-paste": {"copies": (0, 0)},
-    "1 object pasted": {"copies": (1, 1)},
-    "1 to 3 objects pasted": {"copies": (1, 3)},
-    "views of 160 pixels": {"crop": 160},
-    "views of 160 pixels, no copy-paste": {"crop": 160, "copies": (0, 0)},
-    "views of 160 pixels, no experts": {"crop": 160, "experts": None},
-    "views of 160 pixels, no experts, no copy-paste": {"crop": 160, "experts": None, "copies": (0, 0)},
+    "no copy-paste": {"paste_objects": (0, 0)},
+    "1 object pasted": {"paste_objects": (1, 1)},
+    "1 to 3 objects pasted": {"paste_objects": (1, 3)},
+    "views of 160 pixels": {"crop_size": 160},
+    "views of 160 pixels, no copy-paste": {"crop_size": 160, "paste_objects": (0, 0)},
+    "views of 160 pixels, no experts": {"crop_size": 160, "experts": None},
+    "views of 160 pixels, no experts, no copy-paste": {"crop_size": 160, "experts": None, "paste_objects": (0, 0)},
     "10 photos a kind": {"photos": 10},
     "25 photos a kind": {"photos": 25},
     "100 photos a kind": {"photos": 100},
@@ -67,17 +67,17 @@ def settings(folder: Path, row: dict) -> dict:
     """The run's settings for a row."""
     experts = demo.EXPERTS | {"mode": row["experts"] or "shared"}
     if row["experts"] == "separate":  # as many views in all, a twelfth of them for each
-        experts |= {"steps": -(-2 * experts["steps"] // len(KINDS)), "batch": experts["batch"] // 2}
+        experts |= {"steps": -(-2 * experts["steps"] // len(KINDS)), "batch_size": experts["batch_size"] // 2}
     return {
         "photos": str((folder / "photos").absolute()),
         "categories": list(KINDS),
-        "shard_size": LARGEST * len(KINDS),  # one file of masks, as `cut_short` writes
+        "pseudolabel": {"shard_size": LARGEST * len(KINDS)},  # one file of masks, as `cut_short` writes
         "index": {"clip_model": demo.CLIP_NAME},
         "archive": {"photos_per_category": row["photos"]},
         "detector": demo.SPECTRAL if row["detector"] == "spectral" else demo.DETECTOR,
         "refine": demo.REFINE if row["refine"] else {"name": "none"},
         "experts": experts,
-        "segmenter": demo.SEGMENTER | {"copies": row["copies"], "crop": row["crop"]},
+        "segmenter": demo.SEGMENTER | {"paste_objects": row["paste_objects"], "crop_size": row["crop_size"]},
     }
 
 

@@ -40,7 +40,7 @@ def detector_settings(standin: Path) -> dict:
         "backbone": "vit_small_patch14_dinov2.lvd142m",
         "backbone_weights": str(standin / "vit_small_patch14_standin.safetensors"),
         "features": "tokens",
-        "center": True,
+        "center_features": True,
         "image_size": 448,
     }
 
@@ -57,12 +57,12 @@ def settings(photos: Path, standin: Path) -> dict:
         "segmenter": {
             "encoder": vit["backbone"],
             "encoder_weights": vit["backbone_weights"],
-            "encoder_rate": 0.0,
-            "width": 128,
-            "crop": 224,
+            "encoder_lr": 0.0,
+            "head_channels": 128,
+            "crop_size": 224,
             "scale": (0.3, 1.0),
             "steps": 250,
-            "rate": 2e-3,
+            "lr": 2e-3,
         },
     }
 

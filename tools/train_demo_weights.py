@@ -603,10 +603,8 @@ def train_selfmask(arguments: argparse.Namespace) -> None:
     from safetensors.torch import load_file, save_file
 
     from namedmask import run
-    from namedmask.config import SaliencyTraining
     from namedmask.demo.models import SELFMASK_WEIGHTS, VIT_NAME
     from namedmask.demo.run import DETECTOR, REFINE, SPECTRAL
-    from namedmask.saliency.selfmask_training import train_saliency
 
     torch.set_num_threads(arguments.threads)
     photos = arguments.out / "photos" / "pool"
@@ -620,14 +618,15 @@ def train_selfmask(arguments: argparse.Namespace) -> None:
     detector = DETECTOR | {"weights": weights} if weights else SPECTRAL
     for turn, (keep, steps) in enumerate(zip(arguments.keep, arguments.steps, strict=True)):
         out = arguments.out / f"{arguments.name}{turn}"
-        given = {"photos": str(photos.parent.absolute()), "detector": detector, "refine": REFINE}
-        run.start(out, given, ["archive", "pseudolabel"], workers=1, gpus=0, overwrite=False)
-        settings = SaliencyTraining(
-            backbone=VIT_NAME, start=weights, queries=10, layers=3, keep=keep, paste=arguments.paste,
-            texture=arguments.texture, steps=steps,
-            crop=112, scale=(0.25, 1.0), batch=20, rate=8e-4, encoder_rate=3e-4, weight_decay=0.02,
-        )  # fmt: skip
-        weights = str(train_saliency(out, settings, "cpu").absolute())
+        training = {
+            "backbone": VIT_NAME, "init_checkpoint": weights, "num_queries": 10, "decoder_layers": 3,
+            "keep_fraction": keep, "paste_prob": arguments.paste, "texture_prob": arguments.texture, "steps": steps,
+            "crop_size": 112, "scale": (0.25, 1.0), "batch_size": 20, "lr": 8e-4, "encoder_lr": 3e-4,
+            "weight_decay": 0.02,
+        }  # fmt: skip
+        given = {"photos": str(photos.parent.absolute()), "detector": detector, "refine": REFINE, "saliency": training}
+        run.start(out, given, ["archive", "pseudolabel", "train-saliency"], gpus=0)
+        weights = str((out / "saliency" / "model.safetensors").absolute())
         detector = DETECTOR | {"weights": weights}
     save_file({name: value.half() for name, value in load_file(weights).items()}, SELFMASK_WEIGHTS)
     print(f"{SELFMASK_WEIGHTS}: {SELFMASK_WEIGHTS.stat().st_size / 1e6:.1f} MB")

@@ -33,8 +33,8 @@ BLOCK = 53  # photos: what `scenes.index_photo` deals the kinds in
 
 # Chosen on photos of another seed. The solver's sigmas are given for photos of 512 pixels: these are of 160. COARSE
 # serves the cut and what takes no learning better than REFINE, which SelfMask's finer masks want.
-SPECTRAL = {"backbone": VIT_NAME, "features": "tokens", "center": True, "tau": 0.0, "image_size": 128}
-DETECTOR = {"name": "selfmask", "backbone": VIT_NAME, "image_size": 160, "scales": [1.0, 1.4], "mirror": True}
+SPECTRAL = {"backbone": VIT_NAME, "features": "tokens", "center_features": True, "tau": 0.0, "image_size": 128}
+DETECTOR = {"name": "selfmask", "backbone": VIT_NAME, "image_size": 160, "scales": [1.0, 1.4], "horizontal_flip": True}
 REFINE = {
     "name": "bilateral",
     "largest_component": True,
@@ -48,24 +48,24 @@ COARSE = REFINE | {"sigma_spatial": 26.0, "sigma_chroma": 6.0, "smoothness": 256
 
 # Short trainings on small photos, from encoders of the demo: photos shrunk less, rates higher than the paper's.
 LEARNING = {
-    "width": 64,
-    "crop": 96,
+    "head_channels": 64,
+    "crop_size": 96,
     "scale": (0.4, 1.0),
     "blur_sigma": (0.1, 1.0),
-    "batch": 16,
+    "batch_size": 16,
     "weight_decay": 1e-4,
-    "encoder_momentum": 0.1,
+    "encoder_bn_momentum": 0.1,
 }
 EXPERTS = LEARNING | {
     "mode": "shared",
     "encoder": VIT_NAME,
     "encoder_weights": str(SELFMASK_WEIGHTS),
     "steps": 80,
-    "rate": 3e-3,
-    "encoder_rate": 3e-4,
+    "lr": 3e-3,
+    "encoder_lr": 3e-4,
 }
 # Nothing is pasted: views of 96 pixels have no room, and segmenters are better for it (bench/ABLATIONS.md, seeds 8, 9).
-SEGMENTER = LEARNING | {"encoder": ENCODER_NAME, "steps": 155, "rate": 3e-3, "encoder_rate": 1e-3, "copies": (0, 0)}
+SEGMENTER = LEARNING | {"encoder": ENCODER_NAME, "steps": 155, "lr": 3e-3, "encoder_lr": 1e-3, "paste_objects": (0, 0)}
 
 
 def run_demo(
@@ -93,7 +93,7 @@ def run_demo(
         "categories": list(KINDS),
         "index": {"clip_model": CLIP_NAME},
         "archive": {"photos_per_category": best},
-        "keep_detected": True,
+        "pseudolabel": {"keep_detected": True},
         "detector": DETECTOR,
         "refine": REFINE,
         "experts": EXPERTS | ({"steps": steps} if steps else {}),
@@ -105,7 +105,7 @@ def run_demo(
         render(out / "photos", SEED, blocks * BLOCK, overwrite)
     if overwrite:
         with run.locked(out):
-            run.prepare(out, given, run.STAGES, overwrite)
+            run.settle(out, given, list(run.STAGES), overwrite)
     # Where somebody else uses a core too, threads that share each product slow the training of such small networks
     # several times; and the rounding would depend on their number.
     with kernels_on_one_thread("cuda" if count_gpus(None, 1) else "cpu"):

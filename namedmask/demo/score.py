@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ..archive import read_archive
-from ..config import DetectorConfig, RefineConfig, RunConfig, read_config
+from ..config import DetectorConfig, RefineConfig, RunConfig
 from ..distributed import Worker, count_gpus
 from ..errors import UserError
 from ..masks import read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
+from ..record import read_config
 from ..threads import kernels_on_one_thread, map_ahead
 from .scenes import Scene, index_photo
 
@@ -61,9 +62,9 @@ def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) 
     from ..refine import Refiner
     from .baselines import baselines
 
-    config, archive = read_config(out / "run.toml"), read_archive(out / "archive.json")
+    config, archive = read_config(out), read_archive(out / "archive.json")
     source, refiner = PhotoSource(config.photos), Refiner(coarse)
-    trivial = baselines(spectral.image_size, spectral.features, spectral.tau, spectral.center)
+    trivial = baselines(spectral.image_size, spectral.features, spectral.tau, spectral.center_features)
     names = sorted({entry.photo for entries in archive.photos.values() for entry in entries})
     retrieved = {name: {entry.photo for entry in archive.photos[name]} for name in archive.categories}
 
@@ -72,7 +73,15 @@ def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) 
         refined, experts = _masks(out / "masks"), _experts_masks(out / "refined")
         alone = _masks(out / "detected")
         cut = _remade(
-            out, config.model_copy(update={"detector": spectral, "refine": coarse, "keep_detected": False}), progress
+            out,
+            config.model_copy(
+                update={
+                    "detector": spectral,
+                    "refine": coarse,
+                    "pseudolabel": config.pseudolabel.model_copy(update={"keep_detected": False}),
+                }
+            ),
+            progress,
         )
 
         def compare(name: str, guesses: Mapping[str, Guess]) -> tuple[Scene, dict[str, float]]:

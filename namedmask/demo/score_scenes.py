@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..archive import Archive, Retrieved, prompts
-from ..config import RunConfig, read_config
+from ..config import RunConfig
 from ..distributed import Worker, count_gpus
 from ..evaluate.folders import as_json
 from ..evaluate.metrics import Confusion
@@ -27,6 +27,7 @@ from ..masks import read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
 from ..pseudolabel import pseudolabel
+from ..record import read_config
 from ..segmenter.predict import Segmenter
 from ..threads import map_ahead, thread_count
 from .scenes import KINDS, evaluation_scene
@@ -59,7 +60,7 @@ def render_scenes(folder: Path, seed: int, count: int) -> list[np.ndarray]:
 
 def score_scenes(out: Path, seed: int, count: int) -> tuple[dict[str, dict], list[ShownScene]]:
     """Figures as demo.json holds them, of the segmenter in the run folder `out`, and what to look at."""
-    config = read_config(out / "run.toml")
+    config = read_config(out)
     device = "cuda" if count_gpus(None, 1) else "cpu"
     with tempfile.TemporaryDirectory() as folder, Progress("scenes", Worker()) as progress:
         photos = Path(folder, "photos")
@@ -105,7 +106,7 @@ def _pseudo_labels(
         likeness = text @ embedding
         photos[KINDS[int(likeness.argmax())]].append(Retrieved(name, float(likeness.max())))
     folder.mkdir()
-    config = config.model_copy(update={"keep_detected": False})
+    config = config.model_copy(update={"pseudolabel": config.pseudolabel.model_copy(update={"keep_detected": False})})
     pseudolabel(source, Archive(list(KINDS), photos), folder, config, Worker(), device, lambda *_, **__: None)
     for record in sorted(read_masks(folder), key=lambda record: record.photo):
         yield record.mask() * np.uint8(1 + KINDS.index(record.category))

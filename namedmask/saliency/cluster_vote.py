@@ -46,7 +46,7 @@ class ClusterVoteDetector(Detector):
             features = backbone.extract(prepared, [self.config.features])[self.config.features]
             # No GPU has run the clustering's CUDA version yet. Its input is small beside what the network has moved.
             features = features.with_rows(features.rows.cpu())
-            if self.config.center:
+            if self.config.center_features:
                 features = centered(features)
             for mine, grid in zip(labels, spectral_clusters(features, COUNTS).grids(), strict=True):
                 mine.append(grid)

@@ -122,7 +122,7 @@ class SelfMaskDetector(Detector):
         self.network = load(config.backbone, config.weights).to(device).eval().requires_grad_(False)
         super().__init__(config, Encoder(self.network, torch.device(device), getattr(torch, config.precision)))
         sizes = [round(config.image_size * scale) for scale in config.scales]
-        self.looks = list(itertools.product(sizes, (False, True) if config.mirror else (False,)))
+        self.looks = list(itertools.product(sizes, (False, True) if config.horizontal_flip else (False,)))
 
     def tokens(self, photo: Photo) -> int:
         return sum(math.prod(self.backbone.grid(photo.pixels, size)) for size, _ in self.looks)

@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: MIT
-"""Bootstrapping: a SelfMask network trained on the masks that a run has made without it.
+"""Bootstrapping: a SelfMask network, trained on the masks that a run has made without it.
 
 OUT/saliency/
   model.safetensors   the network, tensors named as in the authors' checkpoint; written last
-  metrics.jsonl, tensorboard/, checkpoint.pt   see `namedmask.training`
+  metrics.jsonl, tensorboard/, checkpoint.pt   see `namedmask.training`; the checkpoint is removed at the end
 
-A detector without learning errs in its own way on every photo; a network that must explain thousands of its masks
-learns what they share. `keep` lets the masks with the best scores alone teach it; that these are of the easiest photos
-is made good by `paste`, which puts their objects before the backgrounds of all the others.
+A detector without learning errs differently on every photo; a network that has to explain thousands of its masks learns
+what they share. `keep_fraction` trains on the masks with the best scores alone. These tend to be of easy photos, which
+`paste_prob` compensates for: it pastes their objects onto the backgrounds of all other photos.
+
+Every step derives its photos and their augmentation from the seed and the step number. On the CPU, an interrupted
+training therefore ends with weights that are bit-identical to those of one that was not. Several workers share each
+batch; their losses and gradients are those of the whole batch, up to rounding.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
 
 from ..backbones import load as load_backbone
-from ..config import SaliencyTraining, read_config
+from ..config import SaliencyTraining
 from ..distributed import Worker
 from ..errors import UserError
 from ..files import atomic_write
@@ -32,95 +39,124 @@ from ..masks import MaskRecord, digest, read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
 from ..threads import map_ahead, thread_count
-from ..training import TrainingState
+from ..training import TrainingState, fit
 from .selfmask import UPSAMPLED, SelfMask
 from .selfmask import load as load_selfmask
 
 WARM_UP = 50  # steps until the learning rate is reached
 
 
-def train_saliency(out: Path, settings: SaliencyTraining, device: str) -> Path:
-    """Trains on the masks of the run folder `out`; goes on from a checkpoint. Returns the path of the network.
+def train_saliency(
+    out: Path, source: PhotoSource, settings: SaliencyTraining, worker: Worker, device: str, progress: Progress
+) -> None:
+    """Trains on the masks of the run folder `out`, unless that is done; continues from a checkpoint.
 
-    Reads photos and pseudo-masks alone. Every step draws its photos and their augmentation from the seed and the
-    number of the step, so that an interrupted training ends with the weights of one that was not.
-    Raises UserError where there are no masks, or where a checkpoint is of other settings or masks.
+    It reads photos and pseudo-masks only. Every worker calls it.
+
+    Raises:
+        UserError: there are no masks; a finished network or a checkpoint is of other masks than `out` has now; the
+            batch cannot be split evenly among the workers.
     """
-    source = PhotoSource(read_config(out / "run.toml").photos)
     records = ranked_masks(out / "masks")
     folder, path = out / "saliency", out / "saliency" / "model.safetensors"
     folder.mkdir(exist_ok=True)
+    about = {"settings": settings.model_dump(), "masks": digest(records)}
+    if path.exists():
+        with (folder / "metrics.jsonl").open() as lines:
+            if json.loads(next(lines))["masks"] != about["masks"]:
+                raise UserError(f"{path} was trained on other masks than {out} has now; start over with --overwrite")
+        progress.note = "done before"
+        return
+    if settings.batch_size % worker.count:
+        raise UserError(
+            f"a batch of {settings.batch_size} cannot be split evenly among {worker.count} workers; choose another "
+            "--batch-size"
+        )
     torch.manual_seed(settings.seed)
-    network = start_network(settings).to(device).train()
+    network = initial_network(settings).to(device).train()
+    decoder = [p for n, p in network.named_parameters() if n.partition(".")[0] != "encoder"]
     optimizer = torch.optim.AdamW(
         [
-            {"params": network.encoder.parameters(), "high": settings.encoder_rate},
-            {
-                "params": [p for n, p in network.named_parameters() if n.partition(".")[0] != "encoder"],
-                "high": settings.rate,
-            },
+            {"params": network.encoder.parameters(), "highest": settings.encoder_lr},
+            {"params": decoder, "highest": settings.lr},
         ],
         weight_decay=settings.weight_decay,
     )
-    steps = settings.steps or math.ceil(settings.epochs * teaching_count(records, settings) / settings.batch)
-    about = {"settings": settings.model_dump(), "masks": digest(records)}
-    with (
-        Progress("train-saliency", Worker()) as progress,
-        TrainingState(folder, about, network, optimizer, steps, Worker()) as state,
-    ):
-        progress.total = steps * settings.batch
-        progress.advance(state.step * settings.batch, found=True)
-        rest = range(state.step, steps)
-        for step, (photos, targets) in zip(rest, batches(source, records, settings, network, rest), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = group["high"] * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps) ** 0.9
-            dice, rank = losses(*network(photos.to(device)), targets.to(device))
-            optimizer.zero_grad()
-            (dice.mean() + rank).backward()
+    steps = settings.steps or math.ceil(settings.epochs * training_count(records, settings) / settings.batch_size)
+    progress.total = steps * settings.batch_size
+    precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+
+    def learning_rate(step: int, highest: float) -> float:
+        return highest * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps) ** 0.9
+
+    with worker.collective(device), TrainingState(folder, about, network, optimizer, steps, worker) as state:
+        shared: nn.Module = network
+        if worker.count > 1:
+            shared = DistributedDataParallel(network, broadcast_buffers=False)
+
+        def step(photos: Tensor, targets: Tensor) -> dict[str, Tensor]:
+            with precision:
+                masks, objectness = shared(photos)
+            dice, rank, pairs = losses(masks.float(), objectness.float(), targets)
+            dice_loss = dice.mean()
+            rank_loss = rank / worker.sum(pairs).clamp_min(1) * worker.count  # DDP takes the mean over the workers
+            (dice_loss + rank_loss).backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            state.end_step(settings.batch, {"dice": dice[-1].mean().detach(), "ranking": rank.detach()})
-            if state.step % 10 == 0:  # not more often: reading it makes a GPU wait
-                progress.note = f"dice loss {float(dice[-1].detach().mean()):.3f}"
-            progress.advance(settings.batch)
-    with atomic_write(path) as file:
-        file.write(save({name: value.contiguous() for name, value in network.state_dict().items()}))
-    return path
+            last = torch.stack([dice[-1].mean().detach(), rank_loss.detach()])
+            dice_last, ranking = worker.sum(last) / worker.count
+            return {"dice": dice_last, "ranking": ranking}
+
+        remaining = batches(source, records, settings, network, worker, range(state.step, steps))
+        fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
+    if worker.is_main:
+        with atomic_write(path) as file:
+            file.write(save({name: value.contiguous() for name, value in network.state_dict().items()}))
+        (folder / "checkpoint.pt").unlink()
 
 
 def ranked_masks(folder: Path) -> list[MaskRecord]:
-    """The masks of a run, the best scores first, one a photo, empty ones left out; ties by name."""
+    """The non-empty masks of a run, one per photo, best scores first; ties by name."""
     by_photo = {record.photo: record for record in read_masks(folder) if record.area}
     if not by_photo:
         raise UserError(f"there are no masks in {folder}; make them with `namedmask-pseudolabel`")
     return sorted(by_photo.values(), key=lambda record: (-record.score, record.photo))
 
 
-def teaching_count(records: list[MaskRecord], settings: SaliencyTraining) -> int:
-    """How many of the ranked masks teach."""
-    return max(1, round(settings.keep * len(records)))
+def training_count(records: list[MaskRecord], settings: SaliencyTraining) -> int:
+    """How many of the ranked masks are trained on."""
+    return max(1, round(settings.keep_fraction * len(records)))
 
 
-def start_network(settings: SaliencyTraining) -> SelfMask:
-    """What the training starts from: a SelfMask network, or a backbone's encoder and a decoder of random weights."""
-    if settings.start is not None:
-        return load_selfmask(settings.backbone, settings.start)
+def initial_network(settings: SaliencyTraining) -> SelfMask:
+    """Where training starts: a SelfMask network, or a backbone as encoder and a decoder with random weights."""
+    if settings.init_checkpoint is not None:
+        return load_selfmask(settings.backbone, settings.init_checkpoint)
     encoder = load_backbone(settings.backbone, settings.backbone_weights).model.requires_grad_(True)
-    return SelfMask(encoder, settings.queries, settings.layers)
+    return SelfMask(encoder, settings.num_queries, settings.decoder_layers)
 
 
 def batches(
-    source: PhotoSource, records: list[MaskRecord], settings: SaliencyTraining, network: SelfMask, steps: range
+    source: PhotoSource,
+    records: list[MaskRecord],
+    settings: SaliencyTraining,
+    network: SelfMask,
+    worker: Worker,
+    steps: range,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each step photos float32 [batch, 3, S, S], normalized, and masks [batch, h, w] in [0, 1], h the decoder's.
+    """This worker's part of the batch of each step.
 
-    records: the masks, the best first, of which the share `settings.keep` teaches; every epoch goes through those in an
-    order of its own. The others lend their corners as new backgrounds.
+    Args:
+        records: the masks, best first. The fraction `settings.keep_fraction` of them is trained on, in a new order in
+            every epoch; the corners of all of them serve as new backgrounds.
+
+    Yields:
+        photos float32 [n, 3, S, S], normalized, and masks float32 [n, h, w] in [0, 1] at the decoder's resolution.
     """
-    cfg = network.encoder.pretrained_cfg
+    encoder: Any = network.encoder
+    cfg = encoder.pretrained_cfg
     mean, std = torch.tensor(cfg["mean"]).view(3, 1, 1), torch.tensor(cfg["std"]).view(3, 1, 1)
-    side = settings.crop // network.encoder.patch_embed.patch_size[0] * UPSAMPLED
-    teaching = records[: teaching_count(records, settings)]
+    side = settings.crop_size // encoder.patch_embed.patch_size[0] * UPSAMPLED
+    trained = records[: training_count(records, settings)]
     orders: dict[int, np.ndarray] = {}
 
     def decode(record: MaskRecord) -> Tensor:
@@ -128,29 +164,30 @@ def batches(
 
     def corner(rng: np.random.Generator) -> Tensor:
         other = records[rng.integers(len(records))]
-        return recolored(cropped(decode(other), corner_box(*other.size, rng), settings.crop), rng)
+        return recolored(cropped(decode(other), corner_box(*other.size, rng), settings.crop_size), rng)
 
     def sample(place: int) -> tuple[Tensor, Tensor]:
-        epoch, index = divmod(place, len(teaching))
-        if epoch not in orders:  # drawn alike by every thread that comes here first
-            orders[epoch] = np.random.default_rng((settings.seed, 0, epoch)).permutation(len(teaching))
-        record = teaching[orders[epoch][index]]
+        epoch, index = divmod(place, len(trained))
+        if epoch not in orders:  # the same in every thread that gets here first
+            orders[epoch] = np.random.default_rng((settings.seed, 0, epoch)).permutation(len(trained))
+        record = trained[orders[epoch][index]]
         rng = np.random.default_rng((settings.seed, 1, place))
         mask = torch.from_numpy(record.mask())[None].float()
-        box = random_box(*record.size, settings.scale, rng)
-        photo = recolored(cropped(decode(record), box, settings.crop), rng)
-        if rng.random() < settings.texture:
-            photo = photo.lerp(corner(rng), cropped(mask, box, settings.crop) * rng.uniform(0.3, 0.9))
-        if rng.random() < settings.paste:
-            photo = corner(rng).lerp(photo, cropped(mask, box, settings.crop))
-        # Antialiased: a cell of the target is the share of it that the object covers.
+        height, width = record.size
+        box = random_box(height, width, settings.scale, rng)
+        photo = recolored(cropped(decode(record), box, settings.crop_size), rng)
+        if rng.random() < settings.texture_prob:
+            photo = photo.lerp(corner(rng), cropped(mask, box, settings.crop_size) * rng.uniform(0.3, 0.9))
+        if rng.random() < settings.paste_prob:
+            photo = corner(rng).lerp(photo, cropped(mask, box, settings.crop_size))
+        # Antialiased: a cell of the target is the fraction of it that the object covers.
         target = cropped(mask, box, side)
         return (photo.flip(2), target.flip(2)) if rng.random() < 0.5 else (photo, target)
 
-    places = range(steps.start * settings.batch, steps.stop * settings.batch)
+    places = (place for step in steps for place in worker.share(step * settings.batch_size, settings.batch_size))
     loaded = map_ahead(sample, places, thread_count())
     for _ in steps:
-        photos, masks = zip(*(next(loaded) for _ in range(settings.batch)), strict=True)
+        photos, masks = zip(*(next(loaded) for _ in range(settings.batch_size // worker.count)), strict=True)
         yield (torch.stack(photos) - mean) / std, torch.cat(masks)
 
 
@@ -186,16 +223,23 @@ def recolored(photo: Tensor, rng: np.random.Generator) -> Tensor:
     return pixels.clamp(0, 1).view(photo.shape)
 
 
-def losses(masks: Tensor, objectness: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Dice losses [layers, n, Q] of every query of every layer, and the mean ranking loss of their objectness.
+def losses(masks: Tensor, objectness: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Dice losses and the ranking loss of SelfMask.
 
-    masks: logits [layers, n, Q, h, w]; objectness: logits [layers, n, Q]; targets [n, h, w] in [0, 1].
-    Of two queries the one with the lower Dice loss is to have the higher objectness: softplus of the difference, over
-    all such pairs.
+    Of two queries the one with the lower Dice loss should have the higher objectness: the ranking loss is the softplus
+    of the difference.
+
+    Args:
+        masks: logits [layers, n, Q, h, w].
+        objectness: logits [layers, n, Q].
+        targets: [n, h, w] in [0, 1].
+
+    Returns:
+        Dice losses [layers, n, Q], the sum of the ranking losses of all pairs of queries, and the number of pairs.
     """
     soft, target = masks.sigmoid(), targets[:, None]
     overlap = (soft * target).sum((-2, -1))
     dice = 1 - (2 * overlap + 1) / (soft.sum((-2, -1)) + target.sum((-2, -1)) + 1)
     worse = dice.detach()[..., :, None] > dice.detach()[..., None, :]
     rank = F.softplus(objectness[..., :, None] - objectness[..., None, :])
-    return dice, (rank * worse).sum() / worse.sum().clamp_min(1)
+    return dice, (rank * worse).sum(), worse.sum()

@@ -41,7 +41,7 @@ class SpectralDetector(Detector):
         features = self.backbone.extract(prepared, [self.config.features])[self.config.features]
         # No GPU has run the cut's CUDA version yet. Its input is small beside what the network has moved.
         features = features.with_rows(features.rows.cpu())
-        if self.config.center:
+        if self.config.center_features:
             features = centered(features)
         cut = normalized_cut(features, tau=self.config.tau)
         return [

@@ -36,12 +36,12 @@ class View(NamedTuple):
 
 
 def augmented(pixels: np.ndarray, labels: np.ndarray, settings: SegmenterTraining, rng: np.random.Generator) -> View:
-    """A view of a photo uint8 [H, W, 3] with labels int32 [H, W], of S = settings.crop pixels a side.
+    """A view of a photo uint8 [H, W, 3] with labels int32 [H, W], of S = settings.crop_size pixels a side.
 
     The photo is scaled by a factor of `settings.scale`. Of a side that is longer than the view a window at a uniform
     place is taken (only that is resized); a shorter one is padded evenly at both ends, with the mean color and IGNORE.
     """
-    size = settings.crop
+    size = settings.crop_size
     scale = rng.uniform(*settings.scale)
     (top, high, h, above), (left, wide, w, before) = (_window(side, scale, size, rng) for side in labels.shape)
     window = (top, left, high, wide, [h, w])
@@ -51,13 +51,13 @@ def augmented(pixels: np.ndarray, labels: np.ndarray, settings: SegmenterTrainin
     view[:, above : above + h, before : before + w] = photo
     padded = torch.full((size, size), IGNORE, dtype=torch.int32)
     padded[above : above + h, before : before + w] = small
-    if rng.random() < settings.flip:
+    if rng.random() < settings.flip_prob:
         view, padded = view.flip(2), padded.flip(1)
-    if rng.random() < settings.jitter_share:
-        view = jittered(view, settings.jitter, rng)
-    if rng.random() < settings.gray:
+    if rng.random() < settings.color_jitter_prob:
+        view = jittered(view, settings.color_jitter, rng)
+    if rng.random() < settings.grayscale_prob:
         view = torch.einsum("c,chw->hw", LUMA, view).expand(3, -1, -1)
-    if rng.random() < settings.blur:
+    if rng.random() < settings.blur_prob:
         view = blurred(view, rng.uniform(*settings.blur_sigma))
     return View(view.mul(255).round_().clamp_(0, 255).to(torch.uint8), padded)
 

@@ -84,19 +84,19 @@ class Head(nn.Module):
 class DeepLab(nn.Module):
     """The network. `width`, at least 16: channels of the head, 256 in the paper; a small encoder wants fewer.
 
-    encoder_momentum: of the encoder's BatchNorm statistics, which photos of a small archive are to move slowly.
+    encoder_bn_momentum: of the encoder's BatchNorm statistics, which photos of a small archive are to move slowly.
     """
 
-    def __init__(self, encoder: Encoder, classes: int, width: int = 256, encoder_momentum: float = 0.01):
+    def __init__(self, encoder: Encoder, classes: int, head_channels: int = 256, encoder_bn_momentum: float = 0.01):
         super().__init__()
-        self.encoder, self.classes, self.width = encoder.name, classes, width
+        self.encoder, self.classes, self.head_channels = encoder.name, classes, head_channels
         self.backbone, self.taken = encoder.network, encoder.taken
-        self.classifier = Head(encoder.channels, classes, width)
+        self.classifier = Head(encoder.channels, classes, head_channels)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(encoder, name)).view(3, 1, 1), persistent=False)
         for module in self.backbone.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = encoder_momentum
+                module.momentum = encoder_bn_momentum
 
     def normalized(self, photos: Tensor) -> Tensor:
         """photos uint8 [n, 3, H, W] -> float32, with the mean and spread of colors that the encoder wants."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +33,7 @@ from ..masks import MaskRecord, best_masks, digest, read_masks
 from ..photos import PhotoError, PhotoSource
 from ..progress import Progress
 from ..threads import map_ahead, one_torch_thread, thread_count
-from ..training import TrainingState
+from ..training import TrainingState, fit
 from .augment import IGNORE, View, augmented, copy_paste
 from .batch_norm import synchronize
 from .deeplab import DeepLab, on_device, save_segmenter
@@ -73,7 +72,7 @@ def train_segmenter(
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         progress.note = "done before"
         return
-    progress.total = settings.steps * settings.batch
+    progress.total = settings.steps * settings.batch_size
     network = train(source, samples, len(categories) + 1, folder, settings, worker, device, progress)
     if worker.is_main:
         save_segmenter(folder, network, categories, _digest(samples))
@@ -93,53 +92,49 @@ def train(
 ) -> DeepLab:
     """A network of `kind` trained on `samples`, going on from the checkpoint in `folder`; the same in every worker.
 
-    progress: ticks with every photo, `settings.steps * settings.batch` in all
+    progress: ticks with every photo, `settings.steps * settings.batch_size` in all
     Raises UserError where the batch cannot be shared out evenly, where a photo is not what its mask was made of, or
     where the checkpoint is of other settings or samples.
     """
-    if settings.batch % (worker.count * settings.accumulate):
+    if settings.batch_size % (worker.count * settings.grad_accum_steps):
         raise UserError(
-            f"a batch of {settings.batch} cannot be shared by {worker.count} workers in {settings.accumulate} parts "
-            "each; choose another --batch or --accumulate"
+            f"a batch of {settings.batch_size} cannot be split evenly among {worker.count} workers in "
+            f"{settings.grad_accum_steps} parts each; choose another --batch-size or --grad-accum-steps"
         )
-    if settings.batch // settings.accumulate < 2:
-        raise UserError("BatchNorm needs two photos at a time: choose a larger --batch or a smaller --accumulate")
+    if settings.batch_size // settings.grad_accum_steps < 2:
+        raise UserError(
+            "BatchNorm needs two photos at a time: choose a larger --batch-size or a smaller --grad-accum-steps"
+        )
     torch.manual_seed(settings.seed)
     encoder = load_encoder(settings.encoder, settings.encoder_weights)
-    network = kind(encoder, classes, settings.width, settings.encoder_momentum)
+    network = kind(encoder, classes, settings.head_channels, settings.encoder_bn_momentum)
     if worker.count > 1:
         synchronize(network, device)
     network = on_device(network, device).train()
     optimizer = torch.optim.Adam(
         [
-            {"params": network.backbone.parameters(), "highest": settings.encoder_rate},
-            {"params": network.classifier.parameters(), "highest": settings.rate},
+            {"params": network.backbone.parameters(), "highest": settings.encoder_lr},
+            {"params": network.classifier.parameters(), "highest": settings.lr},
         ],
         weight_decay=settings.weight_decay,
         fused=True,
     )
     about = {"settings": settings.model_dump(), "samples": _digest(samples)}
+
+    def learning_rate(step: int, highest: float) -> float:
+        decayed = highest * (1 - step / settings.steps) ** settings.poly_power
+        return max(decayed, min(highest, settings.min_lr))
+
     with worker.collective(device), TrainingState(folder, about, network, optimizer, settings.steps, worker) as state:
-        share = settings.batch // worker.count
-        progress.advance(state.step * share, found=True)
         shared: nn.Module = network
         if worker.count > 1:
             shared = DistributedDataParallel(network, broadcast_buffers=False)
-        loaded = batches(source, samples, settings, worker, range(state.step, settings.steps))
-        for step in range(state.step, settings.steps):
-            began = time.monotonic()
-            photos, labels = next(loaded)
-            waited = torch.tensor(time.monotonic() - began)
-            for group in optimizer.param_groups:
-                rate = group["highest"] * (1 - step / settings.steps) ** settings.power
-                group["lr"] = max(rate, min(group["highest"], settings.lowest_rate))
-            optimizer.zero_grad()
-            loss = accumulate_gradients(shared, network, photos.to(device), labels.to(device), settings, worker)
-            optimizer.step()
-            state.end_step(settings.batch, {"loss": loss, "seconds_waiting_for_photos": waited})
-            if state.step % 10 == 0:  # not more often: reading it makes a GPU wait
-                progress.note = f"loss {float(loss):.3f}"
-            progress.advance(share)
+
+        def step(photos: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": accumulate_gradients(shared, network, photos, labels, settings, worker)}
+
+        remaining = batches(source, samples, settings, worker, range(state.step, settings.steps))
+        fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
     return network
 
 
@@ -154,11 +149,12 @@ def accumulate_gradients(
     """The mean loss over the labeled pixels of all workers' batches; the network gets its gradients.
 
     shared: `network`, or what shares its gradients among workers. photos uint8 [n, 3, S, S] and labels int32 [n, S, S]
-    are this worker's. They go through it in `settings.accumulate` parts, each with BatchNorm statistics of its own.
+    are this worker's. They go through it in `settings.grad_accum_steps` parts with separate BatchNorm
+    statistics.
     """
     labeled = worker.sum((labels != IGNORE).sum()).clamp_min(1)
     precision = torch.autocast(photos.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
-    parts = list(zip(photos.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True))
+    parts = list(zip(photos.chunk(settings.grad_accum_steps), labels.chunk(settings.grad_accum_steps), strict=True))
     whole = torch.zeros((), device=photos.device)
     for number, (part, truth) in enumerate(parts, 1):
         alone = worker.count > 1 and number < len(parts)  # gradients are shared with those of the last part
@@ -187,15 +183,15 @@ def batches(
         epoch, index = divmod(place, len(samples))
         rng = np.random.default_rng((settings.seed, 1, place))
         first = load_view(source, samples[order(epoch)[index]], settings, rng)
-        copies = rng.integers(settings.copies[0], settings.copies[1] + 1)
+        copies = rng.integers(settings.paste_objects[0], settings.paste_objects[1] + 1)
         others = [load_view(source, samples[rng.integers(len(samples))], settings, rng) for _ in range(copies)]
         copy_paste(first, others, rng)
         return first
 
-    places = (place for step in steps for place in worker.share(step * settings.batch, settings.batch))
+    places = (place for step in steps for place in worker.share(step * settings.batch_size, settings.batch_size))
     loaded = map_ahead(view, places, thread_count(), one_torch_thread)
     for _ in steps:
-        photos, labels = zip(*(next(loaded) for _ in range(settings.batch // worker.count)), strict=True)
+        photos, labels = zip(*(next(loaded) for _ in range(settings.batch_size // worker.count)), strict=True)
         yield torch.stack(photos), torch.stack(labels)
 
 

@@ -28,7 +28,7 @@ def backbone_weights(tmp_path_factory) -> Path:
 def detector_options(backbone_weights) -> list[str]:
     """Options with which the spectral detector runs in milliseconds."""
     backbone = ["--backbone", BACKBONE, "--backbone-weights", str(backbone_weights)]
-    return [*backbone, "--image-size", "96", "--features", "tokens", "--center"]
+    return [*backbone, "--image-size", "96", "--features", "tokens", "--center-features"]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from namedmask.segmenter.augment import (
     paste_object,
 )
 
-PLAIN = {"flip": 0.0, "jitter_share": 0.0, "gray": 0.0, "blur": 0.0}
+PLAIN = {"flip_prob": 0.0, "color_jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
 
 
 @pytest.mark.parametrize("case", ["two", "four", "empty_second", "one_row", "full", "single"])
@@ -88,7 +88,7 @@ def photo_with_box(h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("h", "w"), [(40, 56), (200, 30), (90, 300), (1, 1), (64, 64)])
 def test_photo_and_labels_stay_together(h, w):
-    settings = SegmenterTraining(crop=64, **PLAIN)
+    settings = SegmenterTraining(crop_size=64, **PLAIN)
     for seed in range(20):
         view = augmented(*photo_with_box(h, w), settings, np.random.default_rng(seed))
         assert view.photo.shape == (3, 64, 64) and view.photo.dtype == torch.uint8
@@ -105,14 +105,16 @@ def test_photo_and_labels_stay_together(h, w):
 def test_the_padding_has_the_mean_color():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
-    view = augmented(pixels, np.zeros((20, 30), np.int32), SegmenterTraining(crop=64, scale=(1.0, 1.0), **PLAIN), rng)
+    view = augmented(
+        pixels, np.zeros((20, 30), np.int32), SegmenterTraining(crop_size=64, scale=(1.0, 1.0), **PLAIN), rng
+    )
     padding = view.photo[:, view.labels == IGNORE].unique(dim=1)[:, 0]
     np.testing.assert_allclose(padding, pixels.mean((0, 1)), atol=0.6)
     np.testing.assert_array_equal(view.photo[:, 22:42, 17:47].permute(1, 2, 0), pixels)
 
 
 def test_windows_reach_every_end():
-    settings = SegmenterTraining(crop=16, scale=(1.0, 1.0), **PLAIN)
+    settings = SegmenterTraining(crop_size=16, scale=(1.0, 1.0), **PLAIN)
     labels = np.arange(1, 20 * 18 + 1, dtype=np.int32).reshape(20, 18)
     pixels = np.zeros((20, 18, 3), np.uint8)
     seen = {int(augmented(pixels, labels, settings, np.random.default_rng(i)).labels[0, 0]) for i in range(200)}
@@ -157,22 +159,28 @@ def test_blur_is_torchvision_s(sigma):
 def test_settings_say_how_often():
     pixels, labels = photo_with_box(64, 64)
     pixels = pixels // np.array([1, 2, 4], np.uint8)
-    base = {"crop": 64, "scale": (1.0, 1.0), **PLAIN}
+    base = {"crop_size": 64, "scale": (1.0, 1.0), **PLAIN}
 
     def view(**changed):
         return augmented(pixels, labels, SegmenterTraining(**{**base, **changed}), np.random.default_rng(3))
 
     plain = view()
     np.testing.assert_array_equal(plain.photo.permute(1, 2, 0), pixels)
-    assert torch.equal(view(flip=1.0).photo, plain.photo.flip(2))
-    gray = view(gray=1.0).photo
+    assert torch.equal(view(flip_prob=1.0).photo, plain.photo.flip(2))
+    gray = view(grayscale_prob=1.0).photo
     torch.testing.assert_close(gray[0].float(), torch.einsum("c,chw->hw", LUMA, plain.photo.float()), atol=0.51, rtol=0)
     assert torch.equal(gray[0], gray[2])
-    assert not torch.equal(view(blur=1.0, blur_sigma=(2.0, 2.0)).photo, plain.photo)
-    assert torch.equal(view(flip=1.0, jitter_share=1.0, gray=1.0, blur=1.0).labels, plain.labels.flip(1))
+    assert not torch.equal(view(blur_prob=1.0, blur_sigma=(2.0, 2.0)).photo, plain.photo)
+    assert torch.equal(
+        view(flip_prob=1.0, color_jitter_prob=1.0, grayscale_prob=1.0, blur_prob=1.0).labels, plain.labels.flip(1)
+    )
 
 
 def test_wrong_settings_are_refused():
-    for given_, message in (({"copies": (2, 1)}, "copies"), ({"scale": (0.0, 1.0)}, "scale"), ({"gray": 1.5}, "gray")):
+    for given_, message in (
+        ({"paste_objects": (2, 1)}, "paste_objects"),
+        ({"scale": (0.0, 1.0)}, "scale"),
+        ({"grayscale_prob": 1.5}, "gray"),
+    ):
         with pytest.raises(UserError, match=message):
-            make_config(given_, SegmenterTraining)
+            make_config({"photos": "p", "segmenter": given_})

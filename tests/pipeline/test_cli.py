@@ -1,96 +1,163 @@
 # SPDX-License-Identifier: MIT
+"""Commands, options and help are generated from the settings; what holds for each of them."""
+
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from namedmask import cli, config
 from namedmask.errors import UserError
+from namedmask.stages import STAGES
+
+SETTINGS = list(config.settings())
+
+
+def invoke(*words):
+    return CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False, env={"COLUMNS": "400"})
 
 
 def test_help_imports_nothing_heavy():
-    """What makes --help quick; the half second itself is measured by hand, since a timed test would fail by chance."""
+    """What keeps --help under half a second; the time itself is not tested, since timed tests fail by chance."""
     code = (
         "import sys, namedmask.cli as c\n"
         "try: c.main()\nexcept SystemExit: pass\n"
-        "print([m for m in ('torch', 'timm', 'open_clip', 'scipy', 'PIL', 'pydantic') if m in sys.modules])"
+        "print([m for m in ('torch', 'timm', 'open_clip', 'scipy', 'PIL', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]" and "pseudolabel" in done.stdout, done.stderr
 
 
 def test_doctor_names_every_kernel_and_its_backends():
-    result = CliRunner().invoke(cli.app, ["doctor"], catch_exceptions=False)
+    result = invoke("doctor")
     assert result.exit_code == 0
     for line in ("bilateral_solver on cpu: cpu, reference", "torch ", "C++ kernels for ", "weights"):
         assert line in result.output
 
 
-def test_every_option_has_its_place_among_the_settings():
-    """A renamed setting must not leave an option behind that sets nothing."""
-    fields = config.RunConfig.model_fields
-    for option, (*part, key) in cli.SETTINGS.items():
-        owner = fields[part[0]].annotation.model_fields if part else fields
-        assert key in owner, option
+def test_short_help_version_and_similar_commands():
+    assert invoke("-h").output == invoke("--help").output
+    assert invoke("--version").output.startswith("namedmask ")
+    assert "Did you mean 'train'" in invoke("trian").stderr
+    assert "--steps" in invoke("train", "run", "--stpes", 3).stderr
 
 
-def test_defaults_in_the_help_are_those_of_the_settings():
-    text = " ".join(CliRunner().invoke(cli.alone, ["--help"]).output.split())
-    defaults = config.RunConfig(photos="photos")
-    for value in (
-        defaults.index.clip_model,
-        defaults.archive.photos_per_category,
-        defaults.detector.backbone,
-        defaults.detector.features,
-        defaults.detector.tau,
-        defaults.detector.image_size,
-        defaults.detector.precision,
-        defaults.refine.name,
-    ):
-        assert f"(default: {value})" in text
+def test_namedmask_pseudolabel_is_namedmask_run():
+    words = [line.split()[0] for line in invoke("run", "-h").output.splitlines() if line.strip().startswith("--")]
+    alone = CliRunner().invoke(cli.pseudolabel_app, ["-h"], env={"COLUMNS": "400"}).output
+    assert words and all(word in alone for word in words)
 
 
-def test_files_of_more_backbones_become_absolute(tmp_path, monkeypatch):
+@pytest.mark.parametrize("setting", [one for one in SETTINGS if one.flag], ids=lambda one: one.name)
+def test_every_flag_is_in_the_help_of_its_command(setting):
+    (stage,) = [s for s in STAGES.values() if setting.name.split(".")[0] in s.sections]
+    lines = " ".join(invoke(stage.name, "-h").output.split())
+    at = lines.index(f"{setting.flag} " if setting.kind is not bool else f"{setting.flag} / ")
+    shown = lines[at:].split(" --")[0] if setting.kind is not bool else lines[at:]
+    assert setting.field.description in shown and setting.limits in shown
+    if setting.field.default not in (None, []):
+        default = cli._option(setting).__metadata__[0].help.split("default: ")[1].rstrip("]")
+        assert f"default: {default}]" in shown
+        if setting.kind is not bool:
+            assert setting.parse(default) == setting.field.default
+
+
+@pytest.mark.parametrize("setting", SETTINGS[1:], ids=lambda one: one.name)
+def test_set_and_config_reach_every_setting(setting, tmp_path):
+    """A value other than the default, as text and in a file: it ends in the settings of a run."""
+    default = setting.field.default
+    other = {
+        "categories": "cat,dog", "detector.more_backbones": "a,b=w", "index.embeddings": "e.safetensors",
+        "experts.paste_objects": "0,0", "refine.crf.confidence": "0.7",
+    }  # fmt: skip
+    if setting.name in other:
+        text = other[setting.name]
+    elif setting.choices:
+        text = next(choice for choice in setting.choices if choice != default)
+    elif isinstance(default, bool):
+        text = str(not default).lower()
+    elif isinstance(default, (list, tuple)):
+        text = ",".join(str(value / 2 if isinstance(value, float) else value + 1) for value in default) or "1.5"
+    elif isinstance(default, float):
+        text = str(default / 2 + 0.25 * (default in (0.0, 1.0)))
+    elif isinstance(default, int):
+        text = str(default + 1)
+    else:
+        text = "something" if default is None and not setting.name.endswith("steps") else "17"
+    sections = [setting.name.split(".")[0]]
+    detector = {"name": "cluster-vote"} if setting.name == "detector.more_backbones" else {}
+    given = cli.given_settings(sections, None, [f"{setting.name}={text}"], {})
+    made = config.make_config(config.merge({"photos": "p", "detector": detector}, given))
+    value = config.flatten(made.model_dump())[setting.name]
+    assert value != default or setting.name == "experts.paste_objects"
+    (tmp_path / "run.toml").write_text(config.to_toml(made, {"torch": "2"}))
+    again = cli.given_settings(sections, tmp_path / "run.toml", [], {})
+    read = config.flatten(config.make_config(again).model_dump())
+    assert read[setting.name] == value
+
+
+def test_paths_of_files_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = cli.settings_of({"detector": "cluster-vote", "more_backbones": "vit_a, vit_b=w/b.safetensors"})
+    pairs = ["detector.name=cluster-vote", "detector.more_backbones=vit_a, vit_b=w/b.safetensors"]
+    given = cli.given_settings(["detector"], None, [*pairs, "detector.weights=w"], {})
     assert given["detector"]["more_backbones"] == ["vit_a", f"vit_b={tmp_path}/w/b.safetensors"]
-    assert config.make_config({"photos": "p", **given}).detector.name == "cluster-vote"
-
-
-def test_settings_survive_the_disk(tmp_path):
-    given = config.make_config(
-        {"photos": "/p", "categories": ["a 'b'", "ç"], "detector": {"tau": 0.25}, "index": {"embeddings": "/e"}}
-    )
-    config.write_config(tmp_path / "run.toml", given, {"torch": "1"})
-    assert config.read_config(tmp_path / "run.toml") == given
-    assert config.read_facts(tmp_path / "run.toml") == {"torch": "1"}
+    assert given["detector"]["weights"] == str(tmp_path / "w")
+    (tmp_path / "c.toml").write_text("photos = 'p'\n[detector]\nbackbone_weights = 'b'\n")
+    given = cli.given_settings(["detector"], tmp_path / "c.toml", [], {})
+    assert given == {"photos": str(tmp_path / "p"), "detector": {"backbone_weights": str(tmp_path / "b")}}
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("values", "message"),
     [
-        ({}, "photos: field required"),
-        ({"photos": "p", "speed": 3}, "speed: extra inputs are not permitted, got 3"),
-        ({"photos": "p", "detector": {"image_size": 3.5}}, "detector.image-size: input should be a valid integer"),
+        ({}, "photos: required"),
+        ({"photos": "p", "speed": 3}, "there is no setting 'speed'"),
+        ({"photos": "p", "detector": {"taus": 0.1}}, "no setting 'detector.taus'; did you mean 'detector.tau'?"),
+        ({"photos": "p", "detector": {"image_size": 3.5}}, "detector.image_size: expected a valid integer, got"),
         (
             {"photos": "p", "detector": {"more_backbones": ["b"]}},
-            "detector.more-backbones: value error, only the detector cluster-vote takes several backbones, got ['b']",
+            "detector.more_backbones: only the detector cluster-vote takes several backbones, got ['b']",
         ),
-        ({"photos": "p", "archive": {"photos_per_category": 0}}, "greater than or equal to 1, got 0"),
+        ({"photos": "p", "archive": {"photos_per_category": 0}}, "expected greater than or equal to 1, got 0"),
+        ({"photos": "p", "saliency": {"scale": (1.0, 0.5)}}, "saliency.scale: expected two positive numbers"),
     ],
 )
-def test_wrong_settings_are_named_with_what_was_expected(settings, message):
+def test_wrong_settings_are_named_with_what_was_expected(values, message):
     with pytest.raises(UserError, match="wrong settings") as caught:
-        config.make_config(settings)
+        config.make_config(values)
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["photos = ", "photos = 3", "\udcff"])
-def test_a_damaged_run_toml_is_refused_in_one_line(tmp_path, text):
-    (tmp_path / "run.toml").write_bytes(text.encode(errors="surrogateescape"))
+@pytest.mark.parametrize("content", [b"photos = ", b"photos = 3", b"\xff", None])
+def test_a_damaged_config_file_is_one_line(tmp_path, content):
+    file = tmp_path / "settings.toml"
+    if content is not None:
+        file.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        config.read_config(tmp_path / "run.toml")
+        config.read_settings(file)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="is missing"):
-        config.read_config(tmp_path / "none" / "run.toml")
+
+
+def test_categories_from_a_file(tmp_path):
+    (tmp_path / "names.txt").write_text("\ufeffcat\n\n traffic light \n")
+    assert cli.read_names(tmp_path / "names.txt") == ["cat", "traffic light"]
+    for text in ("", "\n \n"):
+        (tmp_path / "names.txt").write_text(text)
+        with pytest.raises(UserError, match="no category name"):
+            cli.read_names(tmp_path / "names.txt")
+    both = ["archive", tmp_path, "--categories", "a", "--categories-file", tmp_path / "names.txt"]
+    result = invoke(*both)
+    assert result.exit_code == 2 and "not both" in result.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell):
+    program = Path(sys.executable).with_name("namedmask")
+    if not program.exists():
+        pytest.skip("the command is not installed beside this Python")
+    environment = {**os.environ, "_NAMEDMASK_COMPLETE": f"source_{shell}"}
+    done = subprocess.run([program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "namedmask" in done.stdout

@@ -91,7 +91,7 @@ def test_a_vit_is_an_encoder_and_selfmask_s_weights_fit_it(tmp_path):
             fine, coarse = encoder.network.eval()(photos)
         torch.testing.assert_close(coarse, want, atol=1e-5, rtol=0)
         assert encoder.taken == (0, 1) and encoder.channels == (96, 96) and fine.shape == (1, 96, 13, 23)
-    network = DeepLab(encoder, 3, width=16).eval()
+    network = DeepLab(encoder, 3, head_channels=16).eval()
     assert network(photos).shape == (1, 3, 50, 91)
 
 
@@ -114,7 +114,7 @@ def test_encoders_that_do_not_serve_are_refused():
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 90), (33, 34)])
 def test_logits_have_the_photo_s_size(size):
-    network = DeepLab(untrained_encoder(TINY), 3, width=16).eval()
+    network = DeepLab(untrained_encoder(TINY), 3, head_channels=16).eval()
     photos = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     with torch.inference_mode():
         logits = network(network.normalized(photos))
@@ -123,7 +123,7 @@ def test_logits_have_the_photo_s_size(size):
 
 def test_a_saved_network_comes_back(tmp_path):
     torch.manual_seed(0)
-    network = DeepLab(untrained_encoder(TINY), 3, width=32).eval()
+    network = DeepLab(untrained_encoder(TINY), 3, head_channels=32).eval()
     path = save_segmenter(tmp_path, network, ["cat", "łoś"])
     photos = torch.randn(1, 3, 40, 50)
     for given in (tmp_path, path, str(path)):
@@ -144,7 +144,7 @@ def test_a_saved_network_comes_back(tmp_path):
 
 
 def test_the_encoder_s_statistics_move_slowly():
-    network = DeepLab(untrained_encoder(TINY), 3, width=16)
+    network = DeepLab(untrained_encoder(TINY), 3, head_channels=16)
     momenta = {
         part: {m.momentum for m in getattr(network, part).modules() if isinstance(m, torch.nn.BatchNorm2d)}
         for part in ("backbone", "classifier")

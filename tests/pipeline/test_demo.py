@@ -150,7 +150,7 @@ def test_the_ordinary_command_finds_the_same_photos_in_other_processes(small, tm
     out, _ = small
     command = "from namedmask.cli import main_pseudolabel as m; m()"
     options = ["--categories", ",".join(KINDS), "--photos-per-category", "6", "--clip-model", "namedmask-demo"]
-    options += ["--backbone", "vit_namedmask_demo", "--features", "tokens", "--center", "--image-size", "96"]
+    options += ["--backbone", "vit_namedmask_demo", "--features", "tokens", "--center-features", "--image-size", "96"]
     run = [sys.executable, "-c", command, out / "photos", "--out", tmp_path / "out", *options, "--workers", "2"]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

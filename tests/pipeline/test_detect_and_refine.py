@@ -45,7 +45,7 @@ class ColorBackbone(Backbone):
 @pytest.fixture
 def detector(monkeypatch):
     monkeypatch.setattr("namedmask.saliency.spectral.load", lambda *a, **k: ColorBackbone())
-    return SpectralDetector(DetectorConfig(center=True, image_size=192), "cpu")
+    return SpectralDetector(DetectorConfig(center_features=True, image_size=192), "cpu")
 
 
 METHODS = ["bilateral", "crf", "pamr"]
@@ -204,7 +204,9 @@ def voter(monkeypatch):
     monkeypatch.setattr(
         "namedmask.saliency.cluster_vote.load", lambda *a, **k: loaded.append((a, k)) or ColorBackbone()
     )
-    config = DetectorConfig(name="cluster-vote", center=True, image_size=192, more_backbones=["b", "c=/weights"])
+    config = DetectorConfig(
+        name="cluster-vote", center_features=True, image_size=192, more_backbones=["b", "c=/weights"]
+    )
     made = ClusterVoteDetector(config, "cpu")
     assert [a for a, _ in loaded] == [("vit_small_patch8_224.dino", None), ("b", None), ("c", "/weights")]
     made.backbones[1].patch, made.backbones[2].patch = 12, 16

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from namedmask import cli, run
 from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained_encoder
-from namedmask.config import ExpertTraining, make_config
+from namedmask.config import make_config
 from namedmask.errors import UserError
 from namedmask.experts import SharedExperts, decided, file_name, samples_of
 from namedmask.masks import MaskRecord, best_masks, mask_score, read_errors, read_masks, read_shard, write_shard
@@ -80,14 +80,14 @@ def world(tmp_path_factory) -> tuple[Path, dict, dict]:
     out = root / "out"
     out.mkdir()
     categories = list(COLORS)
-    run.prepare(out, {"photos": str(root / "photos"), "categories": categories}, ("archive", "pseudolabel"), False)
+    run.settle(out, {"photos": str(root / "photos"), "categories": categories}, ["archive", "pseudolabel"])
     write_archive(out / "archive.json", Archive(categories, archive))
     (out / "masks").mkdir()
     by_photo = sorted((r for one in records.values() for r in one), key=lambda r: r.photo)
     write_shard(out / "masks" / "00000.jsonl", by_photo)
     settings = {
-        "encoder": ENCODER, "encoder_weights": str(weights), "width": 16, "crop": 48, "scale": (0.5, 1.0), "batch": 4,
-        "rate": 3e-3, "encoder_rate": 1e-4, "steps": 120, "jitter_share": 0.0, "gray": 0.0,
+        "encoder": ENCODER, "encoder_weights": str(weights), "head_channels": 16, "crop_size": 48, "scale": (0.5, 1.0),
+        "batch_size": 4, "lr": 3e-3, "encoder_lr": 1e-4, "steps": 120, "color_jitter_prob": 0.0, "grayscale_prob": 0.0,
     }  # fmt: skip
     return out, settings, truth
 
@@ -116,7 +116,7 @@ def test_experts_mend_the_masks_that_taught_them(world, tmp_path, mode, one_thre
     given, settings, truth = world
     out = copy_of(given, tmp_path)
     if mode == "shared":  # as many steps as all of the others take, and a head that serves all
-        settings = {**settings, "steps": settings["steps"] * len(COLORS), "width": 32}
+        settings = {**settings, "steps": settings["steps"] * len(COLORS), "head_channels": 32}
     start(out, {**settings, "mode": mode})
     before, after = list(read_masks(out / "masks")), list(read_masks(best_masks(out)))
     assert best_masks(out) == out / "refined"
@@ -202,7 +202,7 @@ def test_other_settings_are_refused_with_the_difference(world, tmp_path):
     assert experts("--mode", "shared", "--overwrite").exit_code == 0
     assert [p.name for p in (out / "experts").glob("*.safetensors")] == ["shared.safetensors"]
     with pytest.raises(UserError, match="one object, so nothing is pasted"):
-        make_config({"copies": (1, 2)}, ExpertTraining)
+        make_config({"photos": "p", "experts": {"paste_objects": (1, 2)}})
 
 
 def test_nothing_to_learn_and_nothing_found(world, tmp_path):
@@ -226,9 +226,7 @@ def test_nothing_to_learn_and_nothing_found(world, tmp_path):
     shutil.rmtree(out / "refined")
     photos = shutil.copytree(given.parent / "photos", tmp_path / "photos")
     (photos / "00.png").write_bytes(b"")
-    toml = (out / "run.toml").read_text().replace(str(given.parent / "photos"), str(photos))
-    (out / "run.toml").write_text(toml)
-    start(out, {})
+    assert run.start(out, {"photos": str(photos)}, ["experts"], gpus=0)
     found = [r for r in read_masks(out / "refined") if r.category == "cat"]
     assert len(found) == ALONE + BOTH - 1 and all(r.area == 0 and r.score == 0 for r in found)
     assert [(e.photo, e.stage) for e in read_errors(out / "errors.jsonl")] == [("00.png", "experts")]

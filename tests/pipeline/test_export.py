@@ -24,7 +24,7 @@ from namedmask.segmenter.predict import Segmenter
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("segmenter")
     torch.manual_seed(0)
-    save_segmenter(folder, DeepLab(untrained_encoder("test_resnet"), 3, width=16), ["cat", "traffic light"])
+    save_segmenter(folder, DeepLab(untrained_encoder("test_resnet"), 3, head_channels=16), ["cat", "traffic light"])
     return folder
 
 

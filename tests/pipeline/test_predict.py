@@ -31,7 +31,7 @@ SIZES = [(37, 53), (64, 48), (33, 1), (1, 1), (90, 121)]
 def tiny_network(classes: int = 3, encoder: str = TINY) -> DeepLab:
     """Random weights and BatchNorm statistics far from those of a new network."""
     torch.manual_seed(1)
-    network = DeepLab(untrained_encoder(encoder), classes, width=16)
+    network = DeepLab(untrained_encoder(encoder), classes, head_channels=16)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             for tensor in (module.weight.data, module.running_var):

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from namedmask import report
-from namedmask.config import make_config, write_config
 from namedmask.errors import UserError
 from namedmask.masks import ErrorRecord, MaskRecord, write_errors, write_shard
+from namedmask.record import RunRecord, StageRecord
 
 HOSTILE = "\"><script>alert(1)</script>'&\n.png"
 NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
@@ -41,7 +41,8 @@ def write_run(out: Path, photos: Path, records: list[MaskRecord], names: list[st
     write_errors(out / "masks" / "00000.errors.jsonl", errors)
     write_errors(out / "errors.jsonl", errors)
     (out / "archive.json").write_text(json.dumps({"categories": names, "photos": archive}))
-    write_config(out / "run.toml", make_config({"photos": str(photos), "categories": names}), {"device": "<b>CPU</b>"})
+    stages = {"archive": StageRecord({"categories": names})}
+    RunRecord(str(photos), stages, made_with={"device": "<b>CPU</b>"}).write(out)
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +185,8 @@ def test_specks_and_borders_are_outlined():
 
 def test_a_source_that_is_gone(run, tmp_path):
     out = shutil.copytree(run, tmp_path / "out")
-    toml = (out / "run.toml").read_text()
-    (out / "run.toml").write_text(re.sub("^photos = .*", 'photos = "/no/such/photos"', toml, flags=re.M))
+    record = (out / "stages.json").read_text()
+    (out / "stages.json").write_text(re.sub('"photos": ".*?"', '"photos": "/no/such/photos"', record))
     page = Page(report.write_report(out))
     assert page.text.count("does not exist") == 13 and not page.all("img")
 
@@ -200,7 +201,8 @@ def test_an_empty_run(tmp_path):
     "file, text, complaint",
     [
         ("archive.json", None, "archive.json is missing"),
-        ("run.toml", None, "run.toml is missing"),
+        ("stages.json", None, "stages.json is missing"),
+        ("stages.json", "{}", "stages.json is damaged"),
         ("archive.json", "[]", "archive.json is no archive"),
         ("archive.json", "{", "archive.json is no archive"),
         ("masks/00000.jsonl", "{}\n", "00000.jsonl:1: "),

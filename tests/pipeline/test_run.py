@@ -19,13 +19,18 @@ from typer.testing import CliRunner
 from namedmask import cli
 from namedmask.archive import read_archive
 from namedmask.masks import read_errors, read_masks
+from namedmask.record import read_config
 from small_world import KINDS, draw_photo, draw_photos, write_embeddings
 
 PHOTOS = 70  # more than one shard of masks
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.alone, [str(a) for a in arguments], catch_exceptions=False)
+    return CliRunner().invoke(cli.pseudolabel_app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def command(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
 
 
 def process(*arguments) -> list[str]:
@@ -138,21 +143,26 @@ def test_other_settings_are_refused_with_the_difference_and_overwrite_starts_ane
     assert masks_of(copy) != masks_of(out)
 
 
-def test_options_left_out_are_the_defaults_not_those_of_the_last_run(world, tmp_path):
+def test_options_left_out_are_those_of_the_run(world, tmp_path):
+    """In all commands: those of several stages, of one, with and without the photos, with --overwrite."""
     options, _ = world
-    assert invoke(*options, "--out", tmp_path / "out", "--tau", 0.3).exit_code == 0
-    result = invoke(*options, "--out", tmp_path / "out")
-    assert result.exit_code == 2 and "detector.tau: 0.3 -> 0.2" in result.stderr
+    out = tmp_path / "out"
+    assert invoke(*options, "--out", out, "--tau", 0.3, "--set", "refine.sigma_spatial=7").exit_code == 0
+    made = masks_of(out)
+    for again in (invoke(*options, "--out", out), invoke("--out", out), command("pseudolabel", out)):
+        assert again.exit_code == 0, again.output
+    assert command("pseudolabel", out, "--overwrite").exit_code == 0
+    assert masks_of(out) == made and read_config(out).detector.tau == 0.3
+    assert read_config(out).refine.sigma_spatial == 7
 
 
-def test_what_was_made_from_what_is_made_anew_goes_with_it(world, tmp_path):
+def test_results_are_removed_with_what_they_were_made_from(world, tmp_path):
     _, out = world
     copy = tmp_path / "out"
     subprocess.run(["cp", "-r", out, copy], check=True)
-    again = lambda *a: CliRunner().invoke(cli.app, [str(x) for x in a], catch_exceptions=False)  # noqa: E731
-    result = again("archive", copy, "--categories", "dog")
+    result = command("archive", copy, "--categories", "dog")
     assert result.exit_code == 2 and "categories: ['cat', 'dog'] -> ['dog']" in result.stderr
-    assert again("archive", copy, "--categories", "dog", "--overwrite").exit_code == 0
+    assert command("archive", copy, "--categories", "dog", "--overwrite").exit_code == 0
     assert not (copy / "masks").exists() and not (copy / "report.html").exists()
     assert read_archive(copy / "archive.json").categories == ["dog"]
 
@@ -164,7 +174,7 @@ def test_half_an_index_is_not_searched(world, tmp_path):
     (copy / "archive.json").unlink()
     (copy / "index" / "00000.safetensors").unlink()
     result = CliRunner().invoke(cli.app, ["archive", str(copy)], catch_exceptions=False)
-    assert result.exit_code == 2 and "is not finished; make it with `namedmask index" in result.stderr
+    assert result.exit_code == 2 and "is not finished; run `namedmask index" in result.stderr
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -188,7 +198,7 @@ def test_a_folder_that_cannot_be_one_is_one_line(world, tmp_path):
         result = invoke(*world[0], "--out", out)
         assert result.exit_code == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("namedmask: ")
     result = CliRunner().invoke(cli.app, ["pseudolabel", str(tmp_path / "typo")], catch_exceptions=False)
-    assert result.exit_code == 2 and "is not the folder of a run" in result.stderr
+    assert result.exit_code == 2 and "is not a run folder" in result.stderr
     assert not (tmp_path / "typo").exists()
 
 
@@ -231,7 +241,7 @@ def test_hostile_files_end_in_errors_and_the_good_ones_are_done(tmp_path, detect
     assert {r.photo for r in read_masks(tmp_path / "out" / "masks")} == {f"things/{name}" for name in good}
     errors = list(read_errors(tmp_path / "out" / "errors.jsonl"))
     assert {e.photo for e in errors} == {f"bad/{p.name}" for p in bad.iterdir()} and len(errors) == 20
-    assert "20 masks in" in result.output and "20 that could not be used" in result.output
+    assert "20 masks in" in result.output and "20 photos that could not be used" in result.output
 
 
 def test_only_bad_photos_is_exit_code_3(tmp_path, detector_options):
@@ -243,10 +253,10 @@ def test_only_bad_photos_is_exit_code_3(tmp_path, detector_options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--tau", "7"], "detector.tau: input should be less than or equal to 1, got 7.0"),
-        (["--refine", "magic"], "refine.name: input should be 'bilateral', 'crf', 'pamr' or 'none', got 'magic'"),
+        (["--tau", "7"], "detector.tau: expected less than or equal to 1, got 7.0"),
+        (["--set", "refine.name=pramr"], "'pamr' or 'none', got 'pramr'; did you mean 'pamr'?"),
         (["--categories", "cat,yak"], "has no text embedding of yak"),
-        (["--categories", "cat,cat"], "cat stands there more than once"),
+        (["--categories", "cat,cat"], "duplicate names: cat"),
         (["--categories", ","], "no category name was given"),
         (["--embeddings", "none.safetensors"], "none.safetensors"),
         (["--backbone", "vit_huge"], "'vit_huge' is no timm model"),
@@ -323,3 +333,105 @@ def test_cluster_vote_with_two_backbones(tmp_path, detector_options, backbone_we
     assert all(0 <= r.score <= 1 for r in records)
     settings = (tmp_path / "out" / "run.toml").read_text()
     assert 'name = "cluster-vote"' in settings and str(backbone_weights) in settings
+
+
+def test_an_edited_run_toml_changes_nothing(world, tmp_path):
+    """run.toml is written for people. What masks were made with stands in the record, and in the report."""
+    _, out = world
+    copy = tmp_path / "out"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    toml = (copy / "run.toml").read_text()
+    assert "tau = 0.2" in toml and "[refine.crf]" in toml
+    (copy / "run.toml").write_text(
+        toml.replace("tau = 0.2", "tau = 0.7").replace("confidence = 0.999", "confidence = 0.6")
+    )
+    assert command("report", copy).exit_code == 0
+    assert "tau = 0.2" in (copy / "report.html").read_text() and "0.6" not in read_config(copy).model_dump_json()
+    assert command("pseudolabel", copy).exit_code == 0
+    assert (copy / "run.toml").read_text() == toml and masks_of(copy) == masks_of(out)
+
+
+def test_set_and_config_reach_settings_without_an_option(world, tmp_path):
+    options, out = world
+    copy = tmp_path / "out"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    changed = command("pseudolabel", copy, "--set", "refine.smoothness=64")
+    assert changed.exit_code == 2 and "refine.smoothness: 256.0 -> 64.0" in changed.stderr
+    assert command("pseudolabel", copy, "--set", "refine.smoothness=64", "--overwrite").exit_code == 0
+    assert masks_of(copy) != masks_of(out)
+    # The run.toml of one run configures another; --set counts more than --config, an option more than --set.
+    result = invoke(
+        *options, "--out", tmp_path / "other", "--config", copy / "run.toml", "--set", "detector.tau=0.5", "--tau", 0.2
+    )
+    assert result.exit_code == 0 and masks_of(tmp_path / "other") == masks_of(copy)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "refine.crf.confidance=0.9"], "did you mean 'refine.crf.confidence'?"),
+        (["--set", "tau=0.3"], "did you mean 'detector.tau'?"),
+        (["--set", "refine.crf.confidence=2"], "refine.crf.confidence: expected less than 1, got 2.0"),
+        (["--set", "segmenter.steps=9"], "this command does not read it"),
+        (["--set", "detector.tau"], "expected NAME=VALUE"),
+        (["--refine", "bilatral"], "bilatral"),
+        (["--tau", "x"], "detector.tau: expected a valid number"),
+    ],
+)
+def test_wrong_settings_name_the_right_one(world, tmp_path, words, message):
+    result = command("pseudolabel", world[1], *words)
+    assert result.exit_code == 2 and message in result.stderr, result.output
+
+
+def test_a_wrong_config_file_is_one_line(world, tmp_path):
+    file = tmp_path / "settings.toml"
+    for text, message in (("tau = 0.3", "no setting 'tau'; did you mean 'detector.tau'?"), ("x = ", "settings.toml")):
+        file.write_text(text)
+        result = command("pseudolabel", world[1], "--config", file)
+        assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_run_moves_with_its_photos_and_weights(world, tmp_path):
+    options, out = world
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    subprocess.run(["cp", "-r", out, moved / "out"], check=True)
+    subprocess.run(["cp", "-r", options[0], moved / "photos"], check=True)
+    weights = moved / "vit.safetensors"
+    weights.write_bytes(Path(options[options.index("--backbone-weights") + 1]).read_bytes())
+    (moved / "out" / "masks" / "00001.jsonl").unlink()
+    result = command("pseudolabel", moved / "out", "--photos", moved / "photos", "--backbone-weights", weights)
+    assert result.exit_code == 0, result.stderr
+    assert masks_of(moved / "out") == masks_of(out)
+    good = weights.read_bytes()
+    weights.write_bytes(good + b" ")
+    result = command("pseudolabel", moved / "out", "--backbone-weights", weights)
+    weights.write_bytes(good)
+    assert result.exit_code == 2 and "(different content)" in result.stderr
+    (tmp_path / "others").mkdir()
+    draw_photo(0, "cat").save(tmp_path / "others" / "other.jpg")
+    result = command("pseudolabel", moved / "out", "--photos", tmp_path / "others")
+    assert result.exit_code == 2 and "lacks most of them" in result.stderr
+
+
+def test_a_mistake_that_made_nothing_can_be_corrected(world, tmp_path):
+    options, out = world
+    wrong = tmp_path / "wrong.safetensors"
+    wrong.write_bytes(b"not weights")
+    place = options.index("--backbone-weights") + 1
+    for file in (tmp_path / "missing.safetensors", wrong):
+        mistaken = [*options[:place], file, *options[place + 1 :]]
+        assert invoke(*mistaken, "--out", tmp_path / "out").exit_code == 2
+    assert invoke(*options, "--out", tmp_path / "out").exit_code == 0
+    assert masks_of(tmp_path / "out") == masks_of(out)
+
+
+def test_folders_of_others_are_neither_continued_nor_removed(world, tmp_path):
+    """Ground truth in `masks`, as data sets have it: with and without --overwrite."""
+    truth = tmp_path / "out" / "masks" / "truth.png"
+    truth.parent.mkdir(parents=True)
+    truth.write_bytes(b"precious")
+    for words in ([], ["--overwrite"]):
+        result = invoke(*world[0], "--out", tmp_path / "out", *words)
+        assert result.exit_code == 2 and "was not made by a run" in result.stderr
+        assert truth.read_bytes() == b"precious" and not (tmp_path / "out" / "index").exists()

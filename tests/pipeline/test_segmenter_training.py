@@ -23,12 +23,13 @@ from namedmask import run, training
 from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained_encoder
 from namedmask.cli import app
-from namedmask.config import SegmenterTraining, read_config
+from namedmask.config import SegmenterTraining
 from namedmask.distributed import Worker
 from namedmask.errors import UserError
 from namedmask.masks import MaskRecord, write_shard
 from namedmask.photos import PhotoSource
 from namedmask.progress import Progress
+from namedmask.record import read_config
 from namedmask.segmenter import training as segmenter_training
 from namedmask.segmenter.augment import IGNORE
 from namedmask.segmenter.deeplab import DeepLab, load_segmenter
@@ -84,7 +85,7 @@ def run_of_discs(tmp_path) -> Path:
             archive.setdefault(kind, []).append(Retrieved(name, None))
     out = tmp_path / "out"
     out.mkdir()
-    run.prepare(out, {"photos": str(tmp_path / "photos")}, ("pseudolabel",), False)
+    run.settle(out, {"photos": str(tmp_path / "photos")}, ["pseudolabel"])
     write_archive(out / "archive.json", Archive(list(archive), archive))
     (out / "masks").mkdir()
     write_shard(out / "masks" / "00000.jsonl", records)
@@ -93,8 +94,8 @@ def run_of_discs(tmp_path) -> Path:
 
 @pytest.fixture
 def small(encoder_weights) -> dict:
-    return {"encoder": ENCODER, "encoder_weights": encoder_weights, "width": 16, "crop": 48, "scale": (0.5, 1.0),
-            "batch": 4, "rate": 3e-3, "encoder_rate": 1e-4}  # fmt: skip
+    return {"encoder": ENCODER, "encoder_weights": encoder_weights, "head_channels": 16, "crop_size": 48,
+            "scale": (0.5, 1.0), "batch_size": 4, "lr": 3e-3, "encoder_lr": 1e-4}  # fmt: skip
 
 
 def train_run(out: Path, settings: dict, workers: int = 1, gpus: int = 0) -> dict[str, torch.Tensor]:
@@ -107,7 +108,7 @@ def lines(out: Path) -> list[dict]:
 
 
 def test_it_tells_several_objects_apart_that_it_saw_one_by_one(run_of_discs, small):
-    train_run(run_of_discs, {**small, "steps": 120, "gray": 0.0, "jitter_share": 0.0})
+    train_run(run_of_discs, {**small, "steps": 120, "grayscale_prob": 0.0, "color_jitter_prob": 0.0})
     network, categories = load_segmenter(run_of_discs / "segmenter")
     assert categories == list(COLORS)
     hits = []
@@ -118,7 +119,7 @@ def test_it_tells_several_objects_apart_that_it_saw_one_by_one(run_of_discs, sma
         hits.append([((found == i) & (labels == i)).sum() / ((found == i) | (labels == i)).sum() for i in range(3)])
     assert np.mean(hits, axis=0).min() > 0.6
     first, *rest = lines(run_of_discs)
-    assert first["settings"]["crop"] == 48 and [line["step"] for line in rest] == [50, 100, 120]
+    assert first["settings"]["crop_size"] == 48 and [line["step"] for line in rest] == [50, 100, 120]
     assert rest[-1]["loss"] < 0.6 * rest[0]["loss"] and rest[0]["photos_per_second"] > 0
     assert {path.name for path in (run_of_discs / "segmenter").iterdir()} == {
         "model.safetensors",
@@ -164,7 +165,7 @@ def test_killed_and_gone_on_it_ends_with_the_same_bits(run_of_discs, small, monk
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_interrupted_and_gone_on_on_a_gpu(run_of_discs, small, precision, monkeypatch):
     """No GPU has run this yet; it need not give the same bits, as some of torch's gradients are not reproducible."""
-    settings = {**small, "precision": precision, "steps": 120, "gray": 0.0, "jitter_share": 0.0}
+    settings = {**small, "precision": precision, "steps": 120, "grayscale_prob": 0.0, "color_jitter_prob": 0.0}
     steps = iter(range(70))
 
     def interrupted(*arguments):
@@ -213,11 +214,13 @@ def test_a_segmenter_of_other_masks_is_refused(run_of_discs, small):
 
 
 def test_masks_that_are_not_finished_are_refused(run_of_discs):
-    config = (run_of_discs / "run.toml").read_text()
-    (run_of_discs / "run.toml").write_text(config.replace("shard_size = 64", "shard_size = 8"))  # two shards, one made
+    record = (run_of_discs / "stages.json").read_text()
+    (run_of_discs / "stages.json").write_text(
+        record.replace('shard_size": 64', 'shard_size": 8')
+    )  # two shards, one made
     for stage in ("experts", "train"):
         refused = CliRunner().invoke(app, [stage, str(run_of_discs)])
-        assert refused.exit_code == 2 and "masks is not finished; go on with" in refused.stderr, refused.output
+        assert refused.exit_code == 2 and "masks is not finished; run" in refused.stderr, refused.output
     assert not (run_of_discs / "refined").exists() and not (run_of_discs / "segmenter").exists()
 
 
@@ -228,16 +231,19 @@ def samples_of(out: Path) -> tuple[list[Sample], PhotoSource]:
 
 
 def test_the_command_takes_its_options(run_of_discs, encoder_weights):
-    options = {"--encoder": ENCODER, "--encoder-weights": encoder_weights, "--width": 16, "--crop": 32, "--batch": 4,
-               "--steps": 2, "--rate": 1e-3, "--encoder-rate": 0, "--precision": "bfloat16", "--accumulate": 2,
+    options = {"--encoder": ENCODER, "--encoder-weights": encoder_weights, "--head-channels": 16, "--crop-size": 32,
+               "--batch-size": 4, "--steps": 2, "--lr": 1e-3, "--encoder-lr": 0, "--precision": "bfloat16",
+               "--grad-accum-steps": 2,
                "--seed": 3}  # fmt: skip
     words = ["train", str(run_of_discs), *(str(word) for option in options.items() for word in option)]
-    result = CliRunner().invoke(app, [*words, "--copies", "0", "3"])
+    result = CliRunner().invoke(app, [*words, "--paste-objects", "0,3"])
     assert result.exit_code == 0, result.output
     assert f"the segmenter is in {run_of_discs / 'segmenter'}" in result.output
-    kept = read_config(run_of_discs / "run.toml").segmenter
-    assert kept.copies == (0, 3) and kept.precision == "bfloat16" and kept.seed == 3
-    assert CliRunner().invoke(app, ["train", str(run_of_discs)]).exit_code == 0  # with what run.toml says
+    kept = read_config(run_of_discs).segmenter
+    assert kept.paste_objects == (0, 3) and kept.precision == "bfloat16" and kept.seed == 3
+    assert (
+        CliRunner().invoke(app, ["train", str(run_of_discs)]).exit_code == 0
+    )  # with the settings that it was made with
 
 
 def test_every_step_draws_by_itself_and_workers_share_it(run_of_discs, small):
@@ -254,14 +260,14 @@ def test_every_step_draws_by_itself_and_workers_share_it(run_of_discs, small):
         assert torch.equal(labels, torch.cat([part[1] for part in parts]))
     photos, labels = whole[0]
     assert photos.shape == (4, 3, 48, 48) and photos.dtype == torch.uint8 and labels.dtype == torch.int32
-    plain = settings.model_copy(update={"copies": (0, 0)})
+    plain = settings.model_copy(update={"paste_objects": (0, 0)})
     for _, labels in batches(source, samples, plain, Worker(), range(4)):
         assert all(len(view[view > 0].unique()) == 1 for view in labels)
 
 
 def test_an_expert_has_two_classes(run_of_discs, small):
     samples, source = samples_of(run_of_discs)
-    settings = SegmenterTraining(**{**small, "copies": (0, 0), "batch": 2}, steps=3)
+    settings = SegmenterTraining(**{**small, "paste_objects": (0, 0), "batch_size": 2}, steps=3)
     cats = [Sample(record, 1) for record, label, _ in samples if label == 1]
     with Progress("experts", Worker()) as progress:
         network = train(source, cats, 2, run_of_discs, settings, Worker(), "cpu", progress)
@@ -296,7 +302,7 @@ def test_two_workers_have_the_gradients_of_one(tmp_path):
 
 
 def test_two_workers_train_what_one_does(run_of_discs, small, one_thread):
-    settings = {**small, "steps": 4, "rate": 1e-4, "encoder_rate": 1e-4}
+    settings = {**small, "steps": 4, "lr": 1e-4, "encoder_lr": 1e-4}
     alone = train_run(run_of_discs, settings)
     loss = lines(run_of_discs)[-1]["loss"]
     shutil.rmtree(run_of_discs / "segmenter")
@@ -313,7 +319,7 @@ def test_the_parts_of_a_batch_add_up():
     grads = []
     for parts in (1, 2, 4):
         network.zero_grad()
-        settings = SegmenterTraining(accumulate=parts)
+        settings = SegmenterTraining(grad_accum_steps=parts)
         loss = accumulate_gradients(network, network, batch["photos"], batch["labels"], settings, Worker())
         grads.append(torch.cat([loss.view(1), *(p.grad.flatten() for p in network.parameters())]))
     for other in grads[1:]:
@@ -347,10 +353,19 @@ def test_what_cannot_be_trained_on_is_refused(run_of_discs, small):
     samples, source = samples_of(run_of_discs)
     settings = SegmenterTraining(**small)
     with Progress("train", Worker()) as progress:
-        with pytest.raises(UserError, match="batch of 4 cannot be shared by 3"):
+        with pytest.raises(UserError, match="batch of 4 cannot be split evenly among 3"):
             train(source, samples, 3, run_of_discs, settings, Worker(0, 3), "cpu", progress)
         with pytest.raises(UserError, match="two photos at a time"):
-            train(source, samples, 3, run_of_discs, settings.model_copy(update={"batch": 1}), Worker(), "cpu", progress)
+            train(
+                source,
+                samples,
+                3,
+                run_of_discs,
+                settings.model_copy(update={"batch_size": 1}),
+                Worker(),
+                "cpu",
+                progress,
+            )
     write_archive(run_of_discs / "archive.json", Archive(["dog"], {"dog": []}))
     with pytest.raises(UserError, match="has masks of cat, of which"):
         train_run(run_of_discs, small)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from golden import GOLDEN, filled
 from namedmask import run, training
+from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained
 from namedmask.cli import app
 from namedmask.config import DetectorConfig, SaliencyTraining
@@ -24,7 +25,7 @@ from namedmask.masks import MaskRecord, read_shard, write_shard
 from namedmask.photos import Photo
 from namedmask.saliency import make_detector, selfmask_training
 from namedmask.saliency.selfmask import SelfMask, agreement
-from namedmask.saliency.selfmask_training import losses, ranked_masks, teaching_count, train_saliency
+from namedmask.saliency.selfmask_training import losses, ranked_masks, training_count
 
 TINY = "vit_namedmask_demo"
 
@@ -92,7 +93,7 @@ def test_several_looks_are_averaged(tmp_path):
     singles = [make_detector(config.model_copy(update={"image_size": size}), "cpu") for size in (64, 96)]
     masks = [single.detect([p])[0].mask for single in singles for p in (photo, turned)]
     masks[1::2] = [mask.flip(1) for mask in masks[1::2]]
-    find = make_detector(config.model_copy(update={"scales": [1.0, 1.5], "mirror": True}), "cpu")
+    find = make_detector(config.model_copy(update={"scales": [1.0, 1.5], "horizontal_flip": True}), "cpu")
     together, mirrored = find.detect([photo, turned])
     torch.testing.assert_close(together.mask, torch.stack(masks).mean(0), atol=1e-5, rtol=0)
     torch.testing.assert_close(mirrored.mask.flip(1), together.mask, atol=1e-5, rtol=0)
@@ -148,24 +149,33 @@ def run_of_discs(tmp_path) -> Path:
         records.append(MaskRecord.from_mask(f"disc/{seed}.png", mask, "disc", None, score))
     out = tmp_path / "out"
     out.mkdir()
-    run.prepare(out, {"photos": str(tmp_path / "photos")}, ("pseudolabel",), False)
+    run.settle(out, {"photos": str(tmp_path / "photos")}, ["pseudolabel"])
+    photos = [Retrieved(record.photo, None) for record in records]
+    write_archive(out / "archive.json", Archive(["disc"], {"disc": photos}))
     (out / "masks").mkdir()
     write_shard(out / "masks" / "00000.jsonl", records)
     return out
 
 
-SMALL = {"backbone": TINY, "queries": 3, "layers": 2, "keep": 0.5, "paste": 0.25, "texture": 0.1, "crop": 48,
-         "scale": (0.5, 1.0), "batch": 6, "rate": 2e-3, "encoder_rate": 1e-3}  # fmt: skip
+SMALL = {"backbone": TINY, "num_queries": 3, "decoder_layers": 2, "keep_fraction": 0.5, "paste_prob": 0.25,
+         "texture_prob": 0.1, "crop_size": 48, "scale": (0.5, 1.0), "batch_size": 6, "lr": 2e-3,
+         "encoder_lr": 1e-3}  # fmt: skip
 
 
-def test_the_best_masks_teach(run_of_discs):
+def train_saliency(out: Path, workers: int = 1, overwrite: bool = False, **changed) -> Path:
+    """Trains a SelfMask network on the masks of a run folder; returns its file."""
+    run.start(out, {"saliency": SMALL | changed}, ["train-saliency"], workers, 0, overwrite)
+    return out / "saliency" / "model.safetensors"
+
+
+def test_training_uses_the_masks_with_the_best_scores(run_of_discs):
     records = ranked_masks(run_of_discs / "masks")
-    teaching = records[: teaching_count(records, SaliencyTraining(**SMALL))]
-    assert len(records) == 24 and {int(record.photo[5:-4]) for record in teaching} == set(range(1, 24, 2))
+    trained = records[: training_count(records, SaliencyTraining(**SMALL))]
+    assert len(records) == 24 and {int(record.photo[5:-4]) for record in trained} == set(range(1, 24, 2))
 
 
 def test_training_learns_what_the_masks_share(run_of_discs):
-    weights = train_saliency(run_of_discs, SaliencyTraining(**SMALL, steps=120), "cpu")
+    weights = train_saliency(run_of_discs, steps=120)
     find, ious = detector(weights, 56), []
     for seed in range(1, 24, 2):  # twelve photos are too few to learn what holds for others too
         pixels, truth = disc_photo(seed)
@@ -173,13 +183,12 @@ def test_training_learns_what_the_masks_share(run_of_discs):
         ious.append((mask & truth).sum() / (mask | truth).sum())
     assert np.mean(ious) > 0.6
     lines = [json.loads(line) for line in (run_of_discs / "saliency" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["settings"]["queries"] == 3 and [line["step"] for line in lines[1:]] == [50, 100, 120]
+    assert lines[0]["settings"]["num_queries"] == 3 and [line["step"] for line in lines[1:]] == [50, 100, 120]
     assert lines[-1]["dice"] < 0.6 * lines[1]["dice"] + 0.1
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(run_of_discs, monkeypatch):
-    settings = SaliencyTraining(**SMALL, steps=9)
-    whole = train_saliency(run_of_discs, settings, "cpu").read_bytes()
+    whole = train_saliency(run_of_discs, steps=9).read_bytes()
     shutil.rmtree(run_of_discs / "saliency")
     steps = iter(range(9))
 
@@ -193,14 +202,27 @@ def test_an_interrupted_training_ends_with_the_same_weights(run_of_discs, monkey
     with monkeypatch.context() as patch:
         patch.setattr(selfmask_training, "losses", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train_saliency(run_of_discs, settings, "cpu")
-    assert train_saliency(run_of_discs, settings, "cpu").read_bytes() == whole
-    with pytest.raises(UserError, match="other settings"):
-        train_saliency(run_of_discs, settings.model_copy(update={"rate": 1e-4}), "cpu")
+            train_saliency(run_of_discs, steps=9)
+    assert train_saliency(run_of_discs, steps=9).read_bytes() == whole
+    with pytest.raises(UserError, match=r"saliency.lr: 0.002 -> 0.0001"):
+        train_saliency(run_of_discs, steps=9, lr=1e-4)
     shard = run_of_discs / "masks" / "00000.jsonl"
     write_shard(shard, list(read_shard(shard))[1:])
-    with pytest.raises(UserError, match="other settings or masks"):
-        train_saliency(run_of_discs, settings, "cpu")
+    with pytest.raises(UserError, match="trained on other masks"):
+        train_saliency(run_of_discs, steps=9)
+    assert train_saliency(run_of_discs, overwrite=True, steps=1).read_bytes() != whole
+
+
+def test_two_workers_and_bfloat16(run_of_discs, one_thread):
+    """Two workers train what one does, up to rounding; bfloat16 trains, too."""
+    alone = load_file(train_saliency(run_of_discs, steps=3))
+    two = load_file(train_saliency(run_of_discs, workers=2, overwrite=True, steps=3))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+    low = load_file(train_saliency(run_of_discs, overwrite=True, steps=3, precision="bfloat16"))
+    assert all(tensor.isfinite().all() for tensor in low.values()) and any(
+        (low[name] != tensor).any() for name, tensor in alone.items()
+    )
 
 
 def test_two_trainings_in_one_folder(run_of_discs):
@@ -211,18 +233,24 @@ def test_two_trainings_in_one_folder(run_of_discs):
     assert CliRunner().invoke(app, ["train-saliency", str(missing)]).exit_code == 2 and not missing.exists()
 
 
-def test_a_run_without_masks_is_refused(run_of_discs):
-    (run_of_discs / "masks" / "00000.jsonl").unlink()
+def test_a_run_without_masks_cannot_train(run_of_discs):
+    shard = run_of_discs / "masks" / "00000.jsonl"
+    write_shard(shard, [])
     with pytest.raises(UserError, match="there are no masks"):
-        train_saliency(run_of_discs, SaliencyTraining(**SMALL), "cpu")
+        train_saliency(run_of_discs)
+    shard.unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        train_saliency(run_of_discs)
 
 
 def test_the_losses_by_hand():
     targets = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     good, bad = torch.tensor([[20.0, -20], [-20, -20]]), torch.tensor([[-20.0, 20], [-20, -20]])
     masks = torch.stack([good, bad])[None, None]  # one layer, one photo, two queries
-    dice, rank = losses(masks, torch.tensor([[[0.0, 2.0]]]), targets)
+    dice, rank, pairs = losses(masks, torch.tensor([[[0.0, 2.0]]]), targets)
     torch.testing.assert_close(dice, torch.tensor([[[0.0, 2 / 3]]]), atol=1e-6, rtol=0)
-    assert float(rank) == pytest.approx(math.log1p(math.exp(2.0)), rel=1e-5)  # the bad one claims more: a loss
-    _, equal = losses(torch.stack([good, good])[None, None], torch.tensor([[[0.0, 2.0]]]), targets)
+    assert pairs == 1 and float(rank) == pytest.approx(
+        math.log1p(math.exp(2.0)), rel=1e-5
+    )  # the bad one claims more: a loss
+    _, equal, _ = losses(torch.stack([good, good])[None, None], torch.tensor([[[0.0, 2.0]]]), targets)
     assert float(equal) == 0

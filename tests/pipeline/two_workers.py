@@ -23,7 +23,7 @@ from namedmask.segmenter.training import accumulate_gradients
 
 def step(batch: dict, worker: distributed.Worker) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    network = DeepLab(untrained_encoder(batch["encoder"]), classes=4, width=16)
+    network = DeepLab(untrained_encoder(batch["encoder"]), classes=4, head_channels=16)
     if worker.count > 1:
         synchronize(network, "cpu")
     network.train()

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""OUT/stages.json: with which settings each stage of a run has made its output.
+
+    {"photos": "/data/photos",
+     "stages": {"archive": {"settings": {"categories": ..., ...}, "upstream": {...}, "files": {...}}, ...},
+     "digests": {"/weights/clip.safetensors": [size, mtime_ns, sha256], ...},
+     "made_with": {"torch": "2.10.0", "device": ..., ...}}
+
+photos:   where the photos were when the run was last used; stages know them by their names below that
+settings: those of the stage itself, by their dotted names
+upstream: those of earlier stages that its output depends on too
+files:    SHA-256 digests of the local files among them, which are compared instead of their paths
+
+Only commands write it. run.toml shows the same settings to people and is never read back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig, Setting, make_config, nest, settings
+from .errors import UserError
+from .files import atomic_write, sha256
+
+FILE = "stages.json"
+
+
+@dataclass
+class StageRecord:
+    """What one stage's output was made with."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    upstream: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def differences(self, other: StageRecord) -> list[str]:
+        """One line per setting that differs from `other`, such as "detector.tau: 0.2 -> 0.3"."""
+        lines, before = [], self.upstream | self.settings
+        for name, new in (other.upstream | other.settings).items():
+            old = before.get(name)
+            if name in self.files and name in other.files:
+                if self.files[name] != other.files[name]:
+                    lines.append(f"{name}: {_short(old)} -> {_short(new)} (different content)")
+            elif old != new:
+                lines.append(f"{name}: {_short(old)} -> {_short(new)}")
+        return lines
+
+
+class Digests(dict[str, tuple[int, int, str]]):
+    """SHA-256 digests of files by path, with the size and mtime for which they were computed."""
+
+    def of(self, one: Setting, path: str) -> Iterator[str]:
+        """The digests of a setting's file and its companions. A recorded one serves while the file looks the same,
+        and when it is gone: a stage that has finished does not need it any more."""
+        assert one.files
+        for file in (Path(path), *(Path(path).with_suffix(suffix) for suffix in one.files.companions)):
+            key = str(file)
+            if file.is_file():
+                status = file.stat()
+                stamp = status.st_size, status.st_mtime_ns
+                if key not in self or self[key][:2] != stamp:
+                    self[key] = (*stamp, sha256(file))
+            elif key not in self:
+                raise UserError(f"{one.flag or one.name} {file}: there is no such file")
+            yield self[key][2]
+
+
+@dataclass
+class RunRecord:
+    """The record of a run folder."""
+
+    photos: str | None = None
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+    digests: Digests = field(default_factory=Digests)
+    made_with: dict[str, str] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of all stages, by dotted names. Each stage's own ones count, not what later stages recorded."""
+        found: dict[str, Any] = {}
+        for part in ("upstream", "settings"):
+            for stage in self.stages.values():
+                found |= getattr(stage, part)
+        return found
+
+    def write(self, out: Path) -> None:
+        with atomic_write(out / FILE) as file:
+            file.write(json.dumps(asdict(self), indent=1).encode())
+
+
+def read_record(out: Path) -> RunRecord:
+    """The record of a run folder, an empty one where there is none yet. Raises UserError if it is damaged."""
+    try:
+        data = json.loads((out / FILE).read_bytes())
+        stages = {name: StageRecord(**stage) for name, stage in data["stages"].items()}
+        digests = Digests({path: tuple(digest) for path, digest in data["digests"].items()})
+        return RunRecord(data["photos"], stages, digests, data["made_with"])
+    except FileNotFoundError:
+        return RunRecord()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{out / FILE} is damaged ({type(error).__name__}: {error}); choose another --out") from None
+
+
+def read_config(out: Path) -> RunConfig:
+    """The settings of a run folder: those recorded, and defaults for stages that have not run.
+
+    Raises UserError where no run has been started or the record is damaged.
+    """
+    record = read_record(out)
+    if record.photos is None:
+        raise UserError(f"{out} is not a run folder: {out / FILE} is missing")
+    return make_config(nest({**record.settings(), "photos": record.photos}))
+
+
+def record_of(
+    config: RunConfig, sections: Sequence[str], upstream_sections: Sequence[str], digests: Digests
+) -> StageRecord:
+    """What the output of a stage that reads these sections depends on. Raises UserError where a file is missing."""
+    result = StageRecord()
+    for one in settings():
+        section = one.name.split(".")[0]
+        if section not in (*sections, *upstream_sections):
+            continue
+        value: Any = config
+        for part in one.name.split("."):
+            value = getattr(value, part)
+        group = result.settings if section in sections else result.upstream
+        group[one.name] = list(value) if isinstance(value, tuple) else value
+        if one.files and value:
+            entries = [entry.partition("=") for entry in value] if one.is_list else [("", "=", value)]
+            parts = [[name, *(digests.of(one, path) if equals else ())] for name, equals, path in entries]
+            result.files[one.name] = " ".join(itertools.chain(*parts)).strip()
+    return result
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: MIT
+"""The stages of a run: what each reads, what it writes, and how it runs.
+
+`run` settles the settings of a run folder and calls the stages; `cli` makes a command of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+
+if TYPE_CHECKING:  # --help imports this module: what a stage needs is imported when it runs
+    from .archive import Archive
+    from .config import RunConfig
+    from .distributed import Worker
+    from .photos import PhotoSource
+    from .progress import Progress
+
+
+@dataclass
+class Context:
+    """What a stage is given: the run folder, its settings and photos, and this worker's place in the run.
+
+    device: "cpu", or this worker's GPU as torch names it.
+    """
+
+    out: Path
+    config: RunConfig
+    source: PhotoSource
+    worker: Worker
+    device: str
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the pipeline.
+
+    name:      of its command
+    summary:   its help text
+    run:       every worker calls it; it continues from what is in the run folder
+    outputs:   files and folders in the run folder that it makes
+    finished:  patterns of files that hold results; while there are none, the settings may change
+    sections:  of RunConfig, that it reads
+    upstream:  further sections that its output depends on, by way of earlier stages
+    made_from: stages whose output goes into its own; when they are made again, so is it
+    done:      what to print at the end, with {out} for the run folder
+    """
+
+    name: str
+    summary: str
+    run: Callable[[Context], None]
+    outputs: tuple[str, ...]
+    finished: tuple[str, ...]
+    sections: tuple[str, ...] = ()
+    upstream: tuple[str, ...] = ()
+    made_from: tuple[str, ...] = ()
+    done: str = ""
+
+    def has_results(self, out: Path) -> bool:
+        return any(next(out.glob(pattern), None) is not None for pattern in self.finished)
+
+
+def _index(ctx: Context) -> None:
+    from .index import build_index, list_photos, read_photos
+
+    folder = ctx.out / "index"
+    folder.mkdir(exist_ok=True)
+    if ctx.worker.is_main and not (folder / "photos.jsonl").exists():
+        list_photos(ctx.source, folder)
+        if next(read_photos(folder), None) is None:
+            (folder / "photos.jsonl").unlink()
+            raise UserError(f"there are no photos in {ctx.config.photos}")
+    ctx.worker.barrier("photos are listed")
+    ctx.progress.total = sum(1 for _ in read_photos(folder))
+    build_index(ctx.source, folder, ctx.config.index, ctx.worker, ctx.device, ctx.progress.advance)
+    ctx.worker.barrier("photos are indexed")
+
+
+def _archive(ctx: Context) -> None:
+    from .archive import prompts, search_index, write_archive
+    from .index import make_embedder, missing_shards, read_photos
+
+    path, config = ctx.out / "archive.json", ctx.config
+    if not ctx.worker.is_main or path.exists():
+        return
+    if not config.categories:
+        write_archive(path, _archive_of_class_folders(ctx))
+        return
+    folder = ctx.out / "index"
+    if not (folder / "photos.jsonl").exists() or missing_shards(folder, config.index):
+        raise UserError(f"{folder} is not finished; run `namedmask index {config.photos} --out {ctx.out}` first")
+    text = make_embedder(config.index, ctx.device).texts(config.categories, prompts())
+    count = config.archive.photos_per_category
+    archive = search_index(folder, config.categories, text, count, read_photos(folder))
+    if not any(archive.photos.values()):
+        raise UserError(f"no photo in {config.photos} could be embedded; see {folder}/*.errors.jsonl")
+    write_archive(path, archive)
+
+
+def _archive_of_class_folders(ctx: Context) -> Archive:
+    from .archive import Archive, Retrieved
+    from .masks import ErrorRecord, errors_path, write_errors
+
+    errors: list[ErrorRecord] = []
+    try:
+        folders = ctx.source.categories(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason)))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not folders:
+        raise UserError(f"there are no photos in the folders of {ctx.config.photos}")
+    (ctx.out / "index").mkdir(exist_ok=True)
+    write_errors(errors_path(ctx.out / "index" / "photos.jsonl"), errors)
+    return Archive(list(folders), {name: [Retrieved(p, None) for p in photos] for name, photos in folders.items()})
+
+
+def _pseudolabel(ctx: Context) -> None:
+    from .archive import read_archive
+    from .distributed import Worker
+    from .pseudolabel import pseudolabel, work_of
+
+    archive, folder, progress = read_archive(ctx.out / "archive.json"), ctx.out / "masks", ctx.progress
+    folder.mkdir(exist_ok=True)
+    progress.total = len(work_of(archive))
+    labeler = pseudolabel(ctx.source, archive, folder, ctx.config, ctx.worker, ctx.device, progress.advance)
+    if labeler is not None:
+        progress.note = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in labeler.seconds.items())
+    ctx.worker.barrier("masks are made")
+    if not ctx.worker.is_main:
+        return
+    if ctx.worker.count > 1:  # shards that a lost worker had claimed, unless all workers were restarted with it
+
+        def advance(photos: int, found: bool = False) -> None:
+            if not found:
+                progress.advance(photos)
+
+        pseudolabel(ctx.source, archive, folder, ctx.config, Worker(), ctx.device, advance)
+    _assemble_errors(ctx.out, "index", "masks")
+
+
+def _assemble_errors(out: Path, *folders: str) -> None:
+    from .masks import assemble_errors
+
+    assemble_errors(out / "errors.jsonl", [p for name in folders for p in sorted((out / name).glob("*.errors.jsonl"))])
+
+
+def _expect_all_masks(ctx: Context) -> None:
+    """A training on a part of the masks would count as finished forever."""
+    from .archive import read_archive
+    from .pseudolabel import missing_shards
+
+    refined = (ctx.out / "refined").exists()  # made of all masks
+    archive = read_archive(ctx.out / "archive.json")
+    if not refined and missing_shards(archive, ctx.out / "masks", ctx.config.pseudolabel.shard_size):
+        raise UserError(f"{ctx.out / 'masks'} is not finished; run `namedmask pseudolabel {ctx.out}` first")
+
+
+def _train_saliency(ctx: Context) -> None:
+    from .saliency.selfmask_training import train_saliency
+
+    _expect_all_masks(ctx)
+    train_saliency(ctx.out, ctx.source, ctx.config.saliency, ctx.worker, ctx.device, ctx.progress)
+
+
+def _experts(ctx: Context) -> None:
+    from .experts import train_experts
+
+    _expect_all_masks(ctx)
+    train_experts(ctx.out, ctx.source, ctx.config.experts, ctx.worker, ctx.device, ctx.progress)
+    if ctx.worker.is_main:
+        _assemble_errors(ctx.out, "index", "masks", "refined")
+
+
+def _train(ctx: Context) -> None:
+    from .segmenter.training import train_segmenter
+
+    _expect_all_masks(ctx)
+    train_segmenter(ctx.out, ctx.source, ctx.config.segmenter, ctx.worker, ctx.device, ctx.progress)
+
+
+def _report(ctx: Context) -> None:
+    from .report import write_report
+
+    if ctx.worker.is_main:
+        write_report(ctx.out)
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "index",
+            "Compute CLIP image embeddings of all photos.",
+            _index,
+            outputs=("index",),
+            finished=("index/*.safetensors",),
+            sections=("index",),
+        ),
+        Stage(
+            "archive",
+            "Retrieve the best photos of an index for each category.",
+            _archive,
+            outputs=("archive.json",),
+            finished=("archive.json",),
+            sections=("categories", "archive"),
+            upstream=("index",),
+            made_from=("index",),
+        ),
+        Stage(
+            "pseudolabel",
+            "Compute a mask for every photo of an archive.",
+            _pseudolabel,
+            outputs=("masks", "detected"),
+            finished=("masks/*.jsonl",),
+            sections=("detector", "refine", "pseudolabel"),
+            upstream=("index", "categories", "archive"),
+            made_from=("index", "archive"),
+        ),
+        Stage(
+            "train-saliency",
+            "Train a SelfMask network on the masks of a run, for `--detector selfmask`.",
+            _train_saliency,
+            outputs=("saliency",),
+            finished=("saliency/model.safetensors", "saliency/checkpoint.pt"),
+            sections=("saliency",),
+            # From no stage: the network stays useful when masks are made again, perhaps with its help.
+            done="the SelfMask network is in {out}/saliency/model.safetensors",
+        ),
+        Stage(
+            "experts",
+            "Train category experts on the masks of each category and let them relabel its archive.",
+            _experts,
+            outputs=("experts", "refining", "refined"),
+            finished=("experts/*.safetensors", "experts/*/checkpoint.pt", "refining/*.jsonl", "refined/*.jsonl"),
+            sections=("experts",),
+            made_from=("index", "archive", "pseudolabel"),
+            done="the experts' masks are in {out}/refined",
+        ),
+        Stage(
+            "train",
+            "Train one segmenter for all categories on the masks of a run.",
+            _train,
+            outputs=("segmenter",),
+            finished=("segmenter/model.safetensors", "segmenter/checkpoint.pt"),
+            sections=("segmenter",),
+            made_from=("index", "archive", "pseudolabel", "experts"),
+            done="the segmenter is in {out}/segmenter",
+        ),
+        Stage(
+            "report",
+            "Write the gallery of a run, OUT/report.html.",
+            _report,
+            outputs=("report.html",),
+            finished=(),  # written again each time, of whatever the run has by then
+            made_from=("index", "archive", "pseudolabel", "experts"),
+            done="look at {out}/report.html",
+        ),
+    )
+}
