@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from namedmask_kernels import Ragged
 
-from . import attention
+from . import attention, registry
 from .errors import UserError
 
 # A photo whose long side is more than this many times the short one is resized by its long side: a strip of
@@ -31,8 +31,6 @@ from .errors import UserError
 MAX_ASPECT = 4.0
 
 TAPS = ("tokens", "keys", "queries", "values", "cls_attention")
-
-DEMO_VIT = "vit_namedmask_demo"
 
 # Rows that a linear layer is given at a time on a CPU, always exactly so many: a BLAS adds up in another order where
 # there are few rows, and a photo's features would depend on its company. A ViT-S's widest layer makes 1.5 MB of them.
@@ -261,7 +259,7 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
     """A timm ViT by name, with its published weights or those of a local file.
 
     name:      any of timm's VisionTransformer or Eva models with fused QKV: DINO, DINOv2 (registers too), DINOv3, ...;
-               or "vit_namedmask_demo", whose weights are in the package
+               or one of a plugin (see `registry`)
     weights:   a .safetensors file, or a .pth file that torch opens with weights_only=True; keys as timm names them, or
                as the model's authors do where timm converts them. None: timm's hub, which needs a network.
     precision: "float32", or "bfloat16" for attention and, but for CPUs without AMX, all else too (`linear_dtype`)
@@ -270,10 +268,6 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
     import timm
 
     _expect_model(name)
-    if name == DEMO_VIT and weights is None:
-        from .demo.models import VIT_WEIGHTS
-
-        weights = str(VIT_WEIGHTS)
     overlay = {}
     if weights is not None:
         if not Path(weights).is_file():
@@ -296,13 +290,11 @@ def _expect_model(name: str) -> None:
     """UserError, with similar names, where there is no such model."""
     import timm
 
-    if name.endswith("_namedmask_demo"):  # the demo's own, not timm's: made known here, where every process comes by
-        from .demo.models import register
-
-        register()
+    if not timm.is_model(name):
+        registry.load_plugins()
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"{name.split('.')[0][:12]}*")[:5]) or "see timm.list_models()"
-        raise UserError(f"backbone {name!r} is no timm model; similar: {close}")
+        raise UserError(f"backbone {name!r} is no timm model; similar: {close}{registry.failure_note()}")
 
 
 def untrained(name: str) -> nn.Module:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from . import registry
 from .config import IndexConfig
 from .distributed import Worker
 from .errors import UserError
@@ -109,14 +110,14 @@ class Clip:
         import torch
 
         name, _, pretrained = config.clip_model.partition(":")
-        weights = config.clip_weights or pretrained
-        if name == "namedmask-demo":  # the demo's own, not open_clip's: made known here, where every process comes by
-            from .demo.models import CLIP_WEIGHTS, register
-
-            register()
-            weights = weights or str(CLIP_WEIGHTS)
         if name not in open_clip.list_models():
-            raise UserError(f"--clip-model {config.clip_model}: open_clip has no {name!r}; see open_clip.list_models()")
+            registry.load_plugins()
+        if name not in open_clip.list_models():
+            raise UserError(
+                f"--clip-model {config.clip_model}: open_clip has no {name!r}; see open_clip.list_models()"
+                f"{registry.failure_note()}"
+            )
+        weights = config.clip_weights or pretrained or registry.default_weights("clip", name)
         if config.clip_weights and not Path(config.clip_weights).is_file():
             raise UserError(f"--clip-weights {config.clip_weights}: there is no such file")
         if not weights:

@@ -36,7 +36,8 @@ DESCRIPTIONS = 4
 
 def render_shard(job: tuple[str, int, int, int]) -> int:
     """Render photos [start, stop) into one shard: pixels (flat uint8), shapes, offsets and caption phrases."""
-    from namedmask.demo.captions import describe, subject
+    from demo_captions import describe, subject
+
     from namedmask.demo.dice import Dice
     from namedmask.demo.scenes import evaluation_scene, index_photo
 
@@ -210,11 +211,20 @@ def square(photo: np.ndarray, rng: np.random.Generator, side: int, smallest: flo
 
 def all_templates() -> list[str]:
     """Ours and open_clip's 80, as sentences with one {}."""
+    from demo_captions import TEMPLATES
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-    from namedmask.demo.captions import TEMPLATES
-
     return list(TEMPLATES) * 2 + [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+
+
+def untrained_clip() -> tuple:
+    """The CLIP model of the demo with random weights, in float32 and train mode, and its tokenizer."""
+    import open_clip
+
+    from namedmask.demo.models import CLIP_NAME, register
+
+    register()
+    return open_clip.create_model(CLIP_NAME, pretrained=None).train(), open_clip.get_tokenizer(CLIP_NAME)
 
 
 def train_clip(arguments: argparse.Namespace) -> None:
@@ -229,15 +239,13 @@ def train_clip(arguments: argparse.Namespace) -> None:
     import torch
     import torch.nn.functional as F
 
-    from namedmask.demo.models import create_clip
-
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(1)
     pool = Pool(arguments.out / "pool")
-    model, _, tokenizer = create_clip(None)
+    model, tokenizer = untrained_clip()
     side = model.visual.image_size
     side = side[0] if isinstance(side, tuple) else side
-    model = model.to(memory_format=torch.channels_last).train()
+    model = model.to(memory_format=torch.channels_last)
     smooth = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(decayed_groups([model], 0.05), betas=(0.9, 0.98), eps=1e-6)
     run = Run(arguments.out / "clip", arguments.steps, {"model": model, "smooth": smooth, "optimizer": optimizer})
@@ -409,9 +417,9 @@ class SelfDistillation:
         import torch
         from torch import nn
 
-        from namedmask.demo.models import create_vit
+        from namedmask.demo.models import untrained_vit
 
-        vit = create_vit(None).train()
+        vit = untrained_vit().train()
         self.student = nn.ModuleDict(
             {
                 "vit": vit,
@@ -569,7 +577,7 @@ def export(arguments: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from namedmask.demo.models import CLIP_WEIGHTS, VIT_WEIGHTS, create_clip
+    from namedmask.demo.models import CLIP_WEIGHTS, VIT_WEIGHTS
 
     CLIP_WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
     half = lambda tensor: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()  # noqa: E731
@@ -577,7 +585,7 @@ def export(arguments: argparse.Namespace) -> None:
     if checkpoint.exists():
         weights = {name: half(value) for name, value in torch.load(checkpoint, weights_only=True)["smooth"].items()}
         # Most of the token table was never read in training: zeros there cost nothing in a compressed wheel.
-        tokenizer, seen = create_clip(None)[2], set()
+        tokenizer, seen = untrained_clip()[1], set()
         for phrase in {phrase for phrases in Pool(arguments.out / "pool").phrases for phrase in phrases}:
             seen.update(tokenizer([phrase])[0].tolist())
         for template in all_templates():

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones import DEMO_VIT, Backbone, read_weights, untrained
+from .. import registry
+from ..backbones import Backbone, read_weights, untrained
 from ..config import DetectorConfig
 from ..errors import UserError
 from ..photos import Photo
@@ -178,10 +179,7 @@ def load(backbone: str, weights: str | None) -> SelfMask:
 
     weights: .safetensors or .pth with the authors' names of tensors. Raises UserError where they do not fit.
     """
-    if weights is None and backbone == DEMO_VIT:
-        from ..demo.models import SELFMASK_WEIGHTS
-
-        weights = str(SELFMASK_WEIGHTS)
+    weights = weights or registry.default_weights("selfmask", backbone)
     if weights is None:
         raise UserError(
             "--detector selfmask needs --detector-weights FILE, made by `namedmask train-saliency`, or the authors' "
