@@ -88,7 +88,7 @@ def write_report(out: str | os.PathLike[str], sheets: Mapping[str, str] | None =
     limit = _tiles_per_category(len(categories))
     chosen = [(category, *category.best_and_lowest(limit)) for category in categories.values()]
     tiles = _draw_all(config.photos, [record for _, best, lowest in chosen for record in (*best, *lowest)])
-    scores = np.concatenate([category.scores for category in categories.values()] or [[]])
+    scores = np.concatenate([np.zeros(0), *(np.asarray(category.scores) for category in categories.values())])
     low, high = (0.0, 1.0) if not scores.size else (min(0.0, scores.min()), max(1.0, scores.max()))
 
     page = _template().generate(
@@ -294,7 +294,7 @@ def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getbuffer()).decode()}"
 
 
-def _histogram(scores: Iterable[float], low: float, high: float) -> str:
+def _histogram(scores: np.ndarray | array, low: float, high: float) -> str:
     """The bars of a histogram as an SVG path, `_BINS` wide and 1 high."""
     counts, _ = np.histogram(scores, _BINS, (low, high))
     heights = counts / max(1, counts.max())

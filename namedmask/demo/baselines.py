@@ -40,11 +40,11 @@ def color_kmeans(image: np.ndarray, clusters: int = 3) -> np.ndarray:
 
     pixels = _blur(lab(image), 2).reshape(-1, 3)
     # Farthest-point initialization, from the mean: deterministic.
-    centers = [pixels.mean(0)]
+    initial = [pixels.mean(0)]
     for _ in range(clusters):
-        distance = np.min([((pixels - c) ** 2).sum(1) for c in centers], axis=0)
-        centers.append(pixels[distance.argmax()])
-    centers = np.stack(centers[1:])
+        distance = np.min([((pixels - c) ** 2).sum(1) for c in initial], axis=0)
+        initial.append(pixels[distance.argmax()])
+    centers = np.stack(initial[1:])
     for _ in range(12):
         labels = ((pixels[:, None] - centers) ** 2).sum(2).argmin(1)
         centers = np.stack(

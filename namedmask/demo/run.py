@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .. import run
 from ..config import DetectorConfig, RefineConfig
@@ -39,9 +40,9 @@ SHEETS = {
 
 # Chosen on photos of another seed. The sigmas of the solver are given for photos of 512 pixels; these have about 160.
 # COARSE suits the cut and the baselines, REFINE the finer masks of SelfMask.
-SPECTRAL = {"backbone": VIT_NAME, "features": "tokens", "center": True, "tau": 0.0, "image_size": 128}
+SPECTRAL: dict[str, Any] = {"backbone": VIT_NAME, "features": "tokens", "center": True, "tau": 0.0, "image_size": 128}
 DETECTOR = {"name": "selfmask", "backbone": VIT_NAME, "image_size": 160, "scales": [1.0, 1.4], "mirror": True}
-REFINE = {
+REFINE: dict[str, Any] = {
     "name": "bilateral",
     "largest_component": True,
     "fill_holes": True,

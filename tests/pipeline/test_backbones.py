@@ -170,7 +170,7 @@ def test_no_photos_and_no_taps():
 def test_gradients_are_refused():
     backbone = make(FAMILIES[0])
     photos = [photo.requires_grad_() for photo in photos_for(backbone, (2, 2))]
-    with pytest.raises(RuntimeError, match="extract has no gradient; give it detached photos"):
+    with pytest.raises(RuntimeError, match="extract has no gradient; pass detached photos"):
         backbone.extract(photos, ["keys"])
 
 
@@ -191,9 +191,7 @@ def test_the_readmes_lines_run_as_they_are(backbone_weights):
 def test_unknown_taps_are_refused_by_name():
     backbone = make(FAMILIES[0])
     for tap in ("attention", "keys.3", "keys.-1", "keys.x", ""):
-        with pytest.raises(
-            ValueError, match=r"extract: taps must be of tokens, .* from 0 to 2 .* but one is " + repr(tap)
-        ):
+        with pytest.raises(ValueError, match=r"extract: expected a tap of tokens, .* from 0 to 2 .*, got " + repr(tap)):
             backbone.extract([], ["tokens", tap])
     without = make("vit_base_patch16_siglip_224.webli")
     with pytest.raises(UserError, match="no CLS token"):

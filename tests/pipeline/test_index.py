@@ -127,7 +127,7 @@ def test_a_clip_without_weights_is_refused_before_it_is_built(monkeypatch):
     import open_clip
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *a, **k: pytest.fail("built"))
-    with pytest.raises(UserError, match="ViT-B-32 names no weights; write MODEL:PRETRAINED"):
+    with pytest.raises(UserError, match="ViT-B-32 names no weights; pass MODEL:PRETRAINED or --clip-weights"):
         Clip(IndexConfig(clip_model="ViT-B-32"), "cpu")
     with pytest.raises(UserError, match="open_clip has no 'ViT-B-33'"):
         Clip(IndexConfig(clip_model="ViT-B-33:openai"), "cpu")

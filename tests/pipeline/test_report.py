@@ -201,8 +201,8 @@ def test_run_without_masks(tmp_path):
     [
         ("archive.json", None, "archive.json is missing"),
         ("run.toml", None, "run.toml is missing"),
-        ("archive.json", "[]", "archive.json is no archive"),
-        ("archive.json", "{", "archive.json is no archive"),
+        ("archive.json", "[]", "archive.json is not an archive"),
+        ("archive.json", "{", "archive.json is not an archive"),
         ("masks/00000.jsonl", "{}\n", "00000.jsonl:1: "),
         ("errors.jsonl", "{}\n", "errors.jsonl:1: "),
         ("sheets.json", "{}\n", "sheets.json cannot be read"),
