@@ -493,7 +493,7 @@ def test_unusual_sizes(tmp_path, size):
     np.testing.assert_array_equal(decoded(tmp_path, encoded(pixels)), pixels)
 
 
-# How a photo stored under each orientation is shown, written with numpy, not with the tables under test.
+# How a photo with each orientation is shown, written with numpy and not with the tables under test.
 SHOWN = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -673,14 +673,14 @@ def test_first_frame_of_animations(tmp_path, kind):
     assert np.abs(decoded(tmp_path, data).astype(int) - [255, 0, 0]).max() <= 3
 
 
-# ---- hostile files ---------------------------------------------------------------------------------------------------
+# ---- malicious files -------------------------------------------------------------------------------------------------
 
 
 def test_files_that_are_not_photos_say_so(tmp_path):
     assert rejection(tmp_path, b"") == "empty file"
     assert rejection(tmp_path, b"<html>\n<title>404") == r"not an image: text begins with '<html>\n<title>404'"
     assert "begins with bytes 00 00 00 20 66" in rejection(tmp_path, b"\0\0\0 ftypheic" + bytes(50))
-    # Formats that Pillow could open, but that run interpreters or are no photos, stay closed.
+    # Formats that Pillow could open, but that run interpreters or are not photos, are rejected.
     assert "not an image" in rejection(tmp_path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     assert "not an image" in rejection(tmp_path, encoded(scene(), "PPM"))
 
@@ -761,7 +761,7 @@ for name in ("x.png", "y.tif"):
 def test_pillow_prints_nothing(tmp_path):
     (tmp_path / "x.png").write_bytes(PNG)
     (tmp_path / "y.tif").write_bytes(raw_tiff((305, 2, 30, 0x7FFFFFF0)))
-    with pytest.warns(UserWarning), Image.open(tmp_path / "y.tif") as image:  # so there is something to keep quiet
+    with pytest.warns(UserWarning), Image.open(tmp_path / "y.tif") as image:  # so Pillow does warn
         image.load()
     got = subprocess.run([sys.executable, "-c", NOISY, str(tmp_path)], capture_output=True, text=True, check=True)
     assert got.stdout == "(24, 40, 3)\n" * 2 and got.stderr == ""
@@ -790,7 +790,7 @@ SEEDS = [
 @given(st.data())
 def test_damaged_files_give_a_photo_or_a_photo_error(tmp_path_factory, data):
     seed = bytearray(data.draw(st.sampled_from(SEEDS)))
-    # Headers are where damage is interesting: half of the hits go there.
+    # Half of the damage is in the header, where it has the most effects.
     places = st.integers(0, len(seed) - 1) | st.integers(0, min(80, len(seed) - 1))
     for at, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=8)):
         seed[at] = value

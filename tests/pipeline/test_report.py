@@ -99,7 +99,7 @@ def test_page_lists_masks_scores_errors_and_settings(run):
     assert [a["title"] for a in page.all("span", "name") if "title" in a][:11] == [
         "caf\\udce9.png", HOSTILE.replace("\n", "\\n"), *(f"{n}.png" for n in (7, 6, 5, 4, 3, 2, 1, 0)), "1.png",
     ]  # fmt: skip
-    assert "0.580 mask · 0.280 fit" in text and "0.530 mask 3.png" in text
+    assert "0.580 mask · 0.280 match" in text and "0.530 mask 3.png" in text
     assert text.count("empty mask") == 1
     assert "the photo has changed: the mask is 64 x 48, the photo 20 x 20" in text
     assert "Cannot be shown: vanished" in text
@@ -154,7 +154,7 @@ def test_page_is_bounded_at_3000_masks(tmp_path, monkeypatch):
     assert all(max(int(a["width"]), int(a["height"])) == 224 for a in thumbnails)
     assert path.stat().st_size < 25e6
     assert page.text.count("Best masks") == page.text.count("Lowest scores") == 100
-    assert "Every photo could be used." in page.text
+    assert "All photos were processed." in page.text
 
 
 @pytest.mark.parametrize("masks, expected", [(0, (0, 0)), (1, (1, 0)), (4, (4, 0)), (10, (8, 2)), (500, (24, 6))])
