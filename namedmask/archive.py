@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Names -> prompts -> text embeddings -> the best photos per name, and archive.json, where they are kept."""
+"""Retrieval: the photos of the index that best match each category name, and archive.json, which stores them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from .errors import UserError
 from .files import atomic_write
 from .threads import kernels_on_one_thread, map_ahead
+
+if TYPE_CHECKING:
+    import torch
 
 SCENE_PROMPTS = (
     "there is a {} in the scene.",
@@ -22,51 +25,54 @@ SCENE_PROMPTS = (
     "this is one {} in the scene.",
 )
 
-
-BLOCK = 512  # photos that are scored at once
-STEP = 1e-6  # similarities are rounded to it, so that equal photos tie whatever shard they stand in
+BLOCK = 512  # photos per matrix product
+STEP = 1e-6  # similarities are rounded to multiples of it, so that equal photos tie whichever shard they are in
 
 
 class Retrieved(NamedTuple):
-    """A photo of an archive; score: cosine similarity to the name, None where the folder named the category."""
+    """A photo of an archive."""
 
     photo: str
-    score: float | None
+    score: float | None  # cosine similarity to the name; None if the category is the photo's folder
 
 
 class Archive(NamedTuple):
-    """categories in the user's order; photos: each category's photos, best first."""
+    """The photos of each category."""
 
-    categories: list[str]
-    photos: dict[str, list[Retrieved]]
+    categories: list[str]  # in the order of the user
+    photos: dict[str, list[Retrieved]]  # best first
 
 
 def prompts() -> list[str]:
-    """CLIP's 80 ImageNet templates and the paper's 5, each with one {} for the name."""
+    """Returns CLIP's 80 ImageNet templates and the paper's 5, each with one ``{}`` for the name."""
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES] + list(SCENE_PROMPTS)
 
 
 def top_photos(shards: Iterable[tuple[np.ndarray, np.ndarray]], text: np.ndarray, count: int) -> list[list[tuple]]:
-    """The `count` photos nearest to each text, streamed: memory does not grow with the number of photos.
+    """Finds the `count` photos nearest to each text. The shards are streamed: memory does not grow with their number.
 
-    shards: (image float16 or float32 [n, d], photo int64 [n]) each, rows L2-normalized; photos in ascending order over
-            all shards
-    text:   float32 [k, d], L2-normalized
-    Returns k lists of (photo, cosine similarity), best first. Similarities are rounded to 6 decimals; of equals the
-    photo with the smaller number comes first.
+    Args:
+        shards: Pairs of image embeddings, float16 or float32 [n, d] with L2-normalized rows, and photo numbers, int64
+            [n]. The numbers ascend over all shards.
+        text: Text embeddings, float32 [k, d], L2-normalized.
+        count: Photos per text.
+
+    Returns:
+        k lists of (photo number, cosine similarity), best first. Similarities are rounded to 6 decimals; of equal ones
+        the smaller photo number comes first.
     """
     import torch
 
-    # The kernels of a matrix product depend on its sizes, and at odd ones a row's bits depend on where it stands. Equal
-    # photos must tie, so names and photos are filled up with zeros to sizes at which they do.
+    # The kernel of a matrix product depends on its sizes, and at odd sizes the bits of a row depend on its position.
+    # Equal photos must tie, so names and photos are zero-padded to sizes without this effect.
     names = len(text)
     texts = torch.nn.functional.pad(torch.from_numpy(text), (0, 0, 0, -names % 16)).T.contiguous()
 
-    def score(shard: tuple[np.ndarray, np.ndarray]) -> tuple:
+    def score(shard: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         image, photo = (torch.from_numpy(part) for part in shard)
-        # In blocks whose float32 copy stays in the cache.
+        # The float32 copy of a block stays in the cache.
         blocks = [torch.nn.functional.pad(block, (0, 0, 0, BLOCK - len(block))) for block in image.split(BLOCK)]
         return torch.cat([block.float() @ texts for block in blocks])[: len(image), :names], photo
 
@@ -78,28 +84,28 @@ def top_photos(shards: Iterable[tuple[np.ndarray, np.ndarray]], text: np.ndarray
 
 
 class _Best:
-    """The best `count` entries of each name so far, and new candidates that are merged when enough have come.
+    """The best `count` entries of each name so far, and new candidates, which are merged in large groups.
 
-    Photos come in ascending order, so a candidate that only equals the last of a full list has lost to it already:
-    after the first few shards almost nothing passes the comparison, and that comparison is all that most photos cost.
+    Photos come in ascending order, so a candidate that only equals the last entry of a full list loses to it. After the
+    first few shards almost no photo passes this comparison, and the comparison is the whole cost of most photos.
     """
 
     def __init__(self, names: int, count: int):
         import torch
 
         self.count = count
-        self.pending: list[tuple] = []  # (name, score, photo) tensors of one shard
+        self.pending: list[tuple[torch.Tensor, ...]] = []  # (name, score, photo), one triple per shard
         self.pending_rows = 0
         self.floor = torch.full((names,), -torch.inf)
         self.entries = (torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0, dtype=torch.long))
 
-    def offer(self, scores, photo) -> None:
-        """scores float32 [n, names], photo int64 [n]."""
-        near = scores > self.floor - STEP  # rounding moves a score by half a step: none that counts is left out
-        if int(near.sum()) > 2 * self.count * len(self.floor):  # the first shards, while lists are short
+    def offer(self, scores: torch.Tensor, photo: torch.Tensor) -> None:
+        """Adds a shard: scores float32 [n, names], photo numbers int64 [n]."""
+        candidate = scores > self.floor - STEP  # with a margin, because rounding moves a score by up to half a step
+        if int(candidate.sum()) > 2 * self.count * len(self.floor):  # the first shards, while lists are short
             best = scores.T.contiguous().topk(min(self.count, len(photo)), sorted=False).values
-            near &= scores > best.amin(1) - STEP
-        row, name = near.nonzero(as_tuple=True)
+            candidate &= scores > best.amin(1) - STEP
+        row, name = candidate.nonzero(as_tuple=True)
         score = (scores[row, name] / STEP).round_() * STEP
         better = score > self.floor[name]
         self.pending.append((name[better], score[better], photo[row[better]]))
@@ -111,7 +117,7 @@ class _Best:
         import torch
 
         name, score, photo = (torch.cat(parts) for parts in zip(self.entries, *self.pending, strict=True))
-        # Stable sorts from the least important key to the most important one.
+        # Stable sorts, from the least to the most important key.
         order = photo.argsort()
         order = order[score[order].argsort(descending=True, stable=True)]
         order = order[name[order].argsort(stable=True)]
@@ -134,7 +140,7 @@ class _Best:
 
 
 def read_shards(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The shards of an index in order, as `top_photos` takes them."""
+    """Yields the shards of an index in order, as `top_photos` takes them."""
     from safetensors.numpy import load_file
 
     for path in sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name)):
@@ -145,32 +151,45 @@ def read_shards(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def search_index(
     folder: Path, categories: Sequence[str], text: np.ndarray, count: int, names: Iterator[str]
 ) -> Archive:
-    """The best `count` photos of the index for each category; `names` are the photos' names in order."""
-    found = top_photos(read_shards(folder), text, count)
-    wanted = {photo for entries in found for photo, _ in entries}
-    called = {number: name for number, name in enumerate(names) if number in wanted}
+    """Retrieves the best `count` photos of the index for each category.
+
+    Args:
+        folder: Folder of the index.
+        categories: Category names.
+        text: Their embeddings, float32 [k, d], L2-normalized.
+        count: Photos per category.
+        names: Names of all photos of the index, in order.
+    """
+    results = top_photos(read_shards(folder), text, count)
+    retrieved = {photo for entries in results for photo, _ in entries}
+    name_of = {number: name for number, name in enumerate(names) if number in retrieved}
     return Archive(
         list(categories),
         {
-            category: [Retrieved(called[photo], score) for photo, score in entries]
-            for category, entries in zip(categories, found, strict=True)
+            category: [Retrieved(name_of[photo], score) for photo, score in entries]
+            for category, entries in zip(categories, results, strict=True)
         },
     )
 
 
 def write_archive(path: Path, archive: Archive) -> None:
+    """Writes archive.json; it appears whole or not at all."""
     photos = {category: [entry._asdict() for entry in entries] for category, entries in archive.photos.items()}
     with atomic_write(path) as file:
         file.write(json.dumps({"categories": archive.categories, "photos": photos}, indent=1).encode())
 
 
 def read_archive(path: Path) -> Archive:
-    """Reads archive.json, one made by hand too. Raises UserError where it is missing or does not say what it must."""
+    """Reads archive.json, which may also be written by hand.
+
+    Raises:
+        UserError: If the file is missing or is not an archive.
+    """
     try:
         data = json.loads(path.read_bytes())
         photos = {c: [Retrieved(e["photo"], e.get("score")) for e in data["photos"][c]] for c in data["categories"]}
         return Archive(data["categories"], photos)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; make it with `namedmask archive`") from None
+        raise UserError(f"{path} is missing; create it with `namedmask archive`") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no archive ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path} is not an archive ({type(error).__name__}: {error})") from None

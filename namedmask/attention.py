@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The attention of a ViT's block that needs only its output: the fastest of the libraries present, by a measured table.
+"""Plain attention of a ViT block by the fastest installed library, according to a measured table.
 
-Every library takes the tokens of all photos packed, qkv [T, 3, H, D] with photo b at tokens ends[b] to ends[b + 1], and
-gives [T, H, D]. A photo's output is the same alone and in company.
+Every library takes the packed tokens of all photos, qkv [T, 3, H, D], where photo b has the tokens ends[b] to
+ends[b + 1], and returns [T, H, D]. Results do not depend on batch composition.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from namedmask_kernels import attention_features, backends
 
 
 def _sdpa(qkv: Tensor, ends: list[int], scale: float) -> Tensor:
-    """torch's attention, a photo at a time."""
+    """torch's attention, one photo at a time."""
     out = torch.empty_like(qkv[:, 0])
     for begin, end in itertools.pairwise(ends):
         q, k, v = qkv[begin:end].permute(1, 2, 0, 3)[:, None]  # [1, H, n, D] each
@@ -29,7 +29,7 @@ def _sdpa(qkv: Tensor, ends: list[int], scale: float) -> Tensor:
 
 
 def _attention_features(qkv: Tensor, ends: list[int], scale: float) -> Tensor:
-    """Ours, the whole batch in one call."""
+    """The operator of `namedmask_kernels`, the whole batch in one call."""
     offsets = torch.tensor(ends, dtype=torch.int32)
     return attention_features(qkv, offsets, scale=scale, want=("output",)).output
 
@@ -55,15 +55,15 @@ LIBRARIES: dict[str, Callable[[Tensor, list[int], float], Tensor]] = {
 
 class Fastest(NamedTuple):
     library: str
-    margin: str  # by which it was the fastest, and in which range of head dims and lengths
+    margin: str  # how much faster it was, and at which lengths
 
 
-# (device class, dtype) -> the fastest, on two threads, heads of 32, 64 and 128 dims side by side to 384 channels.
-# `pytest bench/bench_backbones.py --benchmark-only -s -k libraries` measures it again, beside what is chosen here.
-# avx512 and avx2 were measured on an AVX-512 machine held back by NMK_LEVEL, for avx2 torch's libraries too
-# (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2). Lengths are no part of the key:
-# only float32 at 197 tokens is up to 15% slower, of an attention that is a tenth of the network, and a choice by length
-# would split batches. There are no rows for GPUs: none has run it, and torch's attention is taken until one has.
+# (device class, dtype) -> the fastest library, measured on two threads with heads of 32, 64 and 128 dims and 384
+# channels in total. `pytest bench/bench_backbones.py --benchmark-only -s -k libraries` repeats the measurement.
+# avx512 and avx2 were measured on an AVX-512 machine limited by NMK_LEVEL, for avx2 with torch's libraries limited too
+# (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2). The key has no length: only float32
+# at 197 tokens is up to 15% slower, attention is a tenth of the network there, and a choice by length would split
+# batches. There are no rows for GPUs: no GPU has run the measurement yet, and torch's attention is the default.
 TABLE: dict[tuple[str, torch.dtype], Fastest] = {
     ("cpu avx512_vnni", torch.float32): Fastest(
         "attention_features", "1.1 to 1.4 times torch SDPA's speed at 785 to 3,601 tokens, 0.87 to 1 times at 197"
@@ -87,49 +87,51 @@ TABLE: dict[tuple[str, torch.dtype], Fastest] = {
 
 
 def device_class(device: torch.device) -> str:
-    """The rows of `TABLE` that hold for a device: "cpu avx512", "cuda sm_90"."""
+    """The device part of a key of `TABLE`: "cpu avx512", "cuda sm_90"."""
     if device.type == "cuda":
         return "cuda sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return f"{device.type} {backends.native().level()}" if device.type == "cpu" and backends.native() else device.type
+    native = backends.native() if device.type == "cpu" else None
+    return device.type if native is None else f"{device.type} {native.level()}"
 
 
 def obstacle(library: str, device: torch.device) -> str | None:
-    """Why a library cannot run on a device; None when it can."""
+    """Returns the reason why a library cannot run on a device; None if it can."""
     if library == "torch SDPA":
         return None
     if library == "attention_features":
-        reasons = [backends.obstacle(library, backend, device) for backend in ("cpu", "triton")]
-        return None if None in reasons else "; ".join(reasons)
+        obstacles = (backends.obstacle(library, backend, device) for backend in ("cpu", "triton"))
+        reasons = [reason for reason in obstacles if reason is not None]
+        return "; ".join(reasons) if len(reasons) == 2 else None
     return _why_no_xformers(device)
 
 
 @functools.cache
 def _why_no_xformers(device: torch.device) -> str | None:
     if device.type != "cuda":
-        return "it runs on CUDA devices alone"
+        return "runs on CUDA devices only"
     try:
         _xformers(torch.zeros(2, 3, 1, 64, dtype=torch.bfloat16, device=device), [0, 1, 2], 1.0)
-    except (ImportError, NotImplementedError) as error:  # of the second kind where no kernel of it can be loaded
+    except (ImportError, NotImplementedError) as error:  # NotImplementedError: none of its kernels can be loaded
         return str(error).splitlines()[0]
     return None
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The library for a device and dtype: that of `TABLE`, or torch's where none was measured or it cannot run."""
-    found = TABLE.get((device_class(device), dtype))
-    return "torch SDPA" if found is None or obstacle(found.library, device) else found.library
+    """Returns the library of `TABLE` for a device and dtype; torch's if there is no entry or the library cannot run."""
+    fastest = TABLE.get((device_class(device), dtype))
+    return "torch SDPA" if fastest is None or obstacle(fastest.library, device) else fastest.library
 
 
 def explain(device: torch.device, dtype: torch.dtype) -> str:
-    """Which library computes attention for a device and dtype, how that is known, and why others cannot."""
-    place = f"{str(dtype)[6:]} on {device_class(device)}"
-    found, chosen = TABLE.get((device_class(device), dtype)), choose(device, dtype)
-    if found is None:
-        lines = [f"attention in {place}: {chosen}, until somebody measures which is the fastest there"]
-    elif found.library != chosen:
-        lines = [f"attention in {place}: {chosen}, for {found.library}, the fastest there, cannot run"]
+    """Says which library computes attention for a device and dtype and why, and whether the others could run."""
+    title = f"attention in {str(dtype)[6:]} on {device_class(device)}"
+    fastest, chosen = TABLE.get((device_class(device), dtype)), choose(device, dtype)
+    if fastest is None:
+        lines = [f"{title}: {chosen}, the default, because no measurement exists"]
+    elif fastest.library != chosen:
+        lines = [f"{title}: {chosen}, because the fastest library, {fastest.library}, cannot run"]
     else:
-        lines = [f"attention in {place}: {chosen}, the fastest there: {found.margin}"]
+        lines = [f"{title}: {chosen}, the fastest library: {fastest.margin}"]
     for library in LIBRARIES:
         if library != chosen:
             lines.append(f"  {library}: {obstacle(library, device) or 'could run'}")

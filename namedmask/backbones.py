@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Networks of timm: a ViT run on ragged batches for its features, and encoders for dense prediction.
+"""Networks of timm: ViTs that extract features from ragged batches, and encoders for dense prediction.
 
-Photos of any shapes go through the ViT side by side, nothing padded, features at the end. The tokens of all photos lie
-packed in one matrix [T, C]; only attention looks at one photo at a time. All else goes through the rows in chunks, so
-that what a block computes in between stays in the cache. timm's own modules and its own interpolation of position
-embeddings are used throughout, so features are timm's to rounding.
+`load` returns a `Backbone`, a ViT for photos of any shapes without padding. The tokens of all photos are packed in one
+matrix [T, C]. Only attention treats the photos separately; all other layers process the rows in chunks, so that their
+intermediate results stay in the cache. The modules and the interpolation of position embeddings are timm's own, so the
+features equal timm's up to rounding.
 
-An encoder (`load_encoder`) is a convolutional network dilated to output stride 8, or a ViT, to be trained on.
+`load_encoder` returns an `Encoder`, a convolutional network dilated to output stride 8 or a ViT, as the start of a
+training.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,48 +24,56 @@ from torch import Tensor, nn
 
 from namedmask_kernels import Ragged
 
-from . import attention
+from . import attention, registry
 from .errors import UserError
 
-# A photo whose long side is more than this many times the short one is resized by its long side: a strip of
-# 1 x 10,000 patches would otherwise cost as much as twenty photos.
+# If the aspect ratio is larger, the photo is resized by its long side: otherwise, a strip of 1 x 10,000 patches would
+# cost as much as twenty photos.
 MAX_ASPECT = 4.0
 
 TAPS = ("tokens", "keys", "queries", "values", "cls_attention")
 
-DEMO_VIT = "vit_namedmask_demo"
-
-# Rows that a linear layer is given at a time on a CPU, always exactly so many: a BLAS adds up in another order where
-# there are few rows, and a photo's features would depend on its company. A ViT-S's widest layer makes 1.5 MB of them.
+# Rows per call of a linear layer on a CPU, always exactly this many: with few rows a BLAS sums in another order, so the
+# features of a photo would depend on batch composition. The output of the widest layer of a ViT-S has 1.5 MB.
 CHUNK = 256
 
 _NOT_DENSE = "cannot be dilated to output stride 8 with features of stride 4; choose a ResNet, ConvNeXt or ViT of timm"
 _NO_VIT = "is not a ViT with fused QKV projections for photos of any shape; choose a DINO, DINOv2 or DINOv3 of timm"
 
+Vit = Any  # a VisionTransformer or Eva of timm, or one of its modules, whose attributes nn.Module does not declare
+
 
 class Backbone:
-    """A ViT ready to run; made by `load`."""
+    """A ViT for photos of any shapes; created by `load`."""
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
+    def __init__(self, model: Vit, device: torch.device, dtype: torch.dtype):
         self.device, self.attention_dtype, self.dtype = device, dtype, linear_dtype(device, dtype)
-        self.model = model.eval().requires_grad_(False).to(device, self.dtype)
+        self.model: Vit = model.eval().requires_grad_(False).to(device, self.dtype)
         self.library = attention.choose(device, dtype)
         self.patch: int = model.patch_embed.patch_size[0]
         self.prefix: int = model.num_prefix_tokens
         cfg = model.pretrained_cfg
         self.mean = torch.tensor(cfg["mean"], device=device).view(3, 1, 1)
         self.std = torch.tensor(cfg["std"], device=device).view(3, 1, 1)
-        self.places = functools.lru_cache(maxsize=64)(self._places)
+        self.position_tokens = functools.lru_cache(maxsize=64)(self._position_tokens)
 
     def grid(self, pixels: np.ndarray, image_size: int) -> tuple[int, int]:
-        """Rows and columns of patches for a photo [H, W, 3] whose short side becomes `image_size`, aspect kept."""
+        """Rows and columns of patches for a photo [H, W, 3] that is resized to a short side of `image_size` pixels."""
         sides = pixels.shape[:2]
         scale = min(image_size / min(sides), MAX_ASPECT * image_size / max(sides)) / self.patch
         h, w = (max(1, round(side * scale)) for side in sides)
         return h, w
 
     def prepare(self, pixels: np.ndarray, image_size: int) -> Tensor:
-        """pixels uint8 [H, W, 3] -> normalized [3, h, w], h and w whole patches (bicubic, antialiased)."""
+        """Resizes and normalizes a photo.
+
+        Args:
+            pixels: uint8 [H, W, 3].
+            image_size: Short side in pixels; the aspect ratio is kept up to a patch.
+
+        Returns:
+            [3, h, w] on the device, where h and w are multiples of the patch size (bicubic, antialiased).
+        """
         from torchvision.transforms.v2 import functional as TF
 
         h, w = self.grid(pixels, image_size)
@@ -74,32 +83,43 @@ class Backbone:
 
     @torch.inference_mode()
     def extract(self, photos: Sequence[Tensor], taps: Sequence[str]) -> dict[str, Ragged]:
-        """Features of any blocks in one pass over photos of any shapes, CLS and register tokens left out.
+        """Extracts features of any blocks in one pass over photos of any shapes.
 
-        photos:  normalized [3, h, w] each, sides whole multiples of the patch, as `prepare` gives them
-        taps:    names of `TAPS`, each alone for the last block or with a block's number (from 0), as in "keys.8":
-                 tokens         [T, C] after the block; after the last block and the norm that ends the network
-                 queries, keys, values  [T, H * D] as projected, all heads side by side, before any rotary embedding
-                 cls_attention  [T, H] the softmax weights that CLS gives to the patches in each head. They add up to 1
-                                with those of CLS and the registers.
-        Returns: a Ragged with float32 rows on the patch grids for each tap, under its name. A photo's rows are the same
-                 in any batch. Blocks after the last tapped one are not run, and of that one only what is asked for.
-        Errors:  ValueError for an unknown tap; UserError for CLS attention where there is no CLS token; RuntimeError
-                 for a photo that wants a gradient, since there is none.
+        Results do not depend on batch composition. Blocks after the last tapped one do not run, and the last tapped
+        block computes only the requested features.
+
+        Args:
+            photos: Normalized photos [3, h, w] whose sides are multiples of the patch size, from `prepare`.
+            taps: Names of `TAPS`. A name alone means the last block; "keys.8" means block 8, counted from 0.
+
+                - ``tokens`` [T, C]: output of the block; for the last block after the final norm.
+                - ``queries``, ``keys``, ``values`` [T, H * D]: the projections, heads concatenated, before any rotary
+                  embedding.
+                - ``cls_attention`` [T, H]: softmax weights of the CLS query on the patches in each head. Together with
+                  the weights on CLS and register tokens they sum to 1.
+
+        Returns:
+            For each tap a Ragged of float32 rows on the patch grids, without CLS and register tokens.
+
+        Raises:
+            ValueError: If a tap is unknown.
+            UserError: If CLS attention is requested and the ViT has no CLS token.
+            RuntimeError: If a photo requires a gradient.
         """
         if any(photo.requires_grad for photo in photos):
-            raise RuntimeError("extract has no gradient; give it detached photos")
-        wanted = {tap: self._parse(tap) for tap in taps}
-        last = max((number for number, _ in wanted.values()), default=-1)
-        batch, found = self._embed(photos), {}
+            raise RuntimeError("extract has no gradient; pass detached photos")
+        requested = {tap: self._parse(tap) for tap in taps}
+        last = max((number for number, _ in requested.values()), default=-1)
+        batch = self._embed(photos)
+        features: dict[tuple[int, str], Tensor] = {}
         for number in range(last + 1):
-            names = {name for at, name in wanted.values() if at == number}
+            names = {name for block, name in requested.values() if block == number}
             tapped = self._block(number, batch, names, whole=number < last or "tokens" in names)
-            found |= {(number, name): rows.float() for name, rows in tapped.items()}
-        return {tap: Ragged.of_shapes(found[place], batch.shapes) for tap, place in wanted.items()}
+            features |= {(number, name): rows.float() for name, rows in tapped.items()}
+        return {tap: Ragged.of_shapes(features[key], batch.shapes) for tap, key in requested.items()}
 
     def explain(self) -> str:
-        """Which library computes attention and how that is known, and where linear layers have another dtype."""
+        """Says which library computes attention and why, and whether linear layers use another dtype."""
         text = attention.explain(self.device, self.attention_dtype)
         if self.dtype != self.attention_dtype:
             text += "\nlinear layers in float32: twice as fast as bfloat16 on a CPU without AMX"
@@ -111,18 +131,18 @@ class Backbone:
         depth = len(self.model.blocks)
         if name not in TAPS or not (number or "0").isdecimal() or int(number or 0) >= depth:
             raise ValueError(
-                f"extract: taps must be of {', '.join(TAPS)}, alone or with a block from 0 to {depth - 1} as in "
-                f"'keys.{depth - 1}', but one is {tap!r}"
+                f"extract: expected a tap of {', '.join(TAPS)}, alone or with a block from 0 to {depth - 1} as in "
+                f"'keys.{depth - 1}', got {tap!r}"
             )
         if name == "cls_attention" and getattr(self.model, "cls_token", None) is None:
             raise UserError("this backbone has no CLS token, so there is no cls_attention; choose another tap")
         return int(number or depth - 1), name
 
-    def _places(self, h: int, w: int) -> tuple[Tensor, Tensor | None]:
-        """What timm adds to a grid's patches, prefix tokens included: [prefix + h * w, C], and its rotary table."""
-        nothing = torch.zeros(1, h, w, self.model.embed_dim, device=self.device, dtype=self.dtype)
-        placed = self.model._pos_embed(nothing)
-        tokens, rotary = placed if isinstance(placed, tuple) else (placed, None)
+    def _position_tokens(self, h: int, w: int) -> tuple[Tensor, Tensor | None]:
+        """Prefix tokens and position embeddings of a grid of patches, [prefix + h * w, C], and the rotary table."""
+        zeros = torch.zeros(1, h, w, self.model.embed_dim, device=self.device, dtype=self.dtype)
+        embedded = self.model._pos_embed(zeros)
+        tokens, rotary = embedded if isinstance(embedded, tuple) else (embedded, None)
         return tokens[0], rotary
 
     def _embed(self, photos: Sequence[Tensor]) -> _Batch:
@@ -136,11 +156,11 @@ class Backbone:
         x = torch.zeros(-(-ends[-1] // chunk) * chunk, width, device=self.device, dtype=self.dtype)
         is_patch, rotary = torch.zeros(len(x), dtype=torch.bool), None
         for begin, end, patches, shape in zip(ends[:-1], ends[1:], grids, shapes, strict=True):
-            places, table = self.places(*shape)
-            x[begin:end] = places
+            tokens, table = self.position_tokens(*shape)
+            x[begin:end] = tokens
             x[begin + self.prefix : end] += patches
             is_patch[begin + self.prefix : end] = True
-            if table is not None:  # sines and cosines; CLS and registers are turned by nothing
+            if table is not None:  # sines and cosines; CLS and registers are rotated by an angle of 0
                 if rotary is None:
                     rotary = table.new_zeros(len(x), 1, 1, table.shape[1])
                     rotary[..., table.shape[1] // 2 :] = 1
@@ -153,23 +173,24 @@ class Backbone:
         return _Batch(x, qkv, rotary, is_patch.nonzero()[:, 0].to(self.device), chunk, ends, shapes)
 
     def _block(self, number: int, batch: _Batch, names: set[str], whole: bool) -> dict[str, Tensor]:
-        """The rows of patches of what `names` asks for. Runs the block on batch.tokens, in place, if `whole`."""
+        """The features `names` of the patches. If `whole`, runs the block on batch.tokens in place."""
         block, x, qkv, chunk = self.model.blocks[number], batch.tokens, batch.qkv, batch.chunk
-        attn, found = block.attn, {}
-        asked = {"q": "queries" in names, "k": bool({"keys", "cls_attention"} & names), "v": "values" in names}
-        parts = [part for part in "qkv" if whole or asked[part]]
-        for rows, into in zip(x.split(chunk), qkv.split(chunk), strict=True):
-            y = block.norm1(rows) if parts else None
-            for part, projected in _project(attn, y, parts).items():
-                into[:, "qkv".index(part)] = projected
-        for third, name in enumerate(("queries", "keys", "values")):
+        attn = block.attn
+        features: dict[str, Tensor] = {}
+        needed = {"q": "queries" in names, "k": bool({"keys", "cls_attention"} & names), "v": "values" in names}
+        parts = [part for part in "qkv" if whole or needed[part]]
+        if parts:
+            for rows, target in zip(x.split(chunk), qkv.split(chunk), strict=True):
+                for part, projected in _project(attn, block.norm1(rows), parts).items():
+                    target[:, "qkv".index(part)] = projected
+        for index, name in enumerate(("queries", "keys", "values")):
             if name in names:
-                found[name] = qkv[batch.patches, third].flatten(1)
+                features[name] = qkv[batch.patches, index].flatten(1)
         if whole or "cls_attention" in names:
-            turned = slice(0 if whole else 1, 2)
-            self._rotate(attn, qkv[:, turned], batch)
+            rotated = slice(0 if whole else 1, 2)
+            self._rotate(attn, qkv[:, rotated], batch)
         if "cls_attention" in names:
-            found["cls_attention"] = self._cls_attention(block, batch, projected="q" in parts)
+            features["cls_attention"] = self._cls_attention(block, batch, projected="q" in parts)
         if whole:
             out = attention.LIBRARIES[self.library](qkv[: batch.ends[-1]], batch.ends, attn.scale).flatten(1)
             for rows, y in zip(x.split(chunk), out.split(chunk), strict=True):
@@ -177,13 +198,13 @@ class Backbone:
                 rows += _scaled(block, 1, attn.proj(attn.norm(y)))
                 rows += _scaled(block, 2, block.mlp(block.norm2(rows)))
         if "tokens" in names:
-            found["tokens"] = x[batch.patches]
+            features["tokens"] = x[batch.patches]
             if number == len(self.model.blocks) - 1:
-                found["tokens"] = self.model.norm(found["tokens"])
-        return found
+                features["tokens"] = self.model.norm(features["tokens"])
+        return features
 
-    def _rotate(self, attn: nn.Module, x: Tensor, batch: _Batch) -> None:
-        """Rotary embedding of queries or keys [rows, ., H, D] in place, where the network has one."""
+    def _rotate(self, attn: Vit, x: Tensor, batch: _Batch) -> None:
+        """Applies the rotary embedding, if the network has one, to queries or keys [rows, ., H, D] in place."""
         from timm.layers import apply_rot_embed_cat
 
         if batch.rotary is None:
@@ -192,14 +213,14 @@ class Backbone:
         for rows, table in zip(x.split(batch.chunk), batch.rotary.split(batch.chunk), strict=True):
             rows.copy_(apply_rot_embed_cat(rows, table, half=half))
 
-    def _cls_attention(self, block: nn.Module, batch: _Batch, projected: bool) -> Tensor:
-        """Softmax weights [patches, H] that CLS gives, from keys (and queries, if `projected`) in batch.qkv."""
+    def _cls_attention(self, block: Vit, batch: _Batch, projected: bool) -> Tensor:
+        """Softmax weights of CLS on the patches, [patches, H], from keys (and queries if `projected`) in batch.qkv."""
         attn, starts = block.attn, batch.ends[:-1]
-        cls = batch.qkv[starts, 0]  # CLS stands first and is never rotated
+        cls = batch.qkv[starts, 0]  # CLS is the first token and is never rotated
         if not projected:
-            for some, at in zip(cls.split(batch.chunk), torch.tensor(starts).split(batch.chunk), strict=True):
+            for queries, at in zip(cls.split(batch.chunk), torch.tensor(starts).split(batch.chunk), strict=True):
                 y = F.pad(batch.tokens[at], (0, 0, 0, batch.chunk - len(at)))
-                some.copy_(_project(attn, block.norm1(y), "q")["q"][: len(at)])
+                queries.copy_(_project(attn, block.norm1(y), "q")["q"][: len(at)])
         weights = [cls.new_empty(0, attn.num_heads, dtype=torch.float32)]
         for query, begin, end in zip(cls, starts, batch.ends[1:], strict=True):
             scores = torch.einsum("hd,nhd->nh", attn.scale * query.float(), batch.qkv[begin:end, 1].float())
@@ -208,79 +229,80 @@ class Backbone:
 
 
 class _Batch(NamedTuple):
-    """Photos with their tokens packed, followed by rows that only fill the last chunk: `rows` of them in all."""
+    """The packed tokens of several photos; `rows` includes the padding of the last chunk."""
 
-    tokens: Tensor  # [rows, C], after the blocks that have run
-    qkv: Tensor  # [rows, 3, H, D], of the block that runs
+    tokens: Tensor  # [rows, C], output of the latest block
+    qkv: Tensor  # [rows, 3, H, D], projections of the current block
     rotary: Tensor | None  # [rows, 1, 1, 2 * D]
-    patches: Tensor  # the rows that are patches
+    patches: Tensor  # indices of the rows that are patches
     chunk: int
-    ends: list[int]  # photo b owns tokens ends[b] to ends[b + 1]
-    shapes: list[tuple[int, int]]  # of the patch grids
+    ends: list[int]  # photo b has the tokens ends[b] to ends[b + 1]
+    shapes: list[tuple[int, int]]  # patch grids
 
 
 def linear_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What linear layers and the tokens between blocks are computed in where `dtype` is asked for.
+    """The dtype of linear layers and of the tokens between blocks if `dtype` is requested.
 
-    float32 in place of bfloat16 on a CPU without AMX: its bfloat16 products reach half of float32's rate (with
-    AVX512-BF16 on a Sapphire Rapids without AMX: 83 and 152 GFLOP/s a core).
+    It is `dtype`, except on a CPU without AMX, where bfloat16 becomes float32: bfloat16 products reach half of the rate
+    of float32 there (83 and 152 GFLOP/s per core, with AVX512-BF16 on a Sapphire Rapids without AMX).
     """
     slow = device.type == "cpu" and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
     return torch.float32 if slow else dtype
 
 
-def _scaled(block: nn.Module, branch: int, x: Tensor) -> Tensor:
-    """LayerScale under either of timm's names."""
+def _scaled(block: Vit, branch: int, x: Tensor) -> Tensor:
+    """Applies the LayerScale of a branch, for which timm has two names."""
     if (gamma := getattr(block, f"gamma_{branch}", None)) is not None:
         return x * gamma
     return scale(x) if (scale := getattr(block, f"ls{branch}", None)) is not None else x
 
 
-def _qkv(attn: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The fused projection: weight [3 * H * D, C] and bias."""
+def _qkv(attn: Vit) -> tuple[Tensor, Tensor | None]:
+    """The fused projection: weight [3 * H * D, C] and bias [3 * H * D]."""
     if attn.qkv.bias is not None or getattr(attn, "q_bias", None) is None:
         return attn.qkv.weight, attn.qkv.bias
     return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
 
 
-def _project(attn: nn.Module, x: Tensor, parts: Sequence[str]) -> dict[str, Tensor]:
-    """x [n, C] -> what `parts` names of "q", "k" and "v", [n, H, D] each."""
+def _project(attn: Vit, x: Tensor, parts: Sequence[str]) -> dict[str, Tensor]:
+    """The projections `parts`, of "q", "k" and "v", of x [n, C]; [n, H, D] each."""
     weight, bias = _qkv(attn)
     if len(parts) == 3:
-        found = dict(zip("qkv", F.linear(x, weight, bias).chunk(3, 1), strict=True))
+        projected = dict(zip("qkv", F.linear(x, weight, bias).chunk(3, 1), strict=True))
     else:
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        thirds = dict(zip("qkv", zip(weight.chunk(3), biases, strict=True), strict=True))
-        found = {part: F.linear(x, *thirds[part]) for part in parts}
+        layers = dict(zip("qkv", zip(weight.chunk(3), biases, strict=True), strict=True))
+        projected = {part: F.linear(x, *layers[part]) for part in parts}
     norms = {"q": attn.q_norm, "k": attn.k_norm}
-    found = {part: y.unflatten(1, (attn.num_heads, -1)) for part, y in found.items()}
-    return {part: norms[part](y) if part in norms else y for part, y in found.items()}
+    projected = {part: y.unflatten(1, (attn.num_heads, -1)) for part, y in projected.items()}
+    return {part: norms[part](y) if part in norms else y for part, y in projected.items()}
 
 
 def load(name: str, weights: str | None = None, *, device: str = "cpu", precision: str = "float32") -> Backbone:
-    """A timm ViT by name, with its published weights or those of a local file.
+    """Loads a timm ViT by name.
 
-    name:      any of timm's VisionTransformer or Eva models with fused QKV: DINO, DINOv2 (registers too), DINOv3, ...;
-               or "vit_namedmask_demo", whose weights are in the package
-    weights:   a .safetensors file, or a .pth file that torch opens with weights_only=True; keys as timm names them, or
-               as the model's authors do where timm converts them. None: timm's hub, which needs a network.
-    precision: "float32", or "bfloat16" for attention and, but for CPUs without AMX, all else too (`linear_dtype`)
-    Errors:    UserError naming the model and what to bring.
+    Args:
+        name: A VisionTransformer or Eva of timm with fused QKV projections (DINO, DINOv2 with and without registers,
+            DINOv3, ...), or a model of a plugin (see `registry`).
+        weights: A .safetensors file, or a .pth file that torch opens with weights_only=True. The tensors have timm's
+            names, or the authors' names if timm converts them. None: the published weights, which timm downloads.
+        device: Device as torch names it.
+        precision: "float32", or "bfloat16" for attention and, except on CPUs without AMX, for all other layers too (see
+            `linear_dtype`).
+
+    Raises:
+        UserError: If the model is unknown or not supported, or if its weights cannot be loaded; says what to do.
     """
     import timm
 
     _expect_model(name)
-    if name == DEMO_VIT and weights is None:
-        from .demo.models import VIT_WEIGHTS
-
-        weights = str(VIT_WEIGHTS)
-    overlay = {}
+    overlay: dict[str, Any] = {}
     if weights is not None:
         if not Path(weights).is_file():
             raise UserError(f"--backbone-weights {weights}: there is no such file")
         overlay = {"pretrained_cfg_overlay": {"file": weights, "hf_hub_id": None, "url": None, "custom_load": False}}
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True, **overlay)
+        model: Vit = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True, **overlay)
     except TypeError:
         raise UserError(f"backbone {name!r} {_NO_VIT}") from None
     except Exception as error:  # hub, network, file format and key mismatches each have their own exception
@@ -293,20 +315,22 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
 
 
 def _expect_model(name: str) -> None:
-    """UserError, with similar names, where there is no such model."""
+    """Raises UserError, with similar names, if neither timm nor a plugin has the model."""
     import timm
 
-    if name.endswith("_namedmask_demo"):  # the demo's own, not timm's: made known here, where every process comes by
-        from .demo.models import register
-
-        register()
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"{name.split('.')[0][:12]}*")[:5]) or "see timm.list_models()"
-        raise UserError(f"backbone {name!r} is no timm model; similar: {close}")
+        registry.load_plugins()
+    if not timm.is_model(name):
+        similar = ", ".join(timm.list_models(f"{name.split('.')[0][:12]}*")[:5]) or "see timm.list_models()"
+        raise UserError(f"backbone {name!r} is no timm model; similar: {similar}{registry.failure_note()}")
 
 
-def untrained(name: str) -> nn.Module:
-    """A timm ViT by name with random weights, for photos of any shape; UserError where there is no such model."""
+def untrained(name: str) -> Vit:
+    """Creates a timm ViT with random weights, for photos of any shape.
+
+    Raises:
+        UserError: If there is no such ViT.
+    """
     import timm
 
     _expect_model(name)
@@ -317,13 +341,16 @@ def untrained(name: str) -> nn.Module:
 
 
 class Encoder(NamedTuple):
-    """A timm network dilated to output stride 8, or a ViT; made by `load_encoder` or `untrained_encoder`.
+    """A timm network dilated to output stride 8, or a ViT; created by `load_encoder` or `untrained_encoder`.
 
-    network:   photos normalized [n, 3, H, W] -> a list of features [n, C, ceil(H / stride), ceil(W / stride)]
-    taken:     places in that list of the last features of stride 4 and of the very last, of stride 8; of a ViT those of
-               half its patch's side and of its side
-    channels:  their C
-    mean, std: of the colors that it wants, [3] each, of 1
+    Attributes:
+        name: Name of the encoder.
+        network: Maps normalized photos [n, 3, H, W] to a list of features [n, C, ceil(H / stride), ceil(W / stride)].
+        taken: Indices in that list: the last features of stride 4 and the last of all, of stride 8. For a ViT the
+            strides are half its patch size and its patch size.
+        channels: Channels C of the two.
+        mean: Mean color that the network expects, for colors in [0, 1].
+        std: Standard deviation of the colors that the network expects.
     """
 
     name: str
@@ -335,34 +362,38 @@ class Encoder(NamedTuple):
 
 
 class TokenPyramid(nn.Module):
-    """A ViT as an encoder: the tokens of its middle, upsampled to half the patch's stride, and of its end."""
+    """A ViT as an encoder: the tokens of its middle block, upsampled twofold, and those of its last block."""
 
-    def __init__(self, vit: nn.Module):
+    def __init__(self, vit: Vit):
         super().__init__()
-        self.vit = vit
+        self.vit: Vit = vit
         self.patch: int = vit.patch_embed.patch_size[0]
         self.taken = [len(vit.blocks) // 2 - 1, len(vit.blocks) - 1]
 
     def forward(self, photos: Tensor) -> list[Tensor]:
         sides = photos.shape[2:]
         height, width = (-side % self.patch for side in sides)
-        whole = F.pad(photos, (0, width, 0, height))  # the last patches see a margin of the mean color
-        middle, end = self.vit.forward_intermediates(whole, self.taken, norm=True, intermediates_only=True)
+        padded = F.pad(photos, (0, width, 0, height))  # with the mean color, up to whole patches
+        middle, end = self.vit.forward_intermediates(padded, self.taken, norm=True, intermediates_only=True)
         h, w = (-(-2 * side // self.patch) for side in sides)
         return [F.interpolate(middle, scale_factor=2, mode="bilinear")[:, :, :h, :w], end]
 
 
-# Encoders whose published weights timm does not carry.
+# Encoders whose published weights are not in timm.
 PUBLISHED = {
     "resnet50.dino": "https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
 }
-_DENSE = {"features_only": True, "output_stride": 8}
+_DENSE: dict[str, Any] = {"features_only": True, "output_stride": 8}
 
 
 def untrained_encoder(name: str) -> Encoder:
-    """An encoder by timm's name, or of PUBLISHED, with random weights.
+    """Creates an encoder with random weights.
 
-    Raises UserError where there is no such model, or where timm cannot dilate it to output stride 8.
+    Args:
+        name: A model of timm or of a plugin, or a name of `PUBLISHED`.
+
+    Raises:
+        UserError: If there is no such model, or if timm cannot dilate it to output stride 8.
     """
     import timm
 
@@ -370,34 +401,38 @@ def untrained_encoder(name: str) -> Encoder:
     _expect_model(architecture)
     if architecture.startswith("vit_"):
         vit = untrained(architecture)
-        colors = (tuple(vit.pretrained_cfg[key]) for key in ("mean", "std"))
-        return Encoder(name, TokenPyramid(vit), (0, 1), (vit.embed_dim, vit.embed_dim), *colors)
+        cfg = vit.pretrained_cfg
+        channels = vit.embed_dim, vit.embed_dim
+        return Encoder(name, TokenPyramid(vit), (0, 1), channels, tuple(cfg["mean"]), tuple(cfg["std"]))
     try:
-        network = timm.create_model(architecture, pretrained=False, **_DENSE)
-        strides, channels = network.feature_info.reduction(), network.feature_info.channels()
-    except Exception as error:  # every architecture says in its own way that it cannot be dilated
+        network: Any = timm.create_model(architecture, pretrained=False, **_DENSE)
+        strides, widths = network.feature_info.reduction(), network.feature_info.channels()
+    except Exception as error:  # architectures that cannot be dilated raise different exceptions
         raise UserError(f"encoder {name!r} {_NOT_DENSE} ({_first_line(error)})") from error
     if 4 not in strides or strides[-1] != 8:
         raise UserError(f"encoder {name!r} {_NOT_DENSE} (its features have strides {strides})")
     taken = len(strides) - 1 - strides[::-1].index(4), len(strides) - 1
-    colors = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
-    return Encoder(name, network, taken, tuple(channels[place] for place in taken), *colors)
+    channels, cfg = (widths[taken[0]], widths[taken[1]]), network.pretrained_cfg
+    return Encoder(name, network, taken, channels, tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
 def load_encoder(name: str, weights: str | None = None) -> Encoder:
-    """An encoder with its published weights, or with those of a local file.
+    """Loads an encoder with its published weights or with those of a local file.
 
-    name:    as in `untrained_encoder`; "resnet50.dino" is DINO's ResNet-50
-    weights: a .safetensors or .pth file with timm's names of tensors, which for ResNets are torchvision's and DINO's.
-             A classifier's tensors are passed over, all others must be there; of a SelfMask network its encoder is
-             taken. None: the network, once.
-    Errors:  UserError naming the encoder and what to bring.
+    Args:
+        name: As in `untrained_encoder`; "resnet50.dino" is DINO's ResNet-50.
+        weights: A .safetensors or .pth file with timm's names of tensors, which torchvision's and DINO's ResNets share.
+            The tensors of a classifier are ignored; all others must be in the file. If the file holds a SelfMask
+            network, its encoder is used. None: the published weights, which are downloaded once.
+
+    Raises:
+        UserError: If the encoder is unknown or its weights cannot be loaded; says what to do.
     """
     import timm
 
     encoder = untrained_encoder(name)
-    is_vit = isinstance(encoder.network, TokenPyramid)
-    network = encoder.network.vit if is_vit else encoder.network
+    pyramid = encoder.network if isinstance(encoder.network, TokenPyramid) else None
+    network: nn.Module = encoder.network if pyramid is None else pyramid.vit
     try:
         if weights is not None:
             state = read_weights(weights, "--encoder-weights")
@@ -406,11 +441,11 @@ def load_encoder(name: str, weights: str | None = None) -> Encoder:
         elif name in PUBLISHED:
             state = torch.hub.load_state_dict_from_url(PUBLISHED[name], map_location="cpu", weights_only=True)
         else:
-            options = {"num_classes": 0, "dynamic_img_size": True} if is_vit else _DENSE
+            options = _DENSE if pyramid is None else {"num_classes": 0, "dynamic_img_size": True}
             state = timm.create_model(name, pretrained=True, **options).state_dict()
     except UserError:
         raise
-    except Exception as error:  # hub, network and file format have exceptions of their own
+    except Exception as error:  # hub, network and file format each have their own exceptions
         raise UserError(f"encoder {name!r}: {_why_no_weights(name, None, error, 'encoder')}") from error
     try:
         network.load_state_dict(_fitting(state, network))
@@ -421,20 +456,25 @@ def load_encoder(name: str, weights: str | None = None) -> Encoder:
 
 
 def _fitting(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Of the tensors of a whole model those that `network` has, under its names: timm writes "stages_0" for "stages.0".
+    """The tensors of a model that `network` has too, under its names: timm may write "stages_0" for "stages.0".
 
-    The counters of batches of BatchNorm, which old files lack, are added.
+    Adds BatchNorm's batch counters, which old files lack.
     """
     names = {name.replace(".", "_"): name for name in network.state_dict()}
     counters = {name: tensor for name, tensor in network.state_dict().items() if name.endswith("num_batches_tracked")}
-    found = {flat: tensor for name, tensor in state.items() if (flat := name.replace(".", "_")) in names}
-    return counters | {names[flat]: tensor for flat, tensor in found.items()}
+    fitting = {flat: tensor for name, tensor in state.items() if (flat := name.replace(".", "_")) in names}
+    return counters | {names[flat]: tensor for flat, tensor in fitting.items()}
 
 
 def read_weights(path: str, option: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a file that torch opens with weights_only=True.
+    """Reads the tensors of a .safetensors file, or of a file that torch opens with weights_only=True.
 
-    option: the command's option that gave the path, for the UserError that says what is wrong with it.
+    Args:
+        path: The file.
+        option: Option of the command that takes the path, for the error message.
+
+    Raises:
+        UserError: If the file does not exist or cannot be read.
     """
     from safetensors.torch import load_file
 
@@ -444,7 +484,7 @@ def read_weights(path: str, option: str) -> dict[str, Tensor]:
         if path.endswith(".safetensors"):
             return {name: tensor.float() for name, tensor in load_file(path).items()}
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has exceptions of its own
+    except Exception as error:  # each format has its own exceptions
         raise UserError(f"{option} {path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
@@ -453,7 +493,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _why_no_weights(name: str, weights: str | None, error: Exception, kind: str = "backbone") -> str:
-    """kind: the option, `--KIND-weights`, that takes a file."""
+    """Why the weights could not be loaded, and what to do; `--KIND-weights` is the option that takes a file."""
     if weights is not None:
         return f"{weights} does not fit ({_first_line(error)})"
     if name in PUBLISHED:
@@ -461,9 +501,10 @@ def _why_no_weights(name: str, weights: str | None, error: Exception, kind: str 
     else:
         import timm
 
-        hub = timm.models.get_pretrained_cfg(name).hf_hub_id or "its authors' page"
+        cfg = timm.models.get_pretrained_cfg(name)
+        hub = cfg.hf_hub_id if cfg is not None and cfg.hf_hub_id else "its authors' page"
         source = f"model.safetensors from huggingface.co/{hub}.{name.partition('.')[2]}"
     return (
-        f"its weights could not be fetched ({_first_line(error)}); on a machine with a network download {source} and "
-        f"give it as --{kind}-weights FILE"
+        f"its weights could not be downloaded ({_first_line(error)}); on a machine with a network connection download "
+        f"{source} and pass it as --{kind}-weights FILE"
     )

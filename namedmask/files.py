@@ -15,15 +15,16 @@ TEMPORARY_PREFIX = ".tmp-"
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Opens a binary file for writing that takes its place at `path`, replacing what is there, when the block ends.
+    """Opens a temporary binary file for writing and renames it to `path` when the block ends.
 
-    If the block raises, `path` is left as it was. If the process is killed, a file whose name begins with
-    `TEMPORARY_PREFIX` stays in the folder: `remove_stale` takes it away. After the block the file survives a power cut.
+    An existing file is replaced. If the block raises, `path` is unchanged. If the process is killed, a file whose name
+    begins with `TEMPORARY_PREFIX` remains in the folder; `remove_stale` deletes it. After the block, the file survives
+    a power failure.
     """
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
     try:
-        # "x": never into a file that is there. Unlike tempfile's 0600, open gives the permissions of any new file.
+        # "x" never overwrites a file. Unlike tempfile, which sets mode 0600, open gives the usual permissions.
         with temporary.open("xb") as file:
             yield file
             file.flush()
@@ -40,7 +41,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def remove_stale(folder: str | os.PathLike) -> None:
-    """Removes what killed writers left in `folder`; a live writer's file too, so only the lock's holder may call."""
+    """Removes the temporary files of killed writers from `folder`.
+
+    It also removes those of active writers, so only the process that holds the lock of the folder may call it.
+    """
     for stale in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
         if stale.is_dir():
             shutil.rmtree(stale)

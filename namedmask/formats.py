@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Label maps as PNG files, as other tools read and write them: a pixel's value is the id of its class.
+"""Label maps as PNG files: the value of a pixel is the id of its class.
 
-Written are indexed (palette) files of 8 bits, and gray ones of 16 bits where ids go beyond 255. Read are these, gray
-files of 8 bits, and ImageNet-S's color files, whose id is R + 256 G.
+`write_label_map` writes indexed (palette) files of 8 bits, or grayscale files of 16 bits if there are more than 256
+classes. `read_label_map` also reads grayscale files of 8 bits and the color files of ImageNet-S, where the id is
+R + 256 G.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ BACKGROUND = "background"  # the name of class 0
 
 @functools.cache
 def label_palette() -> np.ndarray:
-    """Colors of ids 0 to 255, uint8 [256, 3]: PASCAL VOC's, which most viewers of masks know.
+    """Returns the colors of PASCAL VOC for ids 0 to 255, uint8 [256, 3].
 
-    An id's lowest three bits are the highest bits of red, green and blue, the next three the next ones, and so on: all
-    colors differ, and those of small ids most.
+    The lowest three bits of an id are the highest bits of red, green and blue, its next three bits the next ones, and
+    so on: all colors differ, and those of small ids differ most.
     """
     ids = np.arange(256)
     palette = np.zeros((256, 3), np.uint8)
@@ -36,9 +37,17 @@ def label_palette() -> np.ndarray:
 
 
 def write_label_map(path: Path, labels: np.ndarray, classes: int) -> None:
-    """Writes labels [H, W], ids below `classes`, as a PNG: indexed up to 256 classes, else gray with 16 bits.
+    """Writes a label map as a PNG file: indexed for up to 256 classes, else grayscale with 16 bits.
 
-    The file appears whole or not at all. Raises ValueError for an id that is no class.
+    The file appears whole or not at all.
+
+    Args:
+        path: The file.
+        labels: Integer ids [H, W].
+        classes: Number of classes; ids are 0 to classes - 1.
+
+    Raises:
+        ValueError: If the labels have another shape or an id is not a class.
     """
     if labels.ndim != 2 or (labels.size and not 0 <= labels.min() <= labels.max() < classes <= MAX_LABEL + 1):
         raise ValueError(f"write_label_map: expected labels [H, W] of {classes} classes, at most {MAX_LABEL + 1}")
@@ -52,9 +61,17 @@ def write_label_map(path: Path, labels: np.ndarray, classes: int) -> None:
 
 
 def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:
-    """The ids in a PNG file, uint8 or uint16 [H, W]. red_green: color files, the id is R + 256 G (ImageNet-S).
+    """Reads the label map in a PNG file.
 
-    Raises UserError, naming the file, where it cannot be read or is not of the kind asked for.
+    Args:
+        path: The file.
+        red_green: Expect a color file in which the id is R + 256 G (ImageNet-S).
+
+    Returns:
+        The ids, uint8 or uint16 [H, W].
+
+    Raises:
+        UserError: If the file cannot be read or has another format.
     """
     try:
         with Image.open(path, formats=("PNG",)) as image:
@@ -64,12 +81,12 @@ def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:
         raise UserError(f"{path} cannot be read as a PNG: {error}") from None
     if red_green:
         if mode not in ("RGB", "RGBA"):
-            raise UserError(f"{path} holds one value a pixel, not ids as R + 256 G")
+            raise UserError(f"{path} holds one value per pixel, not colors with the id R + 256 G")
         return pixels[..., 0] + (pixels[..., 1].astype(np.uint16) << 8)
     if mode == "1":
-        return pixels.astype(np.uint8)  # not a view: the bytes that Pillow gives for True are 255
+        return pixels.astype(np.uint8)  # not a view: in Pillow's bytes True is 255
     if mode not in ("L", "P") and not mode.startswith("I"):
-        raise UserError(f"{path} is a picture in colors (PNG mode {mode}), not a label map with an id a pixel")
+        raise UserError(f"{path} is a color picture (PNG mode {mode}), not a label map with one id per pixel")
     if mode.startswith("I"):
         if pixels.size and not 0 <= pixels.min() <= pixels.max() <= MAX_LABEL:
             raise UserError(f"{path} holds ids above {MAX_LABEL}")

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Photos -> image embeddings, in shards: by a CLIP of open_clip, or taken from embeddings computed elsewhere.
+"""The index: image embeddings of all photos in shards, by a CLIP model of open_clip or from precomputed embeddings.
 
-index/photos.jsonl          the photos' names in order; a photo's number is its line, from 0
-index/00000.safetensors     image float16 [n, d], rows L2-normalized; photo int64 [n], the photos' numbers, rising
-index/00000.errors.jsonl    photos of the shard that have no row, and why
+index/photos.jsonl          names of the photos in order; the number of a photo is its line, from 0
+index/00000.safetensors     image float16 [n, d], rows L2-normalized; photo int64 [n], numbers of the photos, ascending
+index/00000.errors.jsonl    photos of the shard without a row, with the reason
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from . import registry
 from .config import IndexConfig
 from .distributed import Worker
 from .errors import UserError
@@ -28,17 +29,17 @@ CLIP_BATCH = {"cpu": 16, "cuda": 256}
 
 
 class Embedder(Protocol):
-    """What turns photos and names into embeddings that can be compared."""
+    """Maps photos and category names to embeddings in the same space."""
 
     def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
-        """Each name with its embedding, float32 [d] L2-normalized, or what is wrong with the photo."""
+        """Yields each name with the photo's embedding, float32 [d] L2-normalized, or with the photo's error."""
 
     def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
-        """float32 [k, d], L2-normalized: one row per name."""
+        """Returns one row per name, float32 [k, d], L2-normalized."""
 
 
 def list_photos(source: PhotoSource, folder: Path) -> None:
-    """Writes photos.jsonl, and photos.errors.jsonl with folders and shards that cannot be listed."""
+    """Writes photos.jsonl, and photos.errors.jsonl with the folders and shards that cannot be listed."""
     errors: list[ErrorRecord] = []
     with atomic_write(folder / "photos.jsonl") as file:
         for name in source.names(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason))):
@@ -47,37 +48,57 @@ def list_photos(source: PhotoSource, folder: Path) -> None:
 
 
 def read_photos(folder: Path) -> Iterator[str]:
-    """The names in photos.jsonl, in order."""
+    """Yields the names in photos.jsonl, in order."""
     with (folder / "photos.jsonl").open("rb") as lines:
         for line in lines:
             yield json.loads(line)["photo"]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
+    """File of a shard of the index."""
     return folder / f"{shard:05}.safetensors"
 
 
 def missing_shards(folder: Path, config: IndexConfig) -> list[int]:
-    """The numbers of the shards that are not made yet."""
+    """Returns the numbers of the shards that do not exist yet."""
     count = sum(1 for _ in read_photos(folder))
     return [s for s in range(-(-count // config.shard_size)) if not shard_path(folder, s).exists()]
 
 
-def build_index(source: PhotoSource, folder: Path, config: IndexConfig, worker: Worker, device: str, advance) -> None:
-    """Embeds every photo of photos.jsonl that is in no finished shard; calls `advance(photos, found=...)` per shard."""
+def build_index(
+    source: PhotoSource,
+    folder: Path,
+    config: IndexConfig,
+    worker: Worker,
+    device: str,
+    advance: Callable[..., None],
+) -> None:
+    """Embeds the photos of photos.jsonl, shard by shard. Existing shards are kept.
+
+    Args:
+        source: The photos.
+        folder: Folder of the index.
+        config: Settings of the index.
+        worker: This process, which claims its shards.
+        device: Device as torch names it.
+        advance: Called as `advance(photos, found=...)` after each shard; `found` says that the shard already existed.
+
+    Raises:
+        UserError: If the embedder cannot be created.
+    """
     count = sum(1 for _ in read_photos(folder))
     shards = -(-count // config.shard_size)
-    names, at = read_photos(folder), 0  # claims only ever rise, so one pass over the list serves them all
+    names, at = read_photos(folder), 0  # claimed shards ascend, so one pass over the names is enough
     embedder = None
     for shard in worker.claim("index", shards):
         first, size = shard * config.shard_size, min(config.shard_size, count - shard * config.shard_size)
-        found = shard_path(folder, shard).exists()
-        if not found:
+        exists = shard_path(folder, shard).exists()
+        if not exists:
             embedder = embedder or make_embedder(config, device)
             batch = list(itertools.islice(names, first - at, first - at + size))
             at = first + size
             _embed_shard(embedder, source, batch, first, shard_path(folder, shard))
-        advance(size, found=found)
+        advance(size, found=exists)
 
 
 def _embed_shard(embedder: Embedder, source: PhotoSource, names: list[str], first: int, path: Path) -> None:
@@ -97,30 +118,36 @@ def _embed_shard(embedder: Embedder, source: PhotoSource, names: list[str], firs
 
 
 def make_embedder(config: IndexConfig, device: str) -> Embedder:
-    """The embedder that the settings name. Raises UserError where it cannot be had."""
+    """Creates the embedder of the settings.
+
+    Raises:
+        UserError: If the model is unknown, or its weights or the embeddings cannot be loaded.
+    """
     return PrecomputedEmbeddings(config.embeddings) if config.embeddings else Clip(config, device)
 
 
 class Clip:
-    """A CLIP of open_clip, in float32."""
+    """A CLIP model of open_clip or of a plugin (see `registry`), in float32. An `Embedder`."""
 
     def __init__(self, config: IndexConfig, device: str):
         import open_clip
         import torch
 
         name, _, pretrained = config.clip_model.partition(":")
-        weights = config.clip_weights or pretrained
-        if name == "namedmask-demo":  # the demo's own, not open_clip's: made known here, where every process comes by
-            from .demo.models import CLIP_WEIGHTS, register
-
-            register()
-            weights = weights or str(CLIP_WEIGHTS)
         if name not in open_clip.list_models():
-            raise UserError(f"--clip-model {config.clip_model}: open_clip has no {name!r}; see open_clip.list_models()")
+            registry.load_plugins()
+        if name not in open_clip.list_models():
+            raise UserError(
+                f"--clip-model {config.clip_model}: open_clip has no {name!r}; see open_clip.list_models()"
+                f"{registry.failure_note()}"
+            )
+        weights = config.clip_weights or pretrained or registry.default_weights("clip", name)
         if config.clip_weights and not Path(config.clip_weights).is_file():
             raise UserError(f"--clip-weights {config.clip_weights}: there is no such file")
         if not weights:
-            raise UserError(f"--clip-model {config.clip_model} names no weights; write MODEL:PRETRAINED")
+            raise UserError(
+                f"--clip-model {config.clip_model} names no weights; pass MODEL:PRETRAINED or --clip-weights FILE"
+            )
         torch.manual_seed(0)
         try:
             model, _, self.preprocess = open_clip.create_model_and_transforms(
@@ -129,9 +156,9 @@ class Clip:
         except Exception as error:  # hub, network, file format and key mismatches each have their own exception
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"the weights of CLIP {config.clip_model} could not be had ({reason}); bring the file "
-                "open_clip_pytorch_model.bin or model.safetensors of this model and give it as --clip-weights FILE, or "
-                "bring --embeddings computed elsewhere"
+                f"--clip-model {config.clip_model}: its weights could not be loaded ({reason}); download the model's "
+                "open_clip_pytorch_model.bin or model.safetensors and pass it as --clip-weights FILE, or pass "
+                "precomputed --embeddings FILE"
             ) from error
         self.model, self.device = model.eval(), device
         self.tokenizer = open_clip.get_tokenizer(name)
@@ -140,14 +167,14 @@ class Clip:
         import torch
         from PIL import Image
 
-        def load(name: str):
+        def load(name: str) -> torch.Tensor:
             return self.preprocess(Image.fromarray(source.decode(name).pixels))
 
-        def embed(batch: list) -> list[tuple[str, np.ndarray | PhotoError]]:
-            good = [photo for _, photo in batch if not isinstance(photo, PhotoError)]
-            if good:
+        def embed(batch: list[tuple[str, torch.Tensor | PhotoError]]) -> list[tuple[str, np.ndarray | PhotoError]]:
+            photos = [photo for _, photo in batch if not isinstance(photo, PhotoError)]
+            if photos:
                 with torch.inference_mode():
-                    embeddings = self.model.encode_image(torch.stack(good).to(self.device), normalize=True)
+                    embeddings = self.model.encode_image(torch.stack(photos).to(self.device), normalize=True)
                 rows = iter(embeddings.float().cpu().numpy())
             return [(name, photo if isinstance(photo, PhotoError) else next(rows)) for name, photo in batch]
 
@@ -170,40 +197,46 @@ class Clip:
 
 
 class PrecomputedEmbeddings:
-    """FILE.safetensors with `image` [n, d], `text` [k, d]; FILE.json with `image_files` and `names` in that order."""
+    """Embeddings from a file. An `Embedder`.
+
+    FILE.safetensors holds `image` [n, d] and `text` [k, d]. FILE.json lists the names of their rows as `image_files`
+    and `names`.
+    """
 
     def __init__(self, path: str):
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        listed = Path(path).with_suffix(".json")
+        names_path = Path(path).with_suffix(".json")
         try:
-            tensors, about = load_file(path), json.loads(listed.read_bytes())
-            image, text, files, names = tensors["image"], tensors["text"], about["image_files"], about["names"]
+            tensors, lists = load_file(path), json.loads(names_path.read_bytes())
+            image, text, files, names = tensors["image"], tensors["text"], lists["image_files"], lists["names"]
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise UserError(f"--embeddings {path}: {error}") from None
         except KeyError as error:
-            raise UserError(f"--embeddings {path}: {error.args[0]!r} is missing there or in {listed.name}") from None
+            raise UserError(
+                f"--embeddings {path}: {error.args[0]!r} is missing in it or in {names_path.name}"
+            ) from None
         if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
             raise UserError(
-                f"--embeddings {path}: image and text must be [n, d] and [k, d], but are {image.shape} and {text.shape}"
+                f"--embeddings {path}: expected image [n, d] and text [k, d], got {image.shape} and {text.shape}"
             )
         if len(files) != len(image) or len(names) != len(text):
             raise UserError(
                 f"--embeddings {path}: {len(image)} image and {len(text)} text rows, "
-                f"but {listed.name} lists {len(files)} image_files and {len(names)} names"
+                f"but {names_path.name} lists {len(files)} image_files and {len(names)} names"
             )
         self.path = path
         self.image, self.rows = image, {file: row for row, file in enumerate(files)}
-        self.text, self.names = _unit(text.astype(np.float32)), {name: row for row, name in enumerate(names)}
+        self.text, self.names = _normalized(text.astype(np.float32)), {name: row for row, name in enumerate(names)}
 
     def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
         for name in names:
             row = self.rows.get(name)
             if row is None:
-                yield name, PhotoError(name, f"{Path(self.path).name} has no embedding of it")
+                yield name, PhotoError(name, f"{Path(self.path).name} has no embedding of this photo")
             else:
-                yield name, _unit(self.image[row].astype(np.float32))
+                yield name, _normalized(self.image[row].astype(np.float32))
 
     def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         if missing := [name for name in names if name not in self.names]:
@@ -211,5 +244,6 @@ class PrecomputedEmbeddings:
         return self.text[[self.names[name] for name in names]]
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def _normalized(rows: np.ndarray) -> np.ndarray:
+    """L2-normalized rows."""
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-# Names are kept byte for byte; pathlib would tidy them ("./a", "a//b"), and is slow over a million.
+# Names are kept byte by byte: pathlib would normalize them ("./a", "a//b"), and it is slow for millions of names.
 # ruff: noqa: PTH110, PTH112, PTH113, PTH116, PTH118, PTH119, PTH120, PTH123
-"""Where photos come from, and how they are decoded safely.
+"""Sources of photos, and safe decoding.
 
-A `PhotoSource` is a folder, a list file or a tar shard. It streams the names of its photos in a fixed order and turns
-a name into pixels. Photos come from strangers: whatever is wrong with one ends in a `PhotoError`, and nothing a tar
-says makes us touch another file.
+A `PhotoSource` is a folder, a list file or a tar shard. It streams the names of its photos in a fixed order and decodes
+a photo by its name. Photos are untrusted: any problem with one raises `PhotoError`, and no content of a tar can make
+the source read another file.
 """
 
 import codecs
@@ -17,7 +17,7 @@ import stat
 import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -28,7 +28,7 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".t
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
 
-_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
+_Result = TypeVar("_Result")
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _SIGNATURES = {
@@ -41,7 +41,7 @@ _SIGNATURES = {
     b"GIF8": "GIF",
 }
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
-_UNPACK = "compressed archives cannot be read in place: unpack it to a folder or to a plain .tar"
+_UNPACK = "compressed archives cannot be read in place: unpack it into a folder or a plain .tar"
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -54,9 +54,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What Pillow thinks of a strange photo must not run across the progress bar. `warnings.catch_warnings` around each
-# decode would not do: it swaps global state, and decoding happens in several threads. (The line that libtiff itself
-# prints for a damaged TIFF stays: it cannot be silenced from here.)
+# Pillow's warnings about unusual photos must not disturb the progress bar. `warnings.catch_warnings` around each decode
+# is no solution: it swaps global state, and several threads decode. (The line that libtiff itself prints for a damaged
+# TIFF cannot be silenced from here.)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -69,41 +69,52 @@ class Photo(NamedTuple):
 
 
 class PhotoError(Exception):
-    """A photo (or a shard, a folder) that cannot be used: `photo` is its name, `reason` says why, in one line."""
+    """A photo, a shard or a folder that cannot be used.
+
+    Attributes:
+        photo: Its name.
+        reason: Why it cannot be used, in one line.
+    """
 
     def __init__(self, photo: str, reason: str):
         super().__init__(photo, " ".join(reason.split()))
         self.photo, self.reason = self.args
 
     def __str__(self) -> str:
-        # repr: a name may hold newlines or bytes that a terminal cannot show.
+        # repr: a name may contain newlines or bytes that a terminal cannot show.
         return f"{self.photo!r}: {self.reason}"
 
 
 class PhotoSource:
-    """The photos of a folder (with its sub-folders), of a list file (`.txt`) or of one `.tar` shard.
+    """The photos of a folder (with its subfolders), of a list file (`.txt`) or of one `.tar` shard.
 
-    Names are `str`; bytes that are not UTF-8 are kept by surrogateescape, so `os.fsencode(name)` gives them back.
+    Names are `str`; bytes that are not UTF-8 are kept by surrogateescape, so `os.fsencode(name)` restores them.
 
-    - Folder: a photo's name is its path below the folder, with `/`. Taken are the files whose suffix is in
-      `PHOTO_SUFFIXES`, in any case; entries with a leading dot and `__MACOSX` are skipped. Links to folders are
-      followed, except back into a folder that is being listed.
-    - List: one path a line, absolute or relative to the list's folder; the name is the line as it stands, whatever its
-      suffix. Blank lines are skipped; a path listed twice comes twice.
-    - Tar (webdataset layout), given itself or met in a folder or a list: its members are called
-      `path/to/shard.tar/member.jpg` and chosen like the files of a folder. Nothing is extracted: a member is a range
-      of bytes in the shard. Of members with the same name the last counts, as in tar.
+    - Folder: the name of a photo is its path below the folder, with `/`. Photos are the files whose suffix is in
+      `PHOTO_SUFFIXES`, in upper or lower case. Entries with a leading dot and `__MACOSX` are skipped. Links to folders
+      are followed, except back into a folder that is being listed.
+    - List: one path per line, absolute or relative to the folder of the list. The name is the line as it is, with any
+      suffix. Blank lines are skipped; a path that is listed twice is yielded twice.
+    - Tar (webdataset layout), as the source itself or inside a folder or a list: members are named
+      `path/to/shard.tar/member.jpg` and selected like the files of a folder. Nothing is extracted: a member is a range
+      of bytes in the shard. If several members have the same name, the last one counts, as in tar.
 
-    The order is fixed: the entries of a folder, files and sub-folders together, by the bytes of their names; the lines
-    of a list and the members of a tar as they stand. Only one folder (with its parents) or one tar is held in memory.
+    The order is fixed: the entries of a folder, files and subfolders together, sorted by the bytes of their names; the
+    lines of a list and the members of a tar in their own order. Only one folder (with its parents) or one tar is held
+    in memory.
 
     A source is cheap to pickle, survives a fork and may be used from several threads.
 
-    Raises ValueError if `path` is none of the three.
+    Args:
+        path: The folder, list file or tar.
+        max_pixels: Photos with more pixels are rejected before they are decoded. Pillow's own limit of 179 million
+            pixels always applies.
+
+    Raises:
+        ValueError: If `path` is none of the three.
     """
 
-    def __init__(self, path: str | os.PathLike, max_pixels: int = MAX_PIXELS):
-        """`max_pixels`: larger photos are refused before they are decoded. Pillow stops at 179 million regardless."""
+    def __init__(self, path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS):
         self.path = os.fsdecode(path)
         self.max_pixels = max_pixels
         lower = self.path.lower()
@@ -119,7 +130,7 @@ class PhotoSource:
             raise ValueError(f"photos: {self.path!r} is not a folder, a .txt list or a .tar")
 
     def __iter__(self) -> Iterator[str]:
-        """The names in order; the first folder or shard that cannot be listed raises PhotoError."""
+        """Yields the names in order. Raises PhotoError at the first folder or shard that cannot be listed."""
 
         def stop(error: PhotoError) -> None:
             raise error
@@ -127,7 +138,7 @@ class PhotoSource:
         return self.names(stop)
 
     def names(self, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
-        """The names in order; a folder or shard that cannot be listed is handed to `on_error`, and the rest follows."""
+        """Yields the names in order. Calls `on_error` for a folder or shard that cannot be listed, and continues."""
         if self._kind == "folder":
             return self._folder_names(on_error)
         if self._kind == "tar":
@@ -135,12 +146,19 @@ class PhotoSource:
         return self._list_names(on_error)
 
     def categories(self, on_error: Callable[[PhotoError], None]) -> dict[str, list[str]]:
-        """Class folders: each first-level folder of photos is a category, in order, with the names of its photos.
+        """Reads class folders: each first-level folder is a category.
 
-        Raises ValueError if the source is no folder, or if photos or shards lie beside the class folders.
+        Args:
+            on_error: Called for each folder or shard that cannot be listed.
+
+        Returns:
+            For each category, in order, the names of its photos.
+
+        Raises:
+            ValueError: If the source is not a folder, or if it has photos or shards outside class folders.
         """
         if self._kind != "folder":
-            raise ValueError(f"photos: {self.path!r} is no folder of class folders: give category names")
+            raise ValueError(f"photos: {self.path!r} is not a folder with class folders: pass category names")
         groups: dict[str, list[str]] = {}
         loose: list[str] = []
         for name in self.names(on_error):
@@ -154,16 +172,20 @@ class PhotoSource:
         if loose:
             raise ValueError(
                 f"photos: {self.path!r} holds photos outside class folders ({', '.join(map(repr, loose))}): "
-                "put each into a folder called after its category, or give category names"
+                "move each into a folder with the name of its category, or pass category names"
             )
         return groups
 
     def read(self, name: str) -> bytes:
-        """The bytes of a photo's file. Raises PhotoError."""
+        """Reads the bytes of a photo's file.
+
+        Raises:
+            PhotoError: If the file cannot be read.
+        """
         path, member = self._locate(name)
         try:
             status = os.stat(path)
-            # Before opening: the open of a fifo waits for a writer, that of a device may do anything.
+            # Before opening: opening a FIFO waits for a writer, and opening a device may have side effects.
             if not stat.S_ISREG(status.st_mode):
                 raise PhotoError(name, "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")
             if member is None:
@@ -198,13 +220,14 @@ class PhotoSource:
             return False
 
     def decode(self, name: str) -> Photo:
-        """The photo as a viewer shows it: turned upright by its EXIF orientation, so masks fit what the viewer shows.
+        """Decodes a photo as a viewer shows it: the EXIF orientation is applied, so masks match the viewer.
 
-        Transparent pixels are composited over white. Of an animation or a multi-page file the first frame is taken.
-        Grays of more than 8 bits: 16-bit ones keep their high byte, fractions of one are scaled by 255, any other
-        range is stretched from its own minimum to its own maximum. Color profiles are ignored.
+        Transparent pixels are composited over white. Animations and multi-page files give their first frame. Grayscale
+        with more than 8 bits is converted: 16-bit values keep their high byte, floats in [0, 1] are scaled by 255, any
+        other range is stretched from its minimum to its maximum. Color profiles are ignored.
 
-        Raises PhotoError, and nothing else, whatever the file holds.
+        Raises:
+            PhotoError: If the photo cannot be decoded. No content of a file raises anything else.
         """
         data = self.read(name)
         try:
@@ -212,12 +235,12 @@ class PhotoSource:
         except PhotoError:
             raise
         except Exception as error:
-            # Broad on purpose: for hostile bytes Pillow raises OSError, SyntaxError, ValueError, struct.error,
-            # zlib.error, EOFError, IndexError, KeyError, MemoryError, DecompressionBombError and more.
+            # Broad on purpose: for damaged or malicious bytes Pillow raises OSError, SyntaxError, ValueError,
+            # struct.error, zlib.error, EOFError, IndexError, KeyError, MemoryError, DecompressionBombError and more.
             raise PhotoError(name, _explain(error, data)) from error
 
     def _folder_names(self, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
-        # An explicit stack, as folders may be nested deeper than Python may recurse: (identity, prefix, entries left).
+        # An explicit stack of (identity, prefix, remaining entries): folders may be nested deeper than Python recurses.
         stack: list[tuple[tuple[int, int], str, Iterator[tuple[bytes, bool]]]] = []
 
         def enter(name: str) -> None:
@@ -251,7 +274,7 @@ class PhotoSource:
                     yield from self._file_names(os.fsdecode(line), on_error)
 
     def _file_names(self, name: str, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
-        """A file met in a folder or a list: a photo, or a shard that stands for its members."""
+        """The names of a file in a folder or a list: its own, or those of the members of a shard."""
         lower = name.lower()
         if lower.endswith(_COMPRESSED):
             on_error(PhotoError(name, _UNPACK))
@@ -276,7 +299,7 @@ class PhotoSource:
             on_error(PhotoError(name, index.problem))
 
     def _locate(self, name: str) -> tuple[str, str | None]:
-        """The file that holds a photo, and which member of it the photo is (None: the file itself)."""
+        """The file that holds a photo, and the member of the tar that the photo is (None: the file itself)."""
         parts = name.split("/")
         shard = len(parts)
         for end, part in enumerate(parts, 1):
@@ -285,26 +308,32 @@ class PhotoSource:
                 path = os.path.join(self._root, "/".join(parts[:end]))
                 if os.path.isfile(path):
                     return path, "/".join(parts[end:])
-        # What a list says before any shard is its owner's word. The rest may be a stranger's: it must not climb out.
-        foreign = parts[shard:] if self._kind == "txt" else parts
-        if ".." in foreign or (self._kind != "txt" and name.startswith("/")):
+        # A path in a list is trusted up to a shard. All other parts are untrusted and must not leave the source.
+        untrusted = parts[shard:] if self._kind == "txt" else parts
+        if ".." in untrusted or (self._kind != "txt" and name.startswith("/")):
             raise PhotoError(name, "not a path inside the photo source")
         return os.path.join(self._root, name), None
 
 
 def decode_ahead(load: Callable[[str], _Result], names: Iterable[str]) -> Iterator[tuple[str, _Result | PhotoError]]:
-    """Each name with what `load` makes of it, or with the PhotoError that it raises; in order, some threads ahead.
+    """Loads photos in several threads ahead of the caller.
 
-    Other exceptions of `load` are faults of the program and come through.
+    Args:
+        load: Loads a photo by its name.
+        names: Names of the photos.
+
+    Returns:
+        An iterator over each name with the result of `load` or the PhotoError that it raised, in order. Other
+        exceptions of `load` are raised.
     """
 
-    def one(name: str) -> tuple[str, _Result | PhotoError]:
+    def load_or_error(name: str) -> tuple[str, _Result | PhotoError]:
         try:
             return name, load(name)
         except PhotoError as error:
             return name, error
 
-    return map_ahead(one, names, thread_count())
+    return map_ahead(load_or_error, names, thread_count())
 
 
 def _is_hidden(name: str) -> bool:
@@ -312,7 +341,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _list_folder(path: str) -> list[tuple[bytes, bool]]:
-    """The entries that matter, sorted by their bytes: (name, whether it is a folder)."""
+    """The folders, photos and archives in a folder as (name, is a folder), sorted by the bytes of their names."""
     entries = []
     with os.scandir(path) as scan:
         for entry in scan:
@@ -325,14 +354,14 @@ def _list_folder(path: str) -> list[tuple[bytes, bool]]:
 
 
 class _TarIndex(NamedTuple):
-    members: dict[str, tuple[int, int] | None]  # name -> (offset, size); None: no plain file, never followed
+    members: dict[str, tuple[int, int] | None]  # name -> (offset, size); None: not a plain file, never followed
     problem: str | None  # what is wrong with the tar itself
 
 
-# In the module, not in the source: sources stay cheap to pickle. Two threads may scan the same tar: it does no harm.
+# A cache of the module, so that sources stay cheap to pickle. Two threads may scan the same tar, which is harmless.
 @functools.lru_cache(maxsize=32)
 def _index_tar(path: str, size: int, mtime_ns: int) -> _TarIndex:
-    """Where the photos of a tar lie. `size` and `mtime_ns` tell a rewritten tar from the one that was scanned."""
+    """Positions of the photos in a tar. `size` and `mtime_ns` are part of the cache key: a tar may be rewritten."""
     members: dict[str, tuple[int, int] | None] = {}
     problem = None
     with open(path, "rb") as file:
@@ -344,19 +373,19 @@ def _index_tar(path: str, size: int, mtime_ns: int) -> _TarIndex:
                     if member.size < 0 or tar.offset <= reached:
                         raise tarfile.ReadError("header points backwards")
                     reached = tar.offset
-                    tar.members.clear()  # tarfile keeps every header it has read
+                    cast(Any, tar).members.clear()  # tarfile keeps every header that it has read
                     hidden = any(_is_hidden(part) for part in member.name.split("/"))
                     if member.isdir() or hidden or not member.name.lower().endswith(PHOTO_SUFFIXES):
                         continue
                     plain = member.isreg() and not member.issparse()
                     members[member.name] = (member.offset_data, member.size) if plain else None
-                # tarfile stops in silence at a damaged header: the end is real only if it is marked.
+                # tarfile stops silently at a damaged header: the end is real only if it is marked.
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError(f"no header and no end mark at byte {tar.offset} of {size}")
         except Exception as error:
-            # Broad on purpose: for hostile bytes tarfile raises far more than its own errors (OverflowError,
-            # RecursionError, ...). What was found so far stands.
+            # Broad on purpose: for damaged or malicious bytes tarfile raises far more than its own errors
+            # (OverflowError, RecursionError, ...). The members before the damage are kept.
             problem = f"damaged tar, only the photos before the damage are listed: {error}"
     return _TarIndex(members, problem)
 
@@ -367,7 +396,7 @@ def _find_member(path: str, status: os.stat_result, member: str, name: str) -> t
         raise PhotoError(name, "vanished: no such photo in the tar")
     place = members[member]
     if place is None:
-        raise PhotoError(name, "a link or special file in a tar, which is never followed")
+        raise PhotoError(name, "a link or special file in a tar; these are never followed")
     return place
 
 
@@ -378,14 +407,12 @@ def _decode(data: bytes, name: str, max_pixels: int) -> np.ndarray:
             megapixels, limit = width * height / 1e6, max_pixels / 1e6
             raise PhotoError(name, f"{megapixels:.4g} megapixels, more than the limit of {limit:.4g}")
         image.load()
-        # After load: a PNG may carry its EXIF behind the pixels, and Pillow turns TIFFs upright itself while loading.
-        turn = _UPRIGHT.get(_orientation(image))
-        if turn is not None:
-            image = image.transpose(turn)
-        image = _to_rgb(image)
-        width, height = image.size
-        # The buffer of a BytesIO is writable, and CPython hands over the bytes, which nobody else holds, uncopied.
-        pixels = np.frombuffer(io.BytesIO(image.tobytes()).getbuffer(), np.uint8)
+        # After load: the EXIF of a PNG may follow the pixels, and Pillow itself rotates TIFFs while loading.
+        transpose = _UPRIGHT.get(_orientation(image))
+        rgb = _to_rgb(image if transpose is None else image.transpose(transpose))
+        width, height = rgb.size
+        # The buffer of a BytesIO is writable, and CPython does not copy the bytes because there is no other reference.
+        pixels = np.frombuffer(io.BytesIO(rgb.tobytes()).getbuffer(), np.uint8)
         return pixels.reshape(height, width, 3)
 
 
@@ -393,7 +420,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:
-        # Broad on purpose: broken EXIF fails in as many ways as broken pixels, and must not cost the photo.
+        # Broad on purpose: damaged EXIF raises many exceptions, and must not make the photo unusable.
         return 1
 
 
@@ -409,7 +436,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Grays [h, w] of uint16, int32 or float32 -> uint8, by the rules that `PhotoSource.decode` states."""
+    """Grayscale [h, w] of uint16, int32 or float32 -> uint8, by the rules of `PhotoSource.decode`."""
     if values.dtype.kind == "f":
         values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
     low, high = values.min(), values.max()
@@ -421,7 +448,7 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _explain(error: Exception, data: bytes) -> str:
-    """Why Pillow failed, for a person."""
+    """The reason of a failure of Pillow, as a message for the user."""
     if isinstance(error, Image.DecompressionBombError):
         return f"too many megapixels: {error}"
     if not isinstance(error, Image.UnidentifiedImageError):
@@ -433,4 +460,4 @@ def _explain(error: Exception, data: bytes) -> str:
     for signature, kind in _SIGNATURES.items():
         if head.startswith(signature):
             return f"cannot be decoded: the header of this {kind} file is damaged"
-    return f"not an image this toolkit reads: begins with bytes {head[:16].hex(' ')}"
+    return f"not an image in a supported format: begins with bytes {head[:16].hex(' ')}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What makes a mask follow edges: one Refiner for every method."""
+"""Refinement: makes masks follow the edges of the photo. One `Refiner` for all methods."""
 
 from __future__ import annotations
 
@@ -14,35 +14,39 @@ from namedmask_kernels import Ragged
 from .config import RefineConfig
 from .photos import Photo
 
-# The settings belong to photos of this short side; lengths are scaled with the photo, so that they cover the same share
-# of it. Colors need no scaling.
+# Lengths in the settings are for photos with this short side, in pixels. They are scaled with the photo.
 SHORT_SIDE = 512
 
 
-def without_small_parts(targets: Ragged) -> Ragged:
-    """Targets [P] with 0 wherever they are object (above 0.5) and not of the largest 4-connected part of a photo."""
+def keep_largest_component(targets: Ragged) -> Ragged:
+    """Sets targets [P] to 0 where they are object (above 0.5) outside the largest 4-connected component of a photo."""
     is_object = targets.rows > 0.5
     largest = namedmask_kernels.largest_component(targets.with_rows(is_object)).rows
     return targets.with_rows(targets.rows.masked_fill(is_object & ~largest.bool(), 0.0))
 
 
-def without_holes(soft: Ragged) -> Ragged:
-    """Soft masks [P] with 1 wherever they are background (0.5 or less) that a photo's object surrounds."""
+def fill_holes(soft: Ragged) -> Ragged:
+    """Sets soft masks [P] to 1 where they are background (0.5 or less) that is enclosed by the object of a photo."""
     is_object = soft.rows > 0.5
     filled = namedmask_kernels.fill_holes(soft.with_rows(is_object)).rows
     return soft.with_rows(soft.rows.masked_fill(filled.bool() & ~is_object, 1.0))
 
 
 class Refiner:
-    """Refines masks by the method that the settings name; safe to call from several threads."""
+    """Refines masks with the method of the settings. May be called from several threads."""
 
     def __init__(self, config: RefineConfig):
         self.config = config
 
     def refine(self, photos: Sequence[Photo], targets: Sequence[Tensor]) -> list[Tensor]:
-        """Targets float32 [H, W], above 0.5 is object, in between is doubt -> soft masks float32 [H, W], likewise.
+        """Refines one mask for each photo. Results do not depend on batch composition.
 
-        Photos may be of any sizes; none influences another.
+        Args:
+            photos: Photos of any sizes.
+            targets: A mask for each photo, float32 [H, W] in [0, 1]; above 0.5 is object.
+
+        Returns:
+            Refined soft masks, float32 [H, W]; above 0.5 is object.
         """
         if self.config.name == "none":
             return list(targets)
@@ -50,14 +54,14 @@ class Refiner:
         for number, target in enumerate(targets):
             by_side.setdefault(min(target.shape), []).append(number)
         refined: dict[int, Tensor] = {}
-        for side, numbers in by_side.items():  # all of a batch have the same settings
+        for side, numbers in by_side.items():  # photos with the same short side have the same settings
             batch = Ragged.pack([targets[number] for number in numbers])
             if self.config.largest_component:
-                batch = without_small_parts(batch)
+                batch = keep_largest_component(batch)
             images = Ragged.pack([torch.from_numpy(photos[number].pixels) for number in numbers])
             soft = getattr(self, f"_{self.config.name}")(batch, images, side / SHORT_SIDE)
             if self.config.fill_holes:
-                soft = without_holes(soft)
+                soft = fill_holes(soft)
             refined.update(zip(numbers, soft.grids(), strict=True))
         return [refined[number] for number in range(len(targets))]
 
@@ -74,7 +78,7 @@ class Refiner:
 
     def _crf(self, targets: Ragged, images: Ragged, scale: float) -> Ragged:
         config = self.config.crf
-        # The detector's masks are nearly binary, but not that sure.
+        # The masks of the detector are nearly binary; the probabilities should be less certain.
         foreground = 0.5 + (2 * config.confidence - 1) * (targets.rows - 0.5)
         marginals = namedmask_kernels.dense_crf(
             targets.with_rows(torch.stack([1 - foreground, foreground], 1)),

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: MIT
-"""The paper's ablations on the demo's world: one change at a time, mean of several seeds, as a Markdown table.
+"""The paper's ablations on the demo's photos: one change at a time, means over several seeds, as a Markdown table.
 
-    python tools/ablations.py --out WORK --results bench/ABLATIONS.md   # goes on where it was stopped
+    python tools/ablations.py --out WORK --results bench/ABLATIONS.md   # resumes where it was stopped
     python tools/ablations.py --out WORK --seeds 7 --workers 1          # a part of it
 
-The base is the demo's own run (`namedmask demo`), but with objects pasted as the paper does; every other row says
-what it has changed. The photos are of seeds that no training of the demo's weights has seen. WORK/SEED/ROW.json
-holds the figures of a row; a row that has one is not run again. What rows have in common is made once.
+The base is the run of `namedmask demo`, but with copy-paste as in the paper. Each other row is named after what it
+changes. No training of the demo's weights has used these seeds. WORK/SEED/ROW.json holds the figures of a row; a row
+with this file is not run again. Stages that rows have in common run once.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from namedmask.demo.score_scenes import score_scenes
 from namedmask.masks import MaskRecord, read_masks, write_shard
 
 BEGIN, END = "<!-- table: made by tools/ablations.py -->", "<!-- end of the table -->"
-LARGEST = 100  # photos a kind in the largest archive
+LARGEST = 100  # photos per kind in the largest archive
 SCENES = 120
-BLOCKS = 30  # of 53 photos: 120 of each kind
+BLOCKS = 30  # of 53 photos, 120 of each kind
 
 BASE = {
     "detector": "selfmask",
@@ -64,14 +64,14 @@ ROWS = {
 
 
 def settings(folder: Path, row: dict) -> dict:
-    """The run's settings for a row."""
+    """The settings of the run of a row."""
     experts = demo.EXPERTS | {"mode": row["experts"] or "shared"}
-    if row["experts"] == "separate":  # as many views in all, a twelfth of them for each
+    if row["experts"] == "separate":  # the same total number of views, a twelfth for each expert
         experts |= {"steps": -(-2 * experts["steps"] // len(KINDS)), "batch_size": experts["batch_size"] // 2}
     return {
         "photos": str((folder / "photos").absolute()),
         "categories": list(KINDS),
-        "pseudolabel": {"shard_size": LARGEST * len(KINDS)},  # one file of masks, as `cut_short` writes
+        "pseudolabel": {"shard_size": LARGEST * len(KINDS)},  # one shard of masks, as `shorten` writes it
         "index": {"clip_model": demo.CLIP_NAME},
         "archive": {"photos_per_category": row["photos"]},
         "detector": demo.SPECTRAL if row["detector"] == "spectral" else demo.DETECTOR,
@@ -81,25 +81,27 @@ def settings(folder: Path, row: dict) -> dict:
     }
 
 
-def stages(out: Path, given: dict, *names: str) -> None:
+def run_stages(out: Path, given: dict, *names: str) -> None:
+    """Runs stages of the pipeline, or what is left of them."""
     for name in names:
         run.start(out, given, [name], workers=1, gpus=0, overwrite=False)
 
 
 def masks_of(folder: Path, row: dict) -> Path:
-    """A folder with the run's stages as far as the masks, of the largest archive; for all rows that differ later."""
+    """Runs the stages up to the masks with the largest archive, for all rows that differ in later stages."""
     out = folder / f"masks, {row['detector']}{'' if row['refine'] else ', no solver'}"
     given = settings(folder, row | {"photos": LARGEST})
-    stages(out, given, "index", "archive")
+    run_stages(out, given, "index", "archive")
     if row["detector"] == "truth":
+        run.settle(out, given, ["pseudolabel"])
         write_truth(out, int(folder.name))
     else:
-        stages(out, given, "pseudolabel")
+        run_stages(out, given, "pseudolabel")
     return out
 
 
 def write_truth(out: Path, seed: int) -> None:
-    """The true masks of the archive's photos, where a detector's would be: what no mask can be better than."""
+    """Writes the true masks of the archive's photos in place of a detector's masks: the upper bound."""
     records = []
     for kind, entries in read_archive(out / "archive.json").photos.items():
         for entry in entries:
@@ -110,34 +112,36 @@ def write_truth(out: Path, seed: int) -> None:
     write_shard(out / "masks" / "00000.jsonl", sorted(records, key=lambda record: record.photo))
 
 
-def cut_short(whole: Path, out: Path, photos: int) -> None:
-    """The run folder `whole` with the best `photos` of each kind alone."""
+def shorten(whole: Path, out: Path, photos: int, given: dict) -> None:
+    """Copies the run folder `whole` with only the best `photos` of each kind, as a run with the settings `given`."""
     if out.exists():
         return
-    made = out.with_name(f".{out.name}")
-    shutil.rmtree(made, ignore_errors=True)
-    (made / "masks").mkdir(parents=True)
+    part = out.with_name(f".{out.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    run.settle(part, given, ["index", "archive", "pseudolabel"])
+    (part / "masks").mkdir()
     archive = read_archive(whole / "archive.json")
     kept = {kind: entries[:photos] for kind, entries in archive.photos.items()}
-    write_archive(made / "archive.json", archive._replace(photos=kept))
-    shutil.copytree(whole / "index", made / "index")
-    wanted = {(entry.photo, kind) for kind, entries in kept.items() for entry in entries}
-    records = [record for record in read_masks(whole / "masks") if (record.photo, record.category) in wanted]
-    write_shard(made / "masks" / "00000.jsonl", records)
-    made.rename(out)
+    write_archive(part / "archive.json", archive._replace(photos=kept))
+    shutil.copytree(whole / "index", part / "index")
+    pairs = {(entry.photo, kind) for kind, entries in kept.items() for entry in entries}
+    records = [record for record in read_masks(whole / "masks") if (record.photo, record.category) in pairs]
+    write_shard(part / "masks" / "00000.jsonl", records)
+    part.rename(out)
 
 
-def copied(made: Path, out: Path) -> None:
-    """What a run has made, as another's that goes on with settings of its own."""
+def copy_results(source: Path, out: Path) -> None:
+    """Copies a run, so that another one can continue from its results."""
     if not out.exists():
         part = out.with_name(f".{out.name}")
         shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(made, part, ignore=shutil.ignore_patterns("run.toml", ".*"))
+        shutil.copytree(source, part, ignore=shutil.ignore_patterns(".*"))
         part.rename(out)
 
 
 def mean_iou(masks: Path, seed: int) -> float:
-    """The mean over kinds of the mean IoU with the truth, over the photos that show their kind."""
+    """Mean over the kinds of the mean IoU with the ground truth, over the photos that show their kind."""
     ious: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for record in read_masks(masks):
         scene = index_photo(seed, int(Path(record.photo).stem))
@@ -147,22 +151,22 @@ def mean_iou(masks: Path, seed: int) -> float:
 
 
 def run_row(work: Path, seed: int, name: str) -> dict:
-    """The figures of a row, from WORK/SEED/ROW.json if it is there."""
+    """Returns the figures of a row, from WORK/SEED/ROW.json if it exists."""
     folder, row = work / str(seed), BASE | ROWS[name]
     path = folder / f"{name}.json"
     if path.exists():
         return json.loads(path.read_text())
     demo.render(folder / "photos", seed, BLOCKS * demo.BLOCK, False)
     with_masks = folder / f"run, {row['detector']}, {row['refine']}, {row['photos']}"
-    cut_short(masks_of(folder, row), with_masks, row["photos"])
-    with_experts = folder / f"{with_masks.name}, {row['experts']}"
     given = settings(folder, row)
-    copied(with_masks, with_experts)
+    shorten(masks_of(folder, row), with_masks, row["photos"], given)
+    with_experts = folder / f"{with_masks.name}, {row['experts']}"
+    copy_results(with_masks, with_experts)
     if row["experts"]:
-        stages(with_experts, given, "experts")
+        run_stages(with_experts, given, "experts")
     out = folder / name
-    copied(with_experts, out)
-    stages(out, given, "train")
+    copy_results(with_experts, out)
+    run_stages(out, given, "train")
     scenes, _ = score_scenes(out, seed, SCENES)
     figures = {
         "masks": mean_iou(out / "masks", seed),
@@ -175,14 +179,14 @@ def run_row(work: Path, seed: int, name: str) -> dict:
 
 
 def run_seed(job: tuple[Path, int]) -> None:
-    """All rows of a seed, on one thread."""
+    """Runs all rows of a seed on one thread."""
     work, seed = job
     for name in ROWS:
         print(seed, name, run_row(work, seed, name), flush=True)
 
 
 def table(work: Path, seeds: list[int]) -> list[str]:
-    """Lines of Markdown: of the rows that all seeds have, the mean over the seeds, and their range in brackets."""
+    """Lines of Markdown: mean over the seeds, and their range in brackets, for the rows that all seeds have."""
     columns = ("masks", "experts", "segmenter", "mask + CLIP")
     lines = [f"| seeds {', '.join(map(str, seeds))} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in ROWS:
@@ -202,12 +206,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="work folder, outside the repository")
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
-    parser.add_argument("--workers", type=int, default=2, help="processes, a seed each")
-    parser.add_argument("--results", type=Path, help="write the table into this file, between its two marks")
-    parser.add_argument("--table-only", action="store_true", help="of the rows that are there; run nothing")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one seed each")
+    parser.add_argument("--results", type=Path, help="write the table to this file, between its two marks")
+    parser.add_argument("--table-only", action="store_true", help="print the table of the existing rows; run nothing")
     arguments = parser.parse_args()
     if not arguments.table_only:
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes, which read it when they load torch
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes, which read it when they import torch
         jobs = [(arguments.out, seed) for seed in arguments.seeds]
         with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
             for _ in pool.imap_unordered(run_seed, jobs, chunksize=1):

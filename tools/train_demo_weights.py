@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Makes the demo's weights from rendered scenes alone: ``pool``, ``clip``, ``vit``, ``selfmask`` (see tools/README.md).
+"""Trains the networks of the demo on rendered scenes alone (see tools/README.md).
 
     python tools/train_demo_weights.py pool --out WORK --photos 24000 --workers 2
     python tools/train_demo_weights.py clip --out WORK
@@ -7,10 +7,9 @@
     python tools/train_demo_weights.py export --out WORK
     python tools/train_demo_weights.py selfmask --out WORK
 
-What reaches the trainings: ``clip`` reads photos and their captions, ``vit`` reads photos, ``selfmask`` photos and the
-masks that the exported ViT and the cut find in them. The pool holds nothing else: true masks are dropped where a scene
-is rendered, and the kind is known only as a word in a caption. All trainings write checkpoints and go on from them when
-started again.
+``clip`` reads photos and their captions, ``vit`` reads photos, ``selfmask`` reads photos and the masks that the cut
+computes from the features of the exported ViT. The pool holds nothing else: true masks are discarded when a scene is
+rendered, and the kind appears only as a word in captions. All trainings write checkpoints and resume from them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-POOL_SEED = 20_000  # the demo renders other seeds: no photo of its run is among the training photos
+POOL_SEED = 20_000  # not a seed of the demo: the training photos differ from the photos of its run
 DESCRIPTIONS = 4
 
 
@@ -35,8 +34,9 @@ DESCRIPTIONS = 4
 
 
 def render_shard(job: tuple[str, int, int, int]) -> int:
-    """Render photos [start, stop) into one shard: pixels (flat uint8), shapes, offsets and caption phrases."""
-    from namedmask.demo.captions import describe, subject
+    """Renders photos [start, stop) into one shard with pixels (flat uint8), shapes and caption phrases."""
+    from demo_captions import describe, subject
+
     from namedmask.demo.dice import Dice
     from namedmask.demo.scenes import evaluation_scene, index_photo
 
@@ -46,7 +46,7 @@ def render_shard(job: tuple[str, int, int, int]) -> int:
         return stop - start
     pixels, shapes, phrases = [], [], []
     for number in range(start, stop):
-        # One photo in eight shows several things, like the demo's evaluation scenes.
+        # One photo in eight shows several objects, like the demo's evaluation scenes.
         scene = evaluation_scene(seed, number) if number % 8 == 7 else index_photo(seed, number)
         pixels.append(scene.image.reshape(-1))
         shapes.append(scene.image.shape[:2])
@@ -63,15 +63,15 @@ def make_pool(arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     step = 500
     jobs = [(str(folder), POOL_SEED, start, start + step) for start in range(0, arguments.photos, step)]
-    began, done = time.time(), 0
+    start_time, done = time.time(), 0
     with multiprocessing.Pool(arguments.workers) as workers:
         for count in workers.imap_unordered(render_shard, jobs):
             done += count
-            print(f"{done} photos, {done / (time.time() - began):.0f} a second", flush=True)
+            print(f"{done} photos, {done / (time.time() - start_time):.0f} per second", flush=True)
 
 
 class Pool:
-    """The rendered photos in memory: ``pool[i]`` is uint8 [H, W, 3]; ``phrases[i]`` its caption phrases."""
+    """The rendered photos in memory: ``pool[i]`` is uint8 [H, W, 3], ``pool.phrases[i]`` its caption phrases."""
 
     def __init__(self, folder: Path) -> None:
         self.shards, self.where, self.phrases = [], [], []
@@ -85,7 +85,7 @@ class Pool:
                 offset += height * width * 3
             self.shards.append(pixels)
         if not self.where:
-            raise SystemExit(f"no photos in {folder}: run the subcommand pool first")
+            raise SystemExit(f"there are no photos in {folder}: run the subcommand pool first")
 
     def __len__(self) -> int:
         return len(self.where)
@@ -99,10 +99,10 @@ class Pool:
 
 
 class Run:
-    """A training's clock, curve and checkpoint: everything that makes it resumable."""
+    """The clock, loss curve and checkpoint of a training, so that it can be resumed."""
 
     def __init__(self, folder: Path, steps: int, parts: dict) -> None:
-        """``parts``: name -> object with state_dict/load_state_dict; restored when a checkpoint is there."""
+        """``parts``: name -> object with state_dict and load_state_dict, restored if there is a checkpoint."""
         import torch
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,17 +117,17 @@ class Run:
             self.step, self.spent, self.photos = state["step"], state["spent"], state["photos"]
             self.rng.bit_generator.state = json.loads(state["rng"])
             torch.set_rng_state(state["torch_rng"])
-            print(f"goes on from step {self.step}", flush=True)
+            print(f"resumed at step {self.step}", flush=True)
         self._last = time.time()
         self._saved = self.spent
 
     @property
     def progress(self) -> float:
-        """The share of the steps that is done, in [0, 1]."""
+        """The fraction of the steps that is done, in [0, 1]."""
         return self.step / self.steps
 
     def advance(self, photos: int, **values: float) -> None:
-        """Count a step; log the mean of the values every 50 steps and save every two minutes."""
+        """Counts a step; logs the mean of the values every 50 steps and saves every two minutes."""
         now = time.time()
         self.spent += now - self._last
         self._last = now
@@ -171,7 +171,7 @@ def cosine(progress: float, high: float, low: float, warmup: float = 0.02) -> fl
 
 
 def decayed_groups(models: list, weight_decay: float) -> list[dict]:
-    """Matrices with weight decay; biases, norms and embedding tables without."""
+    """Parameter groups: matrices with weight decay; biases, norms and embedding tables without."""
     decay, plain = [], []
     for model in models:
         for name, parameter in model.named_parameters():
@@ -181,23 +181,23 @@ def decayed_groups(models: list, weight_decay: float) -> list[dict]:
 
 
 def average(target, source, keep: float) -> None:
-    """target = keep * target + (1 - keep) * source, over all weights and floating buffers."""
+    """Sets target = keep * target + (1 - keep) * source for all weights and floating-point buffers."""
     import torch
 
     with torch.no_grad():
-        theirs = source.state_dict()
+        source_state = source.state_dict()
         for name, value in target.state_dict().items():
             if value.is_floating_point():
-                value.lerp_(theirs[name], 1.0 - keep)
+                value.lerp_(source_state[name], 1.0 - keep)
             else:
-                value.copy_(theirs[name])
+                value.copy_(source_state[name])
 
 
 # CLIP: photos and their captions ------------------------------------------------------------------------------------
 
 
 def square(photo: np.ndarray, rng: np.random.Generator, side: int, smallest: float) -> np.ndarray:
-    """A random square crop, at least ``smallest`` of the short side, uint8 [side, side, 3], maybe mirrored."""
+    """A random square crop of at least ``smallest`` of the short side, uint8 [side, side, 3], randomly flipped."""
     from PIL import Image
 
     height, width = photo.shape[:2]
@@ -209,35 +209,41 @@ def square(photo: np.ndarray, rng: np.random.Generator, side: int, smallest: flo
 
 
 def all_templates() -> list[str]:
-    """Ours and open_clip's 80, as sentences with one {}."""
+    """The templates of `demo_captions` twice and open_clip's 80, as sentences with one {}."""
+    from demo_captions import TEMPLATES
     from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-    from namedmask.demo.captions import TEMPLATES
 
     return list(TEMPLATES) * 2 + [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
-def train_clip(arguments: argparse.Namespace) -> None:
-    """The contrastive loss of CLIP; captions that read the same are the same caption, so both photos are its positives.
+def untrained_clip() -> tuple:
+    """The CLIP model of the demo with random weights, in float32 and train mode, and its tokenizer."""
+    import open_clip
 
-    In most batches all captions follow one template and are plain: what tells the captions apart is then the name of
-    what is shown, and nothing else. In the others each photo has its own template and words
-    about color, pattern and place.
+    from namedmask.demo.models import CLIP_NAME, register
+
+    register()
+    return open_clip.create_model(CLIP_NAME, pretrained=None).train(), open_clip.get_tokenizer(CLIP_NAME)
+
+
+def train_clip(arguments: argparse.Namespace) -> None:
+    """Trains with CLIP's contrastive loss; photos with equal captions are all positives of that caption.
+
+    In most batches all captions are plain and follow one template, so they differ only in the names of the objects. In
+    the others each photo has its own template and words about color, pattern and background.
     """
     import copy
 
     import torch
     import torch.nn.functional as F
 
-    from namedmask.demo.models import create_clip
-
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(1)
     pool = Pool(arguments.out / "pool")
-    model, _, tokenizer = create_clip(None)
+    model, tokenizer = untrained_clip()
     side = model.visual.image_size
     side = side[0] if isinstance(side, tuple) else side
-    model = model.to(memory_format=torch.channels_last).train()
+    model = model.to(memory_format=torch.channels_last)
     smooth = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(decayed_groups([model], 0.05), betas=(0.9, 0.98), eps=1e-6)
     run = Run(arguments.out / "clip", arguments.steps, {"model": model, "smooth": smooth, "optimizer": optimizer})
@@ -271,7 +277,7 @@ def train_clip(arguments: argparse.Namespace) -> None:
         text_features = model.encode_text(torch.stack([tokens[text] for text in unique]), normalize=True)
         logits = model.logit_scale.exp() * image_features @ text_features.T  # [photos, different captions]
         same = F.one_hot(own, len(unique)).float()
-        # A caption that fits several photos counts as often as it occurs, as it would written out twice.
+        # A caption of several photos counts as often as it occurs.
         from_photo = F.cross_entropy(logits + same.sum(0).log(), own)
         from_text = -(logits.log_softmax(0) * same / same.sum(0)).sum(0)
         from_text = (from_text * same.sum(0)).sum() / len(texts)
@@ -291,7 +297,7 @@ def train_clip(arguments: argparse.Namespace) -> None:
 
 
 class View(NamedTuple):
-    """A crop of a photo: its box in the photo's pixels, resized to a square, turned and mirrored in one of 8 ways."""
+    """A crop of a photo: its box in pixels of the photo, resized to a square, in one of the 8 orientations."""
 
     pixels: np.ndarray
     left: float
@@ -302,25 +308,25 @@ class View(NamedTuple):
     inverted: bool
 
     def to_crop(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the view -> places in the untouched crop, both from 0 to 1."""
+        """Maps positions in the view to positions in the unflipped crop, both from 0 to 1."""
         x, y = (1.0 - x if self.mirrored else x), (1.0 - y if self.inverted else y)
         return (y, x) if self.swapped else (x, y)
 
     def from_crop(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The way back."""
+        """The inverse of `to_crop`."""
         x, y = (y, x) if self.swapped else (x, y)
         return (1.0 - x if self.mirrored else x), (1.0 - y if self.inverted else y)
 
 
 def crop(photo: np.ndarray, rng: np.random.Generator, low: float, high: float, pixels: int) -> View:
-    """A random square crop whose side is a share of the photo's short side in [low, high)."""
+    """A random square crop whose side is between `low` and `high` of the photo's short side."""
     from PIL import Image
 
     height, width = photo.shape[:2]
     side = min(height, width) * rng.uniform(low, high)
     left, top = rng.uniform(0.0, width - side), rng.uniform(0.0, height - side)
     image = Image.fromarray(photo).resize((pixels, pixels), Image.BICUBIC, (left, top, left + side, top + side))
-    # All 8 ways to lay down a square: else "above" and "below" are the easiest things for two views to agree upon.
+    # All 8 orientations of a square: otherwise vertical position is the easiest thing for two views to agree on.
     swapped, mirrored, inverted = (bool(bit) for bit in rng.integers(0, 2, 3))
     array = np.asarray(image)
     array = array.transpose(1, 0, 2) if swapped else array
@@ -330,13 +336,12 @@ def crop(photo: np.ndarray, rng: np.random.Generator, low: float, high: float, p
 
 
 def recolor(views, rng: np.random.Generator, strength: float):
-    """Random colors and light, one draw per view: float [n, 3, h, w] in [0, 1] -> the same, still in [0, 1].
+    """Random colors and light for each view: float [n, 3, h, w] in [0, 1] -> the same shape and range.
 
-    Hue and saturation are turned by a random matrix, some views become gray, and uneven light is laid over:
-    without it brightness is most of what tokens say.
-    ``strength`` is the share of views whose hue is turned by any angle; half as many become negatives. The stronger,
-    the less color itself and the more only contrast with the surroundings survives in both views, and the slower
-    is the learning.
+    A random matrix rotates the hue and scales the saturation, some views become gray, and uneven light is multiplied
+    in: without it, brightness is most of what tokens encode. ``strength`` is the fraction of views whose hue is rotated
+    by any angle; half as many become negatives. A larger value leaves less of the colors and more of the contrast with
+    the surroundings in common between two views, and slows the training down.
     """
     import torch
     from torch import nn
@@ -351,28 +356,28 @@ def recolor(views, rng: np.random.Generator, strength: float):
         c, s = np.cos(angle), np.sin(angle) / np.sqrt(3.0)
         turn = np.array([[0, -s, s], [s, 0, -s], [-s, s, 0]])
         matrices.append(sign * (gray + saturation * (c * (np.eye(3) - gray) + turn)))
-    turned = torch.einsum("nij,njhw->nihw", torch.tensor(np.array(matrices), dtype=torch.float32), views)
+    rotated = torch.einsum("nij,njhw->nihw", torch.tensor(np.array(matrices), dtype=torch.float32), views)
 
     def draw(low: float, high: float) -> torch.Tensor:
         return torch.from_numpy(rng.uniform(low, high, (count, 1, 1, 1)).astype(np.float32))
 
-    middle = turned.mean((1, 2, 3), keepdim=True)
+    middle = rotated.mean((1, 2, 3), keepdim=True)
     light = torch.from_numpy(rng.uniform(0.55, 1.45, (count, 1, 3, 3)).astype(np.float32))
     light = nn.functional.interpolate(light, (height, width), mode="bilinear", align_corners=True)
-    result = ((turned - middle) * draw(0.7, 1.4) + draw(0.3, 0.65)) * light
+    result = ((rotated - middle) * draw(0.7, 1.4) + draw(0.3, 0.65)) * light
     return (result + torch.randn_like(result) * draw(0.0, 0.03)).clamp(0.0, 1.0)
 
 
 def block_mask(rng: np.random.Generator, count: int, grid: int, low: float, high: float) -> np.ndarray:
-    """bool [count, grid * grid]: 2 x 2 blocks hidden from the student, a share of the view drawn from [low, high]."""
+    """Masks for the student, bool [count, grid * grid], of 2 x 2 blocks that cover `low` to `high` of a view."""
     half = (grid + 1) // 2
-    share = rng.uniform(low, high, (count, 1, 1)) * (rng.random((count, 1, 1)) < 0.7)
-    coarse = rng.random((count, half, half)) < share
+    fraction = rng.uniform(low, high, (count, 1, 1)) * (rng.random((count, 1, 1)) < 0.7)
+    coarse = rng.random((count, half, half)) < fraction
     return coarse.repeat(2, 1).repeat(2, 2)[:, :grid, :grid].reshape(count, -1)
 
 
-def places_in(target: View, source: View, grid: int) -> np.ndarray:
-    """Where the patch centers of ``target`` lie in ``source``: float32 [grid, grid, 2] (x, y) in [-1, 1] inside it."""
+def positions_in(target: View, source: View, grid: int) -> np.ndarray:
+    """Positions (x, y) of the patch centers of ``target`` in ``source``, float32 [grid, grid, 2]; inside in [-1, 1]."""
     at = ((np.arange(grid) + 0.5) / grid).astype(np.float64)
     x, y = target.to_crop(*np.meshgrid(at, at))
     x, y = target.left + target.side * x, target.top + target.side * y
@@ -381,9 +386,9 @@ def places_in(target: View, source: View, grid: int) -> np.ndarray:
 
 
 def make_head(width: int, out: int, hidden: int | None = None):
-    """DINO's head in small: tokens [..., width] -> a normalized code -> its cosines with ``out`` unit prototypes.
+    """A small DINO head: tokens [..., width] -> a normalized code -> its cosines with ``out`` unit prototypes.
 
-    Without ``hidden`` the code is the token itself, so that what the loss pulls together is what the cut compares.
+    Without ``hidden`` the code is the token itself, so that the loss acts on the very features that the cut compares.
     """
     import torch
     from torch import nn
@@ -401,7 +406,7 @@ def make_head(width: int, out: int, hidden: int | None = None):
 
 
 class SelfDistillation:
-    """Student, teacher and their heads; the teacher is the student's moving average and gives the targets."""
+    """Student, teacher and their heads. The teacher is the moving average of the student and provides the targets."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         import copy
@@ -409,9 +414,9 @@ class SelfDistillation:
         import torch
         from torch import nn
 
-        from namedmask.demo.models import create_vit
+        from namedmask.demo.models import untrained_vit
 
-        vit = create_vit(None).train()
+        vit = untrained_vit().train()
         self.student = nn.ModuleDict(
             {
                 "vit": vit,
@@ -425,7 +430,7 @@ class SelfDistillation:
         self.own_mean, self.blur = arguments.own_mean, arguments.blur
 
     def encode(self, side, views, hidden=None):
-        """views [n, 3, h, w] -> tokens after the last norm, [n, 1 + h' * w', C]; hidden patches get the mask token."""
+        """Views [n, 3, h, w] -> tokens after the final norm [n, 1 + h' * w', C]; hidden patches get the mask token."""
         vit = side["vit"]
         patches = vit.patch_embed(views)  # [n, h', w', C]
         if hidden is not None:
@@ -434,7 +439,7 @@ class SelfDistillation:
         return vit.norm(vit.blocks(tokens))
 
     def soften(self, places):
-        """[n, P, C]: what a place says, mixed with its neighborhood: a tile and its joint are one floor."""
+        """Mixes patches [n, P, C] with their neighborhood, so that a tile and its joint become one floor."""
         from torch import nn
 
         side = round(places.shape[1] ** 0.5)
@@ -443,20 +448,20 @@ class SelfDistillation:
         return maps.lerp(around, self.blur).flatten(2).transpose(1, 2)
 
     def targets(self, views, temperature: float):
-        """The teacher's probabilities for whole views [n, K] and for places [n, P, K'], and its tokens [n, P, C]."""
+        """The teacher's probabilities for whole views [n, K] and for patches [n, P, K'], and its tokens [n, P, C]."""
         import torch
 
         with torch.no_grad():
             tokens = self.encode(self.teacher, views)
             whole = self.teacher["whole"](tokens[:, 0])
             place = self.teacher["place"](tokens[:, 1:])
-            # What sets a place apart from the rest of its own photo, not what all places of the photo share.
+            # The difference of a patch from the rest of its photo, not what all patches of the photo share.
             place = place - self.own_mean * place.mean(1, keepdim=True)
             place = self.soften(place)
-            # DINO's temperature is a constant because its logits grow in the first epochs; a run of minutes has no such
-            # epochs. Dividing by the logits' own deviation makes the targets equally sharp from the first step on.
-            # Whole views are centered on their batch: a slow average lags behind such a start, and all views collapse
-            # into one prototype.
+            # DINO's temperature is constant because its logits grow in the first epochs, which a run of minutes does
+            # not have. Dividing by the standard deviation of the logits makes the targets equally sharp from the first
+            # step on. Whole views are centered on their batch: a slow average lags behind at the start, and all views
+            # collapse into one prototype.
             self.centers["place"].lerp_(place.mean((0, 1)), 0.05)
             whole_off, place_off = whole - whole.mean(0), place - self.centers["place"]
             sharp = (
@@ -467,12 +472,12 @@ class SelfDistillation:
 
 
 def train_vit(arguments: argparse.Namespace) -> None:
-    """DINO's self-distillation with multi-crop, and iBOT's for places.
+    """Trains by self-distillation: DINO's with multi-crop for whole views, iBOT's for patches.
 
-    Of each photo the teacher sees one crop; the student sees another crop with 2 x 2 blocks of patches hidden, and two
-    small crops, each in other colors. The student's view as a whole must agree with the teacher's (DINO), and so must
-    each place that both see (iBOT's masked patches, but between two crops: where in the view a place lies then
-    differs, so position tells nothing and only content can agree).
+    The teacher gets one crop of each photo. The student gets another crop with hidden 2 x 2 blocks of patches, and
+    small crops, each with other colors. The student's prediction for the whole view must agree with the teacher's
+    (DINO), and so must its prediction for each patch that both views show (as in iBOT, but between two crops: the
+    position in the view differs, so only content can agree).
     """
     import torch
     import torch.nn.functional as F
@@ -480,10 +485,10 @@ def train_vit(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(2)
     pool = Pool(arguments.out / "pool")
-    both = SelfDistillation(arguments)
-    student, teacher = both.student, both.teacher
+    model = SelfDistillation(arguments)
+    student, teacher = model.student, model.teacher
     optimizer = torch.optim.AdamW(decayed_groups([student], 0.04))
-    parts = {"student": student, "teacher": teacher, "centers": both.centers, "optimizer": optimizer}
+    parts = {"student": student, "teacher": teacher, "centers": model.centers, "optimizer": optimizer}
     run = Run(arguments.out / arguments.name, arguments.steps, parts)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -496,30 +501,30 @@ def train_vit(arguments: argparse.Namespace) -> None:
         return (recolor(pixels, rng, arguments.colors) - mean) / std
 
     def seen_by_both(at, target):
-        """Places [n, p, 2] of the student: which lie in the teacher's view [n, p], what it says there [n, p, C]."""
+        """Which positions [n, p, 2] are in the teacher's view [n, p], and its targets there [n, p, C]."""
         size = round(target.shape[1] ** 0.5)
         maps = target.transpose(1, 2).unflatten(2, (size, size))
-        there = F.grid_sample(maps, at[:, None], align_corners=False, padding_mode="border")[:, :, 0].transpose(1, 2)
-        return (at.abs() < 1.0).all(-1), there
+        sampled = F.grid_sample(maps, at[:, None], align_corners=False, padding_mode="border")[:, :, 0].transpose(1, 2)
+        return (at.abs() < 1.0).all(-1), sampled
 
     def spread_loss(tokens, at, target):
-        """Barlow Twins' loss on tokens less their photo's mean: channels agree between views, no two say the same.
+        """Barlow Twins' loss on centered tokens: channels agree between views and are decorrelated from each other.
 
-        Without it one easy channel, brightness against the photo's mean, is most of a token, and the cut follows it.
+        Without it, one easy channel, brightness relative to the photo's mean, dominates the tokens and the cut.
         """
-        inside, wanted = seen_by_both(at, target)
-        ours, theirs = (tokens - tokens.mean(1, keepdim=True))[inside], wanted[inside]
+        inside, sampled = seen_by_both(at, target)
+        ours, theirs = (tokens - tokens.mean(1, keepdim=True))[inside], sampled[inside]
         ours = (ours - ours.mean(0)) / (ours.std(0) + 1e-4)
         theirs = (theirs - theirs.mean(0)) / (theirs.std(0) + 1e-4)
         cross = ours.T @ theirs / len(ours)
-        same = cross.diagonal()
-        return ((1.0 - same) ** 2).mean() + 0.03 * (cross.pow(2).sum() - same.pow(2).sum()) / len(cross)
+        diagonal = cross.diagonal()
+        return ((1.0 - diagonal) ** 2).mean() + 0.03 * (cross.pow(2).sum() - diagonal.pow(2).sum()) / len(cross)
 
     def place_loss(tokens, at, target):
-        """Cross-entropy at the places [n, p, 2] that lie inside the teacher's square view [n, P, K]."""
-        inside, wanted = seen_by_both(at, target)
+        """Cross-entropy at the positions [n, p, 2] that are inside the teacher's square view [n, P, K]."""
+        inside, sampled = seen_by_both(at, target)
         logits = student["place"](tokens[inside]) / 0.1
-        return -(wanted[inside] * logits.log_softmax(-1)).sum(-1).mean()
+        return -(sampled[inside] * logits.log_softmax(-1)).sum(-1).mean()
 
     while run.progress < 1.0:
         rng = run.rng
@@ -528,19 +533,21 @@ def train_vit(arguments: argparse.Namespace) -> None:
         first = [crop(photo, rng, 0.4, 1.0, big) for photo in chosen]
         second = [crop(photo, rng, 0.4, 1.0, big) for photo in chosen]
         locals_ = [[crop(photo, rng, 0.2, 0.45, small) for photo in chosen] for _ in range(arguments.locals)]
-        target_whole, target_place, target_tokens = both.targets(tensor(first, rng), arguments.temperature)
+        target_whole, target_place, target_tokens = model.targets(tensor(first, rng), arguments.temperature)
         hidden = torch.from_numpy(block_mask(rng, len(chosen), grid, 0.15, 0.5))
-        tokens = both.encode(student, tensor(second, rng), hidden)
-        at = np.stack([places_in(b, a, grid).reshape(-1, 2) for a, b in zip(first, second, strict=True)])
+        tokens = model.encode(student, tensor(second, rng), hidden)
+        at = np.stack([positions_in(b, a, grid).reshape(-1, 2) for a, b in zip(first, second, strict=True)])
         place = place_loss(tokens[:, 1:], torch.from_numpy(at), target_place)
         spread = spread_loss(tokens[:, 1:], torch.from_numpy(at), target_tokens)
         whole = -(target_whole * (student["whole"](tokens[:, 0]) / 0.1).log_softmax(-1)).sum(-1).mean()
         wholes, places = [whole], [place]
         if locals_:
-            tokens = both.encode(student, tensor([view for views in locals_ for view in views], rng))
+            tokens = model.encode(student, tensor([view for views in locals_ for view in views], rng))
             for index, views in enumerate(locals_):
                 part = tokens[index * len(chosen) : (index + 1) * len(chosen)]
-                at = np.stack([places_in(b, a, small_grid).reshape(-1, 2) for a, b in zip(first, views, strict=True)])
+                at = np.stack(
+                    [positions_in(b, a, small_grid).reshape(-1, 2) for a, b in zip(first, views, strict=True)]
+                )
                 places.append(place_loss(part[:, 1:], torch.from_numpy(at), target_place))
                 log = (student["whole"](part[:, 0]) / 0.1).log_softmax(-1)
                 wholes.append(-(target_whole * log).sum(-1).mean())
@@ -565,19 +572,19 @@ def train_vit(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """The averaged CLIP and the ViT teacher of the newest checkpoints as fp16 safetensors in namedmask/demo/weights."""
+    """Writes the averaged CLIP and the ViT teacher of the newest checkpoints to namedmask/demo/weights, as fp16."""
     import torch
     from safetensors.torch import save_file
 
-    from namedmask.demo.models import CLIP_WEIGHTS, VIT_WEIGHTS, create_clip
+    from namedmask.demo.models import CLIP_WEIGHTS, VIT_WEIGHTS
 
     CLIP_WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
     half = lambda tensor: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()  # noqa: E731
     checkpoint = arguments.out / "clip" / "checkpoint.pt"
     if checkpoint.exists():
         weights = {name: half(value) for name, value in torch.load(checkpoint, weights_only=True)["smooth"].items()}
-        # Most of the token table was never read in training: zeros there cost nothing in a compressed wheel.
-        tokenizer, seen = create_clip(None)[2], set()
+        # Most of the token table is never used in training: zeros there cost nothing in a compressed wheel.
+        tokenizer, seen = untrained_clip()[1], set()
         for phrase in {phrase for phrases in Pool(arguments.out / "pool").phrases for phrase in phrases}:
             seen.update(tokenizer([phrase])[0].tolist())
         for template in all_templates():
@@ -593,11 +600,11 @@ def export(arguments: argparse.Namespace) -> None:
         print(f"{VIT_WEIGHTS}: {VIT_WEIGHTS.stat().st_size / 1e6:.1f} MB")
 
 
-# SelfMask: photos and the masks that were found in them --------------------------------------------------------------
+# SelfMask: photos and their detected masks ----------------------------------------------------------------------------
 
 
 def train_selfmask(arguments: argparse.Namespace) -> None:
-    """Masks of the pool by the cut, a network trained on the best; then the same with the network's own masks."""
+    """Trains on the best masks of the cut on photos of the pool; then repeatedly on the network's own masks."""
     import torch
     from PIL import Image
     from safetensors.torch import load_file, save_file
@@ -644,39 +651,45 @@ def main() -> None:
     clip.add_argument("--rate", type=float, default=2e-3)
     clip.set_defaults(run=train_clip, steps=3000)
     vit = commands.add_parser("vit", help="train the ViT on photos alone")
-    vit.add_argument("--name", default="vit", help="folder of this training inside the work folder")
+    vit.add_argument("--name", default="vit", help="folder of this training in the work folder")
     vit.add_argument("--batch", type=int, default=24)
     vit.add_argument("--rate", type=float, default=2e-3)
-    vit.add_argument("--big", type=int, default=80, help="pixels a side of the large crops")
-    vit.add_argument("--small", type=int, default=40, help="pixels a side of the small crops")
+    vit.add_argument("--big", type=int, default=80, help="side of the large crops in pixels")
+    vit.add_argument("--small", type=int, default=40, help="side of the small crops in pixels")
     vit.add_argument("--locals", type=int, default=1, help="small crops per photo")
     vit.add_argument("--whole", type=int, default=256, help="prototypes for whole views")
-    vit.add_argument("--place", type=int, default=64, help="prototypes for places")
-    vit.add_argument("--own-mean", type=float, default=1.0, help="share of a photo's mean taken off its places' logits")
+    vit.add_argument("--place", type=int, default=64, help="prototypes for patches")
+    vit.add_argument("--own-mean", type=float, default=1.0, help="fraction of the mean logits of a photo to subtract")
     vit.add_argument("--colors", type=float, default=0.1, help="how strongly views are recolored, from 0 to 1")
-    vit.add_argument("--blur", type=float, default=0.75, help="share of the 3 x 3 neighborhood in a place's target")
+    vit.add_argument("--blur", type=float, default=0.75, help="weight of the 3 x 3 neighborhood in a patch's target")
     vit.add_argument("--whole-weight", type=float, default=0.5)
     vit.add_argument("--spread-weight", type=float, default=2.0)
-    vit.add_argument("--temperature", type=float, default=0.35, help="of the teacher, in deviations of its logits")
-    vit.add_argument("--keep", type=float, default=0.99, help="the teacher's averaging at the start; goes to 1")
+    vit.add_argument(
+        "--temperature", type=float, default=0.35, help="of the teacher, in standard deviations of its logits"
+    )
+    vit.add_argument("--keep", type=float, default=0.99, help="the teacher's momentum at the start; rises to 1")
     vit.set_defaults(run=train_vit, steps=12000)
     files = commands.add_parser("export", help="write the package's weights from the newest checkpoints")
-    files.add_argument("--name", default="vit", help="folder of the ViT's training inside the work folder")
+    files.add_argument("--name", default="vit", help="folder of the ViT's training in the work folder")
     files.set_defaults(run=export)
-    mask = commands.add_parser("selfmask", help="train the SelfMask on masks found in the pool")
-    mask.add_argument("--photos", type=int, default=8000, help="of the pool")
-    mask.add_argument("--name", default="selfmask", help="of the folder of each turn, before its number")
-    mask.add_argument("--start", type=Path, help="a network whose masks teach in the first turn, instead of the cut")
+    mask = commands.add_parser("selfmask", help="train the SelfMask on masks detected in the pool")
+    mask.add_argument("--photos", type=int, default=8000, help="number of photos of the pool")
+    mask.add_argument("--name", default="selfmask", help="prefix of the folder of each turn")
+    mask.add_argument("--start", type=Path, help="a network that makes the masks of the first turn, instead of the cut")
     mask.add_argument(
-        "--keep", type=float, nargs="+", default=[0.25, 0.5, 0.6, 0.7, 0.8], help="share of the masks, each turn"
+        "--keep",
+        type=float,
+        nargs="+",
+        default=[0.25, 0.5, 0.6, 0.7, 0.8],
+        help="fraction of the masks used in each turn",
     )
-    mask.add_argument("--paste", type=float, default=0.5, help="share of objects put before another background")
-    mask.add_argument("--texture", type=float, default=0.0, help="share of objects that get a texture of another photo")
-    mask.add_argument("--steps", type=int, nargs="+", default=[400, 500, 700, 2000, 1400], help="of each turn")
+    mask.add_argument("--paste", type=float, default=0.5, help="fraction of objects pasted on another background")
+    mask.add_argument("--texture", type=float, default=0.0, help="fraction of objects with a texture of another photo")
+    mask.add_argument("--steps", type=int, nargs="+", default=[400, 500, 700, 2000, 1400], help="steps of each turn")
     mask.add_argument("--threads", type=int, default=1)
     mask.set_defaults(run=train_selfmask)
     for command in (clip, vit):
-        command.add_argument("--steps", type=int, help="of the learning rate's schedule, earlier starts counted in")
+        command.add_argument("--steps", type=int, help="length of the learning-rate schedule, resumed steps included")
         command.add_argument("--threads", type=int, default=1)
     for command in commands.choices.values():
         command.add_argument("--out", type=Path, required=True, help="work folder, outside the repository")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What one gets without learning anything: the strongest of these is what the demo's detector has to beat.
+"""Baselines without any learning; the demo compares its masks with the strongest of them.
 
-Each function takes a photo, uint8 [H, W, 3], and gives its guess at the object, bool [H, W], before refinement; the
-demo refines every one with the solver settings of its own detector. None is random: same photo, same mask.
+Each function maps a photo, uint8 [H, W, 3], to the mask of the object, bool [H, W], before refinement. The demo refines
+them with the same settings as the cut. All are deterministic.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable
 import numpy as np
 
 CELL = 8
-"""Pixels a side of the cells of the hand-made features, on a photo whose short side is 192 pixels."""
+"""Side of the cells of the hand-made features, in pixels of a photo whose short side is 192 pixels."""
 
 
 def center_disc(image: np.ndarray) -> np.ndarray:
-    """A disc in the middle that covers a quarter of the photo, whatever is shown."""
+    """A disc at the center that covers a quarter of the photo."""
     height, width = image.shape[:2]
     y = (np.arange(height) + 0.5)[:, None] - height / 2
     x = (np.arange(width) + 0.5)[None, :] - width / 2
@@ -24,7 +24,7 @@ def center_disc(image: np.ndarray) -> np.ndarray:
 
 
 def lab(image: np.ndarray) -> np.ndarray:
-    """CIE Lab under D65, float32 [H, W, 3], of an sRGB photo uint8 [H, W, 3]."""
+    """Converts an sRGB photo, uint8 [H, W, 3], to CIE Lab under D65, float32 [H, W, 3]."""
     rgb = image.astype(np.float32) / 255.0
     linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], np.float32)
@@ -35,16 +35,16 @@ def lab(image: np.ndarray) -> np.ndarray:
 
 
 def color_kmeans(image: np.ndarray, clusters: int = 3) -> np.ndarray:
-    """k-means on the colors; of the clusters the one that the photo's border shows least, its largest component."""
+    """k-means on the colors; returns the largest component of the cluster that is rarest on the border of the photo."""
     from namedmask_kernels import largest_component
 
     pixels = _blur(lab(image), 2).reshape(-1, 3)
-    # Start at the mean, then always at the color farthest from all centers so far: no dice needed.
-    centers = [pixels.mean(0)]
+    # Farthest-point initialization, from the mean: deterministic.
+    initial = [pixels.mean(0)]
     for _ in range(clusters):
-        gap = np.min([((pixels - c) ** 2).sum(1) for c in centers], axis=0)
-        centers.append(pixels[gap.argmax()])
-    centers = np.stack(centers[1:])
+        distance = np.min([((pixels - c) ** 2).sum(1) for c in initial], axis=0)
+        initial.append(pixels[distance.argmax()])
+    centers = np.stack(initial[1:])
     for _ in range(12):
         labels = ((pixels[:, None] - centers) ** 2).sum(2).argmin(1)
         centers = np.stack(
@@ -52,16 +52,17 @@ def color_kmeans(image: np.ndarray, clusters: int = 3) -> np.ndarray:
         )
     labels = labels.reshape(image.shape[:2])
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    share = [
+    border_ratio = [  # how often a cluster is on the border, relative to its area; tiny clusters are excluded
         (border == k).mean() / max((labels == k).mean(), 1e-6) + ((labels == k).mean() < 0.02) for k in range(clusters)
     ]
-    return np.asarray(largest_component(labels == int(np.argmin(share))), dtype=bool)
+    return np.asarray(largest_component(labels == int(np.argmin(border_ratio))), dtype=bool)
 
 
 def handmade_features(image: np.ndarray) -> np.ndarray:
-    """Texture and color of each cell: float32 [h, w, 11], every column with mean 0 and deviation 1 over the photo.
+    """Texture and color of each cell, float32 [h, w, 11].
 
-    Mean and deviation of L, a and b, the energy of edges in four directions, and of fine detail.
+    The channels are the mean and the standard deviation of L, a and b, the energy of edges in four directions and the
+    energy of fine detail. Each is normalized to mean 0 and standard deviation 1 over the photo.
     """
     values = lab(image)
     light = values[..., 0]
@@ -90,17 +91,17 @@ def handmade_cut(image: np.ndarray, tau: float = 0.1) -> np.ndarray:
 def untrained_cut(
     image_size: int, features: str, tau: float, center: bool = True
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The demo's own detector with the ViT's weights as drawn, before any training: a function photo -> mask."""
+    """The spectral detector of the demo with a ViT with random weights, as a function photo -> mask."""
     import torch
 
     from ..backbones import Backbone
-    from .models import create_vit
+    from .models import untrained_vit
 
-    backbone = Backbone(create_vit(None), torch.device("cpu"), torch.float32)
+    backbone = Backbone(untrained_vit(), torch.device("cpu"), torch.float32)
 
     def detect(image: np.ndarray) -> np.ndarray:
-        found = backbone.extract([backbone.prepare(image, image_size)], [features])[features]
-        grid = found.grids()[0].numpy()
+        extracted = backbone.extract([backbone.prepare(image, image_size)], [features])[features]
+        grid = extracted.grids()[0].numpy()
         return _cut(grid - grid.mean((0, 1)) if center else grid, image.shape[:2], tau)
 
     return detect
@@ -109,7 +110,14 @@ def untrained_cut(
 def baselines(
     image_size: int, features: str, tau: float, center: bool
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """All of them by name, ``photo -> mask``; the arguments are the detector's own, for the untrained ViT."""
+    """All baselines by name, as functions photo -> mask.
+
+    Args:
+        image_size: Short side of the photo for the untrained ViT, in pixels.
+        features: Features of the untrained ViT, a name of `backbones.TAPS`.
+        tau: Threshold of the affinity of the untrained ViT's features.
+        center: Whether to subtract each photo's mean feature.
+    """
     return {
         "color k-means": color_kmeans,
         "center disc": center_disc,
@@ -119,7 +127,7 @@ def baselines(
 
 
 def _blur(maps: np.ndarray, passes: int) -> np.ndarray:
-    """Binomial blur of [H, W, C], borders repeated."""
+    """Binomial blur of [H, W, C] with replicated borders."""
     for _ in range(passes):
         p = np.pad(maps, ((1, 1), (0, 0), (0, 0)), mode="edge")
         maps = (p[:-2] + p[2:]) * 0.25 + maps * 0.5
@@ -129,7 +137,7 @@ def _blur(maps: np.ndarray, passes: int) -> np.ndarray:
 
 
 def _cut(grid: np.ndarray, shape: tuple[int, int], tau: float) -> np.ndarray:
-    """features [h, w, C] -> the cut's foreground at the photo's size, as the spectral detector does it."""
+    """Foreground of the normalized cut of features [h, w, C], at the size of the photo, as in the spectral detector."""
     import torch
     import torch.nn.functional as F
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Randomness that is the same bytes everywhere.
+"""Random numbers that are bit-identical on every machine.
 
-NumPy promises that the raw stream of a bit generator (here PCG64) never changes between versions, but promises nothing
-for the methods of ``Generator``, and methods such as ``normal`` call the machine's libm. So the scenes draw raw 64-bit
-words and turn them into numbers with exactly rounded arithmetic only.
+NumPy guarantees the raw stream of a bit generator (here PCG64) across versions, but not the methods of ``Generator``,
+and methods such as ``normal`` call the libm of the machine. Therefore `Dice` draws raw 64-bit words and converts them
+to numbers with correctly rounded arithmetic only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Dice:
-    """A seeded source of numbers; ``key`` is any tuple of non-negative integers."""
+    """A random number generator, seeded by any number of non-negative integers."""
 
     def __init__(self, *key: int) -> None:
         self._bits = np.random.PCG64(np.random.SeedSequence(key))
@@ -25,7 +25,7 @@ class Dice:
 
     def random(self) -> float:
         """A float in [0, 1) with 53 random bits."""
-        if not self._block:  # one call for 128 words: the call costs more than the words
+        if not self._block:  # 128 words per call: the call costs more than the words
             self._block = self._bits.random_raw(128).tolist()
         return (self._block.pop() >> 11) * 2.0**-53
 
@@ -38,15 +38,15 @@ class Dice:
         return low + int(self.random() * (high - low))
 
     def chance(self, probability: float) -> bool:
-        """True with the given probability."""
+        """Returns True with the given probability."""
         return self.random() < probability
 
     def pick(self, items: Sequence[T]) -> T:
-        """One of the items, each equally likely."""
+        """One of the items, with equal probability."""
         return items[int(self.random() * len(items))]
 
     def sign(self) -> float:
-        """-1.0 or 1.0."""
+        """-1.0 or 1.0, with equal probability."""
         return -1.0 if self.random() < 0.5 else 1.0
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
@@ -58,7 +58,7 @@ class Dice:
         return result
 
     def field(self, *shape: int) -> np.ndarray:
-        """float32 array of the given shape, uniform in [0, 1) in steps of 2**-24 (exact in float32)."""
+        """A float32 array, uniform in [0, 1) in steps of 2**-24 (exact in float32)."""
         count = 1
         for side in shape:
             count *= side
@@ -66,7 +66,7 @@ class Dice:
         return ((words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).reshape(shape)
 
     def bytes_field(self, *shape: int) -> np.ndarray:
-        """uint8 array of the given shape, eight values from each raw word, little-endian on every machine."""
+        """A uint8 array; eight values from each raw word, little-endian on every machine."""
         count = 1
         for side in shape:
             count *= side
@@ -75,7 +75,7 @@ class Dice:
 
 
 def _unit_circle() -> tuple[tuple[float, float], ...]:
-    # cos and sin of 2 pi / 128 as literals, then repeated exactly rounded complex products: no call into libm.
+    # cos and sin of 2 pi / 128 as literals, then complex products with correctly rounded arithmetic: no call to libm.
     cos_step, sin_step = 0.9987954562051724, 0.049067674327418015
     x, y, table = 1.0, 0.0, []
     for _ in range(128):
@@ -85,9 +85,9 @@ def _unit_circle() -> tuple[tuple[float, float], ...]:
 
 
 CIRCLE = _unit_circle()
-"""128 unit vectors (cos, sin) at equal angles: every rotation of the scenes is one of them."""
+"""128 unit vectors (cos, sin) at equal angles. Every rotation in a scene is one of them."""
 
 
 def direction(turns: float) -> tuple[float, float]:
-    """The unit vector (cos, sin) nearest to an angle given in turns (1.0 is a full circle)."""
+    """The vector (cos, sin) of `CIRCLE` nearest to an angle in turns (1.0 is a full circle)."""
     return CIRCLE[int(turns * 128.0 + 128000.5) % 128]

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The demo's networks: a tiny CLIP known to open_clip, a tiny ViT and an encoder known to timm, under ordinary names.
+"""The networks of the demo, as a plugin of `namedmask.registry`: a tiny CLIP, a tiny ViT, a SelfMask and an encoder.
 
-After :func:`register` they are created, loaded and run by exactly the calls that create, load and run
-``ViT-L-14-336`` and ``vit_small_patch8_224.dino``: ``--clip-model namedmask-demo --clip-weights CLIP_WEIGHTS
---backbone vit_namedmask_demo --backbone-weights VIT_WEIGHTS``. The encoder, ``resnet_namedmask_demo``, is the CLIP's
-image tower, for a segmenter to start from as others start from ``resnet50_clip.openai``. The weights are fp16
-safetensors in the package, made by ``tools/train_demo_weights.py`` from rendered scenes alone.
+They are used like any model of open_clip and timm: ``--clip-model namedmask-demo``, ``--backbone vit_namedmask_demo``,
+``--encoder resnet_namedmask_demo``. The encoder is the image tower of the CLIP. The weights are fp16 safetensors in the
+package, trained by ``tools/train_demo_weights.py`` on rendered scenes alone.
 """
 
 from __future__ import annotations
@@ -13,7 +11,9 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .. import registry
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,12 +26,12 @@ CLIP_WEIGHTS = WEIGHTS / "clip.safetensors"
 VIT_WEIGHTS = WEIGHTS / "vit.safetensors"
 SELFMASK_WEIGHTS = WEIGHTS / "selfmask.safetensors"
 
-VIT_ARGUMENTS = {"img_size": 192, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
+VIT_OPTIONS = {"img_size": 192, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
 
 
 @functools.cache
 def register() -> None:
-    """Make both names known to open_clip and timm; any number of calls does it once."""
+    """Registers the models with open_clip and timm; the entry point of the plugin."""
     import open_clip
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -40,8 +40,8 @@ def register() -> None:
 
     open_clip.add_model_config(Path(__file__).parent / f"{CLIP_NAME}.json")
 
-    def vit_namedmask_demo(pretrained: bool = False, **arguments) -> nn.Module:
-        return _create_vision_transformer(VIT_NAME, pretrained=pretrained, **{**VIT_ARGUMENTS, **arguments})
+    def vit_namedmask_demo(pretrained: bool = False, **options: Any) -> nn.Module:
+        return _create_vision_transformer(VIT_NAME, pretrained=pretrained, **{**VIT_OPTIONS, **options})
 
     tower = json.loads((Path(__file__).parent / f"{CLIP_NAME}.json").read_text())["vision_cfg"]
     width = tower["width"]
@@ -54,13 +54,13 @@ def register() -> None:
         downsample="avg", aa_layer="avg",
     )  # fmt: skip
 
-    def resnet_namedmask_demo(pretrained: bool = False, **arguments) -> nn.Module:
+    def resnet_namedmask_demo(pretrained: bool = False, **options: Any) -> nn.Module:
         return build_model_with_cfg(
             ByobNet, ENCODER_NAME, pretrained, model_cfg=resnet, feature_cfg={"flatten_sequential": True},
-            pretrained_filter_fn=checkpoint_filter_fn, **{"num_classes": 0, **arguments},
+            pretrained_filter_fn=checkpoint_filter_fn, **{"num_classes": 0, **options},
         )  # fmt: skip
 
-    # timm files a model under the module that defines it, with that module's table of default settings.
+    # timm looks for the table of default settings in the module that defines a model.
     globals()["default_cfgs"] = generate_default_cfgs(
         {
             VIT_NAME: _cfg(input_size=(3, 192, 192), num_classes=0, file=str(VIT_WEIGHTS)),
@@ -72,29 +72,16 @@ def register() -> None:
     )  # fmt: skip
     for model in (vit_namedmask_demo, resnet_namedmask_demo):
         register_model(model)
+    registry.set_default_weights("clip", CLIP_NAME, CLIP_WEIGHTS)
+    registry.set_default_weights("selfmask", VIT_NAME, SELFMASK_WEIGHTS)
 
 
-def create_clip(weights: str | Path | None = CLIP_WEIGHTS) -> tuple[nn.Module, object, object]:
-    """The tiny CLIP in float32 eval mode: (model, preprocess for a PIL image, tokenizer). No ``weights``: untrained."""
-    import open_clip
-
-    register()
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        CLIP_NAME, pretrained=None if weights is None else str(weights)
-    )
-    return model.eval(), preprocess, open_clip.get_tokenizer(CLIP_NAME)
-
-
-def create_vit(weights: str | Path | None = VIT_WEIGHTS, seed: int = 0) -> nn.Module:
-    """The tiny ViT in float32 eval mode, for photos of any shape. ``weights`` None: untrained, drawn from ``seed``."""
+def untrained_vit(seed: int = 0) -> nn.Module:
+    """Returns the ViT of the demo with random weights, in float32 and eval mode, for photos of any shape."""
     import timm
     import torch
 
     register()
-    options = {"num_classes": 0, "dynamic_img_size": True}
-    if weights is not None:
-        overlay = {"file": str(weights), "hf_hub_id": None, "url": None, "custom_load": False}
-        return timm.create_model(VIT_NAME, pretrained=True, pretrained_cfg_overlay=overlay, **options).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return timm.create_model(VIT_NAME, pretrained=False, **options).eval()
+        return timm.create_model(VIT_NAME, pretrained=False, num_classes=0, dynamic_img_size=True).eval()

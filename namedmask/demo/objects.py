@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The named things of the demo world, drawn as layered signed-distance shapes.
+"""The objects of the demo, drawn as layers of signed-distance shapes.
 
-A kind is a function that draws parts on a :class:`Canvas`. Everything lives in the object's own frame: ``u`` to the
-right, ``v`` down, the object inside about [-1, 1]. Each call draws another individual: proportions, number of petals,
-arms or sails, optional parts. Color and surface pattern are chosen outside, for all kinds from the same
-distribution, so neither tells the kind. Only + - * / sqrt, comparisons and floor are used on arrays: the result is
-the same bytes on every machine.
+A kind is a function that draws parts on a `Canvas`. Coordinates are in the frame of the object: ``u`` to the right,
+``v`` down, the object in about [-1, 1]. Each call draws another individual, with random proportions, numbers of petals,
+arms or sails, and optional parts. Color and surface pattern are drawn elsewhere from one distribution for all kinds, so
+they carry no information about the kind. Only + - * / sqrt, comparisons and floor are used on arrays, so the result is
+bit-identical on every machine.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -21,7 +22,7 @@ from .dice import Dice, direction
 
 
 class Part(NamedTuple):
-    """One layer of an object: ``distance`` float32 [h, w] in local units (negative inside), and how to paint it."""
+    """One layer of an object: a signed distance, float32 [h, w] in local units, negative inside, and its paint."""
 
     distance: np.ndarray
     tone: str
@@ -29,18 +30,18 @@ class Part(NamedTuple):
 
 
 class Canvas:
-    """The frame in which a kind draws itself: coordinates float32 [h, w], the dice, and the parts drawn so far."""
+    """Coordinates float32 [h, w] in the frame of an object, a random number generator, and the parts drawn so far."""
 
     def __init__(self, u: np.ndarray, v: np.ndarray, dice: Dice) -> None:
         self.u, self.v, self.dice = u, v, dice
         self.parts: list[Part] = []
 
     def jitter(self, low: float, high: float) -> float:
-        """A proportion for this individual."""
+        """A random proportion for this individual."""
         return self.dice.uniform(low, high)
 
     def add(self, distance: np.ndarray, tone: str = "main", bulge: float = 0.3) -> None:
-        """Paint a shape over what is there. ``tone``: main, second, light, dark; ``bulge``: how deep it is rounded."""
+        """Adds a shape on top. ``tone``: main, second, light or dark; ``bulge``: depth of the rounding."""
         self.parts.append(Part(distance, tone, bulge))
 
     # Primitives: arrays of signed distances (exact or close near the edge), float32 [h, w].
@@ -60,7 +61,7 @@ class Canvas:
     def capsule(
         self, x0: float, y0: float, x1: float, y1: float, r0: float, r1: float | None = None, mirror: bool = False
     ) -> np.ndarray:
-        """A thick line from (x0, y0) to (x1, y1) whose radius goes from r0 to r1."""
+        """A thick line from (x0, y0) to (x1, y1) whose radius changes from r0 to r1."""
         r1 = r0 if r1 is None else r1
         dx, dy = x1 - x0, y1 - y0
         pu = (np.abs(self.u) if mirror else self.u) - x0
@@ -77,34 +78,30 @@ class Canvas:
             t = step * 0.25
             a, b, c = (1 - t) * (1 - t), 2 * t * (1 - t), t * t
             curve.append((a * ax + b * bx + c * cx, a * ay + b * by + c * cy, r0 + (r1 - r0) * t))
-        result = None
-        for (x0, y0, ra), (x1, y1, rb) in pairwise(curve):
-            piece = self.capsule(x0, y0, x1, y1, ra, rb)
-            result = piece if result is None else np.minimum(result, piece)
-        return result
+        pieces = [self.capsule(x0, y0, x1, y1, ra, rb) for (x0, y0, ra), (x1, y1, rb) in pairwise(curve)]
+        return functools.reduce(np.minimum, pieces)
 
     def convex(self, points: list[tuple[float, float]], mirror: bool = False) -> np.ndarray:
-        """A convex polygon, its corners in either order."""
+        """A convex polygon; the corners may be in either order."""
         u = np.abs(self.u) if mirror else self.u
         turns = sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True))
         points = points if turns > 0.0 else points[::-1]
-        result = None
+        sides = []
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True):
             dx, dy = x1 - x0, y1 - y0
             length = math.sqrt(dx * dx + dy * dy)
             nx, ny = dy / length, -dx / length
-            side = u * nx + (self.v * ny - (x0 * nx + y0 * ny))
-            result = side if result is None else np.maximum(result, side)
-        return result
+            sides.append(u * nx + (self.v * ny - (x0 * nx + y0 * ny)))
+        return functools.reduce(np.maximum, sides)
 
     def box(self, cx: float, cy: float, hx: float, hy: float, corner: float = 0.03) -> np.ndarray:
-        """A rectangle of half sides hx, hy with rounded corners."""
+        """A rectangle with half sides hx, hy and rounded corners."""
         du = np.maximum(np.abs(self.u - cx) - (hx - corner), 0.0)
         dv = np.maximum(np.abs(self.v - cy) - (hy - corner), 0.0)
         return np.sqrt(du * du + dv * dv) - corner
 
     def ring(self, cx: float, cy: float, rx: float, ry: float, width: float) -> np.ndarray:
-        """A ring of half thickness ``width``."""
+        """An elliptic ring with half thickness ``width``."""
         return np.abs(self.ellipse(cx, cy, rx, ry)) - width
 
 
@@ -266,7 +263,7 @@ def turtle(c: Canvas) -> None:
     c.add(c.capsule(-wide * 0.9, 0.0, -wide - 0.2, j(-0.06, 0.06), 0.07, 0.02), "second", 0.05)
     shell = c.ellipse(0.0, 0.0, wide, high)
     c.add(shell, "main", 0.45)
-    # Plates: a row of big hexagon-like cells around the ridge, drawn as dark seams.
+    # Plates: a row of large hexagonal cells along the ridge, drawn as dark seams.
     u, v = (c.u + 8.0) * j(3.0, 4.2), (c.v + 8.0) * j(3.0, 4.2)
     row = np.floor(v)
     u = u + 0.5 * (row - 2.0 * np.floor(row * 0.5))
@@ -316,13 +313,13 @@ def snail(c: Canvas) -> None:
     cx, cy = j(-0.25, -0.1), 0.62 - size * j(0.85, 1.0)
     shell = c.ellipse(cx, cy, size, size * j(0.88, 1.0))
     c.add(shell, "main", 0.4)
-    # The coil: circles whose center wanders toward the mouth of the shell.
-    coil = None
+    # The coil: circles whose centers move toward the opening of the shell.
     shift = j(0.1, 0.2)
-    for share in (0.74, 0.5, 0.28):
-        turn = c.ring(cx + (1 - share) * shift, cy + (1 - share) * shift, size * share, size * share, 0.028)
-        coil = turn if coil is None else np.minimum(coil, turn)
-    c.add(np.maximum(coil, shell), "dark", 0.03)
+    turns = [
+        c.ring(cx + (1 - scale) * shift, cy + (1 - scale) * shift, size * scale, size * scale, 0.028)
+        for scale in (0.74, 0.5, 0.28)
+    ]
+    c.add(np.maximum(functools.reduce(np.minimum, turns), shell), "dark", 0.03)
 
 
 def flower(c: Canvas) -> None:
@@ -363,13 +360,12 @@ def umbrella(c: Canvas) -> None:
         cx = (index + 0.5) * 2 * wide / count - wide
         dome = np.maximum(dome, -c.ellipse(cx, edge + 0.02, wide / count * 0.92, j(0.09, 0.13)))
     c.add(dome, "main", 0.4)
-    seams = None
+    seams = []
     for index in range(1, count):
         bend = index * 2.0 / count - 1.0
         seam = np.abs(c.ellipse(0.0, edge, max(abs(bend) * wide, 0.02), high)) - 0.014
-        seam = np.maximum(seam, c.u * (-1.0 if bend > 0 else 1.0))
-        seams = seam if seams is None else np.minimum(seams, seam)
-    c.add(np.maximum(seams, dome), "second", 0.02)
+        seams.append(np.maximum(seam, c.u * (-1.0 if bend > 0 else 1.0)))
+    c.add(np.maximum(functools.reduce(np.minimum, seams), dome), "second", 0.02)
     c.add(c.capsule(0.0, edge - high, 0.0, edge - high - 0.08, 0.03), "dark", 0.03)
 
 
@@ -378,32 +374,32 @@ DRAW: dict[str, Callable[[Canvas], None]] = {
     for function in (fish, mushroom, teapot, butterfly, cactus, boat, turtle, lamp, guitar, snail, flower, umbrella)
 }
 UPRIGHT = frozenset({"mushroom", "teapot", "cactus", "boat", "lamp", "snail", "flower", "umbrella"})
-"""Kinds that mostly stand: they are tilted, the others are turned freely."""
+"""Kinds that usually stand upright: they are tilted a little, the others are rotated by any angle."""
 
 
 def lump(c: Canvas) -> None:
-    """A distractor: something of no kind (stone, box, stick, bead, scrap), rounded and lit like the objects."""
+    """A distractor without a kind (stone, box, stick, beads, scrap, rod), rounded and lit like the objects."""
     j = c.jitter
     form = c.dice.integer(0, 6)
-    if form == 0:  # a stone: an ellipse with flat cuts
+    if form == 0:  # stone: an ellipse with flat cuts
         stone = c.ellipse(0.0, 0.0, 0.9, j(0.5, 0.85))
         for _ in range(4):
             cos, sin = direction(c.dice.random())
             stone = np.maximum(stone, c.u * cos + c.v * sin - j(0.45, 0.8))
         c.add(stone, "main", 0.4)
-    elif form == 1:  # a box with a side
+    elif form == 1:  # box with a label
         c.add(c.box(0.0, 0.0, 0.8, j(0.35, 0.7), 0.05), "main", 0.1)
         c.add(c.box(j(-0.3, 0.3), 0.0, 0.1, 0.3, 0.02), "second", 0.05)
-    elif form == 2:  # a stick
+    elif form == 2:  # stick
         c.add(c.capsule(-0.95, j(-0.1, 0.1), 0.95, j(-0.1, 0.1), j(0.06, 0.14), j(0.05, 0.12)), "main", 0.1)
     elif form == 3:  # two or three beads
         for _ in range(c.dice.integer(2, 4)):
             size = j(0.2, 0.4)
             c.add(c.ellipse(j(-0.6, 0.6), j(-0.6, 0.6), size, size), c.dice.pick(("main", "second")), size)
-    elif form == 4:  # a scrap of something flat with corners
+    elif form == 4:  # flat scrap with corners
         points = [direction(turns / 5.0 + j(0.0, 0.12)) for turns in range(5)]
         c.add(c.convex([(x * 0.9, y * 0.7) for x, y in points]), "main", 0.06)
-    else:  # a bent rod
+    else:  # bent rod
         c.add(
             c.path([(-0.9, j(-0.3, 0.3)), (0.0, j(-1.0, 1.0)), (0.9, j(-0.3, 0.3))], j(0.08, 0.18), j(0.08, 0.18)),
             "main",

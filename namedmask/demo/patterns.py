@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Surface patterns and backgrounds: scalar fields in [0, 1] that mix two colors, from exactly rounded arithmetic."""
+"""Surface patterns and backgrounds: scalar fields in [0, 1] that mix two colors, in correctly rounded arithmetic."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 
 import numpy as np
@@ -11,12 +13,12 @@ from .dice import Dice, direction
 
 
 def triangle(x: np.ndarray) -> np.ndarray:
-    """A triangle wave of period 1 in [0, 1]; stands in for a sine, which libm would round differently per machine."""
+    """A triangle wave of period 1 in [0, 1]. Replaces a sine, which libm rounds differently on different machines."""
     return np.abs(x - np.floor(x) - 0.5) * 2.0
 
 
 def smooth_noise(dice: Dice, height: int, width: int, rows: float, columns: float) -> np.ndarray:
-    """Value noise float32 [height, width] in [0, 1] with about rows x columns bumps, smoothly joined."""
+    """Value noise, float32 [height, width] in [0, 1], with about rows x columns smooth bumps."""
     rows, columns = max(rows, 0.5), max(columns, 0.5)
     lattice = dice.field(int(rows) + 2, int(columns) + 2)
 
@@ -34,14 +36,14 @@ def smooth_noise(dice: Dice, height: int, width: int, rows: float, columns: floa
 
 
 def cloud(dice: Dice, height: int, width: int, size: float, octaves: int = 3) -> np.ndarray:
-    """Several octaves of value noise float32 [height, width] in [0, 1]; ``size`` is the largest bump in pixels."""
-    total, weight, sum_of_weights = None, 1.0, 0.0
+    """Several octaves of value noise, float32 [height, width] in [0, 1]; ``size`` is the largest bump in pixels."""
+    layers, weight, sum_of_weights = [], 1.0, 0.0
     for octave in range(octaves):
-        layer = smooth_noise(dice, height, width, height / size * 2**octave, width / size * 2**octave) * weight
-        total = layer if total is None else total + layer
+        noise = smooth_noise(dice, height, width, height / size * 2**octave, width / size * 2**octave)
+        layers.append(noise * weight)
         sum_of_weights += weight
         weight *= 0.6
-    return total * (1.0 / sum_of_weights)
+    return functools.reduce(operator.add, layers) * (1.0 / sum_of_weights)
 
 
 def cell_values(dice: Dice, column: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -51,11 +53,11 @@ def cell_values(dice: Dice, column: np.ndarray, row: np.ndarray) -> np.ndarray:
 
 
 def contrast(t: np.ndarray, gain: float) -> np.ndarray:
-    """Stretch a field around 0.5 and clip it to [0, 1]."""
+    """Stretches a field around 0.5 and clips it to [0, 1]."""
     return np.minimum(np.maximum((t - 0.5) * gain + 0.5, 0.0), 1.0)
 
 
-# Surface patterns: (dice, u, v) -> field, u and v float32 [h, w] in the object's frame, about [-1, 1].
+# Surface patterns: (dice, u, v) -> field, where u and v are float32 [h, w] in the object's frame, about [-1, 1].
 
 
 def plain(dice: Dice, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -173,7 +175,7 @@ def pebbles(dice: Dice, height: int, width: int) -> np.ndarray:
     column, row = np.floor(x), np.floor(y)
     rows, columns = int(height / size * 1.5) + 6, int(width / size) + 6
     points = dice.field(3, rows, columns) * 0.8 + 0.1
-    nearest = second = tone = None
+    nearest, second, tone = (np.full((height, width), value, np.float32) for value in (np.inf, 9.0, 0.0))
     dx, dy = x - column, y - row
     i, j = row.astype(np.int32), column.astype(np.int32)
     for down in (-1, 0, 1):
@@ -185,12 +187,9 @@ def pebbles(dice: Dice, height: int, width: int) -> np.ndarray:
             )
             px, py = px + (right - dx), py + (down - dy)
             d = px * px + py * py
-            if nearest is None:
-                nearest, second, tone = d, np.full_like(d, 9.0), shade
-            else:
-                second = np.minimum(second, np.maximum(nearest, d))
-                tone = np.where(d < nearest, shade, tone)
-                nearest = np.minimum(nearest, d)
+            second = np.minimum(second, np.maximum(nearest, d))
+            tone = np.where(d < nearest, shade, tone)
+            nearest = np.minimum(nearest, d)
     gap = np.minimum((second - nearest) * 3.0, 1.0)
     return gap * (tone * 0.6 + 0.4 - nearest * 0.4)
 

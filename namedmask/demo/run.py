@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""`namedmask demo`: photos rendered here, the ordinary pipeline over them, and what its masks and segmenter are worth.
+"""`namedmask demo`: renders photos, runs the ordinary pipeline on them and scores its masks and its segmenter.
 
-OUT is an ordinary run folder, with these beside:
+OUT is an ordinary run folder with these files in addition:
 
-photos/00000.png                       the index, rendered; 4 photos of each kind and 5 of none in every 53
-scenes.png  masks.png  segments.png    contact sheets, also in report.html
+photos/00000.png                       the rendered photos: 4 of each kind and 5 without an object in every block of 53
+scenes.png  masks.png  segments.png    contact sheets, also shown in report.html
 demo.json                              the figures of the printed tables (see `score` and `score_scenes`); written last
 """
 
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .. import run
 from ..config import DetectorConfig, RefineConfig
@@ -22,20 +23,32 @@ from ..distributed import Worker, count_gpus
 from ..errors import UserError
 from ..files import TEMPORARY_PREFIX, atomic_write
 from ..progress import Progress
+from ..report import results_digest, write_report
 from ..threads import kernels_on_one_thread, map_ahead, thread_count
-from .folder import FIGURES, SHEETS, fingerprint, read_figures
 from .models import CLIP_NAME, ENCODER_NAME, SELFMASK_WEIGHTS, VIT_NAME
 from .scenes import KINDS, index_photo
 
-SEED = 7  # neither training (tools/train_demo_weights.py) nor the choice of the settings below has seen this one
+SEED = 7  # used neither by training (tools/train_demo_weights.py) nor to choose the settings below
 STAGES = ("index", "archive", "pseudolabel", "experts", "train")
-BLOCK = 53  # photos: what `scenes.index_photo` deals the kinds in
+BLOCK = 53  # photos in which `scenes.index_photo` shows each kind equally often
+FIGURES = "demo.json"
+SHEETS = {
+    "scenes.png": "Rendered photos",
+    "masks.png": "Photo, SelfMask alone, refined mask, ground truth",
+    "segments.png": "Scenes of several objects: SelfMask's mask with CLIP's name, the segmenter, ground truth",
+}
 
-# Chosen on photos of another seed. The solver's sigmas are given for photos of 512 pixels: these are of 160. COARSE
-# serves the cut and what takes no learning better than REFINE, which SelfMask's finer masks want.
-SPECTRAL = {"backbone": VIT_NAME, "features": "tokens", "center_features": True, "tau": 0.0, "image_size": 128}
+# Chosen on photos of another seed. The sigmas of the solver are given for photos of 512 pixels; these have about 160.
+# COARSE suits the cut and the baselines, REFINE the finer masks of SelfMask.
+SPECTRAL: dict[str, Any] = {
+    "backbone": VIT_NAME,
+    "features": "tokens",
+    "center_features": True,
+    "tau": 0.0,
+    "image_size": 128,
+}
 DETECTOR = {"name": "selfmask", "backbone": VIT_NAME, "image_size": 160, "scales": [1.0, 1.4], "horizontal_flip": True}
-REFINE = {
+REFINE: dict[str, Any] = {
     "name": "bilateral",
     "largest_component": True,
     "fill_holes": True,
@@ -46,7 +59,8 @@ REFINE = {
 }
 COARSE = REFINE | {"sigma_spatial": 26.0, "sigma_chroma": 6.0, "smoothness": 256.0}
 
-# Short trainings on small photos, from encoders of the demo: photos shrunk less, rates higher than the paper's.
+# Short trainings on small photos from the demo's own encoders: less downscaling and higher learning rates than in the
+# paper.
 LEARNING = {
     "head_channels": 64,
     "crop_size": 96,
@@ -64,17 +78,29 @@ EXPERTS = LEARNING | {
     "lr": 3e-3,
     "encoder_lr": 3e-4,
 }
-# Nothing is pasted: views of 96 pixels have no room, and segmenters are better for it (bench/ABLATIONS.md, seeds 8, 9).
+# No copy-paste: crops of 96 pixels have no room for it, and segmenters score higher without it (seeds 8 and 9 of
+# bench/ABLATIONS.md).
 SEGMENTER = LEARNING | {"encoder": ENCODER_NAME, "steps": 155, "lr": 3e-3, "encoder_lr": 1e-3, "paste_objects": (0, 0)}
 
 
 def run_demo(
     out: Path, *, overwrite: bool = False, blocks: int = 20, best: int = 50, steps: int | None = None, scenes: int = 80
 ) -> dict:
-    """Runs the demo in the folder `out`, or what is left of it to do; prints and returns the figures of demo.json.
+    """Runs the demo in the folder `out`, or the stages that have not finished yet, and prints the figures.
 
-    overwrite: make everything anew. blocks: of 53 photos each. best: photos in the archive of each kind. steps: of the
-    experts' and the segmenter's trainings, instead of the demo's. scenes: that the segmenter is scored on.
+    Args:
+        out: Run folder.
+        overwrite: Render and compute everything again.
+        blocks: Number of blocks of 53 photos.
+        best: Photos in the archive of each kind.
+        steps: Training steps of the experts and of the segmenter, instead of the demo's own numbers.
+        scenes: Number of scenes that the segmenter is scored on.
+
+    Returns:
+        The figures, as in demo.json.
+
+    Raises:
+        UserError: If `out`/photos holds files of other origin, or photos that another version has rendered.
     """
     from .score import print_figures, score
     from .score_scenes import score_scenes
@@ -88,7 +114,7 @@ def run_demo(
         yield
         seconds[stage] = round(time.perf_counter() - start, 1)
 
-    given = {
+    settings = {
         "photos": str((out / "photos").absolute()),
         "categories": list(KINDS),
         "index": {"clip_model": CLIP_NAME},
@@ -105,29 +131,27 @@ def run_demo(
         render(out / "photos", SEED, blocks * BLOCK, overwrite)
     if overwrite:
         with run.locked(out):
-            run.settle(out, given, list(run.STAGES), overwrite)
-    # Where somebody else uses a core too, threads that share each product slow the training of such small networks
-    # several times; and the rounding would depend on their number.
+            run.settle(out, settings, list(run.STAGES), overwrite)
+    # One thread per kernel: on a busy machine, several threads per matrix product slow the training of such small
+    # networks down by a factor of several, and the rounding would depend on their number.
     with kernels_on_one_thread("cuda" if count_gpus(None, 1) else "cpu"):
         for stage in STAGES:
             with timed(stage):
-                run.start(out, given, [stage], workers=1, gpus=None, overwrite=False)
+                run.start(out, settings, [stage], workers=1, gpus=None, overwrite=False)
 
     figures = read_figures(out)
     if figures is None or not all((out / name).exists() for name in (*SHEETS, "report.html")):
         with timed("score"):
-            figures, shown = score(out, SEED, DetectorConfig(**SPECTRAL), RefineConfig(**COARSE))
-            of_scenes, segmented = score_scenes(out, SEED, scenes)
-            figures |= of_scenes
+            figures, examples = score(out, SEED, DetectorConfig(**SPECTRAL), RefineConfig(**COARSE))
+            scene_figures, scene_examples = score_scenes(out, SEED, scenes)
+            figures |= scene_figures
         with timed("report"):
-            drawn = draw_scenes(SEED), draw_masks(shown), draw_segments(segmented)
+            drawn = draw_scenes(SEED), draw_masks(examples), draw_segments(scene_examples)
             for sheet, name in zip(drawn, SHEETS, strict=True):
                 with atomic_write(out / name) as file:
                     sheet.save(file, "png")
-            from ..report import write_report
-
-            write_report(out, dict(zip(SHEETS.values(), drawn, strict=True)))
-        figures |= {"seconds": {**seconds, "all": round(sum(seconds.values()), 1)}, "made_of": fingerprint(out)}
+            write_report(out, SHEETS)
+        figures |= {"seconds": {**seconds, "all": round(sum(seconds.values()), 1)}, "made_of": results_digest(out)}
         with atomic_write(out / FIGURES) as file:
             file.write(json.dumps(figures, indent=1).encode() + b"\n")
     print_figures(figures)
@@ -136,20 +160,33 @@ def run_demo(
     return figures
 
 
+def read_figures(out: Path) -> dict | None:
+    """The figures of an earlier demo in `out`; None if there are none, or if the results have changed since."""
+    try:
+        figures = json.loads((out / FIGURES).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return figures if figures.get("made_of") == results_digest(out) else None
+
+
 def render(folder: Path, seed: int, count: int, overwrite: bool) -> None:
-    """Makes the photos that are not in `folder` yet. Raises UserError where it holds other files, to harm none."""
+    """Renders the photos that are missing in `folder`.
+
+    Raises:
+        UserError: If the folder holds other files, so that the demo never changes photos of the user.
+    """
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
     names = [photo_name(number) for number in range(count)]
-    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    if strangers := sorted(there.difference(names)):
-        raise UserError(f"{folder} holds files that this demo has not made ({strangers[0]}); choose another --out")
+    existing = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if foreign := sorted(existing.difference(names)):
+        raise UserError(f"{folder} holds files that the demo has not rendered ({foreign[0]}); choose another --out")
 
     def draw(number: int) -> None:
         path = folder / names[number]
-        if overwrite or names[number] not in there:
-            # Whole or not at all, as the names with a dot are nobody's photos.
+        if overwrite or names[number] not in existing:
+            # The rename makes the photo appear whole or not at all; names with a leading dot are never read as photos.
             temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
             Image.fromarray(index_photo(seed, number).image).save(temporary, "png", compress_level=1)
             temporary.replace(path)
@@ -161,5 +198,5 @@ def render(folder: Path, seed: int, count: int, overwrite: bool) -> None:
 
 
 def photo_name(number: int) -> str:
-    """What photo `number` of the index is called."""
+    """File name of photo `number`."""
     return f"{number:05}.png"

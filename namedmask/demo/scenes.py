@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The demo world's photos: rendered, seeded, the same bytes on every machine, with exact masks.
+"""Renders the photos of the demo with exact masks. The same seed gives the same bytes on every machine.
 
-A scene is layered back to front: a textured and slightly defocused background, clutter of no kind, one to three named
-objects with soft shadows, things in front that hide a part of them, then the camera: light falling off, a color cast,
-blur and noise. Colors come from one distribution for everything; in a third of the scenes an object even takes the
-background's color. Training sees the photo and its caption only; the masks are for evaluation.
+A scene is layered from back to front: a textured and slightly defocused background, clutter, one to three objects of a
+kind with soft shadows, distractors that hide a part of them, then camera effects: uneven light, a color cast, blur and
+noise. All colors come from one distribution; in a third of the scenes an object has the color of the background. The
+trainings see photos and captions only; the masks are for evaluation.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -20,36 +21,39 @@ from .patterns import BACKGROUNDS, SURFACES, cloud, smooth_noise
 
 KINDS: tuple[str, ...] = tuple(DRAW)
 
-_BLOCK, _EMPTY_IN_BLOCK = (
-    53,
-    5,
-)  # 4 photos of each of the 12 kinds and 5 of none, shuffled: 1,060 photos are 80 of each + 100
+# A block of 53 photos shows each of the 12 kinds 4 times and no object 5 times, shuffled: 1,060 photos show each kind
+# 80 times.
+_BLOCK, _EMPTY_IN_BLOCK = 53, 5
 
 Color = tuple[float, float, float]
 
 
 class Scene(NamedTuple):
-    """One photo and the truth about it."""
+    """One photo with its ground truth."""
 
     image: np.ndarray
     """uint8 [H, W, 3], RGB."""
     masks: np.ndarray
-    """bool [n, H, W]: the visible pixels of each named object; no pixel is in two."""
+    """bool [n, H, W]: the visible pixels of each object; they are disjoint."""
     kinds: tuple[str, ...]
-    """The kind of each object; empty for a photo without any."""
+    """The kind of each object; empty for a photo without objects."""
     colors: tuple[str, ...]
-    """A color word per object."""
+    """A color word for each object."""
     surfaces: tuple[str, ...]
-    """A pattern word per object (a key of patterns.SURFACES)."""
+    """A pattern word for each object (a key of patterns.SURFACES)."""
     background: str
     """A key of patterns.BACKGROUNDS."""
 
 
 def index_photo(seed: int, number: int, size: tuple[int, int] | None = None) -> Scene:
-    """Photo ``number`` of an index: one main object, or none in 5 of 53 photos, among clutter.
+    """Renders a photo for the index: one main object among clutter, or none in 5 of 53 photos.
 
-    ``size`` is (height, width); by default each side is drawn from 128 to 192 pixels. Every block of 53 consecutive
-    numbers that starts at a multiple of 53 holds four photos of each kind.
+    Every block of 53 consecutive numbers that starts at a multiple of 53 shows each kind four times.
+
+    Args:
+        seed: Seed of the set.
+        number: Number of the photo in the set.
+        size: (height, width) in pixels; by default each side is drawn from 128 to 192.
     """
     block = Dice(seed, 1, number // _BLOCK).shuffled(list(KINDS) * 4 + [""] * _EMPTY_IN_BLOCK)
     kind = block[number % _BLOCK]
@@ -57,7 +61,7 @@ def index_photo(seed: int, number: int, size: tuple[int, int] | None = None) -> 
 
 
 def evaluation_scene(seed: int, number: int, size: tuple[int, int] | None = None) -> Scene:
-    """Scene ``number`` of an evaluation set: one to three objects of different kinds."""
+    """Renders a scene for evaluation: one to three objects of different kinds. Arguments as in `index_photo`."""
     dice = Dice(seed, 3, number)
     return _render(dice, dice.shuffled(KINDS)[: dice.integer(1, 4)], size, largest=0.42)
 
@@ -72,18 +76,18 @@ def _hsv(hue: float, saturation: float, value: float) -> Color:
     return r, g, b
 
 
-def _mix(a: Color, b: Color, share: float) -> Color:
-    return (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share, a[2] + (b[2] - a[2]) * share)
+def _mix(a: Color, b: Color, weight: float) -> Color:
+    return (a[0] + (b[0] - a[0]) * weight, a[1] + (b[1] - a[1]) * weight, a[2] + (b[2] - a[2]) * weight)
 
 
 def _any_color(dice: Dice) -> Color:
     return _hsv(dice.random(), 0.05 + 0.75 * dice.random() * dice.random(), dice.uniform(0.28, 0.95))
 
 
-def _kin(dice: Dice, color: Color, reach: float) -> Color:
-    """A color related to another: lighter or darker, a little shifted."""
+def _similar_color(dice: Dice, color: Color, strength: float) -> Color:
+    """A color that is lighter or darker and slightly shifted."""
     target = (250.0, 245.0, 235.0) if dice.chance(0.5) else (18.0, 16.0, 22.0)
-    return _mix(_mix(color, target, dice.uniform(0.3, 1.0) * reach), _any_color(dice), 0.2)
+    return _mix(_mix(color, target, dice.uniform(0.3, 1.0) * strength), _any_color(dice), 0.2)
 
 
 def _color_word(color: Color) -> str:
@@ -108,9 +112,9 @@ def _color_word(color: Color) -> str:
 
 
 class _Thing(NamedTuple):
-    """What to draw and where: center and half size in pixels, a turn, a mirror, a stretch and a shear."""
+    """What to draw and where: center and half size in pixels, rotation, flip, stretch and shear."""
 
-    draw: object
+    draw: Callable[[Canvas], None]
     cx: float
     cy: float
     scale: float
@@ -126,7 +130,7 @@ class _Thing(NamedTuple):
 def _paint(
     image: np.ndarray, thing: _Thing, dice: Dice, light: tuple[float, float, float], shadow: float
 ) -> np.ndarray:
-    """Draw a thing into ``image`` float32 [3, H, W]; gives its pixels, bool [H, W]."""
+    """Draws a thing into ``image``, float32 [3, H, W], and returns its pixels, bool [H, W]."""
     _, height, width = image.shape
     reach = thing.scale * 1.35 * max(thing.stretch, 1.0 / thing.stretch) + 10.0
     top, bottom = max(int(thing.cy - reach), 0), min(int(thing.cy + reach) + 1, height)
@@ -148,7 +152,7 @@ def _paint(
         outline = np.minimum(outline, part.distance)
     window = image[:, top:bottom, left:right]
     if shadow > 0.0:
-        # The outline's distance, softened over many pixels and shifted away from the light, is a soft shadow for free.
+        # The distance to the outline, softened over many pixels and shifted away from the light, gives a soft shadow.
         softness = dice.uniform(5.0, 12.0)
         dark = np.minimum(np.maximum(0.6 - outline * (thing.scale / softness), 0.0), 1.0) * shadow
         shift_x, shift_y = int(-light[0] * 7.0), int(-light[1] * 7.0)
@@ -168,8 +172,8 @@ def _paint(
 
 def _tones(dice: Dice, thing: _Thing) -> dict[str, tuple[Color, Color]]:
     main = thing.color
-    mate = _any_color(dice) if dice.chance(0.35) else _kin(dice, main, 0.5)
-    second = _any_color(dice) if dice.chance(0.35) else _kin(dice, main, 0.45)
+    mate = _any_color(dice) if dice.chance(0.35) else _similar_color(dice, main, 0.5)
+    second = _any_color(dice) if dice.chance(0.35) else _similar_color(dice, main, 0.45)
     light, dark = _mix(main, (245.0, 240.0, 230.0), 0.65), _mix(main, (12.0, 12.0, 16.0), 0.72)
     return {
         "main": (main, mate),
@@ -190,7 +194,7 @@ def _paint_part(
     sharpness: float,
 ) -> None:
     alpha = np.minimum(np.maximum(0.5 - part.distance * sharpness, 0.0), 1.0)
-    # Most parts are small: work only inside the rows and columns that they touch.
+    # Most parts are small: restrict the work to the rows and columns that they touch.
     rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
     if not len(rows):
         return
@@ -220,7 +224,7 @@ def _paint_part(
 
 
 def _soften(image: np.ndarray) -> np.ndarray:
-    """One pass of the binomial filter 1-2-1 over both axes of float32 [..., H, W]; the border row repeats."""
+    """One pass of the binomial filter 1-2-1 over both axes of float32 [..., H, W], with replicated borders."""
     quarter = image * 0.25
     image = quarter + quarter
     image[..., 1:, :] += quarter[..., :-1, :]
@@ -239,7 +243,7 @@ def _soften(image: np.ndarray) -> np.ndarray:
 def _background(dice: Dice, height: int, width: int) -> tuple[np.ndarray, str, Color]:
     name = dice.pick(tuple(BACKGROUNDS))
     first = _any_color(dice)
-    other = _any_color(dice) if dice.chance(0.4) else _kin(dice, first, 0.75)
+    other = _any_color(dice) if dice.chance(0.4) else _similar_color(dice, first, 0.75)
     field = BACKGROUNDS[name](dice, height, width)
     stain = smooth_noise(dice, height, width, dice.uniform(1.0, 4.0), dice.uniform(1.0, 4.0)) * dice.uniform(0.0, 0.35)
     third = _any_color(dice)
@@ -247,7 +251,7 @@ def _background(dice: Dice, height: int, width: int) -> tuple[np.ndarray, str, C
     for channel in range(3):
         paint = field * (other[channel] - first[channel]) + first[channel]
         image[channel] = paint + (third[channel] - paint) * stain
-    if dice.chance(0.1):  # now and then a wall and a floor
+    if dice.chance(0.1):  # sometimes a wall and a floor
         line = int(height * dice.uniform(0.25, 0.6))
         below = _any_color(dice)
         again = BACKGROUNDS[dice.pick(tuple(BACKGROUNDS))](dice, height, width)[line:]
@@ -258,8 +262,8 @@ def _background(dice: Dice, height: int, width: int) -> tuple[np.ndarray, str, C
     return image, name, _mix(first, other, 0.5)
 
 
-def _turn(dice: Dice, kind: str) -> float:
-    """An angle in turns: things that stand are tilted by at most 50 degrees, the others lie anyhow."""
+def _angle(dice: Dice, kind: str) -> float:
+    """An angle in turns: at most 50 degrees for upright kinds, any angle for the others."""
     return (dice.random() + dice.random() - 1.0) * 0.14 if kind in UPRIGHT else dice.random()
 
 
@@ -272,7 +276,7 @@ def _render(dice: Dice, kinds: list[str], size: tuple[int, int] | None, largest:
     light = (turn[0] * steep, turn[1] * steep, math.sqrt(1.0 - steep * steep))
     shadow = dice.uniform(0.1, 0.6)
 
-    def loose(scale: float, blur: float) -> _Thing:
+    def distractor(scale: float, blur: float) -> _Thing:
         color = _mix(ground, _any_color(dice), dice.uniform(0.2, 1.0))
         return _Thing(
             lump, dice.uniform(0.0, width), dice.uniform(0.0, height), scale, dice.random(), 1.0,
@@ -280,7 +284,7 @@ def _render(dice: Dice, kinds: list[str], size: tuple[int, int] | None, largest:
         )  # fmt: skip
 
     for _ in range(dice.integer(1, 6) if kinds else dice.integer(4, 9)):
-        _paint(image, loose(short * dice.uniform(0.05, 0.13), dice.uniform(1.0, 2.0)), dice, light, shadow)
+        _paint(image, distractor(short * dice.uniform(0.05, 0.13), dice.uniform(1.0, 2.0)), dice, light, shadow)
 
     masks: list[np.ndarray] = []
     drawn: list[tuple[str, str, str]] = []
@@ -291,7 +295,7 @@ def _render(dice: Dice, kinds: list[str], size: tuple[int, int] | None, largest:
         color = _mix(ground, _any_color(dice), dice.uniform(0.0, 0.3)) if camouflage else _any_color(dice)
         surface = dice.pick(tuple(SURFACES)) if dice.chance(0.7) else "plain"
         thing = _Thing(
-            DRAW[kind], cx, cy, scale, _turn(dice, kind), dice.sign(), dice.uniform(0.86, 1.16),
+            DRAW[kind], cx, cy, scale, _angle(dice, kind), dice.sign(), dice.uniform(0.86, 1.16),
             dice.uniform(-0.15, 0.15), color, surface, dice.uniform(0.8, 1.3),
         )  # fmt: skip
         mask = _paint(image, thing, dice, light, shadow)
@@ -300,7 +304,7 @@ def _render(dice: Dice, kinds: list[str], size: tuple[int, int] | None, largest:
         drawn.append((kind, _color_word(color), surface))
 
     if kinds and dice.chance(0.4):
-        masks = _cover(image, dice, masks, loose, light)
+        masks = _cover(image, dice, masks, distractor, light)
     image = _camera(image, dice)
     kept = [index for index, mask in enumerate(masks) if mask.sum() >= 60]
     stack = np.stack([masks[i] for i in kept]) if kept else np.zeros((0, height, width), dtype=bool)
@@ -309,7 +313,7 @@ def _render(dice: Dice, kinds: list[str], size: tuple[int, int] | None, largest:
 
 
 def _centers(dice: Dice, count: int, height: int, width: int) -> list[tuple[float, float]]:
-    """Where the objects stand: anywhere not too near the border, and apart from each other when there are several."""
+    """Centers of the objects: not too close to the border, and apart from each other."""
     if count == 1:
         return [(width * dice.uniform(0.32, 0.68), height * dice.uniform(0.32, 0.68))]
     start, step = dice.random(), 1.0 / max(count, 1)
@@ -322,16 +326,20 @@ def _centers(dice: Dice, count: int, height: int, width: int) -> list[tuple[floa
 
 
 def _cover(
-    image: np.ndarray, dice: Dice, masks: list[np.ndarray], loose, light: tuple[float, float, float]
+    image: np.ndarray,
+    dice: Dice,
+    masks: list[np.ndarray],
+    distractor: Callable[[float, float], _Thing],
+    light: tuple[float, float, float],
 ) -> list[np.ndarray]:
-    """Put a thing of no kind in front of an object; given up when it would hide more than a third of any."""
+    """Puts a distractor in front of an object, unless it would hide more than a third of any object."""
     _, height, width = image.shape
     target = dice.pick(masks)
     rows, columns = np.nonzero(target)
     if not len(rows):
         return masks
     at = dice.integer(0, len(rows))
-    thing = loose(min(height, width) * dice.uniform(0.08, 0.2), dice.uniform(1.0, 1.8))
+    thing = distractor(min(height, width) * dice.uniform(0.08, 0.2), dice.uniform(1.0, 1.8))
     thing = thing._replace(cx=float(columns[at]), cy=float(rows[at]))
     before = image.copy()
     mask = _paint(image, thing, dice, light, 0.3)
@@ -342,7 +350,7 @@ def _cover(
 
 
 def _camera(image: np.ndarray, dice: Dice) -> np.ndarray:
-    """Light falling off, color cast, blur, noise, rounding: float32 [3, H, W] -> uint8 [H, W, 3]."""
+    """Uneven light, color cast, blur, noise, rounding: float32 [3, H, W] -> uint8 [H, W, 3]."""
     _, height, width = image.shape
     x = np.arange(width, dtype=np.float32)[None, :] * np.float32(1.0 / width) - 0.5
     y = np.arange(height, dtype=np.float32)[:, None] * np.float32(1.0 / height) - 0.5
@@ -353,8 +361,8 @@ def _camera(image: np.ndarray, dice: Dice) -> np.ndarray:
     for channel in range(3):
         image[channel] *= fall * dice.uniform(0.92, 1.08)
     if dice.chance(0.6):
-        share = dice.uniform(0.2, 1.0)
-        image += (_soften(image) - image) * share
+        weight = dice.uniform(0.2, 1.0)
+        image += (_soften(image) - image) * weight
     grain = dice.bytes_field(2, 3, height, width)
     strength = dice.uniform(0.01, 0.07)
     image += (grain[0].astype(np.float32) - grain[1].astype(np.float32)) * strength

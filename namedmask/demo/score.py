@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""What the demo's masks are worth: the truth is rendered again from the seed, where no stage of the pipeline sees it.
+"""Scores the masks of the demo. The ground truth is rendered again from the seed; no stage of the pipeline sees it.
 
-- `archive_precision_at_50`: the share of a kind's archive that shows the kind.
-- `trivial_baseline_iou`, `spectral_iou`, `detector_iou`, `refined_iou`, `experts_iou`: the mean IoU with the visible
-  pixels of the object, over the photos of a kind's archive that show the kind: the same photos for all. What was
-  retrieved wrongly has no true mask and is counted by the precision. A kind without any such photo counts as 0.
-- `detector_iou` is of the detector's masks as they are; `spectral_iou` of the cut's, which the detector's network was
-  trained on, refined; the baseline's are refined too, both with the settings that serve them best, and it is the one of
-  `baselines.py` with the highest mean on every fourth photo (`all`).
+- `archive_precision_at_50`: fraction of the photos in the archive of a kind that show the kind.
+- `trivial_baseline_iou`, `spectral_iou`, `detector_iou`, `refined_iou`, `experts_iou`: mean IoU with the visible pixels
+  of the object, over the photos in the archive of a kind that show the kind; the same photos for all. Photos that were
+  retrieved by mistake have no true mask and lower the precision only. A kind without any such photo counts as 0.
+- `detector_iou` scores the masks of the detector without refinement. `spectral_iou` scores the refined masks of the
+  cut, which the detector's network was trained on. The baseline is the one of `baselines.py` with the highest mean on
+  every fourth photo (`all`), refined. The cut and the baselines are refined with the settings that suit them best.
 
-A mean is that of the kinds.
+Means are over the kinds.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ from ..record import read_config
 from ..threads import kernels_on_one_thread, map_ahead
 from .scenes import Scene, index_photo
 
-SAMPLED = 4  # of the photos one is compared with all baselines
-SHOWN = 2  # photos a kind on the contact sheet: the first of its archive and the one in the middle
+SAMPLE_EVERY = 4  # one photo in four is compared with all baselines
+SHOWN = 2  # photos per kind on the contact sheet: the first of the archive and the middle one
+
+Baseline = Callable[[np.ndarray], np.ndarray]  # a photo -> a mask, as in `baselines.py`
 
 
-Guess = Callable[[np.ndarray], np.ndarray]  # a photo -> a mask, as in `baselines.py`
-
-
-class Shown(NamedTuple):
-    """A photo for the contact sheet: uint8 [H, W, 3], its kind, and masks, bool [H, W]."""
+class ScoredPhoto(NamedTuple):
+    """A photo for the contact sheet, uint8 [H, W, 3], with its kind and masks, bool [H, W]."""
 
     image: np.ndarray
     kind: str
@@ -51,11 +50,20 @@ class Shown(NamedTuple):
     truth: np.ndarray
 
 
-def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) -> tuple[dict, list[Shown]]:
-    """Compares the masks of the run folder `out` with the truth: (figures as demo.json holds them, what to look at).
+def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) -> tuple[dict, list[ScoredPhoto]]:
+    """Compares the masks of a run folder with the ground truth.
 
-    spectral: the settings of the cut, to be scored beside the run's own detector; coarse: those that refine the cut's
-    masks and the baselines'.
+    Args:
+        out: Run folder of the demo.
+        seed: Seed of the photos.
+        spectral: Settings of the cut, which is scored in addition to the run's own detector.
+        coarse: Settings that refine the masks of the cut and of the baselines.
+
+    Returns:
+        The figures, as in demo.json, and photos for the contact sheet.
+
+    Raises:
+        UserError: If a photo differs from the one that this version renders.
     """
     import torch
 
@@ -64,7 +72,7 @@ def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) 
 
     config, archive = read_config(out), read_archive(out / "archive.json")
     source, refiner = PhotoSource(config.photos), Refiner(coarse)
-    trivial = baselines(spectral.image_size, spectral.features, spectral.tau, spectral.center_features)
+    candidates = baselines(spectral.image_size, spectral.features, spectral.tau, spectral.center_features)
     names = sorted({entry.photo for entries in archive.photos.values() for entry in entries})
     retrieved = {name: {entry.photo for entry in archive.photos[name]} for name in archive.categories}
 
@@ -72,78 +80,74 @@ def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) 
         progress.total = 2 * len(names)
         refined, experts = _masks(out / "masks"), _experts_masks(out / "refined")
         alone = _masks(out / "detected")
-        cut = _remade(
-            out,
-            config.model_copy(
-                update={
-                    "detector": spectral,
-                    "refine": coarse,
-                    "pseudolabel": config.pseudolabel.model_copy(update={"keep_detected": False}),
-                }
-            ),
-            progress,
-        )
+        masks_only = config.pseudolabel.model_copy(update={"keep_detected": False})
+        changes = {"detector": spectral, "refine": coarse, "pseudolabel": masks_only}
+        spectral_config = config.model_copy(update=changes)
+        cut = _masks_with(out, spectral_config, progress)
 
-        def compare(name: str, guesses: Mapping[str, Guess]) -> tuple[Scene, dict[str, float]]:
+        def compare(name: str, baselines: Mapping[str, Baseline]) -> tuple[Scene, dict[str, float]]:
             scene, photo = index_photo(seed, int(Path(name).stem)), source.decode(name)
             if not np.array_equal(scene.image, photo.pixels):
                 raise UserError(
-                    f"{Path(config.photos) / name} is not what this version renders; start anew with --overwrite"
+                    f"{Path(config.photos) / name} is not what this version renders; start over with --overwrite"
                 )
             if not scene.kinds or name not in retrieved[scene.kinds[0]]:
                 return scene, {}
             masks = {"spectral": cut[name], "detector": alone[name], "refined": refined[name]}
             masks["experts"] = experts[name, scene.kinds[0]]
-            guessed = [torch.from_numpy(guess(photo.pixels)).float() for guess in guesses.values()]
-            softs = refiner.refine([photo] * len(guesses), guessed)
-            masks |= {baseline: (soft > 0.5).numpy() for baseline, soft in zip(guesses, softs, strict=True)}
-            return scene, {who: iou(mask, scene.masks[0]) for who, mask in masks.items()}
+            targets = [torch.from_numpy(baseline(photo.pixels)).float() for baseline in baselines.values()]
+            softs = refiner.refine([photo] * len(targets), targets)
+            masks |= {baseline: (soft > 0.5).numpy() for baseline, soft in zip(baselines, softs, strict=True)}
+            return scene, {method: iou(mask, scene.masks[0]) for method, mask in masks.items()}
 
-        found: dict[str, tuple[Scene, dict[str, float]]] = {}
+        scores: dict[str, tuple[Scene, dict[str, float]]] = {}
         with kernels_on_one_thread("cpu") as threads:
-            # A part of the photos tells which baseline is the strongest; it alone is compared on all of them.
-            sample = map_ahead(lambda name: compare(name, trivial)[1], names[::SAMPLED], threads)
-            tried = [values for values in sample if values]
-            means = {who: float(np.mean([values[who] for values in tried])) if tried else 0.0 for who in trivial}
-            strongest = max(means, key=lambda who: means[who])
-            best = {strongest: trivial[strongest]}
+            # A sample of the photos decides which baseline is the strongest. Only that one is compared on all photos.
+            sample = map_ahead(lambda name: compare(name, candidates)[1], names[::SAMPLE_EVERY], threads)
+            sampled = [ious for ious in sample if ious]
+            means = {
+                method: float(np.mean([ious[method] for ious in sampled])) if sampled else 0.0 for method in candidates
+            }
+            strongest = max(means, key=lambda method: means[method])
+            best = {strongest: candidates[strongest]}
             for name, result in zip(names, map_ahead(lambda name: compare(name, best), names, threads), strict=True):
-                found[name] = result
+                scores[name] = result
                 progress.advance(1)
 
     precision, shown = {}, []
-    ious: dict[str, dict[str, float]] = {who: {} for who in ("spectral", "detector", "refined", "experts", strongest)}
+    methods = ("spectral", "detector", "refined", "experts", strongest)
+    mean_ious: dict[str, dict[str, float]] = {method: {} for method in methods}
     for category in archive.categories:
         entries = [entry.photo for entry in archive.photos[category]]
-        right = [name for name in entries if found[name][0].kinds == (category,)]
-        precision[category] = len(right) / max(1, len(entries))
-        for who, values in ious.items():
-            values[category] = float(np.mean([found[name][1][who] for name in right])) if right else 0.0
-        for name in right[:: max(1, len(right) // SHOWN)][:SHOWN]:
-            scene = found[name][0]
-            shown.append(Shown(scene.image, category, alone[name], refined[name], scene.masks[0]))
+        correct = [name for name in entries if scores[name][0].kinds == (category,)]
+        precision[category] = len(correct) / max(1, len(entries))
+        for method, values in mean_ious.items():
+            values[category] = float(np.mean([scores[name][1][method] for name in correct])) if correct else 0.0
+        for name in correct[:: max(1, len(correct) // SHOWN)][:SHOWN]:
+            scene = scores[name][0]
+            shown.append(ScoredPhoto(scene.image, category, alone[name], refined[name], scene.masks[0]))
 
     figures = {
         "archive_precision_at_50": _figure(precision),
-        "trivial_baseline_iou": _figure(ious[strongest])
-        | {"name": strongest, "all": {who: round(mean, 4) for who, mean in means.items()}},
-        "spectral_iou": _figure(ious["spectral"]),
-        "detector_iou": _figure(ious["detector"]),
-        "refined_iou": _figure(ious["refined"]),
-        "experts_iou": _figure(ious["experts"]),
+        "trivial_baseline_iou": _figure(mean_ious[strongest])
+        | {"name": strongest, "all": {method: round(mean, 4) for method, mean in means.items()}},
+        "spectral_iou": _figure(mean_ious["spectral"]),
+        "detector_iou": _figure(mean_ious["detector"]),
+        "refined_iou": _figure(mean_ious["refined"]),
+        "experts_iou": _figure(mean_ious["experts"]),
         "photos_per_category": config.archive.photos_per_category,
-        "photos_compared": sum(bool(values) for _, values in found.values()),
+        "photos_compared": sum(bool(ious) for _, ious in scores.values()),
     }
     return figures, shown
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two masks, bool [H, W]; 0 where both are empty."""
+    """Intersection over union of two masks, bool [H, W]; 0 if both are empty."""
     return float((a & b).sum() / max(1, (a | b).sum()))
 
 
 def print_figures(figures: Mapping) -> None:
-    """The table of demo.json's figures, and where the time went."""
+    """Prints the figures of demo.json as tables, and the seconds of each stage."""
     baseline = figures["trivial_baseline_iou"]
     columns = {
         f"precision at {figures['photos_per_category']}": "archive_precision_at_50",
@@ -157,14 +161,14 @@ def print_figures(figures: Mapping) -> None:
     columns = {"mask + CLIP's name": "pseudo_miou", "segmenter": "segmenter_miou"}
     _print_table("IoU on scenes of one to three objects", figures, columns, "class")
     print(
-        "what takes no learning, refined, on every fourth photo: "
-        + ", ".join(f"{who} {mean:.3f}" for who, mean in baseline["all"].items())
+        "baselines without learning, refined, on every fourth photo: "
+        + ", ".join(f"{method} {mean:.3f}" for method, mean in baseline["all"].items())
     )
     print(", ".join(f"{stage} {taken:.1f} s" for stage, taken in figures["seconds"].items()))
 
 
 def _print_table(title: str, figures: Mapping, columns: Mapping[str, str], rows: str) -> None:
-    """columns: heading -> key of `figures`. A row for each category of the first, which all have, and their mean."""
+    """Prints a row for each category and one for the mean. `columns` maps headings to keys of `figures`."""
     table = Table(title=title, title_justify="left")
     table.add_column(rows)
     for column in columns:
@@ -183,17 +187,17 @@ def _figure(per_category: Mapping[str, float]) -> dict:
 
 
 def _masks(folder: Path) -> dict[str, np.ndarray]:
-    """Each photo's mask, bool [H, W]; retrieved for two kinds, it has the same mask twice."""
+    """The mask of each photo, bool [H, W]. A photo that was retrieved for two kinds has the same mask twice."""
     return {record.photo: record.mask() for record in read_masks(folder)}
 
 
 def _experts_masks(folder: Path) -> dict[tuple[str, str], np.ndarray]:
-    """Each photo's masks by photo and category, bool [H, W]: every expert has its own."""
+    """The masks of the experts by photo and category, bool [H, W]."""
     return {(record.photo, record.category): record.mask() for record in read_masks(folder)}
 
 
-def _remade(out: Path, config: RunConfig, progress: Progress) -> dict[str, np.ndarray]:
-    """What other settings make of the same archive, by the pipeline's own engine."""
+def _masks_with(out: Path, config: RunConfig, progress: Progress) -> dict[str, np.ndarray]:
+    """The masks that the pipeline computes for the same archive with other settings."""
     from ..pseudolabel import pseudolabel
 
     device = "cuda" if count_gpus(None, 1) else "cpu"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What the demo's segmenter is worth on scenes of one to three objects, which no stage of the pipeline has seen.
+"""Scores the segmenter of the demo on scenes of one to three objects, which no stage of the pipeline has seen.
 
-- `segmenter_miou`: its mean IoU over the kinds and the background, one confusion matrix over all scenes.
-- `pseudo_miou`: the same of what it was taught by, applied to the scenes themselves: the detector's refined mask,
-  named by what CLIP finds likeliest. One mask with one name for each scene, as pseudo-masks are.
+- `segmenter_miou`: mean IoU over the kinds and the background, from one confusion matrix over all scenes.
+- `pseudo_miou`: the same for pseudo-labels of the scenes: the refined mask of the detector with the most likely kind
+  according to CLIP, one mask and one kind for each scene.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..evaluate.metrics import Confusion
 from ..formats import BACKGROUND
 from ..index import make_embedder
 from ..masks import read_masks
-from ..photos import PhotoSource
+from ..photos import PhotoError, PhotoSource
 from ..progress import Progress
 from ..pseudolabel import pseudolabel
 from ..record import read_config
@@ -36,7 +36,7 @@ SHOWN = 16
 
 
 class ShownScene(NamedTuple):
-    """A scene for the contact sheet: uint8 [H, W, 3], and labels uint8 [H, W], 0 or 1 + the kind's place."""
+    """A scene for the contact sheet, uint8 [H, W, 3], with labels uint8 [H, W]: 0 or 1 + the index of the kind."""
 
     image: np.ndarray
     pseudo: np.ndarray
@@ -45,7 +45,7 @@ class ShownScene(NamedTuple):
 
 
 def render_scenes(folder: Path, seed: int, count: int) -> list[np.ndarray]:
-    """Renders evaluation scenes as 00000.png, ... and gives their true labels, uint8 [H, W]: 0, or 1 + the kind's."""
+    """Renders evaluation scenes as 00000.png, ... and returns their true labels, uint8 [H, W], as in `ShownScene`."""
 
     def draw(number: int) -> np.ndarray:
         scene = evaluation_scene(seed, number)
@@ -59,7 +59,16 @@ def render_scenes(folder: Path, seed: int, count: int) -> list[np.ndarray]:
 
 
 def score_scenes(out: Path, seed: int, count: int) -> tuple[dict[str, dict], list[ShownScene]]:
-    """Figures as demo.json holds them, of the segmenter in the run folder `out`, and what to look at."""
+    """Scores the segmenter of a run folder.
+
+    Args:
+        out: Run folder of the demo.
+        seed: Seed of the scenes.
+        count: Number of scenes.
+
+    Returns:
+        The figures, as in demo.json, and scenes for the contact sheet.
+    """
     config = read_config(out)
     device = "cuda" if count_gpus(None, 1) else "cpu"
     with tempfile.TemporaryDirectory() as folder, Progress("scenes", Worker()) as progress:
@@ -69,7 +78,8 @@ def score_scenes(out: Path, seed: int, count: int) -> tuple[dict[str, dict], lis
         truth = render_scenes(photos, seed, count)
         source = PhotoSource(str(photos))
         names = [f"{number:05}.png" for number in range(count)]
-        figures, first = {}, {}
+        figures: dict[str, dict] = {}
+        first: dict[str, list[np.ndarray]] = {}
         for key, predictions in (
             ("pseudo_miou", _pseudo_labels(source, names, config, Path(folder, "masks"), device)),
             ("segmenter_miou", _segmented(source, names, out / "segmenter", device)),
@@ -80,8 +90,8 @@ def score_scenes(out: Path, seed: int, count: int) -> tuple[dict[str, dict], lis
                 if len(first[key]) < SHOWN:
                     first[key].append(labels)
                 progress.advance(1)
-            found = as_json(confusion.metrics(), (BACKGROUND, *KINDS), count)
-            figures[key] = {"mean": found["mean_iou"], "per_category": found["iou"]}
+            metrics = as_json(confusion.metrics(), (BACKGROUND, *KINDS), count)
+            figures[key] = {"mean": metrics["mean_iou"], "per_category": metrics["iou"]}
         images = [source.decode(name).pixels for name in names[:SHOWN]]
         shown = [ShownScene(*row) for row in zip(images, *first.values(), truth, strict=False)]
     return figures, shown
@@ -98,13 +108,15 @@ def _segmented(source: PhotoSource, names: list[str], weights: Path, device: str
 def _pseudo_labels(
     source: PhotoSource, names: list[str], config: RunConfig, folder: Path, device: str
 ) -> Iterator[np.ndarray]:
-    """The pipeline's own engine on an archive in which each scene has the one category that CLIP finds likeliest."""
+    """The masks that the pipeline computes if the archive has each scene under its most likely kind, in label maps."""
     clip = make_embedder(config.index, device)
     text = clip.texts(KINDS, prompts())
     photos: dict[str, list[Retrieved]] = {kind: [] for kind in KINDS}
     for name, embedding in clip.images(source, names):
-        likeness = text @ embedding
-        photos[KINDS[int(likeness.argmax())]].append(Retrieved(name, float(likeness.max())))
+        if isinstance(embedding, PhotoError):
+            raise embedding
+        similarity = text @ embedding
+        photos[KINDS[int(similarity.argmax())]].append(Retrieved(name, float(similarity.max())))
     folder.mkdir()
     config = config.model_copy(update={"pseudolabel": config.pseudolabel.model_copy(update={"keep_detected": False})})
     pseudolabel(source, Archive(list(KINDS), photos), folder, config, Worker(), device, lambda *_, **__: None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Contact sheets: what the demo's photos look like, and what its masks do."""
+"""Contact sheets of the demo's photos, masks and segmentations."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from PIL import Image, ImageDraw
 
 from ..segmenter.folder import overlay
 from .scenes import KINDS, evaluation_scene, index_photo
-from .score import Shown
+from .score import ScoredPhoto
 from .score_scenes import ShownScene
 
-TILE = 128  # pixels a side
-LABEL = 16  # pixels for the line below
+TILE = 128  # pixels per side
+LABEL = 16  # pixels for the label below a tile
 TINT = (255, 40, 140)
 
 
 def draw_scenes(seed: int, per_kind: int = 4) -> Image.Image:
-    """The first photos of each kind in the index, one of none, and evaluation scenes."""
+    """The first photos of each kind in the index, and evaluation scenes."""
     chosen: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     number = 0
     while any(len(photos) < per_kind for photos in chosen.values()):
@@ -34,25 +34,25 @@ def draw_scenes(seed: int, per_kind: int = 4) -> Image.Image:
     return _grid(tiles, columns=12)
 
 
-def draw_masks(shown: Sequence[Shown]) -> Image.Image:
-    """Photo, detector's mask, refined mask and truth, two photos a row."""
+def draw_masks(photos: Sequence[ScoredPhoto]) -> Image.Image:
+    """Photo, mask of the detector, refined mask and ground truth, two photos per row."""
     tiles = []
-    for one in shown:
-        tiles.append((one.image, one.kind))
-        for mask, label in ((one.detector, "detector"), (one.refined, "refined"), (one.truth, "truth")):
-            tiles.append((_tinted(one.image, mask), label))
+    for photo in photos:
+        tiles.append((photo.image, photo.kind))
+        for mask, label in ((photo.detector, "detector"), (photo.refined, "refined"), (photo.truth, "truth")):
+            tiles.append((_tinted(photo.image, mask), label))
     return _grid(tiles, columns=8)
 
 
-def draw_segments(shown: Sequence[ShownScene]) -> Image.Image:
-    """Scene, the named pseudo-mask, the segmenter's labels and the truth, a color a kind, two scenes a row."""
+def draw_segments(scenes: Sequence[ShownScene]) -> Image.Image:
+    """Scene, pseudo-label, prediction of the segmenter and ground truth, one color per kind, two scenes per row."""
     tiles = []
-    for one in shown:
-        tiles.append((one.image, "scene"))
-        for labels, caption in ((one.pseudo, "CLIP"), (one.segmented, "found"), (one.truth, "truth")):
-            share = np.bincount(labels.ravel(), minlength=len(KINDS) + 1)[1:] / labels.size
-            kinds = [KINDS[place] for place in np.argsort(-share)[:2] if share[place] > 0.01]
-            tiles.append((overlay(one.image, labels), f"{caption}: {', '.join(kinds)}"))
+    for scene in scenes:
+        tiles.append((scene.image, "scene"))
+        for labels, caption in ((scene.pseudo, "CLIP"), (scene.segmented, "segmenter"), (scene.truth, "truth")):
+            area = np.bincount(labels.ravel(), minlength=len(KINDS) + 1)[1:] / labels.size
+            kinds = [KINDS[index] for index in np.argsort(-area)[:2] if area[index] > 0.01]
+            tiles.append((overlay(scene.image, labels), f"{caption}: {', '.join(kinds)}"))
     return _grid(tiles, columns=8)
 
 

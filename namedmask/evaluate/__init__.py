@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""How good label maps are: `metrics` counts, `folders` finds the pairs and reads them."""
+"""Evaluation of label maps: `metrics` computes the metrics, `folders` pairs and reads the files."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Folders of label maps compared: the pairs by name, the confusion matrix over all of them, the table, the JSON."""
+"""Compares folders of label maps: pairs files by name, accumulates a confusion matrix, writes a table and JSON."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     from ..photos import PhotoSource
     from ..segmenter.predict import Segmenter
 
-IGNORED = 255  # the id that is left out, where no class has it
-IGNORED_RED_GREEN = 1000  # ImageNet-S's
-IGNORED_16_BIT = 0xFFFF  # where 255 is a class
+IGNORED = 255  # the ignored id, unless it is a class
+IGNORED_RED_GREEN = 1000  # in color files of ImageNet-S
+IGNORED_16_BIT = 0xFFFF  # if 255 is a class
 
 
 def label_maps(folder: Path) -> dict[str, Path]:
-    """The PNG files of a folder and its sub-folders by their names, "sub/photo" for sub/photo.png."""
+    """Returns the PNG files of a folder and its subfolders by name: "sub/photo" for sub/photo.png.
+
+    Raises:
+        UserError: If there are none.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of PNG masks")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".png")
@@ -39,14 +43,23 @@ def label_maps(folder: Path) -> dict[str, Path]:
 
 
 def default_ignore(classes: int, red_green: bool) -> int:
-    """The id that truth uses for pixels that do not count, as the benchmarks write it."""
+    """Returns the id that benchmarks use for ignored pixels of the ground truth."""
     if red_green:
         return IGNORED_RED_GREEN
     return IGNORED if classes <= IGNORED else IGNORED_16_BIT
 
 
 def new_confusion(categories: list[str], ignore: int | None, red_green: bool) -> Confusion:
-    """Counts for the background and the categories; UserError where the ignored id is that of a class."""
+    """Creates a confusion matrix for the background and the categories.
+
+    Args:
+        categories: Names of classes 1, 2, ...
+        ignore: The ignored id; None: `default_ignore`.
+        red_green: Whether the ground truth consists of color files of ImageNet-S.
+
+    Raises:
+        UserError: If the ignored id is a class.
+    """
     classes = len(categories) + 1
     ignore = default_ignore(classes, red_green) if ignore is None else ignore
     try:
@@ -56,13 +69,17 @@ def new_confusion(categories: list[str], ignore: int | None, red_green: bool) ->
 
 
 def read_categories(folder: Path) -> list[str]:
-    """The names in categories.json of a folder; UserError where there is none."""
+    """Returns the names in categories.json of a folder.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
     try:
         return json.loads((folder / "categories.json").read_text(encoding="utf-8"))["categories"]
     except FileNotFoundError:
         raise UserError(
-            f"there is no categories.json in {folder}: give the names of the classes after the background with "
-            "--categories-file FILE, one a line"
+            f"there is no categories.json in {folder}: pass the names of the classes without the background, one per "
+            "line, with --categories-file FILE"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'categories.json'} cannot be read: {error}") from None
@@ -75,10 +92,21 @@ def compare(
     red_green: bool,
     advance: Callable[[int], None],
 ) -> None:
-    """Adds every photo to `confusion`: predicted gives names of `truth` with labels [H, W]; `advance(1)` after each."""
+    """Adds photos to a confusion matrix.
 
-    def count(one: tuple[str, np.ndarray]) -> np.ndarray:
-        name, labels = one
+    Args:
+        predicted: Yields names of `truth` with predicted labels [H, W].
+        truth: Files of the ground truth by name.
+        confusion: The matrix.
+        red_green: Whether the ground truth consists of color files of ImageNet-S.
+        advance: Called as `advance(1)` after each photo.
+
+    Raises:
+        UserError: If a file cannot be read, if sizes differ, or if an id is not a class.
+    """
+
+    def count(prediction: tuple[str, np.ndarray]) -> np.ndarray:
+        name, labels = prediction
         try:
             return confusion.count(labels, read_label_map(truth[name], red_green))
         except ValueError as error:
@@ -92,45 +120,67 @@ def compare(
 def evaluate_folders(
     predictions: Path, truth: Path, categories: list[str] | None, ignore: int | None, red_green: bool
 ) -> dict:
-    """The figures (`as_json`) of the masks in `predictions` against those in `truth`, matched by name.
+    """Compares the label maps in two folders, matched by name.
 
-    categories: names of classes 1, 2, ...; None: those in categories.json of `predictions`.
-    ignore:     the id in `truth` that does not count; None: `default_ignore`.
-    Errors:     UserError for a true mask without a prediction, other sizes, ids that are no class.
+    Args:
+        predictions: Folder of the predictions, or the output folder of `namedmask segment`.
+        truth: Folder of the ground truth.
+        categories: Names of classes 1, 2, ...; None: those in categories.json of `predictions`.
+        ignore: Ignored id of the ground truth; None: `default_ignore`.
+        red_green: Whether the ground truth consists of color files of ImageNet-S.
+
+    Returns:
+        The metrics, see `as_json`.
+
+    Raises:
+        UserError: If a prediction is missing, if sizes differ, or if an id is not a class.
     """
     if categories is None:
         categories = read_categories(predictions)
-    if (predictions / "masks").is_dir():  # what `namedmask segment` has made
+    if (predictions / "masks").is_dir():  # the output of `namedmask segment`
         predictions = predictions / "masks"
-    found, wanted = label_maps(predictions), label_maps(truth)
-    if missing := [name for name in wanted if name not in found]:
+    predicted_paths, true_paths = label_maps(predictions), label_maps(truth)
+    if missing := [name for name in true_paths if name not in predicted_paths]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{wanted[missing[0]]}{more}: there is no mask of that name in {predictions}")
+        raise UserError(f"{true_paths[missing[0]]}{more}: there is no mask of that name in {predictions}")
     confusion = new_confusion(categories, ignore, red_green)
+    predicted = ((name, read_label_map(predicted_paths[name])) for name in true_paths)
     with Progress("evaluate", Worker()) as progress:
-        progress.total = len(wanted)
-        compare(
-            ((name, read_label_map(found[name])) for name in wanted), wanted, confusion, red_green, progress.advance
-        )
-    return as_json(confusion.metrics(), [BACKGROUND, *categories], len(wanted))
+        progress.total = len(true_paths)
+        compare(predicted, true_paths, confusion, red_green, progress.advance)
+    return as_json(confusion.metrics(), [BACKGROUND, *categories], len(true_paths))
 
 
 def evaluate_segmenter(
     segmenter: Segmenter, source: PhotoSource, truth: Path, ignore: int | None, red_green: bool
 ) -> dict:
-    """The same of what a segmenter finds in those photos of `source` that `truth` has masks of; nothing is written."""
+    """Compares the predictions of a segmenter with the label maps in a folder. Writes no files.
+
+    Args:
+        segmenter: The segmenter.
+        source: Photos; those without a label map in `truth` are skipped.
+        truth: Folder of the ground truth.
+        ignore: Ignored id of the ground truth; None: `default_ignore`.
+        red_green: Whether the ground truth consists of color files of ImageNet-S.
+
+    Returns:
+        The metrics, see `as_json`.
+
+    Raises:
+        UserError: If a photo is missing, if sizes differ, or if an id is not a class.
+    """
     from ..segmenter.folder import predictions
 
-    wanted = label_maps(truth)
+    true_paths = label_maps(truth)
     confusion = new_confusion(segmenter.names[1:], ignore, red_green)
     with Progress("evaluate", Worker()) as progress:
-        progress.total = len(wanted)
-        compare(predictions(segmenter, source, set(wanted)), wanted, confusion, red_green, progress.advance)
-    return as_json(confusion.metrics(), segmenter.names, len(wanted))
+        progress.total = len(true_paths)
+        compare(predictions(segmenter, source, set(true_paths)), true_paths, confusion, red_green, progress.advance)
+    return as_json(confusion.metrics(), segmenter.names, len(true_paths))
 
 
 def as_json(metrics: Metrics, classes: Sequence[str], photos: int) -> dict:
-    """The metrics as fractions, None where there is nothing to say."""
+    """Returns the metrics as fractions, by name of the metric and of the class; undefined ones are None."""
 
     def number(value: float) -> float | None:
         return None if math.isnan(value) else round(float(value), 6)
@@ -147,12 +197,13 @@ def as_json(metrics: Metrics, classes: Sequence[str], photos: int) -> dict:
 
 
 def write_json(path: Path, figures: dict) -> None:
+    """Writes the result of `as_json` to a file, which appears whole or not at all."""
     with atomic_write(path) as file:
         file.write(json.dumps(figures, indent=1).encode() + b"\n")
 
 
 def print_table(figures: dict) -> None:
-    """The table of `as_json`'s figures, in percent."""
+    """Prints the result of `as_json` as a table, in percent."""
     from rich.console import Console
     from rich.table import Table
 

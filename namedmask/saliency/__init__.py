@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which pixels of a photo are the object: one class for each detector of DetectorConfig."""
+"""Detectors, which find the object of a photo: one class for each `name` of DetectorConfig."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 
 
 class Detection(NamedTuple):
-    """The object of a photo. mask: float32 [H, W] in [0, 1] at the photo's size, above 0.5 is object.
+    """The object of a photo.
 
-    confidence: how clearly the detector tells the object from the rest, in [0, 1]; each says how it measures that.
+    Attributes:
+        mask: float32 [H, W] in [0, 1] at the size of the photo; above 0.5 is object.
+        confidence: How clearly the detector separates the object from the background, in [0, 1]. Each detector
+            documents its measure.
     """
 
     mask: Tensor
@@ -27,24 +30,32 @@ class Detection(NamedTuple):
 
 
 class Detector(ABC):
-    """Finds the object of each photo in a backbone's features."""
+    """Base class: detects the object of each photo from the features of a backbone."""
 
     def __init__(self, config: DetectorConfig, backbone: Backbone):
         self.config, self.backbone = config, backbone
         self.tokens_per_batch = TOKENS_PER_BATCH[backbone.device.type]
 
     def tokens(self, photo: Photo) -> int:
-        """How many tokens the photo will cost."""
+        """Returns the number of tokens that the photo will have, the measure of its cost."""
         h, w = self.backbone.grid(photo.pixels, self.config.image_size)
         return h * w
 
     @abstractmethod
     def detect(self, photos: Sequence[Photo]) -> list[Detection]:
-        """The object of each photo; photos may be of any sizes, and none influences another."""
+        """Detects the object of each photo. Photos may have any sizes; results do not depend on batch composition."""
 
 
 def make_detector(config: DetectorConfig, device: str) -> Detector:
-    """The detector that `config` names, on a device as torch names it."""
+    """Creates the detector of the settings.
+
+    Args:
+        config: The settings.
+        device: Device as torch names it.
+
+    Raises:
+        UserError: If the backbone is unknown or weights cannot be loaded.
+    """
     if config.name == "selfmask":
         from .selfmask import SelfMaskDetector
 

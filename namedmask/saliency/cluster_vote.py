@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The cluster-vote detector: features of one or several backbones -> clusters -> a vote among them (SelfMask).
+"""The cluster-vote detector: clusters the features of one or several backbones and votes among the clusters.
 
-Shin, Albanie and Xie, "Unsupervised salient object detection with spectral cluster voting", CVPR Workshops 2022. There
-the features are upsampled twofold before they are clustered; here they are clustered as they are, and the labels are
-brought to the photo's size.
+Shin, Albanie and Xie, "Unsupervised salient object detection with spectral cluster voting", CVPR Workshops 2022. The
+paper upsamples the features twofold before clustering. Here the features are clustered at their own resolution, and the
+labels are resized to the photo.
 """
 
 from __future__ import annotations
@@ -26,35 +26,43 @@ COUNTS = (2, 3, 4)  # numbers of clusters; every cluster is a candidate
 
 
 class ClusterVoteDetector(Detector):
-    """Finds the object of each photo as the cluster that most overlaps those of other counts and backbones.
+    """Detects the object as the cluster that overlaps most with the clusters of other counts and backbones.
 
-    Its confidence is the winner's mean IoU with the other candidates that voted; 0 where there are none.
+    The confidence is the mean IoU of the winner with the other voting candidates; 0 if there are none.
     """
 
     def __init__(self, config: DetectorConfig, device: str):
         self.backbones = [
             load(name, weights, device=device, precision=config.precision)
-            for name, weights in ((config.backbone, config.backbone_weights), *map(_named, config.more_backbones))
+            for name, weights in (
+                (config.backbone, config.backbone_weights),
+                *map(_split_weights, config.more_backbones),
+            )
         ]
-        finest = min(self.backbones, key=lambda backbone: backbone.patch)  # a photo costs what it costs this one
+        finest = min(self.backbones, key=lambda backbone: backbone.patch)  # its tokens dominate the cost
         super().__init__(config, finest)
 
     def detect(self, photos: Sequence[Photo]) -> list[Detection]:
-        labels: list[list[Tensor]] = [[] for _ in photos]  # of each photo, int32 [h, w, 3] from each backbone
+        labels: list[list[Tensor]] = [[] for _ in photos]  # for each photo, int32 [h, w, 3] from each backbone
         for backbone in self.backbones:
             prepared = [backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
             features = backbone.extract(prepared, [self.config.features])[self.config.features]
-            # No GPU has run the clustering's CUDA version yet. Its input is small beside what the network has moved.
+            # On the CPU: the CUDA version of the clustering is untested, and its input is small.
             features = features.with_rows(features.rows.cpu())
             if self.config.center_features:
                 features = centered(features)
-            for mine, grid in zip(labels, spectral_clusters(features, COUNTS).grids(), strict=True):
-                mine.append(grid)
-        return [elect(mine, photo.pixels.shape[:2]) for mine, photo in zip(labels, photos, strict=True)]
+            for photo_labels, grid in zip(labels, spectral_clusters(features, COUNTS).grids(), strict=True):
+                photo_labels.append(grid)
+        return [elect(photo_labels, photo.pixels.shape[:2]) for photo_labels, photo in zip(labels, photos, strict=True)]
 
 
-def elect(labels: Sequence[Tensor], size: tuple[int, int]) -> Detection:
-    """The winner among all clusters of labels int32 [h, w, len(COUNTS)], one tensor for each backbone, at `size`."""
+def elect(labels: Sequence[Tensor], size: tuple[int, ...]) -> Detection:
+    """Votes among all clusters of a photo.
+
+    Args:
+        labels: Cluster labels from each backbone, int32 [h, w, len(COUNTS)].
+        size: Height and width of the photo.
+    """
     columns = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))  # 0 0 1 1 1 2 2 2 2
     clusters = torch.cat([torch.arange(k) for k in COUNTS])  # 0 1 0 1 2 0 1 2 3
     tokens = [(grid[..., columns] == clusters).permute(2, 0, 1) for grid in labels]  # bool [9, h, w] each
@@ -68,7 +76,7 @@ def elect(labels: Sequence[Tensor], size: tuple[int, int]) -> Detection:
     return Detection(mask, min(max(agreement, 0.0), 1.0))
 
 
-def _named(entry: str) -> tuple[str, str | None]:
-    """ "NAME" or "NAME=FILE" -> (NAME, FILE)."""
+def _split_weights(entry: str) -> tuple[str, str | None]:
+    """Splits "NAME" or "NAME=FILE" into name and file."""
     name, _, file = entry.partition("=")
     return name, file or None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The spectral detector: ViT features -> normalized cut -> the component that holds the seed (TokenCut).
+"""The spectral detector: the foreground of a normalized cut of ViT features (TokenCut).
 
 Wang et al., "Self-supervised transformers for unsupervised object discovery using normalized cut", CVPR 2022.
 """
@@ -21,14 +21,14 @@ from . import Detection, Detector
 
 
 def centered(features: Ragged) -> Ragged:
-    """Features [T, C] less the mean of their own photo."""
+    """Subtracts the mean feature of each photo from features [T, C]."""
     return features.with_rows(torch.cat([(g - g.mean((0, 1))).flatten(0, 1) for g in features.grids()]))
 
 
 class SpectralDetector(Detector):
-    """Finds the object of each photo as the foreground of a normalized cut of its features.
+    """Detects the object as the foreground of a normalized cut of the features.
 
-    Its confidence is the `separation` of the cut vector.
+    The foreground is the component that contains the seed. The confidence is the `separation` of the cut vector.
     """
 
     def __init__(self, config: DetectorConfig, device: str):
@@ -39,7 +39,7 @@ class SpectralDetector(Detector):
     def detect(self, photos: Sequence[Photo]) -> list[Detection]:
         prepared = [self.backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
         features = self.backbone.extract(prepared, [self.config.features])[self.config.features]
-        # No GPU has run the cut's CUDA version yet. Its input is small beside what the network has moved.
+        # On the CPU: the CUDA version of the cut is untested, and its input is small.
         features = features.with_rows(features.rows.cpu())
         if self.config.center_features:
             features = centered(features)
@@ -54,10 +54,15 @@ class SpectralDetector(Detector):
 
 
 def separation(vector: Tensor, foreground: Tensor) -> float:
-    """How clearly a cut's vector, float [h, w], tells its foreground, bool [h, w], from the rest, in [0, 1).
+    """Measures how clearly the vector of a cut separates the foreground from the background.
 
-    r / (1 + r), where r is the distance of the vector's means in and out of the foreground over the root of its summed
-    variances in and out; 0 without foreground.
+    Args:
+        vector: float [h, w].
+        foreground: bool [h, w].
+
+    Returns:
+        r / (1 + r) in [0, 1), where r is the distance between the means of the vector inside and outside the
+        foreground, divided by the root of the sum of its variances inside and outside; 0 if either is empty.
     """
     inside, outside = vector[foreground].double(), vector[~foreground].double()
     if len(inside) == 0 or len(outside) == 0:

@@ -34,40 +34,40 @@ def brute_force(image, numbers, text, count):
     seed=st.integers(0, 99),
 )
 def test_equals_brute_force_with_ties_by_photo_number(photos, names, count, shard, levels, seed):
-    """Few distinct rows make many exact ties; whatever the shards, the order is the one that is documented."""
+    """Few distinct rows give many exact ties; the order is the documented one for any shards."""
     rng = np.random.default_rng(seed)
     image = unit(rng.standard_normal((levels, 16)))[rng.integers(0, levels, photos)]
     numbers = np.sort(rng.choice(10 * photos, photos, replace=False)).astype(np.int64)
     text = unit(rng.standard_normal((names, 16)))
-    found = top_photos(in_shards(image, numbers, shard), text, count)
+    results = top_photos(in_shards(image, numbers, shard), text, count)
     expected = brute_force(image, numbers, text, count)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(results, expected, strict=True):
         np.testing.assert_allclose([s for _, s in a], [s for _, s in b], atol=2e-6)
         if levels < 20:  # enough ties, and gaps between levels far wider than rounding
             assert [p for p, _ in a] == [p for p, _ in b]
 
 
-def test_many_shards_merge_often_and_still_agree():
+def test_many_merges_equal_brute_force():
     rng = np.random.default_rng(0)
     image, numbers = unit(rng.standard_normal((5000, 8))).astype(np.float16), np.arange(5000)
     text = unit(rng.standard_normal((3, 8)))
-    found = top_photos(in_shards(image, numbers, 100), text, 7)
-    assert [[p for p, _ in a] for a in found] == [[p for p, _ in b] for b in brute_force(image, numbers, text, 7)]
+    results = top_photos(in_shards(image, numbers, 100), text, 7)
+    assert [[p for p, _ in a] for a in results] == [[p for p, _ in b] for b in brute_force(image, numbers, text, 7)]
 
 
-def test_shards_without_rows_are_fine():
+def test_empty_shards():
     text = unit(np.ones((2, 4)))
-    nothing = (np.zeros((0, 0), np.float16), np.zeros(0, np.int64))
-    assert top_photos([nothing], text, 3) == [[], []]
+    empty = (np.zeros((0, 0), np.float16), np.zeros(0, np.int64))
+    assert top_photos([empty], text, 3) == [[], []]
     assert top_photos([], text, 3) == [[], []]
 
 
-def test_there_are_85_prompts_each_with_the_name_in_it():
+def test_85_prompts_each_contain_the_name():
     assert len(prompts()) == 85
     assert all(prompt.format("traffic light").count("traffic light") == 1 for prompt in prompts())
 
 
-def test_archive_on_disk_is_what_it_says(tmp_path):
+def test_archive_round_trip(tmp_path):
     archive = Archive(["b", "a"], {"b": [Retrieved("x\udcff.jpg", 0.5)], "a": [Retrieved("y.jpg", None)]})
     write_archive(tmp_path / "archive.json", archive)
     assert read_archive(tmp_path / "archive.json") == archive
@@ -76,9 +76,9 @@ def test_archive_on_disk_is_what_it_says(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"categories": ["a"], "photos": {}}', '{"categories": 3}'])
-def test_a_damaged_archive_is_refused_in_one_line(tmp_path, text):
+def test_damaged_archive_raises_user_error(tmp_path, text):
     (tmp_path / "archive.json").write_text(text)
-    with pytest.raises(UserError, match="is no archive"):
+    with pytest.raises(UserError, match="is not an archive"):
         read_archive(tmp_path / "archive.json")
-    with pytest.raises(UserError, match="is missing; make it with"):
+    with pytest.raises(UserError, match="is missing; create it with"):
         read_archive(tmp_path / "none.json")

@@ -19,44 +19,44 @@ def exact(qkv, ends, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("library", attention.LIBRARIES)
-def test_libraries_agree_and_company_changes_nothing(library, dtype):
+def test_libraries_agree_and_do_not_depend_on_batch_composition(library, dtype):
     if reason := attention.obstacle(library, DEVICE):
         pytest.skip(reason)
     attend = attention.LIBRARIES[library]
     ends = [0, 65, 66, 66, 170]
     qkv = torch.randn(170, 3, 2, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
-    found, expected = attend(qkv, ends, 0.2), exact(qkv, ends, 0.2)
-    assert found.shape == (170, 2, 64) and found.dtype == dtype
-    assert (found - expected).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * expected.norm()
+    output, expected = attend(qkv, ends, 0.2), exact(qkv, ends, 0.2)
+    assert output.shape == (170, 2, 64) and output.dtype == dtype
+    assert (output - expected).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * expected.norm()
     for begin, end in itertools.pairwise(ends):
-        assert torch.equal(attend(qkv[begin:end], [0, end - begin], 0.2), found[begin:end])
+        assert torch.equal(attend(qkv[begin:end], [0, end - begin], 0.2), output[begin:end])
     assert attend(qkv[:0], [0], 0.2).shape == (0, 2, 64)
 
 
 CPU = torch.device("cpu")
 
 
-def test_explain_says_what_was_measured_and_what_cannot_run():
+def test_explain_names_the_measurement_and_the_libraries_that_cannot_run():
     kind = attention.device_class(CPU)
     text = attention.explain(CPU, torch.bfloat16)
     if (kind, torch.bfloat16) in attention.TABLE:
         fastest = attention.TABLE[kind, torch.bfloat16]
-        assert text.startswith(f"attention in bfloat16 on {kind}: {fastest.library}, the fastest there")
+        assert text.startswith(f"attention in bfloat16 on {kind}: {fastest.library}, the fastest library")
         assert fastest.margin in text and "  torch SDPA: could run" in text
-    assert "  xformers: it runs on CUDA devices alone" in text
+    assert "  xformers: runs on CUDA devices only" in text
 
 
-def test_torchs_attention_where_nothing_was_measured_or_the_fastest_cannot_run(monkeypatch):
+def test_torch_is_the_default_without_a_measurement_or_if_the_fastest_library_cannot_run(monkeypatch):
     monkeypatch.setattr(attention, "TABLE", {})
     assert attention.choose(CPU, torch.float32) == "torch SDPA"
-    assert "torch SDPA, until somebody measures" in attention.explain(CPU, torch.float32)
+    assert "torch SDPA, the default" in attention.explain(CPU, torch.float32)
     fastest = attention.Fastest("xformers", "twice as fast")
     monkeypatch.setattr(attention, "TABLE", {(attention.device_class(CPU), torch.float32): fastest})
     assert attention.choose(CPU, torch.float32) == "torch SDPA"
-    assert "torch SDPA, for xformers, the fastest there, cannot run" in attention.explain(CPU, torch.float32)
+    assert "torch SDPA, because the fastest library, xformers, cannot run" in attention.explain(CPU, torch.float32)
 
 
-def test_the_table_names_libraries_and_levels_that_exist():
+def test_table_has_existing_libraries_and_levels():
     for (kind, _), fastest in attention.TABLE.items():
         assert fastest.library in attention.LIBRARIES
         assert kind.split()[1] in ("avx2", "avx512", "avx512_vnni") or kind.startswith("cuda sm_")

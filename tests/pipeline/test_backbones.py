@@ -24,7 +24,7 @@ FAMILIES = [
 
 
 def make(name: str, depth: int = 3, dtype: torch.dtype = torch.float32, width: int = 96) -> backbones.Backbone:
-    """The architecture with random weights, LayerScale and biases included, cut to a few narrow blocks."""
+    """The architecture with a few narrow blocks and random weights, LayerScale and biases included."""
     torch.manual_seed(0)
     narrow = {"depth": depth, "embed_dim": width, "num_heads": width // 32}
     model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **narrow)
@@ -41,12 +41,12 @@ def photos_for(backbone, *grids):
 
 
 @torch.inference_mode()
-def timms(model, photo):
-    """Every tap of every block as timm's own forward computes it, seen by hooks: {"keys.1": [N, C], ...}."""
-    seen, hooks = {}, []
+def timm_taps(model, photo):
+    """Every tap of every block in timm's own forward pass, recorded by hooks: {"keys.1": [N, C], ...}."""
+    recorded, hooks = {}, []
 
     def watch(module, name, select):
-        hooks.append(module.register_forward_hook(lambda _, given, out: seen.update({name: select(given, out)})))
+        hooks.append(module.register_forward_hook(lambda _, given, out: recorded.update({name: select(given, out)})))
 
     for b, block in enumerate(model.blocks):
         block.attn.fused_attn = False  # so that the weights exist
@@ -59,11 +59,11 @@ def timms(model, photo):
             f"values.{b}",
             lambda given, out, a=block.attn: out[0] @ value_weights(a)[0].T + value_weights(a)[1],
         )
-    seen[f"tokens.{len(model.blocks) - 1}"], last = None, model.forward_features(photo[None])[0]
-    seen[f"tokens.{len(model.blocks) - 1}"] = last
+    last = model.forward_features(photo[None])[0]
+    recorded[f"tokens.{len(model.blocks) - 1}"] = last
     for hook in hooks:
         hook.remove()
-    return {name: value[model.num_prefix_tokens :] for name, value in seen.items()}
+    return {name: value[model.num_prefix_tokens :] for name, value in recorded.items()}
 
 
 def value_weights(attn):
@@ -75,21 +75,21 @@ def value_weights(attn):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_tap_equals_timms_own(name):
+def test_every_tap_equals_timm(name):
     backbone = make(name)
     photos = photos_for(backbone, (5, 7), (9, 4), (1, 6))
     taps = [f"{tap}.{b}" for tap in backbones.TAPS for b in range(3)]
-    found = backbone.extract(photos, taps)
-    assert list(found) == taps
+    features = backbone.extract(photos, taps)
+    assert list(features) == taps
     for at, photo in enumerate(photos):
-        expected = timms(backbone.model, photo)
+        expected = timm_taps(backbone.model, photo)
         for tap in taps:
-            rows = found[tap].grids()[at].flatten(0, 1)
+            rows = features[tap].grids()[at].flatten(0, 1)
             torch.testing.assert_close(rows, expected[tap], rtol=1e-4, atol=2e-5, msg=lambda m, t=tap: f"{t}: {m}")
 
 
 @pytest.mark.parametrize("tap", backbones.TAPS)
-def test_a_tap_is_the_same_whatever_else_is_asked_for(tap):
+def test_taps_do_not_depend_on_each_other(tap):
     backbone = make(FAMILIES[4])
     photos = photos_for(backbone, (5, 7), (9, 4))
     everything = backbone.extract(photos, [*backbones.TAPS, f"{tap}.1", f"{tap}.2"])
@@ -97,7 +97,7 @@ def test_a_tap_is_the_same_whatever_else_is_asked_for(tap):
         torch.testing.assert_close(backbone.extract(photos, [name])[name].rows, everything[name].rows)
 
 
-def test_the_last_block_computes_only_what_is_asked_for():
+def test_last_block_computes_only_the_requested_taps():
     backbone = make(FAMILIES[0])
     last, ran = backbone.model.blocks[-1], []
     for module in (last.norm1, last.norm2, last.mlp, last.attn.proj, backbone.model.norm, backbone.model.blocks[1].mlp):
@@ -114,7 +114,7 @@ SIXTEEN = [(h, w) for h in (3, 5, 8, 13) for w in (4, 7, 9, 10)]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [FAMILIES[3], FAMILIES[4]])
-def test_a_photo_in_a_batch_equals_the_photo_alone(name, dtype):
+def test_results_do_not_depend_on_batch_composition(name, dtype):
     backbone = make(name, dtype=dtype)
     photos = photos_for(backbone, *SIXTEEN)
     together = backbone.extract(photos, backbones.TAPS)
@@ -127,8 +127,8 @@ def test_a_photo_in_a_batch_equals_the_photo_alone(name, dtype):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_company_does_not_change_the_bits_of_the_smallest_photos_either(dtype, threads):
-    """At the true width, where a BLAS would add up in another order for a few rows than for many."""
+def test_tiny_photos_do_not_depend_on_batch_composition(dtype, threads):
+    """At the real width, where a BLAS sums in another order for few rows than for many."""
     backbone = make(FAMILIES[0], depth=2, dtype=dtype, width=384)
     photos = photos_for(backbone, (1, 1), (2, 3), (20, 21), (1, 2))
     before = torch.get_num_threads()
@@ -145,37 +145,37 @@ def test_company_does_not_change_the_bits_of_the_smallest_photos_either(dtype, t
 
 @pytest.mark.parametrize("amx", [False, True], ids=["float32 layers", "bfloat16 layers"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_bfloat16_is_as_near_to_float32_as_timm_is(name, amx, monkeypatch):
-    """On a CPU with AMX, and on one without: both ways run on any."""
+def test_bfloat16_is_as_accurate_as_timm(name, amx, monkeypatch):
+    """On a CPU with AMX and on one without; both code paths run on any CPU."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     backbone = make(name, dtype=torch.bfloat16)
     assert (backbone.dtype, backbone.attention_dtype) == (torch.bfloat16 if amx else torch.float32, torch.bfloat16)
     assert ("linear layers in float32" in backbone.explain()) != amx
     photo, model = photos_for(backbone, (9, 11))[0], make(name).model
-    found = backbone.extract([photo], backbones.TAPS)
-    exact, theirs = timms(model, photo.float()), timms(copy.deepcopy(model).bfloat16(), photo.bfloat16())
+    features = backbone.extract([photo], backbones.TAPS)
+    exact, theirs = timm_taps(model, photo.float()), timm_taps(copy.deepcopy(model).bfloat16(), photo.bfloat16())
     for tap in backbones.TAPS:
-        ours, timms_own = (x.float() - exact[f"{tap}.2"] for x in (found[tap].rows, theirs[f"{tap}.2"]))
+        ours, timms_own = (x.float() - exact[f"{tap}.2"] for x in (features[tap].rows, theirs[f"{tap}.2"]))
         assert ours.norm() <= 1.5 * timms_own.norm(), tap
 
 
 def test_no_photos_and_no_taps():
     backbone = make(FAMILIES[4])
-    nothing = backbone.extract([], backbones.TAPS)
-    assert all(found.rows.shape[0] == 0 and found.offsets.tolist() == [0] for found in nothing.values())
-    assert nothing["cls_attention"].rows.shape == (0, 3) and nothing["tokens"].rows.shape == (0, 96)
+    empty = backbone.extract([], backbones.TAPS)
+    assert all(features.rows.shape[0] == 0 and features.offsets.tolist() == [0] for features in empty.values())
+    assert empty["cls_attention"].rows.shape == (0, 3) and empty["tokens"].rows.shape == (0, 96)
     assert backbone.extract(photos_for(backbone, (2, 2)), []) == {}
 
 
-def test_gradients_are_refused():
+def test_photos_with_gradients_raise_runtime_error():
     backbone = make(FAMILIES[0])
     photos = [photo.requires_grad_() for photo in photos_for(backbone, (2, 2))]
-    with pytest.raises(RuntimeError, match="extract has no gradient; give it detached photos"):
+    with pytest.raises(RuntimeError, match="extract has no gradient; pass detached photos"):
         backbone.extract(photos, ["keys"])
 
 
-def test_the_readmes_lines_run_as_they_are(backbone_weights):
-    """But for the model's name, with weights that are here."""
+def test_readme_example_runs(backbone_weights):
+    """With another model, whose weights are available here."""
     readme = Path(__file__).parents[2] / "README.md"
     (lines,) = (code for code in re.findall(r"```python\n(.*?)```", readme.read_text(), re.S) if "vit.extract" in code)
     names = {"images": [np.full((48, 100, 3), 200, np.uint8), np.zeros((90, 64, 3), np.uint8)]}
@@ -188,12 +188,10 @@ def test_the_readmes_lines_run_as_they_are(backbone_weights):
     assert [tuple(grid.shape) for grid in names["found"]["tokens.8"].grids()] == [(4, 8, 192), (6, 4, 192)]
 
 
-def test_unknown_taps_are_refused_by_name():
+def test_unknown_taps_raise_value_error():
     backbone = make(FAMILIES[0])
     for tap in ("attention", "keys.3", "keys.-1", "keys.x", ""):
-        with pytest.raises(
-            ValueError, match=r"extract: taps must be of tokens, .* from 0 to 2 .* but one is " + repr(tap)
-        ):
+        with pytest.raises(ValueError, match=r"extract: expected a tap of tokens, .* from 0 to 2 .*, got " + repr(tap)):
             backbone.extract([], ["tokens", tap])
     without = make("vit_base_patch16_siglip_224.webli")
     with pytest.raises(UserError, match="no CLS token"):
@@ -201,17 +199,17 @@ def test_unknown_taps_are_refused_by_name():
     assert without.extract(photos_for(without, (2, 3)), ["keys"])["keys"].rows.shape == (6, 96)
 
 
-def test_grid_keeps_the_aspect_to_a_patch_and_bounds_strips():
+def test_grid_keeps_the_aspect_ratio_up_to_a_patch_and_bounds_strips():
     backbone = make("vit_small_patch16_224.dino", depth=1)
     size = lambda h, w: backbone.grid(np.empty((h, w, 3), np.uint8), 448)  # noqa: E731
     assert size(480, 640) == (28, 37)
     assert size(640, 480) == (37, 28)
     assert size(1, 1) == (28, 28)
-    assert size(10, 4000) == (1, 112)  # the long side stops at four short sides
+    assert size(10, 4000) == (1, 112)  # the long side is limited to four short sides
     assert backbone.prepare(np.zeros((10, 4000, 3), np.uint8), 448).shape == (3, 16, 112 * 16)
 
 
-def test_weights_come_from_a_local_file(backbone_weights):
+def test_weights_from_a_local_file(backbone_weights):
     backbone = backbones.load("vit_tiny_patch16_224", str(backbone_weights))
     from safetensors.torch import load_file
 
@@ -219,7 +217,7 @@ def test_weights_come_from_a_local_file(backbone_weights):
     assert all(torch.equal(value, expected[key]) for key, value in backbone.model.state_dict().items())
 
 
-def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, backbone_weights):
+def test_load_errors_say_what_is_wrong(tmp_path, backbone_weights):
     with pytest.raises(UserError, match="'vit_smal_patch8' is no timm model; similar: "):
         backbones.load("vit_smal_patch8")
     with pytest.raises(UserError, match="there is no such file"):
@@ -233,7 +231,7 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, backbone_weights):
         backbones.load("resnet18", str(backbone_weights))
     from safetensors.torch import save_file
 
-    name = "vit_small_patch16_rope_mixed_224.naver_in1k"  # rotary tables that differ from block to block
+    name = "vit_small_patch16_rope_mixed_224.naver_in1k"  # its rotary tables differ between blocks
     save_file(timm.create_model(name, num_classes=0).state_dict(), tmp_path / "mixed.safetensors")
     with pytest.raises(UserError, match="not a ViT"):
         backbones.load(name, str(tmp_path / "mixed.safetensors"))

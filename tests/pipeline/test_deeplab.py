@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from golden import GOLDEN, filled
 from namedmask.backbones import load_encoder, untrained, untrained_encoder
-from namedmask.demo.models import create_clip
+from namedmask.config import IndexConfig
 from namedmask.errors import UserError
+from namedmask.index import Clip
 from namedmask.saliency.selfmask import SelfMask
 from namedmask.segmenter.deeplab import DeepLab, load_segmenter, save_segmenter
 
@@ -96,9 +97,8 @@ def test_a_vit_is_an_encoder_and_selfmask_s_weights_fit_it(tmp_path):
 
 
 def test_the_demo_s_encoder_is_its_clip():
-    clip, _, _ = create_clip()
     encoder = load_encoder("resnet_namedmask_demo")
-    tower, photos = clip.visual, torch.randn(1, 3, 64, 80)
+    tower, photos = Clip(IndexConfig(clip_model="namedmask-demo"), "cpu").model.visual, torch.randn(1, 3, 64, 80)
     with torch.inference_mode():
         fine = tower.layer1(tower.stem(photos))
         assert torch.equal(encoder.network.eval()(photos)[encoder.taken[0]], fine)

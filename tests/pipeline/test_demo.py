@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`namedmask demo`: a small one end to end, and the figures of the whole one.
+"""`namedmask demo`: a small run end to end, and the figures of the whole run.
 
-demo_figures.json is what a demo wrote; where weights, scenes or methods change on purpose, it is made anew by
+demo_figures.json is the output of a run. If weights, scenes or methods change on purpose, update it with
 `namedmask demo --out OUT && cp OUT/demo.json tests/pipeline/demo_figures.json`.
 """
 
@@ -33,25 +33,25 @@ from namedmask.masks import read_masks
 
 IOUS = ("trivial_baseline_iou", "spectral_iou", "detector_iou", "refined_iou")
 FIGURES = ("archive_precision_at_50", *IOUS)
-# A training magnifies what is rounded otherwise, and a scene that CLIP gives another name counts in two of the classes.
+# A training amplifies differences in rounding, and a scene with another name from CLIP counts in two classes.
 LOOSE = ("experts_iou", "pseudo_miou", "segmenter_miou")
 SMALL = {"blocks": 2, "best": 6, "steps": 3, "scenes": 20}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The folder of a demo with eight photos of each kind, and its figures."""
+    """Run folder of a demo with eight photos of each kind, and its figures."""
     out = tmp_path_factory.mktemp("demo") / "out"
     return out, demo.run_demo(out, **SMALL)
 
 
-def test_demo_json_holds_every_figure(small):
+def test_demo_json_has_all_figures(small):
     out, figures = small
     assert json.loads((out / "demo.json").read_bytes()) == figures
     for key in (*FIGURES, *LOOSE):
         values = figures[key]["per_category"]
         assert list(values) == (["background", *KINDS] if key.endswith("miou") else list(KINDS))
-        counted = [value for value in values.values() if value is not None]  # a kind may be in none of few scenes
+        counted = [value for value in values.values() if value is not None]  # a kind may be missing in few scenes
         assert all(0 <= value <= 1 for value in counted)
         assert figures[key]["mean"] == pytest.approx(np.mean(counted), abs=1e-4)
     baselines = figures["trivial_baseline_iou"]
@@ -59,7 +59,7 @@ def test_demo_json_holds_every_figure(small):
     assert set(figures["seconds"]) == {"render", *demo.STAGES, "score", "report", "all"}
 
 
-def test_figures_are_those_of_the_masks_on_disk(small):
+def test_figures_match_the_masks_on_disk(small):
     out, figures = small
     archive = read_archive(out / "archive.json")
     for folder, key in (("detected", "detector_iou"), ("masks", "refined_iou"), ("refined", "experts_iou")):
@@ -74,7 +74,7 @@ def test_figures_are_those_of_the_masks_on_disk(small):
             assert figures[key]["per_category"][kind] == pytest.approx(np.mean(values) if values else 0, abs=1e-4)
 
 
-def test_the_segmenter_s_figure_is_that_of_the_metrics_command(small, tmp_path):
+def test_segmenter_figure_equals_the_evaluate_command(small, tmp_path):
     out, figures = small
     photos, truth = tmp_path / "photos", tmp_path / "truth"
     photos.mkdir()
@@ -84,8 +84,8 @@ def test_the_segmenter_s_figure_is_that_of_the_metrics_command(small, tmp_path):
     command = ["evaluate", out / "segmenter", truth, "--photos", photos, "--json", tmp_path / "figures.json"]
     result = CliRunner().invoke(cli.app, list(map(str, command)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "figures.json").read_text())
-    assert found["mean_iou"] == pytest.approx(figures["segmenter_miou"]["mean"], abs=1e-4)
+    evaluated = json.loads((tmp_path / "figures.json").read_text())
+    assert evaluated["mean_iou"] == pytest.approx(figures["segmenter_miou"]["mean"], abs=1e-4)
 
 
 def test_photos_are_the_rendered_scenes(small):
@@ -96,7 +96,7 @@ def test_photos_are_the_rendered_scenes(small):
             assert (np.asarray(photo) == index_photo(demo.SEED, number).image).all()
 
 
-def test_the_sheets_are_in_the_report(small):
+def test_report_shows_the_sheets(small):
     out, _ = small
     page = (out / "report.html").read_text()
     embedded = re.findall(r'<section class="sheet">\s*<h2>.*?</h2>\s*<img src="data:image/jpeg;base64,([^"]+)"', page)
@@ -106,7 +106,7 @@ def test_the_sheets_are_in_the_report(small):
             assert shown.size == sheet.size and min(sheet.size) > 500
 
 
-def test_the_report_command_keeps_the_sheets_while_they_are_of_these_masks(small, tmp_path):
+def test_report_command_shows_the_sheets_until_the_masks_change(small, tmp_path):
     out = shutil.copytree(small[0], tmp_path / "out")
 
     def sheets() -> list[str]:
@@ -125,28 +125,31 @@ def test_the_report_command_keeps_the_sheets_while_they_are_of_these_masks(small
     assert sheets() == []
 
 
-def test_again_makes_nothing_anew(small, capsys):
+def test_second_run_changes_nothing(small, capsys):
     out, figures = small
-    made = [p for name in ("photos", "masks", "index", "refined", "segmenter") for p in (out / name).iterdir()]
-    made += [out / name for name in ("archive.json", "demo.json", "report.html", *demo.SHEETS)]
-    before = {path: path.stat().st_mtime_ns for path in made}
+    paths = [p for name in ("photos", "masks", "index", "refined", "segmenter") for p in (out / name).iterdir()]
+    paths += [out / name for name in ("archive.json", "demo.json", "report.html", *demo.SHEETS)]
+    before = {path: path.stat().st_mtime_ns for path in paths}
     assert demo.run_demo(out, **SMALL) == figures
-    assert {path: path.stat().st_mtime_ns for path in made} == before
-    said = capsys.readouterr().out
-    assert said.rstrip().endswith(f"look at {out / 'report.html'}") and f"{figures['refined_iou']['mean']:.3f}" in said
+    assert {path: path.stat().st_mtime_ns for path in paths} == before
+    printed = capsys.readouterr().out
+    assert (
+        printed.rstrip().endswith(f"look at {out / 'report.html'}")
+        and f"{figures['refined_iou']['mean']:.3f}" in printed
+    )
 
 
-def test_lost_masks_are_made_and_scored_again(small):
+def test_missing_masks_are_computed_and_scored_again(small):
     out, figures = small
     (out / "masks" / "00000.jsonl").unlink()
     (out / "masks.png").unlink()
     again = demo.run_demo(out, **SMALL)
     assert {key: again[key] for key in (*FIGURES, *LOOSE)} == {key: figures[key] for key in (*FIGURES, *LOOSE)}
     assert (out / "masks.png").exists()
-    figures["seconds"] = again["seconds"]  # what the folder now holds
+    figures["seconds"] = again["seconds"]  # as in the folder now
 
 
-def test_the_ordinary_command_finds_the_same_photos_in_other_processes(small, tmp_path):
+def test_worker_processes_of_the_ordinary_command_find_the_same_photos(small, tmp_path):
     out, _ = small
     command = "from namedmask.cli import main_pseudolabel as m; m()"
     options = ["--categories", ",".join(KINDS), "--photos-per-category", "6", "--clip-model", "namedmask-demo"]
@@ -158,7 +161,7 @@ def test_the_ordinary_command_finds_the_same_photos_in_other_processes(small, tm
     assert any(record.area for record in read_masks(tmp_path / "out" / "masks"))
 
 
-def test_photos_that_are_somebody_else_s_are_refused(tmp_path):
+def test_folder_with_other_photos_raises_user_error(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").touch()
     result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path), "--overwrite"], catch_exceptions=False)
@@ -166,19 +169,19 @@ def test_photos_that_are_somebody_else_s_are_refused(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["photos", "holiday.jpg"]
 
 
-def test_a_photo_of_another_version_is_refused_and_overwrite_mends_it(tmp_path):
+def test_photo_of_another_version_raises_user_error_until_overwrite(tmp_path):
     tiny = {"blocks": 1, "best": 1, "steps": 1, "scenes": 2}
     figures = demo.run_demo(tmp_path, **tiny)
     name = read_archive(tmp_path / "archive.json").photos["fish"][0].photo
     Image.new("RGB", (150, 150)).save(tmp_path / "photos" / name)
     (tmp_path / "demo.json").unlink()
-    with pytest.raises(UserError, match=f"{name} is not what this version renders; start anew with --overwrite"):
+    with pytest.raises(UserError, match=f"{name} is not what this version renders; start over with --overwrite"):
         demo.run_demo(tmp_path, **tiny)
     again = demo.run_demo(tmp_path, **tiny, overwrite=True)
     assert {key: again[key] for key in FIGURES} == {key: figures[key] for key in FIGURES}
 
 
-def test_the_pinned_figures_are_worth_showing():
+def test_pinned_figures_have_the_expected_order():
     pinned = json.loads(Path(__file__).with_name("demo_figures.json").read_bytes())
     precision, trivial, cut, alone, refined = (pinned[key] for key in FIGURES)
     assert precision["mean"] >= 0.95 and min(precision["per_category"].values()) >= 0.85
@@ -187,8 +190,8 @@ def test_the_pinned_figures_are_worth_showing():
     assert pinned["segmenter_miou"]["mean"] > pinned["pseudo_miou"]["mean"]
 
 
-def test_the_whole_demo_gives_the_pinned_figures(tmp_path):
-    """Minutes. Another CPU or another number of threads may round otherwise, but not by more than this."""
+def test_whole_demo_gives_the_pinned_figures(tmp_path):
+    """Takes minutes. Another CPU or number of threads may round differently, within these tolerances."""
     figures = demo.run_demo(tmp_path)
     pinned = json.loads(Path(__file__).with_name("demo_figures.json").read_bytes())
     for key in FIGURES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The detector and the refiner on photos whose object is known."""
+"""Detectors and refinement on photos with a known object."""
 
 import re
 
@@ -15,14 +15,14 @@ from namedmask.config import CrfConfig, DetectorConfig, PamrConfig, RefineConfig
 from namedmask.errors import UserError
 from namedmask.photos import Photo
 from namedmask.pseudolabel import mask_score
-from namedmask.refine import Refiner, without_holes, without_small_parts
+from namedmask.refine import Refiner, fill_holes, keep_largest_component
 from namedmask.saliency.cluster_vote import ClusterVoteDetector, elect
 from namedmask.saliency.spectral import SpectralDetector, centered, separation
 from namedmask_kernels import Ragged
 
 
 def disc_photo(h=96, w=128):
-    """A red disc on a grainy blue ground: (photo, its mask)."""
+    """A photo of a red disc on a noisy blue background, and its mask."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:h, :w]
     mask = (y - h / 2) ** 2 + (x - w / 2.5) ** 2 < (h / 4) ** 2
@@ -31,7 +31,7 @@ def disc_photo(h=96, w=128):
 
 
 class ColorBackbone(Backbone):
-    """A patch's mean color as its feature: real geometry and a real cut, without a network that was trained."""
+    """Uses the mean color of each patch as its feature, in place of a trained network."""
 
     def __init__(self):
         super().__init__(timm.create_model("vit_tiny_patch16_224", num_classes=0), torch.device("cpu"), torch.float32)
@@ -52,18 +52,18 @@ METHODS = ["bilateral", "crf", "pamr"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_disc_is_found_and_every_method_sharpens_it(detector, method):
+def test_spectral_detects_the_disc_and_every_method_refines_it(detector, method):
     photo, truth = disc_photo()
-    (found,) = detector.detect([photo])
+    (detection,) = detector.detect([photo])
     iou = lambda a: (a & truth).sum() / (a | truth).sum()  # noqa: E731
-    raw = (found.mask > 0.5).numpy()
-    (soft,) = Refiner(RefineConfig(name=method)).refine([photo], [found.mask])
+    raw = (detection.mask > 0.5).numpy()
+    (soft,) = Refiner(RefineConfig(name=method)).refine([photo], [detection.mask])
     refined = (soft > 0.5).numpy()
     assert iou(raw) > 0.8 and iou(refined) > 0.97 and iou(refined) > iou(raw)
-    assert found.confidence > 0.8 and mask_score(refined, found.confidence) == found.confidence
+    assert detection.confidence > 0.8 and mask_score(refined, detection.confidence) == detection.confidence
 
 
-def test_photos_of_several_sizes_do_not_influence_each_other(detector):
+def test_spectral_does_not_depend_on_batch_composition(detector):
     photos = [disc_photo(h, w)[0] for h, w in ((96, 128), (70, 50), (33, 90))]
     for photo, together in zip(photos, detector.detect(photos), strict=True):
         (alone,) = detector.detect([photo])
@@ -71,22 +71,22 @@ def test_photos_of_several_sizes_do_not_influence_each_other(detector):
         assert together.mask.shape == photo.pixels.shape[:2]
 
 
-def test_only_the_largest_part_is_refined_where_that_is_asked():
+def test_largest_component_option():
     photo, mask = disc_photo()
     target = torch.from_numpy(mask).float()
     spotted = target.clone()
-    spotted[5:15, 100:120] = 0.8  # a part of its own
-    spotted[0, 0] = 0.3  # doubt stays
-    soft = without_small_parts(Ragged.pack([spotted, spotted * 0.4]))
+    spotted[5:15, 100:120] = 0.8  # another component
+    spotted[0, 0] = 0.3  # background, kept as it is
+    soft = keep_largest_component(Ragged.pack([spotted, spotted * 0.4]))
     first, second = soft.grids()
-    want = torch.where(target == 1, target, 0.0)
-    want[0, 0] = 0.3
-    assert torch.equal(first, want) and torch.equal(second, spotted * 0.4)
+    expected = torch.where(target == 1, target, 0.0)
+    expected[0, 0] = 0.3
+    assert torch.equal(first, expected) and torch.equal(second, spotted * 0.4)
     alone = Refiner(RefineConfig(largest_component=True)).refine([photo], [spotted])[0]
     assert torch.equal(alone, Refiner(RefineConfig()).refine([photo], [target])[0])
 
 
-def test_holes_are_filled_where_that_is_asked():
+def test_fill_holes_option():
     photo, mask = disc_photo()
     target = torch.from_numpy(mask).float()
     target[44:52, 60:68] = 0
@@ -94,31 +94,31 @@ def test_holes_are_filled_where_that_is_asked():
     holes = ndimage.binary_fill_holes((plain > 0.5).numpy()) & (plain <= 0.5).numpy()
     assert torch.equal(filled, plain.masked_fill(torch.from_numpy(holes), 1.0))
     ring = Ragged.pack([torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.4, 0.6], [0.9, 0.9, 0.9]]), torch.full((2, 2), 0.3)])
-    assert without_holes(ring).rows.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 1, 0.6, 0.9, 0.9, 0.9] + [0.3] * 4)
+    assert fill_holes(ring).rows.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 1, 0.6, 0.9, 0.9, 0.9] + [0.3] * 4)
 
 
-def test_without_refinement_the_detector_s_mask_stays():
+def test_no_refinement_returns_the_mask_of_the_detector():
     photo, mask = disc_photo()
     target = torch.from_numpy(mask).float()
     assert Refiner(RefineConfig(name="none")).refine([photo], [target])[0] is target
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_photos_that_are_refined_together_equal_those_alone(method):
+def test_refinement_does_not_depend_on_batch_composition(method):
     photos, masks = zip(
         *(disc_photo(h, w) for h, w in [(96, 128), (50, 70), (128, 96), (1, 1), (96, 200)]), strict=True
     )
     targets = [torch.from_numpy(mask).float() for mask in masks]
     refiner = Refiner(RefineConfig(name=method))
     together = refiner.refine(photos, targets)
-    for photo, target, found in zip(photos, targets, together, strict=True):
-        assert found.shape == target.shape and found.dtype == torch.float32
-        assert torch.equal(found, refiner.refine([photo], [target])[0])
+    for photo, target, soft in zip(photos, targets, together, strict=True):
+        assert soft.shape == target.shape and soft.dtype == torch.float32
+        assert torch.equal(soft, refiner.refine([photo], [target])[0])
     assert refiner.refine([], []) == []
 
 
-def test_lengths_are_scaled_with_the_photo():
-    """A photo of twice the size, refined and made small again, is the photo refined."""
+def test_lengths_scale_with_the_photo():
+    """Refining an enlarged photo and shrinking the result equals refining the photo."""
     photo, mask = disc_photo(128, 160)
     large = Photo("large", photo.pixels.repeat(4, 0).repeat(4, 1))
     for config in (RefineConfig(name="pamr", pamr=PamrConfig(dilations=[8, 16, 32])), RefineConfig(name="bilateral")):
@@ -129,11 +129,11 @@ def test_lengths_are_scaled_with_the_photo():
         assert ((big[2::4, 2::4] > 0.5) == (small > 0.5)).float().mean() > 0.99
 
 
-def test_the_crf_s_unary_is_the_detector_s_mask_with_the_confidence_of_the_settings(monkeypatch):
-    seen = {}
+def test_crf_unary_is_the_mask_with_the_confidence_of_the_settings(monkeypatch):
+    arguments = {}
 
     def dense_crf(probabilities, image, *, iterations, gaussian, bilateral):
-        seen.update(probabilities=probabilities, iterations=iterations, gaussian=gaussian, bilateral=bilateral)
+        arguments.update(probabilities=probabilities, iterations=iterations, gaussian=gaussian, bilateral=bilateral)
         return probabilities
 
     monkeypatch.setattr(namedmask_kernels, "dense_crf", dense_crf, raising=False)
@@ -142,8 +142,8 @@ def test_the_crf_s_unary_is_the_detector_s_mask_with_the_confidence_of_the_setti
     config = RefineConfig(name="crf", crf=CrfConfig(confidence=0.8, iterations=3, bilateral_sigma=60.0))
     (soft,) = Refiner(config).refine([photo], [target])
     torch.testing.assert_close(soft, 0.2 + 0.6 * target)
-    torch.testing.assert_close(seen["probabilities"].rows.sum(1), torch.ones(256 * 300))
-    assert (seen["iterations"], seen["gaussian"], seen["bilateral"]) == (3, (1.5, 3.0), (30.0, 13.0, 10.0))
+    torch.testing.assert_close(arguments.pop("probabilities").rows.sum(1), torch.ones(256 * 300))
+    assert arguments == {"iterations": 3, "gaussian": (1.5, 3.0), "bilateral": (30.0, 13.0, 10.0)}
 
 
 @pytest.mark.parametrize(
@@ -159,21 +159,21 @@ def test_the_crf_s_unary_is_the_detector_s_mask_with_the_confidence_of_the_setti
         ({"pamr": {"dilations": list(range(1, 18))}}, "refine.pamr.dilations: list should have at most 16 items"),
     ],
 )
-def test_wrong_settings_are_refused_by_name(settings, message):
+def test_invalid_settings_raise_user_error_with_their_names(settings, message):
     with pytest.raises(UserError, match=f"wrong settings: {re.escape(message)}"):
         make_config({"photos": "photos", "refine": settings})
 
 
-def test_a_photo_of_one_pixel(detector):
+def test_photo_of_one_pixel(detector):
     photo = Photo("dot", np.zeros((1, 1, 3), np.uint8))
-    (found,) = detector.detect([photo])
-    assert found.mask.shape == (1, 1)
+    (detection,) = detector.detect([photo])
+    assert detection.mask.shape == (1, 1)
     for method in ("bilateral", "pamr"):
-        (soft,) = Refiner(RefineConfig(name=method)).refine([photo], [found.mask])
+        (soft,) = Refiner(RefineConfig(name=method)).refine([photo], [detection.mask])
         assert soft.isfinite().all()
 
 
-def test_the_score_falls_with_the_border_that_is_covered():
+def test_mask_score_decreases_with_the_covered_border():
     mask = np.zeros((10, 10), bool)
     assert mask_score(mask, 0.9) == 0
     mask[3:6, 3:6] = True
@@ -183,7 +183,7 @@ def test_the_score_falls_with_the_border_that_is_covered():
     assert mask_score(np.ones((1, 1), bool), 0.9) == 0
 
 
-def test_separation_is_the_distance_of_means_in_spreads():
+def test_separation_is_the_distance_of_means_over_the_spread():
     vector = torch.tensor([[3.0, 5.0, -3.0, -5.0]])
     inside = vector > 0
     ratio = 8 / 2**0.5
@@ -207,21 +207,21 @@ def voter(monkeypatch):
     config = DetectorConfig(
         name="cluster-vote", center_features=True, image_size=192, more_backbones=["b", "c=/weights"]
     )
-    made = ClusterVoteDetector(config, "cpu")
+    detector = ClusterVoteDetector(config, "cpu")
     assert [a for a, _ in loaded] == [("vit_small_patch8_224.dino", None), ("b", None), ("c", "/weights")]
-    made.backbones[1].patch, made.backbones[2].patch = 12, 16
-    return made
+    detector.backbones[1].patch, detector.backbones[2].patch = 12, 16
+    return detector
 
 
-def test_the_vote_finds_the_disc(voter):
+def test_cluster_vote_detects_the_disc(voter):
     photo, truth = disc_photo()
-    (found,) = voter.detect([photo])
-    mask = (found.mask > 0.5).numpy()
+    (detection,) = voter.detect([photo])
+    mask = (detection.mask > 0.5).numpy()
     assert (mask & truth).sum() / (mask | truth).sum() > 0.8
-    assert 0.1 < found.confidence < 1 and voter.tokens(photo) == 24 * 32
+    assert 0.1 < detection.confidence < 1 and voter.tokens(photo) == 24 * 32
 
 
-def test_the_vote_on_photos_of_several_sizes(voter):
+def test_cluster_vote_does_not_depend_on_batch_composition(voter):
     photos = [disc_photo(h, w)[0] for h, w in ((96, 128), (70, 50), (33, 90), (1, 1))]
     for photo, together in zip(photos, voter.detect(photos), strict=True):
         (alone,) = voter.detect([photo])
@@ -229,13 +229,13 @@ def test_the_vote_on_photos_of_several_sizes(voter):
         assert together.mask.shape == photo.pixels.shape[:2] and together.mask.isfinite().all()
 
 
-def test_the_winner_is_the_cluster_that_all_counts_share():
-    """A square that is a cluster at every k; the rest is cut differently each time."""
+def test_winner_is_the_cluster_shared_by_all_counts():
+    """A square is a cluster for every k; the rest is divided differently each time."""
     square = torch.zeros(12, 12, dtype=torch.bool)
     square[4:8, 4:8] = True
     y, x = torch.meshgrid(torch.arange(12), torch.arange(12), indexing="ij")
     three, four = (x > 5).int(), (x > 5).int() + (y > 9).int()
     labels = torch.stack([square.int(), torch.where(square, 2, three), torch.where(square, 3, four)], 2).int()
-    found = elect([labels], (24, 36))
+    detection = elect([labels], (24, 36))
     expected = square.repeat_interleave(2, 0).repeat_interleave(3, 1)
-    assert ((found.mask > 0.5) == expected).float().mean() > 0.97 and 0 < found.confidence <= 1
+    assert ((detection.mask > 0.5) == expected).float().mean() > 0.97 and 0 < detection.confidence <= 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The CLIP path, with the demo's CLIP on rendered photos: rows, texts, errors, and going on where a run stopped."""
+"""The index with the demo's CLIP on rendered photos: rows, texts, errors, and resuming."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(folder, out, *stages):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder of photos, one of them broken; run folder with index and archive)"""
+    """Folder of photos, one of them damaged, and run folder with index and archive."""
     root = tmp_path_factory.mktemp("index")
     render(root / "photos", 31, PHOTOS, False)
     (root / "photos" / BROKEN).write_text("no photo")
@@ -58,7 +58,7 @@ def rows(out):
     return np.concatenate([s["image"] for s in loaded]), np.concatenate([s["photo"] for s in loaded])
 
 
-def test_every_good_photo_has_a_unit_row_in_the_order_of_photos_jsonl(world):
+def test_rows_are_normalized_and_in_the_order_of_photos_jsonl(world):
     folder, out = world
     names = list(read_photos(out / "index"))
     assert names == sorted(path.name for path in folder.iterdir()) and len(names) == PHOTOS + 1
@@ -68,7 +68,7 @@ def test_every_good_photo_has_a_unit_row_in_the_order_of_photos_jsonl(world):
     np.testing.assert_allclose(np.linalg.norm(image.astype(np.float64), axis=1), 1, atol=2e-3)
 
 
-def test_a_row_is_what_open_clip_makes_of_the_photo_alone(world, clip):
+def test_rows_equal_open_clip(world, clip):
     folder, out = world
     image, photo = rows(out)
     names = list(read_photos(out / "index"))
@@ -78,12 +78,12 @@ def test_a_row_is_what_open_clip_makes_of_the_photo_alone(world, clip):
         np.testing.assert_allclose(image[row].astype(np.float32), expected.numpy(), atol=1e-3)
 
 
-def test_a_broken_photo_is_in_the_errors(world):
+def test_damaged_photo_is_in_the_errors(world):
     errors = [e for path in sorted((world[1] / "index").glob("*.errors.jsonl")) for e in read_errors(path)]
     assert [(e.photo, e.stage) for e in errors] == [(BROKEN, "index")] and "not an image" in errors[0].reason
 
 
-def test_a_name_is_the_mean_of_its_85_prompts(clip):
+def test_text_embedding_is_the_mean_of_85_prompts(clip):
     templates = prompts()
     assert len(templates) == 85
     texts = clip.texts(CATEGORIES, templates)
@@ -106,7 +106,7 @@ def test_archive_scores_are_cosines(world, clip):
         np.testing.assert_allclose([e.score for e in archive.photos[category]], scores[best, k], atol=2e-6)
 
 
-def test_a_lost_shard_is_made_again_and_nothing_else(world):
+def test_only_a_missing_shard_is_computed_again(world):
     folder, out = world
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in shards(out)}
     lost = shards(out)[1]
@@ -116,18 +116,18 @@ def test_a_lost_shard_is_made_again_and_nothing_else(world):
         assert path.read_bytes() == data and (path == lost or path.stat().st_mtime_ns == time)
 
 
-def test_the_number_of_threads_does_not_show(world, clip, monkeypatch, tmp_path):
+def test_index_does_not_depend_on_the_number_of_threads(world, clip, monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     run(world[0], tmp_path, "index")
     assert [path.read_bytes() for path in shards(tmp_path)] == [path.read_bytes() for path in shards(world[1])]
     assert json.loads((tmp_path / "index" / "photos.jsonl").read_text().splitlines()[0]) == {"photo": "00000.png"}
 
 
-def test_a_clip_without_weights_is_refused_before_it_is_built(monkeypatch):
+def test_clip_without_weights_raises_before_it_is_built(monkeypatch):
     import open_clip
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *a, **k: pytest.fail("built"))
-    with pytest.raises(UserError, match="ViT-B-32 names no weights; write MODEL:PRETRAINED"):
+    with pytest.raises(UserError, match="ViT-B-32 names no weights; pass MODEL:PRETRAINED or --clip-weights"):
         Clip(IndexConfig(clip_model="ViT-B-32"), "cpu")
     with pytest.raises(UserError, match="open_clip has no 'ViT-B-33'"):
         Clip(IndexConfig(clip_model="ViT-B-33:openai"), "cpu")

@@ -42,9 +42,9 @@ def record(photo="a.jpg", score=0.5, shape=(4, 6)):
 
 
 @given(file_names, masks, st.text(), st.none() | scores, scores)
-def test_a_record_survives_its_line(photo, mask, category, category_score, score):
-    made = MaskRecord.from_mask(photo, mask, category, category_score, score)
-    line = made.to_json()
+def test_record_round_trip(photo, mask, category, category_score, score):
+    created = MaskRecord.from_mask(photo, mask, category, category_score, score)
+    line = created.to_json()
     assert line.isascii() and "\n" not in line
     assert list(json.loads(line)) == KEYS
     back = MaskRecord.from_json(line)
@@ -52,38 +52,38 @@ def test_a_record_survives_its_line(photo, mask, category, category_score, score
     assert (back.photo, back.category, back.size) == (photo, category, mask.shape)
     assert back.score == pytest.approx(score, abs=5.1e-5)
     assert back.category_score == pytest.approx(category_score, abs=5.1e-7)
-    got = back.mask()
-    assert got.dtype == bool and got.flags.c_contiguous
-    np.testing.assert_array_equal(got, mask)
+    decoded = back.mask()
+    assert decoded.dtype == bool and decoded.flags.c_contiguous
+    np.testing.assert_array_equal(decoded, mask)
 
 
 @given(masks)
 def test_rle_area_and_box(mask):
-    made = MaskRecord.from_mask("a.jpg", mask, "cat", None, 1.0)
-    decoded = coco.decode({"size": list(mask.shape), "counts": made.rle.encode()})
+    created = MaskRecord.from_mask("a.jpg", mask, "cat", None, 1.0)
+    decoded = coco.decode({"size": list(mask.shape), "counts": created.rle.encode()})
     np.testing.assert_array_equal(decoded, mask)
-    assert made.area == mask.sum()
+    assert created.area == mask.sum()
     if not mask.any():
-        assert made.bbox == (0, 0, 0, 0)
+        assert created.bbox == (0, 0, 0, 0)
     else:
         rows, columns = np.nonzero(mask)
         box = (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)
-        assert made.bbox == box and all(type(side) is int for side in made.bbox)
+        assert created.bbox == box and all(type(side) is int for side in created.bbox)
 
 
-def test_views_are_encoded_as_they_look():
+def test_non_contiguous_masks_are_encoded_correctly():
     mask = np.random.default_rng(0).random((30, 41)) > 0.5
     for view in (mask.T, mask[::-1, ::2], np.asfortranarray(mask)):
         np.testing.assert_array_equal(MaskRecord.from_mask("a", view, "cat", None, 1.0).mask(), view)
 
 
 @pytest.mark.parametrize("mask", [np.zeros((3, 4), np.uint8), np.zeros(3, bool), np.zeros((0, 4), bool)])
-def test_only_bool_masks_are_taken(mask):
+def test_masks_of_other_dtypes_or_shapes_raise_value_error(mask):
     with pytest.raises(ValueError, match="expected a bool mask"):
         MaskRecord.from_mask("a.jpg", mask, "cat", None, 1.0)
 
 
-def test_numpy_scores_are_rounded_and_nan_is_refused():
+def test_scores_are_rounded_and_nan_raises_value_error():
     fields = json.loads(
         dataclasses.replace(record(score=np.float32(1 / 3)), category_score=np.float32(2 / 3)).to_json()
     )
@@ -92,12 +92,12 @@ def test_numpy_scores_are_rounded_and_nan_is_refused():
         record(score=float("nan")).to_json()
 
 
-def test_records_travel_between_processes():
+def test_records_can_be_pickled():
     assert pickle.loads(pickle.dumps(record())) == record()
 
 
 @pytest.mark.parametrize("rle", ["", "0", "zzzzzzzzz", "PPPPPPPPPPPPPPPP", "é", "84"])
-def test_an_rle_that_does_not_fit_is_refused(rle):
+def test_invalid_rle_raises_value_error(rle):
     with pytest.raises(ValueError):
         dataclasses.replace(record(), rle=rle).mask()
 
@@ -129,13 +129,13 @@ def changed(**fields):
         (changed(category_score="high"), "category_score: expected a number or null"),
     ],
 )
-def test_bad_lines_are_refused_in_one_line(line, says):
+def test_invalid_lines_raise_value_error_of_one_line(line, says):
     with pytest.raises(ValueError) as caught:
         MaskRecord.from_json(line)
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_shards_come_back_in_order(tmp_path):
+def test_shards_are_read_in_order(tmp_path):
     for number in (100_000, 0, 99_999, 2):
         shard = tmp_path / f"{number:05}.jsonl"
         write_errors(errors_path(shard), [ErrorRecord("bad.jpg", "pseudolabel", "empty file")])
@@ -146,14 +146,14 @@ def test_shards_come_back_in_order(tmp_path):
     assert list(read_shard(tmp_path / "00002.jsonl")) == [record("2/0"), record("2/1")]
 
 
-def test_a_bad_line_is_named_by_file_and_number(tmp_path):
+def test_errors_name_file_and_line(tmp_path):
     shard = tmp_path / "00000.jsonl"
     shard.write_text(record().to_json() + "\n{}\n")
     with pytest.raises(ValueError, match=r"00000\.jsonl:2: expected an object"):
         list(read_shard(shard))
 
 
-def test_a_failing_writer_leaves_what_was_there(tmp_path):
+def test_failing_writer_keeps_the_existing_file(tmp_path):
     shard = tmp_path / "00000.jsonl"
 
     def failing():
@@ -178,7 +178,7 @@ with atomic_write(sys.argv[1]) as file:
 """
 
 
-def test_a_writer_killed_before_the_rename_leaves_no_shard(tmp_path):
+def test_writer_killed_before_the_rename_leaves_no_shard(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "00000.jsonl")], check=False)
     assert killed.returncode == 9
     (left,) = tmp_path.iterdir()
@@ -188,7 +188,7 @@ def test_a_writer_killed_before_the_rename_leaves_no_shard(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["keep.jsonl"]
 
 
-def test_the_file_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
+def test_file_is_synced_before_the_rename(tmp_path, monkeypatch):
     calls = []
     fsync, replace = os.fsync, type(tmp_path).replace
 
@@ -207,7 +207,7 @@ def test_the_file_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
     assert calls == [5, "rename", "folder"]
 
 
-def test_new_files_have_the_permissions_of_any_other(tmp_path):
+def test_new_files_have_the_usual_permissions(tmp_path):
     with atomic_write(tmp_path / "x"):
         pass
     (tmp_path / "y").touch()
@@ -216,26 +216,26 @@ def test_new_files_have_the_permissions_of_any_other(tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.builds(ErrorRecord, file_names, st.text(), st.text())))
-def test_errors_survive_their_lines(tmp_path_factory, errors):
+def test_errors_round_trip(tmp_path_factory, errors):
     path = tmp_path_factory.mktemp("errors") / "00000.errors.jsonl"
     write_errors(path, errors)
     assert list(read_errors(path)) == errors
     assert path.read_bytes().count(b"\n") == len(errors)
 
 
-def test_errors_are_assembled_by_stage_then_shard_and_once(tmp_path):
+def test_merged_errors_are_unique_and_sorted_by_stage_then_shard(tmp_path):
     late = [ErrorRecord("c.jpg", "pseudolabel", "vanished"), ErrorRecord("a.jpg", "index", "empty file")]
     early = [ErrorRecord("z.jpg", "index", "truncated"), ErrorRecord("c.jpg", "pseudolabel", "vanished")]
     parts = [tmp_path / "00000.errors.jsonl", tmp_path / "00001.errors.jsonl", tmp_path / "00002.errors.jsonl"]
     for part, errors in zip(parts, (late, early, []), strict=True):
         write_errors(part, errors)
     out = tmp_path / "errors.jsonl"
-    for _ in range(2):  # assembling again after a resume duplicates nothing
+    for _ in range(2):  # merging again after a resume adds no duplicates
         assemble_errors(out, parts)
         assert list(read_errors(out)) == [late[1], early[0], late[0]]
 
 
-def test_bad_error_lines_are_refused(tmp_path):
+def test_invalid_error_lines_raise_value_error(tmp_path):
     path = tmp_path / "errors.jsonl"
     path.write_text('{"photo": "a", "stage": "index", "reason": 3}\n')
     with pytest.raises(ValueError, match=r"errors\.jsonl:1: reason: expected a string, got 3"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The confusion matrix and its metrics against the reference's arrays; label maps on disk; `namedmask evaluate`."""
+"""Confusion matrix and metrics against arrays of the reference; label map files; `namedmask evaluate`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = ("binary", "voc21", "voc21_absent_gt", "voc21_absent_both", "all_ignored
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equal_to_the_reference(case):
+def test_metrics_equal_the_reference(case):
     data = np.load(GOLDEN)
     confusion = Confusion(int(data[f"{case}_n_classes"]), ignore=255)
     for prediction, truth in zip(data[f"{case}_pred"], data[f"{case}_gt"], strict=True):
@@ -42,7 +42,7 @@ def test_equal_to_the_reference(case):
 
 @given(st.data())
 @settings(max_examples=30, deadline=None)
-def test_every_pixel_is_counted_once(data):
+def test_confusion_counts_every_pixel_once(data):
     classes = data.draw(st.sampled_from([1, 2, 300, 920]))
     shape = data.draw(st.tuples(st.integers(0, 9), st.integers(1, 9)))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
@@ -66,12 +66,16 @@ def test_every_pixel_is_counted_once(data):
         (np.zeros((2, 3), int), np.zeros((3, 2), int), "the prediction is 2 x 3, the truth 3 x 2"),
         (np.full((2, 2), 3), np.zeros((2, 2), int), "the prediction has the id 3: classes are 0 to 2"),
         (np.full((2, 2), 255), np.zeros((2, 2), int), "the prediction has the id 255"),
-        (np.zeros((2, 2), int), np.full((2, 2), 254), "the truth has the id 254: classes are 0 to 2, and 255 is left"),
+        (
+            np.zeros((2, 2), int),
+            np.full((2, 2), 254),
+            "the truth has the id 254: classes are 0 to 2, and 255 is ign",
+        ),
         (np.zeros((2, 2), int), np.full((2, 2), -1), "the truth has the id -1"),
         (np.zeros((2, 2), int), np.full((2, 2), 1 << 32), "the truth has the id 4294967296"),
     ],
 )
-def test_what_is_no_class_is_refused_and_not_counted(prediction, truth, message):
+def test_invalid_ids_raise_value_error_and_are_not_counted(prediction, truth, message):
     confusion = Confusion(3, ignore=255)
     with pytest.raises(ValueError, match=message):
         confusion.add(prediction, truth)
@@ -81,7 +85,7 @@ def test_what_is_no_class_is_refused_and_not_counted(prediction, truth, message)
 
 
 @pytest.mark.parametrize("classes", [2, 21, 256, 257, 920])
-def test_label_maps_survive_the_disk(tmp_path, classes):
+def test_label_map_round_trip(tmp_path, classes):
     labels = np.random.default_rng(0).integers(0, classes, (37, 53))
     labels[0, 0] = classes - 1
     write_label_map(tmp_path / "a.png", labels, classes)
@@ -93,24 +97,24 @@ def test_label_maps_survive_the_disk(tmp_path, classes):
     assert not (tmp_path / "b.png").exists()
 
 
-def test_palette_is_voc_s_and_all_colors_differ():
+def test_palette_is_that_of_voc_and_all_colors_differ():
     palette = label_palette()
     assert len(np.unique(palette, axis=0)) == 256
-    # aeroplane, bicycle, person, the ignored border: as the color map of VOC's development kit has them
+    # background, aeroplane, bicycle, person and the ignored border in the color map of VOC's development kit
     colors = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [224, 224, 192]]
     assert palette[[0, 1, 2, 15, 255]].tolist() == colors
 
 
-def test_other_kinds_of_label_files(tmp_path):
+def test_reading_other_label_files(tmp_path):
     ids = np.array([[0, 1, 919], [1000, 256, 3]])
     colors = np.stack([ids % 256, ids // 256, 0 * ids], -1).astype(np.uint8)
     Image.fromarray(colors).save(tmp_path / "rg.png")
     np.testing.assert_array_equal(read_label_map(tmp_path / "rg.png", red_green=True), ids)
-    with pytest.raises(UserError, match=r"rg\.png is a picture in colors"):
+    with pytest.raises(UserError, match=r"rg\.png is a color picture"):
         read_label_map(tmp_path / "rg.png")
     Image.fromarray(ids.astype(np.uint8) > 0).save(tmp_path / "binary.png")
     np.testing.assert_array_equal(read_label_map(tmp_path / "binary.png"), ids.astype(np.uint8) > 0)
-    with pytest.raises(UserError, match="one value a pixel"):
+    with pytest.raises(UserError, match="one value per pixel"):
         read_label_map(tmp_path / "binary.png", red_green=True)
     (tmp_path / "text.png").write_text("no")
     for name in ("text.png", "none.png"):
@@ -124,7 +128,7 @@ def evaluate(*arguments):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Truth of three photos, one of them in a sub-folder, with ids 0 to 2 and 255; a prediction that errs in places."""
+    """Ground truth of three photos, one in a subfolder, with ids 0 to 2 and 255, and predictions with errors."""
     rng = np.random.default_rng(1)
     for number, name in enumerate(("a", "b", "deep/c")):
         truth = rng.integers(0, 3, (20, 30 + number)).astype(np.uint8)
@@ -145,37 +149,37 @@ def test_evaluate_command(folders):
     figures = json.loads((folders / "figures.json").read_text())
     confusion = Confusion(3, 255)
     for path in (folders / "truth").rglob("*.png"):
-        mine = folders / "predictions" / path.relative_to(folders / "truth")
-        confusion.add(np.asarray(Image.open(mine)), np.asarray(Image.open(path)))
+        prediction = folders / "predictions" / path.relative_to(folders / "truth")
+        confusion.add(np.asarray(Image.open(prediction)), np.asarray(Image.open(path)))
     metrics = confusion.metrics()
     assert figures["photos"] == 3 and list(figures["iou"]) == ["background", "cat", "dog"]
     assert figures["mean_iou"] == pytest.approx(metrics.mean_iou, abs=1e-6) and 0.5 < metrics.mean_iou < 0.95
     assert f"mIoU {100 * metrics.mean_iou:.1f} %" in done.output and "cat" in done.output
 
 
-def test_evaluate_says_in_one_line_what_is_wrong(folders):
+def test_evaluate_errors_have_one_line(folders):
     names = ["--categories", "cat,dog"]
 
-    def refused(message, *arguments):
+    def expect_error(message, *arguments):
         done = evaluate(*arguments)
         assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
     predictions, truth = folders / "predictions", folders / "truth"
-    refused("there is no categories.json in", predictions, truth)
-    refused("--ignore 2", predictions, truth, *names, "--ignore", 2)
-    refused("--ignore 1000: ", predictions, truth, "--categories", ",".join(map(str, range(1000))), "--red-green")
-    refused("a.png: the prediction has the id 2: classes are 0 to 1", predictions, truth, "--categories", "cat")
-    refused("is not a folder", folders / "none", truth, *names)
+    expect_error("there is no categories.json in", predictions, truth)
+    expect_error("--ignore 2", predictions, truth, *names, "--ignore", 2)
+    expect_error("--ignore 1000: ", predictions, truth, "--categories", ",".join(map(str, range(1000))), "--red-green")
+    expect_error("a.png: the prediction has the id 2: classes are 0 to 1", predictions, truth, "--categories", "cat")
+    expect_error("is not a folder", folders / "none", truth, *names)
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(predictions / "a.png")
-    refused("a.png: the prediction is 5 x 5, the truth 20 x 30", predictions, truth, *names)
+    expect_error("a.png: the prediction is 5 x 5, the truth 20 x 30", predictions, truth, *names)
     (predictions / "b.png").unlink()
-    refused("b.png: there is no mask of that name in", predictions, truth, *names)
+    expect_error("b.png: there is no mask of that name in", predictions, truth, *names)
     (predictions / "a.png").unlink()
-    refused("a.png and 1 more: there is no mask", predictions, truth, *names)
+    expect_error("a.png and 1 more: there is no mask", predictions, truth, *names)
 
 
 def test_evaluate_red_green(folders):
-    """ImageNet-S: color truth with ids beyond 255, 16-bit predictions, 1000 left out."""
+    """ImageNet-S: color files with ids above 255, predictions with 16 bits, 1000 is ignored."""
     rng = np.random.default_rng(2)
     classes = [f"class {n}" for n in range(1, 920)]
     (folders / "many.txt").write_text("\n".join(classes))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Photo sources and decoding: every layout, every mode, and what strangers put into photo folders."""
+"""Photo sources and decoding: all layouts and modes, and damaged or malicious files."""
 
 import io
 import os
@@ -26,7 +26,7 @@ from namedmask.photos import PhotoError, PhotoSource, decode_ahead
 
 
 def scene(height=24, width=40):
-    """Smooth RGB, different in every corner, so that JPEG keeps it and every flip shows."""
+    """A smooth RGB image that JPEG preserves, different in every corner so that every flip is visible."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 / (width - 1), y * 255 / (height - 1), np.full_like(x, 60.0)], -1).astype(np.uint8)
 
@@ -64,13 +64,13 @@ def decoded(tmp_path, data, name="x.jpg"):
     return photo.pixels
 
 
-def refused(tmp_path, data, **options):
+def rejection(tmp_path, data, **options):
     (tmp_path / "x.jpg").write_bytes(data)
     return reason(PhotoSource(tmp_path, **options), "x.jpg")
 
 
 def make_tar(path, members, **options):
-    """members: name -> bytes, or a TarInfo changed by a function."""
+    """Writes a tar. `members` maps names to bytes, or to a function that changes the TarInfo."""
     with tarfile.open(path, "w", **options) as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
@@ -85,7 +85,7 @@ def make_tar(path, members, **options):
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_listed_in_the_order_of_bytes(tmp_path):
+def test_folder_is_listed_in_byte_order(tmp_path):
     for name in (
         "b/2.PNG",
         "b/1.jpeg",
@@ -130,7 +130,7 @@ ODD_NAMES = [
 ]
 
 
-def test_odd_names_in_folders_tars_and_lists(tmp_path):
+def test_unusual_names_in_folders_tars_and_lists(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in ODD_NAMES:
@@ -154,7 +154,7 @@ def test_odd_names_in_folders_tars_and_lists(tmp_path):
             np.testing.assert_array_equal(source.decode(name).pixels, scene())
 
 
-def test_a_list_is_taken_as_it_stands(tmp_path):
+def test_list_keeps_its_lines(tmp_path):
     (tmp_path / "lists").mkdir()
     (tmp_path / "b.jpg").write_bytes(PNG)
     (tmp_path / "lists" / "odd").write_bytes(PNG)
@@ -169,17 +169,17 @@ def test_a_list_is_taken_as_it_stands(tmp_path):
     assert reason(source, "gone.jpg") == "vanished"
 
 
-def test_names_come_as_a_stream(tmp_path):
+def test_names_are_streamed(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.jpg").touch()
     names = iter(PhotoSource(tmp_path))
     assert next(names) == "a/x.jpg"
-    (tmp_path / "b" / "later.jpg").touch()  # b is not read before its turn
+    (tmp_path / "b" / "later.jpg").touch()  # b has not been read yet
     assert list(names) == ["b/later.jpg", "b/x.jpg"]
 
 
-def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+def test_links_to_folders_are_followed_but_not_cycles(tmp_path):
     (tmp_path / "photos" / "sub").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "e.jpg").write_bytes(PNG)
@@ -196,7 +196,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     assert "symbolic links" in reason(source, "self.jpg")
 
 
-def test_deep_folders(tmp_path):
+def test_deeply_nested_folders(tmp_path):
     deep = tmp_path / "top"
     deep.mkdir()
     try:
@@ -224,7 +224,7 @@ def test_unreadable_files_and_folders(tmp_path):
         (tmp_path / "closed").chmod(0o700)
 
 
-def test_permission_errors_are_reported_and_passed(tmp_path, monkeypatch):
+def test_permission_errors_are_reported_and_skipped(tmp_path, monkeypatch):
     """The same as above, for root."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b.jpg").write_bytes(PNG)
@@ -248,7 +248,7 @@ def test_permission_errors_are_reported_and_passed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.ZIP", "a.jpg", "absent"])
-def test_other_sources_are_refused_in_one_line(tmp_path, name):
+def test_other_sources_raise_value_error_of_one_line(tmp_path, name):
     if name != "absent":
         (tmp_path / name).touch()
     with pytest.raises(ValueError) as caught:
@@ -288,7 +288,7 @@ def test_class_folders(tmp_path):
     with pytest.raises(ValueError) as caught:
         source.categories(errors.append)
     assert "'loose.tar/a.jpg', 'loose.tar/b/c.jpg', 'z0.jpg')" in str(caught.value)
-    with pytest.raises(ValueError, match="no folder of class folders"):
+    with pytest.raises(ValueError, match="not a folder with class folders"):
         PhotoSource(tmp_path / "loose.tar").categories(errors.append)
 
 
@@ -322,7 +322,7 @@ def test_members_are_listed_and_read_in_archive_order(tmp_path, layout):
     assert reason(alone, "S.TAR").startswith("vanished")
 
 
-def test_members_never_escape_their_tar(tmp_path):
+def test_members_never_reach_outside_their_tar(tmp_path):
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(JPEG)
     (tmp_path / "photos").mkdir()
@@ -335,7 +335,7 @@ def test_members_never_escape_their_tar(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     assert all(source.read(name) == PNG for name in names)
     assert sorted(tmp_path.rglob("*")) == before
-    # The tar gives way to a folder of that name: the same names must still not reach the disk outside.
+    # A folder replaces the tar: the same names must still not reach files outside.
     shard.unlink()
     shard.mkdir()
     (tmp_path / "list.txt").write_text("photos/s.tar")
@@ -358,7 +358,7 @@ def test_links_and_special_members_are_errors(tmp_path, kind):
     assert "never followed" in reason(source, "s.tar/link.jpg")
 
 
-def test_of_equal_names_the_last_member_counts(tmp_path):
+def test_last_member_of_the_same_name_counts(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for content in (JPEG, PNG):
             info = tarfile.TarInfo("a.jpg")
@@ -389,7 +389,7 @@ def truncate_between(data):
 
 
 def point_backwards(data):
-    """A pax header with a negative size, on which the standard library may read the same header for ever."""
+    """A pax header with a negative size, which may make the standard library read the same header forever."""
     record = b"15 size=-10240\n"
     info = tarfile.TarInfo("pax")
     info.type, info.size = tarfile.XHDTYPE, len(record)
@@ -398,7 +398,7 @@ def point_backwards(data):
 
 
 @pytest.mark.parametrize("harm", [damage_header, truncate, truncate_header, truncate_between, point_backwards])
-def test_a_damaged_tar_gives_what_lies_before_the_damage(tmp_path, harm):
+def test_damaged_tar_gives_the_members_before_the_damage(tmp_path, harm):
     shard = tmp_path / "b.tar"
     make_tar(shard, {f"{i}.jpg": PNG for i in range(4)}, format=tarfile.USTAR_FORMAT)
     shard.write_bytes(harm(shard.read_bytes()))
@@ -414,19 +414,19 @@ def test_a_damaged_tar_gives_what_lies_before_the_damage(tmp_path, harm):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar", JPEG * 20, bytes(range(256)) * 8])
-def test_what_is_no_tar_is_reported(tmp_path, content):
+def test_invalid_tar_is_reported(tmp_path, content):
     (tmp_path / "x.tar").write_bytes(content)
     assert [photo for photo, _ in names_and_errors(tmp_path / "x.tar")[1]] == ["x.tar"]
 
 
-def test_a_tar_that_is_no_file_is_reported(tmp_path):
+def test_tar_that_is_not_a_regular_file_is_reported(tmp_path):
     os.mkfifo(tmp_path / "x.tar")
     (tmp_path / "y.tar").symlink_to("gone")
     names, errors = names_and_errors(tmp_path)
     assert names == [] and [photo for photo, _ in errors] == ["x.tar", "y.tar"]
 
 
-def test_a_rewritten_tar_is_read_anew(tmp_path):
+def test_rewritten_tar_is_scanned_again(tmp_path):
     make_tar(tmp_path / "s.tar", {"a.jpg": PNG})
     source = PhotoSource(tmp_path / "s.tar")
     assert source.read("s.tar/a.jpg") == PNG
@@ -436,7 +436,7 @@ def test_a_rewritten_tar_is_read_anew(tmp_path):
     assert reason(source, "s.tar/a.jpg") == "vanished"
 
 
-def test_few_indexes_are_kept(tmp_path, monkeypatch):
+def test_tar_indexes_are_cached_up_to_a_limit(tmp_path, monkeypatch):
     for i in range(40):
         make_tar(tmp_path / f"{i:02}.tar", {"a.jpg": PNG})
     source = PhotoSource(tmp_path)
@@ -449,7 +449,7 @@ def test_few_indexes_are_kept(tmp_path, monkeypatch):
     assert len(opened) == 1  # scanned once, then looked up
 
 
-def test_sources_serve_threads_and_travel(tmp_path):
+def test_sources_are_thread_safe_and_can_be_pickled(tmp_path):
     values = [np.full((5, 7, 3), i, np.uint8) for i in range(40)]
     make_tar(tmp_path / "s.tar", {f"{i}.jpg": encoded(v) for i, v in enumerate(values)})
     source = pickle.loads(pickle.dumps(PhotoSource(tmp_path / "s.tar")))
@@ -461,7 +461,7 @@ def test_sources_serve_threads_and_travel(tmp_path):
     assert (error.photo, error.reason, str(error)) == ("a\nb", "why not", r"'a\nb': why not")
 
 
-def test_decoding_ahead_keeps_order_and_bounds_what_waits(tmp_path):
+def test_decode_ahead_keeps_order_and_bounds_the_queue(tmp_path):
     for i in range(200):
         (tmp_path / f"{i:03}.png").write_bytes(b"" if i % 7 == 0 else encoded(np.full((3, 3, 3), i, np.uint8)))
     source, taken = PhotoSource(tmp_path), []
@@ -472,7 +472,7 @@ def test_decoding_ahead_keeps_order_and_bounds_what_waits(tmp_path):
     assert len(taken) == 200
 
     def broken(name):
-        raise RuntimeError("a fault of ours")
+        raise RuntimeError("internal error")
 
     with pytest.raises(RuntimeError):
         list(decode_ahead(broken, ["a.jpg"]))
@@ -488,12 +488,12 @@ def test_lossless_formats_are_exact(tmp_path, kind):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 37), (41, 1), (17, 23)])
-def test_odd_sizes(tmp_path, size):
+def test_unusual_sizes(tmp_path, size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     np.testing.assert_array_equal(decoded(tmp_path, encoded(pixels)), pixels)
 
 
-# How a photo stored under each orientation is shown, written with numpy, not with the tables under test.
+# How a photo with each orientation is shown, written with numpy and not with the tables under test.
 SHOWN = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -514,7 +514,7 @@ def with_orientation(value):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_photos_are_turned_upright(tmp_path, kind, orientation):
+def test_exif_orientation_is_applied(tmp_path, kind, orientation):
     options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(kind, {})
     got = decoded(tmp_path, encoded(scene(), kind, exif=with_orientation(orientation), **options))
     expected = SHOWN[orientation](scene())
@@ -523,11 +523,11 @@ def test_photos_are_turned_upright(tmp_path, kind, orientation):
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_unknown_orientations_are_left_alone(tmp_path, orientation):
+def test_unknown_orientations_are_ignored(tmp_path, orientation):
     assert decoded(tmp_path, encoded(scene(), "PNG", exif=with_orientation(orientation))).shape == (24, 40, 3)
 
 
-def test_broken_exif_does_not_cost_the_photo(tmp_path):
+def test_photo_with_damaged_exif_is_decoded(tmp_path):
     exif = with_orientation(6)
     exif.get_ifd(0x8769)[0x9286] = "a comment that is long enough to be kept out of line"
     good = exif.tobytes()
@@ -600,7 +600,7 @@ def test_transparent_color_keys(tmp_path):
     assert (got[:, 0] == 255).all() and (got[:, 1:] == GREY[:, 1:, None]).all()
 
 
-def test_gray_and_black_and_white(tmp_path):
+def test_grayscale_and_bilevel(tmp_path):
     np.testing.assert_array_equal(decoded(tmp_path, encoded(GREY)), np.dstack([GREY] * 3))
     bits = GREY > 100
     np.testing.assert_array_equal(
@@ -614,7 +614,7 @@ WIDE = (np.arange(24 * 40).reshape(24, 40) * 68).astype(np.uint16)  # 0 ... 6521
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_grays_keep_their_high_byte(tmp_path, kind):
+def test_16_bit_grayscale_keeps_its_high_byte(tmp_path, kind):
     got = decoded(tmp_path, encoded(WIDE, kind, exif=with_orientation(6)))
     np.testing.assert_array_equal(got, np.dstack([np.rot90(WIDE >> 8, -1)] * 3))
 
@@ -630,7 +630,7 @@ def test_16_bit_grays_keep_their_high_byte(tmp_path, kind):
         (np.where(WIDE % 5 == 0, np.nan, 0.5).astype(np.float32), np.where(WIDE % 5 == 0, 0, 128)),
     ],
 )
-def test_wide_grays(tmp_path, values, expected):
+def test_grayscale_of_other_ranges(tmp_path, values, expected):
     got = decoded(tmp_path, encoded(values, "TIFF"))
     assert (got[..., 0] == got[..., 1]).all() and np.abs(got[..., 0] - expected).max() <= 0.5001
 
@@ -667,56 +667,56 @@ def test_cmyk(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
-def test_the_first_frame_is_taken(tmp_path, kind):
+def test_first_frame_of_animations(tmp_path, kind):
     frames = [Image.new("RGB", (40, 24), color) for color in ("red", "blue", "green")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     assert np.abs(decoded(tmp_path, data).astype(int) - [255, 0, 0]).max() <= 3
 
 
-# ---- hostile files ---------------------------------------------------------------------------------------------------
+# ---- malicious files -------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_photo_says_so(tmp_path):
-    assert refused(tmp_path, b"") == "empty file"
-    assert refused(tmp_path, b"<html>\n<title>404") == r"not an image: text begins with '<html>\n<title>404'"
-    assert "begins with bytes 00 00 00 20 66" in refused(tmp_path, b"\0\0\0 ftypheic" + bytes(50))
-    # Formats that Pillow could open, but that run interpreters or are no photos, stay closed.
-    assert "not an image" in refused(tmp_path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    assert "not an image" in refused(tmp_path, encoded(scene(), "PPM"))
+def test_files_that_are_not_photos_say_so(tmp_path):
+    assert rejection(tmp_path, b"") == "empty file"
+    assert rejection(tmp_path, b"<html>\n<title>404") == r"not an image: text begins with '<html>\n<title>404'"
+    assert "begins with bytes 00 00 00 20 66" in rejection(tmp_path, b"\0\0\0 ftypheic" + bytes(50))
+    # Formats that Pillow could open, but that run interpreters or are not photos, are rejected.
+    assert "not an image" in rejection(tmp_path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    assert "not an image" in rejection(tmp_path, encoded(scene(), "PPM"))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"])
 def test_truncated_files_are_errors(tmp_path, kind):
     data = encoded(np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8), kind)
     for share in (0.05, 0.3, 0.6, 0.9):
-        why = refused(tmp_path, data[: int(len(data) * share)])
+        why = rejection(tmp_path, data[: int(len(data) * share)])
         assert why.startswith(("truncated", "cannot be decoded"))
     if kind in ("PNG", "JPEG"):
         assert why.startswith("truncated")
 
 
-def test_bombs_are_refused_by_their_header(tmp_path):
-    assert "3600000000 pixels" in refused(tmp_path, png(60_000, 60_000, 8, 2, b""))
-    assert refused(tmp_path, png(13_000, 10_000, 8, 2, b"")) == "130 megapixels, more than the limit of 100"
-    assert refused(tmp_path, PNG, max_pixels=959) == "0.00096 megapixels, more than the limit of 0.000959"
+def test_decompression_bombs_are_rejected_by_their_header(tmp_path):
+    assert "3600000000 pixels" in rejection(tmp_path, png(60_000, 60_000, 8, 2, b""))
+    assert rejection(tmp_path, png(13_000, 10_000, 8, 2, b"")) == "130 megapixels, more than the limit of 100"
+    assert rejection(tmp_path, PNG, max_pixels=959) == "0.00096 megapixels, more than the limit of 0.000959"
     (tmp_path / "x.jpg").write_bytes(PNG)
     assert PhotoSource(tmp_path, max_pixels=960).decode("x.jpg").pixels.shape == (24, 40, 3)
 
 
 def test_zero_sizes_are_errors(tmp_path):
-    assert refused(tmp_path, png(0, 24, 8, 2, b"\0")).startswith(("cannot be decoded", "truncated"))
+    assert rejection(tmp_path, png(0, 24, 8, 2, b"\0")).startswith(("cannot be decoded", "truncated"))
     bmp = bytearray(encoded(scene(), "BMP"))
     bmp[18:22] = bytes(4)
-    assert refused(tmp_path, bytes(bmp))
+    assert rejection(tmp_path, bytes(bmp))
 
 
-def test_huge_files_are_refused_unread(tmp_path):
+def test_huge_files_are_rejected_unread(tmp_path):
     with (tmp_path / "x.jpg").open("wb") as file:
         file.truncate((1 << 30) + 1)
     assert "1073741825 bytes, more than the limit" in reason(PhotoSource(tmp_path), "x.jpg")
 
 
-def test_what_is_no_file(tmp_path):
+def test_paths_that_are_not_regular_files(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "folder.jpg" / "inside.jpg").write_bytes(PNG)
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -735,7 +735,7 @@ def test_what_is_no_file(tmp_path):
         assert reason(PhotoSource(short), "socket.jpg") == "not a regular file"
 
 
-def test_vanished_and_impossible_names(tmp_path):
+def test_vanished_and_invalid_names(tmp_path):
     (tmp_path / "x.jpg").write_bytes(PNG)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "y.jpg").write_bytes(PNG)
@@ -758,16 +758,16 @@ for name in ("x.png", "y.tif"):
 """
 
 
-def test_pillow_keeps_quiet(tmp_path):
+def test_pillow_prints_nothing(tmp_path):
     (tmp_path / "x.png").write_bytes(PNG)
     (tmp_path / "y.tif").write_bytes(raw_tiff((305, 2, 30, 0x7FFFFFF0)))
-    with pytest.warns(UserWarning), Image.open(tmp_path / "y.tif") as image:  # so there is something to keep quiet
+    with pytest.warns(UserWarning), Image.open(tmp_path / "y.tif") as image:  # so Pillow does warn
         image.load()
     got = subprocess.run([sys.executable, "-c", NOISY, str(tmp_path)], capture_output=True, text=True, check=True)
     assert got.stdout == "(24, 40, 3)\n" * 2 and got.stderr == ""
 
 
-def test_torch_is_not_needed():
+def test_torch_is_not_imported():
     code = "import sys, namedmask.photos, namedmask.masks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -788,9 +788,9 @@ SEEDS = [
 
 @settings(max_examples=400, deadline=None)
 @given(st.data())
-def test_damaged_files_end_in_a_photo_or_a_photo_error(tmp_path_factory, data):
+def test_damaged_files_give_a_photo_or_a_photo_error(tmp_path_factory, data):
     seed = bytearray(data.draw(st.sampled_from(SEEDS)))
-    # Headers are where damage is interesting: half of the hits go there.
+    # Half of the damage is in the header, where it has the most effects.
     places = st.integers(0, len(seed) - 1) | st.integers(0, min(80, len(seed) - 1))
     for at, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=8)):
         seed[at] = value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The page is read here as text, as HTML, and as headless Chromium lays it out."""
+"""The report page, checked as text, as HTML and as laid out by headless Chromium."""
 
 import html
 import json
@@ -25,7 +25,7 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
 
 
 def draw_photo(path: Path, size: tuple[int, int] = (48, 64)) -> np.ndarray:
-    """A photo of a disc; its mask."""
+    """Saves a photo of a disc and returns its mask."""
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = size
     y, x = np.mgrid[:height, :width]
@@ -47,7 +47,7 @@ def write_run(out: Path, photos: Path, records: list[MaskRecord], names: list[st
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A small run with everything that can go wrong in it, and its page."""
+    """A small run folder that contains every problem the report handles, with its report."""
     folder = tmp_path_factory.mktemp("report")
     photos, out = folder / "photos", folder / "out"
     sizes = {f"{n}.png": (48, 64) for n in range(8)} | {HOSTILE: (90, 30), NOT_UTF8: (3, 200)}
@@ -56,7 +56,7 @@ def run(tmp_path_factory) -> Path:
         MaskRecord.from_mask(name, mask, "disc", None if n == 3 else 0.2 + n / 100, 0.5 + n / 100)
         for n, (name, mask) in enumerate(masks.items())
     ]
-    draw_photo(photos / "7.png", (20, 20))  # changed since
+    draw_photo(photos / "7.png", (20, 20))  # another size than when its mask was made
     records += [
         MaskRecord.from_mask("0.png", np.zeros((48, 64), bool), "<i>round</i>", 0.1, 0.0),
         MaskRecord.from_mask("1.png", masks["1.png"], "<i>round</i>", 0.2, 0.9),
@@ -88,7 +88,7 @@ class Page(HTMLParser):
         return [a for a in found if of_class is None or of_class in (a.get("class") or "").split()]
 
 
-def test_content(run):
+def test_page_lists_masks_scores_errors_and_settings(run):
     page = Page(run / "report.html")
     text = " ".join(page.text.split())
     assert "Masks 13 Photos 11 Categories 4 Mean score 0.558 Empty masks 1 Errors 207" in text
@@ -96,11 +96,11 @@ def test_content(run):
     assert "round</i> 2 masks, 2 photos in the archive, mean score 0.450, 1 empty" in text
     assert "nothing found 0 masks, 0 photos in the archive" in text
     assert "Best masks" not in text and text.count("All masks, best first") == 3
-    # Best first; of ten masks the lowest two stand apart.
+    # Best first; the lowest two of ten masks have a list of their own.
     assert [a["title"] for a in page.all("span", "name") if "title" in a][:11] == [
         "caf\\udce9.png", HOSTILE.replace("\n", "\\n"), *(f"{n}.png" for n in (7, 6, 5, 4, 3, 2, 1, 0)), "1.png",
     ]  # fmt: skip
-    assert "0.580 mask · 0.280 fit" in text and "0.530 mask 3.png" in text
+    assert "0.580 mask · 0.280 match" in text and "0.530 mask 3.png" in text
     assert text.count("empty mask") == 1
     assert "the photo has changed: the mask is 64 x 48, the photo 20 x 20" in text
     assert "Cannot be shown: vanished" in text
@@ -108,7 +108,7 @@ def test_content(run):
     assert "<b>CPU</b>" in text and "sigma_spatial = 16.0" in text
 
 
-def test_nothing_escapes_and_nothing_is_fetched(run):
+def test_page_escapes_names_and_fetches_nothing(run):
     page = Page(run / "report.html")
     assert len(page.all("script")) == 1 and not page.all("i")
     assert "http:" not in page.source and "https:" not in page.source and "@import" not in page.source
@@ -120,7 +120,7 @@ def test_nothing_escapes_and_nothing_is_fetched(run):
     assert len(ids) == len(set(ids)) and {a["href"][1:] for a in page.all("a")} <= set(ids)
 
 
-def test_readable_by_machines(run):
+def test_page_has_alt_texts_and_ordered_headings(run):
     page = Page(run / "report.html")
     assert all("alt" in attrs for attrs in page.all("img"))
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
@@ -128,16 +128,16 @@ def test_readable_by_machines(run):
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-def test_same_run_same_bytes(run):
+def test_same_run_gives_same_bytes(run):
     before = (run / "report.html").read_bytes()
     assert report.write_report(run).read_bytes() == before
 
 
-def test_bounds_at_3000_masks(tmp_path, monkeypatch):
+def test_page_is_bounded_at_3000_masks(tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     photos.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (75, 100, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((400, 300)).save(photos / "busy.jpg")  # more detail than most photos have
+    Image.fromarray(noise).resize((400, 300)).save(photos / "busy.jpg")  # more detail than most photos
     mask = draw_photo(photos / "disc.png", (300, 400))
     names = [f"name {n}" for n in range(100)]
     records = [
@@ -155,24 +155,24 @@ def test_bounds_at_3000_masks(tmp_path, monkeypatch):
     assert all(max(int(a["width"]), int(a["height"])) == 224 for a in thumbnails)
     assert path.stat().st_size < 25e6
     assert page.text.count("Best masks") == page.text.count("Lowest scores") == 100
-    assert "Every photo could be used." in page.text
+    assert "All photos were processed." in page.text
 
 
 @pytest.mark.parametrize("masks, expected", [(0, (0, 0)), (1, (1, 0)), (4, (4, 0)), (10, (8, 2)), (500, (24, 6))])
-def test_both_ends_of_a_category(masks, expected):
+def test_best_and_lowest_masks_of_a_category(masks, expected):
     category = report._Category("dog", masks)
-    scores = np.random.default_rng(1).permutation(masks) // 2  # every score twice: ties fall to the earlier mask
+    scores = np.random.default_rng(1).permutation(masks) // 2  # every score twice: the earlier mask wins ties
     pixels = np.ones((2, 2), bool)
     for n, score in enumerate(scores):
         category.add(MaskRecord.from_mask(str(n), pixels, "dog", None, int(score)), 30)
-    best, lowest = category.ends(30)
+    best, lowest = category.best_and_lowest(30)
     order = sorted(range(masks), key=lambda n: (-scores[n], n))
     assert (len(best), len(lowest)) == expected
     assert [int(r.photo) for r in best] == order[: len(best)]
     assert [int(r.photo) for r in lowest] == order[masks - len(lowest) :]
 
 
-def test_specks_and_borders_are_outlined():
+def test_tiny_masks_and_photo_borders_are_outlined():
     speck = np.zeros((1000, 1000), bool)
     speck[500, 500] = True
     full = np.ones((10, 20), bool)
@@ -180,10 +180,10 @@ def test_specks_and_borders_are_outlined():
         uri = report._draw_overlay(mask, size)
         overlay = np.asarray(Image.open(report.io.BytesIO(report.base64.b64decode(uri.partition(",")[2]))))
         assert (overlay == report._LIGHT).any()
-    assert (overlay[0] == report._LIGHT).all() and (overlay[1:-1, 1:-1] == report._INSIDE).all()
+    assert (overlay[0] == report._LIGHT).all() and (overlay[1:-1, 1:-1] == report._OBJECT).all()
 
 
-def test_a_source_that_is_gone(run, tmp_path):
+def test_missing_photo_folder_is_reported_in_every_tile(run, tmp_path):
     out = shutil.copytree(run, tmp_path / "out")
     record = (out / "stages.json").read_text()
     (out / "stages.json").write_text(re.sub('"photos": ".*?"', '"photos": "/no/such/photos"', record))
@@ -191,7 +191,7 @@ def test_a_source_that_is_gone(run, tmp_path):
     assert page.text.count("does not exist") == 13 and not page.all("img")
 
 
-def test_an_empty_run(tmp_path):
+def test_run_without_masks(tmp_path):
     write_run(tmp_path / "out", tmp_path, [], [], [])
     (tmp_path / "out" / "errors.jsonl").unlink()
     assert "Mean score –" in " ".join(Page(report.write_report(tmp_path / "out")).text.split())
@@ -203,13 +203,14 @@ def test_an_empty_run(tmp_path):
         ("archive.json", None, "archive.json is missing"),
         ("stages.json", None, "stages.json is missing"),
         ("stages.json", "{}", "stages.json is damaged"),
-        ("archive.json", "[]", "archive.json is no archive"),
-        ("archive.json", "{", "archive.json is no archive"),
+        ("archive.json", "[]", "archive.json is not an archive"),
+        ("archive.json", "{", "archive.json is not an archive"),
         ("masks/00000.jsonl", "{}\n", "00000.jsonl:1: "),
         ("errors.jsonl", "{}\n", "errors.jsonl:1: "),
+        ("sheets.json", "{}\n", "sheets.json cannot be read"),
     ],
 )
-def test_damaged_runs_are_refused(run, tmp_path, file, text, complaint):
+def test_damaged_run_raises_user_error(run, tmp_path, file, text, complaint):
     out = shutil.copytree(run, tmp_path / "out")
     (out / "report.html").unlink()
     if text is None:
@@ -219,6 +220,27 @@ def test_damaged_runs_are_refused(run, tmp_path, file, text, complaint):
     with pytest.raises(UserError, match=complaint):
         report.write_report(out)
     assert not (out / "report.html").exists()
+
+
+def test_sheets_are_shown_until_the_results_change(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "out")
+    Image.new("RGB", (30, 20), "red").save(out / "red.png")
+    sheets = {"red.png": "A <red> sheet", "missing.png": "No such picture"}
+    first = report.write_report(out, sheets).read_text()
+    captions = re.findall(r'<section class="sheet">\s*<h2>(.*?)</h2>\s*<img src="data:image/jpeg;base64,', first)
+    assert captions == ["A &lt;red&gt; sheet"]
+    assert report.write_report(out).read_text() == first
+    (out / "masks" / "00000.jsonl").write_text("")
+    assert 'class="sheet"' not in report.write_report(out).read_text()
+    assert 'class="sheet"' in report.write_report(out, sheets).read_text()
+    assert 'class="sheet"' not in report.write_report(out, {}).read_text()
+
+
+def test_damaged_sheet_raises_user_error(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "out")
+    (out / "red.png").write_text("not a picture")
+    with pytest.raises(UserError, match=r"sheets.json cannot be read .*red.png.*: the run folder is damaged"):
+        report.write_report(out, {"red.png": "red"})
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -256,10 +278,10 @@ addEventListener("load", () => {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome executable")
 @pytest.mark.parametrize("width", [400, 1400])
-def test_chromium_lays_it_out(run, tmp_path, width):
+def test_layout_and_controls_in_chromium(run, tmp_path, width):
     page = tmp_path / "measured.html"
     page.write_text((run / "report.html").read_text("utf-8").replace("</body>", MEASURE + "</body>"), "utf-8")
-    # Not a window of that width: Chromium's are at least 500 pixels wide.
+    # In a frame of that width, because windows of Chromium are at least 500 pixels wide.
     outer = tmp_path / "outer.html"
     outer.write_text(
         f"<iframe width={width} height=1000 frameborder=0 src=measured.html></iframe>"

@@ -36,22 +36,22 @@ def authors_network() -> SelfMask:
 
 
 @pytest.mark.parametrize("photo", ["even", "odd"])
-def test_forward_equals_the_authors(authors_network, photo):
+def test_forward_equals_the_authors_network(authors_network, photo):
     with np.load(GOLDEN / "selfmask_forward.npz") as golden:
-        want = {key.partition("_")[2]: golden[key] for key in golden.files if key.startswith(photo)}
-    pixels = torch.from_numpy(want["input"])
+        expected = {key.partition("_")[2]: golden[key] for key in golden.files if key.startswith(photo)}
+    pixels = torch.from_numpy(expected["input"])
     with torch.inference_mode():
         masks, objectness = authors_network(F.pad(pixels, (0, -pixels.shape[3] % 8, 0, -pixels.shape[2] % 8)))
     soft = masks[-1].sigmoid()
-    np.testing.assert_allclose(soft, want["mask_pred"][:, 0], atol=1e-4)
-    np.testing.assert_allclose(objectness[-1].sigmoid(), want["objectness"][:, 0, :, 0], atol=1e-4)
+    np.testing.assert_allclose(soft, expected["mask_pred"][:, 0], atol=1e-4)
+    np.testing.assert_allclose(objectness[-1].sigmoid(), expected["objectness"][:, 0, :, 0], atol=1e-4)
     best = int(objectness[-1, 0].argmax())
-    assert best == int(want["query"].item())
+    assert best == int(expected["query"].item())
     full = F.interpolate(soft[:, best][None], scale_factor=4, mode="bilinear")[
         0, 0, : pixels.shape[2], : pixels.shape[3]
     ]
     sure = (full - 0.5).abs() > 1e-3
-    assert torch.equal((full > 0.5)[sure], torch.from_numpy(want["dt"]).bool()[sure])
+    assert torch.equal((full > 0.5)[sure], torch.from_numpy(expected["dt"]).bool()[sure])
 
 
 def small_weights(path: Path, seed: int = 0) -> Path:
@@ -64,7 +64,7 @@ def detector(weights: Path, size: int = 64):
     return make_detector(DetectorConfig(name="selfmask", backbone=TINY, weights=str(weights), image_size=size), "cpu")
 
 
-def test_photos_of_several_sizes_do_not_influence_each_other(tmp_path):
+def test_results_do_not_depend_on_batch_composition(tmp_path):
     find = detector(small_weights(tmp_path / "w.safetensors"))
     rng = np.random.default_rng(0)
     photos = [Photo("", rng.integers(0, 256, (*shape, 3), np.uint8)) for shape in ((96, 128), (70, 50), (1, 1))]
@@ -74,40 +74,40 @@ def test_photos_of_several_sizes_do_not_influence_each_other(tmp_path):
         assert together.mask.shape == photo.pixels.shape[:2] and 0 <= together.confidence <= 1
 
 
-def test_the_detector_is_the_network(tmp_path):
+def test_detector_equals_the_network(tmp_path):
     find = detector(small_weights(tmp_path / "w.safetensors"))
     photo = Photo("", np.random.default_rng(1).integers(0, 256, (64, 88, 3), np.uint8))
     with torch.inference_mode():
         masks, objectness = find.network(find.backbone.prepare(photo.pixels, 64)[None])
         soft = masks[-1, :, objectness[-1, 0].argmax()].sigmoid()
-        want = F.interpolate(soft[None], photo.pixels.shape[:2], mode="bilinear")[0, 0]
-    torch.testing.assert_close(find.detect([photo])[0].mask, want, atol=1e-5, rtol=0)
+        expected = F.interpolate(soft[None], photo.pixels.shape[:2], mode="bilinear")[0, 0]
+    torch.testing.assert_close(find.detect([photo])[0].mask, expected, atol=1e-5, rtol=0)
 
 
-def test_several_looks_are_averaged(tmp_path):
-    """Mirrored ones make the detector blind to which way a photo hangs."""
+def test_views_of_test_time_augmentation_are_averaged(tmp_path):
+    """With horizontal flips, a flipped photo has the flipped mask."""
     weights = str(small_weights(tmp_path / "w.safetensors"))
     config = DetectorConfig(name="selfmask", backbone=TINY, weights=weights, image_size=64)
     pixels = np.random.default_rng(2).integers(0, 256, (70, 91, 3), np.uint8)
-    photo, turned = Photo("", pixels), Photo("", np.ascontiguousarray(pixels[:, ::-1]))
+    photo, flipped = Photo("", pixels), Photo("", np.ascontiguousarray(pixels[:, ::-1]))
     singles = [make_detector(config.model_copy(update={"image_size": size}), "cpu") for size in (64, 96)]
-    masks = [single.detect([p])[0].mask for single in singles for p in (photo, turned)]
+    masks = [single.detect([p])[0].mask for single in singles for p in (photo, flipped)]
     masks[1::2] = [mask.flip(1) for mask in masks[1::2]]
     find = make_detector(config.model_copy(update={"scales": [1.0, 1.5], "horizontal_flip": True}), "cpu")
-    together, mirrored = find.detect([photo, turned])
+    together, of_flipped = find.detect([photo, flipped])
     torch.testing.assert_close(together.mask, torch.stack(masks).mean(0), atol=1e-5, rtol=0)
-    torch.testing.assert_close(mirrored.mask.flip(1), together.mask, atol=1e-5, rtol=0)
+    torch.testing.assert_close(of_flipped.mask.flip(1), together.mask, atol=1e-5, rtol=0)
     assert find.tokens(photo) == 2 * sum(single.tokens(photo) for single in singles)
 
 
-def test_agreement_is_the_mean_iou_of_pairs():
+def test_agreement_is_the_mean_iou_of_all_pairs():
     a = torch.tensor([[0.9, 0.9, 0.1, 0.1]])
     b = torch.tensor([[0.9, 0.1, 0.1, 0.1]])
     assert agreement([a]) == 1 and agreement([a, a]) == 1 and agreement([a, 1 - a]) == 0
     assert agreement([a, b, b]) == pytest.approx((0.5 + 0.5 + 1) / 3)
 
 
-def test_wrong_weights_are_refused(tmp_path):
+def test_unusable_weights_raise_user_error(tmp_path):
     with pytest.raises(UserError, match=r"needs --detector-weights FILE"):
         make_detector(DetectorConfig(name="selfmask"), "cpu")
     with pytest.raises(UserError, match="no such file"):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What people would write under the demo world's photos: the only thing about a photo that training may read."""
+"""Captions of the demo's photos. The trainings read photos and captions, and nothing else about a scene."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from .scenes import Scene
+from namedmask.demo.scenes import Scene
 
 T = TypeVar("T")
 
@@ -48,12 +48,12 @@ def _pick(rng: HasRandom, items: Sequence[T]) -> T:
 
 
 def subject(scene: Scene) -> str:
-    """The noun of a plain caption: the kind, the kinds joined by "and a", or a phrase for a photo without any."""
+    """The noun of a plain caption: the kinds joined by "and a", or a phrase for a photo without an object."""
     return " and a ".join(scene.kinds) if scene.kinds else _NOTHING[0]
 
 
 def describe(scene: Scene, rng: HasRandom) -> str:
-    """A noun phrase with some of what can be seen: color, pattern, background. The words are true of the scene."""
+    """A noun phrase that also names some of the colors, patterns and the background. It is always true of the scene."""
     if scene.kinds:
         phrases = []
         for kind, color, surface in zip(scene.kinds, scene.colors, scene.surfaces, strict=True):
@@ -70,9 +70,12 @@ def describe(scene: Scene, rng: HasRandom) -> str:
 
 
 def captions(scene: Scene, rng: HasRandom, templates: Sequence[str] = TEMPLATES) -> str:
-    """One caption for a scene: half of them plain ("a photo of a fish."), the others with what else can be seen.
+    """One caption for a scene: with equal probability plain ("a photo of a fish.") or with a description.
 
-    ``templates`` are sentences with one ``{}``.
+    Args:
+        scene: The scene.
+        rng: Source of random numbers.
+        templates: Sentences with one ``{}`` each.
     """
     template = _pick(rng, templates)
     return template.format(subject(scene) if rng.random() < 0.5 else describe(scene, rng))

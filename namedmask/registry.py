@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""Plugins: CLIP models, ViTs and encoders of other packages, used by name like those of open_clip and timm.
+
+A package declares an entry point of the group ``namedmask.models`` that names a function without arguments::
+
+    # pyproject.toml
+    [project.entry-points."namedmask.models"]
+    acme = "acme.models:register"
+
+    # acme/models.py
+    def register():
+        timm.models.register_model(vit_acme)  # used by --backbone vit_acme, --encoder vit_acme
+        open_clip.add_model_config("acme-clip.json")  # used by --clip-model acme-clip
+        registry.set_default_weights("clip", "acme-clip", "acme-clip.safetensors")
+        registry.set_default_weights("selfmask", "vit_acme", "selfmask.safetensors")
+
+The default weights of a timm model are those of its ``pretrained_cfg`` (``file``, ``url`` or ``hf_hub_id``); they need
+no declaration. ``namedmask/demo/models.py`` is a complete example.
+
+Plugins are loaded in each process that needs them: the first time that a model is unknown to timm or open_clip, or
+that default weights are looked up. A plugin that fails is reported in a warning and in the error for the unknown name;
+the other plugins still work.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from importlib.metadata import EntryPoint, entry_points
+from typing import Literal
+
+GROUP = "namedmask.models"
+
+Kind = Literal["clip", "selfmask"]
+
+_default_weights: dict[tuple[Kind, str], str] = {}
+
+
+def plugins() -> list[EntryPoint]:
+    """The installed plugins, sorted by name. Loads none of them."""
+    return sorted(entry_points(group=GROUP), key=lambda plugin: (plugin.name, plugin.value))
+
+
+@functools.cache
+def load_plugins() -> tuple[str, ...]:
+    """Loads all plugins; further calls in the same process do nothing.
+
+    Returns:
+        One line for each plugin that failed: its name, its entry point and the reason.
+    """
+    failures = []
+    for plugin in plugins():
+        try:
+            plugin.load()()
+        except Exception as error:  # a plugin is other people's code and may raise anything
+            reason = (str(error).splitlines() or [""])[0]
+            failures.append(f"plugin {plugin.name!r} ({plugin.value}) failed: {type(error).__name__}: {reason}")
+            warnings.warn(failures[-1], RuntimeWarning, stacklevel=2)
+    return tuple(failures)
+
+
+def failure_note() -> str:
+    """The plugins that failed, as the end of an error message; empty if there are none."""
+    return "".join(f"; {failure}" for failure in load_plugins())
+
+
+def set_default_weights(kind: Kind, model: str, path: str | os.PathLike[str]) -> None:
+    """Declares the weights of a model for users who give none. Called by a plugin's function.
+
+    Args:
+        kind: ``"clip"`` for a CLIP model of open_clip, ``"selfmask"`` for a SelfMask network.
+        model: Name of the CLIP model, or of the ViT that is the encoder of the SelfMask network.
+        path: File with the weights.
+    """
+    _default_weights[kind, model] = os.fspath(path)
+
+
+def default_weights(kind: Kind, model: str) -> str | None:
+    """Returns the file that a plugin has declared with `set_default_weights`; None if there is none."""
+    load_plugins()
+    return _default_weights.get((kind, model))
