@@ -4,8 +4,9 @@
 
     python tools/compile_triton.py [WORD ...]      only kernels whose label contains one of the words
 
-Prints the registers, spills and shared memory of each. Exits with 1 if a kernel does not compile, spills registers, or
-requires more shared memory than the smallest device of its generation has.
+Prints the registers, spills and shared memory of each. Also compiles each kernel with its integer arguments replaced by
+the constant 1, one at a time and all at once, as Triton does at run time for arguments of 1. Exits with 1 if a kernel
+does not compile, spills registers, or requires more shared memory than the smallest device of its generation has.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import namedmask_kernels.triton as package
 from namedmask_kernels.triton.tables import Variant
 
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}  # code for sm_80 also runs on sm_86 and sm_89, which have the least
+NEVER_ONE = {"token_stride", "row_stride"}  # at least 3, and a multiple of 64
 
 
 def compile_for(arch: int, variant: Variant) -> tuple[int, int, int]:
@@ -53,10 +55,27 @@ def compile_for(arch: int, variant: Variant) -> tuple[int, int, int]:
     return int(re.search(r"Used (\d+) registers", report)[1]), spills, compiled.metadata.shared
 
 
+def with_ones(variant: Variant) -> Iterator[Variant]:
+    """The variant with each of the integer arguments that can be 1 replaced by it, then with all of them."""
+    names = [name for name, type in variant.types.items() if type == "i32" and name not in NEVER_ONE]
+    choices = {name: [name] for name in names if len(names) > 1} | ({"all integers": names} if names else {})
+    for label, ones in choices.items():
+        yield variant._replace(
+            label=f"{variant.label}, {label} = 1",
+            types={name: type for name, type in variant.types.items() if name not in ones},
+            constants=variant.constants | dict.fromkeys(ones, 1),
+        )
+
+
 def variants(module: str) -> Iterator[Variant]:
     """All variants of the kernels of a module of namedmask_kernels.triton."""
     listed = getattr(importlib.import_module(f"{package.__name__}.{module}"), "ahead_of_time", lambda: ())
-    return iter(listed())
+    kernels = set()
+    for variant in listed():
+        yield variant
+        if variant.kernel not in kernels:  # the types of pointers and the block sizes make no difference
+            kernels.add(variant.kernel)
+            yield from with_ones(variant._replace(archs=variant.archs[-1:]))
 
 
 def main(words: list[str]) -> int:

@@ -55,8 +55,11 @@ def _logit(image, at, r, g, b, r_factor, g_factor, b_factor):
 
 @triton.jit
 def _factor(total, squares, n):
-    """Sums of n differences from the center and of their squares -> the factor from a difference in levels to a logit."""
-    spread = (n * squares - total * total).to(tl.float32) / (n * (n - 1)).to(tl.float32)
+    """Sums of n differences from the center and of their squares -> the factor from a difference in levels to a logit.
+
+    n may be a constant: Triton compiles an integer argument of 1 as one, and a constant has no `.to`.
+    """
+    spread = (n * squares - total * total).to(tl.float32) / tl.cast(n * (n - 1), tl.float32)
     return -1 / (3 * (0.1 * tl.sqrt(spread) + 255 * 1e-8))
 
 
