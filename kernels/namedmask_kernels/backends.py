@@ -96,14 +96,15 @@ def numpy_arguments(op: str, backend: str, *arguments: tuple[object, int, tuple[
     """
     if torch.compiler.is_compiling():
         return None
-    arrays = []
+    arrays: list[np.ndarray] = []
+    size: tuple[int, ...] = ()
     for array, channels, dtypes in arguments:
         if not isinstance(array, np.ndarray) or array.ndim < 2 or array.dtype not in dtypes:
             return None
-        arrays.append(array)
-        size = arrays[0].shape[:2]
+        size = size or array.shape[:2]
         if array.shape != ((*size, channels) if channels else size):
             return None
+        arrays.append(array)
     return arrays if choose(op, backend, torch.device("cpu")) == "cpu" else None
 
 

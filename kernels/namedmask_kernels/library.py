@@ -69,13 +69,14 @@ def register(
     if cuda_workspace is not None:
         cuda = _cuda_kernel(name, tensors, outputs, cuda_workspace)
     implementations = {"cuda": cuda, "triton": triton, "cpu": cpu or _cpu_kernel(name, tensors, outputs)}
-    backends.IMPLEMENTATIONS[name] = {b: f for b, f in implementations.items() if f} | {"reference": reference}
+    available = {backend: function for backend, function in implementations.items() if function is not None}
+    available["reference"] = reference
+    backends.IMPLEMENTATIONS[name] = available
     if cuda_needs_triton:
         backends.CUDA_WITH_TRITON.add(name)
 
     def dispatch(*arguments: Any) -> Any:
-        backend = backends.choose(name, arguments[-1], arguments[0].device)
-        return backends.IMPLEMENTATIONS[name][backend](*arguments[:-1])
+        return available[backends.choose(name, arguments[-1], arguments[0].device)](*arguments[:-1])
 
     LIBRARY.define(schema.replace(")", ", str backend)", 1))
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
@@ -135,8 +136,8 @@ def _as_tuple(values: Any) -> tuple[Any, ...]:
 def _cpu_kernel(name: str, tensors: int, outputs: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         results = outputs(*arguments)
-        kernel = getattr(backends.native(), name)
-        kernel(*arguments[:tensors], *_as_tuple(results), *arguments[tensors:])
+        filled = results if isinstance(results, tuple) else (results,)
+        getattr(backends.native(), name)(*arguments[:tensors], *filled, *arguments[tensors:])
         return results
 
     return run

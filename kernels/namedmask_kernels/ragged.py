@@ -87,6 +87,7 @@ class Packed(Generic[Batch]):
     Attributes:
         name: The argument's name, for error messages.
         value: The argument as the caller passed it.
+        leading: The dimensions of the value before those of a row, (h, w) or (B, h, w); None for a Ragged.
         rows: [T, *row]
         offsets: int32 [B + 1] on the CPU.
         shapes: int32 [B, 2] on the CPU.
@@ -94,18 +95,17 @@ class Packed(Generic[Batch]):
 
     name: str
     value: Batch
+    leading: tuple[int, ...] | None
     rows: Tensor
     offsets: Tensor
     shapes: Tensor
 
     def restore(self, rows: Tensor) -> Batch:
         """Arranges results, one row per input row, like the argument: a Ragged, a tensor or a numpy array."""
-        value: Ragged | Array = self.value
-        if isinstance(value, Ragged):
-            return cast(Batch, value.with_rows(rows))
-        leading = value.shape[: value.ndim - (self.rows.ndim - 1)]
-        grid = rows.reshape(*leading, *rows.shape[1:])
-        return cast(Batch, grid.numpy() if isinstance(value, np.ndarray) else grid)
+        if self.leading is None:
+            return cast(Batch, Ragged(rows, self.offsets, self.shapes))
+        grid = rows.reshape(self.leading + rows.shape[1:])
+        return cast(Batch, grid.numpy() if isinstance(self.value, np.ndarray) else grid)
 
 
 def arrange(
@@ -132,19 +132,21 @@ def arrange(
                 f"{op}: the rows of {name} must have {1 + row_dims} dimensions, but have shape {list(value.rows.shape)}"
             )
         expect_dtype(op, name, value.rows, *dtypes)
-        return Packed(name, value, *value)
-    grid = as_tensor(op, name, value)
+        return Packed(name, value, None, *value)
+    grid = value if isinstance(value, Tensor) else as_tensor(op, name, value)
     shape = tuple(grid.shape)
-    leading, row = shape[: len(shape) - row_dims], shape[len(shape) - row_dims :]
-    if len(leading) == 2:
+    dims = len(shape) - row_dims
+    leading = shape[:dims]
+    if dims == 2:
         count, (h, w) = 1, leading
-    elif batches and len(leading) == 3:
+    elif batches and dims == 3:
         count, h, w = leading
     else:
         expected = " or ".join(str(n + row_dims) for n in ((2, 3) if batches else (2,)))
         raise ValueError(f"{op}: {name} must have {expected} dimensions, but has shape {list(shape)}")
     expect_dtype(op, name, grid, *dtypes)
-    return Packed(name, value, *Ragged.of_shapes(grid.reshape(count * h * w, *row), [(h, w)] * count))
+    rows = grid.reshape(count * h * w, *shape[dims:])
+    return Packed(name, value, leading, *Ragged.of_shapes(rows, [(h, w)] * count))
 
 
 def pack_numpy(*grids: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -188,13 +190,12 @@ def expect_same_grids(op: str, one: Packed[Any], other: Packed[Any]) -> None:
         raise ValueError(
             f"{op}: {one.name} must be on {other.rows.device}, like {other.name}, but is on {one.rows.device}"
         )
-    if isinstance(one.value, Ragged) or isinstance(other.value, Ragged):
+    if one.leading and other.leading:  # reads no tensor, so torch.compile can trace it
+        same = one.leading == other.leading
+    else:
         same = one.shapes.shape == other.shapes.shape and torch.equal(one.shapes, other.shapes)
-        sizes = [packed.shapes.tolist()[:4] for packed in (one, other)] if not same else []
-    else:  # reads no tensor, so torch.compile can trace it
-        sizes = [list(packed.value.shape[: packed.value.ndim - packed.rows.ndim + 1]) for packed in (one, other)]
-        same = sizes[0] == sizes[1]
     if not same:
+        sizes = [list(packed.leading or packed.shapes.tolist()[:4]) for packed in (one, other)]
         raise ValueError(
             f"{op}: {one.name} and {other.name} must have the same height and width, but have {sizes[0]} and {sizes[1]}"
         )
