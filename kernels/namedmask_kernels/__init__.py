@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Fast batched operators for people who turn ViT features into masks. Depends on torch, numpy and scipy alone."""
+"""Fast batched operators that turn ViT features into masks. Requires only torch and numpy."""
 
-# torch before the extension: both then share the one libgomp that torch has loaded.
+# Import torch before the extension, so that both share the libgomp that torch loads.
 import torch  # noqa: F401
 
 from .attention_features import AttentionFeatures, attention_features

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which backends exist here, which one fits a call, and why the others do not."""
+"""The backends of each operator: which exist on this machine, which one a call uses, and why the others cannot run."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from .ragged import Ragged
 
-# Fastest first: "auto" takes the first that can run. The reference is never taken unasked: it is slow.
+# Fastest first: "auto" takes the first that can run. It never takes the reference, which is slow.
 ORDER = ("cuda", "triton", "cpu", "reference")
 
-# operator -> backend -> implementation; each operator's module adds its own line.
-IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {}
+# operator -> backend -> implementation; filled by `library.register`
+IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
 
-# Operators whose cuda version has a part in Triton.
-CUDA_WITH_TRITON = {"normalized_cut", "spectral_clusters"}
+# operators whose CUDA implementation has a part in Triton; filled by `library.register`
+CUDA_WITH_TRITON: set[str] = set()
 
 
 @functools.cache
-def native():
-    """The C++ extension `namedmask_kernels._native`, or None where it was not built (a bare source tree)."""
+def native() -> Any:
+    """The C++ extension `namedmask_kernels._native`, or None if it was not built (in a bare source tree)."""
     try:
         return importlib.import_module("namedmask_kernels._native")
     except ModuleNotFoundError as error:
@@ -36,11 +37,11 @@ def native():
 
 
 def obstacle(op: str, backend: str, device: torch.device) -> str | None:
-    """Why `backend` cannot run `op` on tensors of `device`; None when it can."""
+    """Why `backend` cannot run `op` on tensors of `device`; None if it can."""
     if backend not in ORDER:
-        return f"there is no such backend; known are {', '.join(ORDER)}"
+        return f"unknown backend; the backends are {', '.join(ORDER)}"
     if backend not in IMPLEMENTATIONS[op]:
-        return f"{op} has no {backend} version"
+        return f"{op} has no {backend} implementation"
     if backend == "reference":
         return None
     if backend == "cpu":
@@ -56,15 +57,16 @@ def obstacle(op: str, backend: str, device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is too old: compute capability 8.0 (Ampere) is needed"
+        return f"{torch.cuda.get_device_name(device)} is too old: compute capability 8.0 (Ampere) is required"
     return None
 
 
 @functools.cache
 def choose(op: str, backend: str, device: torch.device) -> str:
-    """The backend that runs `op`: the named one, or for "auto" the fastest that can. An answer is kept for good.
+    """The backend that runs `op`: the named one, or for "auto" the fastest that can run. Answers are cached.
 
-    Raises ValueError, with each backend's reason, when the named one cannot run or "auto" finds only the reference.
+    Raises:
+        ValueError: If the named backend cannot run, or "auto" finds none but the reference; gives the reasons.
     """
     if backend != "auto":
         if reason := obstacle(op, backend, device):
@@ -79,23 +81,34 @@ def choose(op: str, backend: str, device: torch.device) -> str:
     raise ValueError(f"{op}: no fast backend can run ({'; '.join(reasons)}); backend='reference' is slow but works")
 
 
-def run(op: str, backend: str, device: torch.device) -> Callable:
-    """The implementation that `choose` names."""
-    return IMPLEMENTATIONS[op][choose(op, backend, device)]
+def numpy_arguments(op: str, backend: str, *arguments: tuple[object, int, tuple[Any, ...]]) -> list[np.ndarray] | None:
+    """The arguments of a call that can go straight from numpy arrays to the C++ kernel; None if it cannot.
 
+    Through torch's tensors and dispatcher a call costs 25 to 45 us, and 400 us if other work has evicted torch's code
+    from the caches: more than labeling an image. All other calls go through torch: those with tensors, those with
+    invalid arguments, and those under torch.compile.
 
-def without_torch(op: str, backend: str, *arrays: object) -> bool:
-    """Whether these are numpy arrays that `op`'s C++ kernel can have as they are.
-
-    By way of torch's tensors and dispatcher a call costs 25 to 45 us, and 400 where other work has pushed torch's code
-    out of the caches: more than labeling a photo. Under torch.compile they go that way nevertheless.
+    Args:
+        op: Name of the operator.
+        backend: As the caller passed it.
+        arguments: For each array of the operator the value, its number of channels (0 for an array [h, w]) and its
+            accepted dtypes.
     """
-    if torch.compiler.is_compiling() or not all(isinstance(array, np.ndarray) for array in arrays):
-        return False
-    return choose(op, backend, torch.device("cpu")) == "cpu"
+    if torch.compiler.is_compiling():
+        return None
+    arrays: list[np.ndarray] = []
+    size: tuple[int, ...] = ()
+    for array, channels, dtypes in arguments:
+        if not isinstance(array, np.ndarray) or array.ndim < 2 or array.dtype not in dtypes:
+            return None
+        size = size or array.shape[:2]
+        if array.shape != ((*size, channels) if channels else size):
+            return None
+        arrays.append(array)
+    return arrays if choose(op, backend, torch.device("cpu")) == "cpu" else None
 
 
-def _device_of(arguments: Mapping[str, object]) -> torch.device:
+def _device_of(arguments: Mapping[Any, object]) -> torch.device:
     for value in arguments.values():
         rows = value.rows if isinstance(value, Ragged) else value
         if isinstance(rows, torch.Tensor):
@@ -103,27 +116,40 @@ def _device_of(arguments: Mapping[str, object]) -> torch.device:
     return torch.device("cpu")
 
 
-def explain(op: Callable | str, *args, **kwargs) -> str:
-    """Which backend would run `op(*args, **kwargs)` and why the others would not, as text; nothing is computed.
+def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
+    """Tells which backend would run ``op(*args, **kwargs)`` and why the others would not, without running it.
 
-    op:     a public operator or its name.
-    Errors: ValueError for a name that is no operator; TypeError for arguments that the operator does not take.
+    Args:
+        op: A public operator or its name.
+        args: The operator's positional arguments.
+        kwargs: The operator's keyword arguments.
+
+    Returns:
+        One line for the chosen backend and one for each of the others.
+
+    Raises:
+        ValueError: If there is no such operator.
+        TypeError: If the operator does not take these arguments.
     """
     name = op if isinstance(op, str) else op.__name__
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"explain: {name!r} is no operator; known are {', '.join(sorted(IMPLEMENTATIONS))}")
+        raise ValueError(
+            f"explain: {name!r} is not an operator; the operators are {', '.join(sorted(IMPLEMENTATIONS))}"
+        )
+    arguments: Mapping[Any, object]
     if callable(op):
-        kwargs = inspect.signature(op).bind_partial(*args, **kwargs).arguments
+        arguments = inspect.signature(op).bind_partial(*args, **kwargs).arguments
     else:
-        kwargs = {**dict(enumerate(args)), **kwargs}
-    device, asked = _device_of(kwargs), kwargs.get("backend", "auto")
+        arguments = {**dict(enumerate(args)), **kwargs}
+    device, asked = _device_of(arguments), str(arguments.get("backend", "auto"))
+    chosen = None
     try:
         chosen = choose(name, asked, device)
-        lines = [f"{name} on {device}: {chosen}" + ("" if asked == "auto" else " (as asked)")]
+        lines = [f"{name} on {device}: {chosen}" + ("" if asked == "auto" else " (as requested)")]
     except ValueError as error:
-        chosen, lines = None, [str(error)]
+        lines = [str(error)]
     for backend in ORDER:
         if backend != chosen:
             reason = obstacle(name, backend, device)
-            lines.append(f"  {backend}: {reason or ('runs, but is slow' if backend == 'reference' else 'could run')}")
+            lines.append(f"  {backend}: {reason or ('can run, but is slow' if backend == 'reference' else 'can run')}")
     return "\n".join(lines)

@@ -1,34 +1,157 @@
 # SPDX-License-Identifier: MIT
-"""Registration of the operators with torch.library, so that they work under torch.compile.
+"""Registration of the operators: one call per operator tells torch.library and `backends` about it.
 
-`Library.define` + `impl` + `register_fake` cost about half as much per call as `torch.library.custom_op`.
+A new operator NAME requires, in Python, a definition for one image in reference/NAME.py and a module NAME.py with the
+public function and this call:
+
+    _erode = register(
+        "erode(Tensor mask, Tensor offsets, Tensor shapes, int iterations) -> Tensor",
+        reference=partial(per_image, reference.erode),
+    )
+
+The "cpu" backend is then `_native.erode(mask, offsets, shapes, out, iterations)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from . import backends
+from .ragged import Ragged
+
+# Library.define + impl + register_fake cost about half as much per call as torch.library.custom_op.
 LIBRARY = torch.library.Library("namedmask_kernels", "DEF")
 
 
-def register(schema: str, implementation: Callable, fake: Callable, *, floats: bool = True) -> Callable:
-    """Defines `namedmask_kernels::NAME` and returns the callable op.
+def like_first(first: Tensor, *arguments: object) -> Tensor:
+    """The usual output: one tensor with the shape and dtype of the first argument."""
+    return torch.empty_like(first)
 
-    schema:         as torch.library writes it, "name(Tensor mask, ...) -> Tensor"
-    implementation: runs on any device; picks its backend itself
-    fake:           gives empty outputs of the right shapes and dtypes, for tracing
-    floats:         False if no input can have a gradient: refusing one would only cost time, half of a call's overhead
+
+def register(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    outputs: Callable[..., Any] = like_first,
+    cpu: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
+    cuda_workspace: Callable[[int, int], int] | None = None,
+    cuda_needs_triton: bool = False,
+    triton: Callable[..., Any] | None = None,
+    can_require_grad: bool = True,
+) -> Callable[..., Any]:
+    """Registers an operator and its implementations.
+
+    Every implementation takes the arguments of the schema, on the device of the first one, and returns its results.
+
+    Args:
+        schema: As torch.library writes it, "name(Tensor mask, ..., int iterations) -> Tensor". Tensors come first.
+        reference: The definition, on any device.
+        outputs: Takes the arguments and returns the results unfilled, a tensor or a tuple; used for tracing, too.
+        cpu: If None, `_native.name(*tensors, *outputs, *settings)`.
+        cuda: If None, and `cuda_workspace` is given,
+            `_native.cuda.name(*tensors, *outputs, workspace, *settings, stream)`.
+        cuda_workspace: Takes the number of rows of the first tensor and the number of images, and returns the number of
+            int32 elements of the workspace.
+        cuda_needs_triton: Whether a part of the CUDA implementation is written in Triton.
+        triton: The Triton implementation.
+        can_require_grad: False if no argument can require a gradient; the check costs half of a call's overhead.
+
+    Returns:
+        The operator: takes the arguments of the schema and the name of a backend.
     """
-    name = schema.split("(")[0]
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"namedmask_kernels::{name}", fake, lib=LIBRARY)
+    name, arguments = schema.split("(", 1)
+    tensors = arguments.split(")")[0].count("Tensor ")
+    if cuda_workspace is not None:
+        cuda = _cuda_kernel(name, tensors, outputs, cuda_workspace)
+    implementations = {"cuda": cuda, "triton": triton, "cpu": cpu or _cpu_kernel(name, tensors, outputs)}
+    available = {backend: function for backend, function in implementations.items() if function is not None}
+    available["reference"] = reference
+    backends.IMPLEMENTATIONS[name] = available
+    if cuda_needs_triton:
+        backends.CUDA_WITH_TRITON.add(name)
 
-    def no_gradient(context, *gradients):
-        raise RuntimeError(f"{name} has no gradient; call it under torch.no_grad() or on detached tensors")
+    def dispatch(*arguments: Any) -> Any:
+        return available[backends.choose(name, arguments[-1], arguments[0].device)](*arguments[:-1])
 
-    if floats:
-        torch.library.register_autograd(f"namedmask_kernels::{name}", no_gradient, lib=LIBRARY)
+    LIBRARY.define(schema.replace(")", ", str backend)", 1))
+    LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
+    qualified = f"namedmask_kernels::{name}"
+    torch.library.register_fake(qualified, lambda *arguments: outputs(*arguments[:-1]), lib=LIBRARY)
+    if can_require_grad:
+
+        def backward(context: object, *gradients: object) -> None:
+            raise RuntimeError(f"{name} has no gradient; call it under torch.no_grad() or on detached tensors")
+
+        torch.library.register_autograd(qualified, backward, lib=LIBRARY)
     return getattr(torch.ops.namedmask_kernels, name)
+
+
+def per_image(
+    function: Callable[..., Any],
+    *arguments: Any,
+    outputs: Callable[..., Any] = like_first,
+    numpy: bool = False,
+) -> Any:
+    """Runs a reference, which takes one image at a time, on a packed batch.
+
+    Args:
+        function: Takes the image's grid [h, w, ...] of every packed tensor, then the settings. Returns a value per
+            output: an array in raster order, or a number for an output with one element per image.
+        arguments: Those of the operator: packed tensors, offsets, shapes, settings.
+        outputs: As in `register`.
+        numpy: Whether the function takes numpy arrays.
+    """
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    *packed, offsets, shapes = tensors
+    settings = arguments[len(tensors) :]
+    results = outputs(*arguments)
+    bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    grids = zip(*(Ragged(rows, offsets, shapes).grids() for rows in packed), strict=True)
+    for image, ((begin, end), own) in enumerate(zip(bounds, grids, strict=True)):
+        given = [grid.cpu().numpy() for grid in own] if numpy else own
+        values = function(*given, *settings)
+        for result, value in zip(_as_tuple(results), _as_tuple(values), strict=True):
+            if isinstance(value, (int, float)):
+                result[image] = value
+            else:
+                part = result[begin:end]
+                part.copy_(torch.as_tensor(value).reshape(part.shape))
+    return results
+
+
+def cuda_stream(tensor: Tensor) -> int:
+    """The handle of the current stream of the tensor's device."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _as_tuple(values: Any) -> tuple[Any, ...]:
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _cpu_kernel(name: str, tensors: int, outputs: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        results = outputs(*arguments)
+        filled = results if isinstance(results, tuple) else (results,)
+        getattr(backends.native(), name)(*arguments[:tensors], *filled, *arguments[tensors:])
+        return results
+
+    return run
+
+
+def _cuda_kernel(
+    name: str, tensors: int, outputs: Callable[..., Any], workspace: Callable[[int, int], int]
+) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        results = outputs(*arguments)
+        first, shapes = arguments[0], arguments[tensors - 1]
+        scratch = torch.empty(workspace(len(first), len(shapes)), dtype=torch.int32, device=first.device)
+        kernel = getattr(backends.native().cuda, name)
+        kernel(*arguments[:tensors], *_as_tuple(results), scratch, *arguments[tensors:], cuda_stream(first))
+        return results
+
+    return run

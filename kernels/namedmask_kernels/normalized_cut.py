@@ -1,33 +1,35 @@
 # SPDX-License-Identifier: MIT
-"""TokenCut's normalized cut: which tokens of a photo are the object, from the affinity of its features."""
+"""TokenCut's normalized cut: segments the object of an image by the affinity of its token features."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import backends
-from .library import register
-from .ragged import Array, Ragged, arrange, expect_dtype, expect_rows
+from .library import cuda_stream, per_image, register
+from .ragged import FLOATING, Array, Ragged, arrange, expect_finite, expect_rows
 from .reference import normalized_cut as reference
 
 NAME = "normalized_cut"
 
 
 class NormalizedCut(NamedTuple):
-    """What `normalized_cut` found, for B photos. "Like the features": Ragged rows, a grid or a batch of grids. Arrays
-    [B] are on the CPU, wherever the features are.
+    """Result of `normalized_cut` for B images. Arrays [B] are on the CPU, wherever the features are.
 
-    vector:     float32 like the features, the second eigenvector v with v' D v = 1; positive at the seed
-    value:      float64 [B], its eigenvalue: from 0 (falls apart) to about 1 (nothing to cut)
-    residual:   float64 [B], |D^-1/2 ((D - A) v - value D v)|; above `tolerance` where max_iterations came first
-    iterations: int32 [B], products with the affinity (0 from the reference)
-    partition:  bool like the features, v above its mean
-    seed:       int32 [B], the token of largest |v|, counted within its photo; -1 where there is none
-    foreground: bool like the features, the 4-connected component of the partition that holds the seed
+    Attributes:
+        vector: float32, arranged like the features without C; the second eigenvector v, with v' D v = 1 and a positive
+            entry at the seed.
+        value: float64 [B], its eigenvalue: from 0 (separate components) to about 1 (nothing to cut).
+        residual: float64 [B], |D^-1/2 ((D - A) v - value D v)|; above `tolerance` if `max_iterations` was reached.
+        iterations: int32 [B], number of products with the affinity (0 from the reference).
+        partition: bool, arranged like the vector; v above its mean.
+        seed: int32 [B], index within the image of the token with the largest |v|; -1 if there is none.
+        foreground: bool, arranged like the vector; the 4-connected component of the partition that contains the seed.
     """
 
     vector: Ragged | Array
@@ -48,163 +50,148 @@ def normalized_cut(
     max_iterations: int = 128,
     backend: str = "auto",
 ) -> NormalizedCut:
-    """Splits the tokens of each photo in two by a normalized cut of their features, and picks the object.
+    """Bipartitions the tokens of each image by a normalized cut of their features, and selects the foreground.
 
-    Two tokens have affinity A_ij = 1 where the cosine of their features exceeds tau, else eps; D is diagonal with A's
-    row sums. v is the second smallest eigenvector of (D - A) v = lambda D v.
+    Two tokens have affinity A_ij = 1 if the cosine of their features exceeds tau, and eps otherwise; D is diagonal with
+    the row sums of A. v is the second smallest eigenvector of (D - A) v = lambda D v.
 
-    features:       floating point grid [h, w, C], equal grids [B, h, w, C], or Ragged rows [T, C]; computed in float32.
-                    Numpy in, numpy out.
-    tau:            finite. Cosines of two backends or CPUs differ by 1e-6 or less: a pair that near tau may change.
-    eps:            above 0, below 1.
-    tolerance:      above 0, the residual at which the iteration stops. The value is then as good or better, the
-                    vector good to tolerance / (gap to the next eigenvalue); gaps of 10 eps are usual where tokens
-                    fall apart into several groups. The reference is exact and ignores it.
-    max_iterations: at least 1.
-    Ties:           entries of |v| within 1e-5 of the largest count as equal; the first is the seed. Where the next
-                    eigenvalue is (nearly) equal, v is one of many: the same on every call, another on another backend.
-    No cut:         a row of zeros is connected to nothing. Where all tokens are alike (constant features, no two tokens
-                    connected) and for photos of 0 or 1 token: vector 0, partition and foreground empty, seed -1,
-                    iterations 0, value 1 (for unconnected tokens their common eigenvalue, near 0).
-    Errors:         TypeError for features that are not floating point; ValueError for a wrong shape, a setting out of
-                    range, features that are not finite (the photo is named), a backend that cannot run.
-    Cost:           n^2 C flops and n^2 / 8 lookups per iteration (4 to 14 are usual) for n tokens; n^2 bits of memory.
-                    On a GPU 3 n^2 C flops of float16, then 16 n^2 of bytes per iteration, on its tensor cores; also
-                    8 n max_iterations bytes for each of up to 64 photos at a time. No GPU has run it yet.
-                    Deterministic; a photo's result has the same bits alone, in any batch and with any thread count.
-    Source:         Y. Wang et al., Self-Supervised Transformers for Unsupervised Object Discovery using Normalized Cut,
-                    CVPR 2022; J. Shi and J. Malik, Normalized Cuts and Image Segmentation, PAMI 2000.
+    Several entries |v| within 1e-5 of the largest count as equal; the first is the seed. If the next eigenvalue is
+    (nearly) equal, v is not unique: it is the same on every call, but differs between backends.
+
+    A row of zeros is connected to nothing. If all tokens are alike (constant features, or no two tokens connected), or
+    the image has 0 or 1 tokens, there is no cut: vector 0, partition and foreground empty, seed -1, iterations 0, value
+    1 (for unconnected tokens their common eigenvalue, near 0).
+
+    Args:
+        features: Floating point grid [h, w, C] (numpy or torch), equal grids [B, h, w, C], or Ragged with rows [T, C];
+            computed in float32.
+        tau: Threshold of the cosine, finite. Cosines differ between backends or CPUs by up to 1e-6: a pair that close
+            to tau may be classified differently.
+        eps: Affinity of unconnected tokens, above 0 and below 1.
+        tolerance: Residual at which the iteration stops, above 0. The value is then at least as accurate, and the
+            vector is accurate to tolerance / (gap to the next eigenvalue); gaps of 10 eps are common if the tokens
+            separate into several groups. The reference is exact and ignores it.
+        max_iterations: Maximum number of Lanczos iterations, at least 1.
+        backend: "auto", "cuda", "cpu" or "reference".
+
+    Returns:
+        A `NormalizedCut`, with arrays of the kind of `features`.
+
+    Raises:
+        TypeError: If the features are not floating point.
+        ValueError: If a shape is wrong, a parameter is out of range, the features are not finite (the message names the
+            image), or the backend cannot run.
+
+    Cost:
+        n^2 C flops, and n^2 / 8 lookups per iteration (4 to 14 are common) for n tokens; n^2 bits of memory. On a GPU
+        3 n^2 C flops of float16, then 16 n^2 byte operations on the tensor cores per iteration, and 8 n max_iterations
+        bytes for each of up to 64 images at a time. On an H100, 0.023 ms per image of 784 tokens and 0.094 ms per image
+        of 3,600, in a batch of 64; it waits for the GPU.
+
+    Determinism:
+        Bit-identical for any batch and number of threads.
+
+    Source:
+        Y. Wang et al., Self-Supervised Transformers for Unsupervised Object Discovery using Normalized Cut, CVPR 2022;
+        J. Shi and J. Malik, Normalized Cuts and Image Segmentation, PAMI 2000.
     """
-    ragged, restore = arrange(NAME, "features", features, 1, batches=True)
-    expect_dtype(NAME, "features", ragged.rows, torch.float32, torch.float64, torch.float16, torch.bfloat16)
-    for name, value, low, high in (
+    packed = arrange(NAME, "features", features, 1, *FLOATING, batches=True)
+    for name, number, low, high in (
         ("tau", tau, -math.inf, math.inf),
         ("eps", eps, 0, 1),
         ("tolerance", tolerance, 0, math.inf),
     ):
-        if not low < value < high:
+        if not low < number < high:
             expected = "finite" if name == "tau" else f"above {low} and below {high}"
-            raise ValueError(f"{NAME}: {name} must be {expected}, but is {value}")
+            raise ValueError(f"{NAME}: {name} must be {expected}, but is {number}")
     if max_iterations < 1:
         raise ValueError(f"{NAME}: max_iterations must be at least 1, but is {max_iterations}")
     vector, value, residual, iterations, partition, seed, foreground = _cut(
-        ragged.rows.to(torch.float32).contiguous(),
-        ragged.offsets,
-        ragged.shapes,
+        packed.rows.to(torch.float32).contiguous(),
+        packed.offsets,
+        packed.shapes,
         float(tau),
         float(eps),
         float(tolerance),
         int(max_iterations),
         backend,
     )
-    per_photo = (value, residual, iterations, seed)
-    if not isinstance(features, (Ragged, Tensor)):
-        per_photo = tuple(x.numpy() for x in per_photo)
-    value, residual, iterations, seed = per_photo
-    return NormalizedCut(restore(vector), value, residual, iterations, restore(partition), seed, restore(foreground))
+    if isinstance(features, np.ndarray):
+        value, residual, iterations, seed = (x.numpy() for x in (value, residual, iterations, seed))
+    return NormalizedCut(
+        packed.restore(vector), value, residual, iterations, packed.restore(partition), seed, packed.restore(foreground)
+    )
 
 
-# -- backends: every implementation takes the op's tensors and returns what the op's schema says ---------------------
+# -- backends: every implementation takes the arguments of the schema below and returns its results ------------------
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _cut_reference(
-    features: Tensor, offsets: Tensor, shapes: Tensor, tau: float, eps: float, tolerance: float, max_iterations: int
-) -> Outputs:
-    outputs = _fake_cut(features, offsets, shapes)
-    vector, value, residual, iterations, partition, seed, foreground = outputs
-    iterations.zero_()
-    for b, (begin, end, shape) in enumerate(
-        zip(offsets[:-1].tolist(), offsets[1:].tolist(), shapes.tolist(), strict=True)
-    ):
-        if not torch.isfinite(features[begin:end]).all():
-            raise ValueError(f"{NAME}: features must be finite, but those of photo {b} hold NaN or Inf")
-        cut, mask = reference.normalized_cut(features[begin:end], tuple(shape), tau, eps)
-        value[b], residual[b], seed[b] = cut.value, cut.residual, cut.seed
-        vector[begin:end] = torch.from_numpy(cut.vector)
-        partition[begin:end] = torch.from_numpy(cut.partition)
-        foreground[begin:end] = torch.from_numpy(mask).flatten()
-    return outputs
+Outputs = tuple[Tensor, ...]  # the fields of NormalizedCut
 
 
-def _cut_cpu(features: Tensor, offsets: Tensor, shapes: Tensor, *settings) -> Outputs:
-    outputs = _fake_cut(features, offsets, shapes)
-    backends.native().normalized_cut(features, offsets, shapes, *outputs, *settings)
-    return outputs
+def _outputs(features: Tensor, offsets: Tensor, shapes: Tensor, *settings: float) -> Outputs:
+    tokens, images = features.shape[0], shapes.shape[0]
+    return (
+        features.new_empty(tokens),
+        shapes.new_empty(images, dtype=torch.float64),
+        shapes.new_empty(images, dtype=torch.float64),
+        shapes.new_empty(images),
+        features.new_empty(tokens, dtype=torch.bool),
+        shapes.new_empty(images),
+        features.new_empty(tokens, dtype=torch.bool),
+    )
 
 
-TOGETHER = 64  # photos whose bits and vectors a GPU holds at a time: some 350 MB for 3,600 tokens each
+def _cut_reference(features: Tensor, offsets: Tensor, shapes: Tensor, *settings: float) -> Outputs:
+    expect_finite(NAME, "features", features.isfinite(), offsets)
+    return per_image(reference.normalized_cut, features, offsets, shapes, *settings, outputs=_outputs)
+
+
+TOGETHER = 64  # images whose bits and vectors a GPU holds at a time: about 350 MB for 3,600 tokens each
 
 
 def _cut_cuda(
     features: Tensor, offsets: Tensor, shapes: Tensor, tau: float, eps: float, tolerance: float, max_iterations: int
 ) -> Outputs:
-    """Bits by Triton, vectors by CUDA, foreground by connected_components; waits for the GPU."""
-    from .triton import normalized_cut as triton  # not at import: not every machine has Triton
-    from .triton.normalized_rows import normalized_rows, refuse_infinite
+    """Affinity bits by Triton, eigenvectors by CUDA, foreground by connected_components; waits for the GPU."""
+    from .triton.normalized_cut import affinity_bits  # not at import: Triton is optional
+    from .triton.normalized_rows import chunks
 
     expect_rows(NAME, offsets, shapes, features)
-    vector, value, residual, iterations, partition, seed, foreground = _fake_cut(features, offsets, shapes)
-    native, stream = backends.native().cuda, torch.cuda.current_stream(features.device).cuda_stream
-    per_photo = [torch.empty_like(x, device=features.device) for x in (value, residual, iterations, seed)]
+    vector, value, residual, iterations, partition, seed, foreground = _outputs(features, offsets, shapes)
+    native, stream = backends.native().cuda, cuda_stream(features)
+    on_host = value, residual, iterations, seed
+    on_device = [torch.empty_like(x, device=features.device) for x in on_host]
     with torch.cuda.device_of(features):
-        for first in range(0, len(shapes), TOGETHER):
-            grids = shapes[first : first + TOGETHER]
-            begin, end = int(offsets[first]), int(offsets[first + len(grids)])
-            mine = offsets[first : first + len(grids) + 1] - begin
-            unit = normalized_rows(features[begin:end])
-            refuse_infinite(NAME, unit.finite, mine, first)
-            bits = triton.affinity_bits(unit, mine, tau)
-            tokens = mine.diff().long()
+        for part in chunks(NAME, features, offsets, shapes, TOGETHER):
+            bits = affinity_bits(part.unit, part.offsets, tau)
+            tokens = part.offsets.diff().long()
             steps = (tokens - 1).clamp(0, max_iterations)
             doubles = ((steps + 4) * ((tokens + 127) // 128 * 128) + 6 * (steps + 1)).sum()
             workspace = torch.empty(int(doubles), dtype=torch.float64, device=features.device)
-            values, residuals, counts, seeds = (x[first : first + len(grids)] for x in per_photo)
+            values, residuals, counts, seeds = (x[part.images] for x in on_device)
             native.normalized_cut(
-                bits, mine, grids, vector[begin:end], values, residuals, counts, partition[begin:end], seeds, workspace,
-                eps, tolerance, max_iterations, stream,
+                bits, part.offsets, part.shapes, vector[part.rows], values, residuals, counts, partition[part.rows],
+                seeds, workspace, eps, tolerance, max_iterations, stream,
             )  # fmt: skip
         if len(features):
-            labels, found = foreground.new_empty(len(features), dtype=torch.int32), torch.empty_like(per_photo[3])
+            seeds = on_device[3]
+            labels, counts = foreground.new_empty(len(features), dtype=torch.int32), torch.empty_like(seeds)
             scratch = labels.new_empty(2 * len(features) + 4 * len(shapes))
-            native.connected_components(partition, offsets, shapes, labels, found, scratch, stream)
+            native.connected_components(partition, offsets, shapes, labels, counts, scratch, stream)
             tokens, begins = (x.to(features.device) for x in (offsets.diff(), offsets[:-1]))
-            seeded = labels[(begins + per_photo[3]).clamp(0, len(features) - 1)]
+            seeded = labels[(begins + seeds).clamp(0, len(features) - 1)]
             seeded = seeded.repeat_interleave(tokens, output_size=len(features))
             torch.logical_and(partition, labels == seeded, out=foreground)
-    for host, there in zip((value, residual, iterations, seed), per_photo, strict=True):
-        host.copy_(there)
+    for host, device in zip(on_host, on_device, strict=True):
+        host.copy_(device)
     return vector, value, residual, iterations, partition, seed, foreground
-
-
-backends.IMPLEMENTATIONS[NAME] = {"reference": _cut_reference, "cpu": _cut_cpu, "cuda": _cut_cuda}
-
-
-# -- torch.library ---------------------------------------------------------------------------------------------------
-
-
-def _fake_cut(features: Tensor, offsets: Tensor, shapes: Tensor, *settings) -> Outputs:
-    tokens, photos = features.shape[0], shapes.shape[0]
-    return (
-        features.new_empty(tokens),
-        shapes.new_empty(photos, dtype=torch.float64),
-        shapes.new_empty(photos, dtype=torch.float64),
-        shapes.new_empty(photos),
-        features.new_empty(tokens, dtype=torch.bool),
-        shapes.new_empty(photos),
-        features.new_empty(tokens, dtype=torch.bool),
-    )
-
-
-def _dispatch(features: Tensor, offsets: Tensor, shapes: Tensor, *settings) -> Outputs:
-    *settings, backend = settings
-    return backends.run(NAME, backend, features.device)(features, offsets, shapes, *settings)
 
 
 _cut = register(
     f"{NAME}(Tensor features, Tensor offsets, Tensor shapes, float tau, float eps, float tolerance, "
-    "int max_iterations, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _dispatch,
-    _fake_cut,
+    "int max_iterations) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    outputs=_outputs,
+    reference=_cut_reference,
+    cuda=_cut_cuda,
+    cuda_needs_triton=True,
 )

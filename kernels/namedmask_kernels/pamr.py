@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Pixel-adaptive mask refinement: masks that spread within the regions of like color around each pixel."""
+"""Pixel-adaptive mask refinement: masks diffuse within regions of similar color."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import backends
-from .library import register
-from .ragged import Array, Ragged, arrange, expect_dtype, expect_rows, expect_same_grids
+from .library import like_first, per_image, register
+from .ragged import Array, Batch, Ragged, arrange, expect_image, expect_rows
 from .reference import pamr as reference
 
 NAME = "pamr"
@@ -18,111 +18,81 @@ MAX_DILATIONS = 16
 
 
 def pamr(
-    masks: Ragged | Array,
+    masks: Batch,
     image: Ragged | Array,
     *,
     dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
     iterations: int = 10,
     backend: str = "auto",
-) -> Ragged | Array:
-    """Makes every pixel's mask, again and again, the mean of its neighbors' masks, weighted by likeness of color.
+) -> Batch:
+    """Repeatedly replaces the masks at every pixel by the mean over its neighbors, weighted by color similarity.
 
-    masks:      float32 [H, W, L] or [H, W] (numpy or torch), or Ragged with rows [P, L] or [P]: a value per pixel and
-                label, usually probabilities. The result is arranged like it. Labels do not influence each other; what
-                is constant stays, nothing leaves the range of its input, labels that sum to 1 go on doing so.
-    image:      uint8 [H, W, 3], RGB, or Ragged with rows [P, 3]; of the masks' height and width
-    dilations:  steps in pixels from a pixel to its 8 neighbors, one ring of them for each; 1 to 16 of them, from 1 up.
-                Beyond the border stands the nearest pixel. A pixel is not its own neighbor.
-    iterations: how often, at least 0
+    The weights are the softmax over all neighbors of the mean over the color channels of
+    -|difference| / (1e-8 + 0.1 s), with colors from 0 to 1 and s the standard deviation of the channel over the windows
+    around the pixel. A pixel is not its own neighbor; the border is padded by replication.
 
-    The weights are the softmax over all neighbors of the mean over the colors of -|difference| / (1e-8 + 0.1 s), with
-    colors from 0 to 1 and s the color's standard deviation in all windows around the pixel.
-    Accuracy: within 5e-5 of float64 for masks from 0 to 1 and the default settings, 1e-6 as a rule; the roots of the
-             weights are kept with 16 bits (the reference: weights in float32). NaN and Inf spread within their label.
-    Errors:  TypeError for a wrong dtype or kind; ValueError for shapes that do not match, a parameter out of range, a
-             backend that cannot run. There is no gradient: RuntimeError.
-    Cost:    2 flops for each of 8 neighbors a dilation, label, pixel and iteration; memory 100 bytes a pixel for the
-             weights of the default dilations, and twice the masks (of 24 labels at most) per thread. Photos of a Ragged
-             batch are spread over torch's threads. Deterministic: the same bits alone, in any batch, beside any other
-             labels and with any number of threads.
-    Source:  N. Araslanov and S. Roth, Single-Stage Semantic Segmentation from Image Labels, CVPR 2020, section 3.3.
+    Args:
+        masks: float32 [H, W, L] or [H, W] (numpy or torch), or Ragged with rows [P, L] or [P]: a value per pixel and
+            label, usually a probability.
+        image: uint8 RGB [H, W, 3], or Ragged with rows [P, 3], with the height and width of `masks`.
+        dilations: Distances in pixels from a pixel to its 8 neighbors, each at least 1; 1 to 16 of them.
+        iterations: Number of iterations, at least 0.
+        backend: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        The refined masks, float32, arranged like `masks`. Labels do not influence each other. Constant masks remain
+        constant, values stay in the range of the input, and labels that sum to 1 still do.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If shapes or devices do not match, a parameter is out of range, or the backend cannot run.
+        RuntimeError: On a backward pass, since there is no gradient.
+
+    Accuracy:
+        Within 5e-5 of float64 for masks from 0 to 1 and the default settings, usually within 1e-6: the square roots of
+        the weights are stored with 16 bits (the reference stores the weights in float32). NaN and Inf spread within
+        their label.
+
+    Cost:
+        2 flops per neighbor (8 per dilation), label, pixel and iteration. 100 bytes per pixel for the weights of the
+        default dilations, and twice the masks (of 24 labels at most) per thread. The images of a Ragged batch are
+        distributed over torch's threads. On an H100, 0.27 ms per image of 375 x 500 with 2 labels and 2.1 ms with 21,
+        in a batch of 16.
+
+    Determinism:
+        Bit-identical for any batch, number of labels and number of threads.
+
+    Source:
+        N. Araslanov and S. Roth, Single-Stage Semantic Segmentation from Image Labels, CVPR 2020, section 3.3.
     """
     dims = masks.rows.ndim if isinstance(masks, Ragged) else getattr(masks, "ndim", 0) - 1
-    packed_masks, restore = arrange(NAME, "masks", masks, 0 if dims == 1 else 1)
-    packed_image, _ = arrange(NAME, "image", image, 1)
-    expect_dtype(NAME, "masks", packed_masks.rows, torch.float32)
-    expect_dtype(NAME, "image", packed_image.rows, torch.uint8)
-    if packed_image.rows.shape[1] != 3:
-        raise ValueError(f"{NAME}: image must have 3 channels, but has {packed_image.rows.shape[1]}")
-    if packed_image.rows.device != packed_masks.rows.device:
-        raise ValueError(
-            f"{NAME}: image must be on the masks' device, {packed_masks.rows.device}, "
-            f"but is on {packed_image.rows.device}"
-        )
-    if isinstance(masks, Ragged) or isinstance(image, Ragged):
-        expect_same_grids(NAME, "masks", packed_masks, "image", packed_image)
-    elif tuple(masks.shape[:2]) != tuple(image.shape[:2]):  # no tensor is read here, so torch.compile can trace it
-        raise ValueError(
-            f"{NAME}: masks and image must be of the same height and width, "
-            f"but are {list(masks.shape[:2])} and {list(image.shape[:2])}"
-        )
+    packed = arrange(NAME, "masks", masks, 0 if dims == 1 else 1, torch.float32)
+    pixels = expect_image(NAME, image, packed)
     dilations = [int(d) for d in dilations]
     if not 1 <= len(dilations) <= MAX_DILATIONS or min(dilations) < 1:
-        raise ValueError(f"{NAME}: dilations must be 1 to {MAX_DILATIONS} numbers of at least 1, but are {dilations}")
+        raise ValueError(f"{NAME}: dilations must be 1 to {MAX_DILATIONS} numbers of at least 1, but is {dilations}")
     if iterations < 0:
         raise ValueError(f"{NAME}: iterations must be at least 0, but is {iterations}")
-    rows = _refine(
-        (packed_masks.rows[:, None] if dims == 1 else packed_masks.rows).contiguous(),
-        packed_image.rows.contiguous(),
-        packed_masks.offsets,
-        packed_masks.shapes,
-        dilations,
-        int(iterations),
-        backend,
-    )
-    return restore(rows[:, 0] if dims == 1 else rows)
+    rows = packed.rows[:, None] if dims == 1 else packed.rows
+    refined = _refine(
+        rows.contiguous(), pixels, packed.offsets, packed.shapes, dilations, int(iterations), backend
+    )  # fmt: skip
+    return packed.restore(refined[:, 0] if dims == 1 else refined)
 
 
-# -- backends: every implementation takes the op's tensors and returns what the op's schema says ---------------------
-
-
-def _refine_reference(
+def _refine_triton(
     masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, dilations: list[int], iterations: int
 ) -> Tensor:
-    photos = zip(Ragged(masks, offsets, shapes).grids(), Ragged(image, offsets, shapes).grids(), strict=True)
-    refined = [reference.pamr(mask, photo, dilations, iterations).flatten(0, 1) for mask, photo in photos]
-    return torch.cat([masks[:0], *refined])
-
-
-def _refine_cpu(masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings) -> Tensor:
-    out = torch.empty_like(masks)
-    backends.native().pamr(masks, image, offsets, shapes, out, *settings)
-    return out
-
-
-def _refine_triton(masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings) -> Tensor:
-    from .triton import pamr as triton  # not at import: not every machine has Triton
+    from .triton import pamr as triton  # not at import: Triton is optional
 
     expect_rows(NAME, offsets, shapes, masks)
-    out = torch.empty_like(masks)
-    triton.pamr(masks, image, offsets, shapes, out, *settings)
+    out = like_first(masks)
+    triton.pamr(masks, image, offsets, shapes, out, dilations, iterations)
     return out
-
-
-backends.IMPLEMENTATIONS[NAME] = {"reference": _refine_reference, "cpu": _refine_cpu, "triton": _refine_triton}
-
-
-# -- torch.library ---------------------------------------------------------------------------------------------------
-
-
-def _dispatch(masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings) -> Tensor:
-    *settings, backend = settings
-    return backends.run(NAME, backend, masks.device)(masks, image, offsets, shapes, *settings)
 
 
 _refine = register(
-    f"{NAME}(Tensor masks, Tensor image, Tensor offsets, Tensor shapes, int[] dilations, int iterations, str backend) "
-    "-> Tensor",
-    _dispatch,
-    lambda masks, *rest: torch.empty_like(masks),
+    f"{NAME}(Tensor masks, Tensor image, Tensor offsets, Tensor shapes, int[] dilations, int iterations) -> Tensor",
+    reference=partial(per_image, reference.pamr),
+    triton=_refine_triton,
 )

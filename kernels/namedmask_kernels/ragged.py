@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: MIT
-"""`Ragged`, the packed batch that every operator takes, and the way from plain arrays to it and back."""
+"""`Ragged`, the packed batch that every operator accepts, and the argument checks that the operators share."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 class Ragged(NamedTuple):
-    """Grids of different sizes, one after another, without padding.
+    """A batch of grids of different sizes, concatenated without padding.
 
-    The one rule: photo b owns `rows[offsets[b] : offsets[b + 1]]`, exactly height * width rows in raster order. Rows
-    that belong to no place in the grid (CLS and register tokens) are never in a Ragged; the operator that needs them
-    (`attention_features`) takes bare sequences.
+    Image b owns ``rows[offsets[b] : offsets[b + 1]]``: exactly height * width rows in raster order. Rows that have no
+    place in the grid (CLS and register tokens) are never part of a Ragged; the operator that needs them
+    (`attention_features`) takes packed sequences instead.
 
-    rows:    [T, ...] any dtype, any device
-    offsets: int32 [B + 1] on the CPU, from 0 to T
-    shapes:  int32 [B, 2] on the CPU, (height, width) of each grid
+    Attributes:
+        rows: [T, ...], any dtype, any device.
+        offsets: int32 [B + 1] on the CPU, from 0 to T.
+        shapes: int32 [B, 2] on the CPU, the (height, width) of each grid.
     """
 
     rows: Tensor
@@ -30,23 +34,35 @@ class Ragged(NamedTuple):
 
     @classmethod
     def pack(cls, grids: Sequence[Tensor]) -> Ragged:
-        """Packs grids [h_b, w_b, ...] of one dtype and device; at least one, since an empty list has no dtype."""
+        """Packs grids [h_b, w_b, ...] of one dtype and device.
+
+        Raises:
+            ValueError: If `grids` is empty, since an empty list has no dtype. For an empty batch call
+                ``Ragged.of_shapes(rows[:0], [])``.
+        """
         if len(grids) == 0:
-            raise ValueError("Ragged.pack: at least one grid is needed; an empty batch: Ragged.of_shapes(rows[:0], [])")
-        return cls.of_shapes(torch.cat([g.flatten(0, 1) for g in grids]), [tuple(g.shape[:2]) for g in grids])
+            raise ValueError(
+                "Ragged.pack: grids must not be empty; for an empty batch call Ragged.of_shapes(rows[:0], [])"
+            )
+        shapes = [(grid.shape[0], grid.shape[1]) for grid in grids]
+        return cls.of_shapes(torch.cat([grid.flatten(0, 1) for grid in grids]), shapes)
 
     @classmethod
     def of_shapes(cls, rows: Tensor, shapes: Sequence[tuple[int, int]]) -> Ragged:
-        """Rows [T, ...] that are packed already, with the (height, width) of each grid."""
+        """Wraps rows [T, ...] that are already packed, given the (height, width) of each grid.
+
+        Raises:
+            ValueError: If the shapes do not add up to T rows.
+        """
         ends = list(itertools.accumulate((h * w for h, w in shapes), initial=0))
         if ends[-1] != rows.shape[0]:
-            raise ValueError(f"Ragged: shapes ask for {ends[-1]} rows, but there are {rows.shape[0]}")
-        # By way of numpy: a quarter of the time that torch takes to read a list.
+            raise ValueError(f"Ragged: shapes add up to {ends[-1]} rows, but there are {rows.shape[0]}")
+        # Going through numpy takes a quarter of the time that torch needs to read a list.
         offsets = torch.from_numpy(np.array(ends, np.int32))
         return cls(rows, offsets, torch.from_numpy(np.array(shapes, np.int32).reshape(-1, 2)))
 
     def grids(self) -> list[Tensor]:
-        """The grids [h_b, w_b, ...], as views."""
+        """Returns the grids [h_b, w_b, ...] as views."""
         return [
             self.rows[begin:end].unflatten(0, (h, w))
             for begin, end, (h, w) in zip(
@@ -55,86 +71,174 @@ class Ragged(NamedTuple):
         ]
 
     def with_rows(self, rows: Tensor) -> Ragged:
-        """Other rows [T, ...] on the same grids."""
+        """Returns a batch with the same grids and other rows [T, ...]."""
         return Ragged(rows, self.offsets, self.shapes)
 
 
 Array = np.ndarray | Tensor
-Restore = Callable[[Tensor], "Ragged | Array"]
+# What an operator accepts; the result has the same kind and arrangement.
+Batch = TypeVar("Batch", bound=Ragged | np.ndarray | Tensor)
+
+
+@dataclasses.dataclass
+class Packed(Generic[Batch]):
+    """An operator's argument as a packed batch.
+
+    Attributes:
+        name: The argument's name, for error messages.
+        value: The argument as the caller passed it.
+        leading: The dimensions of the value before those of a row, (h, w) or (B, h, w); None for a Ragged.
+        rows: [T, *row]
+        offsets: int32 [B + 1] on the CPU.
+        shapes: int32 [B, 2] on the CPU.
+    """
+
+    name: str
+    value: Batch
+    leading: tuple[int, ...] | None
+    rows: Tensor
+    offsets: Tensor
+    shapes: Tensor
+
+    def restore(self, rows: Tensor) -> Batch:
+        """Arranges results, one row per input row, like the argument: a Ragged, a tensor or a numpy array."""
+        if self.leading is None:
+            return cast(Batch, Ragged(rows, self.offsets, self.shapes))
+        grid = rows.reshape(self.leading + rows.shape[1:])
+        return cast(Batch, grid.numpy() if isinstance(self.value, np.ndarray) else grid)
 
 
 def arrange(
-    op: str, argument: str, value: Ragged | Array, row_dims: int, *, batches: bool = False
-) -> tuple[Ragged, Restore]:
-    """Any arrangement that an operator accepts -> (Ragged, the way back for results with one row per input row).
+    op: str, name: str, value: Batch, row_dims: int, *dtypes: torch.dtype, batches: bool = False
+) -> Packed[Batch]:
+    """Packs an argument of an operator, in any arrangement that the operator accepts.
 
-    value:    a Ragged with rows [T, *row]; or one grid [h, w, *row], numpy or torch; or, with `batches`, equal grids
-              [B, h, w, *row]. `row` has `row_dims` dimensions.
-    Errors:   TypeError / ValueError with the operator's and the argument's name.
+    Args:
+        op: Name of the operator, for error messages.
+        name: Name of the argument, for error messages.
+        value: A Ragged with rows [T, *row]; or one grid [h, w, *row], numpy or torch; or, with `batches`, grids of
+            equal size [B, h, w, *row].
+        row_dims: Number of dimensions of `row`.
+        dtypes: The accepted dtypes.
+        batches: Whether the operator accepts a batch of equal grids.
+
+    Raises:
+        TypeError: If the value is of another kind or dtype.
+        ValueError: If it has another number of dimensions.
     """
     if isinstance(value, Ragged):
         if value.rows.ndim != 1 + row_dims:
             raise ValueError(
-                f"{op}: the rows of {argument} must have {1 + row_dims} dimensions, but are {list(value.rows.shape)}"
+                f"{op}: the rows of {name} must have {1 + row_dims} dimensions, but have shape {list(value.rows.shape)}"
             )
-        return value, value.with_rows
-    if not isinstance(value, (np.ndarray, Tensor)):
-        raise TypeError(
-            f"{op}: {argument} must be a numpy array, a torch tensor or a Ragged, but is {type(value).__name__}"
-        )
-    grid = as_tensor(value) if isinstance(value, np.ndarray) else value
+        expect_dtype(op, name, value.rows, *dtypes)
+        return Packed(name, value, None, *value)
+    grid = value if isinstance(value, Tensor) else as_tensor(op, name, value)
     shape = tuple(grid.shape)
-    lead, row = shape[: len(shape) - row_dims], shape[len(shape) - row_dims :]
-    if len(lead) == 2:
-        count, (h, w) = 1, lead
-    elif batches and len(lead) == 3:
-        count, h, w = lead
+    dims = len(shape) - row_dims
+    leading = shape[:dims]
+    if dims == 2:
+        count, (h, w) = 1, leading
+    elif batches and dims == 3:
+        count, h, w = leading
     else:
         expected = " or ".join(str(n + row_dims) for n in ((2, 3) if batches else (2,)))
-        raise ValueError(f"{op}: {argument} must have {expected} dimensions, but is {list(shape)}")
-    ragged = Ragged.of_shapes(grid.reshape(count * h * w, *row), [(h, w)] * count)
-
-    def restore(rows: Tensor) -> Array:
-        result = rows.reshape(*lead, *rows.shape[1:])
-        return result.numpy() if isinstance(value, np.ndarray) else result
-
-    return ragged, restore
+        raise ValueError(f"{op}: {name} must have {expected} dimensions, but has shape {list(shape)}")
+    expect_dtype(op, name, grid, *dtypes)
+    rows = grid.reshape(count * h * w, *shape[dims:])
+    return Packed(name, value, leading, *Ragged.of_shapes(rows, [(h, w)] * count))
 
 
 def pack_numpy(*grids: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Arrays [h, w, *row] of one photo as a packed batch of numpy arrays: the rows of each, offsets, shapes."""
+    """Packs arrays [h, w, *row] of one image without torch: the rows of each, offsets, shapes."""
     h, w = grids[0].shape[:2]
     rows = (np.ascontiguousarray(grid).reshape(h * w, *grid.shape[2:]) for grid in grids)
     return *rows, np.array((0, h * w), np.int32), np.array(((h, w),), np.int32)
 
 
-def as_tensor(array: np.ndarray) -> Tensor:
-    """A numpy array as a tensor, without a copy where torch can read it as it is."""
-    # torch warns of arrays that must not be written to, such as np.asarray(a Pillow image): operators only read.
-    array = np.ascontiguousarray(array)
+def as_tensor(op: str, name: str, value: object) -> Tensor:
+    """Returns a tensor as it is, and a numpy array as a tensor, without a copy if torch can read it in place.
+
+    Raises:
+        TypeError: If the value is neither.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray):
+        raise TypeError(
+            f"{op}: {name} must be a numpy array, a torch tensor or a Ragged, but is {type(value).__name__}"
+        )
+    # torch warns about read-only arrays such as np.asarray(pillow_image). The operators never write to their inputs,
+    # but the warning would reach the user.
+    array = np.ascontiguousarray(value)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def expect_dtype(op: str, argument: str, rows: Tensor, *dtypes: torch.dtype) -> None:
-    """TypeError unless the tensor has one of the dtypes."""
+# -- argument checks: the messages name the operator, the argument, what was expected and what came -------------------
+
+
+def expect_dtype(op: str, name: str, rows: Tensor, *dtypes: torch.dtype) -> None:
+    """Raises TypeError unless the tensor has one of the dtypes."""
     if rows.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{op}: {argument} must be {wanted}, but is {str(rows.dtype).removeprefix('torch.')}")
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be {expected}, but is {str(rows.dtype).removeprefix('torch.')}")
 
 
-def expect_same_grids(op: str, argument: str, value: Ragged, other_argument: str, other: Ragged) -> None:
-    """ValueError unless both batches have the same grids."""
-    if value.shapes.shape != other.shapes.shape or not torch.equal(value.shapes, other.shapes):
+def expect_same_grids(op: str, one: Packed[Any], other: Packed[Any]) -> None:
+    """Raises ValueError unless two arguments are on the same device and have the same grids."""
+    if one.rows.device != other.rows.device:
         raise ValueError(
-            f"{op}: {argument} and {other_argument} must be of the same height and width, "
-            f"but are {value.shapes.tolist()[:4]} and {other.shapes.tolist()[:4]}"
+            f"{op}: {one.name} must be on {other.rows.device}, like {other.name}, but is on {one.rows.device}"
+        )
+    if one.leading and other.leading:  # reads no tensor, so torch.compile can trace it
+        same = one.leading == other.leading
+    else:
+        same = one.shapes.shape == other.shapes.shape and torch.equal(one.shapes, other.shapes)
+    if not same:
+        sizes = [list(packed.leading or packed.shapes.tolist()[:4]) for packed in (one, other)]
+        raise ValueError(
+            f"{op}: {one.name} and {other.name} must have the same height and width, but have {sizes[0]} and {sizes[1]}"
         )
 
 
+def expect_image(op: str, image: Ragged | Array, like: Packed[Any]) -> Tensor:
+    """Returns the pixels, contiguous uint8 [P, 3], of an RGB image that has the grids and the device of `like`.
+
+    Raises:
+        TypeError: If the image is not a uint8 array, tensor or Ragged.
+        ValueError: If it has another shape or is on another device.
+    """
+    packed = arrange(op, "image", image, 1, torch.uint8)
+    if packed.rows.shape[1] != 3:
+        raise ValueError(f"{op}: image must have 3 channels, but has {packed.rows.shape[1]}")
+    expect_same_grids(op, packed, like)
+    return packed.rows.contiguous()
+
+
+def expect_finite(op: str, name: str, finite: Tensor, offsets: Tensor, first: int = 0) -> None:
+    """Raises ValueError naming the first image with values that are not finite; waits for the GPU.
+
+    Args:
+        op: Name of the operator.
+        name: Name of the argument.
+        finite: bool [T] or [T, C], which values are finite.
+        offsets: int32 [B + 1] on the CPU.
+        first: Number that the first image of `offsets` has in the caller's batch.
+    """
+    if not finite.all():
+        row = int(finite.flatten(1).all(1).byte().argmin()) if finite.ndim > 1 else int(finite.byte().argmin())
+        raise not_finite(op, name, first + int(torch.searchsorted(offsets, row, right=True)) - 1)
+
+
+def not_finite(op: str, name: str, image: int) -> ValueError:
+    """The error for an image with values that are not finite."""
+    return ValueError(f"{op}: {name} must be finite, but image {image} holds NaN or Inf")
+
+
 def expect_rows(op: str, offsets: Tensor, shapes: Tensor, *arrays: Tensor) -> None:
-    """ValueError unless offsets and shapes, both on the CPU, fit each other and the rows of all arrays."""
+    """Raises ValueError unless offsets and shapes, both on the CPU, match each other and the rows of all arrays."""
     if offsets[:1].any() or shapes.prod(1).tolist() != offsets.diff().tolist():
-        raise ValueError(f"{op}: offsets and shapes do not fit each other")
+        raise ValueError(f"{op}: offsets and shapes do not match each other")
     for array in arrays:
         if len(array) != offsets[-1]:
-            raise ValueError(f"{op}: offsets and shapes are of {offsets[-1]} rows, but an array has {len(array)}")
+            raise ValueError(f"{op}: offsets and shapes describe {offsets[-1]} rows, but an array has {len(array)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The extension itself: what it makes of arrays, and how it lives beside torch."""
+"""The C++ extension: the arrays that it accepts, and its coexistence with torch."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def arguments(mask, out):
     return mask.reshape(-1), np.array([0, mask.size], np.int32), shapes, out.reshape(-1)
 
 
-def test_any_library_that_speaks_dlpack_may_call():
+def test_accepts_arrays_of_any_library_that_supports_dlpack():
     mask = np.random.default_rng(0).random((9, 13)) < 0.6
     out = np.empty_like(mask)
     native.fill_holes(*arguments(mask, out))
@@ -31,7 +31,7 @@ def test_any_library_that_speaks_dlpack_may_call():
     assert torch.equal(mixed, torch.from_numpy(out))
 
 
-def test_what_is_no_array_is_refused_with_its_reason():
+def test_invalid_arrays_raise():
     mask = np.zeros((2, 3), bool)
     flat, offsets, shapes, out = arguments(mask, np.empty_like(mask))
     with pytest.raises(TypeError, match="speaks DLPack"):
@@ -48,7 +48,7 @@ def test_what_is_no_array_is_refused_with_its_reason():
         native.fill_holes(fake, offsets, shapes, out)
 
 
-def test_the_contract_is_checked_in_c_too():
+def test_shapes_and_dtypes_are_checked():
     mask = np.zeros((2, 3), bool)
     flat, offsets, shapes, out = arguments(mask, np.empty_like(mask))
     with pytest.raises(
@@ -66,7 +66,7 @@ def test_the_contract_is_checked_in_c_too():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 @pytest.mark.parametrize("order", ["torch, namedmask_kernels", "namedmask_kernels, torch"])
 def test_one_libgomp_in_the_process(order):
-    """Two OpenMP runtimes in one process would fight for the cores."""
+    """Two OpenMP runtimes in one process would compete for the cores."""
     code = (
         f"import {order}, re\n"
         "namedmask_kernels.fill_holes(torch.zeros(64, 64, dtype=torch.bool))\n"

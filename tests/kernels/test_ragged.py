@@ -6,7 +6,7 @@ import torch
 from namedmask_kernels.ragged import Ragged, arrange
 
 
-def test_pack_and_grids_are_each_other_s_inverse():
+def test_grids_inverts_pack():
     grids = [torch.randn(h, w, 3) for h, w in ((2, 3), (1, 1), (0, 5), (4, 2))]
     batch = Ragged.pack(grids)
     assert batch.offsets.tolist() == [0, 6, 7, 7, 15] and batch.offsets.dtype == torch.int32
@@ -15,17 +15,17 @@ def test_pack_and_grids_are_each_other_s_inverse():
     assert batch.grids()[0].data_ptr() == batch.rows.data_ptr()  # views, not copies
 
 
-def test_rows_and_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="shapes ask for 7 rows, but there are 6"):
+def test_rows_and_shapes_that_do_not_match_raise():
+    with pytest.raises(ValueError, match="shapes add up to 7 rows, but there are 6"):
         Ragged.of_shapes(torch.zeros(6), [(2, 3), (1, 1)])
-    with pytest.raises(ValueError, match="at least one grid is needed"):
+    with pytest.raises(ValueError, match="grids must not be empty"):
         Ragged.pack([])
     empty = Ragged.of_shapes(torch.zeros(0, 4), [])
     assert empty.grids() == [] and empty.offsets.tolist() == [0] and empty.shapes.shape == (0, 2)
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "batch", "ragged"])
-def test_results_come_back_arranged_like_the_argument(kind):
+def test_restore_arranges_results_like_the_argument(kind):
     rows = torch.arange(24.0).reshape(12, 2)
     value = {
         "torch": rows.reshape(3, 4, 2),
@@ -33,9 +33,9 @@ def test_results_come_back_arranged_like_the_argument(kind):
         "batch": rows.reshape(2, 2, 3, 2),
         "ragged": Ragged.of_shapes(rows, [(2, 2), (4, 2)]),
     }[kind]
-    packed, restore = arrange("op", "features", value, 1, batches=True)
+    packed = arrange("op", "features", value, 1, torch.float32, batches=True)
     assert torch.equal(packed.rows, rows)
-    back = restore(packed.rows[:, 0])
+    back = packed.restore(packed.rows[:, 0])
     expected = {"torch": (3, 4), "numpy": (3, 4), "batch": (2, 2, 3), "ragged": None}[kind]
     if kind == "ragged":
         assert isinstance(back, Ragged) and torch.equal(back.offsets, value.offsets)
@@ -43,8 +43,8 @@ def test_results_come_back_arranged_like_the_argument(kind):
         assert type(back) is type(value) and tuple(back.shape) == expected
 
 
-def test_numpy_arrays_of_any_strides_are_taken():
+def test_non_contiguous_numpy_arrays():
     value = np.arange(24, dtype=np.float32).reshape(4, 6)[::-1, ::2]
-    packed, restore = arrange("op", "mask", value, 0)
+    packed = arrange("op", "mask", value, 0, torch.float32)
     np.testing.assert_array_equal(packed.rows.numpy(), value.ravel())
-    np.testing.assert_array_equal(restore(packed.rows), value)
+    np.testing.assert_array_equal(packed.restore(packed.rows), value)

@@ -45,8 +45,8 @@ def random_qkv(lengths, heads, dim, dtype):
 
 
 def run(qkv, offsets, scale, taps, want=ALL):
-    """Every output poisoned first: what a kernel leaves unwritten shows."""
-    from namedmask_kernels.triton import attention_features as ours
+    """Fills the outputs with NaN first, so that elements that a kernel does not write fail the test."""
+    from namedmask_kernels.triton import attention_features as kernels
 
     tokens, _, heads, dim = qkv.shape
     outputs = {
@@ -55,13 +55,13 @@ def run(qkv, offsets, scale, taps, want=ALL):
         "lse": torch.empty(tokens, heads),
         "key_norms": torch.empty(tokens),
     }
-    found = {name: outputs[name].fill_(torch.nan).to(DEVICE) for name in want}
-    ours.attention_features(qkv.to(DEVICE), offsets, taps, scale, *(found.get(name) for name in ALL))
-    return {name: value.cpu() for name, value in found.items()}
+    result = {name: outputs[name].fill_(torch.nan).to(DEVICE) for name in want}
+    kernels.attention_features(qkv.to(DEVICE), offsets, taps, scale, *(result.get(name) for name in ALL))
+    return {name: value.cpu() for name, value in result.items()}
 
 
-def torchs(qkv, scale, taps):
-    """The plain torch expression in the dtype of qkv [n, 3, H, D] throughout -> as the reference."""
+def torch_form(qkv, scale, taps):
+    """The torch expression, entirely in the dtype of qkv [n, 3, H, D]; results like the reference."""
     q, k, v = qkv.permute(1, 2, 0, 3)
     scores = scale * q @ k.mT
     weights = scores.softmax(-1)
@@ -86,22 +86,22 @@ def torchs(qkv, scale, taps):
 def test_attention_features(dtype, heads, dim, taps):
     lengths = [n for n in (130, 0, 1, 64, 2, 34) if n == 0 or n > max(taps)]
     qkv, offsets = random_qkv(lengths, heads, dim, dtype)
-    found = run(qkv, offsets, dim**-0.5, taps)
+    result = run(qkv, offsets, dim**-0.5, taps)
     for begin, end in itertools.pairwise(offsets.tolist()):
         if begin == end:
             continue
         exact = reference.attention_features(qkv[begin:end].double(), dim**-0.5, taps)
-        rounded = torchs(qkv[begin:end], dim**-0.5, taps)
-        for name, exactly, torch_has in zip(ALL, exact, rounded, strict=True):
-            error = (found[name][begin:end].double() - exactly).abs().max()
-            allowed = 2 * (torch_has.double() - exactly).abs().max() + 1e-6 * exactly.abs().max()
+        rounded = torch_form(qkv[begin:end], dim**-0.5, taps)
+        for name, truth, torch_result in zip(ALL, exact, rounded, strict=True):
+            error = (result[name][begin:end].double() - truth).abs().max()
+            allowed = 2 * (torch_result.double() - truth).abs().max() + 1e-6 * truth.abs().max()
             assert error <= allowed, f"{name}: {error:.2g} > {allowed:.2g}"
-        sums = found["rows"][begin:end].sum(0)
+        sums = result["rows"][begin:end].sum(0)
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
 
 
 @here
-def test_attention_features_alone_and_in_a_batch_are_equal_bit_for_bit():
+def test_attention_features_do_not_depend_on_batch_composition():
     qkv, offsets = random_qkv([70, 150, 5], 2, 64, torch.float32)
     together = run(qkv, offsets, 0.125, [0])
     for begin, end in itertools.pairwise(offsets.tolist()):
@@ -111,34 +111,34 @@ def test_attention_features_alone_and_in_a_batch_are_equal_bit_for_bit():
 
 @here
 @pytest.mark.parametrize("want", [(), *((name,) for name in ALL)], ids=str)
-def test_attention_features_gives_only_what_is_asked_for(want):
+def test_attention_features_computes_only_the_requested_fields(want):
     qkv, offsets = random_qkv([150, 71], 2, 32, torch.float32)
     everything = run(qkv, offsets, 0.2, [0, 70])
-    found = run(qkv, offsets, 0.2, [0, 70], want)
-    assert set(found) == set(want)
-    assert all(torch.equal(found[name], everything[name]) for name in want)
+    result = run(qkv, offsets, 0.2, [0, 70], want)
+    assert set(result) == set(want)
+    assert all(torch.equal(result[name], everything[name]) for name in want)
 
 
 @here
 @pytest.mark.parametrize("lengths, taps", [([], [0]), ([0, 0], [0]), ([3], [])], ids=str)
-def test_attention_features_of_nothing(lengths, taps):
+def test_attention_features_of_empty_input(lengths, taps):
     qkv, offsets = random_qkv(lengths, 2, 32, torch.float32)
     assert not any(value.isnan().any() for value in run(qkv, offsets, 1.0, taps).values())
 
 
 @here
 def test_block_table_covers_every_token_once():
-    from namedmask_kernels.triton import attention_features as ours
+    from namedmask_kernels.triton import attention_features as kernels
 
     offsets = torch.tensor([0, 5, 5, 12, 13], dtype=torch.int32)
-    table = ours.block_table(offsets, 4)
+    table = kernels.block_table(offsets, 4)
     assert table.tolist() == [[5, 7, 0], [5, 7, 4], [0, 5, 0], [0, 5, 4], [12, 1, 0]]  # long sequences first
-    assert ours.block_table(offsets, 4, taps=[0, 6, 5]).tolist()[:2] == [[5, 7, 0], [5, 7, 4]]
-    assert ours.block_table(offsets, 4, taps=[0]).tolist() == [[5, 7, 0], [0, 5, 0], [12, 1, 0]]
+    assert kernels.block_table(offsets, 4, taps=[0, 6, 5]).tolist()[:2] == [[5, 7, 0], [5, 7, 4]]
+    assert kernels.block_table(offsets, 4, taps=[0]).tolist() == [[5, 7, 0], [0, 5, 0], [12, 1, 0]]
 
 
 def pamr_batch(labels):
-    """Photos of odd sizes: (masks, image), Ragged; noisy masks, smooth colors with a clear edge."""
+    """(masks, image) of odd sizes, Ragged; noisy masks, smooth colors with a strong edge."""
     generator = torch.Generator().manual_seed(labels)
     masks, images = [], []
     for h, w in [(5, 9), (0, 3), (1, 1), (1, 30)]:
@@ -149,11 +149,11 @@ def pamr_batch(labels):
 
 
 def run_pamr(masks, image, *settings):
-    """The output poisoned first, as above."""
-    from namedmask_kernels.triton import pamr as ours
+    """Fills the output with NaN first, as above."""
+    from namedmask_kernels.triton import pamr as kernels
 
     out = torch.full_like(masks.rows, torch.nan).to(DEVICE)
-    ours.pamr(masks.rows.to(DEVICE), image.rows.to(DEVICE), masks.offsets, masks.shapes, out, *settings)
+    kernels.pamr(masks.rows.to(DEVICE), image.rows.to(DEVICE), masks.offsets, masks.shapes, out, *settings)
     return masks.with_rows(out.cpu())
 
 
@@ -164,17 +164,17 @@ def run_pamr(masks, image, *settings):
 )
 def test_pamr(labels, dilations, iterations):
     masks, image = pamr_batch(labels)
-    found = run_pamr(masks, image, dilations, iterations)
+    result = run_pamr(masks, image, dilations, iterations)
     near = [min(d, 50) for d in dilations]
-    for mask, photo, refined in zip(masks.grids(), image.grids(), found.grids(), strict=True):
-        exact = pamr_reference.pamr(mask.double(), photo, near, iterations)
+    for mask, pixels, refined in zip(masks.grids(), image.grids(), result.grids(), strict=True):
+        exact = pamr_reference.pamr(mask.double(), pixels, near, iterations)
         torch.testing.assert_close(refined.double(), exact, rtol=0, atol=5e-5)
     alone = run_pamr(Ragged.pack(masks.grids()[:1]), Ragged.pack(image.grids()[:1]), dilations, iterations)
-    assert torch.equal(alone.grids()[0], found.grids()[0])
+    assert torch.equal(alone.grids()[0], result.grids()[0])
 
 
 @here
-def test_pamr_of_nothing_and_without_iterations():
+def test_pamr_of_empty_input_and_without_iterations():
     masks, image = pamr_batch(2)
     assert torch.equal(run_pamr(masks, image, [1], 0).rows, masks.rows)
     assert run_pamr(masks.with_rows(masks.rows[:, :0]), image, [1], 2).rows.shape == (len(masks.rows), 0)
@@ -184,16 +184,15 @@ def test_pamr_of_nothing_and_without_iterations():
 
 @here
 def test_pixel_table_covers_every_pixel_once():
-    from namedmask_kernels.triton import pamr as ours
+    from namedmask_kernels.triton import pamr as kernels
 
     masks = Ragged.of_shapes(torch.zeros(6 + 0 + 9), [(2, 3), (0, 4), (3, 3)])
-    table = ours.pixel_table(masks.offsets, masks.shapes, 4)
+    table = kernels.pixel_table(masks.offsets, masks.shapes, 4)
     assert table.tolist() == [[0, 2, 3, 0], [0, 2, 3, 4], [6, 3, 3, 0], [6, 3, 3, 4], [6, 3, 3, 8]]
 
 
 def tokens(shapes, channels, noise=0.7):
-    """float32 features [T, channels], Ragged: two directions and noise; photo 0 holds a row of zeros, a tiny and a huge
-    one."""
+    """float32 features [T, channels], Ragged: two directions and noise; image 0 has a zero, a tiny and a huge row."""
     generator = torch.Generator().manual_seed(channels)
     grids = []
     for h, w in shapes:
@@ -213,18 +212,18 @@ def test_normalized_rows(channels):
     features = tokens([(5, 7)], channels).rows
     high, low, finite = normalized_rows(features.to(DEVICE))
     exact = features.double() / features.double().norm(dim=1, keepdim=True).clamp(min=1e-12)
-    found = (high.cpu().double() + low.cpu().double()) / 256
-    torch.testing.assert_close(found[:, :channels], exact, rtol=2**-22, atol=2**-33)
-    assert not found[:, channels:].any() and finite.all()
+    result = (high.cpu().double() + low.cpu().double()) / 256
+    torch.testing.assert_close(result[:, :channels], exact, rtol=2**-22, atol=2**-33)
+    assert not result[:, channels:].any() and finite.all()
     features[3, -1], features[4, 0] = torch.nan, torch.inf
     assert normalized_rows(features.to(DEVICE)).finite.logical_not().nonzero().flatten().tolist() == [3, 4]
 
 
 def run_walk(masks, features, *settings):
-    from namedmask_kernels.triton import random_walk as ours
+    from namedmask_kernels.triton import random_walk as kernels
 
     out = torch.full_like(masks.rows, torch.nan).to(DEVICE)
-    ours.random_walk(masks.rows.to(DEVICE), features.rows.to(DEVICE), masks.offsets, out, *settings)
+    kernels.random_walk(masks.rows.to(DEVICE), features.rows.to(DEVICE), masks.offsets, out, *settings)
     return masks.with_rows(out.cpu())
 
 
@@ -235,17 +234,17 @@ def run_walk(masks, features, *settings):
 def test_random_walk(masks, channels, steps, sharpness):
     features = tokens([(9, 17), (0, 4), (1, 1), (8, 8)], channels)
     soft = features.with_rows(torch.rand(len(features.rows), masks, generator=torch.Generator().manual_seed(0)))
-    found = run_walk(soft, features, steps, sharpness)
-    for given, photo, walked in zip(soft.grids(), features.grids(), found.grids(), strict=True):
-        rows = given.flatten(0, 1), photo.flatten(0, 1)
+    result = run_walk(soft, features, steps, sharpness)
+    for mask, image, walked in zip(soft.grids(), features.grids(), result.grids(), strict=True):
+        rows = mask.flatten(0, 1), image.flatten(0, 1)
         exact = walk_reference.random_walk(*(x.double() for x in rows), steps, sharpness)
         torch.testing.assert_close(walked.flatten(0, 1).double(), exact, rtol=0, atol=1e-6)
     last = [Ragged.pack(batch.grids()[-1:]) for batch in (soft, features)]
-    assert torch.equal(run_walk(*last, steps, sharpness).rows, found.grids()[-1].flatten(0, 1))
+    assert torch.equal(run_walk(*last, steps, sharpness).rows, result.grids()[-1].flatten(0, 1))
 
 
 @here
-def test_random_walk_of_nothing_without_steps_and_of_features_that_are_not_finite():
+def test_random_walk_of_empty_input_without_steps_and_of_features_that_are_not_finite():
     features = tokens([(3, 4), (2, 2)], 8)
     soft = features.with_rows(torch.rand(16, 2))
     assert torch.equal(run_walk(soft, features, 0, 10.0).rows, soft.rows)
@@ -253,7 +252,7 @@ def test_random_walk_of_nothing_without_steps_and_of_features_that_are_not_finit
     empty = Ragged.of_shapes(torch.zeros(0, 2), [])
     assert run_walk(empty, empty, 2, 10.0).rows.shape == (0, 2)
     features.rows[13, 3] = torch.nan
-    with pytest.raises(ValueError, match="random_walk: features must be finite, but those of photo 1 hold NaN or Inf"):
+    with pytest.raises(ValueError, match="random_walk: features must be finite, but image 1 holds NaN or Inf"):
         run_walk(soft, features, 2, 10.0)
 
 
@@ -269,10 +268,10 @@ def test_affinity_bits(channels, tau):
     for begin, end in itertools.pairwise(batch.offsets.tolist()):
         tiles = -(-(end - begin) // 128)
         mine, bits = bits[: tiles**2 * 512], bits[tiles**2 * 512 :]
-        found = np.unpackbits(mine.numpy().view(np.uint8), bitorder="little").reshape(tiles, tiles * 128, 128)
-        found = found.swapaxes(0, 1).reshape(tiles * 128, tiles * 128)
-        inside = found[: end - begin, : end - begin]
-        assert found.sum() == inside.sum() and np.array_equal(inside, inside.T)
+        result = np.unpackbits(mine.numpy().view(np.uint8), bitorder="little").reshape(tiles, tiles * 128, 128)
+        result = result.swapaxes(0, 1).reshape(tiles * 128, tiles * 128)
+        inside = result[: end - begin, : end - begin]
+        assert result.sum() == inside.sum() and np.array_equal(inside, inside.T)
         unit = torch.nn.functional.normalize(features[begin:end].double(), dim=1)
         clear = ((unit @ unit.T).clamp(max=1) - tau).abs().numpy() > (0 if tau == 1 else 1e-6)
         expected = cut_reference.edges(features[begin:end], tau)
@@ -287,54 +286,54 @@ def test_cosine_ranges(channels):
     from namedmask_kernels.triton.spectral_clusters import cosine_ranges
 
     batch = tokens([(12, 25), (0, 4), (1, 1), (1, 129)], channels)
-    found = cosine_ranges(normalized_rows(batch.rows.to(DEVICE)), batch.offsets).cpu()
-    for range_, grid in zip(found, batch.grids(), strict=True):
+    result = cosine_ranges(normalized_rows(batch.rows.to(DEVICE)), batch.offsets).cpu()
+    for range_, grid in zip(result, batch.grids(), strict=True):
         unit = torch.nn.functional.normalize(grid.flatten(0, 1).double(), dim=1)
-        least, most = (unit @ unit.T).aminmax() if len(unit) else (torch.inf, -torch.inf)
-        torch.testing.assert_close(range_, torch.tensor([least, most], dtype=torch.float32), rtol=0, atol=1e-6)
+        smallest, largest = (unit @ unit.T).aminmax() if len(unit) else (torch.inf, -torch.inf)
+        torch.testing.assert_close(range_, torch.tensor([smallest, largest], dtype=torch.float32), rtol=0, atol=1e-6)
 
 
 @pytest.fixture
 def emulated_cuda(monkeypatch):
-    """Makes the cuda backend run on the CPU: Triton in its interpreter, CUDA in the emulator."""
+    """Runs the cuda backend on the CPU: Triton in its interpreter, CUDA in the emulator."""
     if emulator.COMPILER is None:
-        pytest.skip("g++ is not here to compile the emulated kernels")
+        pytest.skip("no g++ to compile the emulated kernels")
     monkeypatch.setattr(backends, "native", lambda: types.SimpleNamespace(cuda=emulator))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
     return lambda op: backends.IMPLEMENTATIONS[op]["cuda"]
 
 
-emulated = pytest.mark.skipif(not INTERPRETED, reason="only where nothing else can run it")
+emulated = pytest.mark.skipif(not INTERPRETED, reason="for machines without a GPU")
 
 
 @emulated
-def test_the_cut_from_features_to_foreground(emulated_cuda, monkeypatch):
+def test_normalized_cut_from_features_to_foreground(emulated_cuda, monkeypatch):
     batch = tokens([(9, 17), (0, 4), (1, 1), (6, 6), (9, 0)], 24)
     settings = 0.2, 1e-5, 1e-8, 128
     expected = backends.IMPLEMENTATIONS["normalized_cut"]["reference"](*batch, *settings)
     monkeypatch.setattr(sys.modules["namedmask_kernels.normalized_cut"], "TOGETHER", 2)
-    found = emulated_cuda("normalized_cut")(*batch, *settings)
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype and one.shape == other.shape
+    result = emulated_cuda("normalized_cut")(*batch, *settings)
+    for field, expected_field in zip(result, expected, strict=True):
+        assert field.dtype == expected_field.dtype and field.shape == expected_field.shape
     for i in (4, 5, 6):  # partition, seed, foreground
-        assert torch.equal(found[i], expected[i])
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
-    assert found[2].max() <= 1e-8 and found[3].max() > 1
+        assert torch.equal(result[i], expected[i])
+    torch.testing.assert_close(result[0], expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(result[1], expected[1], rtol=0, atol=1e-9)
+    assert result[2].max() <= 1e-8 and result[3].max() > 1
     none = Ragged.of_shapes(torch.zeros(0, 24), [])
     assert [len(x) for x in emulated_cuda("normalized_cut")(*none, *settings)] == [0] * 7
     batch.rows[160, 3] = torch.nan
-    with pytest.raises(ValueError, match="normalized_cut: features must be finite, but those of photo 3 hold NaN"):
+    with pytest.raises(ValueError, match="normalized_cut: features must be finite, but image 3 holds NaN"):
         emulated_cuda("normalized_cut")(*batch, *settings)
 
 
 @emulated
-def test_clusters_from_features_to_labels(emulated_cuda, monkeypatch):
+def test_spectral_clusters_from_features_to_labels(emulated_cuda, monkeypatch):
     batch = tokens([(9, 17), (0, 4), (1, 1), (6, 6), (9, 0)], 24)
     expected = backends.IMPLEMENTATIONS["spectral_clusters"]["reference"](*batch, [2, 3], 1)
     monkeypatch.setattr(sys.modules["namedmask_kernels.spectral_clusters"], "TOGETHER", 2)
     assert torch.equal(emulated_cuda("spectral_clusters")(*batch, [2, 3], 1), expected)
     assert emulated_cuda("spectral_clusters")(*batch, [], 1).shape == (len(batch.rows), 0)
     batch.rows[160, 3] = torch.nan
-    with pytest.raises(ValueError, match="spectral_clusters: features must be finite, but those of photo 3 hold NaN"):
+    with pytest.raises(ValueError, match="spectral_clusters: features must be finite, but image 3 holds NaN"):
         emulated_cuda("spectral_clusters")(*batch, [2], 1)

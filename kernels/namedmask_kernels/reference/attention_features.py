@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Attention with all weights in memory, the definition. One sequence: qkv [n, 3, H, D]."""
+"""Attention that holds all softmax weights in memory: the definition, for one sequence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ class Attention(NamedTuple):
 
 
 def attention_features(qkv: Tensor, scale: float, taps: list[int]) -> Attention:
-    """qkv [n, 3, H, D], computed in float32, or float64 if it is that; taps: tokens of the sequence."""
+    """Computes in float32, or in float64 if qkv is float64.
+
+    Args:
+        qkv: [n, 3, H, D]
+        scale: Factor of q . k before the softmax.
+        taps: Positions of the tapped queries in the sequence.
+    """
     q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).permute(1, 2, 0, 3)  # [H, n, D] each
     scores = scale * q @ k.mT
     weights = scores.softmax(-1)

@@ -1,70 +1,86 @@
 # SPDX-License-Identifier: MIT
-"""The fast bilateral solver in numpy and scipy, float64, the definition. One photo at a time."""
+"""The fast bilateral solver in float64 numpy: the definition, for one image."""
 
 from __future__ import annotations
 
-import numpy as np
-from scipy import sparse
+from collections.abc import Callable
 
-BISTOCHASTISATION_ROUNDS = 10
+import numpy as np
+
+BISTOCHASTIZATION_ROUNDS = 10
 DIAGONAL_FLOOR = 1e-5  # of the preconditioner
 
 # Full-range BT.601: luma, and two chroma planes around 128.
 YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
 OFFSET = np.array([0.0, 128.0, 128.0])
 
+Edges = list[tuple[np.ndarray, np.ndarray]]  # for each axis of the grid the vertices and their next neighbors
+
 
 def cells(image: np.ndarray, sigma_spatial: float, sigma_luma: float, sigma_chroma: float) -> np.ndarray:
     """image uint8 [h, w, 3] -> int64 [h * w, 5]: each pixel's (y, x, luma, blue, red) / cell size, truncated."""
     h, w, _ = image.shape
-    # A matrix product, not a sum of three terms: BLAS fuses multiply and add, and the last bit of that decides to which
-    # side of a border the colors fall that lie on one (every gray does, with chroma 128 exactly).
+    # A matrix product and not a sum of three terms: BLAS fuses multiply and add, and the last bit decides which side of
+    # a cell border colors fall on that lie exactly on one (every gray does, with chroma 128).
     planes = np.moveaxis(image.astype(np.float64) @ YCBCR.T + OFFSET, -1, 0)
     y, x = np.mgrid[:h, :w]
     sizes = (sigma_spatial, sigma_spatial, sigma_luma, sigma_chroma, sigma_chroma)
     return np.stack([(p / s).astype(np.int64).ravel() for p, s in zip((y, x, *planes), sizes, strict=True)], axis=1)
 
 
-def grid(cells: np.ndarray) -> tuple[np.ndarray, sparse.csr_array]:
-    """cells [p, 5] -> (vertex of each pixel [p], which vertices are neighbors: 0/1 matrix [v, v]).
+def grid(cells: np.ndarray) -> tuple[np.ndarray, Edges]:
+    """cells [p, 5] -> (the vertex of each pixel [p], the edges of the grid).
 
-    The occupied cells are the vertices; neighbors are one step apart along one of the five axes.
+    The vertices are the occupied cells; two are neighbors if they are one step apart along one of the five axes.
     """
     steps = np.cumprod([1, *(cells.max(axis=0)[:0:-1] + 2)])[::-1]  # one spare cell per axis: a step never wraps around
     keys, vertex = np.unique(cells @ steps, return_inverse=True)
-    rows, columns = [], []
+    edges = []
     for step in steps:
         at = np.searchsorted(keys, keys + step).clip(max=len(keys) - 1)
         here = np.flatnonzero(keys[at] == keys + step)
-        rows += [here, at[here]]
-        columns += [at[here], here]
-    rows, columns = np.concatenate(rows), np.concatenate(columns)
-    shape = (len(keys), len(keys))
-    return vertex, sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
+        edges.append((here, at[here]))
+    return vertex, edges
 
 
-def bistochastize(neighbors: sparse.csr_array, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(m, n) such that n * blur(n * x) is a blur that keeps a constant, weighted by m, as it is."""
+def neighbor_sums(edges: Edges, x: np.ndarray) -> np.ndarray:
+    """x [v] -> [v], the sum of x over the neighbors of each vertex."""
+    total = np.zeros_like(x)
+    for here, there in edges:  # a vertex occurs at most once in each of the two arrays
+        total[here] += x[there]
+        total[there] += x[here]
+    return total
 
-    def blur(x):
-        return 10 * x + neighbors @ x
+
+def bistochastize(edges: Edges, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (m, n) such that n * blur(n * x), weighted by m, preserves constants."""
+
+    def blur(x: np.ndarray) -> np.ndarray:
+        return 10 * x + neighbor_sums(edges, x)
 
     n = np.ones_like(mass)
-    for _ in range(BISTOCHASTISATION_ROUNDS):
+    for _ in range(BISTOCHASTIZATION_ROUNDS):
         n = np.sqrt(n * mass / blur(n))
     return n * blur(n), n
 
 
-def conjugate_gradients(multiply, b, x, diagonal, iterations, tolerance):
-    """Solves multiply(x) = b from the given x, preconditioned by 1 / diagonal."""
+def conjugate_gradients(
+    multiply: Callable[[np.ndarray], np.ndarray],
+    b: np.ndarray,
+    x: np.ndarray,
+    diagonal: np.ndarray,
+    iterations: int,
+    tolerance: float,
+) -> np.ndarray:
+    """Solves multiply(x) = b, starting from x, preconditioned by 1 / diagonal."""
     residual = b - multiply(x)
     direction, rho = np.zeros_like(b), np.inf
     for _ in range(iterations):
         if np.linalg.norm(residual) <= tolerance * np.linalg.norm(b):
             break
         preconditioned = residual / diagonal
-        rho, before = residual @ preconditioned, rho
-        direction = preconditioned + rho / before * direction
+        rho, previous = residual @ preconditioned, rho
+        direction = preconditioned + rho / previous * direction
         change = multiply(direction)
         curvature = direction @ change
         if curvature == 0:  # the residual has underflowed
@@ -89,14 +105,14 @@ def bilateral_solver(
     """target float [h, w], image uint8 [h, w, 3] -> float64 [h, w]."""
     if target.size == 0:
         return np.zeros(target.shape)
-    vertex, neighbors = grid(cells(image, sigma_spatial, sigma_luma, sigma_chroma))
+    vertex, edges = grid(cells(image, sigma_spatial, sigma_luma, sigma_chroma))
     mass = np.bincount(vertex).astype(np.float64)
-    m, n = bistochastize(neighbors, mass)
+    m, n = bistochastize(edges, mass)
     weight = confidence * mass
     b = confidence * np.bincount(vertex, target.ravel().astype(np.float64))
 
-    def multiply(x):
-        return smoothness * (m * x - n * (10 * n * x + neighbors @ (n * x))) + weight * x
+    def multiply(x: np.ndarray) -> np.ndarray:
+        return smoothness * (m * x - n * (10 * n * x + neighbor_sums(edges, n * x))) + weight * x
 
     diagonal = np.maximum(smoothness * (m - 10 * n * n) + weight, DIAGONAL_FLOOR)
     solution = conjugate_gradients(multiply, b, b / weight, diagonal, iterations, tolerance)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Connected components in numpy and plain Python, the definition. One photo at a time: mask bool [h, w]."""
+"""Connected components in numpy and plain Python: the definition, for one image, mask bool [h, w]."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def component_stats(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
-    """mask bool [h, w] -> bool [h, w]: its component with most pixels; of equals, the first in raster order."""
+    """mask bool [h, w] -> bool [h, w]: its largest component; of several equally large, the first in raster order."""
     labels = connected_components(mask)
     areas, _ = component_stats(labels)
     return labels == areas.argmax() + 1 if len(areas) else np.zeros_like(mask)
 
 
 def fill_holes(mask: np.ndarray) -> np.ndarray:
-    """mask bool [h, w] -> bool [h, w]: with the background that no 4-connected path joins to the border."""
+    """mask bool [h, w] -> bool [h, w]: the mask and the background that no 4-connected path joins to the border."""
     labels = connected_components(~mask)
     border = np.concatenate([labels[:1].ravel(), labels[-1:].ravel(), labels[:, :1].ravel(), labels[:, -1:].ravel()])
     return ~np.isin(labels, border[border > 0])

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Mean-field inference in a fully connected CRF, by brute force: the definition. One photo at a time, any device."""
+"""Mean-field inference in a fully connected CRF by brute force: the definition, for one image, on any device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-TILE = 1 << 24  # entries of a kernel matrix that are kept at a time
+TILE = 1 << 24  # entries of a kernel matrix that are held at a time
 
 
 def filtered(features: Tensor, values: Tensor) -> Tensor:
@@ -27,22 +27,22 @@ def dense_crf(
 ) -> Tensor:
     """probabilities float [h, w, L], image uint8 [h, w, 3] -> marginals [h, w, L], in the dtype of probabilities.
 
-    Takes (iterations + 1) * (h * w)^2 evaluations of both kernels.
+    Evaluates both kernels (iterations + 1) * (h * w)^2 times.
     """
     h, w, labels = probabilities.shape
     if probabilities.numel() == 0:
         return torch.empty_like(probabilities)
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    place = torch.stack([x, y], dim=-1).to(probabilities).reshape(-1, 2)
+    position = torch.stack([x, y], dim=-1).to(probabilities).reshape(-1, 2)
     color = image.to(probabilities.dtype).reshape(-1, 3)
-    both = torch.cat([place / bilateral_sigma, color / bilateral_sigma_rgb], dim=1)
+    both = torch.cat([position / bilateral_sigma, color / bilateral_sigma_rgb], dim=1)
     terms = []
-    for features, weight in ((place / gaussian_sigma, gaussian_weight), (both, bilateral_weight)):
-        norm = filtered(features, place.new_ones(h * w, 1)).rsqrt()  # [P, 1]
+    for features, weight in ((position / gaussian_sigma, gaussian_weight), (both, bilateral_weight)):
+        norm = filtered(features, position.new_ones(h * w, 1)).rsqrt()  # [P, 1]
         terms.append((features, norm, weight))
     log_unary = probabilities.reshape(-1, labels).clamp(1e-5, 1).log()
     marginals = log_unary.softmax(dim=1)
     for _ in range(iterations):
         messages = [weight * norm * filtered(features, norm * marginals) for features, norm, weight in terms]
-        marginals = (log_unary + sum(messages)).softmax(dim=1)
+        marginals = (log_unary + torch.stack(messages).sum(0)).softmax(dim=1)
     return marginals.reshape(h, w, labels)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Masks refined by a random walk over the features' affinity, in plain torch, the definition. One photo."""
+"""Refinement of masks by a random walk over the affinity of the features, in torch: the definition, for one image."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 def random_walk(masks: Tensor, features: Tensor, steps: int, sharpness: float) -> Tensor:
-    """masks [n, M], features [n, C] of one floating dtype, in which all is computed -> [n, M]."""
-    unit = features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    """masks [..., M], features [..., C] of one floating point dtype, in which all is computed -> [..., M]."""
+    walked, rows = masks.flatten(0, -2), features.flatten(0, -2)
+    unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
     weights = torch.exp(sharpness * (unit @ unit.T - 1))
     transition = weights / weights.sum(1, keepdim=True)
     for _ in range(steps):
-        masks = transition @ masks
-    return masks
+        walked = transition @ walked
+    return walked.reshape(masks.shape)

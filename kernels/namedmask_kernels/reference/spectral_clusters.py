@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""SelfMask's spectral clustering with a dense float64 eigensolver, the definition. One photo: features [n, C]."""
+"""SelfMask's spectral clustering with a dense float64 eigensolver: the definition, for one image."""
 
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 from torch import Tensor
+
+from .normalized_cut import generalized_eigh, unit_rows
 
 RESTARTS, ROUNDS = 10, 100
 MASK = 2**64 - 1
@@ -13,29 +14,29 @@ MASK = 2**64 - 1
 
 def affinity(features: Tensor) -> np.ndarray | None:
     """features float32 [n, C] -> float64 [n, n], cosines scaled to [0, 1]; None where all tokens are alike."""
-    unit = (features.double() / features.double().norm(dim=1, keepdim=True).clamp(min=1e-12)).float().double()
-    products = (unit @ unit.T).cpu().numpy()
-    if len(products) < 2 or np.ptp(products) < 1e-6:
+    unit = unit_rows(features)
+    cosines = (unit @ unit.T).cpu().numpy()
+    if len(cosines) < 2 or np.ptp(cosines) < 1e-6:
         return None
-    return (products - products.min()) / np.ptp(products)
+    return (cosines - cosines.min()) / np.ptp(cosines)
 
 
-def embedding(affinity: np.ndarray, vectors: int) -> np.ndarray:
-    """The generalized eigenvectors v_2, v_3, ... of (D - A, D), columns [n, vectors]; rows without affinity are 0."""
+def embedding(affinity: np.ndarray, count: int) -> np.ndarray:
+    """The generalized eigenvectors v_2, v_3, ... of (D - A, D), columns [n, count]; rows without affinity are 0."""
     degrees = affinity.sum(1)
-    joined = degrees > 1e-6
-    a, d = affinity[np.ix_(joined, joined)], degrees[joined]
-    last = min(vectors, len(d) - 1)
-    found = np.zeros((len(degrees), last))
+    connected = degrees > 1e-6
+    last = min(count, int(connected.sum()) - 1)
+    points = np.zeros((len(degrees), max(last, 0)))
     if last > 0:
-        found[joined] = scipy.linalg.eigh(np.diag(d) - a, np.diag(d), subset_by_index=[1, last])[1]
-    return found
+        _, vectors = generalized_eigh(affinity[np.ix_(connected, connected)], degrees[connected])
+        points[connected] = vectors[:, 1 : last + 1]
+    return points
 
 
 class Random:
     """splitmix64, uniform in [0, 1)."""
 
-    def __init__(self, seed: int, k: int, run: int):
+    def __init__(self, seed: int, k: int, run: int) -> None:
         self.state = self._mix((self._mix(seed & MASK) + k * RESTARTS + run + 0x9E3779B97F4A7C15) & MASK)
 
     @staticmethod
@@ -66,28 +67,30 @@ def _choose_centers(points: np.ndarray, k: int, random: Random) -> np.ndarray:
 
 
 def kmeans(points: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """points [n, d] -> labels [n], numbered in the order in which they first occur."""
-    least, best = np.inf, None
+    """points [n, d] -> labels [n], numbered in order of first occurrence."""
+    smallest, best = np.inf, np.zeros(len(points), np.int64)
     for run in range(RESTARTS):
         centers = _choose_centers(points, k, Random(seed, k, run))
-        labels = None
-        for _ in range(ROUNDS + 1):
-            before, squares = labels, _squares(points, centers)
-            labels = squares.argmin(1)
-            if before is not None and np.array_equal(before, labels):
-                break
+        squares = _squares(points, centers)
+        labels = squares.argmin(1)
+        for _ in range(ROUNDS):
             for c in np.unique(labels):
                 centers[c] = points[labels == c].mean(0)
-        if squares.min(1).sum() < least:
-            least, best = squares.min(1).sum(), labels
+            squares, previous = _squares(points, centers), labels
+            labels = squares.argmin(1)
+            if np.array_equal(previous, labels):
+                break
+        if squares.min(1).sum() < smallest:
+            smallest, best = squares.min(1).sum(), labels
     _, first, inverse = np.unique(best, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]
 
 
 def spectral_clusters(features: Tensor, counts: list[int], seed: int) -> np.ndarray:
-    """features float32 [n, C], finite -> labels int32 [n, len(counts)]."""
-    labels = np.zeros((len(features), len(counts)), np.int32)
-    a = affinity(features)
+    """features float32 [h, w, C], finite -> labels int32 [h * w, len(counts)]."""
+    rows = features.flatten(0, 1)
+    labels = np.zeros((len(rows), len(counts)), np.int32)
+    a = affinity(rows)
     if a is None or max(counts, default=1) < 2:
         return labels
     points = embedding(a, max(counts) - 1)

@@ -1,3 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Triton versions of the operators. Each module has `ahead_of_time()`: its kernels as tools/compile_triton.py builds
-them."""
+"""The Triton implementations. `ahead_of_time()` of a module lists its kernels for tools/compile_triton.py."""

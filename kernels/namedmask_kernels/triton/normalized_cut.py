@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The affinity of normalized_cut as bits, for GPUs from sm_80 on; csrc/cuda/normalized_cut.cu goes on from there.
+"""The affinity of normalized_cut as bits, for GPUs of compute capability 8.0 and later, the input of
+csrc/cuda/normalized_cut.cu.
 
 A tile of cosines is a sum of three float16 products on the tensor cores, as accurate as in float32
-(normalized_rows.py), so no pair needs a second look. (One product, and a second look at pairs within its error of 1e-3
-from tau, would take a third of the flops; but few of the tiles, of 16,384 pairs each, would be without such a pair.)
-Tiles below the diagonal are mirrored, which makes the bits symmetric and halves the work. All tiles of all photos go
-into one launch.
+(normalized_rows.py), so no pair has to be recomputed. (One product, with pairs closer to tau than its error of 1e-3
+recomputed, would take a third of the flops; but few of the tiles, of 16,384 pairs each, would have no such pair.) Tiles
+below the diagonal are copied from those above, which makes the bits symmetric and halves the work. One launch computes
+all tiles of all images.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .normalized_rows import STEPS, NormalizedRows, cosines, steps_on, upper_tile, upper_tiles
-from .tables import to_device
+from .tables import Variant, to_device
 
 TILE = 128  # rows and columns; fixed by the layout of the bits, see normalized_cut.h
 
 
 @triton.jit
 def _connect(high, low, table, bits, threshold, row_stride, TILE: tl.constexpr, CHANNELS: tl.constexpr):
-    """bits of a tile and its mirror image; grid (tiles of the largest photo, photos).
+    """The bits of a tile and of its transpose; grid (tiles of the largest image, images).
 
-    table: int64 [photos, 3], the photo's first token, its length, and its first word of bits
+    table: int64 [images, 3], the image's first token, its length, and its first word of bits
     """
     entry = table + 3 * tl.program_id(1)
     begin = tl.load(entry)
@@ -49,28 +50,36 @@ def _connect(high, low, table, bits, threshold, row_stride, TILE: tl.constexpr, 
         bit = tl.arange(0, 32)
         ones = above.to(tl.int32)
         words = tl.sum(tl.reshape(ones, [TILE, TILE // 32, 32]) << bit[None, None, :], 2)  # [row, word]
-        turned = tl.trans(tl.sum(tl.reshape(ones, [TILE // 32, 32, TILE]) << bit[None, :, None], 1))  # [column, word]
+        transposed = tl.trans(
+            tl.sum(tl.reshape(ones, [TILE // 32, 32, TILE]) << bit[None, :, None], 1)
+        )  # [column, word]
         if down == right:
-            words = words | turned
-            turned = words
+            words = words | transposed
+            transposed = words
         size = tiles.to(tl.int64) * TILE
         word = tl.arange(0, TILE // 32)
-        photo = bits + tl.load(entry + 2)
-        tl.store(photo + ((right * size + row)[:, None] * 4 + word[None, :]), words)
-        tl.store(photo + ((down * size + column)[:, None] * 4 + word[None, :]), turned)
+        own = bits + tl.load(entry + 2)
+        tl.store(own + ((right * size + row)[:, None] * 4 + word[None, :]), words)
+        tl.store(own + ((down * size + column)[:, None] * 4 + word[None, :]), transposed)
 
 
 def affinity_bits(unit: NormalizedRows, offsets: Tensor, tau: float) -> Tensor:
-    """Which cosines exceed tau: the `bits` of normalized_cut.h, int32, in the order of the current stream.
+    """Computes which cosines exceed tau, on the current stream.
 
-    unit: of the tokens offsets[0] .. offsets[-1] of the batch; offsets int32 [B + 1] on the CPU
+    Args:
+        unit: Of all tokens of the batch.
+        offsets: int32 [B + 1] on the CPU, from 0.
+        tau: Threshold of the cosine.
+
+    Returns:
+        The int32 `bits` of normalized_cut.h.
     """
     lengths = offsets.diff().long()
     words = ((lengths + TILE - 1) // TILE * TILE) ** 2 // 32
     bits = torch.empty(int(words.sum()), dtype=torch.int32, device=unit.high.device)
     if len(bits):
         table = to_device(torch.stack([offsets[:-1].long(), lengths, words.cumsum(0) - words], 1), unit.high)
-        threshold = math.inf if tau >= 1 else tau  # nothing exceeds 1, whatever rounding says
+        threshold = math.inf if tau >= 1 else tau  # no cosine exceeds 1, whatever the rounding
         channels, options = steps_on(unit.high)
         _connect[upper_tiles(lengths, TILE), len(lengths)](
             unit.high, unit.low, table, bits, threshold, unit.high.shape[1], TILE=TILE, CHANNELS=channels, **options
@@ -78,8 +87,8 @@ def affinity_bits(unit: NormalizedRows, offsets: Tensor, tau: float) -> Tensor:
     return bits
 
 
-def ahead_of_time() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], dict[str, int], int]]:
-    """(label, kernel, argument types, constants, options, arch) of every variant that `affinity_bits` starts."""
+def ahead_of_time() -> Iterator[Variant]:
+    """The kernels that `affinity_bits` launches."""
     types = {"high": "*fp16", "low": "*fp16", "table": "*i64", "bits": "*i32", "threshold": "fp32", "row_stride": "i32"}
     for arch, (channels, options) in STEPS.items():
-        yield "_connect", _connect, types, {"TILE": TILE, "CHANNELS": channels}, options, arch
+        yield Variant("_connect", _connect, types, {"TILE": TILE, "CHANNELS": channels}, options, (arch,))

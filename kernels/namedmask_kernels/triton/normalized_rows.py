@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Unit vectors of features and their products on the tensor cores, as accurate as in float32.
 
-The matrix units take 11 significant bits fast (float16) but float32 at a sixteenth of that rate or less. A float32
-factor is the sum of two float16 numbers to 22 bits, so a product is three of float16: high high + high low + low high.
-Unit vectors are scaled by 2^8 first, so that the low parts stay clear of float16's subnormal numbers.
+Tensor cores multiply float16, with 11 significant bits, at least sixteen times as fast as float32. The sum of two
+float16 numbers represents a float32 factor to 22 bits, so a product takes three float16 products: high high + high low
++ low high. Unit vectors are scaled by 2^8 first, to keep the low parts out of the subnormal range of float16.
 """
 
 from __future__ import annotations
@@ -16,15 +16,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHANNELS = 64  # that a product takes at a time; rows are padded to a multiple of it with zeros
-TOKENS = 16  # of a block of `_normalized_rows`
-# For tiles of 128 x 128 cosines, by architecture: channels of a step, a divisor of CHANNELS, and options. Not yet
-# measured on a GPU: chosen for no spills.
+from ..ragged import expect_finite
+from .tables import Variant
+
+CHANNELS = 64  # per step of a product; rows are padded with zeros to a multiple of it
+TOKENS = 16  # per block of `_normalized_rows`
+# For tiles of 128 x 128 cosines, by architecture: channels per step, a divisor of CHANNELS, and compiler options.
+# Chosen so that no registers spill.
 STEPS = {80: (16, {"num_warps": 8, "num_stages": 3}), 90: (64, {"num_warps": 8, "num_stages": 2})}
 
 
 class NormalizedRows(NamedTuple):
-    """high, low: float16 [T, channels rounded up]: 2^8 times the unit vectors; finite: bool [T], of their features."""
+    """Unit vectors of T tokens.
+
+    Attributes:
+        high: float16 [T, channels rounded up to a multiple of CHANNELS], 2^8 times the unit vectors.
+        low: Likewise, the remainder.
+        finite: bool [T], whether the features are.
+    """
 
     high: Tensor
     low: Tensor
@@ -58,9 +67,9 @@ def _normalized_rows(features, high, low, finite, tokens, channels, TOKENS: tl.c
 
 @triton.jit
 def cosines(high, low, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
-    """float32 [ROWS, COLUMNS]: products of a photo's unit vectors `rows` (int32 [ROWS]) and `columns` [COLUMNS].
+    """float32 [ROWS, COLUMNS]: products of an image's unit vectors `rows` (int32 [ROWS]) and `columns` [COLUMNS].
 
-    high, low: where the photo begins; it may have up to 2^31 elements.
+    high, low: where the image begins; it may have up to 2^31 elements
     """
     c = tl.arange(0, CHANNELS)
     a = rows[:, None] * row_stride + c[None, :]
@@ -77,15 +86,15 @@ def cosines(high, low, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def upper_tile(t):
-    """Tile t on or above the diagonal of a matrix, column by column: (its row, its column), in tiles."""
-    right = ((tl.sqrt(8.0 * t + 1) - 1) * 0.5).to(tl.int32)  # rounding may have it one off
+    """Tile t on or above the diagonal of a matrix, in column order: (row, column), in tiles."""
+    right = ((tl.sqrt(8.0 * t + 1) - 1) * 0.5).to(tl.int32)  # off by one if the root is rounded
     right -= (right * (right + 1) // 2 > t).to(tl.int32)
     right += ((right + 1) * (right + 2) // 2 <= t).to(tl.int32)
     return t - right * (right + 1) // 2, right
 
 
 def upper_tiles(lengths: Tensor, size: int) -> int:
-    """How many such tiles of size x size the largest photo has; lengths: tokens of each."""
+    """The number of such tiles of size x size in the largest image; lengths: tokens of each image."""
     tiles = -(-int(lengths.max()) // size) if len(lengths) else 0
     return tiles * (tiles + 1) // 2
 
@@ -93,13 +102,14 @@ def upper_tiles(lengths: Tensor, size: int) -> int:
 def steps_on(like: Tensor) -> tuple[int, dict[str, int]]:
     """The entry of STEPS for the tensor's GPU."""
     major = torch.cuda.get_device_capability(like.device)[0] if like.is_cuda else 9
-    return STEPS[90 if major in (9, 10) else 80]  # consumers' later GPUs have the shared memory of sm_8x
+    return STEPS[90 if major in (9, 10) else 80]  # later consumer GPUs have the shared memory of sm_8x
 
 
 def normalized_rows(features: Tensor) -> NormalizedRows:
-    """features float32 [T, C], contiguous, on a GPU -> NormalizedRows beside them, in the order of the current stream.
+    """Normalizes the rows of features float32 [T, C], contiguous, on a GPU, on the current stream.
 
-    As the CPU kernels have it: norms in float64, rows divided by max(norm, 1e-12) and rounded to float32.
+    As in the CPU kernels, norms are computed in float64, and rows are divided by max(norm, 1e-12) and rounded to
+    float32.
     """
     tokens, channels = features.shape
     padded = triton.cdiv(channels, CHANNELS) * CHANNELS
@@ -112,20 +122,34 @@ def normalized_rows(features: Tensor) -> NormalizedRows:
     return NormalizedRows(high, low, finite)
 
 
-def refuse_infinite(op: str, finite: Tensor, offsets: Tensor, first: int = 0) -> None:
-    """ValueError naming the first photo whose features are not `finite`, bool [T]; waits for the GPU.
+class Chunk(NamedTuple):
+    """Consecutive images of a batch: which images, which rows, offsets and shapes of their own, unit vectors."""
 
-    first: the number of offsets' first photo
+    images: slice
+    rows: slice
+    offsets: Tensor
+    shapes: Tensor
+    unit: NormalizedRows
+
+
+def chunks(op: str, features: Tensor, offsets: Tensor, shapes: Tensor, size: int) -> Iterator[Chunk]:
+    """Splits a batch into chunks of `size` images. Waits for the GPU.
+
+    Raises:
+        ValueError: If the features of an image are not finite.
     """
-    if len(finite) and not finite.all():
-        row = int(finite.byte().argmin())
-        photo = first + int(torch.searchsorted(offsets, row, right=True)) - 1
-        raise ValueError(f"{op}: features must be finite, but those of photo {photo} hold NaN or Inf")
+    for first in range(0, len(shapes), size):
+        last = min(first + size, len(shapes))
+        rows = slice(int(offsets[first]), int(offsets[last]))
+        own = offsets[first : last + 1] - rows.start
+        unit = normalized_rows(features[rows])
+        expect_finite(op, "features", unit.finite, own, first)
+        yield Chunk(slice(first, last), rows, own, shapes[first:last], unit)
 
 
-def ahead_of_time() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], dict[str, int]]]:
-    """(label, kernel, types of its arguments, constants, options) of every variant that `normalized_rows` starts."""
-    yield (
+def ahead_of_time() -> Iterator[Variant]:
+    """The kernels that `normalized_rows` launches."""
+    yield Variant(
         "_normalized_rows", _normalized_rows,
         {"features": "*fp32", "high": "*fp16", "low": "*fp16", "finite": "*i1", "tokens": "i32", "channels": "i32"},
         {"TOKENS": TOKENS, "CHANNELS": CHANNELS}, {},

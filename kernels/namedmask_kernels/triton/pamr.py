@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""pamr for GPUs from sm_80 on: the weights once, then one launch for each iteration, a thread block for some pixels.
+"""pamr for GPUs of compute capability 8.0 and later: the weights once, then one launch per iteration.
 
-The weights are stored as pamr.h has them: square roots with 16 bits, here shifted by 32768 to fit an int16, one plane
-[T] for each neighbor. Masks stay as they come, [T, L], so that neighboring threads read neighboring values.
-No atomics: the same bits every time, alone or in a batch.
+A thread block works on a few pixels. The weights are stored as in pamr.h: square roots with 16 bits, here shifted by
+32768 to fit an int16, one plane [T] per neighbor. Masks remain [T, L], so that neighboring threads read neighboring
+values. No atomics: bit-identical on every call and in any batch.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import to_device
+from .tables import Variant, to_device
 
-PIXELS = 128  # of a block of `_affinities`
-# Labels of a block of `_average`, rounded up to a power of two -> its pixels. Not yet measured on a GPU: chosen for no
-# spills, at most 4 sums a thread.
+PIXELS = 128  # per block of `_affinities`
+# Labels per block of `_average`, rounded up to a power of two -> pixels per block. Chosen so that no registers spill,
+# with at most 4 sums per thread.
 AVERAGE_PIXELS = {1: 256, 2: 256, 4: 128, 8: 64, 16: 32, 32: 16}
 
 
 @triton.jit
 def _block(table, PIXELS: tl.constexpr):
-    """A block's photo: first row, height, width; its pixels: place, y, x, and whether they are there."""
+    """A block's image: first row, height, width; its pixels: index in the image, y, x, and whether they exist."""
     entry = table + 4 * tl.program_id(0)
     begin = tl.load(entry).to(tl.int64)
     h = tl.load(entry + 1)
@@ -38,7 +38,7 @@ def _block(table, PIXELS: tl.constexpr):
 
 @triton.jit
 def _neighbor(y, x, h, w, d, J: tl.constexpr):
-    """The place in its photo of neighbor J, 0 to 8 in raster order, d pixels away; beyond the border the nearest."""
+    """The index in the image of neighbor J, 0 to 8 in raster order, d pixels away; clamped to the border."""
     row = tl.minimum(tl.maximum(y + (J // 3 - 1) * d, 0), h - 1)
     column = tl.minimum(tl.maximum(x + (J % 3 - 1) * d, 0), w - 1)
     return row * w + column
@@ -46,7 +46,7 @@ def _neighbor(y, x, h, w, d, J: tl.constexpr):
 
 @triton.jit
 def _logit(image, at, r, g, b, r_factor, g_factor, b_factor):
-    """How alike the pixel `at` is to the center, of colors r, g, b."""
+    """The similarity of pixel `at` to the center pixel, which has the color r, g, b."""
     r_away = tl.abs(tl.load(image + at).to(tl.int32) - r).to(tl.float32)
     g_away = tl.abs(tl.load(image + at + 1).to(tl.int32) - g).to(tl.float32)
     b_away = tl.abs(tl.load(image + at + 2).to(tl.int32) - b).to(tl.float32)
@@ -55,8 +55,11 @@ def _logit(image, at, r, g, b, r_factor, g_factor, b_factor):
 
 @triton.jit
 def _factor(total, squares, n):
-    """Sums of n differences from the center and of their squares -> what makes a difference of 255 levels a logit."""
-    spread = (n * squares - total * total).to(tl.float32) / (n * (n - 1)).to(tl.float32)
+    """Sums of n differences from the center and of their squares -> the factor from a difference in levels to a logit.
+
+    n may be a constant: Triton compiles an integer argument of 1 as one, and a constant has no `.to`.
+    """
+    spread = (n * squares - total * total).to(tl.float32) / tl.cast(n * (n - 1), tl.float32)
     return -1 / (3 * (0.1 * tl.sqrt(spread) + 255 * 1e-8))
 
 
@@ -67,19 +70,19 @@ def _affinities(image, table, dilations, weights, scales, tokens, count, PIXELS:
     image: uint8 [tokens, 3]; table: int32 [blocks, 4]; dilations: int32 [count]
     """
     begin, h, w, p, y, x, inside = _block(table, PIXELS)
-    photo = image + 3 * begin
-    r = tl.load(photo + 3 * p).to(tl.int32)
-    g = tl.load(photo + 3 * p + 1).to(tl.int32)
-    b = tl.load(photo + 3 * p + 2).to(tl.int32)
+    pixels = image + 3 * begin
+    r = tl.load(pixels + 3 * p).to(tl.int32)
+    g = tl.load(pixels + 3 * p + 1).to(tl.int32)
+    b = tl.load(pixels + 3 * p + 2).to(tl.int32)
     zero = tl.zeros([PIXELS], tl.int32)
     r_sum, g_sum, b_sum, r_squares, g_squares, b_squares = zero, zero, zero, zero, zero, zero
     for i in tl.range(0, count):
         d = tl.load(dilations + i)
         for j in tl.static_range(9):
             at = 3 * _neighbor(y, x, h, w, d, j)
-            r_away = tl.load(photo + at).to(tl.int32) - r
-            g_away = tl.load(photo + at + 1).to(tl.int32) - g
-            b_away = tl.load(photo + at + 2).to(tl.int32) - b
+            r_away = tl.load(pixels + at).to(tl.int32) - r
+            g_away = tl.load(pixels + at + 1).to(tl.int32) - g
+            b_away = tl.load(pixels + at + 2).to(tl.int32) - b
             r_sum += r_away
             g_sum += g_away
             b_sum += b_away
@@ -96,7 +99,7 @@ def _affinities(image, table, dilations, weights, scales, tokens, count, PIXELS:
         for j in tl.static_range(9):
             if j != 4:
                 at = 3 * _neighbor(y, x, h, w, d, j)
-                top = tl.maximum(top, _logit(photo, at, r, g, b, r_factor, g_factor, b_factor))
+                top = tl.maximum(top, _logit(pixels, at, r, g, b, r_factor, g_factor, b_factor))
 
     total = tl.zeros([PIXELS], tl.float32)
     out = weights + begin + p
@@ -105,7 +108,7 @@ def _affinities(image, table, dilations, weights, scales, tokens, count, PIXELS:
         for j in tl.static_range(9):
             if j != 4:
                 at = 3 * _neighbor(y, x, h, w, d, j)
-                logit = _logit(photo, at, r, g, b, r_factor, g_factor, b_factor)
+                logit = _logit(pixels, at, r, g, b, r_factor, g_factor, b_factor)
                 root = (tl.exp((logit - top) * 0.5) * 65535 + 0.5).to(tl.int32)
                 tl.store(out, (root - 32768).to(tl.int16), mask=inside)
                 total += root.to(tl.float32) * root.to(tl.float32)
@@ -123,23 +126,23 @@ def _average(
     label = tl.program_id(1) * LABELS + tl.arange(0, LABELS)
     mask = inside[:, None] & (label < labels)[None, :]
     masks = source + begin * labels + label[None, :]
-    place = weights + begin + p
+    weight = weights + begin + p
     acc = tl.zeros([PIXELS, LABELS], tl.float32)
     for i in tl.range(0, count):
         d = tl.load(dilations + i)
         for j in tl.static_range(9):
             if j != 4:
                 at = _neighbor(y, x, h, w, d, j) * labels
-                root = tl.load(place).to(tl.float32) + 32768
+                root = tl.load(weight).to(tl.float32) + 32768
                 acc += (root * root)[:, None] * tl.load(masks + at[:, None], mask=mask, other=0.0)
-                place += tokens
+                weight += tokens
     scale = tl.load(scales + begin + p)
     at = (begin + p) * labels
     tl.store(target + at[:, None] + label[None, :], acc * scale[:, None], mask=mask)
 
 
 def pixel_table(offsets: Tensor, shapes: Tensor, size: int) -> Tensor:
-    """int32 [blocks, 4] on the CPU: a photo's first row, height, width, the first of a block of its pixels."""
+    """int32 [blocks, 4] on the CPU: the image's first row, its height and width, the block's first pixel in it."""
     pixels = shapes[:, 0] * shapes[:, 1]
     counts = (pixels + size - 1) // size
     block = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -151,10 +154,16 @@ def pamr(
     masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, out: Tensor, dilations: Sequence[int],
     iterations: int,
 ) -> None:  # fmt: skip
-    """Fills out, in the order of the current stream; arrays as in pamr.h.
+    """Fills `out`, on the current stream.
 
-    masks, image and out lie on one GPU, offsets and shapes (which the caller has checked) on the CPU. A photo may have
-    up to 2^31 elements of masks and of image, a batch 2^31 pixels.
+    Args:
+        masks: float32 [T, L] on a GPU, contiguous; up to 2^31 elements per image.
+        image: uint8 [T, 3] on the same GPU, contiguous.
+        offsets: int32 [B + 1] on the CPU, like `shapes` checked by the caller; up to 2^31 pixels.
+        shapes: int32 [B, 2] on the CPU.
+        out: float32 [T, L] on the same GPU.
+        dilations: As in the public function.
+        iterations: As in the public function.
     """
     tokens, labels = masks.shape
     if masks.numel() == 0 or iterations == 0:
@@ -162,7 +171,7 @@ def pamr(
         return
     together = min(32, triton.next_power_of_2(labels))
     size = AVERAGE_PIXELS[together]
-    longest = int(shapes.max())  # a step further than that ends at the border just so
+    longest = int(shapes.max())  # larger dilations reach the border as well
 
     with torch.cuda.device_of(masks):
         steps = to_device(torch.tensor([min(d, longest) for d in dilations], dtype=torch.int32), masks)
@@ -173,7 +182,7 @@ def pamr(
         table = to_device(pixel_table(offsets, shapes, size), masks)
         spare = torch.empty_like(out) if iterations > 1 else out
         source = masks
-        for i in reversed(range(iterations)):  # the last goes to out
+        for i in reversed(range(iterations)):  # the last one writes to out
             target = spare if i % 2 else out
             _average[len(table), triton.cdiv(labels, together)](
                 source, target, table, steps, weights, scales, tokens, len(dilations), labels,
@@ -182,13 +191,13 @@ def pamr(
             source = target
 
 
-def ahead_of_time() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], dict[str, int]]]:
-    """(label, kernel, types of its arguments, constants, options) of every variant that `pamr` starts."""
+def ahead_of_time() -> Iterator[Variant]:
+    """The kernels that `pamr` launches."""
     weights = {"table": "*i32", "dilations": "*i32", "weights": "*i16", "scales": "*fp32"}
     counts = {"tokens": "i32", "count": "i32"}
-    yield "_affinities", _affinities, {"image": "*u8", **weights, **counts}, {"PIXELS": PIXELS}, {}
+    yield Variant("_affinities", _affinities, {"image": "*u8", **weights, **counts}, {"PIXELS": PIXELS}, {})
     for labels, pixels in AVERAGE_PIXELS.items():
-        yield (
+        yield Variant(
             f"_average labels={labels}", _average,
             {"source": "*fp32", "target": "*fp32", **weights, **counts, "labels": "i32"},
             {"PIXELS": pixels, "LABELS": labels}, {},

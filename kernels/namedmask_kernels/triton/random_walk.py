@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""random_walk for GPUs from sm_80 on: a step is attention with unit queries and keys, a block of tokens at a time.
+"""random_walk for GPUs of compute capability 8.0 and later: a step is attention with unit queries and keys.
 
-A block goes through the tiles of S beside it and adds each tile's product with the masks and its rows' sums; a tile is
-all of S that ever exists. Cosines are at most 1, so unlike attention it needs no running maximum. The tile is made
-anew in each step: its three products of float16 on the tensor cores (normalized_rows.py) take less time than n^2 floats
-would to be written and read. No atomics: the same bits every time, alone or in a batch.
+A thread block iterates over the tiles of S in its rows and accumulates the product of each tile with the masks and the
+row sums; only one tile of S exists at a time. Cosines are at most 1, so unlike attention it requires no running
+maximum. Tiles are recomputed in each step: their three float16 products on the tensor cores (normalized_rows.py) take
+less time than writing and reading n^2 floats. No atomics: bit-identical on every call and in any batch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .normalized_rows import CHANNELS, cosines, normalized_rows, refuse_infinite
-from .tables import block_table, to_device
+from ..ragged import expect_finite
+from .normalized_rows import CHANNELS, cosines, normalized_rows
+from .tables import Variant, block_table, to_device
 
-# Not yet measured on a GPU: chosen for no spills.
+# Chosen so that no registers spill.
 ROWS, COLUMNS = 128, 64  # of a tile of S
-MASKS = (16, 32)  # that a block works on, whichever holds all of them; more go to several blocks
+MASKS = (16, 32)  # masks per block: the first that holds all of them; more masks go to several blocks
 OPTIONS = {"num_warps": 8, "num_stages": 2}
 
 
@@ -33,7 +34,7 @@ def _step(
 ):  # fmt: skip
     """target [T, masks] = P source for a block of tokens and MASKS masks; grid (blocks, groups of masks).
 
-    table: int32 [blocks, 3], the photo's first token, its length, and the block's first token in it
+    table: int32 [blocks, 3], the image's first token, its length, and the block's first token in it
     factor: sharpness * log2(e), so that the exponentials are powers of two
     """
     entry = table + 3 * tl.program_id(0)
@@ -63,15 +64,23 @@ def _step(
 
 
 def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, steps: int, sharpness: float) -> None:
-    """Fills out; arrays as in random_walk.h. Waits for the GPU: features that are not finite are a ValueError.
+    """Fills `out`. Waits for the GPU to check the features.
 
-    masks, features and out lie on one GPU, offsets (which the caller has checked) on the CPU. A photo may have up to
-    2^31 elements of masks and of features, a batch 2^31 tokens.
+    Args:
+        masks: float32 [T, M] on a GPU, contiguous; up to 2^31 elements per image, like the features.
+        features: float32 [T, C] on the same GPU, contiguous.
+        offsets: int32 [B + 1] on the CPU, checked by the caller; up to 2^31 tokens.
+        out: float32 [T, M] on the same GPU.
+        steps: As in the public function.
+        sharpness: As in the public function.
+
+    Raises:
+        ValueError: If the features of an image are not finite.
     """
     count = masks.shape[1]
     with torch.cuda.device_of(masks):
         unit = normalized_rows(features)
-        refuse_infinite("random_walk", unit.finite, offsets)
+        expect_finite("random_walk", "features", unit.finite, offsets)
         if masks.numel() == 0 or steps == 0:
             out.copy_(masks)
             return
@@ -79,7 +88,7 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
         table = to_device(block_table(offsets, ROWS), masks)
         spare = torch.empty_like(out) if steps > 1 else out
         source = masks
-        for i in reversed(range(steps)):  # the last goes to out
+        for i in reversed(range(steps)):  # the last one writes to out
             target = spare if i % 2 else out
             _step[len(table), triton.cdiv(count, together)](
                 unit.high, unit.low, source, target, table, sharpness * math.log2(math.e), unit.high.shape[1], count,
@@ -88,10 +97,10 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
             source = target
 
 
-def ahead_of_time() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], dict[str, int]]]:
-    """(label, kernel, types of its arguments, constants, options) of every variant that `random_walk` starts."""
+def ahead_of_time() -> Iterator[Variant]:
+    """The kernels that `random_walk` launches."""
     types = {"high": "*fp16", "low": "*fp16", "source": "*fp32", "target": "*fp32", "table": "*i32", "factor": "fp32",
              "row_stride": "i32", "masks": "i32"}  # fmt: skip
     for masks in MASKS:
         sizes = {"ROWS": ROWS, "COLUMNS": COLUMNS, "CHANNELS": CHANNELS, "MASKS": masks}
-        yield f"_step masks={masks}", _step, types, sizes, OPTIONS
+        yield Variant(f"_step masks={masks}", _step, types, sizes, OPTIONS)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The range of a photo's cosines, for GPUs from sm_80 on; csrc/cuda/spectral_clusters.cu goes on from there.
+"""The range of an image's cosines for GPUs of compute capability 8.0 and later, the input of
+csrc/cuda/spectral_clusters.cu.
 
-Tiles of cosines on and above the diagonal, as in normalized_cut.py; all that is kept of one is its least and
-largest.
+Computes the tiles of cosines on and above the diagonal, as normalized_cut.py does, and keeps the minimum and maximum of
+each.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .normalized_rows import STEPS, NormalizedRows, cosines, steps_on, upper_tile, upper_tiles
-from .tables import to_device
+from .tables import Variant, to_device
 
 TILE = 128
 
 
 @triton.jit
 def _range(high, low, table, ranges, row_stride, TILE: tl.constexpr, CHANNELS: tl.constexpr):
-    """ranges float32 [photos, tiles of the largest photo, 2]: a tile's least and largest cosine; grid (tiles, photos).
+    """ranges float32 [images, tiles of the largest image, 2]: minimum and maximum of a tile; grid (tiles, images).
 
-    table: int64 [photos, 2], the photo's first token and its length
+    table: int64 [images, 2], the image's first token and its length
     """
     entry = table + 2 * tl.program_id(1)
     begin = tl.load(entry)
@@ -34,7 +35,7 @@ def _range(high, low, table, ranges, row_stride, TILE: tl.constexpr, CHANNELS: t
         high += begin * row_stride
         low += begin * row_stride
         here = tl.arange(0, TILE)
-        rows = tl.minimum(down * TILE + here, length - 1)  # the last token again, which adds no new cosine
+        rows = tl.minimum(down * TILE + here, length - 1)  # repeats the last token, which adds no new cosine
         columns = tl.minimum(right * TILE + here, length - 1)
         tile = cosines(high, low, rows, columns, row_stride, TILE, TILE, CHANNELS)
         at = ranges + 2 * (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
@@ -43,9 +44,14 @@ def _range(high, low, table, ranges, row_stride, TILE: tl.constexpr, CHANNELS: t
 
 
 def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
-    """float32 [B, 2], the least and largest cosine of any two tokens of a photo, in the order of the current stream.
+    """Computes the minimum and maximum cosine between any two tokens of each image, on the current stream.
 
-    offsets int32 [B + 1] on the CPU, from 0 on. A photo of no tokens has inf and -inf.
+    Args:
+        unit: Of all tokens of the batch.
+        offsets: int32 [B + 1] on the CPU, from 0.
+
+    Returns:
+        float32 [B, 2]; (inf, -inf) for an image without tokens.
     """
     lengths = offsets.diff().long()
     tiles = upper_tiles(lengths, TILE)
@@ -59,8 +65,8 @@ def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
     return torch.stack([ranges[..., 0].amin(1), ranges[..., 1].amax(1)], 1)
 
 
-def ahead_of_time() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], dict[str, int], int]]:
-    """(label, kernel, argument types, constants, options, arch) of every variant that `cosine_ranges` starts."""
+def ahead_of_time() -> Iterator[Variant]:
+    """The kernels that `cosine_ranges` launches."""
     types = {"high": "*fp16", "low": "*fp16", "table": "*i64", "ranges": "*fp32", "row_stride": "i32"}
     for arch, (channels, options) in STEPS.items():
-        yield "_range", _range, types, {"TILE": TILE, "CHANNELS": channels}, options, arch
+        yield Variant("_range", _range, types, {"TILE": TILE, "CHANNELS": channels}, options, (arch,))

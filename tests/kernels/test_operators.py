@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""Properties that all operators share, tested on the calls in operator_calls.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import operator_calls
+import pytest
+import torch
+from operator_calls import CALLS, flat
+
+import namedmask_kernels as nk
+from namedmask_kernels import backends
+
+SECTIONS = ("Args:", "Returns:", "Raises:", "Cost:", "Determinism:", "Source:")
+
+operators = pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
+
+
+def test_all_operators_are_tested():
+    names = {op.__name__ for op in CALLS}
+    assert names == set(backends.IMPLEMENTATIONS)
+    assert names < set(nk.__all__)
+
+
+@operators
+def test_docstrings_have_all_sections(op):
+    lines = [line.strip() for line in op.__doc__.splitlines()]
+    assert [line for line in lines if line in SECTIONS] == list(SECTIONS)
+
+
+@operators
+def test_torch_compile(op):
+    compiled = torch.compile(op, fullgraph=True, backend="eager")
+    for result, expected in zip(flat(compiled(*CALLS[op])), flat(op(*CALLS[op])), strict=True):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if op is not nk.attention_features], ids=lambda op: op.__name__)
+def test_numpy_arrays_give_numpy_arrays(op):
+    arrays = [a.numpy() if isinstance(a, torch.Tensor) else a for a in CALLS[op]]
+    for result, expected in zip(flat(op(*arrays)), flat(op(*CALLS[op])), strict=True):
+        assert isinstance(result, np.ndarray)
+        np.testing.assert_array_equal(result, expected.numpy())
+
+
+def test_only_torch_and_numpy_are_required():
+    """Runs every operator in a process that can import nothing but torch, numpy and what torch itself requires."""
+    script = """
+import importlib.metadata, re, sys
+
+required, pending = set(), ["torch", "numpy"]
+while pending:
+    name = re.sub("[-_.]+", "-", re.match("[A-Za-z0-9._-]+", pending.pop())[0]).lower()
+    if name not in required:
+        required.add(name)
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # for another platform
+            continue
+        pending += [r for r in requirements if "extra ==" not in r]
+own = {"namedmask", "namedmask_kernels"}
+for module, distributions in importlib.metadata.packages_distributions().items():
+    names = {re.sub("[-_.]+", "-", d).lower() for d in distributions}
+    if not names & required and module not in own and module not in sys.modules:
+        sys.modules[module] = None  # importing it raises ImportError
+blocked = ("scipy", "pydantic", "timm", "open_clip", "torchvision")
+assert all(sys.modules.get(module, 1) is None for module in blocked), "not installed, so not tested"
+
+from operator_calls import CALLS
+for op, arguments in CALLS.items():
+    for backend in ("reference", "cpu"):
+        op(*arguments, backend=backend)
+        print(op.__name__, backend)
+"""
+    folder = Path(operator_calls.__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    child = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert len(child.stdout.splitlines()) == 2 * len(CALLS)
