@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda_module.h"
 #include "dlpack_reader.h"
 #include "level.h"
 #include "namedmask/attention_features.h"
@@ -22,89 +23,6 @@
 #include "namedmask/vote_masks.h"
 
 namespace py = pybind11;
-
-#ifdef NMK_WITH_CUDA
-namespace {
-
-// _native.cuda: the same names, with `stream` = torch.cuda.current_stream().cuda_stream as the last argument.
-void define_cuda(py::module_ m) {
-  using py::arg;
-  using release = py::call_guard<py::gil_scoped_release>;
-  namespace cuda = namedmask::cuda;
-
-  m.def(
-      "bilateral_solver",
-      [](const namedmask::TensorView& target, const namedmask::TensorView& image, const namedmask::TensorView& offsets,
-         const namedmask::TensorView& shapes, const namedmask::TensorView& out, const namedmask::TensorView& workspace,
-         double confidence, double sigma_spatial, double sigma_luma, double sigma_chroma, double smoothness,
-         int64_t iterations, double tolerance, namedmask::Stream stream) {
-        cuda::bilateral_solver(target, image, offsets, shapes, out, workspace,
-                               {confidence, sigma_spatial, sigma_luma, sigma_chroma, smoothness, iterations, tolerance},
-                               stream);
-      },
-      arg("target"), arg("image"), arg("offsets"), arg("shapes"), arg("out"), arg("workspace"), arg("confidence"),
-      arg("sigma_spatial"), arg("sigma_luma"), arg("sigma_chroma"), arg("smoothness"), arg("iterations"),
-      arg("tolerance"), arg("stream"), release());
-  m.def("connected_components", &cuda::connected_components, arg("mask"), arg("offsets"), arg("shapes"), arg("labels"),
-        arg("counts"), arg("workspace"), arg("stream"), release());
-  m.def("component_stats", &cuda::component_stats, arg("labels"), arg("offsets"), arg("shapes"), arg("counts"),
-        arg("areas"), arg("boxes"), arg("stream"), release());
-  m.def(
-      "dense_crf_lattice",
-      [](const namedmask::TensorView& probabilities, const namedmask::TensorView& image,
-         const namedmask::TensorView& offsets, const namedmask::TensorView& shapes, const namedmask::TensorView& out,
-         const namedmask::TensorView& status, const namedmask::TensorView& workspace, int64_t iterations,
-         double gaussian_sigma, double gaussian_weight, double bilateral_sigma, double bilateral_sigma_rgb,
-         double bilateral_weight, namedmask::Stream stream) {
-        cuda::dense_crf_lattice(
-            probabilities, image, offsets, shapes, out, status, workspace,
-            {iterations, gaussian_sigma, gaussian_weight, bilateral_sigma, bilateral_sigma_rgb, bilateral_weight},
-            stream);
-      },
-      arg("probabilities"), arg("image"), arg("offsets"), arg("shapes"), arg("out"), arg("status"), arg("workspace"),
-      arg("iterations"), arg("gaussian_sigma"), arg("gaussian_weight"), arg("bilateral_sigma"),
-      arg("bilateral_sigma_rgb"), arg("bilateral_weight"), arg("stream"), release());
-  m.def(
-      "dense_crf_workspace",
-      [](const namedmask::TensorView& offsets, const namedmask::TensorView& shapes, const namedmask::TensorView& counts,
-         int64_t labels, int64_t iterations, double gaussian_sigma, double gaussian_weight, double bilateral_sigma,
-         double bilateral_sigma_rgb, double bilateral_weight) {
-        return cuda::dense_crf_workspace(
-            offsets, shapes, counts, labels,
-            {iterations, gaussian_sigma, gaussian_weight, bilateral_sigma, bilateral_sigma_rgb, bilateral_weight});
-      },
-      arg("offsets"), arg("shapes"), arg("counts"), arg("labels"), arg("iterations"), arg("gaussian_sigma"),
-      arg("gaussian_weight"), arg("bilateral_sigma"), arg("bilateral_sigma_rgb"), arg("bilateral_weight"), release());
-  m.def(
-      "dense_crf",
-      [](const namedmask::TensorView& offsets, const namedmask::TensorView& shapes, const namedmask::TensorView& out,
-         const namedmask::TensorView& status, const namedmask::TensorView& counts,
-         const namedmask::TensorView& lattice_workspace, const namedmask::TensorView& workspace, int64_t iterations,
-         double gaussian_sigma, double gaussian_weight, double bilateral_sigma, double bilateral_sigma_rgb,
-         double bilateral_weight, namedmask::Stream stream) {
-        cuda::dense_crf(
-            offsets, shapes, out, status, counts, lattice_workspace, workspace,
-            {iterations, gaussian_sigma, gaussian_weight, bilateral_sigma, bilateral_sigma_rgb, bilateral_weight},
-            stream);
-      },
-      arg("offsets"), arg("shapes"), arg("out"), arg("status"), arg("counts"), arg("lattice_workspace"),
-      arg("workspace"), arg("iterations"), arg("gaussian_sigma"), arg("gaussian_weight"), arg("bilateral_sigma"),
-      arg("bilateral_sigma_rgb"), arg("bilateral_weight"), arg("stream"), release());
-  m.def("largest_component", &cuda::largest_component, arg("mask"), arg("offsets"), arg("shapes"), arg("out"),
-        arg("workspace"), arg("stream"), release());
-  m.def("fill_holes", &cuda::fill_holes, arg("mask"), arg("offsets"), arg("shapes"), arg("out"), arg("workspace"),
-        arg("stream"), release());
-  m.def("normalized_cut", &cuda::normalized_cut, arg("bits"), arg("offsets"), arg("shapes"), arg("vector"),
-        arg("value"), arg("residual"), arg("iterations"), arg("partition"), arg("seed"), arg("workspace"), arg("eps"),
-        arg("tolerance"), arg("max_iterations"), arg("stream"), release());
-  m.def("spectral_clusters_workspace", &cuda::spectral_clusters_workspace, arg("offsets"), arg("shapes"), arg("counts"),
-        arg("tokens"), arg("channels"));
-  m.def("spectral_clusters", &cuda::spectral_clusters, arg("unit"), arg("ranges"), arg("offsets"), arg("shapes"),
-        arg("counts"), arg("labels"), arg("workspace"), arg("seed"), arg("stream"), release());
-}
-
-}  // namespace
-#endif
 
 namespace {
 
@@ -125,7 +43,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("level", [] { return cpu::name(cpu::level()); });  // "portable", "avx2", "avx512" or "avx512_vnni"
 #ifdef NMK_WITH_CUDA
   m.def("has_cuda", [] { return true; });
-  define_cuda(m.def_submodule("cuda"));
+  namedmask::bindings::define_cuda(m.def_submodule("cuda"));
 #else
   m.def("has_cuda", [] { return false; });  // this build has no CUDA kernels
 #endif

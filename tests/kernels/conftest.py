@@ -1,48 +1,105 @@
 # SPDX-License-Identifier: MIT
-"""What all operator tests share: where golden arrays lie and which backends this machine can test."""
+"""What the operators' tests share: golden arrays, the backends to test here, CUDA emulated where there is no GPU."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import types
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import emulator
 from namedmask_kernels import Ragged, backends
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported: kernels then run on the CPU
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "emulated: runs CUDA kernels on the CPU, see emulator.py")
+    # Tests pass NaN and infinity on purpose, and Triton's interpreter computes with numpy.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
 
 def pytest_generate_tests(metafunc):
-    """A test that takes `backend` and `device` runs for each of its module's BACKENDS, on the device that it needs."""
+    """A test that takes `backend` and `device` runs for each of its module's BACKENDS, on the device that it needs.
+
+    Where there is no GPU, the backend "cuda" is emulated, on the device "cpu".
+    """
     if {"backend", "device"} <= set(metafunc.fixturenames):
         placements = []
         for backend in metafunc.module.BACKENDS:
-            reason = None
+            device, marks = "cpu", []
             if backend in ("cuda", "triton"):
-                if not torch.cuda.is_available():
-                    reason = "no CUDA device here"
-                elif backend == "cuda" and not backends.native().has_cuda():
-                    reason = "this build has no CUDA kernels"
-            device = "cuda" if backend in ("cuda", "triton") else "cpu"
-            marks = [pytest.mark.skip(reason=reason)] if reason else []
+                if torch.cuda.is_available():
+                    device = "cuda"
+                    if backend == "cuda" and not backends.native().has_cuda():
+                        marks = [pytest.mark.skip(reason="this build has no CUDA kernels")]
+                elif backend == "cuda":
+                    marks = [pytest.mark.emulated]
+                else:
+                    marks = [pytest.mark.skip(reason="no CUDA device here")]
             placements.append(pytest.param(backend, device, marks=marks, id=backend))
         metafunc.parametrize(("backend", "device"), placements)
 
 
+@pytest.fixture(autouse=True)
+def _emulate(request):
+    """Emulates CUDA in tests marked `emulated`."""
+    if request.node.get_closest_marker("emulated"):
+        request.getfixturevalue("emulated_cuda")
+
+
+@pytest.fixture(scope="session")
+def emulator_extension():
+    """emulator.extension(), compiled once: after an error, the other tests do not try again."""
+    if torch.cuda.is_available():
+        pytest.skip("CUDA kernels run on this machine's GPU")
+    if reason := emulator.obstacle():
+        pytest.skip(reason)
+    return emulator.extension()
+
+
+@pytest.fixture
+def emulated_cuda(request, monkeypatch, emulator_extension):
+    """Makes `backend="cuda"` run on CPU tensors: CUDA kernels in the emulator, Triton kernels in Triton's interpreter.
+
+    Memory from torch.empty and its siblings holds NaN or the largest integer, so that reads of unwritten memory show.
+    """
+    real_choose = backends.choose
+
+    def choose(op, backend, device):
+        if backend == "cuda" and op in backends.CUDA_WITH_TRITON:
+            pytest.importorskip("triton")
+        return backend if backend == "cuda" else real_choose(op, backend, device)
+
+    monkeypatch.setattr(backends, "choose", choose)
+    monkeypatch.setattr(backends.native(), "cuda", emulator.Cuda(), raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    emulator_extension.seed(zlib.crc32(request.node.nodeid.encode()))  # another order of threads for every test
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills new memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(scope="session")
 def golden():
-    """golden("bilateral") -> the arrays of tests/golden/bilateral.npz, made by the peers' own code."""
+    """golden("bilateral") returns the arrays of tests/golden/bilateral.npz, from the original code."""
     return lambda name: np.load(GOLDEN / f"{name}.npz")
 
 
 @pytest.fixture
 def run(backend, device):
-    """A function (op, *arrays, **settings): calls the operator on the backend's device; results come to the CPU."""
+    """A function (op, *arrays, **settings) that calls the operator on the backend's device and returns CPU tensors."""
 
     def move(value, to):
         if isinstance(value, Ragged):
@@ -59,16 +116,16 @@ def run(backend, device):
 
 @pytest.fixture
 def run_at_level(tmp_path):
-    """A function (level, code): runs the code in a process with kernels of the level, tmp_path its argument.
+    """A function (level, code) that runs Python code in a process restricted to a SIMD level; its argument is tmp_path.
 
-    Skips the test where this CPU has no such level.
+    Skips the test if this CPU does not support the level.
     """
 
     def run(level: str, code: str) -> None:
         command = [sys.executable, "-c", code, str(tmp_path)]
         done = subprocess.run(command, env=os.environ | {"NMK_LEVEL": level}, capture_output=True, text=True)
         if "this CPU goes up to" in done.stderr:
-            pytest.skip(f"no {level} here")
+            pytest.skip(f"this CPU does not support {level}")
         assert done.returncode == 0, done.stderr
 
     return run
@@ -76,7 +133,7 @@ def run_at_level(tmp_path):
 
 @pytest.fixture
 def on_threads():
-    """A function (call, counts): what the call gives on each number of threads."""
+    """A function (call, counts) that returns the call's result for each number of threads."""
     before = torch.get_num_threads()
 
     def run(call, counts=(1, 2, 3)) -> list:

@@ -1,84 +1,136 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernels of csrc/cuda as cuda_emulator/ runs them on the CPU: what `_native.cuda` is on a GPU.
+"""Runs the CUDA kernels on the CPU, so that the operators' tests cover `backend="cuda"` on machines without a GPU.
 
-Functions of the same names that take the same arguments, except that the tensors lie on the CPU: those with which tests
-run a backend as a whole. All scratch memory is poisoned first.
+`extension()` compiles csrc/cuda and its Python bindings with g++ against cuda_emulator/cuda_runtime.h, in which every
+CUDA thread is a fiber. `emulated_cuda` in conftest.py puts it in the place of `namedmask_kernels._native.cuda`, and the
+operators then run from their public function through the Python adapters, pybind11 and the launchers to the kernels.
+
+The emulation finds wrong results and indices, scratch and output memory that is read before it is written, writes just
+outside of an array, results that depend on the order of threads or blocks, and barriers that not all threads reach. It
+cannot find:
+
+- errors of memory order: a write is visible to all threads at once, in program order
+- races between blocks, which run one after another, and between threads that no barrier, collective or atomic separates
+- effects of the rounding of CUDA's math functions (ex2.approx behind expf) and of fused multiply-adds
+- errors in the PTX of csrc/cuda/mma.h, which cuda_runtime.h replaces by loops
+- shared memory that is read before it is written
+- tensors on the wrong device and wrong streams: there is one memory and no stream
+- too many registers or too much shared memory, and slow code
 """
 
 from __future__ import annotations
 
-import ctypes
+import fcntl
 import functools
+import hashlib
+import importlib.util
+import shlex
 import shutil
 import subprocess
-import tempfile
+import sysconfig
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-COMPILER = shutil.which("g++")
+ROOT = HERE.parents[1]
+SOURCES = [
+    HERE / "cuda_emulator" / "module.cpp",
+    ROOT / "csrc" / "bindings" / "cuda_module.cpp",
+    ROOT / "csrc" / "bindings" / "dlpack_reader.cpp",
+    ROOT / "csrc" / "cpu" / "tensor_view.cpp",
+    *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+]
+INCLUDES = [
+    HERE / "cuda_emulator",  # before any CUDA toolkit
+    *(ROOT / "csrc" / name for name in ("include", "common", "cuda")),
+    Path(sysconfig.get_path("include")),
+    Path(torch.__file__).parent / "include",  # has pybind11
+]
+COMMAND = [
+    "g++", "-x", "c++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden",
+    "-U_FORTIFY_SOURCE",  # it takes a longjmp between stacks for an error
+    "-DNMK_EMULATED_CUDA",
+    *(f"-I{path}" for path in INCLUDES),
+]  # fmt: skip
+
+
+def obstacle() -> str | None:
+    """Why the kernels cannot be compiled here; None if they can."""
+    if shutil.which(COMMAND[0]) is None:
+        return f"{COMMAND[0]} is not installed"
+    if not (INCLUDES[-2] / "Python.h").exists():
+        return "Python's C headers are not installed"
+    return None
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL:
-    """cuda_emulator/NAME.cpp, compiled."""
-    includes = [
-        f"-I{path}" for path in (HERE / "cuda_emulator", *(CSRC / part for part in ("include", "common", "cuda")))
-    ]
-    # _FORTIFY_SOURCE takes a longjmp between stacks for a fault.
-    options = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    sources = [HERE / "cuda_emulator" / f"{name}.cpp", CSRC / "cpu" / "tensor_view.cpp"]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / f"{name}.so"
-        subprocess.run([COMPILER, *options, "-o", out, *includes, *sources], check=True)
-        return ctypes.CDLL(str(out))
+def extension() -> types.ModuleType:
+    """The compiled extension. Only what has changed is compiled; processes that need it at the same time wait."""
+    folder = ROOT / "build" / "cuda_emulator" / hashlib.sha256(repr(COMMAND).encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "emulated_cuda.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(lambda source: _compile(source, folder), SOURCES))
+        if _is_outdated(library, objects):
+            new = library.with_suffix(".new")  # a running process may have the old file in memory
+            subprocess.run([COMMAND[0], "-shared", "-o", new, *objects], check=True)
+            new.replace(library)
+    spec = importlib.util.spec_from_file_location("emulated_cuda", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+def _compile(source: Path, folder: Path) -> Path:
+    out, rule = folder / f"{source.name}.o", folder / f"{source.name}.d"  # out's dependencies as a rule for make
+    inputs = shlex.split(rule.read_text().replace("\\\n", " "))[1:] if rule.exists() else []
+    if not inputs or _is_outdated(out, map(Path, inputs)):
+        subprocess.run([*COMMAND, "-MMD", "-MF", rule, "-c", "-o", out, source], check=True)
+    return out
 
 
-def _c(value):
-    """An argument as C takes it: a tensor's pointer, an int64_t or a double."""
-    if isinstance(value, Tensor):
-        assert value.is_contiguous()
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_double(value)
+def _is_outdated(out: Path, inputs) -> bool:
+    if not out.exists():
+        return True
+    return any(not path.exists() or path.stat().st_mtime > out.stat().st_mtime for path in inputs)
 
 
-def _poison(scratch: Tensor) -> None:
-    scratch.fill_(torch.nan if scratch.is_floating_point() else 12345678)
+class Cuda:
+    """`namedmask_kernels._native.cuda` in the emulator: the same functions, on CPU tensors.
+
+    Every array is passed as a copy between two guards; a kernel that writes into a guard raises AssertionError.
+    """
+
+    def __getattr__(self, name: str) -> Callable:
+        function = getattr(extension(), name)
+
+        def call(*arguments):
+            guarded = {i: Guarded(x) for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.is_contiguous()}
+            result = function(*(guarded[i].inner if i in guarded else x for i, x in enumerate(arguments)))
+            for i, copy in guarded.items():
+                assert copy.is_intact(), f"{name} wrote outside of its argument {i}"
+                arguments[i].copy_(copy.inner)
+            return result
+
+        return call
 
 
-def connected_components(mask, offsets, shapes, labels, counts, workspace, stream):
-    _poison(workspace)
-    none = counts[:0]
-    given, results = pointers(mask, offsets, shapes), pointers(labels, counts, none, none)
-    function = library("connected_components").run
-    function(b"connected_components", *given, len(mask), len(shapes), *results, 0, *pointers(workspace))
+class Guarded:
+    """A copy of a tensor between two guards, which read as NaN or as large integers."""
 
+    GUARD = torch.tensor([0x7FC0BAD0] * 64, dtype=torch.int32).view(torch.uint8)
 
-def normalized_cut(
-    bits, offsets, shapes, vector, value, residual, iterations, partition, seed, workspace,
-    eps, tolerance, max_iterations, stream,
-):  # fmt: skip
-    _poison(workspace)
-    arguments = [bits, len(bits), offsets, shapes, len(shapes), vector, len(vector), value, residual, iterations,
-                 partition, seed, workspace, len(workspace), float(eps), float(tolerance), max_iterations]  # fmt: skip
-    library("normalized_cut").run(*map(_c, arguments))
+    def __init__(self, tensor: Tensor):
+        self.begin, self.end = len(self.GUARD), len(self.GUARD) + tensor.nbytes
+        self.all = torch.cat([self.GUARD, torch.zeros(tensor.nbytes, dtype=torch.uint8), self.GUARD])
+        self.inner = self.all[self.begin : self.end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
-
-def spectral_clusters_workspace(offsets, shapes, counts, tokens, channels):
-    function = library("spectral_clusters").workspace
-    function.restype = ctypes.c_int64
-    return function(*map(_c, [offsets, shapes, len(shapes), counts, len(counts), tokens, channels]))
-
-
-def spectral_clusters(unit, ranges, offsets, shapes, counts, labels, workspace, seed, stream):
-    _poison(workspace)
-    arguments = [unit, *unit.shape, ranges, offsets, shapes, len(shapes), counts, len(counts), labels, workspace,
-                 len(workspace), seed]  # fmt: skip
-    library("spectral_clusters").run(*map(_c, arguments))
+    def is_intact(self) -> bool:
+        return torch.equal(self.all[: self.begin], self.GUARD) and torch.equal(self.all[self.end :], self.GUARD)

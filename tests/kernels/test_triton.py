@@ -1,41 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""The Triton kernels against the definition: for real where there is a GPU, else in Triton's interpreter, on the CPU.
-
-Triton decides at import whether it interprets, so this file then runs itself once more in a process of its own.
-"""
+"""The Triton kernels against the definition: on the GPU, or in Triton's interpreter on the CPU where there is none."""
 
 import itertools
-import os
-import subprocess
-import sys
-import types
 
 import numpy as np
 import pytest
 import torch
 
-import emulator
-from namedmask_kernels import Ragged, backends
+from namedmask_kernels import Ragged
 from namedmask_kernels.reference import attention_features as reference
 from namedmask_kernels.reference import normalized_cut as cut_reference
 from namedmask_kernels.reference import pamr as pamr_reference
 from namedmask_kernels.reference import random_walk as walk_reference
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-# The interpreter's tl.dot gives garbage for bfloat16; there the compiler alone has seen it.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter's tl.dot gives garbage for bfloat16.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 ALL = ("output", "rows", "lse", "key_norms")
-
-here = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in test_in_the_interpreter's process")
-
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run for real, or this is the interpreter")
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout + child.stderr
 
 
 def random_qkv(lengths, heads, dim, dtype):
@@ -69,7 +51,6 @@ def torch_form(qkv, scale, taps):
     return (weights @ v).transpose(0, 1), rows, scores.logsumexp(-1).T, k.square().sum((0, 2))
 
 
-@here
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "heads, dim, taps",
@@ -100,7 +81,6 @@ def test_attention_features(dtype, heads, dim, taps):
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
 
 
-@here
 def test_attention_features_do_not_depend_on_batch_composition():
     qkv, offsets = random_qkv([70, 150, 5], 2, 64, torch.float32)
     together = run(qkv, offsets, 0.125, [0])
@@ -109,7 +89,6 @@ def test_attention_features_do_not_depend_on_batch_composition():
         assert all(torch.equal(alone[name], together[name][begin:end]) for name in ALL)
 
 
-@here
 @pytest.mark.parametrize("want", [(), *((name,) for name in ALL)], ids=str)
 def test_attention_features_computes_only_the_requested_fields(want):
     qkv, offsets = random_qkv([150, 71], 2, 32, torch.float32)
@@ -119,14 +98,12 @@ def test_attention_features_computes_only_the_requested_fields(want):
     assert all(torch.equal(result[name], everything[name]) for name in want)
 
 
-@here
 @pytest.mark.parametrize("lengths, taps", [([], [0]), ([0, 0], [0]), ([3], [])], ids=str)
 def test_attention_features_of_empty_input(lengths, taps):
     qkv, offsets = random_qkv(lengths, 2, 32, torch.float32)
     assert not any(value.isnan().any() for value in run(qkv, offsets, 1.0, taps).values())
 
 
-@here
 def test_block_table_covers_every_token_once():
     from namedmask_kernels.triton import attention_features as kernels
 
@@ -157,7 +134,6 @@ def run_pamr(masks, image, *settings):
     return masks.with_rows(out.cpu())
 
 
-@here
 @pytest.mark.parametrize(
     "labels, dilations, iterations",
     [(1, [1, 4, 24], 2), (2, [2**40, 1], 1), (6, [2], 3), (35, [1], 1)],
@@ -173,7 +149,6 @@ def test_pamr(labels, dilations, iterations):
     assert torch.equal(alone.grids()[0], result.grids()[0])
 
 
-@here
 def test_pamr_of_empty_input_and_without_iterations():
     masks, image = pamr_batch(2)
     assert torch.equal(run_pamr(masks, image, [1], 0).rows, masks.rows)
@@ -182,7 +157,6 @@ def test_pamr_of_empty_input_and_without_iterations():
     assert run_pamr(empty, empty.with_rows(torch.zeros(0, 3, dtype=torch.uint8)), [1], 2).rows.shape == (0, 4)
 
 
-@here
 def test_pixel_table_covers_every_pixel_once():
     from namedmask_kernels.triton import pamr as kernels
 
@@ -204,7 +178,6 @@ def tokens(shapes, channels, noise=0.7):
     return batch
 
 
-@here
 @pytest.mark.parametrize("channels", [1, 64, 100])
 def test_normalized_rows(channels):
     from namedmask_kernels.triton.normalized_rows import normalized_rows
@@ -227,7 +200,6 @@ def run_walk(masks, features, *settings):
     return masks.with_rows(out.cpu())
 
 
-@here
 @pytest.mark.parametrize(
     "masks, channels, steps, sharpness", [(1, 5, 1, 10.0), (20, 64, 3, 10.0), (70, 100, 2, 60.0), (3, 16, 2, 0.0)]
 )
@@ -243,7 +215,6 @@ def test_random_walk(masks, channels, steps, sharpness):
     assert torch.equal(run_walk(*last, steps, sharpness).rows, result.grids()[-1].flatten(0, 1))
 
 
-@here
 def test_random_walk_of_empty_input_without_steps_and_of_features_that_are_not_finite():
     features = tokens([(3, 4), (2, 2)], 8)
     soft = features.with_rows(torch.rand(16, 2))
@@ -256,7 +227,6 @@ def test_random_walk_of_empty_input_without_steps_and_of_features_that_are_not_f
         run_walk(soft, features, 2, 10.0)
 
 
-@here
 @pytest.mark.parametrize("channels, tau", [(2, 0.5), (64, 0.2), (100, -0.1), (16, -1.5), (16, 1.0)])
 def test_affinity_bits(channels, tau):
     from namedmask_kernels.triton.normalized_cut import affinity_bits
@@ -279,7 +249,6 @@ def test_affinity_bits(channels, tau):
     assert len(bits) == 0
 
 
-@here
 @pytest.mark.parametrize("channels", [2, 64])
 def test_cosine_ranges(channels):
     from namedmask_kernels.triton.normalized_rows import normalized_rows
@@ -291,49 +260,3 @@ def test_cosine_ranges(channels):
         unit = torch.nn.functional.normalize(grid.flatten(0, 1).double(), dim=1)
         smallest, largest = (unit @ unit.T).aminmax() if len(unit) else (torch.inf, -torch.inf)
         torch.testing.assert_close(range_, torch.tensor([smallest, largest], dtype=torch.float32), rtol=0, atol=1e-6)
-
-
-@pytest.fixture
-def emulated_cuda(monkeypatch):
-    """Runs the cuda backend on the CPU: Triton in its interpreter, CUDA in the emulator."""
-    if emulator.COMPILER is None:
-        pytest.skip("no g++ to compile the emulated kernels")
-    monkeypatch.setattr(backends, "native", lambda: types.SimpleNamespace(cuda=emulator))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
-    return lambda op: backends.IMPLEMENTATIONS[op]["cuda"]
-
-
-emulated = pytest.mark.skipif(not INTERPRETED, reason="for machines without a GPU")
-
-
-@emulated
-def test_normalized_cut_from_features_to_foreground(emulated_cuda, monkeypatch):
-    batch = tokens([(9, 17), (0, 4), (1, 1), (6, 6), (9, 0)], 24)
-    settings = 0.2, 1e-5, 1e-8, 128
-    expected = backends.IMPLEMENTATIONS["normalized_cut"]["reference"](*batch, *settings)
-    monkeypatch.setattr(sys.modules["namedmask_kernels.normalized_cut"], "TOGETHER", 2)
-    result = emulated_cuda("normalized_cut")(*batch, *settings)
-    for field, expected_field in zip(result, expected, strict=True):
-        assert field.dtype == expected_field.dtype and field.shape == expected_field.shape
-    for i in (4, 5, 6):  # partition, seed, foreground
-        assert torch.equal(result[i], expected[i])
-    torch.testing.assert_close(result[0], expected[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(result[1], expected[1], rtol=0, atol=1e-9)
-    assert result[2].max() <= 1e-8 and result[3].max() > 1
-    none = Ragged.of_shapes(torch.zeros(0, 24), [])
-    assert [len(x) for x in emulated_cuda("normalized_cut")(*none, *settings)] == [0] * 7
-    batch.rows[160, 3] = torch.nan
-    with pytest.raises(ValueError, match="normalized_cut: features must be finite, but image 3 holds NaN"):
-        emulated_cuda("normalized_cut")(*batch, *settings)
-
-
-@emulated
-def test_spectral_clusters_from_features_to_labels(emulated_cuda, monkeypatch):
-    batch = tokens([(9, 17), (0, 4), (1, 1), (6, 6), (9, 0)], 24)
-    expected = backends.IMPLEMENTATIONS["spectral_clusters"]["reference"](*batch, [2, 3], 1)
-    monkeypatch.setattr(sys.modules["namedmask_kernels.spectral_clusters"], "TOGETHER", 2)
-    assert torch.equal(emulated_cuda("spectral_clusters")(*batch, [2, 3], 1), expected)
-    assert emulated_cuda("spectral_clusters")(*batch, [], 1).shape == (len(batch.rows), 0)
-    batch.rows[160, 3] = torch.nan
-    with pytest.raises(ValueError, match="spectral_clusters: features must be finite, but image 3 holds NaN"):
-        emulated_cuda("spectral_clusters")(*batch, [2], 1)

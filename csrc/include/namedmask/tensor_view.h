@@ -13,7 +13,11 @@
 namespace namedmask {
 
 enum class DType : uint8_t { kBool, kUInt8, kInt32, kInt64, kFloat16, kBFloat16, kFloat32, kFloat64 };
+#ifdef NMK_EMULATED_CUDA  // tests/kernels/cuda_emulator: the kernels run on the CPU, on the CPU's memory
+enum class Device : uint8_t { kCPU, kCUDA = kCPU };
+#else
 enum class Device : uint8_t { kCPU, kCUDA };
+#endif
 
 constexpr int kMaxDims = 4;
 

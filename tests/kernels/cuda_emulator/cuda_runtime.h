@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// A stand-in for <cuda_runtime.h> that runs kernels on the CPU: for testing the logic of csrc/cuda without a GPU.
+// Takes the place of CUDA's <cuda_runtime.h> and runs kernels on the CPU; tests/kernels/emulator.py says what that
+// shows and what it does not.
 //
-// Every thread of a block is a fiber. A fiber runs until it meets a barrier, a warp collective or an atomic; which one
-// runs next is drawn at random (NMK_EMULATOR_SEED), so repeated runs try many orders. Blocks run one after another, in
-// random order. What this cannot show: real memory ordering, races between blocks, speed.
+// Every thread of a block is a fiber, which runs until it reaches a barrier, a warp collective or an atomic. The fibers
+// take turns in random order. Blocks run one after another, also in random order.
 #pragma once
 
 #include <setjmp.h>
@@ -27,7 +27,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static  // blocks run one after another, so one copy serves all
+#define __shared__ static  // blocks run one after another and can use the same copy
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -56,18 +56,18 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-enum class State { kReady, kWarp, kBlock, kDone };  // kWarp, kBlock: waits for the rest of the warp or block
+enum class State { kReady, kWarp, kBlock, kDone };  // kWarp, kBlock: waits for the rest of its warp or block
 
 using Offer = std::array<uint32_t, 6>;
 
 struct Fiber {
   ucontext_t start;
-  jmp_buf paused;  // not by swapcontext, which asks the system for its signals every time
+  jmp_buf paused;  // swapcontext would make a system call, to save the signal mask, every time
   bool started = false;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state;
-  unsigned collectives;  // met so far
-  Offer offered[2];      // to the other lanes; two, as a lane may be one collective ahead of another
+  unsigned collectives;  // so far
+  Offer offered[2];      // values for the other lanes; two, because a lane may be one collective ahead of another
   static constexpr size_t kStack = 32 << 10;
 };
 
@@ -75,10 +75,7 @@ inline std::vector<Fiber> fibers;
 inline jmp_buf scheduler;
 inline unsigned current, threads;
 inline std::function<void()> body;
-inline std::mt19937 random = [] {
-  const char* seed = std::getenv("NMK_EMULATOR_SEED");
-  return std::mt19937(seed ? std::atoi(seed) : 0);
-}();
+inline std::mt19937 random;
 
 [[gnu::noinline]] inline void pause(State state) {
   Fiber& fiber = fibers[current];
@@ -87,7 +84,7 @@ inline std::mt19937 random = [] {
 }
 
 inline void enter() {
-  while (true) {  // a fiber serves one block after another
+  while (true) {  // a fiber is reused for one block after another
     body();
     pause(State::kDone);
   }
@@ -107,8 +104,8 @@ inline void enter() {
   setcontext(&fiber.start);
 }
 
-// Frees the threads first .. last if all of them wait for `state`; a block's barrier does not wait for threads that
-// are done, a warp's collective does (and is stuck then: such a kernel is wrong).
+// Makes the threads first .. last ready if all of them wait in `state`. A block's barrier does not wait for threads
+// that have returned. A warp's collective does, and never completes: such a kernel is wrong.
 inline bool free_if_all_wait(unsigned first, unsigned last, State state) {
   bool any = false;
   for (unsigned t = first; t < last; ++t) {
@@ -147,17 +144,18 @@ inline void run_block() {
     bool freed = false;
     for (unsigned t = 0; t + 32 <= threads; t += 32) freed |= free_if_all_wait(t, t + 32, State::kWarp);
     if (!freed && !free_if_all_wait(0, threads, State::kBlock)) {
-      std::fputs("emulator: threads wait for each other at different barriers\n", stderr);
+      std::fputs("emulator: deadlock: the threads of a block wait at different barriers\n", stderr);
       std::abort();
     }
   }
 }
 
-// Every lane of the warp offers something of up to 24 bytes; returns the parity under which it finds the others'.
+// Offers a value of up to 24 bytes to the other lanes and waits until all have offered theirs. Returns the parity with
+// which to read them.
 template <class T>
 unsigned offer(unsigned mask, const T& value) {
   static_assert(sizeof(T) <= sizeof(Offer));
-  if (mask != 0xffffffffu) std::abort();  // only whole warps are known
+  if (mask != 0xffffffffu) std::abort();  // only collectives of whole warps are supported
   Fiber& fiber = fibers[current];
   const unsigned parity = fiber.collectives++ % 2;
   std::memcpy(fiber.offered[parity].data(), &value, sizeof(T));
@@ -165,7 +163,7 @@ unsigned offer(unsigned mask, const T& value) {
   return parity;
 }
 
-// What another lane of the warp offered.
+// The value that another lane of the warp offered.
 template <class T>
 T offered(unsigned lane, unsigned parity) {
   T value;
@@ -173,7 +171,7 @@ T offered(unsigned lane, unsigned parity) {
   return value;
 }
 
-inline void interleave() {  // lets other threads go first, now and then
+inline void interleave() {  // lets other threads go first in one of four cases
   if (random() % 4 == 0) pause(State::kReady);
 }
 
@@ -218,7 +216,7 @@ T __shfl_xor_sync(unsigned mask, T value, int by) {
 
 namespace namedmask::cuda {
 
-// As csrc/cuda/mma.h has it.
+// csrc/cuda/mma.h says what it does.
 inline void multiply_add_bytes(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const emulator::Offer mine = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const unsigned parity = emulator::offer(0xffffffffu, mine), lane = emulator::current % 32;
