@@ -8,7 +8,7 @@ imported that those two do not bring.
 import importlib
 import pkgutil
 import sys
-from importlib.metadata import distribution, packages_distributions
+from importlib.metadata import Distribution, distribution, distributions
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -33,13 +33,21 @@ def closure(name: str) -> set[str]:
     return {name for name, _ in done}
 
 
+def modules(found: Distribution) -> set[str]:
+    """The top-level modules among the files of a distribution."""
+    tops = {file.parts[0].partition(".")[0] for file in found.files or [] if ".dist-info" not in file.parts[0]}
+    return {top for top in tops if top.isidentifier()}
+
+
 direct = sorted(canonicalize_name(requirement.name) for requirement in requirements("namedmask", set()))
 if direct != ["numpy", "torch"]:
     sys.exit(f"namedmask without extras requires {direct}, expected numpy and torch alone")
 installed = closure("namedmask")
-for module, distributions in packages_distributions().items():
-    if installed.isdisjoint(map(canonicalize_name, distributions)):
-        sys.modules[module] = None  # type: ignore[assignment]  # an import raises ImportError
+brought, others = set(), set()
+for found in distributions():
+    (brought if canonicalize_name(found.metadata["Name"]) in installed else others).update(modules(found))
+for module in others - brought:
+    sys.modules[module] = None  # type: ignore[assignment]  # importing it raises ImportError
 
 import namedmask_kernels  # noqa: E402
 
