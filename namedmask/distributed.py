@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Many workers for one run: who does which shard, who waits for whom, and how workers are started.
+"""Multiple workers of one run: distribution of shards, synchronization, and launching.
 
-Nothing outside this file knows about ranks. Shards are handed out one at a time by a counter that all workers share, so
-a slow shard holds nobody up. A shard is done when its file exists; when a worker dies, torch's elastic launcher starts
-all of them again, finished shards are skipped and the dead worker's shard is done by whoever asks first.
+All code that depends on ranks is in this file. Workers claim shards one at a time from a shared counter, so that a slow
+shard does not delay the others. A shard is finished when its file exists. When a worker dies, torch's elastic launcher
+restarts all workers; they skip finished shards, and one of them claims the shard of the worker that died.
 """
 
 from __future__ import annotations
@@ -30,21 +30,35 @@ MAX_RESTARTS = 3
 
 @dataclass(frozen=True)
 class Worker:
-    """One of `count` workers. `store` is torch's TCPStore, None for a worker that is alone."""
+    """One of the workers of a run. The default is a single worker.
+
+    Attributes:
+        rank: Index of the worker; the main worker has rank 0.
+        count: Number of workers.
+        local_rank: Index of the worker on its machine.
+        store: torch's TCPStore, which all workers share; None for a single worker.
+        attempt: Number of restarts so far. Each attempt has its own counters and barriers.
+        counters: Photos done per stage, for a single worker.
+    """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
     store: Any = None
-    attempt: int = 0  # restarts so far: their counters start anew
-    alone: Counter = field(default_factory=Counter)  # what the store counts, for a worker without one
+    attempt: int = 0
+    counters: Counter[str] = field(default_factory=Counter)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def claim(self, stage: str, shards: int) -> Iterator[int]:
-        """Shard numbers for this worker until all `shards` of the stage are given out."""
+        """Yields the numbers of the shards that this worker should process.
+
+        Args:
+            stage: Name of the counter.
+            shards: Number of shards. Each is claimed by one worker.
+        """
         if self.store is None:
             yield from range(shards)
             return
@@ -52,14 +66,18 @@ class Worker:
             yield shard
 
     def count_done(self, stage: str, photos: int) -> int:
-        """Adds `photos` to what all workers have done of the stage and returns the sum."""
+        """Adds `photos` to the number of photos that all workers have done in the stage; returns the new number."""
         if self.store is not None:
             return self.store.add(f"{self.attempt}/{stage}/done", photos)
-        self.alone[stage] += photos
-        return self.alone[stage]
+        self.counters[stage] += photos
+        return self.counters[stage]
 
     def barrier(self, name: str) -> None:
-        """Waits until every worker has come here; UserError when one has said that it will not (`fail`)."""
+        """Waits until every worker has reached the barrier of this name.
+
+        Raises:
+            UserError: If a worker has called `fail`.
+        """
         if self.store is None:
             return
         from torch.distributed import DistStoreError
@@ -74,17 +92,21 @@ class Worker:
                 self.store.wait([key + "/open"], timedelta(seconds=5))
 
     def fail(self, reason: str) -> None:
-        """Tells the workers that wait, or will wait, at a barrier that this one will not come."""
+        """Makes the other workers' barriers, current and later ones, raise a UserError with this reason."""
         if self.store is not None:
             self.store.set(f"{self.attempt}/failed", f"worker {self.rank} stopped: {reason}")
 
     def share(self, begin: int, count: int) -> range:
-        """This worker's part of the `count` numbers from `begin` on; all workers' parts, in order, are the whole."""
+        """This worker's part of range(begin, begin + count). The parts of all workers, in order, form the range."""
         return range(begin + count * self.rank // self.count, begin + count * (self.rank + 1) // self.count)
 
     @contextlib.contextmanager
     def collective(self, device: str) -> Iterator[None]:
-        """Within it `sum` and torch.distributed work between the workers; a worker that is alone needs neither."""
+        """Context in which `sum` and torch.distributed communicate between the workers; a no-op for a single worker.
+
+        Args:
+            device: "cpu", or this worker's GPU as torch names it.
+        """
         if self.store is None:
             yield
             return
@@ -102,7 +124,7 @@ class Worker:
             distributed.destroy_process_group()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of all workers' tensors, in place; within `collective`."""
+        """Replaces the tensor, in place, by the sum of all workers' tensors. Requires `collective`."""
         if self.store is not None:
             from torch.distributed import all_reduce
 
@@ -110,22 +132,29 @@ class Worker:
         return tensor
 
     def device(self, kind: str) -> str:
-        """ "cpu", or this worker's GPU as "cuda:0": one that all its threads name, whatever their current device is."""
+        """Device of this worker.
+
+        Args:
+            kind: "cpu" or "cuda".
+
+        Returns:
+            "cpu", or this worker's GPU such as "cuda:0". The index makes it independent of a thread's current device.
+        """
         if kind == "cpu":
             return kind
         import torch
 
-        return f"cuda:{self.local_rank % torch.cuda.device_count()}"  # where each task sees one GPU alone, it is 0
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}"  # 0 if the scheduler shows each task only its GPU
 
 
 def current() -> Worker:
-    """This process's place, from the environment that torchrun or SLURM has set; alone without one."""
+    """The worker that this process is, from the environment variables of torchrun or SLURM; else a single worker."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, count, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
         host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
         serve = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone: a batch script by itself is no worker
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # only srun sets it: a batch script is no worker
         rank, count, local = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
         host = _first_slurm_host(env["SLURM_STEP_NODELIST"])
         port = 20000 + int(env["SLURM_JOB_ID"]) % 20000
@@ -139,34 +168,46 @@ def current() -> Worker:
 
 
 def _first_slurm_host(nodes: str) -> str:
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return listed.stdout.split()[0]
+    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return hosts.stdout.split()[0]
 
 
-def count_gpus(asked: int | None, workers: int) -> int:
-    """How many GPUs to use: as asked, or one if there is one and nobody asked for several CPU processes.
+def count_gpus(requested: int | None, workers: int) -> int:
+    """Number of GPUs to use.
 
-    Raises UserError when fewer are here than asked for, or both kinds of processes were.
+    Args:
+        requested: Number of GPUs that the user requested; None: one if there is one and `workers` is 1.
+        workers: Number of processes on the CPU that the user requested.
+
+    Raises:
+        UserError: If there are fewer GPUs than requested, or if both options were given.
     """
     import torch
 
-    here = torch.cuda.device_count()
-    if asked and workers > 1:
-        raise UserError("give --gpus or --workers, not both: a process with a GPU is a worker")
-    if asked is None:
-        return min(here, 1) if workers == 1 else 0
-    if asked > here:
+    available = torch.cuda.device_count()
+    if requested and workers > 1:
+        raise UserError("give --gpus or --workers, not both: each GPU has its own worker")
+    if requested is None:
+        return min(available, 1) if workers == 1 else 0
+    if requested > available:
         raise UserError(
-            f"--gpus {asked}: this machine shows {here} CUDA device{'s' if here != 1 else ''} "
+            f"--gpus {requested}: this machine has {available} CUDA device{'s' if available != 1 else ''} "
             "(see `namedmask doctor`); use --workers N for N processes on the CPU"
         )
-    return asked
+    return requested
 
 
 def launch(arguments: Sequence[str], workers: int) -> None:
-    """Runs `python -m namedmask.run ARGUMENTS` in `workers` processes; returns when all have ended well.
+    """Runs `python -m namedmask.run ARGUMENTS` in several processes and waits until all have finished.
 
-    When one dies all are started again, up to MAX_RESTARTS times; then UserError says which died and how.
+    If one dies, all are restarted, up to MAX_RESTARTS times.
+
+    Args:
+        arguments: Command line arguments.
+        workers: Number of processes.
+
+    Raises:
+        UserError: If a worker died again after the last restart.
     """
     import logging
 
@@ -189,19 +230,19 @@ def launch(arguments: Sequence[str], workers: int) -> None:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "namedmask.run", *arguments)
-    except SignalException:  # the launcher's form of Ctrl-C and SIGTERM; it has ended the workers
+    except SignalException:  # how the launcher reports Ctrl-C and SIGTERM; it has stopped the workers
         raise KeyboardInterrupt from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         raise UserError(
-            f"worker {rank} died ({how}), and did so again after {MAX_RESTARTS} restarts; finished shards are kept: "
-            "run the same command again to go on, or with --workers 1 to see where it dies"
+            f"worker {rank} died ({how}) again after {MAX_RESTARTS} restarts; finished shards are kept: run the same "
+            "command again to continue, or with --workers 1 to see where it fails"
         ) from None
 
 
 def die_with_parent() -> None:
-    """Asks Linux to kill this process when its parent dies, so that kill -9 of a run leaves no worker behind."""
+    """Makes Linux kill this process when its parent dies, so that no worker outlives a run killed with kill -9."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

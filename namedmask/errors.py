@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The one exception that the commands show as a single line."""
+"""The exception that the commands print as a single line."""
 
 
 class UserError(Exception):
-    """Something that the user can mend: the message says what is wrong, where, and what to do."""
+    """An error that the user can fix. The message says what is wrong, where, and what to do."""

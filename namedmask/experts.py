@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""Category experts: segmenters of one category each, trained on its archive's masks and then asked for better ones.
+"""Category experts: one binary segmenter per category, trained on its archive's masks, which it then replaces.
 
-A detector without learning errs in its own way on every photo; what learns the masks of all photos of a category learns
-what they share, and its answer on a photo of the archive is the new mask. Every photo shows one object and the rest is
-background: nothing is pasted, and no photo of another category is a negative.
+A detector without learning errs differently on every photo; a network that has to explain all masks of a category
+learns what they share, and its prediction for a photo of the archive is the new mask. Every photo shows one object, and
+everything else is background: no objects are pasted, and photos of other categories do not serve as negatives.
 
-mode "separate"  one network a category, as published; workers take a category at a time
-mode "shared"    one network with a last layer for each category, trained on all of them at once; a photo teaches the
-                 last layer of its own category alone: one training, and one pass over the photos
+mode "separate"  one network per category, as published; workers claim one category at a time
+mode "shared"    one network with an output layer per category, trained on all categories together. Each photo trains
+                 the output layer of its own category only: one training, and one forward pass per photo
 
 OUT/experts/
-  NAME.safetensors      a category's network, NAME as in a URL; in the mode "shared" all of them in shared.safetensors
-  NAME/                 its metrics.jsonl, tensorboard/ and, until it is finished, checkpoint.pt (`namedmask.training`)
-OUT/refining/           finished shards, until all are there
-OUT/refined/00000.jsonl the records of masks/ with the experts' masks and scores; in the mode "separate" a category a
-                        shard, in the mode "shared" sorted by photo. The folder is there when all of them are.
+  NAME.safetensors      network of a category, NAME percent-encoded; in the mode "shared" a single shared.safetensors
+  NAME/                 metrics.jsonl, tensorboard/ and, until the training is finished, checkpoint.pt (see
+                        `namedmask.training`)
+OUT/refining/           finished shards, until all are finished
+OUT/refined/00000.jsonl the records of masks/ with the experts' masks and scores; in the mode "separate" one category
+                        per shard, in the mode "shared" sorted by photo. The folder appears when all are finished.
 
-A photo that was retrieved for two categories has two records, each of its own expert. Where an expert finds nothing the
-record has an empty mask and the score 0, as a detector's would: it says that the photo does not show the category, and
-no training uses it. A category none of whose masks has a pixel has no expert, and keeps its records.
+A photo that was retrieved for two categories has two records, one from each expert. If an expert predicts no object,
+the record has an empty mask and the score 0, like that of a detector: the photo does not show the category, and no
+training uses it. A category whose masks are all empty has no expert and keeps its records.
 """
 
 from __future__ import annotations
@@ -44,34 +45,55 @@ from .photos import Photo, PhotoError, PhotoSource
 from .progress import Progress
 from .segmenter.augment import IGNORE
 from .segmenter.deeplab import DeepLab
-from .segmenter.predict import Segmenter, labels_at
+from .segmenter.predict import Segmenter, upsampled_argmax
 from .segmenter.training import Sample, train
 
 SHARED = "shared"
-SHARD = 64  # records in a shard of the mode "shared", or a few more
+SHARD_SIZE = 64  # minimum number of records in a shard of the mode "shared", except for the last
 
-ObjectLogits = Callable[[Tensor, str], Tensor]
+ObjectLogits = Callable[[Tensor, str], Tensor]  # coarse output [C, h, w] and category -> logits of the object [h, w]
 
 
 class CategoryLayers(nn.Module):
-    """The last layers of all categories, of which only those that are asked for are computed: a logit a category."""
+    """One linear output layer per category, evaluated only for the categories that are requested.
 
-    def __init__(self, width: int, categories: int):
+    Args:
+        in_channels: Channels of the features.
+        categories: Number of categories.
+    """
+
+    def __init__(self, in_channels: int, categories: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(categories, width) * (2 / width) ** 0.5)
+        self.weight = nn.Parameter(torch.randn(categories, in_channels) * (2 / in_channels) ** 0.5)
         self.bias = nn.Parameter(torch.zeros(categories))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the features unchanged."""
         return x
 
     def logits(self, features: Tensor, categories: Tensor) -> Tensor:
-        """features [n, width, h, w], categories int64 [n] -> logits [n, h, w], each of the photo's own category."""
-        own = torch.einsum("nchw,nc->nhw", features, self.weight[categories].to(features.dtype))
-        return own + self.bias[categories].view(-1, 1, 1)
+        """Logits of one category per photo.
+
+        Args:
+            features: [n, in_channels, h, w].
+            categories: Index of the category of each photo, int64 [n].
+
+        Returns:
+            [n, h, w].
+        """
+        logits = torch.einsum("nchw,nc->nhw", features, self.weight[categories].to(features.dtype))
+        return logits + self.bias[categories].view(-1, 1, 1)
 
 
 class SharedExperts(DeepLab):
-    """All experts in one network, which ends in features; of them `layers` makes the logits of a category."""
+    """All experts as one network: a shared encoder and head with an output layer per category.
+
+    Args:
+        encoder: The encoder.
+        categories: Number of categories.
+        head_channels: Channels of the head.
+        encoder_bn_momentum: Momentum of the encoder's BatchNorm statistics.
+    """
 
     def __init__(self, encoder: Encoder, categories: int, head_channels: int, encoder_bn_momentum: float = 0.01):
         super().__init__(encoder, categories, head_channels, encoder_bn_momentum)
@@ -79,14 +101,33 @@ class SharedExperts(DeepLab):
 
     @property
     def layers(self) -> CategoryLayers:
-        return self.classifier.classifier[-1]
+        """The output layers, which turn the features that `forward` returns into logits."""
+        layers = self.classifier.classifier[-1]
+        assert isinstance(layers, CategoryLayers)
+        return layers
 
     def forward(self, photos: Tensor) -> Tensor:
-        """photos normalized [n, 3, H, W] -> features [n, width, ceil(H / 4), ceil(W / 4)]."""
+        """Features that all categories share.
+
+        Args:
+            photos: Normalized photos [n, 3, H, W].
+
+        Returns:
+            [n, head_channels, ceil(H / 4), ceil(W / 4)].
+        """
         return self.coarse_logits(photos)
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Binary cross-entropy of each photo's own category, summed over labeled pixels; labels: see `samples_of`."""
+        """Binary cross-entropy of the category of each photo, summed over the labeled pixels.
+
+        Args:
+            features: The output of `forward`.
+            labels: int32 [n, H, W]. Of category k, background has the label 2 k and the object 2 k + 1, as in
+                `expert_samples`; pixels with the label IGNORE are left out.
+
+        Returns:
+            float32 scalar.
+        """
         logits = self.layers.logits(features, labels.flatten(1).amax(1).long() // 2)
         logits = F.interpolate(logits[:, None].float(), labels.shape[1:], mode="bilinear")[:, 0]
         labeled = labels != IGNORE
@@ -94,15 +135,23 @@ class SharedExperts(DeepLab):
 
 
 def file_name(category: str) -> str:
-    """What a category's file is called, without a suffix: another for every name, and none that climbs out."""
+    """File name of a category, without a suffix. It is unique and never leads out of its folder."""
     return quote(category, safe=" ").replace(".", "%2E")
 
 
-def samples_of(records: dict[str, list[MaskRecord]], names: Sequence[str]) -> list[Sample]:
-    """What teaches the experts of `names`: background is 2 k, the object 2 k + 1, where k is the category's place."""
+def expert_samples(records: dict[str, list[MaskRecord]], names: Sequence[str]) -> list[Sample]:
+    """The training samples of experts.
+
+    Args:
+        records: Masks by category.
+        names: Categories of the experts that share a network.
+
+    Returns:
+        All non-empty masks. Of the k-th category, background has the label 2 k and the object 2 k + 1.
+    """
     return [
-        Sample(record, 2 * place + 1, 2 * place)
-        for place, name in enumerate(names)
+        Sample(record, 2 * index + 1, 2 * index)
+        for index, name in enumerate(names)
         for record in records[name]
         if record.area
     ]
@@ -111,11 +160,14 @@ def samples_of(records: dict[str, list[MaskRecord]], names: Sequence[str]) -> li
 def train_experts(
     out: Path, source: PhotoSource, settings: ExpertTraining, worker: Worker, device: str, progress: Progress
 ) -> None:
-    """Trains the experts of the run folder `out` and writes OUT/refined, or what is left of it to do.
+    """Trains the experts of the run folder `out` and writes OUT/refined; continues where it was interrupted.
 
-    Every worker calls it. On the CPU an expert's weights are those of an uninterrupted training bit for bit, with the
-    same number of threads; with another, to rounding. All records are held in memory, some hundred bytes each.
-    Raises UserError where no mask has a pixel, where a worker was lost, or as `train` does.
+    Every worker calls it. On the CPU, an interrupted training ends with weights that are bit-identical to those of one
+    that was not, with the same number of threads; with another number, they are equal up to rounding. All records are
+    held in memory, some hundred bytes each.
+
+    Raises:
+        UserError: If all masks are empty, if a worker died, or as `segmenter.training.train` does.
     """
     if (out / "refined").exists():
         progress.note = "done before"
@@ -123,16 +175,16 @@ def train_experts(
     records: dict[str, list[MaskRecord]] = {name: [] for name in read_archive(out / "archive.json").categories}
     for record in read_masks(out / "masks"):
         records.setdefault(record.category, []).append(record)
-    if not any(record.area for one in records.values() for record in one):
-        raise UserError(f"{out / 'masks'}: no mask has a pixel, so there is nothing to learn from")
+    if not any(record.area for masks in records.values() for record in masks):
+        raise UserError(f"{out / 'masks'}: all masks are empty, so there is nothing to learn from")
     for folder in ("experts", "refining"):
         (out / folder).mkdir(exist_ok=True)
     experts = _Experts(out, source, settings, records, worker, device, progress)
-    shards = experts.all_at_once() if settings.mode == SHARED else experts.one_by_one()
-    worker.barrier("experts have seen every photo")
+    shards = experts.train_shared() if settings.mode == SHARED else experts.train_separate()
+    worker.barrier("all photos are relabeled")
     if worker.is_main:
         if not all(experts.shard(number).exists() for number in range(shards)):
-            raise UserError("a worker was lost and with it what it was at; run the same command again to go on")
+            raise UserError("a worker died before it finished its shard; run the same command again to continue")
         (out / "refining").rename(out / "refined")
 
 
@@ -145,15 +197,15 @@ class _Experts:
     worker: Worker
     device: str
     progress: Progress
-    empty: int = 0  # masks in which an expert has found nothing
+    empty: int = 0  # masks that the experts predicted to be empty
 
     @property
     def views(self) -> int:
-        """What a training sees."""
+        """Number of photos that a training processes."""
         return self.settings.steps * self.settings.batch_size
 
-    def one_by_one(self) -> int:
-        """A network a category; returns the number of shards."""
+    def train_separate(self) -> int:
+        """Trains one network per category and relabels; returns the number of shards."""
         names = list(self.records)
         self.progress.total = len(names) * self.views + sum(map(len, self.records.values()))
         for number in self.worker.claim("experts", len(names)):
@@ -168,20 +220,21 @@ class _Experts:
                 self.progress.advance(self.views + len(records), found=True)
         return len(names)
 
-    def all_at_once(self) -> int:
-        """One network; returns the number of shards."""
+    def train_shared(self) -> int:
+        """Trains one network for all categories and relabels; returns the number of shards."""
         names = list(self.records)
         self.progress.total = self.views + sum(map(len, self.records.values()))
         network = self._expert(SHARED, names, self.worker)
-        segmenter = Segmenter(network, names, self.device)
-        place = {name: torch.tensor([number], device=segmenter.device) for number, name in enumerate(names)}
+        assert isinstance(network, SharedExperts)
+        layers, segmenter = network.layers, Segmenter(network, names, self.device)
+        indices = {name: torch.tensor([index], device=segmenter.device) for index, name in enumerate(names)}
 
         def logits(features: Tensor, name: str) -> Tensor:
-            return network.layers.logits(features[None], place[name])[0]
+            return layers.logits(features[None], indices[name])[0]
 
-        # By photo, so that one pass serves all categories of a photo.
-        records = sorted((r for one in self.records.values() for r in one), key=lambda r: r.photo)
-        shards = list(_shards(records, SHARD))
+        # Sorted by photo, so that one forward pass serves all categories of a photo.
+        records = sorted((record for masks in self.records.values() for record in masks), key=lambda r: r.photo)
+        shards = list(_shards(records, SHARD_SIZE))
         for number in self.worker.claim("experts", len(shards)):
             if self.shard(number).exists():
                 self.progress.advance(len(shards[number]), found=True)
@@ -190,25 +243,28 @@ class _Experts:
         return len(shards)
 
     def _expert(self, name: str, categories: list[str], worker: Worker) -> DeepLab:
-        """The network of a file, trained first by all of `worker`'s workers if there is none."""
-        kind, classes = (SharedExperts, len(categories)) if self.settings.mode == SHARED else (DeepLab, 2)
+        """Loads the network of a file. If there is none, all workers of `worker` train it first."""
+        shared = self.settings.mode == SHARED
+        network_type, classes = (SharedExperts, len(categories)) if shared else (DeepLab, 2)
         path = self.out / "experts" / f"{file_name(name)}.safetensors"
-        journal = path.with_suffix("")
+        folder = path.with_suffix("")
         if path.exists():
             self.progress.advance(self.views if worker.is_main else 0, found=True)
         else:
-            journal.mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
             if worker.is_main:
-                remove_stale(journal)
-            samples, part = samples_of(self.records, categories), _Part(self.progress, name)
-            network = train(self.source, samples, classes, journal, self.settings, worker, self.device, part, kind)
+                remove_stale(folder)
+            samples, progress = expert_samples(self.records, categories), _ExpertProgress(self.progress, name)
+            network = train(
+                self.source, samples, classes, folder, self.settings, worker, self.device, progress, network_type
+            )
             if worker.is_main:
                 with atomic_write(path) as file:
                     file.write(save({key: tensor.contiguous() for key, tensor in network.state_dict().items()}))
             worker.barrier(f"{path.name} is written")
         if worker.is_main:
-            (journal / "checkpoint.pt").unlink(missing_ok=True)
-        network = kind(untrained_encoder(self.settings.encoder), classes, self.settings.head_channels)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        network = network_type(untrained_encoder(self.settings.encoder), classes, self.settings.head_channels)
         network.load_state_dict(load_file(path))
         return network.eval().requires_grad_(False)
 
@@ -216,16 +272,17 @@ class _Experts:
         return self.out / "refining" / f"{number:05}.jsonl"
 
     def _refine(self, number: int, records: list[MaskRecord], segmenter: Segmenter, logits: ObjectLogits) -> None:
-        """Writes a shard: the experts' masks in place of the records'."""
+        """Writes a shard: the records with the experts' masks."""
         by_photo: dict[str, list[MaskRecord]] = {}
         for record in records:
             by_photo.setdefault(record.photo, []).append(record)
-        refined, errors = [], []
-        for name, found in relabel(self.source, by_photo, segmenter, logits):
-            if isinstance(found, PhotoError):
-                errors.append(ErrorRecord(name, "experts", found.reason))
+        refined: list[MaskRecord] = []
+        errors: list[ErrorRecord] = []
+        for name, result in relabel(self.source, by_photo, segmenter, logits):
+            if isinstance(result, PhotoError):
+                errors.append(ErrorRecord(name, "experts", result.reason))
             else:
-                refined += found
+                refined += result
             self.progress.advance(len(by_photo[name]))
         self._write(number, refined, errors)
 
@@ -234,68 +291,80 @@ class _Experts:
         write_shard(self.shard(number), records)
         self.empty += sum(not record.area for record in records)
         if self.empty:
-            self.progress.note = f"{self.empty} masks in which an expert has found nothing"
+            self.progress.note = f"{self.empty} empty masks"
 
 
-@dataclass
-class _Part:
-    """The progress of a training as a part of that of the stage."""
+class _ExpertProgress(Progress):
+    """The training of an expert as part of the progress of the stage."""
 
-    whole: Progress
-    name: str
-    total: int = 0
+    def __init__(self, stage: Progress, name: str):
+        super().__init__(stage.stage, stage.worker)
+        self.parent, self.name = stage, name
 
-    def advance(self, views: int, found: bool = False) -> None:
-        self.whole.advance(views, found)
-
-    @property
-    def note(self) -> str:
-        return self.whole.note
-
-    @note.setter
-    def note(self, text: str) -> None:
-        self.whole.note = f"{self.name}: {text}"
+    def advance(self, photos: int, found: bool = False) -> None:
+        if self.note:
+            self.parent.note = f"{self.name}: {self.note}"
+        self.parent.advance(photos, found)
 
 
 def relabel(
     source: PhotoSource, by_photo: dict[str, list[MaskRecord]], segmenter: Segmenter, logits: ObjectLogits
 ) -> Iterator[tuple[str, list[MaskRecord] | PhotoError]]:
-    """The records of each photo with new masks, at the photo's own size, or what is wrong with the photo.
+    """Predicts new masks for records.
 
-    logits: coarse logits or features [C, h, w] of a photo and the name of a category -> logits of its object [h, w].
-    The mask is where they are above 0.
+    Args:
+        source: The photos.
+        by_photo: Records by name of their photo.
+        segmenter: The network.
+        logits: From the coarse output of the network for a photo, [C, h, w], and a category: the logits of its object,
+            [h, w]. The mask is where they are above 0, at the size of the photo.
+
+    Yields:
+        The name of each photo with its new records, or with an error if it cannot be used or has changed.
     """
 
-    def look(photos: list[Photo]) -> list[list[MaskRecord]]:
-        seen = segmenter.coarse_logits([photo.pixels for photo in photos])
-        return [[new(record, one) for record in by_photo[photo.name]] for photo, one in zip(photos, seen, strict=True)]
+    def predict(photos: list[Photo]) -> list[list[MaskRecord]]:
+        outputs = segmenter.coarse_logits([photo.pixels for photo in photos])
+        return [
+            [new_record(record, output) for record in by_photo[photo.name]]
+            for photo, output in zip(photos, outputs, strict=True)
+        ]
 
     @torch.inference_mode()
-    def new(record: MaskRecord, seen: Tensor) -> MaskRecord:
-        own = logits(seen, record.category)
-        mask = (labels_at(torch.stack([torch.zeros_like(own), own]), *record.size) == 1).cpu().numpy()
-        score = mask_score(mask, decided(own.sigmoid()))
+    def new_record(record: MaskRecord, output: Tensor) -> MaskRecord:
+        own = logits(output, record.category)
+        mask = (upsampled_argmax(torch.stack([torch.zeros_like(own), own]), *record.size) == 1).cpu().numpy()
+        score = mask_score(mask, certainty(own.sigmoid()))
         return MaskRecord.from_mask(record.photo, mask, record.category, record.category_score, score)
 
-    for batch in segmenter.each(source, by_photo, look):
-        for name, photo, found in batch:
-            sizes = {record.size for record in by_photo[name]}
-            if isinstance(photo, Photo) and sizes != {photo.pixels.shape[:2]}:
-                found = PhotoError(name, "has changed since its mask was made: it has another size")
-            yield name, photo if found is None else found
+    for batch in segmenter.map_photos(source, by_photo, predict):
+        for name, photo, records in batch:
+            if isinstance(photo, PhotoError):
+                yield name, photo
+            elif {record.size for record in by_photo[name]} != {photo.pixels.shape[:2]}:
+                yield name, PhotoError(name, "has changed since its mask was made: it has another size")
+            else:
+                yield name, records
 
 
-def decided(soft: Tensor) -> float:
-    """How sure a network is of a mask, in [0, 1]: the Dice coefficient of its probabilities [h, w] and their mask.
+def certainty(soft: Tensor) -> float:
+    """Certainty of a predicted mask: the Dice coefficient of its probabilities and the mask.
 
-    Times the share of the photo's border that the mask leaves free (`mask_score`) it is the score of a relabeled mask.
+    The score of a relabeled mask is its certainty times the fraction of the photo's border that it leaves free
+    (`mask_score`).
+
+    Args:
+        soft: Probabilities of the object, [h, w].
+
+    Returns:
+        A number in [0, 1]; 0 for an empty mask.
     """
     hard = soft > 0.5
     return float(2 * soft[hard].sum() / (soft.sum() + hard.sum())) if hard.any() else 0.0
 
 
 def _shards(records: list[MaskRecord], size: int) -> Iterator[list[MaskRecord]]:
-    """Records, those of a photo beside each other, in shards of at least `size`, a photo's in one."""
+    """Splits records, grouped by photo, into shards of at least `size`. All records of a photo are in one shard."""
     shard: list[MaskRecord] = []
     for record in records:
         if len(shard) >= size and record.photo != shard[-1].photo:

@@ -1,32 +1,49 @@
 # SPDX-License-Identifier: MIT
-"""How far a stage is: a bar in a terminal, a line now and then elsewhere. The main worker shows it for all."""
+"""Progress of a stage: a bar in a terminal, otherwise a line from time to time. The main worker shows it for all."""
 
 from __future__ import annotations
 
 import sys
 import time
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from .distributed import Worker
 
-LINE_EVERY = 10.0  # seconds, where the output is no terminal
+if TYPE_CHECKING:
+    from rich import progress as rich
+
+LINE_EVERY = 10.0  # seconds between lines, if the output is not a terminal
 
 
 class Progress:
-    """A stage's progress; `total` and `note` may be set while it runs."""
+    """Progress of a stage, over all workers. Use it as a context manager.
+
+    Attributes:
+        total: Number of photos to process; may be set at any time.
+        note: Text to show with the progress; may be set at any time.
+        done: Number of photos processed so far, including the skipped ones.
+        skipped: Number of photos whose results already existed.
+    """
 
     def __init__(self, stage: str, worker: Worker):
         self.stage, self.worker = stage, worker
         self.total, self.note = 0, ""
         self.done = self.skipped = 0
-        self.bar = self.task = None
+        self.bar: rich.Progress | None = None
 
     def __enter__(self) -> Progress:
         self.start = self.last_line = time.monotonic()
         return self
 
     def advance(self, photos: int, found: bool = False) -> None:
-        """`photos` more are done by this worker, or were `found` done: those do not count toward the rate."""
-        self.skipped = self.worker.count_done(f"{self.stage}/found", photos if found else 0)
+        """Counts photos of this worker as done.
+
+        Args:
+            photos: Number of photos.
+            found: The results already existed. Such photos do not count toward the rate.
+        """
+        self.skipped = self.worker.count_done(f"{self.stage}/skipped", photos if found else 0)
         self.done = self.worker.count_done(self.stage, photos)
         if not self.worker.is_main:
             return
@@ -59,13 +76,15 @@ class Progress:
         rate = self._rate(time.monotonic())
         self.bar.update(self.task, completed=self.done, total=self.total, rate=f"{rate:.1f}/s", note=self.note)
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.stop()
         if error is None and self.worker.is_main:
             self.advance(0)
             now = time.monotonic()
             photos = f"{self.done} photos, {self._rate(now):.1f}/s, " if self.done > self.skipped else ""
-            found = f"{self.skipped} done before, " if self.skipped else ""
+            skipped = f"{self.skipped} done before, " if self.skipped else ""
             note = f" ({self.note})" if self.note else ""
-            print(f"{self.stage}: {photos}{found}{now - self.start:.1f} s{note}", flush=True)
+            print(f"{self.stage}: {photos}{skipped}{now - self.start:.1f} s{note}", flush=True)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""The engine: a shard of photos -> decode -> detect -> refine -> records -> masks/00000.jsonl.
+"""Pseudo-labels: decodes the photos of an archive, detects and refines their objects, and writes masks/00000.jsonl.
 
-Each distinct photo of the archive is decoded, detected and refined once, and gives one record for every category it was
-retrieved for. A shard's bytes depend on its photos and the settings alone, not on who made it or when.
+Each distinct photo of the archive is processed once and has one record per category it was retrieved for. The bytes of
+a shard depend only on its photos and the settings, not on which worker computed it.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +26,11 @@ from .refine import Refiner
 from .saliency import Detection, make_detector
 from .threads import kernels_on_one_thread, map_ahead
 
-Work = list[tuple[str, list[tuple[str, float | None]]]]  # (photo, its categories with their scores), ...
+Work = list[tuple[str, list[tuple[str, float | None]]]]  # per photo: its name, its categories with their scores
 
 
 def work_of(archive: Archive) -> Work:
-    """The archive by photo: distinct photos by name, so that those of a tar stand together, with their categories."""
+    """The distinct photos of the archive with their categories, sorted by name, which groups the photos of a tar."""
     work: dict[str, list[tuple[str, float | None]]] = {}
     for category in archive.categories:
         for entry in archive.photos[category]:
@@ -39,16 +39,23 @@ def work_of(archive: Archive) -> Work:
 
 
 def shard_path(folder: Path, shard: int) -> Path:
+    """File of a shard of masks."""
     return folder / f"{shard:05}.jsonl"
 
 
 def missing_shards(archive: Archive, folder: Path, shard_size: int) -> list[int]:
-    """The numbers of the shards of masks that are not made yet."""
+    """The numbers of the shards of masks that do not exist yet."""
     return [s for s in range(-(-len(work_of(archive)) // shard_size)) if not shard_path(folder, s).exists()]
 
 
 class Labeled(NamedTuple):
-    """What the engine makes of a photo: its refined mask, bool [H, W], its score, and the mask before refinement."""
+    """Pseudo-label of a photo.
+
+    Attributes:
+        mask: Refined mask, bool [H, W].
+        score: Score of the mask, in [0, 1].
+        detected: Mask before refinement, bool [H, W].
+    """
 
     mask: np.ndarray
     score: float
@@ -56,20 +63,29 @@ class Labeled(NamedTuple):
 
 
 class Labeler:
-    """Detector and refiner of a run, and the seconds that each step has taken so far, summed over threads.
+    """Detector and refiner of a run. On the CPU, each thread processes its own batches.
 
-    On the CPU each thread takes a batch through all steps by itself.
+    Attributes:
+        seconds: Time spent so far in each step ("decode", "detect", "refine"), summed over threads.
     """
 
     def __init__(self, config: RunConfig, device: str):
         self.detector = make_detector(config.detector, device)
         self.refiner = Refiner(config.refine)
         self.device = device
-        self.seconds: Counter[str] = Counter()
-        self.counting = Lock()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.lock = Lock()
 
     def label(self, source: PhotoSource, names: Iterable[str]) -> Iterator[list[tuple[str, Labeled | PhotoError]]]:
-        """Each photo's mask and score, or what is wrong with it, a batch at a time and in order."""
+        """Labels photos.
+
+        Args:
+            source: The photos.
+            names: Names of the photos to label.
+
+        Yields:
+            For each batch, in order: the names of its photos with their labels, or with their errors.
+        """
 
         def decode(name: str) -> Photo:
             with self._timed("decode"):
@@ -89,19 +105,22 @@ class Labeler:
     def _refined(self, photos: list[Photo], detections: list[Detection]) -> list[Labeled]:
         softs = self.refiner.refine(photos, [detection.mask for detection in detections])
         masks = [(soft > 0.5).numpy() for soft in softs]
-        scores = [mask_score(mask, found.confidence) for mask, found in zip(masks, detections, strict=True)]
-        before = [(found.mask > 0.5).numpy() for found in detections]
-        return [Labeled(*one) for one in zip(masks, scores, before, strict=True)]
+        scores = [mask_score(mask, detection.confidence) for mask, detection in zip(masks, detections, strict=True)]
+        detected = [(detection.mask > 0.5).numpy() for detection in detections]
+        return [Labeled(*fields) for fields in zip(masks, scores, detected, strict=True)]
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        with self.counting:
+        with self.lock:
             self.seconds[step] += time.perf_counter() - start
 
-    def _batches(self, decoded: Iterable[tuple[str, Photo | PhotoError]]) -> Iterator[list]:
-        batch, tokens = [], 0
+    def _batches(
+        self, decoded: Iterable[tuple[str, Photo | PhotoError]]
+    ) -> Iterator[list[tuple[str, Photo | PhotoError]]]:
+        batch: list[tuple[str, Photo | PhotoError]] = []
+        tokens = 0
         for name, photo in decoded:
             cost = self.detector.tokens(photo) if isinstance(photo, Photo) else 0
             if batch and tokens + cost > self.detector.tokens_per_batch:
@@ -122,11 +141,20 @@ def pseudolabel(
     device: str,
     advance: Callable[..., None],
 ) -> Labeler | None:
-    """Makes every shard of masks that is not there yet; `advance(photos, found=...)` is called as photos are done.
+    """Computes all shards of masks that do not exist yet. Every worker calls it.
 
-    With `keep_detected` the masks before refinement go into `detected` beside `folder`, with the same scores.
+    Args:
+        source: The photos.
+        archive: The photos of each category.
+        folder: Folder of the shards. With `keep_detected`, the masks before refinement are written to the folder
+            `detected` beside it, with the same scores.
+        config: Settings of the run.
+        worker: This worker.
+        device: "cpu", or this worker's GPU as torch names it.
+        advance: Called as `advance(photos, found=...)` when photos are done; `found` says that their shard existed.
 
-    Returns the labeler, for its timings; None when nothing was left to do.
+    Returns:
+        The labeler, for its timings; None if this worker had nothing to do.
     """
     work = work_of(archive)
     labeler = None
@@ -136,18 +164,20 @@ def pseudolabel(
             advance(len(part), found=True)
             continue
         labeler = labeler or Labeler(config, device)
-        records, detected, errors = [], [], []
+        records: list[MaskRecord] = []
+        detected: list[MaskRecord] = []
+        errors: list[ErrorRecord] = []
         categories = dict(part)
         for batch in labeler.label(source, categories):
-            for name, found in batch:
-                if isinstance(found, PhotoError):
-                    errors.append(ErrorRecord(name, "pseudolabel", found.reason))
+            for name, label in batch:
+                if isinstance(label, PhotoError):
+                    errors.append(ErrorRecord(name, "pseudolabel", label.reason))
                 else:
-                    records += [MaskRecord.from_mask(name, found.mask, *c, found.score) for c in categories[name]]
-                    detected += [MaskRecord.from_mask(name, found.detected, *c, found.score) for c in categories[name]]
+                    records += [MaskRecord.from_mask(name, label.mask, *c, label.score) for c in categories[name]]
+                    detected += [MaskRecord.from_mask(name, label.detected, *c, label.score) for c in categories[name]]
             advance(len(batch))
         write_errors(errors_path(shard_path(folder, shard)), errors)
-        if config.pseudolabel.keep_detected:  # before the masks, which say that the shard is done
+        if config.pseudolabel.keep_detected:  # before the masks, whose file marks the shard as finished
             (folder.parent / "detected").mkdir(exist_ok=True)
             write_shard(shard_path(folder.parent / "detected", shard), detected)
         write_shard(shard_path(folder, shard), records)

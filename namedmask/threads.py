@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Threads that each take a piece of work through all its kernels, instead of kernels that share each piece out.
+"""Parallelism over batches: each thread runs its batch through all kernels, and each kernel runs on one thread.
 
-Kernels that share a piece wait for each other at the end of every one, and much longer where somebody else uses a core
-too; pieces of work that go their own way never do. It also makes results independent of the number of threads.
+Kernels that run on several threads synchronize at their end, which takes much longer if another process uses one of the
+cores. Threads that work on separate batches never wait for each other. It also makes results independent of the number
+of threads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def thread_count() -> int:
-    """Threads for this process: OMP_NUM_THREADS, which the launcher of several workers sets, or one a core."""
+    """Number of threads of this process: OMP_NUM_THREADS, which is set for multiple workers, or the number of cores."""
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
@@ -27,27 +28,37 @@ def map_ahead(
     function: Callable[[Item], Result],
     items: Iterable[Item],
     threads: int,
-    prepare: Callable[[], None] | None = None,
+    initializer: Callable[[], None] | None = None,
 ) -> Iterator[Result]:
-    """`function` of each item, in order, computed in threads ahead of the caller; at most two items a thread wait.
+    """Like `map`, but computes results in threads ahead of the caller, at most two per thread.
 
-    prepare: called first in every thread
+    Args:
+        function: Called with each item, in one of the threads.
+        items: The items.
+        threads: Number of threads.
+        initializer: Called once at the start of each thread.
+
+    Yields:
+        The result for each item, in order. An exception in `function` is raised where its result would be.
     """
-    pool = ThreadPoolExecutor(threads, initializer=prepare)
-    waiting: deque[Future] = deque()
+    pool = ThreadPoolExecutor(threads, initializer=initializer)
+    pending: deque[Future[Result]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)  # the caller may stop early
 
 
-def one_torch_thread() -> None:
-    """Torch's kernels, called from this thread, stay in it. Threads that have called torch before are not affected."""
+def use_one_torch_thread() -> None:
+    """Makes torch's kernels that are called from this thread run on one thread.
+
+    It does not affect threads that have called torch before.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -55,9 +66,13 @@ def one_torch_thread() -> None:
 
 @contextmanager
 def kernels_on_one_thread(device: str) -> Iterator[int]:
-    """Gives the number of threads to spread pieces of work over; on the CPU torch's kernels run on one each meanwhile.
+    """Within the context, torch's kernels on the CPU run on one thread each.
 
-    device: as torch names it; work for a GPU comes from one thread.
+    Args:
+        device: Device as torch names it.
+
+    Yields:
+        The number of threads over which to distribute batches; 1 for a GPU.
     """
     import torch
 

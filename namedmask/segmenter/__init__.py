@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The segmenter: one network for all categories, trained on the masks of a run."""
+"""The segmenter: one semantic segmentation network for all categories, trained on the masks of a run."""

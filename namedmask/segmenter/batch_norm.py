@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""BatchNorm over the photos of all workers, so that several train the network that one would."""
+"""Synchronized BatchNorm on the CPU and on GPUs, so that multiple workers train the same network as one worker."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ from torch import Tensor, nn
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """torch's SyncBatchNorm for the CPU, which that one refuses: statistics of the batches of all workers together.
+    """SyncBatchNorm for the CPU, which torch's does not support: statistics over the batches of all workers.
 
-    Every worker must bring a batch of the same shape. Gradients flow through the statistics, as through BatchNorm's.
+    All workers must pass batches of the same shape. Gradients flow through the statistics, as in BatchNorm.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [n, C, h, w], this worker's -> the same, normalized and scaled, in x's dtype."""
+        """Normalizes and scales this worker's features.
+
+        Args:
+            x: [n, C, h, w].
+
+        Returns:
+            [n, C, h, w], of the dtype of x.
+        """
         if not self.training:
             return super().forward(x)
         from torch.distributed import get_world_size
         from torch.distributed.nn.functional import all_reduce
 
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
         y = x.float()
         count = get_world_size() * y.numel() // y.shape[1]
         mean = all_reduce(y.sum((0, 2, 3))) / count
@@ -34,15 +45,19 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 
 def synchronize(network: nn.Module, device: str) -> None:
-    """Replaces every BatchNorm of the network by one over all workers; tensors keep their names.
+    """Replaces every BatchNorm of a network, in place, by one that is synchronized over all workers.
 
-    On a GPU that is torch's own. What timm's variants do after it (dropout, activation) follows it as before.
+    Tensors keep their names. timm's variants of BatchNorm keep the dropout and activation that follow them.
+
+    Args:
+        network: The network.
+        device: "cpu", which takes `GlobalBatchNorm`, or a GPU, which takes torch's SyncBatchNorm.
     """
-    kind = GlobalBatchNorm if device == "cpu" else nn.SyncBatchNorm
+    synchronized = GlobalBatchNorm if device == "cpu" else nn.SyncBatchNorm
     for parent in list(network.modules()):
         for name, old in list(parent.named_children()):
             if isinstance(old, nn.BatchNorm2d):
-                new = kind(old.num_features, old.eps, old.momentum)
+                new = synchronized(old.num_features, old.eps, old.momentum)
                 new.load_state_dict(old.state_dict())
                 after = nn.Sequential(*(getattr(old, part) for part in ("drop", "act") if hasattr(old, part)))
                 if len(after):

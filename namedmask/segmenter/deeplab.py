@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""DeepLabv3+: atrous convolutions look at the last features at several scales, finer features sharpen the edges.
+"""DeepLabv3+ on encoders of output stride 8.
 
-Chen et al., "Encoder-decoder with atrous separable convolution for semantic image segmentation", ECCV 2018, on an
-encoder of output stride 8. The tensors of a state dict are named as in NamedMask's released weights.
+Chen et al., "Encoder-decoder with atrous separable convolution for semantic image segmentation", ECCV 2018. The tensors
+of a state dict have the names of NamedMask's released weights.
 
-A trained network lies in a folder as
+A trained network is stored in a folder as
   model.safetensors   its tensors
-  categories.json     {"categories": names, "encoder": its timm name, "masks": a digest of those it was trained on};
+  categories.json     {"categories": names, "encoder": timm name, "masks": digest of the masks it was trained on};
                       class 0 is the background, i + 1 the i-th name
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,69 +29,96 @@ from .augment import IGNORE
 
 DILATIONS = (12, 24, 36)  # at output stride 8
 
-
-def conv_norm(channels: int, width: int, dilation: int | None = None) -> nn.Sequential:
-    """1x1 convolution, or with `dilation` a separable 3x3 one, then BatchNorm and ReLU."""
-    conv = nn.Conv2d(channels, width, 1, bias=False) if dilation is None else Separable(channels, width, dilation)
-    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
+Network = TypeVar("Network", bound=nn.Module)
 
 
-class Separable(nn.Module):
-    """A 3x3 convolution of each channel by itself, then a 1x1 one over channels: [n, C, h, w] -> [n, width, h, w]."""
+def conv_bn_relu(in_channels: int, out_channels: int, dilation: int | None = None) -> nn.Sequential:
+    """Convolution, BatchNorm and ReLU.
 
-    def __init__(self, channels: int, width: int, dilation: int):
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        dilation: Dilation of a separable 3 x 3 convolution; None: a 1 x 1 convolution.
+    """
+    if dilation is None:
+        conv: nn.Module = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    else:
+        conv = SeparableConv(in_channels, out_channels, dilation)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+class SeparableConv(nn.Module):
+    """Depthwise 3 x 3 convolution, then a pointwise one: [n, in_channels, h, w] -> [n, out_channels, h, w]."""
+
+    def __init__(self, in_channels: int, out_channels: int, dilation: int):
         super().__init__()
-        each = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, groups=channels, bias=False)
-        self.body = nn.Sequential(each, nn.Conv2d(channels, width, 1, bias=False))
+        depthwise = nn.Conv2d(
+            in_channels, in_channels, 3, padding=dilation, dilation=dilation, groups=in_channels, bias=False
+        )
+        self.body = nn.Sequential(depthwise, nn.Conv2d(in_channels, out_channels, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
 
 
-class AtrousPyramid(nn.Module):
-    """What stands around a place, nearer and farther, and in the whole photo: [n, C, h, w] -> [n, width, h, w]."""
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: [n, in_channels, h, w] -> [n, out_channels, h, w].
 
-    def __init__(self, channels: int, width: int):
+    Concatenates a 1 x 1 convolution, separable convolutions of several dilations, and the global average.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_norm(channels, width))
-        around = [conv_norm(channels, width, dilation) for dilation in DILATIONS]
-        self.convs = nn.ModuleList([conv_norm(channels, width), *around, whole])
-        self.project = conv_norm(len(self.convs) * width, width)
+        pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, out_channels))
+        branches = [conv_bn_relu(in_channels, out_channels, dilation) for dilation in DILATIONS]
+        self.convs = nn.ModuleList([conv_bn_relu(in_channels, out_channels), *branches, pooled])
+        self.project = conv_bn_relu(len(self.convs) * out_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = [conv(x) for conv in self.convs]
-        found[-1] = found[-1].expand_as(found[0])
-        return self.project(torch.cat(found, 1))
+        features = [conv(x) for conv in self.convs]
+        features[-1] = features[-1].expand_as(features[0])
+        return self.project(torch.cat(features, 1))
 
 
 class Head(nn.Module):
-    """Features of stride 4 [n, C, h, w] and 8 [n, D, ceil(h / 2), ceil(w / 2)] -> logits [n, classes, h, w]."""
+    """Decoder: features of strides 4 and 8 -> logits of stride 4."""
 
-    def __init__(self, channels: tuple[int, int], classes: int, width: int):
+    def __init__(self, in_channels: tuple[int, int], classes: int, channels: int):
         super().__init__()
-        fine = 3 * width // 16  # few, lest they outweigh what the pyramid knows
-        self.project = conv_norm(channels[0], fine)
-        self.aspp = AtrousPyramid(channels[1], width)
-        self.classifier = nn.Sequential(*conv_norm(fine + width, width, dilation=1), nn.Conv2d(width, classes, 1))
+        fine_channels = 3 * channels // 16  # few, so that they do not outweigh the ASPP features
+        self.project = conv_bn_relu(in_channels[0], fine_channels)
+        self.aspp = ASPP(in_channels[1], channels)
+        self.classifier = nn.Sequential(
+            *conv_bn_relu(fine_channels + channels, channels, dilation=1), nn.Conv2d(channels, classes, 1)
+        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
-        around = F.interpolate(self.aspp(coarse), fine.shape[2:], mode="bilinear")
-        return self.classifier(torch.cat([self.project(fine), around], 1))
+        """fine [n, C, h, w], coarse [n, D, ceil(h / 2), ceil(w / 2)] -> [n, classes, h, w]."""
+        context = F.interpolate(self.aspp(coarse), fine.shape[2:], mode="bilinear")
+        return self.classifier(torch.cat([self.project(fine), context], 1))
 
 
 class DeepLab(nn.Module):
-    """The network. `width`, at least 16: channels of the head, 256 in the paper; a small encoder wants fewer.
+    """DeepLabv3+.
 
-    encoder_bn_momentum: of the encoder's BatchNorm statistics, which photos of a small archive are to move slowly.
+    Args:
+        encoder: The encoder.
+        classes: Number of classes, including the background.
+        head_channels: Channels of the head, at least 16. The paper has 256; a small encoder needs fewer.
+        encoder_bn_momentum: Momentum of the encoder's BatchNorm statistics. It is low, because the photos of a small
+            archive should change them only slowly.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, encoder: Encoder, classes: int, head_channels: int = 256, encoder_bn_momentum: float = 0.01):
         super().__init__()
         self.encoder, self.classes, self.head_channels = encoder.name, classes, head_channels
-        self.backbone, self.taken = encoder.network, encoder.taken
+        self.backbone, self.feature_indices = encoder.network, encoder.taken
         self.classifier = Head(encoder.channels, classes, head_channels)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(encoder, name)).view(3, 1, 1), persistent=False)
@@ -99,31 +127,70 @@ class DeepLab(nn.Module):
                 module.momentum = encoder_bn_momentum
 
     def normalized(self, photos: Tensor) -> Tensor:
-        """photos uint8 [n, 3, H, W] -> float32, with the mean and spread of colors that the encoder wants."""
+        """Normalizes photos by the color mean and standard deviation that the encoder expects.
+
+        Args:
+            photos: uint8 [n, 3, H, W].
+
+        Returns:
+            float32 [n, 3, H, W].
+        """
         return (photos.float() / 255 - self.mean) / self.std
 
     def coarse_logits(self, photos: Tensor) -> Tensor:
-        """photos normalized [n, 3, H, W], of any size -> logits [n, classes, ceil(H / 4), ceil(W / 4)]."""
+        """Logits at stride 4.
+
+        Args:
+            photos: Normalized photos [n, 3, H, W], of any size.
+
+        Returns:
+            [n, classes, ceil(H / 4), ceil(W / 4)].
+        """
         features = self.backbone(photos)
-        return self.classifier(*(features[place] for place in self.taken))
+        return self.classifier(*(features[index] for index in self.feature_indices))
 
     def forward(self, photos: Tensor) -> Tensor:
-        """photos normalized [n, 3, H, W], of any size -> logits [n, classes, H, W]; class 0 is the background."""
+        """Logits at full resolution.
+
+        Args:
+            photos: Normalized photos [n, 3, H, W], of any size.
+
+        Returns:
+            [n, classes, H, W]; class 0 is the background.
+        """
         return F.interpolate(self.coarse_logits(photos), photos.shape[2:], mode="bilinear")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, summed over the labeled pixels: what `forward` gives, against labels int32 [n, H, W]."""
+        """Cross-entropy, summed over the labeled pixels.
+
+        Args:
+            logits: The output of `forward`, [n, classes, H, W].
+            labels: int32 [n, H, W]; pixels with the label IGNORE are left out.
+
+        Returns:
+            float32 scalar.
+        """
         return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE, reduction="sum")
 
 
-def on_device(network: nn.Module, device: str | torch.device) -> nn.Module:
-    """The network on a device: channels last on a GPU, as cuDNN wants them (not measured), channels first on a CPU."""
+def on_device(network: Network, device: str | torch.device) -> Network:
+    """Moves a network to a device, in place: channels last on a GPU, for cuDNN (not measured), else channels first."""
     gpu = torch.device(device).type == "cuda"
-    return network.to(device, memory_format=torch.channels_last if gpu else torch.contiguous_format)
+    return network.to(device).to(memory_format=torch.channels_last if gpu else torch.contiguous_format)
 
 
 def save_segmenter(folder: Path, network: DeepLab, categories: Sequence[str], masks: str | None = None) -> Path:
-    """Writes a trained network, the weights last; returns their path. masks: a digest of what it was trained on."""
+    """Writes a trained network to a folder, its weights last.
+
+    Args:
+        folder: An existing folder.
+        network: The network.
+        categories: Names of classes 1, 2, ...
+        masks: Digest of the masks it was trained on.
+
+    Returns:
+        The file of weights.
+    """
     about = {"categories": list(categories), "encoder": network.encoder, "masks": masks}
     with atomic_write(folder / "categories.json") as file:
         file.write(json.dumps(about, indent=1, ensure_ascii=False).encode())
@@ -136,12 +203,19 @@ def save_segmenter(folder: Path, network: DeepLab, categories: Sequence[str], ma
 def load_segmenter(
     path: str | Path, categories: Sequence[str] | None = None, encoder: str = "resnet50"
 ) -> tuple[DeepLab, list[str]]:
-    """A trained network in eval mode, on the CPU, and its categories.
+    """Loads a trained network.
 
-    path:       the folder, or its model.safetensors, or any file of weights with the same names of tensors
-    categories: names in the order of the classes, for weights without a categories.json (as NamedMask's released ones
-                are), whose encoder is `encoder`
-    Errors:     UserError where weights, names and encoder do not fit together.
+    Args:
+        path: Folder of a segmenter, its model.safetensors, or any file of weights with the same names of tensors.
+        categories: Names of classes 1, 2, ..., for weights without a categories.json beside them, such as NamedMask's
+            released ones.
+        encoder: Encoder of such weights, by its timm name.
+
+    Returns:
+        The network in eval mode on the CPU, and the names of its categories.
+
+    Raises:
+        UserError: If a file is missing or damaged, or if weights, names and encoder do not match.
     """
     path = Path(path)
     if path.is_dir():
@@ -149,20 +223,20 @@ def load_segmenter(
     state = read_weights(str(path), "the segmenter")
     if (path.parent / "categories.json").exists():
         about = json.loads((path.parent / "categories.json").read_text(encoding="utf-8"))
-        categories, encoder = about["categories"], about["encoder"]
-    elif categories is None:
+        names, encoder = list(about["categories"]), about["encoder"]
+    elif categories is not None:
+        names = list(categories)
+    else:
         raise UserError(f"{path.parent / 'categories.json'} is missing; give the names of the categories")
-    last = state.get("classifier.classifier.3.weight")  # [classes, width, 1, 1]
+    last = state.get("classifier.classifier.3.weight")  # [classes, head_channels, 1, 1]
     if last is None:
         raise UserError(f"{path}: not a DeepLabv3+ network (no classifier.classifier.3.weight)")
-    if len(last) != len(categories) + 1:
-        raise UserError(
-            f"{path} tells {len(last)} classes apart; {len(categories)} categories and the background given"
-        )
+    if len(last) != len(names) + 1:
+        raise UserError(f"{path} has {len(last)} classes, but {len(names)} categories and the background were given")
     network = DeepLab(untrained_encoder(encoder), *last.shape[:2])
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{path} does not fit encoder {encoder!r}: {reason}") from None
-    return network.eval(), list(categories)
+    return network.eval(), names

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A segmenter as one ONNX file for photos of any size, checked with onnxruntime before it is left on the disk.
+"""Exports a segmenter to ONNX for photos of any size; the model is verified with onnxruntime before it is written.
 
-Input:    photos  uint8 [n, 3, H, W], RGB as decoded: the file holds the normalization
+Input:    photos  uint8 [n, 3, H, W], RGB; normalization is part of the model
 Outputs:  labels  int64 [n, H, W], the class of every pixel; logits float32 [n, classes, ceil(H / 4), ceil(W / 4)]
-Metadata: names   JSON list of the names of the classes, the background's first
+Metadata: names   JSON list of the names of the classes, the background first
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 OPSET = 18
-TOLERANCE = 1e-3  # of the largest logit
-SURE = 1e-2  # of the largest logit: where the best two are nearer than that, rounding may choose
-CHECKED = ((1, 161, 203), (2, 96, 128))  # n, H, W of photos of noise
+TOLERANCE = 1e-3  # maximum error of a logit, relative to the largest logit
+NEAR_TIE = 1e-2  # labels may differ where the two largest logits are closer than this, relative to the largest logit
+CHECKED_SHAPES = ((1, 161, 203), (2, 96, 128))  # n, H, W of the random photos on which the model is verified
 
 
 class _Exported(nn.Module):
-    """What the file computes: photos uint8 [n, 3, H, W] -> labels, logits."""
+    """The exported computation: photos uint8 [n, 3, H, W] -> labels, logits."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, segmenter: Segmenter):
         super().__init__()
@@ -44,21 +47,30 @@ class _Exported(nn.Module):
 
 
 def export_onnx(segmenter: Segmenter, path: Path) -> float:
-    """Writes a segmenter, of the CPU and in float32, to an ONNX file that onnxruntime runs to the same result.
+    """Exports a segmenter to an ONNX file and verifies it with onnxruntime.
 
-    Returns the largest difference of a logit between the two, on photos of noise, as a share of the largest logit.
-    Raises UserError without the packages or the folder, and where the two differ; then there is no file.
+    Args:
+        segmenter: A segmenter on the CPU, in float32.
+        path: File to write.
+
+    Returns:
+        The largest difference of a logit between onnxruntime and torch, relative to the largest logit.
+
+    Raises:
+        UserError: If packages are missing, the file cannot be written, or the results differ. No file is written then.
     """
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: it is a folder, or {path.parent} is none")
+        raise UserError(f"{path} cannot be written: it is a folder, or {path.parent} is not a folder")
     try:
         import onnx
-        import onnxscript  # noqa: F401  what torch's exporter writes with
+        import onnxscript  # noqa: F401  torch's exporter requires it
         from onnxruntime import InferenceSession
     except ImportError as error:
-        raise UserError(f"export wants packages that are not here ({error}): pip install 'namedmask[onnx]'") from None
+        raise UserError(
+            f"export requires packages that are not installed ({error}): pip install 'namedmask[onnx]'"
+        ) from None
     network = _Exported(segmenter).eval()
-    # No side of the example is a multiple of the strides or equals another, so that none is taken for a constant.
+    # The sides of the example are unequal and not multiples of the strides, so that the exporter does not specialize.
     program = torch.onnx.export(
         network,
         (torch.zeros(2, 3, 75, 101, dtype=torch.uint8),),
@@ -69,6 +81,7 @@ def export_onnx(segmenter: Segmenter, path: Path) -> float:
         dynamic_shapes=({0: torch.export.Dim("n"), 2: torch.export.Dim("H"), 3: torch.export.Dim("W")},),
         verbose=False,
     )
+    assert program is not None
     model = program.model_proto
     onnx.helper.set_model_props(model, {"names": json.dumps(segmenter.names)})
     onnx.checker.check_model(model)
@@ -76,7 +89,7 @@ def export_onnx(segmenter: Segmenter, path: Path) -> float:
     worst = _difference(network, InferenceSession(data, providers=["CPUExecutionProvider"]))
     if not worst <= TOLERANCE:
         raise UserError(
-            f"{path} is not written: onnxruntime's result differs from torch's by {worst:.2g} of the largest logit, "
+            f"{path} was not written: onnxruntime's logits differ from torch's by {worst:.2g} of the largest logit, "
             f"more than {TOLERANCE:g}"
         )
     with atomic_write(path) as file:
@@ -86,17 +99,17 @@ def export_onnx(segmenter: Segmenter, path: Path) -> float:
 
 @torch.inference_mode()
 def _difference(network: _Exported, session: InferenceSession) -> float:
-    """The largest difference of a logit as a share of the largest; inf where a label differs that is no near tie."""
-    worst, draw = 0.0, torch.Generator().manual_seed(0)
-    for n, height, width in CHECKED:
-        photos = torch.randint(0, 256, (n, 3, height, width), generator=draw, dtype=torch.uint8)
+    """The largest difference of a logit, relative to the largest logit; inf if labels differ except at near ties."""
+    worst, generator = 0.0, torch.Generator().manual_seed(0)
+    for n, height, width in CHECKED_SHAPES:
+        photos = torch.randint(0, 256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
         labels, logits = network(photos)
-        their_labels, their_logits = (
+        onnx_labels, onnx_logits = (
             torch.from_numpy(x) for x in session.run(["labels", "logits"], {"photos": photos.numpy()})
         )
         largest = logits.abs().max()
         best = F.interpolate(logits, (height, width), mode="bilinear").topk(2, dim=1).values
-        if ((labels != their_labels) & (best[:, 0] - best[:, 1] > SURE * largest)).any():
+        if ((labels != onnx_labels) & (best[:, 0] - best[:, 1] > NEAR_TIE * largest)).any():
             return float("inf")
-        worst = max(worst, float((logits - their_logits).abs().max() / largest))
+        worst = max(worst, float((logits - onnx_logits).abs().max() / largest))
     return worst

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""`namedmask segment`: a folder, list or tar of photos to label maps and pictures to look at.
+"""`namedmask segment`: segments a folder, list file or tar of photos into label maps and overlays.
 
 OUT/
-  categories.json       the names of classes 1, 2, ...; the weights and a digest of them; the precision
+  categories.json       names of classes 1, 2, ...; path and digest of the weights; precision
   masks/NAME.png        the class of every pixel (`formats.write_label_map`); written after the overlay
-  overlays/NAME.jpg     the photo with the masks' colors over it, objects outlined
-  errors.jsonl          photos that could not be used, and why; written last
+  overlays/NAME.jpg     the photo with the mask's colors blended over it, objects outlined
+  errors.jsonl          photos that could not be used, with the reason; written last
 
-NAME is the photo's name without its suffix. A photo whose mask is there is not done again.
+NAME is the photo's name without its suffix. A photo whose mask exists is skipped.
 """
 
 from __future__ import annotations
@@ -28,16 +28,27 @@ from ..photos import Photo, PhotoError, PhotoSource
 from ..progress import Progress
 from .predict import Segmenter
 
-OVERLAY = 0.5  # share of the class's color
+OVERLAY = 0.5  # opacity of the colors
 
 
 def segment_photos(
     segmenter: Segmenter, weights: Path, source: PhotoSource, out: Path, progress: Progress
 ) -> tuple[int, int]:
-    """Segments what is left to do of the photos of `source`; returns how many have masks and how many have failed.
+    """Segments the photos of `source` that have no mask in `out` yet.
 
-    weights: what `segmenter` was loaded from. The caller holds the lock of `out`.
-    Raises UserError where `out` was made with others, without photos, or where two photos would have one mask.
+    Args:
+        segmenter: The segmenter.
+        weights: The file or folder that `segmenter` was loaded from.
+        source: The photos.
+        out: Output folder, of which the caller holds the lock.
+        progress: Advances with every photo.
+
+    Returns:
+        How many photos have masks, and how many could not be used.
+
+    Raises:
+        UserError: If `out` was made with another segmenter, if there are no photos, or if two photos have the same name
+            apart from the suffix.
     """
     _settle(out / "categories.json", segmenter, weights)
     remove_stale(out)
@@ -50,9 +61,9 @@ def segment_photos(
         raise UserError(f"there are no photos in {source.path}")
     unlisted = len(errors)
     progress.total = len(names)
-    left = [name for name in names if not (out / "masks" / f"{stem(name)}.png").exists()]
-    progress.advance(len(names) - len(left), found=True)
-    for batch in segmenter.segment(source, left):
+    remaining = [name for name in names if not (out / "masks" / f"{stem(name)}.png").exists()]
+    progress.advance(len(names) - len(remaining), found=True)
+    for batch in segmenter.segment(source, remaining):
         for name, photo, mask in batch:
             if isinstance(photo, Photo):
                 _write(out, stem(name), photo.pixels, mask, len(segmenter.names))
@@ -64,76 +75,100 @@ def segment_photos(
 
 
 def stem(name: str) -> str:
-    """What the mask of a photo is called, below its folder: "sub/photo" of "sub/photo.jpg". It cannot climb out."""
+    """Name of the mask of a photo: "sub/photo.jpg" -> "sub/photo". The result never leads out of its folder."""
     path = PurePosixPath(name)
     parts = ["up" if part == ".." else part for part in path.with_suffix("").parts if not part.startswith("/")]
     return "/".join(parts)
 
 
 def by_stem(names: Iterable[str]) -> dict[str, str]:
-    """Names of photos by those of their masks, in order; UserError where two would have one."""
-    found: dict[str, str] = {}
+    """The names of photos by the names of their masks, in order.
+
+    Raises:
+        UserError: If two photos would have the same mask.
+    """
+    photos: dict[str, str] = {}
     for name in names:
-        if (other := found.setdefault(stem(name), name)) != name:
+        if (other := photos.setdefault(stem(name), name)) != name:
             raise UserError(f"{other} and {name} would both become {stem(name)}.png; rename one of them")
-    return found
+    return photos
 
 
 def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A photo uint8 [H, W, 3] with its mask [H, W] in colors over it and a white line around every object."""
-    colors = label_palette()[mask.astype(np.uint8)]  # beyond 255 classes colors come again
-    drawn = np.where((mask > 0)[..., None], (1 - OVERLAY) * pixels + OVERLAY * colors, pixels).astype(np.uint8)
+    """Blends the colors of a mask over a photo and outlines its objects in white.
+
+    Args:
+        pixels: Photo, uint8 [H, W, 3].
+        mask: Class of every pixel, uint16 [H, W].
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    colors = label_palette()[mask.astype(np.uint8)]  # colors repeat beyond 255 classes
+    image = np.where((mask > 0)[..., None], (1 - OVERLAY) * pixels + OVERLAY * colors, pixels).astype(np.uint8)
     edge = np.zeros(mask.shape, bool)
     edge[1:] |= mask[1:] != mask[:-1]
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
-    drawn[edge] = 255
-    return drawn
+    image[edge] = 255
+    return image
 
 
-def _write(out: Path, place: str, pixels: np.ndarray, mask: np.ndarray, classes: int) -> None:
-    picture, labels = out / "overlays" / f"{place}.jpg", out / "masks" / f"{place}.png"
-    for path in (picture, labels):
+def _write(out: Path, name: str, pixels: np.ndarray, mask: np.ndarray, classes: int) -> None:
+    overlay_path, mask_path = out / "overlays" / f"{name}.jpg", out / "masks" / f"{name}.png"
+    for path in (overlay_path, mask_path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(picture) as file:
+    with atomic_write(overlay_path) as file:
         Image.fromarray(overlay(pixels, mask)).save(file, "jpeg", quality=88)
-    write_label_map(labels, mask, classes)
+    write_label_map(mask_path, mask, classes)
 
 
 def _settle(path: Path, segmenter: Segmenter, weights: Path) -> None:
-    """Writes what OUT is made with, or raises UserError where that is something else."""
-    file = weights / "model.safetensors" if weights.is_dir() else weights
+    """Writes categories.json. Raises UserError if an existing one is of another segmenter."""
+    weights_path = weights / "model.safetensors" if weights.is_dir() else weights
     about = {
         "categories": segmenter.names[1:],
-        "weights": str(file.absolute()),
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "weights": str(weights_path.absolute()),
+        "sha256": hashlib.sha256(weights_path.read_bytes()).hexdigest(),
         "precision": str(segmenter.dtype)[6:],
     }
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
-        parts = {"categories": "categories", "sha256": "weights", "precision": "precision"}
-        changed = [part for key, part in parts.items() if old.get(key) != about[key]]
+        labels = {"categories": "categories", "sha256": "weights", "precision": "precision"}
+        changed = [label for key, label in labels.items() if old.get(key) != about[key]]
         if changed:
             raise UserError(
-                f"{path.parent} was made with other {' and '.join(changed)} (weights then: {old.get('weights')}): "
-                "choose another --out, or start anew with --overwrite"
+                f"{path.parent} was made with other {' and '.join(changed)} (its weights: {old.get('weights')}): "
+                "choose another --out, or start over with --overwrite"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(json.dumps(about, indent=1, ensure_ascii=False).encode())
 
 
-def predictions(segmenter: Segmenter, source: PhotoSource, wanted: set[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name without suffix, mask) of the photos of a source whose names are wanted; UserError where one is unusable."""
+def predictions(segmenter: Segmenter, source: PhotoSource, stems: set[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Segments some photos of a source.
 
-    def refuse(error: PhotoError) -> None:
+    Args:
+        segmenter: The segmenter.
+        source: The photos.
+        stems: Names of the photos to segment, without suffixes.
+
+    Yields:
+        The name of a photo without its suffix, and its mask, uint16 [H, W].
+
+    Raises:
+        UserError: If a photo is missing or cannot be used.
+    """
+
+    def fail(error: PhotoError) -> None:
         raise UserError(str(error))
 
-    found = by_stem(name for name in source.names(refuse) if stem(name) in wanted)
-    if missing := sorted(wanted - found.keys()):
+    names = by_stem(name for name in source.names(fail) if stem(name) in stems)
+    if missing := sorted(stems - names.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"there is no photo called {missing[0]}{more} in {source.path}")
-    for batch in segmenter.segment(source, sorted(found.values())):
+    for batch in segmenter.segment(source, sorted(names.values())):
         for name, photo, mask in batch:
-            if mask is None:
+            if isinstance(photo, PhotoError):
                 raise UserError(f"{Path(source.path) / name}: {photo.reason}")
             yield stem(name), mask

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Trains a segmenter on masks: of all categories, or as the expert of one.
+"""Trains a segmenter on masks, either of all categories or, as an expert, of one.
 
 OUT/segmenter/
   model.safetensors, categories.json   the network (see `deeplab`), written last
-  metrics.jsonl, tensorboard/, checkpoint.pt   see `namedmask.training`; the checkpoint goes at the end
+  metrics.jsonl, tensorboard/, checkpoint.pt   see `namedmask.training`; the checkpoint is removed at the end
 
-A step draws its photos and all that happens to them from the seed and the number of the step. On the CPU an interrupted
-training therefore ends with the very bits of one that was not; on a GPU some of torch's gradients are not reproducible.
-Several workers share each batch: BatchNorm and the loss are over all of it, so they train what one would, to rounding.
+Every step derives its photos and their augmentation from the seed and the step number. On the CPU, an interrupted
+training therefore ends with weights that are bit-identical to those of one that was not; on a GPU, some of torch's
+gradients are not reproducible. Several workers share each batch; BatchNorm and the loss are those of the whole batch,
+so that the result does not depend on the number of workers, up to rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..archive import read_archive
@@ -32,15 +33,21 @@ from ..errors import UserError
 from ..masks import MaskRecord, best_masks, digest, read_masks
 from ..photos import PhotoError, PhotoSource
 from ..progress import Progress
-from ..threads import map_ahead, one_torch_thread, thread_count
+from ..threads import map_ahead, thread_count, use_one_torch_thread
 from ..training import TrainingState, fit
-from .augment import IGNORE, View, augmented, copy_paste
+from .augment import IGNORE, View, augment, copy_paste
 from .batch_norm import synchronize
 from .deeplab import DeepLab, on_device, save_segmenter
 
 
 class Sample(NamedTuple):
-    """A photo with the mask of one object, the label of the object, and that of the rest."""
+    """A training sample: a photo with the mask of one object.
+
+    Attributes:
+        record: The mask and the name of the photo.
+        label: Label of the object.
+        background: Label of all other pixels.
+    """
 
     record: MaskRecord
     label: int
@@ -50,10 +57,14 @@ class Sample(NamedTuple):
 def train_segmenter(
     out: Path, source: PhotoSource, settings: SegmenterTraining, worker: Worker, device: str, progress: Progress
 ) -> None:
-    """Trains on all masks of the run folder `out`, the experts' (OUT/refined) where there are any, unless it is done.
+    """Trains on the masks of the run folder `out`, unless that is done; continues from a checkpoint.
 
-    Class i + 1 is the i-th category of the archive. Raises UserError where there are no masks, where a finished
-    segmenter is of others than are there now, or as `train` does.
+    It uses the masks of the experts (OUT/refined) if there are any, else OUT/masks. Class i + 1 is the i-th category of
+    the archive. Every worker calls it.
+
+    Raises:
+        UserError: If there are no masks, if a finished segmenter was trained on other masks than `out` has now, or as
+            `train` does.
     """
     folder = out / "segmenter"
     folder.mkdir(exist_ok=True)
@@ -63,11 +74,11 @@ def train_segmenter(
     if not records:
         raise UserError(f"there are no masks in {masks}; make them with `namedmask-pseudolabel`")
     if unknown := sorted({record.category for record in records} - set(categories)):
-        raise UserError(f"{masks} has masks of {', '.join(unknown)}, of which {out / 'archive.json'} knows nothing")
+        raise UserError(f"{masks} has masks of {', '.join(unknown)}, which {out / 'archive.json'} does not list")
     samples = [Sample(record, categories.index(record.category) + 1) for record in records]
     if (folder / "model.safetensors").exists():
         if json.loads((folder / "categories.json").read_text(encoding="utf-8")).get("masks") != _digest(samples):
-            raise UserError(f"{folder} was trained on other masks than {masks} has now; start anew with --overwrite")
+            raise UserError(f"{folder} was trained on other masks than {masks} has now; start over with --overwrite")
         if worker.is_main:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         progress.note = "done before"
@@ -88,13 +99,27 @@ def train(
     worker: Worker,
     device: str,
     progress: Progress,
-    kind: type[DeepLab] = DeepLab,
+    network_type: type[DeepLab] = DeepLab,
 ) -> DeepLab:
-    """A network of `kind` trained on `samples`, going on from the checkpoint in `folder`; the same in every worker.
+    """Trains a network, continuing from the checkpoint in `folder` if there is one. Every worker calls it.
 
-    progress: ticks with every photo, `settings.steps * settings.batch_size` in all
-    Raises UserError where the batch cannot be shared out evenly, where a photo is not what its mask was made of, or
-    where the checkpoint is of other settings or samples.
+    Args:
+        source: The photos.
+        samples: The training samples.
+        classes: Number of classes, including the background.
+        folder: Existing folder for metrics and the checkpoint.
+        settings: Settings of the training.
+        worker: This worker.
+        device: "cpu", or this worker's GPU as torch names it.
+        progress: Advances with every photo, by `settings.steps * settings.batch_size` in all.
+        network_type: Class of the network.
+
+    Returns:
+        The trained network, the same in every worker.
+
+    Raises:
+        UserError: If the batch cannot be split evenly, if a photo is missing or has changed since its mask was made, or
+            if the checkpoint is of other settings or samples.
     """
     if settings.batch_size % (worker.count * settings.grad_accum_steps):
         raise UserError(
@@ -107,7 +132,7 @@ def train(
         )
     torch.manual_seed(settings.seed)
     encoder = load_encoder(settings.encoder, settings.encoder_weights)
-    network = kind(encoder, classes, settings.head_channels, settings.encoder_bn_momentum)
+    network = network_type(encoder, classes, settings.head_channels, settings.encoder_bn_momentum)
     if worker.count > 1:
         synchronize(network, device)
     network = on_device(network, device).train()
@@ -126,12 +151,10 @@ def train(
         return max(decayed, min(highest, settings.min_lr))
 
     with worker.collective(device), TrainingState(folder, about, network, optimizer, settings.steps, worker) as state:
-        shared: nn.Module = network
-        if worker.count > 1:
-            shared = DistributedDataParallel(network, broadcast_buffers=False)
+        parallel = DistributedDataParallel(network, broadcast_buffers=False) if worker.count > 1 else None
 
         def step(photos: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return {"loss": accumulate_gradients(shared, network, photos, labels, settings, worker)}
+            return {"loss": accumulate_gradients(network, parallel, photos, labels, settings, worker)}
 
         remaining = batches(source, samples, settings, worker, range(state.step, settings.steps))
         fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
@@ -139,74 +162,101 @@ def train(
 
 
 def accumulate_gradients(
-    shared: nn.Module,
     network: DeepLab,
+    parallel: DistributedDataParallel | None,
     photos: Tensor,
     labels: Tensor,
     settings: SegmenterTraining,
     worker: Worker,
 ) -> Tensor:
-    """The mean loss over the labeled pixels of all workers' batches; the network gets its gradients.
+    """Computes the gradients of a batch in `settings.grad_accum_steps` parts, which have separate BatchNorm statistics.
 
-    shared: `network`, or what shares its gradients among workers. photos uint8 [n, 3, S, S] and labels int32 [n, S, S]
-    are this worker's. They go through it in `settings.grad_accum_steps` parts with separate BatchNorm
-    statistics.
+    Args:
+        network: The network, which receives the gradients.
+        parallel: Wraps `network` to average gradients over the workers; None for a single worker.
+        photos: This worker's part of the batch, uint8 [n, 3, S, S].
+        labels: Its labels, int32 [n, S, S].
+        settings: Settings of the training.
+        worker: This worker.
+
+    Returns:
+        The mean loss over the labeled pixels of all workers, float32 scalar.
     """
     labeled = worker.sum((labels != IGNORE).sum()).clamp_min(1)
     precision = torch.autocast(photos.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
     parts = list(zip(photos.chunk(settings.grad_accum_steps), labels.chunk(settings.grad_accum_steps), strict=True))
-    whole = torch.zeros((), device=photos.device)
-    for number, (part, truth) in enumerate(parts, 1):
-        alone = worker.count > 1 and number < len(parts)  # gradients are shared with those of the last part
-        with shared.no_sync() if alone else contextlib.nullcontext():
+    total = torch.zeros((), device=photos.device)
+    for number, (photos_part, labels_part) in enumerate(parts, 1):
+        is_last = number == len(parts)  # gradients are averaged over the workers once, with the last part
+        with parallel.no_sync() if parallel is not None and not is_last else contextlib.nullcontext():
             with precision:
-                found = shared(network.normalized(part))
-            loss = network.loss(found, truth) / labeled
-            (loss * worker.count).backward()  # sharing takes the mean over workers
-        whole += loss.detach()
-    return worker.sum(whole)
+                logits = (network if parallel is None else parallel)(network.normalized(photos_part))
+            loss = network.loss(logits, labels_part) / labeled
+            (loss * worker.count).backward()  # DDP takes the mean over the workers
+        total += loss.detach()
+    return worker.sum(total)
 
 
 def batches(
     source: PhotoSource, samples: Sequence[Sample], settings: SegmenterTraining, worker: Worker, steps: range
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each step this worker's part of its batch: photos uint8 [n, 3, S, S] and labels int32 [n, S, S].
+    """This worker's part of the batch of each step.
 
-    Every epoch goes through the samples in an order of its own; pasted objects are of any samples, drawn uniformly.
+    Every epoch has a new order of the samples. Pasted objects are from samples drawn uniformly at random.
+
+    Args:
+        source: The photos.
+        samples: The training samples.
+        settings: Settings of the training.
+        worker: This worker.
+        steps: Numbers of the steps.
+
+    Yields:
+        photos uint8 [n, 3, S, S] and labels int32 [n, S, S].
     """
 
     @functools.lru_cache(maxsize=4)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((settings.seed, 0, epoch)).permutation(len(samples))
 
-    def view(place: int) -> View:
-        epoch, index = divmod(place, len(samples))
-        rng = np.random.default_rng((settings.seed, 1, place))
-        first = load_view(source, samples[order(epoch)[index]], settings, rng)
-        copies = rng.integers(settings.paste_objects[0], settings.paste_objects[1] + 1)
-        others = [load_view(source, samples[rng.integers(len(samples))], settings, rng) for _ in range(copies)]
-        copy_paste(first, others, rng)
-        return first
+    def load(number: int) -> View:
+        epoch, index = divmod(number, len(samples))
+        rng = np.random.default_rng((settings.seed, 1, number))
+        view = load_view(source, samples[order(epoch)[index]], settings, rng)
+        count = rng.integers(settings.paste_objects[0], settings.paste_objects[1] + 1)
+        others = [load_view(source, samples[int(rng.integers(len(samples)))], settings, rng) for _ in range(count)]
+        copy_paste(view, others, rng)
+        return view
 
-    places = (place for step in steps for place in worker.share(step * settings.batch_size, settings.batch_size))
-    loaded = map_ahead(view, places, thread_count(), one_torch_thread)
+    numbers = (number for step in steps for number in worker.share(step * settings.batch_size, settings.batch_size))
+    views = map_ahead(load, numbers, thread_count(), use_one_torch_thread)
     for _ in steps:
-        photos, labels = zip(*(next(loaded) for _ in range(settings.batch_size // worker.count)), strict=True)
+        photos, labels = zip(*(next(views) for _ in range(settings.batch_size // worker.count)), strict=True)
         yield torch.stack(photos), torch.stack(labels)
 
 
 def load_view(source: PhotoSource, sample: Sample, settings: SegmenterTraining, rng: np.random.Generator) -> View:
-    """A sample's photo, decoded and augmented. Raises UserError where it is not the photo that the mask is of."""
+    """Decodes and augments the photo of a sample.
+
+    Args:
+        source: The photos.
+        sample: The training sample.
+        settings: Settings of the augmentation.
+        rng: Source of randomness.
+
+    Raises:
+        UserError: If the photo cannot be decoded, or has changed since its mask was made.
+    """
     try:
         pixels = source.decode(sample.record.photo).pixels
     except PhotoError as error:
-        raise UserError(f"a photo that a mask is of cannot be used any more: {error}") from None
+        raise UserError(f"a photo that has a mask cannot be used any more: {error}") from None
     if pixels.shape[:2] != sample.record.size:
         raise UserError(f"photo {sample.record.photo!r} has changed since its mask was made: it has another size")
     labels = np.where(sample.record.mask(), np.int32(sample.label), np.int32(sample.background))
-    return augmented(pixels, labels, settings, rng)
+    return augment(pixels, labels, settings, rng)
 
 
 def _digest(samples: Sequence[Sample]) -> str:
-    """Tells one list of samples from another."""
+    """A digest of the samples."""
     return digest((sample.record for sample in samples), [(sample.label, sample.background) for sample in samples])

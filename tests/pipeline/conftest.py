@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A small ViT with random weights in a file, as a user would bring it, options that run it; one thread for torch."""
+"""Fixtures: a small ViT with random weights, options that select it, and a single thread for torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BACKBONE = "vit_tiny_patch16_224"
 
 @pytest.fixture(scope="session")
 def backbone_weights(tmp_path_factory) -> Path:
-    """Random weights for BACKBONE, in a file as a user would bring it."""
+    """File with random weights for BACKBONE."""
     import timm
     import torch
     from safetensors.torch import save_file
@@ -26,14 +26,14 @@ def backbone_weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def detector_options(backbone_weights) -> list[str]:
-    """Options with which the spectral detector runs in milliseconds."""
+    """Options with which the spectral detector takes milliseconds per photo."""
     backbone = ["--backbone", BACKBONE, "--backbone-weights", str(backbone_weights)]
     return [*backbone, "--image-size", "96", "--features", "tokens", "--center-features"]
 
 
 @pytest.fixture
 def one_thread(monkeypatch) -> Iterator[None]:
-    """Torch on one thread, here and in processes that are started: rounding depends on their number."""
+    """Runs torch on one thread, here and in subprocesses: rounding depends on the number of threads."""
     import torch
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Arrays that the authors' own code has made, and the weights behind them."""
+"""Arrays computed with the authors' code, and the weights they were computed with."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def filled(network: torch.nn.Module) -> torch.nn.Module:
-    """The weights behind the golden arrays: each value a hash of the tensor's name and the element's index."""
+def fill_weights(network: torch.nn.Module) -> torch.nn.Module:
+    """Sets the weights of the golden arrays, in place: hashes of the tensor's name and the element's index."""
     gains = {"query_embed": 8.0, "decoder.norm.": 0.2, "ffn.layers.2.": 4.0}
     mask, odd = (1 << 64) - 1, np.uint64(0x9E3779B97F4A7C15)
     for name, tensor in network.state_dict().items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Augmentation: copy-paste against arrays of the authors' own code, and each step against what it stands for."""
+"""Augmentation: copy-paste against the authors' code, colors and blur against torchvision, geometry against labels."""
 
 import numpy as np
 import pytest
@@ -16,10 +16,10 @@ from namedmask.segmenter.augment import (
     IGNORE,
     LUMA,
     View,
-    augmented,
-    blurred,
+    augment,
+    color_jitter,
     copy_paste,
-    jittered,
+    gaussian_blur,
     object_box,
     paste_object,
 )
@@ -28,84 +28,93 @@ PLAIN = {"flip_prob": 0.0, "color_jitter_prob": 0.0, "grayscale_prob": 0.0, "blu
 
 
 @pytest.mark.parametrize("case", ["two", "four", "empty_second", "one_row", "full", "single"])
-def test_copy_paste_equals_the_authors_where_they_paste(case):
-    """They lose the last row and column of a box, and may draw a place one too far out: here is one more of each."""
+def test_copy_paste_equals_the_authors(case):
+    """Their code omits the last row and column of a box and may draw a position one too large: hence the padding."""
     with np.load(GOLDEN / "copy_paste.npz") as golden:
-        images, masks, places, want_photo, want_labels = (
+        images, masks, draws, expected_photo, expected_labels = (
             torch.from_numpy(golden[f"{case}_{name}"]) for name in ("images", "masks", "draws", "out_image", "out_mask")
         )
     labels = masks.int().where(masks != 255, IGNORE)
     view = View(F.pad(images[0], (0, 1, 0, 1)), F.pad(labels[0], (0, 1, 0, 1)))
-    same = torch.ones(view.labels.shape, dtype=bool)  # where no row or column that they lose has been pasted by us
-    places = iter(places[:, 2].tolist())
-    for photo, theirs in zip(images[1:], labels[1:], strict=True):
-        if (box := object_box(theirs)) is None:
+    same = torch.ones(view.labels.shape, dtype=bool)  # False where only our code has pasted
+    positions = iter(draws[:, 2].tolist())
+    for photo, pasted_labels in zip(images[1:], labels[1:], strict=True):
+        if (box := object_box(pasted_labels)) is None:
             continue
-        top, left = next(places), next(places)
-        paste_object(view, View(photo, theirs), top, left)
-        pasted = theirs[box[0] : box[2], box[1] : box[3]] > 0
+        top, left = next(positions), next(positions)
+        paste_object(view, View(photo, pasted_labels), top, left)
+        pasted = pasted_labels[box[0] : box[2], box[1] : box[3]] > 0
         kept = pasted.clone()
         kept[-1], kept[:, -1] = False, False
-        here = same[top : top + pasted.shape[0], left : left + pasted.shape[1]]
-        here |= kept
-        here &= ~(pasted & ~kept)
+        window = same[top : top + pasted.shape[0], left : left + pasted.shape[1]]
+        window |= kept
+        window &= ~(pasted & ~kept)
     same = same[:-1, :-1]
-    want_labels = want_labels.int().where(want_labels != 255, IGNORE)
-    assert torch.equal(view.labels[:-1, :-1][same], want_labels[same])
-    assert torch.equal(view.photo[:, :-1, :-1][:, same], want_photo[:, same])
+    expected_labels = expected_labels.int().where(expected_labels != 255, IGNORE)
+    assert torch.equal(view.labels[:-1, :-1][same], expected_labels[same])
+    assert torch.equal(view.photo[:, :-1, :-1][:, same], expected_photo[:, same])
     assert case == "single" or not same.all()
 
 
 @given(st.integers(0, 2**32), st.sampled_from([1, 3, 255, 256, 919]))
-def test_a_pasted_object_is_whole(seed, label):
+def test_objects_are_pasted_completely(seed, label):
     rng = np.random.default_rng(seed)
     h, w = rng.integers(1, 9, 2)
     view = View(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.int32))
-    theirs = torch.full((8, 8), IGNORE, dtype=torch.int32)
-    theirs[:h, :w] = label
-    copy_paste(view, [View(torch.full((3, 8, 8), 9, dtype=torch.uint8), theirs)], rng)
+    labels = torch.full((8, 8), IGNORE, dtype=torch.int32)
+    labels[:h, :w] = label
+    copy_paste(view, [View(torch.full((3, 8, 8), 9, dtype=torch.uint8), labels)], rng)
     assert int((view.labels == label).sum()) == h * w and set(view.labels.unique().tolist()) <= {0, label}
     assert torch.equal(view.photo > 0, (view.labels > 0).expand(3, -1, -1))
 
 
-def test_every_place_is_drawn():
-    theirs = torch.zeros(4, 4, dtype=torch.int32)
-    theirs[1:3, 1:4] = 5
+def test_paste_object_rejects_what_does_not_fit():
+    view = View(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="no object"):
+        paste_object(view, view, 0, 0)
+    other = View(view.photo, torch.ones(4, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"4 x 4 pixels does not fit at \(1, 0\)"):
+        paste_object(view, other, 1, 0)
+
+
+def test_objects_are_pasted_at_all_positions():
+    labels = torch.zeros(4, 4, dtype=torch.int32)
+    labels[1:3, 1:4] = 5
     rng, corners = np.random.default_rng(0), set()
     for _ in range(200):
         view = View(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.int32))
-        copy_paste(view, [View(view.photo.clone(), theirs)], rng)
+        copy_paste(view, [View(view.photo.clone(), labels)], rng)
         corners.add(object_box(view.labels)[:2])
     assert corners == {(top, left) for top in range(3) for left in range(2)}
 
 
 def photo_with_box(h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
-    """A gray photo with a white box in its middle, and the box's labels."""
+    """A gray photo with a white box in its center, and the labels of the box."""
     labels = np.zeros((h, w), np.int32)
     labels[h // 4 : 3 * h // 4, w // 4 : 3 * w // 4] = 300
     return np.repeat(np.where(labels > 0, 255, 60).astype(np.uint8)[..., None], 3, 2), labels
 
 
 @pytest.mark.parametrize(("h", "w"), [(40, 56), (200, 30), (90, 300), (1, 1), (64, 64)])
-def test_photo_and_labels_stay_together(h, w):
+def test_photo_and_labels_stay_aligned(h, w):
     settings = SegmenterTraining(crop_size=64, **PLAIN)
     for seed in range(20):
-        view = augmented(*photo_with_box(h, w), settings, np.random.default_rng(seed))
+        view = augment(*photo_with_box(h, w), settings, np.random.default_rng(seed))
         assert view.photo.shape == (3, 64, 64) and view.photo.dtype == torch.uint8
         assert view.labels.shape == (64, 64) and view.labels.dtype == torch.int32
         white, gray = view.photo[0] > 250, view.photo[0] < 65
-        seen = view.labels != IGNORE
-        assert (view.labels[white & seen] == 300).all() and (view.labels[gray & seen] == 0).all()
-        rows, columns = seen.any(1), seen.any(0)
-        for side in (rows, columns):  # what is left over lies at both ends evenly
+        labeled = view.labels != IGNORE
+        assert (view.labels[white & labeled] == 300).all() and (view.labels[gray & labeled] == 0).all()
+        rows, columns = labeled.any(1), labeled.any(0)
+        for side in (rows, columns):  # padding is even at both ends
             ends = int(side.int().argmax()), int(side.flip(0).int().argmax())
             assert ends[1] - ends[0] in (0, 1)
 
 
-def test_the_padding_has_the_mean_color():
+def test_padding_has_the_mean_color():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
-    view = augmented(
+    view = augment(
         pixels, np.zeros((20, 30), np.int32), SegmenterTraining(crop_size=64, scale=(1.0, 1.0), **PLAIN), rng
     )
     padding = view.photo[:, view.labels == IGNORE].unique(dim=1)[:, 0]
@@ -113,56 +122,58 @@ def test_the_padding_has_the_mean_color():
     np.testing.assert_array_equal(view.photo[:, 22:42, 17:47].permute(1, 2, 0), pixels)
 
 
-def test_windows_reach_every_end():
+def test_crops_are_drawn_at_all_positions():
     settings = SegmenterTraining(crop_size=16, scale=(1.0, 1.0), **PLAIN)
     labels = np.arange(1, 20 * 18 + 1, dtype=np.int32).reshape(20, 18)
     pixels = np.zeros((20, 18, 3), np.uint8)
-    seen = {int(augmented(pixels, labels, settings, np.random.default_rng(i)).labels[0, 0]) for i in range(200)}
-    assert seen == {int(labels[y, x]) for y in range(5) for x in range(3)}
+    corners = {int(augment(pixels, labels, settings, np.random.default_rng(i)).labels[0, 0]) for i in range(200)}
+    assert corners == {int(labels[y, x]) for y in range(5) for x in range(3)}
 
 
-def only(which: int, strength: float) -> list[float]:
-    return [strength if i == which else 0.0 for i in range(4)]
+def only(change: int, strength: float) -> list[float]:
+    return [strength if i == change else 0.0 for i in range(4)]
 
 
 @pytest.mark.parametrize(
-    ("which", "adjust"), [(0, TF.adjust_brightness), (1, TF.adjust_contrast), (2, TF.adjust_saturation)]
+    ("change", "adjust"), [(0, TF.adjust_brightness), (1, TF.adjust_contrast), (2, TF.adjust_saturation)]
 )
-def test_colors_are_torchvision_s(which, adjust):
+def test_color_jitter_equals_torchvision(change, adjust):
     photo = 0.3 + 0.3 * torch.rand(3, 9, 11, generator=torch.Generator().manual_seed(0))
     for seed in range(5):
         rng = np.random.default_rng(seed)
         order = rng.permutation(4)
-        draws = [rng.uniform(0.5, 1.5) if i == which else rng.random() for i in order]
-        want = adjust(photo, draws[list(order).index(which)])
+        draws = [rng.uniform(0.5, 1.5) if i == change else rng.random() for i in order]
+        expected = adjust(photo, draws[list(order).index(change)])
         torch.testing.assert_close(
-            jittered(photo, only(which, 0.5), np.random.default_rng(seed)), want, atol=1e-4, rtol=0
+            color_jitter(photo, only(change, 0.5), np.random.default_rng(seed)), expected, atol=1e-4, rtol=0
         )
 
 
-def test_hue_turns_and_gray_stays():
+def test_hue_rotates_about_the_gray_axis():
     photo = 0.3 + 0.3 * torch.rand(3, 9, 11)
-    other = jittered(photo, only(3, 0.2), np.random.default_rng(0))
-    torch.testing.assert_close(other.mean(0), photo.mean(0))  # about the gray axis
+    other = color_jitter(photo, only(3, 0.2), np.random.default_rng(0))
+    torch.testing.assert_close(other.mean(0), photo.mean(0))
     assert (other - photo).abs().max() > 0.02
     gray = torch.rand(1, 9, 11).expand(3, -1, -1)
-    torch.testing.assert_close(jittered(gray, only(3, 0.2), np.random.default_rng(0)), gray, atol=1e-6, rtol=0)
-    torch.testing.assert_close(jittered(photo, [0, 0, 0, 0], np.random.default_rng(0)), photo, atol=1e-6, rtol=0)
+    torch.testing.assert_close(color_jitter(gray, only(3, 0.2), np.random.default_rng(0)), gray, atol=1e-6, rtol=0)
+    torch.testing.assert_close(color_jitter(photo, [0, 0, 0, 0], np.random.default_rng(0)), photo, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_is_torchvision_s(sigma):
+def test_blur_equals_torchvision(sigma):
     photo = torch.rand(3, 45, 50)
-    torch.testing.assert_close(blurred(photo, sigma), TF.gaussian_blur(photo, [39, 39], [sigma] * 2), atol=4e-4, rtol=0)
+    torch.testing.assert_close(
+        gaussian_blur(photo, sigma), TF.gaussian_blur(photo, [39, 39], [sigma] * 2), atol=4e-4, rtol=0
+    )
 
 
-def test_settings_say_how_often():
+def test_probabilities():
     pixels, labels = photo_with_box(64, 64)
     pixels = pixels // np.array([1, 2, 4], np.uint8)
     base = {"crop_size": 64, "scale": (1.0, 1.0), **PLAIN}
 
     def view(**changed):
-        return augmented(pixels, labels, SegmenterTraining(**{**base, **changed}), np.random.default_rng(3))
+        return augment(pixels, labels, SegmenterTraining(**{**base, **changed}), np.random.default_rng(3))
 
     plain = view()
     np.testing.assert_array_equal(plain.photo.permute(1, 2, 0), pixels)
@@ -176,7 +187,7 @@ def test_settings_say_how_often():
     )
 
 
-def test_wrong_settings_are_refused():
+def test_invalid_settings_raise_user_error():
     for given_, message in (
         ({"paste_objects": (2, 1)}, "paste_objects"),
         ({"scale": (0.0, 1.0)}, "scale"),

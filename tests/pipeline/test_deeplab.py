@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DeepLabv3+ against arrays of the authors' own code, its encoders, and the network on disk."""
+"""DeepLabv3+ against the authors' code, its encoders, and saving and loading."""
 
 import json
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from golden import GOLDEN, filled
+from golden import GOLDEN, fill_weights
 from namedmask.backbones import load_encoder, untrained, untrained_encoder
 from namedmask.config import IndexConfig
 from namedmask.errors import UserError
@@ -26,10 +26,10 @@ def shapes(network: torch.nn.Module) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def authors_network() -> DeepLab:
-    return filled(DeepLab(untrained_encoder("resnet50"), 21).eval())
+    return fill_weights(DeepLab(untrained_encoder("resnet50"), 21).eval())
 
 
-def test_tensors_are_named_as_the_authors_name_them(authors_network):
+def test_names_of_tensors_equal_the_authors(authors_network):
     assert shapes(authors_network) == json.loads((GOLDEN / "deeplabv3plus_resnet50_keys.json").read_text())
     assert shapes(authors_network.backbone) == json.loads((GOLDEN / "dino_resnet50_keys.json").read_text())
 
@@ -43,12 +43,12 @@ def test_forward_equals_the_authors(authors_network):
         np.testing.assert_allclose(logits[:, :, ::4, ::4], golden["logits_s4"], atol=1e-4)
         np.testing.assert_allclose(logits.mean((2, 3)), golden["logits_mean"], atol=1e-4)
         best, second = logits[0].topk(2, dim=0).values
-        sure = best - second > 1e-3
-        assert torch.equal(logits[0].argmax(0)[sure], torch.from_numpy(golden["argmax"]).long()[sure])
+        clear = best - second > 1e-3  # no near tie
+        assert torch.equal(logits[0].argmax(0)[clear], torch.from_numpy(golden["argmax"]).long()[clear])
 
 
-def test_an_encoder_takes_the_published_file(authors_network, tmp_path):
-    """DINO's ResNet-50 in torch's format, without the counters of BatchNorm; and a classifier that nobody wants."""
+def test_encoder_loads_the_published_file(authors_network, tmp_path):
+    """DINO's ResNet-50 in torch's format, without the counters of BatchNorm and with a classifier, which is ignored."""
     state = {k: v for k, v in authors_network.backbone.state_dict().items() if "num_batches" not in k}
     torch.save({**state, "fc.weight": torch.zeros(3, 2048)}, tmp_path / "dino.pth")
     encoder = load_encoder("resnet50.dino", str(tmp_path / "dino.pth"))
@@ -60,29 +60,29 @@ def test_an_encoder_takes_the_published_file(authors_network, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "test_convnext", "test_efficientnet"])
-def test_whole_models_of_timm_fit_their_encoders(name, tmp_path):
+def test_encoders_load_weights_of_timm_models(name, tmp_path):
     import timm
 
     model = timm.create_model(name)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     encoder = load_encoder(name, str(tmp_path / "model.safetensors"))
-    want = {k.replace(".", "_"): v for k, v in model.state_dict().items()}
+    expected = {k.replace(".", "_"): v for k, v in model.state_dict().items()}
     for key, tensor in encoder.network.state_dict().items():
-        assert torch.equal(tensor, want[key.replace(".", "_")])
+        assert torch.equal(tensor, expected[key.replace(".", "_")])
     with torch.inference_mode():
         features = encoder.network.eval()(torch.zeros(1, 3, 64, 96))
-    assert [tuple(features[place].shape[1:]) for place in encoder.taken] == [
+    assert [tuple(features[index].shape[1:]) for index in encoder.taken] == [
         (encoder.channels[0], 16, 24),
         (encoder.channels[1], 8, 12),
     ]
 
 
-def test_a_vit_is_an_encoder_and_selfmask_s_weights_fit_it(tmp_path):
+def test_vit_encoder_loads_vit_and_selfmask_weights(tmp_path):
     torch.manual_seed(0)
     vit = untrained("vit_namedmask_demo").eval()
     photos = torch.randn(1, 3, 50, 91)  # 6.25 x 11.4 patches
     with torch.inference_mode():
-        want = vit.forward_features(F.pad(photos, (0, 5, 0, 6)))[:, 1:].mT.unflatten(2, (7, 12))
+        expected = vit.forward_features(F.pad(photos, (0, 5, 0, 6)))[:, 1:].mT.unflatten(2, (7, 12))
     files = {"vit": vit.state_dict(), "selfmask": SelfMask(vit, queries=2, layers=1).state_dict()}
     for name, state in files.items():
         path = str(tmp_path / f"{name}.safetensors")
@@ -90,13 +90,13 @@ def test_a_vit_is_an_encoder_and_selfmask_s_weights_fit_it(tmp_path):
         encoder = load_encoder("vit_namedmask_demo", path)
         with torch.inference_mode():
             fine, coarse = encoder.network.eval()(photos)
-        torch.testing.assert_close(coarse, want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(coarse, expected, atol=1e-5, rtol=0)
         assert encoder.taken == (0, 1) and encoder.channels == (96, 96) and fine.shape == (1, 96, 13, 23)
     network = DeepLab(encoder, 3, head_channels=16).eval()
     assert network(photos).shape == (1, 3, 50, 91)
 
 
-def test_the_demo_s_encoder_is_its_clip():
+def test_demo_encoder_equals_its_clip():
     encoder = load_encoder("resnet_namedmask_demo")
     tower, photos = Clip(IndexConfig(clip_model="namedmask-demo"), "cpu").model.visual, torch.randn(1, 3, 64, 80)
     with torch.inference_mode():
@@ -104,7 +104,7 @@ def test_the_demo_s_encoder_is_its_clip():
         assert torch.equal(encoder.network.eval()(photos)[encoder.taken[0]], fine)
 
 
-def test_encoders_that_do_not_serve_are_refused():
+def test_unsuitable_encoders_raise_user_error():
     for name in ("vgg11", "swin_tiny_patch4_window7_224"):
         with pytest.raises(UserError, match=f"'{name}' cannot be dilated to output stride 8"):
             untrained_encoder(name)
@@ -113,7 +113,7 @@ def test_encoders_that_do_not_serve_are_refused():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 90), (33, 34)])
-def test_logits_have_the_photo_s_size(size):
+def test_logits_have_the_size_of_the_photo(size):
     network = DeepLab(untrained_encoder(TINY), 3, head_channels=16).eval()
     photos = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     with torch.inference_mode():
@@ -121,20 +121,20 @@ def test_logits_have_the_photo_s_size(size):
     assert logits.shape == (2, 3, *size) and logits.isfinite().all()
 
 
-def test_a_saved_network_comes_back(tmp_path):
+def test_save_and_load(tmp_path):
     torch.manual_seed(0)
     network = DeepLab(untrained_encoder(TINY), 3, head_channels=32).eval()
     path = save_segmenter(tmp_path, network, ["cat", "łoś"])
     photos = torch.randn(1, 3, 40, 50)
-    for given in (tmp_path, path, str(path)):
-        again, categories = load_segmenter(given)
-        assert categories == ["cat", "łoś"] and torch.equal(again(photos), network(photos))
+    for saved in (tmp_path, path, str(path)):
+        loaded, categories = load_segmenter(saved)
+        assert categories == ["cat", "łoś"] and torch.equal(loaded(photos), network(photos))
     (tmp_path / "categories.json").unlink()
     with pytest.raises(UserError, match=r"categories.json is missing"):
         load_segmenter(path)
-    again, _ = load_segmenter(path, ["a", "b"], TINY)  # weights alone, as the authors' are
-    assert torch.equal(again(photos), network(photos))
-    with pytest.raises(UserError, match="tells 3 classes apart; 1 categories"):
+    loaded, _ = load_segmenter(path, ["a", "b"], TINY)  # only weights, like the authors' files
+    assert torch.equal(loaded(photos), network(photos))
+    with pytest.raises(UserError, match="has 3 classes, but 1 categories"):
         load_segmenter(path, ["a"], TINY)
     with pytest.raises(UserError, match="does not fit encoder 'resnet10t'"):
         load_segmenter(path, ["a", "b"], "resnet10t")
@@ -143,7 +143,7 @@ def test_a_saved_network_comes_back(tmp_path):
         load_segmenter(path, ["a", "b"], TINY)
 
 
-def test_the_encoder_s_statistics_move_slowly():
+def test_batch_norm_momentum_of_the_encoder():
     network = DeepLab(untrained_encoder(TINY), 3, head_channels=16)
     momenta = {
         part: {m.momentum for m in getattr(network, part).modules() if isinstance(m, torch.nn.BatchNorm2d)}

@@ -14,29 +14,29 @@ from namedmask.errors import UserError
 
 @pytest.fixture
 def workers():
-    """Two workers on one store, each with a connection of its own, as in two processes."""
+    """Two workers with a common store, each with its own connection, as in two processes."""
     server = TCPStore("localhost", 0, 2, True, timedelta(seconds=30), wait_for_workers=False)
     client = TCPStore("localhost", server.port, 2, False, timedelta(seconds=30), wait_for_workers=False)
     return [Worker(0, 2, 0, server), Worker(1, 2, 1, client)]
 
 
-def test_every_shard_is_claimed_once_and_a_slow_worker_holds_nobody_up(workers):
+def test_shards_are_claimed_once_and_do_not_wait_for_a_slow_worker(workers):
     slow, fast = workers
     first = slow.claim("stage", 20)
-    mine = [next(first)]
-    theirs = list(fast.claim("stage", 20))
-    mine += list(first)
-    assert len(mine) == 1 and sorted(mine + theirs) == list(range(20))
+    slow_shards = [next(first)]
+    fast_shards = list(fast.claim("stage", 20))
+    slow_shards += list(first)
+    assert len(slow_shards) == 1 and sorted(slow_shards + fast_shards) == list(range(20))
     assert list(fast.claim("another stage", 3)) == [0, 1, 2]
 
 
-def test_after_a_restart_shards_are_handed_out_anew(workers):
+def test_shards_are_claimed_again_after_a_restart(workers):
     assert list(workers[0].claim("stage", 3)) == [0, 1, 2]
     restarted = Worker(1, 2, 1, workers[1].store, attempt=1)
     assert list(restarted.claim("stage", 3)) == [0, 1, 2]
 
 
-def test_a_barrier_opens_when_the_last_one_comes(workers):
+def test_barrier_waits_for_all_workers(workers):
     passed = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(lambda: (workers[1].barrier("here"), passed.set()))
@@ -49,10 +49,10 @@ def test_a_barrier_opens_when_the_last_one_comes(workers):
 def test_progress_is_summed_over_workers(workers):
     assert workers[0].count_done("stage", 5) == 5
     assert workers[1].count_done("stage", 2) == 7
-    alone = Worker()
-    assert [alone.count_done("stage", 5), alone.count_done("stage", 2)] == [5, 7]
-    assert list(alone.claim("stage", 3)) == [0, 1, 2] and alone.is_main
-    alone.barrier("here")
+    single = Worker()
+    assert [single.count_done("stage", 5), single.count_done("stage", 2)] == [5, 7]
+    assert list(single.claim("stage", 3)) == [0, 1, 2] and single.is_main
+    single.barrier("here")
 
 
 def free_port() -> int:
@@ -61,7 +61,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def test_slurm_gives_each_task_its_place(monkeypatch, tmp_path):
+def test_ranks_from_the_environment_of_slurm(monkeypatch, tmp_path):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text("#!/bin/sh\necho localhost\necho elsewhere\n")
     scontrol.chmod(0o755)
@@ -84,17 +84,17 @@ def test_slurm_gives_each_task_its_place(monkeypatch, tmp_path):
     assert sorted([*main.claim("stage", 1), *second.claim("stage", 1)]) == [0]
 
 
-def test_without_an_environment_a_process_is_alone(monkeypatch):
+def test_single_worker_without_environment_variables(monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(key, raising=False)
     assert distributed.current() == Worker()
 
 
-def test_gpus_that_are_not_there(monkeypatch):
+def test_count_gpus(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="--gpus 8: this machine shows 1 CUDA device "):
+    with pytest.raises(UserError, match="--gpus 8: this machine has 1 CUDA device "):
         distributed.count_gpus(8, 1)
     assert distributed.count_gpus(None, 1) == 1 and distributed.count_gpus(None, 4) == 0
     assert distributed.count_gpus(0, 1) == 0
@@ -102,7 +102,7 @@ def test_gpus_that_are_not_there(monkeypatch):
         distributed.count_gpus(1, 2)
 
 
-def test_a_worker_that_fails_frees_those_who_wait_for_it(workers):
+def test_failure_of_a_worker_ends_the_barriers_of_others(workers):
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(workers[1].barrier, "here")
         workers[0].fail("no weights")
@@ -110,7 +110,7 @@ def test_a_worker_that_fails_frees_those_who_wait_for_it(workers):
             waiting.result(timeout=30)
 
 
-def test_each_worker_names_its_own_gpu(monkeypatch):
+def test_device_of_each_worker(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

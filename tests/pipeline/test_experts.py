@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Category experts: what they mend, what they never do again, one by one and all at once, killed and gone on."""
+"""Category experts, separate and shared: better masks, no repeated work, resuming, multiple workers."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained_encoder
 from namedmask.config import make_config
 from namedmask.errors import UserError
-from namedmask.experts import SharedExperts, decided, file_name, samples_of
+from namedmask.experts import SharedExperts, certainty, expert_samples, file_name
 from namedmask.masks import MaskRecord, best_masks, mask_score, read_errors, read_masks, read_shard, write_shard
 from namedmask.report import write_report
 from namedmask.segmenter.augment import IGNORE
 from namedmask.segmenter.deeplab import DeepLab
 
 ENCODER = "test_resnet"  # timm's, for tests
-COLORS = {"cat": (220, 60, 40), "hot/dog": (40, 90, 220)}  # a name that could not be a file's
-ALONE, BOTH = 6, 3  # photos of one category, and of both
+COLORS = {"cat": (220, 60, 40), "hot/dog": (40, 90, 220)}  # one name cannot be a file name
+ONE, BOTH = 6, 3  # number of photos of each category, and of both categories
 
 
-def scene(seed: int, kinds: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Discs of the kinds' colors side by side on a grainy ground: pixels and the mask of each."""
+def scene(seed: int, categories: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Discs in the colors of the categories, side by side on a grainy background: pixels and masks."""
     rng = np.random.default_rng(seed)
     h, w = 56 + seed % 9, 60 + seed % 13
     y, x = np.mgrid[:h, :w]
     pixels, masks = rng.integers(90, 160, (h, w, 1)).repeat(3, 2), {}
-    for place, kind in enumerate(kinds):
-        center = rng.uniform(20, h - 20), (place + 0.5) * w / len(kinds)
-        masks[kind] = (y - center[0]) ** 2 + (x - center[1]) ** 2 < rng.uniform(9, 13) ** 2
-        pixels[masks[kind]] = COLORS[kind]
+    for index, category in enumerate(categories):
+        center = rng.uniform(20, h - 20), (index + 0.5) * w / len(categories)
+        masks[category] = (y - center[0]) ** 2 + (x - center[1]) ** 2 < rng.uniform(9, 13) ** 2
+        pixels[masks[category]] = COLORS[category]
     return pixels.astype(np.uint8), masks
 
 
 def shifted(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What a detector that errs in its own way on every photo would have said."""
+    """The mask of a detector that errs differently on every photo."""
     return np.roll(mask, rng.integers(-5, 6, 2), (0, 1))
 
 
@@ -62,19 +62,19 @@ def world(tmp_path_factory) -> tuple[Path, dict, dict]:
     for module in network.backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
-    truth, records, archive = {}, {kind: [] for kind in COLORS}, {kind: [] for kind in COLORS}
+    truth, records, archive = {}, {name: [] for name in COLORS}, {name: [] for name in COLORS}
     (root / "photos").mkdir()
     rng = np.random.default_rng(0)
-    shown = [[kind] for kind in COLORS for _ in range(ALONE)] + [list(COLORS)] * BOTH
-    for number, kinds in enumerate(shown):
-        pixels, masks = scene(number, kinds)
+    scenes = [[category] for category in COLORS for _ in range(ONE)] + [list(COLORS)] * BOTH
+    for number, shown in enumerate(scenes):
+        pixels, masks = scene(number, shown)
         network.backbone(network.normalized(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
         name = f"{number:02}.png"
         Image.fromarray(pixels).save(root / "photos" / name)
-        for kind in kinds:
-            truth[name, kind] = masks[kind]
-            archive[kind].append(Retrieved(name, 0.5))
-            records[kind].append(MaskRecord.from_mask(name, shifted(masks[kind], rng), kind, 0.5, 0.9))
+        for category in shown:
+            truth[name, category] = masks[category]
+            archive[category].append(Retrieved(name, 0.5))
+            records[category].append(MaskRecord.from_mask(name, shifted(masks[category], rng), category, 0.5, 0.9))
     weights = root / "encoder.safetensors"
     save_file(network.backbone.state_dict(), weights)
     out = root / "out"
@@ -83,7 +83,7 @@ def world(tmp_path_factory) -> tuple[Path, dict, dict]:
     run.settle(out, {"photos": str(root / "photos"), "categories": categories}, ["archive", "pseudolabel"])
     write_archive(out / "archive.json", Archive(categories, archive))
     (out / "masks").mkdir()
-    by_photo = sorted((r for one in records.values() for r in one), key=lambda r: r.photo)
+    by_photo = sorted((r for masks in records.values() for r in masks), key=lambda r: r.photo)
     write_shard(out / "masks" / "00000.jsonl", by_photo)
     settings = {
         "encoder": ENCODER, "encoder_weights": str(weights), "head_channels": 16, "crop_size": 48, "scale": (0.5, 1.0),
@@ -112,10 +112,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("mode", ["separate", "shared"])
-def test_experts_mend_the_masks_that_taught_them(world, tmp_path, mode, one_thread):
-    given, settings, truth = world
-    out = copy_of(given, tmp_path)
-    if mode == "shared":  # as many steps as all of the others take, and a head that serves all
+def test_experts_improve_their_training_masks(world, tmp_path, mode, one_thread):
+    original, settings, truth = world
+    out = copy_of(original, tmp_path)
+    if mode == "shared":  # as many steps as the separate trainings together, and a larger head
         settings = {**settings, "steps": settings["steps"] * len(COLORS), "head_channels": 32}
     start(out, {**settings, "mode": mode})
     before, after = list(read_masks(out / "masks")), list(read_masks(best_masks(out)))
@@ -125,35 +125,36 @@ def test_experts_mend_the_masks_that_taught_them(world, tmp_path, mode, one_thre
     assert all(r.size == truth[key(r)].shape and 0 <= r.score <= 1 for r in after)
     assert np.mean([iou(r, truth) for r in after]) > np.mean([iou(r, truth) for r in before]) + 0.06
     both = [r for r in after if sum(o.photo == r.photo for o in after) == 2]
-    assert len(both) == 2 * BOTH and np.mean([iou(r, truth) for r in both]) > 0.5  # each of its own expert
+    # Each of the two records is from the expert of its category.
+    assert len(both) == 2 * BOTH and np.mean([iou(r, truth) for r in both]) > 0.5
     names = {"cat", "hot%2Fdog"} if mode == "separate" else {"shared"}
     assert {p.name for p in (out / "experts").glob("*.safetensors")} == {f"{name}.safetensors" for name in names}
     assert all((out / "experts" / name / "metrics.jsonl").exists() for name in names)
     assert not list((out / "experts").rglob("checkpoint.pt"))
     if mode == "separate":
         assert {r.category for r in read_shard(out / "refined" / "00001.jsonl")} == {"hot/dog"}
-    # What is there is not made again; of lost masks only the relabeling is.
-    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    # Nothing is recomputed; if the masks are lost, only the relabeling is repeated.
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     refined = files(out / "refined")
     start(out, {})
     shutil.rmtree(out / "refined")
     start(out, {})
     assert files(out / "refined") == refined
-    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert {path: path.stat().st_mtime_ns for path in times} == times
     assert "refined by category experts" in write_report(out).read_text()
 
 
-def test_killed_and_gone_on_gives_the_same_bytes(world, tmp_path, one_thread):
-    given, settings, _ = world
-    out = copy_of(given, tmp_path)
+def test_killed_run_resumes_bit_identically(world, tmp_path, one_thread):
+    original, settings, _ = world
+    out = copy_of(original, tmp_path)
     settings = {**settings, "steps": 16}
     start(out, settings)
-    whole = files(out / "refined")
+    expected = files(out / "refined")
     shutil.rmtree(out / "refined")
     shutil.rmtree(out / "experts")
-    patience = "import pathlib; from namedmask import run, training; training.SAVE_EVERY = 0.05; "
-    command = patience + f"run.start(pathlib.Path({str(out)!r}), {{}}, ['experts'], 1, 0, False)"
-    # Once in the middle of the first expert, once in the middle of the second.
+    setup = "import pathlib; from namedmask import run, training; training.SAVE_EVERY = 0.05; "
+    command = setup + f"run.start(pathlib.Path({str(out)!r}), {{}}, ['experts'], 1, 0, False)"
+    # Killed during the training of the first expert, then of the second.
     for name in ("cat", "hot%2Fdog"):
         with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 120
@@ -164,20 +165,20 @@ def test_killed_and_gone_on_gives_the_same_bytes(world, tmp_path, one_thread):
         assert not (out / "experts" / f"{name}.safetensors").exists()
         assert best_masks(out) == out / "masks"
     first = out / "experts" / "cat.safetensors"
-    made = first.stat().st_mtime_ns
+    time_written = first.stat().st_mtime_ns
     (out / "experts" / "hot%2Fdog" / ".tmp-half").touch()
     start(out, {})
-    assert files(out / "refined") == whole and first.stat().st_mtime_ns == made
+    assert files(out / "refined") == expected and first.stat().st_mtime_ns == time_written
     assert not list(out.rglob(".tmp-*"))
 
 
 @pytest.mark.parametrize("mode", ["separate", "shared"])
 def test_two_workers(world, tmp_path, mode, one_thread):
-    """One by one the same bytes; all at once a batch that is shared, the same to rounding."""
-    given, settings, _ = world
+    """Separate experts are bit-identical to those of one worker; the shared network is equal up to rounding."""
+    original, settings, _ = world
     masks = []
     for workers in (1, 2):
-        out = copy_of(given, tmp_path / str(workers))
+        out = copy_of(original, tmp_path / str(workers))
         start(out, {**settings, "mode": mode, "steps": 12}, workers)
         masks.append(list(read_masks(out / "refined")))
     if mode == "separate":
@@ -188,9 +189,9 @@ def test_two_workers(world, tmp_path, mode, one_thread):
         assert np.mean(same) > 0.97
 
 
-def test_other_settings_are_refused_with_the_difference(world, tmp_path):
-    given, settings, _ = world
-    out = copy_of(given, tmp_path)
+def test_changed_settings_raise_with_the_difference(world, tmp_path):
+    original, settings, _ = world
+    out = copy_of(original, tmp_path)
     start(out, {**settings, "steps": 2})
     experts = lambda *a: CliRunner().invoke(cli.app, ["experts", str(out), *map(str, a)], catch_exceptions=False)  # noqa: E731
     for changed, difference in (
@@ -205,10 +206,10 @@ def test_other_settings_are_refused_with_the_difference(world, tmp_path):
         make_config({"photos": "p", "experts": {"paste_objects": (1, 2)}})
 
 
-def test_nothing_to_learn_and_nothing_found(world, tmp_path):
-    """A category of empty masks keeps its records; a photo that is gone ends among the errors."""
-    given, settings, _ = world
-    out = copy_of(given, tmp_path)
+def test_empty_masks_and_missing_photos(world, tmp_path):
+    """A category of empty masks keeps its records; a photo that cannot be read is listed in the errors."""
+    original, settings, _ = world
+    out = copy_of(original, tmp_path)
     records = list(read_masks(out / "masks"))
     empty = [MaskRecord.from_mask(r.photo, np.zeros(r.size, bool), r.category, 0.5, 0.0) for r in records]
     mixed = [e if r.category == "hot/dog" else r for r, e in zip(records, empty, strict=True)]
@@ -217,28 +218,28 @@ def test_nothing_to_learn_and_nothing_found(world, tmp_path):
     refined = list(read_masks(out / "refined"))
     assert [r for r in refined if r.category == "hot/dog"] == [r for r in mixed if r.category == "hot/dog"]
     assert not (out / "experts" / "hot%2Fdog.safetensors").exists()
-    # An expert whose answer is always "background" leaves empty masks with the score 0.
+    # An expert that always predicts background makes empty masks with the score 0.
     path = out / "experts" / "cat.safetensors"
     state = load_file(path)
     state["classifier.classifier.3.weight"][:] = 0
     state["classifier.classifier.3.bias"][:] = torch.tensor([1.0, -1.0])
     save_file(state, path)
     shutil.rmtree(out / "refined")
-    photos = shutil.copytree(given.parent / "photos", tmp_path / "photos")
+    photos = shutil.copytree(original.parent / "photos", tmp_path / "photos")
     (photos / "00.png").write_bytes(b"")
     assert run.start(out, {"photos": str(photos)}, ["experts"], gpus=0)
-    found = [r for r in read_masks(out / "refined") if r.category == "cat"]
-    assert len(found) == ALONE + BOTH - 1 and all(r.area == 0 and r.score == 0 for r in found)
+    cats = [r for r in read_masks(out / "refined") if r.category == "cat"]
+    assert len(cats) == ONE + BOTH - 1 and all(r.area == 0 and r.score == 0 for r in cats)
     assert [(e.photo, e.stage) for e in read_errors(out / "errors.jsonl")] == [("00.png", "experts")]
     write_shard(out / "masks" / "00000.jsonl", empty)
     shutil.rmtree(out / "refined")
     shutil.rmtree(out / "experts")
     for mode in ("separate", "shared"):
-        with pytest.raises(UserError, match="no mask has a pixel"):
+        with pytest.raises(UserError, match="all masks are empty"):
             start(out, {"mode": mode})
 
 
-def test_a_photo_teaches_the_last_layer_of_its_category_alone():
+def test_shared_loss_trains_only_the_output_layer_of_the_category():
     torch.manual_seed(0)
     network = SharedExperts(untrained_encoder(ENCODER), 3, 16)
     labels = torch.randint(0, 2, (2, 24, 32), dtype=torch.int32)
@@ -255,12 +256,12 @@ def test_a_photo_teaches_the_last_layer_of_its_category_alone():
             coarse = torch.einsum("chw,c->hw", network(photos)[photo], layers.weight[category]) + layers.bias[category]
             logits = F.interpolate(coarse[None, None], (24, 32), mode="bilinear")[0, 0]
             targets = (labels[photo] - 2 * category).float()
-            one = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-            expected += one[labels[photo] != IGNORE].sum()
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+            expected += losses[labels[photo] != IGNORE].sum()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_names_of_files():
+def test_file_names():
     assert [file_name(name) for name in ("traffic light", "hot/dog", "..", "a%2Fb")] == [
         "traffic light", "hot%2Fdog", "%2E%2E", "a%252Fb",
     ]  # fmt: skip
@@ -268,15 +269,15 @@ def test_names_of_files():
 
 def test_samples_and_scores():
     masks = {"empty": np.zeros((4, 6), bool), "full": np.ones((4, 6), bool)}
-    records = {kind: [MaskRecord.from_mask(name, m, kind, None, 0) for name, m in masks.items()] for kind in "xy"}
-    samples = [(s.record.photo, s.record.category, s.label, s.background) for s in samples_of(records, ["x", "y"])]
+    records = {c: [MaskRecord.from_mask(name, m, c, None, 0) for name, m in masks.items()] for c in "xy"}
+    samples = [(s.record.photo, s.record.category, s.label, s.background) for s in expert_samples(records, ["x", "y"])]
     assert samples == [("full", "x", 1, 0), ("full", "y", 3, 2)]
     soft = torch.zeros(4, 6)
-    assert decided(soft) == 0.0
+    assert certainty(soft) == 0.0
     soft[1:3, 1:3] = 1.0
-    assert decided(soft) == 1.0
+    assert certainty(soft) == 1.0
     soft[1, 1] = 0.6
     soft[0, 0] = 0.4
-    assert decided(soft) == pytest.approx(2 * 3.6 / (4.0 + 4))
+    assert certainty(soft) == pytest.approx(2 * 3.6 / (4.0 + 4))
     hard = (soft > 0.5).numpy()
-    assert mask_score(hard, decided(soft)) == pytest.approx(0.9)  # the border is free
+    assert mask_score(hard, certainty(soft)) == pytest.approx(0.9)  # the border is free

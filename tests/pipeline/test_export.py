@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The ONNX file: onnxruntime finds what torch finds, at sizes that the export has not seen; a bad file is not left."""
+"""ONNX export: onnxruntime's results equal torch's at any size, and a model that differs is not written."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_export_command(weights, tmp_path):
         assert (labels == np.stack(segmenter.masks(list(photos)))).mean() > 0.995
 
 
-def test_a_file_that_differs_is_not_left(weights, tmp_path, monkeypatch):
-    """The network changes after its export, as far as the check can tell."""
+def test_model_that_differs_is_not_written(weights, tmp_path, monkeypatch):
+    """The network is changed after the export, before the verification."""
     network, check = Segmenter.load(weights), export._difference
 
     def changed(exported, session):
@@ -53,7 +53,7 @@ def test_a_file_that_differs_is_not_left(weights, tmp_path, monkeypatch):
         return check(exported, session)
 
     monkeypatch.setattr(export, "_difference", changed)
-    with pytest.raises(UserError, match=r"model\.onnx is not written: onnxruntime's result differs"):
+    with pytest.raises(UserError, match=r"model\.onnx was not written: onnxruntime's logits differ"):
         export.export_onnx(network, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
     for path in (tmp_path, tmp_path / "none" / "model.onnx"):
@@ -61,7 +61,7 @@ def test_a_file_that_differs_is_not_left(weights, tmp_path, monkeypatch):
             export.export_onnx(network, path)
 
 
-def test_without_the_packages(weights, tmp_path, monkeypatch):
+def test_missing_packages_raise_user_error(weights, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'namedmask\[onnx\]'"):
         export.export_onnx(Segmenter.load(weights), tmp_path / "model.onnx")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The segmenter at work: its masks against the plain network's, in any company, and `namedmask segment`."""
+"""Inference: masks against those of the plain network, independence of threads, and `namedmask segment`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from typer.testing import CliRunner
 
-from golden import GOLDEN, filled
+from golden import GOLDEN, fill_weights
 from namedmask import cli
 from namedmask.backbones import untrained_encoder
 from namedmask.formats import read_label_map, write_label_map
@@ -21,7 +21,7 @@ from namedmask.masks import read_errors
 from namedmask.photos import Photo, PhotoError, PhotoSource
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
 from namedmask.segmenter.folder import overlay, stem
-from namedmask.segmenter.predict import Segmenter, equal_sizes, fold_batch_norms, labels_at
+from namedmask.segmenter.predict import Segmenter, batches_by_size, fold_batch_norms, upsampled_argmax
 from small_world import draw_photo, draw_photos
 
 TINY = "test_resnet"
@@ -29,7 +29,7 @@ SIZES = [(37, 53), (64, 48), (33, 1), (1, 1), (90, 121)]
 
 
 def tiny_network(classes: int = 3, encoder: str = TINY) -> DeepLab:
-    """Random weights and BatchNorm statistics far from those of a new network."""
+    """A network with random weights and with BatchNorm statistics that differ from the initial ones."""
     torch.manual_seed(1)
     network = DeepLab(untrained_encoder(encoder), classes, head_channels=16)
     for module in network.modules():
@@ -48,73 +48,73 @@ def weights(tmp_path_factory):
     return folder
 
 
-def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+def make_photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.asarray(draw_photo(seed, "cat", (max(20, width), max(20, height))))[:height, :width].copy()
 
 
 @torch.inference_mode()
-def plain(image: np.ndarray) -> torch.Tensor:
+def plain_logits(image: np.ndarray) -> torch.Tensor:
     network = tiny_network()
     return network(network.normalized(torch.from_numpy(image).permute(2, 0, 1)[None]))[0]
 
 
 def assert_masks(labels: np.ndarray, logits: torch.Tensor) -> None:
-    """labels [H, W] are the argmax of logits [classes, H, W], but where the best two are all but equal."""
+    """Asserts that labels [H, W] are the argmax of logits [classes, H, W], except at near ties."""
     best = logits.topk(2, dim=0).values
-    sure = (best[0] - best[1] > 1e-4).numpy()
-    assert sure.mean() > 0.98 or sure.size < 100
-    np.testing.assert_array_equal(labels[sure], logits.argmax(0).numpy()[sure])
+    clear = (best[0] - best[1] > 1e-4).numpy()
+    assert clear.mean() > 0.98 or clear.size < 100
+    np.testing.assert_array_equal(labels[clear], logits.argmax(0).numpy()[clear])
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_masks_are_the_plain_network_s(weights, size):
-    image = photo(*size)
+def test_masks_equal_those_of_the_plain_network(weights, size):
+    image = make_photo(*size)
     mask, names = Segmenter.load(weights)(image)
     assert mask.shape == size and mask.dtype == np.uint16 and names == ["background", "cat", "dog"]
-    assert_masks(mask, plain(image))
+    assert_masks(mask, plain_logits(image))
     if size[0] > 60:
         assert len(np.unique(mask)) > 1
 
 
 @pytest.mark.parametrize("encoder", [TINY, "resnet10t", "test_convnext", "test_efficientnet"])
-def test_folding_changes_rounding_alone(encoder):
+def test_folding_batch_norm_preserves_logits(encoder):
     network, folded = tiny_network(5, encoder), fold_batch_norms(tiny_network(5, encoder))
     photos = torch.randn(2, 3, 45, 67)
     with torch.inference_mode():
         np.testing.assert_allclose(folded.coarse_logits(photos), network.coarse_logits(photos), atol=1e-4, rtol=1e-4)
     norms = [m for m in folded.classifier.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert not norms  # of the head every one
+    assert not norms  # all of the head are folded
 
 
-def test_the_authors_network():
+def test_labels_equal_the_authors():
     with np.load(GOLDEN / "deeplab_forward.npz") as golden:
         low = torch.from_numpy(golden["logits_lowres"])[0]
         exact = F.interpolate(low[None].double(), (97, 129), mode="bilinear")[0]
-        labels = labels_at(low, 97, 129)
+        labels = upsampled_argmax(low, 97, 129)
         assert_masks(labels.numpy(), exact)
         best = exact.topk(2, dim=0).values
-        sure = (best[0] - best[1] > 1e-3).numpy()
-        np.testing.assert_array_equal(labels.numpy()[sure], golden["argmax"][sure])
+        clear = (best[0] - best[1] > 1e-3).numpy()
+        np.testing.assert_array_equal(labels.numpy()[clear], golden["argmax"][clear])
 
 
 @pytest.mark.parametrize(
     ("shape", "size"), [((4, 9, 7), (36, 28)), ((300, 3, 5), (11, 17)), ((2, 1, 1), (3, 2)), ((7, 8, 8), (8, 8))]
 )
-def test_labels_between_equal_the_interpolated_ones(shape, size):
+def test_upsampled_argmax_equals_argmax_of_interpolated_logits(shape, size):
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert_masks(labels_at(logits, *size).numpy(), F.interpolate(logits[None], size, mode="bilinear")[0])
+    assert_masks(upsampled_argmax(logits, *size).numpy(), F.interpolate(logits[None], size, mode="bilinear")[0])
 
 
-def test_ways_to_give_a_photo(weights, tmp_path):
+def test_accepts_arrays_pil_images_and_paths(weights, tmp_path):
     segmenter = Segmenter.load(weights / "model.safetensors")
-    image = photo(40, 60)
+    image = make_photo(40, 60)
     upright = Image.fromarray(image)
     mask = segmenter(image).mask
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
-    for given in (upright, tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png")):
-        np.testing.assert_array_equal(segmenter(given).mask, mask)
+    for image_or_path in (upright, tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png")):
+        np.testing.assert_array_equal(segmenter(image_or_path).mask, mask)
     with pytest.raises(ValueError, match=r"expected a photo uint8 \[H, W, 3\], got float64 \[4, 4, 3\]"):
         segmenter(np.zeros((4, 4, 3)))
     with pytest.raises(PhotoError, match="vanished"):
@@ -122,45 +122,45 @@ def test_ways_to_give_a_photo(weights, tmp_path):
 
 
 def test_bfloat16_agrees_at_most_pixels(weights):
-    image = photo(96, 96)
+    image = make_photo(96, 96)
     exact, rounded = Segmenter.load(weights)(image).mask, Segmenter.load(weights, precision="bfloat16")(image).mask
     assert (exact == rounded).mean() > 0.95
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_on_a_gpu(weights, tmp_path, precision):
-    """No GPU has run this yet."""
-    here, there = Segmenter.load(weights), Segmenter.load(weights, device="cuda", precision=precision)
+    """Not run on a GPU yet."""
+    cpu, gpu = Segmenter.load(weights), Segmenter.load(weights, device="cuda", precision=precision)
     source = PhotoSource(tmp_path)
-    for batch in there.segment(source, draw_photos(tmp_path, 5)):
+    for batch in gpu.segment(source, draw_photos(tmp_path, 5)):
         for name, _, mask in batch:
-            assert (mask == here(source.decode(name).pixels).mask).mean() > 0.95
+            assert (mask == cpu(source.decode(name).pixels).mask).mean() > 0.95
 
 
-def test_a_photo_s_mask_is_the_same_in_any_company(weights, tmp_path, monkeypatch):
+def test_masks_do_not_depend_on_threads_or_other_photos(weights, tmp_path, monkeypatch):
     draw_photos(tmp_path / "photos", 9)
     (tmp_path / "photos" / "bad.jpg").write_text("no photo")
     segmenter, source = Segmenter.load(weights), PhotoSource(tmp_path / "photos")
-    alone = {name: None if name == "bad.jpg" else segmenter(tmp_path / "photos" / name).mask for name in source}
+    expected = {name: None if name == "bad.jpg" else segmenter(tmp_path / "photos" / name).mask for name in source}
     for threads in ("1", "3"):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        seen = [item for batch in segmenter.segment(source, source) for item in batch]
-        assert [name for name, _, _ in seen] == list(source)
-        for name, _, mask in seen:
-            np.testing.assert_array_equal(mask, alone[name])
+        results = [item for batch in segmenter.segment(source, source) for item in batch]
+        assert [name for name, _, _ in results] == list(source)
+        for name, _, mask in results:
+            np.testing.assert_array_equal(mask, expected[name])
 
 
-def test_batches_are_of_equal_sizes(weights, tmp_path):
-    image = photo(30, 40)
+def test_batches_by_size(weights, tmp_path):
+    image = make_photo(30, 40)
     photos = [(name, Photo(name, image if name != "c" else image[:20])) for name in ("a", "b", "c", "bad", "d")]
     photos[3] = ("bad", PhotoError("bad", "no photo"))
-    batches = [[name for name, _ in batch] for batch in equal_sizes(iter(photos), 8)]
+    batches = [[name for name, _ in batch] for batch in batches_by_size(iter(photos), 8)]
     assert sorted(map(tuple, batches)) == [("a", "b"), ("bad",), ("c",), ("d",)]
-    assert [len(batch) for batch in equal_sizes(iter(photos[:1] * 5), 2)] == [2, 2, 1]
+    assert [len(batch) for batch in batches_by_size(iter(photos[:1] * 5), 2)] == [2, 2, 1]
     segmenter = Segmenter.load(weights)
     for mask, one in zip(segmenter.masks([image, image[:, ::-1]]), (image, image[:, ::-1]), strict=True):
-        assert_masks(mask, plain(one.copy()))
+        assert_masks(mask, plain_logits(one.copy()))
 
 
 def segment(*arguments):
@@ -181,14 +181,14 @@ def test_segment_command(weights, tmp_path):
         assert Image.open(path).mode == "P"
         assert Image.open(out / "overlays" / "deep" / name).size == mask.shape[::-1]
     assert [(e.photo, e.stage) for e in read_errors(out / "errors.jsonl")] == [("bad.jpg", "segment")]
-    # Continued: what is there stays, what is missing is made.
+    # Run again: existing masks are kept, missing ones are computed.
     (out / "masks" / "deep" / names[0]).with_suffix(".png").unlink()
     kept = (out / "masks" / "deep" / names[1]).with_suffix(".png")
     before = kept.stat().st_mtime_ns
     (out / "masks" / ".tmp-killed").touch()
     assert segment(weights, photos, "--out", out).exit_code == 0
     assert kept.stat().st_mtime_ns == before and len(list((out / "masks").rglob("*"))) == 4
-    # Its own masks are its truth.
+    # Evaluated against its own masks.
     evaluated = lambda *a: CliRunner().invoke(cli.app, ["evaluate", *map(str, a)], catch_exceptions=False)  # noqa: E731
     for arguments in ((out, out / "masks"), (weights, out / "masks", "--photos", photos)):
         done = evaluated(*arguments, "--json", tmp_path / "figures.json")
@@ -200,22 +200,25 @@ def test_segment_command(weights, tmp_path):
     assert done.exit_code == 2 and "there is no photo called other" in done.stderr
 
 
-def test_segment_says_in_one_line_what_is_wrong(weights, tmp_path):
+def test_segment_reports_errors_in_one_line(weights, tmp_path):
     draw_photos(tmp_path / "photos", 2)
     out = tmp_path / "out"
 
-    def refused(message, *arguments):
+    def assert_error(message, *arguments):
         done = segment(*arguments, "--out", out)
         assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
-    refused("does not exist", weights, tmp_path / "none")
-    refused("there is no such file", tmp_path / "none", tmp_path / "photos")
-    refused("expected float32 or bfloat16", weights, tmp_path / "photos", "--precision", "int8")
+    assert_error("does not exist", weights, tmp_path / "none")
+    assert_error("there is no such file", tmp_path / "none", tmp_path / "photos")
+    result = segment(weights, tmp_path / "photos", "--out", out, "--precision", "int8")
+    assert result.exit_code == 2 and "--precision" in result.stderr and "'bfloat16'" in result.stderr
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / "model.safetensors").symlink_to(weights / "model.safetensors")
     shutil.copy(weights / "categories.json", tmp_path / "link")
-    for given in (weights, weights / "model.safetensors", tmp_path / "link" / "model.safetensors"):
-        own = segment(given, tmp_path / "photos", "--out", given if given == weights else given.parent, "--overwrite")
+    for loaded in (weights, weights / "model.safetensors", tmp_path / "link" / "model.safetensors"):
+        own = segment(
+            loaded, tmp_path / "photos", "--out", loaded if loaded == weights else loaded.parent, "--overwrite"
+        )
         assert own.exit_code == 2 and "holds the weights" in own.stderr
     assert (weights / "categories.json").exists()
     assert segment(weights, tmp_path / "photos", "--out", out).exit_code == 0
@@ -224,24 +227,24 @@ def test_segment_says_in_one_line_what_is_wrong(weights, tmp_path):
     network = tiny_network()
     network.classifier.classifier[3].bias.data += 1
     save_segmenter(other, network, ["cat", "bird"])
-    refused("was made with other categories and weights", other, tmp_path / "photos")
+    assert_error("was made with other categories and weights", other, tmp_path / "photos")
     assert segment(other, tmp_path / "photos", "--out", out, "--overwrite").exit_code == 0
     draw_photo(0, "cat").save(tmp_path / "photos" / "cat0000.png")
-    refused("would both become cat0000.png", other, tmp_path / "photos")
+    assert_error("would both become cat0000.png", other, tmp_path / "photos")
     masks = tmp_path / "truth"
     masks.mkdir()
     write_label_map(masks / "cat0000.png", np.zeros((3, 3), int), 3)
     words = ["evaluate", str(other), str(masks), "--photos", str(tmp_path / "photos")]
     assert "would both become cat0000.png" in CliRunner().invoke(cli.app, words).stderr
     (tmp_path / "useless").mkdir()
-    refused("there are no photos in", other, tmp_path / "useless", "--overwrite")
+    assert_error("there are no photos in", other, tmp_path / "useless", "--overwrite")
     (tmp_path / "useless" / "bad.jpg").write_text("no photo")
     assert segment(other, tmp_path / "useless", "--out", out).exit_code == 3
 
 
-def test_released_weights_want_names(tmp_path):
-    """A .pth file without a categories.json, with more than 255 classes: 16-bit masks."""
-    network = filled(tiny_network(300))
+def test_released_weights_require_names(tmp_path):
+    """A .pth file without a categories.json; more than 255 classes make 16-bit masks."""
+    network = fill_weights(tiny_network(300))
     torch.save(network.state_dict(), tmp_path / "released.pth")
     draw_photos(tmp_path / "photos", 1)
     names = tmp_path / "names.txt"
@@ -256,14 +259,14 @@ def test_released_weights_want_names(tmp_path):
     np.testing.assert_array_equal(read_label_map(mask), segmenter(tmp_path / "photos" / "cat0000.jpg").mask)
 
 
-def test_names_of_masks_stay_below_their_folder():
+def test_stem_stays_below_its_folder():
     assert stem("a/b.c.jpg") == "a/b.c" and stem("/abs/x.jpg") == "abs/x" and stem("../../x.jpg") == "up/up/x"
     assert stem("shard.tar/x.jpg") == "shard.tar/x" and stem("//x.png") == "x"
 
 
-def test_overlay_colors_objects_alone():
+def test_overlay_colors_only_objects():
     image = np.full((6, 6, 3), 100, np.uint8)
     mask = np.zeros((6, 6), np.uint16)
     mask[2:5, 2:5] = 1
-    drawn = overlay(image, mask)
-    assert (drawn[0] == 100).all() and drawn[3, 3].tolist() == [114, 50, 50] and drawn[2, 2].tolist() == [255] * 3
+    result = overlay(image, mask)
+    assert (result[0] == 100).all() and result[3, 3].tolist() == [114, 50, 50] and result[2, 2].tolist() == [255] * 3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command from photos to masks: what it makes, that it makes the same again, what it does when things go wrong."""
+"""namedmask-pseudolabel from photos to masks: results, reproducibility, resuming, and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from namedmask import cli
 from namedmask.archive import read_archive
 from namedmask.masks import read_errors, read_masks
 from namedmask.record import read_config
-from small_world import KINDS, draw_photo, draw_photos, write_embeddings
+from small_world import COLORS, draw_photo, draw_photos, write_embeddings
 
 PHOTOS = 70  # more than one shard of masks
 
@@ -53,14 +53,14 @@ def world(tmp_path_factory, detector_options):
     return options, root / "out"
 
 
-def test_every_photo_gets_its_masks(world):
+def test_every_retrieved_photo_has_a_mask(world):
     _, out = world
     archive = read_archive(out / "archive.json")
     assert archive.categories == ["cat", "dog"]
     expected = {(entry.photo, name) for name in archive.categories for entry in archive.photos[name]}
     records = list(read_masks(out / "masks"))
     assert {(r.photo, r.category) for r in records} == expected and len(records) == len(expected)
-    assert sum(r.photo == "cat0000.jpg" for r in records) == 2  # retrieved for both names: two lines, one computation
+    assert sum(r.photo == "cat0000.jpg" for r in records) == 2  # retrieved for both names, computed once
     for record in records:
         mask = record.mask()
         assert mask.shape == Image.open(world[0][0] / record.photo).size[::-1]
@@ -69,15 +69,15 @@ def test_every_photo_gets_its_masks(world):
     assert (out / "report.html").stat().st_size > 10_000 and list(read_errors(out / "errors.jsonl")) == []
 
 
-def test_the_best_photos_of_a_name_come_first(world):
+def test_archive_is_sorted_by_score(world):
     archive = read_archive(world[1] / "archive.json")
-    for name in KINDS:
+    for name in COLORS:
         entries = archive.photos[name]
         assert [e.score for e in entries] == sorted((e.score for e in entries), reverse=True)
         assert all(entry.photo.startswith(name) for entry in entries[: PHOTOS // 2])
 
 
-def test_the_same_run_twice_and_with_two_workers_gives_the_same_bytes(world, tmp_path):
+def test_runs_are_bit_identical_with_any_number_of_workers(world, tmp_path):
     options, out = world
     assert invoke(*options, "--out", tmp_path / "again").exit_code == 0
     assert masks_of(tmp_path / "again") == masks_of(out)
@@ -87,7 +87,7 @@ def test_the_same_run_twice_and_with_two_workers_gives_the_same_bytes(world, tmp
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(world, tmp_path, workers):
+def test_killed_run_resumes_bit_identically(world, tmp_path, workers):
     options, out = world
     command = process(*options, "--out", tmp_path / "out", "--workers", workers)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as run:
@@ -95,14 +95,14 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(world, tmp_path
         while not list((tmp_path / "out").glob("masks/0*.jsonl")) and run.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        os.kill(run.pid, signal.SIGKILL)  # the parent alone: its workers must follow it by themselves
+        os.kill(run.pid, signal.SIGKILL)  # only the parent: its workers must end by themselves
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert masks_of(tmp_path / "out") == masks_of(out)
     assert not list((tmp_path / "out").rglob(".tmp-*"))
 
 
-def test_a_dead_worker_s_shard_is_done_by_another(world, tmp_path):
+def test_shard_of_a_dead_worker_is_recomputed(world, tmp_path):
     options, out = world
     command = process(*options, "--out", tmp_path / "out", "--workers", 2)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
@@ -110,12 +110,12 @@ def test_a_dead_worker_s_shard_is_done_by_another(world, tmp_path):
             time.sleep(0.01)
         workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         os.kill(int(workers[-1]), signal.SIGKILL)
-        _, said = run.communicate()
-    assert run.returncode == 0, said
+        _, errors = run.communicate()
+    assert run.returncode == 0, errors
     assert masks_of(tmp_path / "out") == masks_of(out)
 
 
-def test_torchrun_s_environment_is_honored(world, tmp_path):
+def test_runs_under_torchrun(world, tmp_path):
     options, out = world
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run([*torchrun, *process(*options, "--out", tmp_path / "out")], capture_output=True, text=True)
@@ -123,7 +123,7 @@ def test_torchrun_s_environment_is_honored(world, tmp_path):
     assert masks_of(tmp_path / "out") == masks_of(out)
 
 
-def test_a_finished_run_is_not_done_again(world):
+def test_finished_run_is_not_recomputed(world):
     options, out = world
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} | {
         path: path.stat().st_mtime_ns for path in (out / "masks").iterdir()
@@ -132,7 +132,7 @@ def test_a_finished_run_is_not_done_again(world):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_other_settings_are_refused_with_the_difference_and_overwrite_starts_anew(world, tmp_path):
+def test_changed_settings_raise_with_the_difference_unless_overwritten(world, tmp_path):
     options, out = world
     copy = tmp_path / "out"
     subprocess.run(["cp", "-r", out, copy], check=True)
@@ -143,20 +143,20 @@ def test_other_settings_are_refused_with_the_difference_and_overwrite_starts_ane
     assert masks_of(copy) != masks_of(out)
 
 
-def test_options_left_out_are_those_of_the_run(world, tmp_path):
-    """In all commands: those of several stages, of one, with and without the photos, with --overwrite."""
+def test_omitted_options_are_those_of_the_run(world, tmp_path):
+    """In commands of one and of several stages, with and without PHOTOS, with and without --overwrite."""
     options, _ = world
     out = tmp_path / "out"
     assert invoke(*options, "--out", out, "--tau", 0.3, "--set", "refine.sigma_spatial=7").exit_code == 0
-    made = masks_of(out)
+    expected = masks_of(out)
     for again in (invoke(*options, "--out", out), invoke("--out", out), command("pseudolabel", out)):
         assert again.exit_code == 0, again.output
     assert command("pseudolabel", out, "--overwrite").exit_code == 0
-    assert masks_of(out) == made and read_config(out).detector.tau == 0.3
+    assert masks_of(out) == expected and read_config(out).detector.tau == 0.3
     assert read_config(out).refine.sigma_spatial == 7
 
 
-def test_results_are_removed_with_what_they_were_made_from(world, tmp_path):
+def test_overwrite_removes_dependent_results(world, tmp_path):
     _, out = world
     copy = tmp_path / "out"
     subprocess.run(["cp", "-r", out, copy], check=True)
@@ -167,7 +167,7 @@ def test_results_are_removed_with_what_they_were_made_from(world, tmp_path):
     assert read_archive(copy / "archive.json").categories == ["dog"]
 
 
-def test_half_an_index_is_not_searched(world, tmp_path):
+def test_incomplete_index_raises_user_error(world, tmp_path):
     _, out = world
     copy = tmp_path / "out"
     subprocess.run(["cp", "-r", out, copy], check=True)
@@ -178,21 +178,21 @@ def test_half_an_index_is_not_searched(world, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_is_exit_code_130(world, tmp_path, workers):
+def test_ctrl_c_exits_with_code_130(world, tmp_path, workers):
     command = process(*world[0], "--out", tmp_path / "out", "--workers", workers)
-    # A shell that runs the tests in the background has them ignore SIGINT; a user's shell does not.
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    # Shells make background processes ignore SIGINT; the tests may run in the background.
+    restore_sigint = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint
     ) as run:
         while not (tmp_path / "out" / "index").exists() and run.poll() is None:
             time.sleep(0.01)
         run.send_signal(signal.SIGINT)
-        _, said = run.communicate()
-    assert run.returncode == 130 and "run the same command again" in said and "Traceback" not in said, said
+        _, errors = run.communicate()
+    assert run.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors, errors
 
 
-def test_a_folder_that_cannot_be_one_is_one_line(world, tmp_path):
+def test_invalid_run_folder_is_reported_in_one_line(world, tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         result = invoke(*world[0], "--out", out)
@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_one_is_one_line(world, tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
-def test_a_folder_that_was_empty_may_be_filled(world, tmp_path):
+def test_run_after_an_empty_photo_folder_was_filled(world, tmp_path):
     options = world[0]
     (tmp_path / "photos").mkdir()
     run = lambda: invoke(tmp_path / "photos", *options[1:], "--out", tmp_path / "out")  # noqa: E731
@@ -211,7 +211,7 @@ def test_a_folder_that_was_empty_may_be_filled(world, tmp_path):
     assert run().exit_code == 0
 
 
-def test_a_second_run_in_the_same_folder_is_refused(world):
+def test_concurrent_run_in_the_same_folder_raises(world):
     import fcntl
 
     options, out = world
@@ -221,30 +221,30 @@ def test_a_second_run_in_the_same_folder_is_refused(world):
     assert result.exit_code == 2 and "in use by another run" in result.stderr
 
 
-def test_hostile_files_end_in_errors_and_the_good_ones_are_done(tmp_path, detector_options):
-    """Class folders: no CLIP, no embeddings. 20 good photos, 20 that are not."""
-    good = draw_photos(tmp_path / "photos" / "things", 17)
+def test_invalid_files_are_listed_in_errors(tmp_path, detector_options):
+    """Class folders, without CLIP or embeddings: 20 valid photos and 20 invalid files."""
+    valid = draw_photos(tmp_path / "photos" / "things", 17)
     for name in ("a 'quoted' \"name\".jpg", "new\nline.jpg", os.fsdecode(b"\xff\xfe.jpg")):
         draw_photo(1, "cat").save(tmp_path / "photos" / "things" / name)
-        good.append(name)
+        valid.append(name)
     bad = tmp_path / "photos" / "bad"
     bad.mkdir()
-    whole = (tmp_path / "photos" / "things" / good[0]).read_bytes()
+    data = (tmp_path / "photos" / "things" / valid[0]).read_bytes()
     for i in range(4):
         (bad / f"empty{i}.jpg").touch()
-        (bad / f"cut{i}.jpg").write_bytes(whole[: len(whole) // 2 + i])
+        (bad / f"cut{i}.jpg").write_bytes(data[: len(data) // 2 + i])
         (bad / f"text{i}.jpg").write_text("<html>not found</html>" * (i + 1))
         (bad / f"noise{i}.png").write_bytes(np.random.default_rng(i).bytes(500))
         (bad / f"gone{i}.webp").symlink_to("nowhere")
     result = invoke(tmp_path / "photos", "--out", tmp_path / "out", *detector_options)
     assert result.exit_code == 0, result.output
-    assert {r.photo for r in read_masks(tmp_path / "out" / "masks")} == {f"things/{name}" for name in good}
+    assert {r.photo for r in read_masks(tmp_path / "out" / "masks")} == {f"things/{name}" for name in valid}
     errors = list(read_errors(tmp_path / "out" / "errors.jsonl"))
     assert {e.photo for e in errors} == {f"bad/{p.name}" for p in bad.iterdir()} and len(errors) == 20
     assert "20 masks in" in result.output and "20 photos that could not be used" in result.output
 
 
-def test_only_bad_photos_is_exit_code_3(tmp_path, detector_options):
+def test_no_valid_photo_exits_with_code_3(tmp_path, detector_options):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     (tmp_path / "photos" / "cat" / "empty.jpg").touch()
     assert invoke(tmp_path / "photos", "--out", tmp_path / "out", *detector_options).exit_code == 3
@@ -260,22 +260,22 @@ def test_only_bad_photos_is_exit_code_3(tmp_path, detector_options):
         (["--categories", ","], "no category name was given"),
         (["--embeddings", "none.safetensors"], "none.safetensors"),
         (["--backbone", "vit_huge"], "'vit_huge' is no timm model"),
-        (["--gpus", "64"], "--gpus 64: this machine shows"),
+        (["--gpus", "64"], "--gpus 64: this machine has"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(world, tmp_path, change, message):
+def test_user_errors_are_reported_in_one_line(world, tmp_path, change, message):
     result = invoke(*world[0], "--out", tmp_path / "out", *change)
     assert result.exit_code == 2 and message in result.stderr
     assert result.stderr.startswith("namedmask: ") and result.stderr.count("\n") == 1
 
 
-def test_a_worker_that_cannot_go_on_says_why_once(world, tmp_path):
+def test_worker_error_is_reported_once(world, tmp_path):
     options = [*world[0], "--out", tmp_path / "out", "--workers", 2, "--backbone", "resnet18"]
     done = subprocess.run(process(*options), capture_output=True, text=True)
     assert done.returncode == 2 and "is not a ViT" in done.stderr
 
 
-def test_photos_without_embedding_and_folders_without_photos(world, tmp_path):
+def test_photos_without_embeddings_and_empty_folders(world, tmp_path):
     options, _ = world
     draw_photo(99, "cat").save(tmp_path / "stranger.jpg")
     result = invoke(tmp_path, *options[1:], "--out", tmp_path / "out")
@@ -285,20 +285,20 @@ def test_photos_without_embedding_and_folders_without_photos(world, tmp_path):
     assert result.exit_code == 2 and "there are no photos in" in result.stderr
 
 
-def test_stages_one_by_one_give_what_the_one_command_gives(world, tmp_path, detector_options):
+def test_single_stages_equal_the_whole_command(world, tmp_path, detector_options):
     options, out = world
     run = lambda *a: CliRunner().invoke(cli.app, [str(x) for x in a], catch_exceptions=False)  # noqa: E731
-    there = tmp_path / "out"
-    assert run("index", options[0], "--out", there, "--embeddings", options[4]).exit_code == 0
-    assert run("archive", there, "--categories", "cat,dog").exit_code == 0
-    assert run("pseudolabel", there, *detector_options).exit_code == 0
-    assert run("report", there).exit_code == 0
-    assert masks_of(there) == masks_of(out)
-    assert json.loads((there / "archive.json").read_bytes()) == json.loads((out / "archive.json").read_bytes())
+    staged = tmp_path / "out"
+    assert run("index", options[0], "--out", staged, "--embeddings", options[4]).exit_code == 0
+    assert run("archive", staged, "--categories", "cat,dog").exit_code == 0
+    assert run("pseudolabel", staged, *detector_options).exit_code == 0
+    assert run("report", staged).exit_code == 0
+    assert masks_of(staged) == masks_of(out)
+    assert json.loads((staged / "archive.json").read_bytes()) == json.loads((out / "archive.json").read_bytes())
 
 
 def peak_memory(*arguments) -> int:
-    """The command's peak resident memory, KiB, as it says itself: what wait4 tells counts the parent's memory too."""
+    """Peak resident memory of the command in KiB, reported by itself: wait4 would include the parent's memory."""
     code = (
         "import atexit, re, namedmask.cli as c\n"
         "atexit.register(lambda: print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]))\n"
@@ -335,8 +335,8 @@ def test_cluster_vote_with_two_backbones(tmp_path, detector_options, backbone_we
     assert 'name = "cluster-vote"' in settings and str(backbone_weights) in settings
 
 
-def test_an_edited_run_toml_changes_nothing(world, tmp_path):
-    """run.toml is written for people. What masks were made with stands in the record, and in the report."""
+def test_edited_run_toml_is_ignored(world, tmp_path):
+    """run.toml is only for reading. The settings that masks were made with are in the record and the report."""
     _, out = world
     copy = tmp_path / "out"
     subprocess.run(["cp", "-r", out, copy], check=True)
@@ -359,7 +359,7 @@ def test_set_and_config_reach_settings_without_an_option(world, tmp_path):
     assert changed.exit_code == 2 and "refine.smoothness: 256.0 -> 64.0" in changed.stderr
     assert command("pseudolabel", copy, "--set", "refine.smoothness=64", "--overwrite").exit_code == 0
     assert masks_of(copy) != masks_of(out)
-    # The run.toml of one run configures another; --set counts more than --config, an option more than --set.
+    # The run.toml of one run configures another; --set overrides --config, an option overrides --set.
     result = invoke(
         *options, "--out", tmp_path / "other", "--config", copy / "run.toml", "--set", "detector.tau=0.5", "--tau", 0.2
     )
@@ -378,12 +378,12 @@ def test_set_and_config_reach_settings_without_an_option(world, tmp_path):
         (["--tau", "x"], "detector.tau: expected a valid number"),
     ],
 )
-def test_wrong_settings_name_the_right_one(world, tmp_path, words, message):
+def test_invalid_settings_suggest_the_nearest(world, tmp_path, words, message):
     result = command("pseudolabel", world[1], *words)
     assert result.exit_code == 2 and message in result.stderr, result.output
 
 
-def test_a_wrong_config_file_is_one_line(world, tmp_path):
+def test_invalid_config_file_is_reported_in_one_line(world, tmp_path):
     file = tmp_path / "settings.toml"
     for text, message in (("tau = 0.3", "no setting 'tau'; did you mean 'detector.tau'?"), ("x = ", "settings.toml")):
         file.write_text(text)
@@ -391,7 +391,7 @@ def test_a_wrong_config_file_is_one_line(world, tmp_path):
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_a_run_moves_with_its_photos_and_weights(world, tmp_path):
+def test_photos_and_weights_may_be_moved(world, tmp_path):
     options, out = world
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -414,20 +414,20 @@ def test_a_run_moves_with_its_photos_and_weights(world, tmp_path):
     assert result.exit_code == 2 and "lacks most of them" in result.stderr
 
 
-def test_a_mistake_that_made_nothing_can_be_corrected(world, tmp_path):
+def test_settings_may_change_while_there_are_no_results(world, tmp_path):
     options, out = world
     wrong = tmp_path / "wrong.safetensors"
     wrong.write_bytes(b"not weights")
-    place = options.index("--backbone-weights") + 1
+    index = options.index("--backbone-weights") + 1
     for file in (tmp_path / "missing.safetensors", wrong):
-        mistaken = [*options[:place], file, *options[place + 1 :]]
-        assert invoke(*mistaken, "--out", tmp_path / "out").exit_code == 2
+        changed = [*options[:index], file, *options[index + 1 :]]
+        assert invoke(*changed, "--out", tmp_path / "out").exit_code == 2
     assert invoke(*options, "--out", tmp_path / "out").exit_code == 0
     assert masks_of(tmp_path / "out") == masks_of(out)
 
 
-def test_folders_of_others_are_neither_continued_nor_removed(world, tmp_path):
-    """Ground truth in `masks`, as data sets have it: with and without --overwrite."""
+def test_files_of_the_user_are_neither_continued_nor_removed(world, tmp_path):
+    """Ground truth in a folder `masks`, with and without --overwrite."""
     truth = tmp_path / "out" / "masks" / "truth.png"
     truth.parent.mkdir(parents=True)
     truth.write_bytes(b"precious")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The SelfMask network against arrays of the authors' own code, its detector, and its training on a run's masks."""
+"""The SelfMask network against the authors' code, its detector, and its training on the masks of a run."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from golden import GOLDEN, filled
+from golden import GOLDEN, fill_weights
 from namedmask import run, training
 from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained
@@ -32,7 +32,7 @@ TINY = "vit_namedmask_demo"
 
 @pytest.fixture(scope="module")
 def authors_network() -> SelfMask:
-    return filled(SelfMask(untrained("vit_small_patch8_224")).eval())
+    return fill_weights(SelfMask(untrained("vit_small_patch8_224")).eval())
 
 
 @pytest.mark.parametrize("photo", ["even", "odd"])
@@ -50,8 +50,8 @@ def test_forward_equals_the_authors_network(authors_network, photo):
     full = F.interpolate(soft[:, best][None], scale_factor=4, mode="bilinear")[
         0, 0, : pixels.shape[2], : pixels.shape[3]
     ]
-    sure = (full - 0.5).abs() > 1e-3
-    assert torch.equal((full > 0.5)[sure], torch.from_numpy(expected["dt"]).bool()[sure])
+    clear = (full - 0.5).abs() > 1e-3
+    assert torch.equal((full > 0.5)[clear], torch.from_numpy(expected["dt"]).bool()[clear])
 
 
 def small_weights(path: Path, seed: int = 0) -> Path:
@@ -60,44 +60,44 @@ def small_weights(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def detector(weights: Path, size: int = 64):
+def make_selfmask(weights: Path, size: int = 64):
     return make_detector(DetectorConfig(name="selfmask", backbone=TINY, weights=str(weights), image_size=size), "cpu")
 
 
-def test_results_do_not_depend_on_batch_composition(tmp_path):
-    find = detector(small_weights(tmp_path / "w.safetensors"))
+def test_detection_does_not_depend_on_batch_composition(tmp_path):
+    detector = make_selfmask(small_weights(tmp_path / "w.safetensors"))
     rng = np.random.default_rng(0)
     photos = [Photo("", rng.integers(0, 256, (*shape, 3), np.uint8)) for shape in ((96, 128), (70, 50), (1, 1))]
-    for photo, together in zip(photos, find.detect(photos), strict=True):
-        (alone,) = find.detect([photo])
+    for photo, together in zip(photos, detector.detect(photos), strict=True):
+        (alone,) = detector.detect([photo])
         assert torch.equal(alone.mask, together.mask) and alone.confidence == together.confidence
         assert together.mask.shape == photo.pixels.shape[:2] and 0 <= together.confidence <= 1
 
 
 def test_detector_equals_the_network(tmp_path):
-    find = detector(small_weights(tmp_path / "w.safetensors"))
+    detector = make_selfmask(small_weights(tmp_path / "w.safetensors"))
     photo = Photo("", np.random.default_rng(1).integers(0, 256, (64, 88, 3), np.uint8))
     with torch.inference_mode():
-        masks, objectness = find.network(find.backbone.prepare(photo.pixels, 64)[None])
+        masks, objectness = detector.network(detector.backbone.prepare(photo.pixels, 64)[None])
         soft = masks[-1, :, objectness[-1, 0].argmax()].sigmoid()
         expected = F.interpolate(soft[None], photo.pixels.shape[:2], mode="bilinear")[0, 0]
-    torch.testing.assert_close(find.detect([photo])[0].mask, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(detector.detect([photo])[0].mask, expected, atol=1e-5, rtol=0)
 
 
-def test_views_of_test_time_augmentation_are_averaged(tmp_path):
-    """With horizontal flips, a flipped photo has the flipped mask."""
+def test_time_augmentation_averages_views(tmp_path):
+    """With horizontal flips, the mask of a flipped photo is the flipped mask."""
     weights = str(small_weights(tmp_path / "w.safetensors"))
     config = DetectorConfig(name="selfmask", backbone=TINY, weights=weights, image_size=64)
     pixels = np.random.default_rng(2).integers(0, 256, (70, 91, 3), np.uint8)
-    photo, flipped = Photo("", pixels), Photo("", np.ascontiguousarray(pixels[:, ::-1]))
+    photo, flipped_photo = Photo("", pixels), Photo("", np.ascontiguousarray(pixels[:, ::-1]))
     singles = [make_detector(config.model_copy(update={"image_size": size}), "cpu") for size in (64, 96)]
-    masks = [single.detect([p])[0].mask for single in singles for p in (photo, flipped)]
+    masks = [single.detect([p])[0].mask for single in singles for p in (photo, flipped_photo)]
     masks[1::2] = [mask.flip(1) for mask in masks[1::2]]
-    find = make_detector(config.model_copy(update={"scales": [1.0, 1.5], "horizontal_flip": True}), "cpu")
-    together, of_flipped = find.detect([photo, flipped])
-    torch.testing.assert_close(together.mask, torch.stack(masks).mean(0), atol=1e-5, rtol=0)
-    torch.testing.assert_close(of_flipped.mask.flip(1), together.mask, atol=1e-5, rtol=0)
-    assert find.tokens(photo) == 2 * sum(single.tokens(photo) for single in singles)
+    detector = make_detector(config.model_copy(update={"scales": [1.0, 1.5], "horizontal_flip": True}), "cpu")
+    original, flipped = detector.detect([photo, flipped_photo])
+    torch.testing.assert_close(original.mask, torch.stack(masks).mean(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(flipped.mask.flip(1), original.mask, atol=1e-5, rtol=0)
+    assert detector.tokens(photo) == 2 * sum(single.tokens(photo) for single in singles)
 
 
 def test_agreement_is_the_mean_iou_of_all_pairs():
@@ -107,30 +107,30 @@ def test_agreement_is_the_mean_iou_of_all_pairs():
     assert agreement([a, b, b]) == pytest.approx((0.5 + 0.5 + 1) / 3)
 
 
-def test_unusable_weights_raise_user_error(tmp_path):
+def test_invalid_weights_raise_user_error(tmp_path):
     with pytest.raises(UserError, match=r"needs --detector-weights FILE"):
         make_detector(DetectorConfig(name="selfmask"), "cpu")
     with pytest.raises(UserError, match="no such file"):
-        detector(tmp_path / "absent.safetensors")
+        make_selfmask(tmp_path / "absent.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(UserError, match="cannot be read"):
-        detector(tmp_path / "text.safetensors")
+        make_selfmask(tmp_path / "text.safetensors")
     save_file(untrained(TINY).state_dict(), tmp_path / "vit.safetensors")
     with pytest.raises(UserError, match="not a SelfMask network"):
-        detector(tmp_path / "vit.safetensors")
+        make_selfmask(tmp_path / "vit.safetensors")
     state = load_file(small_weights(tmp_path / "w.safetensors"))
     save_file({k: v for k, v in state.items() if not k.startswith("ffn.layers.2")}, tmp_path / "part.safetensors")
     with pytest.raises(UserError, match=r"does not fit.*ffn.layers.2"):
-        detector(tmp_path / "part.safetensors")
+        make_selfmask(tmp_path / "part.safetensors")
 
 
 def disc_photo(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A disc in one color on a grainy ground of another."""
+    """A disc of one color on a grainy background of another, and its mask."""
     rng = np.random.default_rng(seed)
     h, w = 72 + seed % 9, 80 + seed % 13
     y, x = np.mgrid[:h, :w]
-    r, at = rng.uniform(12, 22), (rng.uniform(25, h - 25), rng.uniform(25, w - 25))
-    mask = (y - at[0]) ** 2 + (x - at[1]) ** 2 < r * r
+    r, center = rng.uniform(12, 22), (rng.uniform(25, h - 25), rng.uniform(25, w - 25))
+    mask = (y - center[0]) ** 2 + (x - center[1]) ** 2 < r * r
     colors = rng.integers(30, 220, (2, 3))
     grain = rng.integers(-25, 26, (h, w, 1)) * ~mask[..., None]
     return (np.where(mask[..., None], *colors) + grain).clip(0, 255).astype(np.uint8), mask
@@ -138,7 +138,7 @@ def disc_photo(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def run_of_discs(tmp_path) -> Path:
-    """A run folder with true masks of 24 photos: half of them spoilt, and scored low."""
+    """A run folder with masks of 24 photos: half are true, half are inverted and have low scores."""
     folder = tmp_path / "photos" / "disc"
     folder.mkdir(parents=True)
     records = []
@@ -174,12 +174,12 @@ def test_training_uses_the_masks_with_the_best_scores(run_of_discs):
     assert len(records) == 24 and {int(record.photo[5:-4]) for record in trained} == set(range(1, 24, 2))
 
 
-def test_training_learns_what_the_masks_share(run_of_discs):
+def test_training_learns_the_masks(run_of_discs):
     weights = train_saliency(run_of_discs, steps=120)
-    find, ious = detector(weights, 56), []
-    for seed in range(1, 24, 2):  # twelve photos are too few to learn what holds for others too
+    detector, ious = make_selfmask(weights, 56), []
+    for seed in range(1, 24, 2):  # twelve photos are too few to generalize to others
         pixels, truth = disc_photo(seed)
-        mask = (find.detect([Photo("", pixels)])[0].mask > 0.5).numpy()
+        mask = (detector.detect([Photo("", pixels)])[0].mask > 0.5).numpy()
         ious.append((mask & truth).sum() / (mask | truth).sum())
     assert np.mean(ious) > 0.6
     lines = [json.loads(line) for line in (run_of_discs / "saliency" / "metrics.jsonl").read_text().splitlines()]
@@ -187,8 +187,8 @@ def test_training_learns_what_the_masks_share(run_of_discs):
     assert lines[-1]["dice"] < 0.6 * lines[1]["dice"] + 0.1
 
 
-def test_an_interrupted_training_ends_with_the_same_weights(run_of_discs, monkeypatch):
-    whole = train_saliency(run_of_discs, steps=9).read_bytes()
+def test_interrupted_training_resumes_bit_identically(run_of_discs, monkeypatch):
+    expected = train_saliency(run_of_discs, steps=9).read_bytes()
     shutil.rmtree(run_of_discs / "saliency")
     steps = iter(range(9))
 
@@ -203,37 +203,37 @@ def test_an_interrupted_training_ends_with_the_same_weights(run_of_discs, monkey
         patch.setattr(selfmask_training, "losses", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_saliency(run_of_discs, steps=9)
-    assert train_saliency(run_of_discs, steps=9).read_bytes() == whole
+    assert train_saliency(run_of_discs, steps=9).read_bytes() == expected
     with pytest.raises(UserError, match=r"saliency.lr: 0.002 -> 0.0001"):
         train_saliency(run_of_discs, steps=9, lr=1e-4)
     shard = run_of_discs / "masks" / "00000.jsonl"
     write_shard(shard, list(read_shard(shard))[1:])
     with pytest.raises(UserError, match="trained on other masks"):
         train_saliency(run_of_discs, steps=9)
-    assert train_saliency(run_of_discs, overwrite=True, steps=1).read_bytes() != whole
+    assert train_saliency(run_of_discs, overwrite=True, steps=1).read_bytes() != expected
 
 
 def test_two_workers_and_bfloat16(run_of_discs, one_thread):
-    """Two workers train what one does, up to rounding; bfloat16 trains, too."""
-    alone = load_file(train_saliency(run_of_discs, steps=3))
+    """Two workers train the same network as one, up to rounding; bfloat16 trains another, finite one."""
+    single = load_file(train_saliency(run_of_discs, steps=3))
     two = load_file(train_saliency(run_of_discs, workers=2, overwrite=True, steps=3))
-    for name, tensor in alone.items():
+    for name, tensor in single.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
     low = load_file(train_saliency(run_of_discs, overwrite=True, steps=3, precision="bfloat16"))
     assert all(tensor.isfinite().all() for tensor in low.values()) and any(
-        (low[name] != tensor).any() for name, tensor in alone.items()
+        (low[name] != tensor).any() for name, tensor in single.items()
     )
 
 
-def test_two_trainings_in_one_folder(run_of_discs):
+def test_concurrent_training_in_one_folder_raises(run_of_discs):
     with run.locked(run_of_discs):
-        refused = CliRunner().invoke(app, ["train-saliency", str(run_of_discs), "--steps", "1"])
-    assert refused.exit_code == 2 and "is in use by another run" in refused.stderr
+        result = CliRunner().invoke(app, ["train-saliency", str(run_of_discs), "--steps", "1"])
+    assert result.exit_code == 2 and "is in use by another run" in result.stderr
     missing = run_of_discs / "none"
     assert CliRunner().invoke(app, ["train-saliency", str(missing)]).exit_code == 2 and not missing.exists()
 
 
-def test_a_run_without_masks_cannot_train(run_of_discs):
+def test_training_without_masks_raises_user_error(run_of_discs):
     shard = run_of_discs / "masks" / "00000.jsonl"
     write_shard(shard, [])
     with pytest.raises(UserError, match="there are no masks"):
@@ -243,7 +243,7 @@ def test_a_run_without_masks_cannot_train(run_of_discs):
         train_saliency(run_of_discs)
 
 
-def test_the_losses_by_hand():
+def test_losses_equal_hand_computed_values():
     targets = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     good, bad = torch.tensor([[20.0, -20], [-20, -20]]), torch.tensor([[-20.0, 20], [-20, -20]])
     masks = torch.stack([good, bad])[None, None]  # one layer, one photo, two queries
@@ -251,6 +251,6 @@ def test_the_losses_by_hand():
     torch.testing.assert_close(dice, torch.tensor([[[0.0, 2 / 3]]]), atol=1e-6, rtol=0)
     assert pairs == 1 and float(rank) == pytest.approx(
         math.log1p(math.exp(2.0)), rel=1e-5
-    )  # the bad one claims more: a loss
+    )  # the worse query has the higher objectness
     _, equal, _ = losses(torch.stack([good, good])[None, None], torch.tensor([[[0.0, 2.0]]]), targets)
     assert float(equal) == 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""One of two workers that share batches: python two_workers.py BATCHES, with a place in the environment.
+"""One of two workers that share batches: python two_workers.py BATCHES. The environment determines its rank.
 
-BATCHES is a file with a list of them: the encoder's name, photos, labels and settings. For each the main worker writes
-loss, gradients and BatchNorm's statistics after one step, to the same name with the suffix .out.
+BATCHES is a file with a list of batches, each with the name of an encoder, photos, labels and settings. The main worker
+writes the loss, gradients and BatchNorm statistics of one step for each batch to the same name with the suffix .out.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def step(batch: dict, worker: distributed.Worker) -> dict[str, torch.Tensor]:
     if worker.count > 1:
         synchronize(network, "cpu")
     network.train()
-    shared = DistributedDataParallel(network, broadcast_buffers=False) if worker.count > 1 else network
-    mine = worker.share(0, len(batch["photos"]))
-    photos, labels = (batch[name][mine.start : mine.stop] for name in ("photos", "labels"))
-    loss = accumulate_gradients(shared, network, photos, labels, SegmenterTraining(**batch["settings"]), worker)
+    parallel = DistributedDataParallel(network, broadcast_buffers=False) if worker.count > 1 else None
+    part = worker.share(0, len(batch["photos"]))
+    photos, labels = (batch[name][part.start : part.stop] for name in ("photos", "labels"))
+    loss = accumulate_gradients(network, parallel, photos, labels, SegmenterTraining(**batch["settings"]), worker)
     statistics = {name: value for name, value in network.named_buffers() if "running" in name or "num_" in name}
     return {"loss": loss} | {name: p.grad for name, p in network.named_parameters()} | statistics
 
