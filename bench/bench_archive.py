@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The archive's search, streamed from index shards on disk, beside faiss's flat index on the same embeddings in memory.
+"""Search of the archive, streamed from index shards on disk, compared with faiss's flat index in memory.
 
-1.28 million photos (the paper's index) x 768 half-precision numbers, 80 names, the best 500 each; `--quick` a fiftieth.
+1.28 million photos (the paper's index) with 768 half-precision numbers each, 80 names, the best 500 photos per name;
+`--quick` takes a fiftieth of the photos.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common import paired_medians, report, resident
+from common import paired_medians, report, resident_memory
 from namedmask.archive import read_shards, top_photos
 from namedmask.index import shard_path
 
@@ -22,14 +23,14 @@ DIMS, NAMES, BEST, SHARD = 768, 80, 500, 16384
 
 
 def text_embeddings() -> np.ndarray:
-    """Random unit rows, float32 [NAMES, DIMS]."""
+    """Random L2-normalized rows, float32 [NAMES, DIMS]."""
     text = np.random.default_rng(1).standard_normal((NAMES, DIMS), np.float32)
     return text / np.linalg.norm(text, axis=1, keepdims=True)
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory, quick):
-    """An index folder of random unit rows, and the number of photos."""
+    """An index folder with random L2-normalized rows, and its number of photos."""
     folder = tmp_path_factory.mktemp("index")
     photos = 25_600 if quick else 1_280_000
     rng = np.random.default_rng(0)
@@ -49,13 +50,13 @@ def test_top_photos(benchmark, index, quick):
     def ours():
         return top_photos(read_shards(folder), text, BEST)
 
-    found = ours()
+    results = ours()
     calls = {"ours, from disk": ours}
     rows = []
     try:
         import faiss
     except ImportError as error:
-        rows.append({"who": f"faiss: absent ({error})"})
+        rows.append({"method": f"faiss: absent ({error})"})
     else:
         flat = faiss.IndexScalarQuantizer(DIMS, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
         full = faiss.IndexFlatIP(DIMS)
@@ -63,7 +64,7 @@ def test_top_photos(benchmark, index, quick):
             flat.add(image.astype(np.float32))
             full.add(image.astype(np.float32))
         scores, numbers = full.search(text, BEST)
-        for entries, s, n in zip(found, scores, numbers, strict=True):
+        for entries, s, n in zip(results, scores, numbers, strict=True):
             np.testing.assert_allclose([score for _, score in entries], s, atol=2e-6)
             assert len({photo for photo, _ in entries} & set(n.tolist())) >= BEST - 2  # ties at the end may differ
         calls["faiss IndexFlatIP, float32 in memory"] = lambda: full.search(text, BEST)
@@ -71,24 +72,24 @@ def test_top_photos(benchmark, index, quick):
     seconds = paired_medians(calls, rounds=3, seconds=120)
     benchmark.pedantic(ours, rounds=1)
     flops = 2 * photos * DIMS * NAMES
-    for who, s in seconds.items():
+    for method, s in seconds.items():
         rows.append(
             {
-                "who": who,
+                "method": method,
                 "s": s,
                 "million photos/s": photos / s / 1e6,
                 "GFLOP/s": flops / s / 1e9,
                 "time / ours": s / seconds["ours, from disk"],
             }
         )
-    rows.append({"who": "sgemm alone, one block in cache", "GFLOP/s": _sgemm_rate()})
+    rows.append({"method": "sgemm alone, one block in cache", "GFLOP/s": _sgemm_rate()})
     for shards in (1, len(list(folder.glob("*.safetensors")))):
-        rows.append({"who": f"peak memory over {shards} shards, MiB", "MiB": peak_memory(folder, shards)})
+        rows.append({"method": f"peak memory over {shards} shards, MiB", "MiB": peak_memory(folder, shards)})
     report(f"archive: the best {BEST} of {photos} photos for {NAMES} names", rows)
 
 
 def peak_memory(folder: Path, shards: int) -> float:
-    """Peak resident memory, MiB, of a fresh process that searches the first shards."""
+    """Peak resident memory in MiB of a new process that searches the first shards."""
     command = [sys.executable, __file__, str(folder), str(shards)]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
@@ -103,6 +104,6 @@ def _sgemm_rate() -> float:
     return 20 * 2 * a.numel() * NAMES / (time.perf_counter() - start) / 1e9
 
 
-if __name__ == "__main__":  # the process of peak_memory
+if __name__ == "__main__":  # the process that peak_memory starts
     top_photos(itertools.islice(read_shards(Path(sys.argv[1])), int(sys.argv[2])), text_embeddings(), BEST)
-    print(resident())
+    print(resident_memory())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""attention_features with the CLS row, log-sum-exps and key norms, beside torch's attention, which gives none of them.
+"""attention_features with the CLS row, log-sum-exp and key norms, compared with torch's attention without them.
 
 `pytest bench/bench_attention_features.py --benchmark-only -s` prints the tables.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import namedmask_kernels as nk
-from common import forget_peak, on_gpu, paired_medians, report, resident, threads
+from common import paired_medians, report, report_gpu, reset_peak_memory, resident_memory, threads
 
 HEADS, DIM = 6, 64  # ViT-S
 
@@ -25,13 +25,13 @@ def sdpa(qkv, offsets):
 
 
 def explicit(qkv, offsets):
-    """Attention with all weights in memory: the output and the CLS row."""
+    """Attention that stores all weights; returns the output and the CLS row."""
     q, k, v = qkv.permute(1, 2, 0, 3)
     weights = (q @ k.mT * DIM**-0.5).softmax(-1)
     return weights @ v, weights[:, 0]
 
 
-WHO = {"attention_features": nk.attention_features, "torch SDPA (no row)": sdpa, "matmul-softmax-matmul": explicit}
+METHODS = {"attention_features": nk.attention_features, "torch SDPA (no row)": sdpa, "matmul-softmax-matmul": explicit}
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one thread", "two threads"])
@@ -39,40 +39,40 @@ WHO = {"attention_features": nk.attention_features, "torch SDPA (no row)": sdpa,
 @pytest.mark.parametrize("tokens", [785, 3601])
 def test_one_sequence(benchmark, tokens, dtype, count, quick):
     if quick and tokens > 1000:
-        pytest.skip("the large size")
+        pytest.skip("large size")
     short = inputs(785, dtype)
     exact = nk.attention_features(short[0].double(), short[1], backend="reference")
-    found = nk.attention_features(*short)
-    assert (found.output - exact.output).norm() <= 2 * (sdpa(*short) - exact.output).norm()
-    torch.testing.assert_close(found.rows.double(), exact.rows, rtol=1e-5, atol=0)
+    result = nk.attention_features(*short)
+    assert (result.output - exact.output).norm() <= 2 * (sdpa(*short) - exact.output).norm()
+    torch.testing.assert_close(result.rows.double(), exact.rows, rtol=1e-5, atol=0)
 
     batch, square = inputs(tokens, dtype), {t: torch.randn(1024, 1024).to(t) for t in (torch.float32, dtype)}
-    calls = {who: lambda call=call: call(*batch) for who, call in WHO.items()}
+    calls = {method: lambda call=call: call(*batch) for method, call in METHODS.items()}
     calls |= {f"{str(t)[6:]} product 1024^3": lambda a=a: a @ a for t, a in square.items()}
     with threads(count):
         seconds = paired_medians(calls, rounds=9, seconds=15)
         benchmark.pedantic(calls["attention_features"], rounds=3)
-    rates = {who: 2 * 1024**3 / seconds.pop(who) for who in list(seconds) if "product" in who}
+    rates = {method: 2 * 1024**3 / seconds.pop(method) for method in list(seconds) if "product" in method}
     flops, ceiling = 4 * HEADS * tokens**2 * DIM, rates["float32 product 1024^3"]
     report(
         f"attention_features, {HEADS} x {DIM}, {tokens} tokens, {str(dtype)[6:]}, {count} threads; torch's "
-        + ", ".join(f"{who}: {rate / 1e9:.3g} GFLOP/s" for who, rate in rates.items()),
+        + ", ".join(f"{method}: {rate / 1e9:.3g} GFLOP/s" for method, rate in rates.items()),
         [
-            {"who": who, "ms": 1e3 * s, "times ours": s / seconds["attention_features"], "GFLOP/s": flops / s / 1e9,
+            {"method": m, "ms": 1e3 * s, "time / ours": s / seconds["attention_features"], "GFLOP/s": flops / s / 1e9,
              "share of the float32 product": flops / s / ceiling}
-            for who, s in seconds.items()
+            for m, s in seconds.items()
         ],
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_memory(benchmark, dtype, quick):
-    """What a call adds to the process while it runs, outputs included: twice the tokens, twice the memory."""
+    """Memory that a call adds while it runs, including its outputs: twice the tokens take twice the memory."""
     sizes = (2048, 4096) if quick else (3601, 7202)
     rows = []
-    for who, call in WHO.items():
-        call(*inputs(64, dtype))  # libraries' own buffers
-        rows.append({"who": who} | {f"{n} tokens, MiB": added_memory(call, *inputs(n, dtype)) for n in sizes})
+    for method, call in METHODS.items():
+        call(*inputs(64, dtype))  # allocates the buffers of libraries
+        rows.append({"method": method} | {f"{n} tokens, MiB": added_memory(call, *inputs(n, dtype)) for n in sizes})
     benchmark.pedantic(nk.attention_features, inputs(sizes[0], dtype), rounds=1)
     report(f"attention, memory of a call, {HEADS} x {DIM}, {str(dtype)[6:]}", rows)
     ours, _, explicit_rows = ([row[f"{n} tokens, MiB"] for n in sizes] for row in rows)
@@ -80,30 +80,30 @@ def test_memory(benchmark, dtype, quick):
 
 
 def added_memory(call, *args):
-    """MiB by which resident memory peaks during the call above what it was before."""
-    forget_peak()
-    before = resident("VmRSS")
+    """Peak of resident memory during a call above its value before, in MiB."""
+    reset_peak_memory()
+    before = resident_memory("VmRSS")
     call(*args)
-    return resident() - before
+    return resident_memory() - before
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("tokens", [785, 3601])
-def test_a_batch_of_16_on_a_gpu(benchmark, tokens, dtype):
-    """No GPU has run this yet."""
+def test_batch_of_16_on_gpu(benchmark, tokens, dtype):
+    """Not run on a GPU yet."""
     qkv, _ = inputs(16 * tokens, dtype)
     offsets = torch.arange(17, dtype=torch.int32) * tokens
 
     def calls():
-        there, dense = qkv.cuda(), qkv.cuda().unflatten(0, (16, tokens)).permute(2, 0, 3, 1, 4)  # [3, 16, H, n, D]
+        packed, dense = qkv.cuda(), qkv.cuda().unflatten(0, (16, tokens)).permute(2, 0, 3, 1, 4)  # [3, 16, H, n, D]
         exact = nk.attention_features(qkv[:tokens].double(), offsets[:2], backend="reference")
-        found = nk.attention_features(there, offsets)
-        of_torch = F.scaled_dot_product_attention(*dense)
-        first = of_torch[0].transpose(0, 1).cpu()
-        assert (found.output[:tokens].cpu() - exact.output).norm() <= 2 * (first - exact.output).norm()
-        torch.testing.assert_close(found.rows[:tokens].cpu().double(), exact.rows, rtol=1e-4, atol=1e-9)
-        yield "triton", lambda: nk.attention_features(there, offsets)
+        result = nk.attention_features(packed, offsets)
+        sdpa_output = F.scaled_dot_product_attention(*dense)
+        first = sdpa_output[0].transpose(0, 1).cpu()
+        assert (result.output[:tokens].cpu() - exact.output).norm() <= 2 * (first - exact.output).norm()
+        torch.testing.assert_close(result.rows[:tokens].cpu().double(), exact.rows, rtol=1e-4, atol=1e-9)
+        yield "triton", lambda: nk.attention_features(packed, offsets)
         yield "torch SDPA (no row)", lambda: F.scaled_dot_product_attention(*dense)
 
-    title = f"attention_features, {HEADS} x {DIM}, 16 photos of {tokens} tokens, {str(dtype)[6:]}, on a GPU"
-    on_gpu(title, calls, 16, benchmark)
+    title = f"attention_features, {HEADS} x {DIM}, 16 images of {tokens} tokens, {str(dtype)[6:]}, on a GPU"
+    report_gpu(title, calls, 16, benchmark)

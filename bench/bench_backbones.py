@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Keys and CLS attention of a ViT-S/8's last block, beside what people do today: timm's forward with hooks that compute
-them once more, photos one at a time or padded to the largest with a mask. And attention alone, by each library.
+"""Keys and CLS attention of the last block of a ViT-S/8, compared with timm's forward and hooks that recompute them.
 
-`pytest bench/bench_backbones.py --benchmark-only -s` prints the tables. The weights are random: they cost the same.
+The peers process photos one at a time, or padded to the largest with a mask. A further bench compares the attention of
+each library. `pytest bench/bench_backbones.py --benchmark-only -s` prints the tables. The weights are random, which
+does not change the time.
 """
 
 import copy
@@ -19,7 +20,7 @@ TAPS = ["keys", "cls_attention"]
 
 
 def runners(dtype, quick):
-    """The backbone, and timm's model with the same weights and hooks in each dtype of peers."""
+    """The backbone, and timm's model with hooks and the same weights, by dtype."""
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_small_patch8_224.dino", num_classes=0, dynamic_img_size=True, depth=2 if quick else 12
@@ -29,45 +30,45 @@ def runners(dtype, quick):
 
 
 class Hooked:
-    """timm's model whose last block's q and k are computed once more from what a hook sees go in."""
+    """timm's model with a hook on the attention of the last block, from whose input q and k are recomputed."""
 
     def __init__(self, model):
-        self.model, self.seen = model.eval(), None
-        model.blocks[-1].attn.register_forward_hook(lambda attn, given, out: setattr(self, "seen", given[0]))
+        self.model, self.inputs = model.eval(), None
+        model.blocks[-1].attn.register_forward_hook(lambda attn, args, out: setattr(self, "inputs", args[0]))
 
     @torch.inference_mode()
     def __call__(self, photos, counts=None):
-        """photos [B, 3, h, w], or tokens [B, n, C] with `counts` that are no padding -> [(keys, CLS attention)]."""
+        """photos [B, 3, h, w], or padded tokens [B, n, C] and their numbers `counts` -> [(keys, CLS attention)]."""
         attn = self.model.blocks[-1].attn
         if counts is None:
             self.model.forward_features(photos)
-            counts = [self.seen.shape[1]] * len(photos)
+            counts = [self.inputs.shape[1]] * len(photos)
         else:
             longest = max(counts)
             mask = torch.arange(longest)[None] < torch.tensor(counts)[:, None]
             for block in self.model.blocks:
                 photos = block(photos, attn_mask=mask[:, None, None])
-        found = []
-        for x, n in zip(self.seen, counts, strict=True):
+        results = []
+        for x, n in zip(self.inputs, counts, strict=True):
             q, k, _ = attn.qkv(x[:n]).unflatten(1, (3, attn.num_heads, -1)).permute(1, 2, 0, 3)
             weights = (attn.scale * q[:, :1] @ k.mT).softmax(-1)[:, 0]
-            found.append((k.transpose(0, 1).flatten(1)[1:], weights.T[1:]))
-        return found
+            results.append((k.transpose(0, 1).flatten(1)[1:], weights.T[1:]))
+        return results
 
 
 @torch.inference_mode()
 def padded(hooked, photos):
-    """All photos at once, padded to the largest; attention masks the padding."""
+    """All photos in one batch, padded to the largest; attention masks the padding."""
     model = hooked.model
     tokens = [model.norm_pre(model._pos_embed(model.patch_embed(photo[None])))[0] for photo in photos]
     return hooked(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), [len(t) for t in tokens])
 
 
-def check(found, theirs, dtype):
-    """The same keys and weights, to what a network in this dtype rounds."""
+def check(features, expected_features, dtype):
+    """Asserts that keys and weights are equal up to the rounding of a network in this dtype."""
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
-    for tap, expected in zip(TAPS, zip(*theirs, strict=True), strict=True):
-        for grid, rows in zip(found[tap].grids(), expected, strict=True):
+    for tap, expected in zip(TAPS, zip(*expected_features, strict=True), strict=True):
+        for grid, rows in zip(features[tap].grids(), expected, strict=True):
             error = (grid.flatten(0, 1) - rows).norm() / rows.norm()
             assert error < tolerance, f"{tap}: {error:.2g}"
 
@@ -78,7 +79,7 @@ def table(title, runner, calls, benchmark):
         benchmark.pedantic(calls["extract"], rounds=1)
     report(
         f"{title}, ViT-S/8 with {len(runner.model.blocks)} blocks, 2 threads",
-        [{"who": who, "s": s, "times ours": s / seconds["extract"]} for who, s in seconds.items()],
+        [{"method": method, "s": s, "time / ours": s / seconds["extract"]} for method, s in seconds.items()],
     )
 
 
@@ -86,7 +87,7 @@ def table(title, runner, calls, benchmark):
 @pytest.mark.parametrize("sides", [(480, 480), (512, 680)], ids=str)
 def test_one_photo(benchmark, sides, dtype, quick):
     if quick and sides != (480, 480):
-        pytest.skip("the large size")
+        pytest.skip("large size")
     (runner, peers), (h, w) = runners(dtype, quick), (160, 160) if quick else sides
     photo = torch.randn(3, h, w)
     check(runner.extract([photo], TAPS), peers[dtype](photo[None].to(dtype)), dtype)
@@ -102,21 +103,23 @@ def test_sixteen_shapes(benchmark, dtype, quick):
     sides = (10, 13) if quick else (19, 25, 31, 37)
     photos = [torch.randn(3, 8 * h, 8 * w) for h, w in itertools.product(sides, [s + 3 for s in sides])]
     some = [photo.to(dtype) for photo in photos[::5]]
-    found = runner.extract(some, TAPS)
-    check(found, [peers[dtype](photo[None])[0] for photo in some], dtype)
-    check(found, padded(peers[dtype], some), dtype)
+    features = runner.extract(some, TAPS)
+    check(features, [peers[dtype](photo[None])[0] for photo in some], dtype)
+    check(features, padded(peers[dtype], some), dtype)
     calls = {"extract": lambda: runner.extract(photos, TAPS)}
     for t, hooked in peers.items():
-        given, who = [photo.to(t) for photo in photos], f"timm {str(t)[6:]} and hooks"
-        calls[f"{who}, one at a time"] = lambda hooked=hooked, given=given: [hooked(photo[None]) for photo in given]
-        calls[f"{who}, padded"] = lambda hooked=hooked, given=given: padded(hooked, given)
+        inputs, method = [photo.to(t) for photo in photos], f"timm {str(t)[6:]} and hooks"
+        calls[f"{method}, one at a time"] = lambda hooked=hooked, inputs=inputs: [
+            hooked(photo[None]) for photo in inputs
+        ]
+        calls[f"{method}, padded"] = lambda hooked=hooked, inputs=inputs: padded(hooked, inputs)
     title = f"keys and CLS attention, {len(photos)} photos of {len(photos)} shapes, {str(dtype)[6:]}"
     table(title, runner, calls, benchmark)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_libraries(benchmark, dtype, quick):
-    """What `namedmask.attention.TABLE` is made from: attention of a block that needs only the plain output."""
+    """Measures `namedmask.attention.TABLE`: attention of a block of which only the plain output is needed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     absent = {name: attention.obstacle(name, device) for name in attention.LIBRARIES}
@@ -142,7 +145,7 @@ def test_libraries(benchmark, dtype, quick):
             {"head dim": dim, "tokens": tokens}
             | {f"{name}, ms": 1e3 * s for name, s in seconds.items()}
             | {"fastest": (fastest := min(seconds, key=seconds.get))}
-            | {"SDPA's time / fastest": seconds["torch SDPA"] / seconds[fastest]}
+            | {"SDPA / fastest": seconds["torch SDPA"] / seconds[fastest]}
         )
     benchmark.pedantic(calls["attention_features"], rounds=1)
     kind, missing = attention.device_class(device), "; ".join(f"{n} is absent: {r}" for n, r in absent.items() if r)

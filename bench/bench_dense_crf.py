@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""dense_crf beside pydensecrf2 (`pip install pydensecrf2`, imported as pydensecrf), both with the same two terms.
+"""dense_crf compared with pydensecrf2 (`pip install pydensecrf2`, imported as pydensecrf), with the same two terms.
 
 `pytest bench/bench_dense_crf.py --benchmark-only -s` prints the tables.
 """
@@ -9,18 +9,18 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from bench_bilateral_solver import photo
+from bench_bilateral_solver import make_image
 
 import namedmask_kernels as nk
 from common import (
     copy_bandwidth,
     device_copy_bandwidth,
     device_median,
-    needs_gpu,
     one_thread,
     paired_medians,
     report,
     report_two_threads,
+    require_gpu,
     threads,
 )
 from namedmask_kernels import Ragged
@@ -35,8 +35,8 @@ except ImportError as error:
 
 
 def scene(labels, seed=0, h=512, w=683):
-    """(probabilities float32 [h, w, labels], image): squares of random scores, and the mask as label 1."""
-    mask, image = photo(seed, h, w)
+    """(probabilities float32 [h, w, labels], image): random scores in squares, and the mask as label 1."""
+    mask, image = make_image(seed, h, w)
     rng = np.random.default_rng(seed)
     scores = 3 * rng.random((h // 16 + 1, w // 16 + 1, labels), np.float32)
     scores = scores.repeat(16, 0).repeat(16, 1)[:h, :w]
@@ -54,27 +54,27 @@ def pydensecrf(probabilities, image):
 
 
 def cost(h, w, labels):
-    """(floating-point operations, bytes) of an update, the lattice's and the grid's own filters aside.
+    """(floating-point operations, bytes) of a mean-field update, without the filters of the lattice and the grid.
 
-    Per pixel and channel 2 * 6 for each of slice and splat, 2 * 4 twice along the grid's rows, 2 * 4 / 2 twice across
-    them, some 20 for a softmax. Read: 6 vertices and weights of 4 bytes each, and the unary.
+    Per pixel and channel: 2 * 6 operations for each of slice and splat, 2 * 4 twice along the rows of the grid,
+    2 * 4 / 2 twice across them, about 20 for a softmax. Bytes: 6 vertices and weights of 4 bytes each, and the unary.
     """
     channels = 1 if labels == 2 else (labels + 7) // 8 * 8
     return h * w * channels * (2 * 12 + 2 * 8 + 2 * 4 + 20), h * w * (6 * 8 + 4 * (1 if labels == 2 else labels))
 
 
 @pytest.mark.parametrize("labels", [2, 21])
-def test_one_photo_on_one_core(benchmark, labels):
+def test_single_image(benchmark, labels):
     probabilities, image = scene(labels)
-    found = nk.dense_crf(probabilities, image)
+    marginals = nk.dense_crf(probabilities, image)
     calls = {
         "cpu": lambda: nk.dense_crf(probabilities, image),
         "no updates": lambda: nk.dense_crf(probabilities, image, iterations=0),
     }
     if densecrf:
         expected = pydensecrf(probabilities, image)
-        assert np.abs(found - expected).mean() < 2e-3
-        assert (found.argmax(-1) == expected.argmax(-1)).mean() >= (0.998 if labels == 2 else 0.995)
+        assert np.abs(marginals - expected).mean() < 2e-3
+        assert (marginals.argmax(-1) == expected.argmax(-1)).mean() >= (0.998 if labels == 2 else 0.995)
         calls["pydensecrf2"] = lambda: pydensecrf(probabilities, image)
     with one_thread():
         seconds = paired_medians(calls, rounds=11, seconds=25)
@@ -86,11 +86,11 @@ def test_one_photo_on_one_core(benchmark, labels):
     report(
         f"dense_crf, 512 x 683, {labels} labels, {ITERATIONS} updates, one core",
         [
-            {"who": "pydensecrf2", "ms": 1e3 * peer if peer else ABSENT, "ratio": 1.0},
-            {"who": "cpu", "ms": 1e3 * seconds["cpu"], "ratio": peer / seconds["cpu"] if peer else ""},
-            {"who": "  lattice, grid and unary", "ms": 1e3 * seconds["no updates"]},
+            {"method": "pydensecrf2", "ms": 1e3 * peer if peer else ABSENT, "ratio": 1.0},
+            {"method": "cpu", "ms": 1e3 * seconds["cpu"], "ratio": peer / seconds["cpu"] if peer else ""},
+            {"method": "  lattice, grid and unary", "ms": 1e3 * seconds["no updates"]},
             {
-                "who": "  an update",
+                "method": "  one update",
                 "ms": 1e3 * update,
                 "Gflop/s": operations / update / 1e9,
                 "MB": moved / 1e6,
@@ -102,7 +102,7 @@ def test_one_photo_on_one_core(benchmark, labels):
 
 
 @pytest.mark.parametrize("labels", [2, 21])
-def test_a_batch_of_eight(benchmark, labels):
+def test_batch_of_8(benchmark, labels):
     scenes = [scene(labels, seed, 512 - 16 * seed, 683 - 40 * seed) for seed in range(8)]
     batch = [Ragged.pack([torch.from_numpy(s[i]) for s in scenes]) for i in (0, 1)]
 
@@ -114,36 +114,36 @@ def test_a_batch_of_eight(benchmark, labels):
         with threads(count):
             results.append(call().rows)
     assert torch.equal(*results)
-    title = f"dense_crf, batch of 8 photos, 400 x 403 to 512 x 683, {labels} labels"
+    title = f"dense_crf, batch of 8 images, 400 x 403 to 512 x 683, {labels} labels"
     report_two_threads(title, call, 8, benchmark, rounds=9, seconds=20)
 
 
 @pytest.mark.parametrize("labels", [2, 21])
-def test_a_batch_of_64_on_a_gpu(benchmark, labels):
-    title = f"dense_crf, batch of 64 photos, 400 x 403 to 512 x 683, {labels} labels, {ITERATIONS} updates, GPU"
-    needs_gpu(title)
+def test_batch_of_64_on_gpu(benchmark, labels):
+    title = f"dense_crf, batch of 64 images, 400 x 403 to 512 x 683, {labels} labels, {ITERATIONS} updates, GPU"
+    require_gpu(title)
     scenes = [scene(labels, seed, 512 - 16 * seed, 683 - 40 * seed) for seed in range(8)]
     batch = [Ragged.pack([torch.from_numpy(s[i]) for s in scenes] * 8) for i in (0, 1)]
     on_gpu = [ragged.with_rows(ragged.rows.cuda()) for ragged in batch]
-    expected, found = nk.dense_crf(*batch, backend="cpu").rows, nk.dense_crf(*on_gpu).rows.cpu()
-    assert (found - expected).abs().mean() < 1e-3
-    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.998
+    expected, marginals = nk.dense_crf(*batch, backend="cpu").rows, nk.dense_crf(*on_gpu).rows.cpu()
+    assert (marginals - expected).abs().mean() < 1e-3
+    assert (marginals.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.998
     seconds = device_median(lambda: nk.dense_crf(*on_gpu))
     no_updates = device_median(lambda: nk.dense_crf(*on_gpu, iterations=0))
     benchmark.pedantic(lambda: (nk.dense_crf(*on_gpu), torch.cuda.synchronize()), rounds=5)
-    # Of an update per pixel: for each label 24 bytes read to splat, some 16 for the grid and 12 for the softmax; 96 of
-    # vertices and weights. What caches give is counted too.
+    # An update moves per pixel: for each label 24 bytes to splat, about 16 for the grid and 12 for the softmax; 96 of
+    # vertices and weights. Reads from caches are included.
     moved = (52 * labels + 96) * len(batch[0].rows)
     update = (seconds - no_updates) / ITERATIONS
     report(
         title,
         [
-            {"who": "cuda", "ms": 1e3 * seconds, "ms a photo": 1e3 * seconds / 64},
-            {"who": "  lattice, grid and unary", "ms": 1e3 * no_updates, "ms a photo": 1e3 * no_updates / 64},
+            {"method": "cuda", "ms": 1e3 * seconds, "ms per image": 1e3 * seconds / 64},
+            {"method": "  lattice, grid and unary", "ms": 1e3 * no_updates, "ms per image": 1e3 * no_updates / 64},
             {
-                "who": "  an update",
+                "method": "  one update",
                 "ms": 1e3 * update,
-                "ms a photo": 1e3 * update / 64,
+                "ms per image": 1e3 * update / 64,
                 "MB": moved / 1e6,
                 "GB/s": moved / update / 1e9,
                 "share of a 1 GiB copy's": moved / update / device_copy_bandwidth(),

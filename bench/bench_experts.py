@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Relabeling an archive with category experts: photos per second beside the plain way of writing it down.
+"""Relabeling of an archive by category experts, compared with a plain loop in torch: masks per second.
 
-An expert on a ResNet-50 (random weights) and 480 x 640 JPEGs that stand in the archives of two categories; `--quick`: a
-small encoder, small photos. What the masks are worth is measured on the demo's photos, not here.
+Experts with a ResNet-50 (random weights), and 480 x 640 JPEGs that are in the archives of two categories; `--quick`
+takes a small encoder and small photos. The accuracy of experts is measured on the demo's photos (ABLATIONS.md).
 """
 
 import numpy as np
@@ -29,41 +29,41 @@ def test_relabel(benchmark, tmp_path, quick):
     net = network(quick, 2)
     expert = Segmenter(network(quick, 2), ["object"])
     torch.manual_seed(0)
-    encoder, width = ("test_resnet", 32) if quick else ("resnet50", 256)
-    shared = SharedExperts(untrained_encoder(encoder), 80, width).eval().requires_grad_(False)
+    encoder, head_channels = ("test_resnet", 32) if quick else ("resnet50", 256)
+    shared = SharedExperts(untrained_encoder(encoder), 80, head_channels).eval().requires_grad_(False)
     all_experts = Segmenter(shared, ["object"] * 80)
 
     def separate():
-        found = [relabel(source, by_category[c], expert, lambda logits, _: logits[1] - logits[0]) for c in CATEGORIES]
-        return [r for one in found for _, new in one for r in new]
+        results = [relabel(source, by_category[c], expert, lambda logits, _: logits[1] - logits[0]) for c in CATEGORIES]
+        return [record for result in results for _, records in result for record in records]
 
-    def at_once():
-        place = {c: torch.tensor([k]) for k, c in enumerate(CATEGORIES)}
-        logits = lambda features, c: shared.layers.logits(features[None], place[c])[0]  # noqa: E731
-        return [r for _, new in relabel(source, by_photo, all_experts, logits) for r in new]
+    def together():
+        indices = {c: torch.tensor([k]) for k, c in enumerate(CATEGORIES)}
+        logits = lambda features, c: shared.layers.logits(features[None], indices[c])[0]  # noqa: E731
+        return [record for _, records in relabel(source, by_photo, all_experts, logits) for record in records]
 
     @torch.inference_mode()
     def plain():
-        made = []
+        masks = []
         for category in CATEGORIES:
             for name in names:
                 pixels = torch.from_numpy(source.decode(name).pixels).permute(2, 0, 1)[None]
                 mask = net(net.normalized(pixels))[0].argmax(0).numpy() == 1
-                made.append(MaskRecord.from_mask(name, mask, category, 0.3, 0.5))
-        return made
+                masks.append(MaskRecord.from_mask(name, mask, category, 0.3, 0.5))
+        return masks
 
-    for ours, theirs in zip(separate(), plain(), strict=True):
-        assert (ours.photo, ours.category) == (theirs.photo, theirs.category)
-        assert (ours.mask() == theirs.mask()).mean() > 0.99
-    assert len(at_once()) == len(records)
-    calls = {"ours, separate": separate, "ours, shared, 80 categories": at_once, "torch, a photo at a time": plain}
+    for ours, expected in zip(separate(), plain(), strict=True):
+        assert (ours.photo, ours.category) == (expected.photo, expected.category)
+        assert (ours.mask() == expected.mask()).mean() > 0.99
+    assert len(together()) == len(records)
+    calls = {"ours, separate": separate, "ours, shared, 80 categories": together, "torch, one photo at a time": plain}
     seconds = paired_medians(calls, rounds=3, seconds=60)
     benchmark.pedantic(separate, rounds=1)
     title = f"relabel: photos in two archives, {'small' if quick else '480 x 640'}, {thread_count()} threads"
     report(
         title,
         [
-            {"who": who, "masks/s": len(records) / s, "time / ours": s / seconds["ours, separate"]}
-            for who, s in seconds.items()
+            {"method": method, "masks/s": len(records) / s, "time / ours": s / seconds["ours, separate"]}
+            for method, s in seconds.items()
         ],
     )

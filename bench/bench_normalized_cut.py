@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""normalized_cut, from features to foreground, beside the eigensolvers that one would otherwise call.
+"""normalized_cut, from features to foreground, compared with general eigensolvers.
 
-`pytest bench/bench_normalized_cut.py --benchmark-only -s` prints the tables. TokenCut's dense eigh takes seconds at
-3,600 tokens, so it is left out there unless NMK_BENCH_DENSE=1.
+`pytest bench/bench_normalized_cut.py --benchmark-only -s` prints the tables. TokenCut's dense eigh takes seconds for
+3,600 tokens; it is omitted there unless NMK_BENCH_DENSE=1.
 """
 
 import os
@@ -15,7 +15,7 @@ from scipy import ndimage
 from scipy.sparse.linalg import LinearOperator, eigsh, lobpcg
 
 import namedmask_kernels as nk
-from common import CHANNELS, on_gpu, paired_medians, report, scene, threads
+from common import CHANNELS, paired_medians, report, report_gpu, scene, threads
 
 
 def affinity(features, dtype):
@@ -25,7 +25,7 @@ def affinity(features, dtype):
 
 
 def dense(features):
-    """As TokenCut: the generalized problem with dense float64 matrices."""
+    """Like TokenCut: the generalized problem with dense float64 matrices."""
     a = affinity(features, np.float64)
     degrees = np.diag(a.sum(1))
     return scipy.linalg.eigh(degrees - a, degrees, subset_by_index=[1, 2])[1][:, 0]
@@ -66,26 +66,28 @@ def peers(n):
 def table(title, seconds, flops):
     ours, product = seconds["cpu"], seconds["float32 product"]
     rows = [
-        {"who": who, "ms": 1e3 * s, "times cpu's": s / ours} for who, s in seconds.items() if who != "float32 product"
+        {"method": method, "ms": 1e3 * s, "time / cpu's": s / ours}
+        for method, s in seconds.items()
+        if method != "float32 product"
     ]
     rows[0] |= {"GFLOP/s": flops / ours / 1e9, "share of the product's": (flops / ours) / (2 * flops / product)}
-    rows.append({"who": "features x features', torch", "ms": 1e3 * product, "GFLOP/s": 2 * flops / product / 1e9})
+    rows.append({"method": "features x features', torch", "ms": 1e3 * product, "GFLOP/s": 2 * flops / product / 1e9})
     report(title + "; flops counted: half of that product, which is symmetric", rows)
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one thread", "two threads"])
 @pytest.mark.parametrize("side", [28, 40, 60])
-def test_one_photo(benchmark, side, count, quick):
+def test_single_image(benchmark, side, count, quick):
     if quick and side > 40:
-        pytest.skip("the large size")
+        pytest.skip("large size")
     features = scene(side)
     n = side * side
     ours = nk.normalized_cut(features)
     assert ours.residual[0] <= 1e-8 and ours.foreground.any()
     calls = {"cpu": lambda: nk.normalized_cut(features)}
-    for who, solve in peers(n).items():
-        assert (foreground(solve, features) == ours.foreground).mean() > 0.998, who
-        calls[who] = lambda solve=solve: foreground(solve, features)
+    for method, solve in peers(n).items():
+        assert (foreground(solve, features) == ours.foreground).mean() > 0.998, method
+        calls[method] = lambda solve=solve: foreground(solve, features)
     tokens = torch.from_numpy(features).flatten(0, 1)
     calls["float32 product"] = lambda: tokens @ tokens.T
     with threads(count):
@@ -94,45 +96,45 @@ def test_one_photo(benchmark, side, count, quick):
     table(f"normalized_cut, {n} tokens, {ours.iterations[0]} iterations, {count} threads", seconds, n * n * CHANNELS)
 
 
-def test_a_batch_of_32(benchmark, quick):
-    photos = np.stack([scene(28, seed) for seed in range(4 if quick else 32)])
-    ours = nk.normalized_cut(photos)
-    calls = {"cpu": lambda: nk.normalized_cut(photos)}
-    for who, solve in peers(784).items():
-        found = np.stack([foreground(solve, photo) for photo in photos])
-        assert (found == ours.foreground).mean() > 0.998, who
-        calls[who] = lambda solve=solve: [foreground(solve, photo) for photo in photos]
-    tokens = torch.from_numpy(photos).flatten(1, 2)
+def test_batch_of_32(benchmark, quick):
+    images = np.stack([scene(28, seed) for seed in range(4 if quick else 32)])
+    ours = nk.normalized_cut(images)
+    calls = {"cpu": lambda: nk.normalized_cut(images)}
+    for method, solve in peers(784).items():
+        masks = np.stack([foreground(solve, image) for image in images])
+        assert (masks == ours.foreground).mean() > 0.998, method
+        calls[method] = lambda solve=solve: [foreground(solve, image) for image in images]
+    tokens = torch.from_numpy(images).flatten(1, 2)
     calls["float32 product"] = lambda: tokens @ tokens.mT
     with threads(2):
         seconds = paired_medians(calls, rounds=5, seconds=60, pause=0.05)
         benchmark.pedantic(calls["cpu"], rounds=5)
     table(
-        f"normalized_cut, a batch of {len(photos)} photos of 784 tokens, two threads",
+        f"normalized_cut, batch of {len(images)} images of 784 tokens, two threads",
         seconds,
-        len(photos) * 784**2 * CHANNELS,
+        len(images) * 784**2 * CHANNELS,
     )
 
 
 @pytest.mark.parametrize("side", [28, 60])
-def test_a_batch_of_64_on_a_gpu(benchmark, side, quick):
-    """No GPU has run this yet. Aims: 0.15 ms a photo of 3,600 tokens, 0.02 ms of 784."""
-    photos = torch.from_numpy(np.stack([scene(side, seed) for seed in range(4)]))
-    photos = photos.repeat(1 if quick else 16, 1, 1, 1)
+def test_batch_of_64_on_gpu(benchmark, side, quick):
+    """Not run on a GPU yet. Goals: 0.15 ms per image of 3,600 tokens, 0.02 ms of 784."""
+    images = torch.from_numpy(np.stack([scene(side, seed) for seed in range(4)]))
+    images = images.repeat(1 if quick else 16, 1, 1, 1)
 
     def calls():
         from namedmask_kernels.triton import normalized_cut, normalized_rows
 
-        there, expected = photos.cuda(), nk.normalized_cut(photos[:4])
-        found = nk.normalized_cut(there)
-        assert found.residual.max() <= 1e-8
-        assert (found.foreground[:4].cpu() == expected.foreground).float().mean() > 0.999
-        rows, offsets = there.flatten(0, 2), torch.arange(len(photos) + 1, dtype=torch.int32) * side * side
+        on_gpu, expected = images.cuda(), nk.normalized_cut(images[:4])
+        cut = nk.normalized_cut(on_gpu)
+        assert cut.residual.max() <= 1e-8
+        assert (cut.foreground[:4].cpu() == expected.foreground).float().mean() > 0.999
+        rows, offsets = on_gpu.flatten(0, 2), torch.arange(len(images) + 1, dtype=torch.int32) * side * side
         unit = normalized_rows.normalized_rows(rows)
-        half = unit.high.unflatten(0, (len(photos), -1))
-        yield "cuda", lambda: nk.normalized_cut(there)
-        yield "  unit vectors, two halves", lambda: normalized_rows.normalized_rows(rows)
+        half = unit.high.unflatten(0, (len(images), -1))
+        yield "cuda", lambda: nk.normalized_cut(on_gpu)
+        yield "  normalized rows, as two halves", lambda: normalized_rows.normalized_rows(rows)
         yield "  affinity as bits", lambda: normalized_cut.affinity_bits(unit, offsets, 0.2)
         yield "features x features', torch, float16", lambda: half @ half.mT
 
-    on_gpu(f"normalized_cut, {len(photos)} photos of {side * side} tokens, on a GPU", calls, len(photos), benchmark)
+    report_gpu(f"normalized_cut, {len(images)} images of {side * side} tokens, on a GPU", calls, len(images), benchmark)

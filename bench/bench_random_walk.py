@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""random_walk beside the dense torch expression and torch's fused attention, 20 masks over 3,600 tokens: time, memory.
+"""random_walk compared with dense torch and torch's fused attention: time and memory for 20 masks, 3,600 tokens.
 
-`python bench/bench_random_walk.py ours|dense|attention` prints the growth of this process' peak memory during a call.
+`python bench/bench_random_walk.py ours|dense|attention` prints by how much a call raises the peak memory.
 """
 
 import subprocess
@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 import namedmask_kernels as nk
-from common import CHANNELS, forget_peak, on_gpu, paired_medians, report, resident, scene, threads
+from common import CHANNELS, paired_medians, report, report_gpu, reset_peak_memory, resident_memory, scene, threads
 from namedmask_kernels.reference.random_walk import random_walk as definition
 
 SIDE, MASKS, STEPS, SHARPNESS = 60, 20, 2, 10.0
 
 
-def given():
-    """masks float32 [60, 60, 20], features [60, 60, 384]"""
+def inputs():
+    """masks float32 [60, 60, 20], features float32 [60, 60, 384]."""
     masks = torch.rand(SIDE, SIDE, MASKS, generator=torch.Generator().manual_seed(0))
     return masks, torch.from_numpy(scene(SIDE))
 
@@ -29,7 +29,7 @@ def ours(masks, features):
 
 
 def dense(masks, features):
-    """The transition matrix once, then products with it."""
+    """Computes the transition matrix, then multiplies by it."""
     unit = F.normalize(features.flatten(0, 1), dim=1)
     transition = (SHARPNESS * (unit @ unit.T)).softmax(1)
     masks = masks.flatten(0, 1)
@@ -39,9 +39,9 @@ def dense(masks, features):
 
 
 def attention(masks, features):
-    """A step is attention with unit queries and keys: the fused kernel holds no matrix either."""
+    """A step is attention with normalized queries and keys; the fused kernel does not store the matrix either."""
     unit = F.normalize(features.flatten(0, 1), dim=1)[None, None]
-    masks = F.pad(masks.flatten(0, 1), (0, CHANNELS - MASKS))[None, None]  # the fused kernel wants equal widths
+    masks = F.pad(masks.flatten(0, 1), (0, CHANNELS - MASKS))[None, None]  # the fused kernel requires equal dimensions
     for _ in range(STEPS):
         masks = F.scaled_dot_product_attention(unit, unit, masks, scale=SHARPNESS)
     return masks[0, 0, :, :MASKS].unflatten(0, (SIDE, SIDE))
@@ -50,41 +50,41 @@ def attention(masks, features):
 CALLS = {"ours": ours, "dense": dense, "attention": attention}
 
 
-def growth(who):
-    """MiB by which a call raises the peak memory, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, who], capture_output=True, text=True, check=True)
+def added_memory(method):
+    """MiB by which a call raises the peak memory of a new process."""
+    done = subprocess.run([sys.executable, __file__, method], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one thread", "two threads"])
-def test_one_photo(benchmark, count):
-    masks, features = given()
+def test_single_image(benchmark, count):
+    masks, features = inputs()
     exact = definition(masks.flatten(0, 1).double(), features.flatten(0, 1).double(), STEPS, SHARPNESS)
     for call in CALLS.values():
         assert (call(masks, features).flatten(0, 1) - exact).abs().max() < 1e-5
     with threads(count):
-        calls = {who: lambda call=call: call(masks, features) for who, call in CALLS.items()}
+        calls = {method: lambda call=call: call(masks, features) for method, call in CALLS.items()}
         seconds = paired_medians(calls, rounds=7, seconds=12)
         benchmark.pedantic(ours, (masks, features), rounds=3)
-    memory = {who: growth(who) for who in CALLS}
+    memory = {method: added_memory(method) for method in CALLS}
     flops = STEPS * (SIDE * SIDE) ** 2 * (CHANNELS + 2 * MASKS)
     rows = [
         {
-            "who": {"ours": "cpu", "dense": "torch, dense", "attention": "torch, fused attention"}[who],
-            "ms": 1e3 * seconds[who],
-            "times cpu's": seconds[who] / seconds["ours"],
-            "MiB": memory[who],
-            "times cpu's MiB": memory[who] / memory["ours"],
+            "method": {"ours": "cpu", "dense": "torch, dense", "attention": "torch, fused attention"}[method],
+            "ms": 1e3 * seconds[method],
+            "time / cpu's": seconds[method] / seconds["ours"],
+            "MiB": memory[method],
+            "MiB / cpu's": memory[method] / memory["ours"],
         }
-        for who in CALLS
+        for method in CALLS
     ]
     rows[0]["GFLOP/s"] = flops / seconds["ours"] / 1e9
     report(f"random_walk, {SIDE * SIDE} tokens, {MASKS} masks, {STEPS} steps, {count} threads", rows)
 
 
-def test_a_batch_of_64_on_a_gpu(benchmark, quick):
-    """No GPU has run this yet."""
-    masks, features = (torch.stack([x] * (4 if quick else 64)) for x in given())
+def test_batch_of_64_on_gpu(benchmark, quick):
+    """Not run on a GPU yet."""
+    masks, features = (torch.stack([x] * (4 if quick else 64)) for x in inputs())
 
     def calls():
         on_device = masks.cuda(), features.cuda()
@@ -92,18 +92,18 @@ def test_a_batch_of_64_on_a_gpu(benchmark, quick):
         for call in (ours, lambda m, f: dense(m[0], f[0])[None]):
             torch.testing.assert_close(call(*on_device)[0].cpu(), exact, rtol=0, atol=1e-5)
         yield "triton", lambda: ours(*on_device)
-        yield "torch, dense", lambda: [dense(*photo) for photo in zip(*on_device, strict=True)]
+        yield "torch, dense", lambda: [dense(*image) for image in zip(*on_device, strict=True)]
 
-    title = f"random_walk, {len(masks)} photos of {SIDE * SIDE} tokens, {MASKS} masks, {STEPS} steps, on a GPU"
-    on_gpu(title, calls, len(masks), benchmark)
+    title = f"random_walk, {len(masks)} images of {SIDE * SIDE} tokens, {MASKS} masks, {STEPS} steps, on a GPU"
+    report_gpu(title, calls, len(masks), benchmark)
 
 
 if __name__ == "__main__":
-    arguments = given()
+    arguments = inputs()
     small = arguments[0][:2, :2], arguments[1][:2, :2]
     nk.random_walk(*small)
-    torch.rand(64, 64) @ torch.rand(64, 64)  # libraries are loaded, threads started
-    forget_peak()
-    before = resident()
+    torch.rand(64, 64) @ torch.rand(64, 64)  # loads libraries and starts threads
+    reset_peak_memory()
+    before = resident_memory()
     CALLS[sys.argv[1]](*arguments)
-    print(resident() - before)
+    print(resident_memory() - before)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""`namedmask segment`: photos per second, decoding and all, beside the network as torch runs it, a photo at a time.
+"""`namedmask segment` compared with the network in torch, one photo at a time: photos per second, including decoding.
 
-A ResNet-50 with 21 classes and random weights on 480 x 640 JPEGs; `--quick`: a small encoder, small photos.
+A ResNet-50 with 21 classes and random weights on 480 x 640 JPEGs; `--quick` takes a small encoder and small photos.
 """
 
 import torch
-from bench_bilateral_solver import photo as draw
+from bench_bilateral_solver import make_image
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,20 +21,20 @@ CLASSES = 21
 
 def network(quick: bool, classes: int = CLASSES) -> DeepLab:
     torch.manual_seed(0)
-    encoder, width = ("test_resnet", 32) if quick else ("resnet50", 256)
-    return DeepLab(untrained_encoder(encoder), classes, width).eval().requires_grad_(False)
+    encoder, head_channels = ("test_resnet", 32) if quick else ("resnet50", 256)
+    return DeepLab(untrained_encoder(encoder), classes, head_channels).eval().requires_grad_(False)
 
 
 def photos(folder, quick: bool) -> PhotoSource:
     height, width = (96, 128) if quick else (480, 640)
     for i in range(2):
-        Image.fromarray(draw(i, height, width)[1]).save(folder / f"{i}.jpg", quality=92)
+        Image.fromarray(make_image(i, height, width)[1]).save(folder / f"{i}.jpg", quality=92)
     return PhotoSource(folder)
 
 
 @torch.inference_mode()
 def plain(net: DeepLab, source: PhotoSource, name: str, dtype=torch.float32, memory=torch.contiguous_format):
-    """A photo's labels as one writes it down: decode, normalize, forward, resize all logits, argmax."""
+    """Labels of a photo in plain torch: decode, normalize, forward, resize all logits, argmax."""
     pixels = torch.from_numpy(source.decode(name).pixels).permute(2, 0, 1)[None]
     return net(net.normalized(pixels).to(dtype, memory_format=memory))[0].argmax(0)
 
@@ -54,11 +54,9 @@ def test_segment(benchmark, tmp_path, quick):
     seconds = paired_medians(
         {
             "ours": ours,
-            "torch, a photo at a time": lambda: [plain(net, source, name) for name in names],
-            "the same, channels-last": lambda: [
-                plain(last, source, name, memory=torch.channels_last) for name in names
-            ],
-            "the same, channels-last, bfloat16": lambda: [
+            "torch, one photo at a time": lambda: [plain(net, source, name) for name in names],
+            "torch, channels last": lambda: [plain(last, source, name, memory=torch.channels_last) for name in names],
+            "torch, channels last, bfloat16": lambda: [
                 plain(half, source, name, torch.bfloat16, torch.channels_last) for name in names
             ],
         },
@@ -74,12 +72,12 @@ def test_segment(benchmark, tmp_path, quick):
         title,
         [
             {
-                "who": who,
+                "method": method,
                 "photos/s": len(names) / s,
                 "GFLOP/s": flops * len(names) / s / 1e9,
                 "share of sgemm": f"{flops * len(names) / s / ceiling:.0%}",
                 "time / ours": s / seconds["ours"],
             }
-            for who, s in seconds.items()
+            for method, s in seconds.items()
         ],
     )

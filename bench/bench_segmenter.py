@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The training of a segmenter: a step of DeepLabv3+ on ResNet-50, and whether photos come faster than it eats them.
+"""Training of a segmenter: a step of DeepLabv3+ on ResNet-50, and the throughput of the data pipeline.
 
-`pytest bench/bench_segmenter.py --benchmark-only -s` prints the tables. The weights are random: they cost the same.
+`pytest bench/bench_segmenter.py --benchmark-only -s` prints the tables. The weights are random, which does not change
+the time.
 """
 
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_bilateral_solver import photo as draw
+from bench_bilateral_solver import make_image
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +28,7 @@ from namedmask.segmenter.deeplab import DeepLab, on_device
 from namedmask.segmenter.training import Sample, accumulate_gradients, batches
 from namedmask.threads import thread_count
 
-CLASSES, PHOTOS = 21, 2  # a step's photos here; its cost grows with them
+CLASSES, PHOTOS = 21, 2  # photos per step; its time is proportional to them
 
 
 def make_network(quick: bool) -> DeepLab:
@@ -44,7 +45,7 @@ def our_step(network: DeepLab, photos, labels, settings: SegmenterTraining):
 
     def step():
         optimizer.zero_grad()
-        loss = accumulate_gradients(network, network, photos, labels, settings, Worker())
+        loss = accumulate_gradients(network, None, photos, labels, settings, Worker())
         optimizer.step()
         return float(loss)
 
@@ -52,7 +53,7 @@ def our_step(network: DeepLab, photos, labels, settings: SegmenterTraining):
 
 
 def plain_step(network: DeepLab, photos, labels):
-    """As one writes it first: dense NCHW tensors in float32, Adam as it comes, the mean that cross_entropy takes."""
+    """Plain torch: contiguous float32 tensors, Adam with default options, the mean of cross_entropy."""
     optimizer = torch.optim.Adam(network.parameters(), 1e-6, weight_decay=2e-4)
 
     def step():
@@ -76,40 +77,41 @@ def test_training_step(benchmark, quick):
     last = make_network(quick).to(memory_format=torch.channels_last)
     calls = {
         "ours, float32": our_step(on_device(make_network(quick), "cpu"), photos, labels, settings),
-        "ours but channels last, float32": our_step(last, photos, labels, settings),
+        "ours, channels last, float32": our_step(last, photos, labels, settings),
         "ours, bfloat16": our_step(on_device(make_network(quick), "cpu"), photos, labels, bfloat16),
         "plain, float32": plain_step(make_network(quick), photos, labels),
     }
     network = make_network(quick)
-    with FlopCounterMode(display=False) as counter:  # the backward pass is two of it; the counter's own is not right
-        network(network.normalized(photos))  # for depthwise convolutions, which it takes for dense ones
-    losses = {who: call() for who, call in calls.items()}
+    with FlopCounterMode(display=False) as counter:
+        # Only the forward pass: the counter takes the backward pass of depthwise convolutions for that of dense ones.
+        network(network.normalized(photos))
+    losses = {method: call() for method, call in calls.items()}
     assert abs(losses["ours, float32"] - losses["plain, float32"]) < 1e-3 * losses["plain, float32"]
     assert abs(losses["ours, bfloat16"] - losses["plain, float32"]) < 2e-2 * losses["plain, float32"]
     benchmark.pedantic(calls["ours, float32"], rounds=1)
     seconds = paired_medians(calls, rounds=3)
     size = 256 if quick else 2048
     ceiling = {"float32": matrix_rate(torch.float32, size), "bfloat16": matrix_rate(torch.bfloat16, size)}
-    flops = 3 * counter.get_total_flops()
+    flops = 3 * counter.get_total_flops()  # the backward pass takes twice the forward pass
     report(
         f"training step, DeepLabv3+ on {network.encoder}, crop {settings.crop_size}, {PHOTOS} photos, "
-        f"{flops / PHOTOS / 1e9:.0f} GFLOP a photo",
+        f"{flops / PHOTOS / 1e9:.0f} GFLOP per photo",
         [
             {
-                "who": who,
+                "method": method,
                 "s": s,
                 "photos/s": PHOTOS / s,
                 "GFLOP/s": flops / s / 1e9,
-                "of a matrix product's": f"{flops / s / ceiling[who.split()[-1]]:.0%}",
+                "share of a matrix product": f"{flops / s / ceiling[method.split()[-1]]:.0%}",
                 "plain / this": seconds["plain, float32"] / s,
             }
-            for who, s in seconds.items()
+            for method, s in seconds.items()
         ],
     )
 
 
 class Plain(Dataset):
-    """The same augmentation as one writes it with torchvision's transforms, an object of another photo pasted in."""
+    """The same augmentation with torchvision's transforms, including copy-paste."""
 
     def __init__(self, source: PhotoSource, samples: list[Sample], settings: SegmenterTraining, blur: bool):
         self.source, self.samples, self.settings = source, samples, settings
@@ -147,33 +149,33 @@ class Plain(Dataset):
     def __getitem__(self, number: int):
         photo, labels = self.view(number)
         for _ in range(int(torch.randint(self.settings.paste_objects[0], self.settings.paste_objects[1] + 1, ()))):
-            other, theirs = self.view(int(torch.randint(len(self), ())))
-            rows, columns = (theirs > 0).any(1).nonzero(), (theirs > 0).any(0).nonzero()
+            other, other_labels = self.view(int(torch.randint(len(self), ())))
+            rows, columns = (other_labels > 0).any(1).nonzero(), (other_labels > 0).any(0).nonzero()
             if not len(rows):
                 continue
             box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-            is_object = theirs[box] > 0
+            is_object = other_labels[box] > 0
             h, w = is_object.shape
             top, left = (int(torch.randint(self.settings.crop_size - side + 1, ())) for side in (h, w))
             photo[:, top : top + h, left : left + w][:, is_object] = other[:, box[0], box[1]][:, is_object]
-            labels[top : top + h, left : left + w][is_object] = theirs[box][is_object]
+            labels[top : top + h, left : left + w][is_object] = other_labels[box][is_object]
         return photo, labels
 
 
 @pytest.fixture
 def world(tmp_path, quick):
-    """(source, samples): photos of 480 x 640 with an ellipse each."""
+    """(source, samples): photos of 480 x 640, with an ellipse as mask."""
     samples = []
     y, x = np.mgrid[:480, :640]
     for i in range(2 if quick else 24):
-        Image.fromarray(draw(i, 480, 640)[1]).save(tmp_path / f"{i:03}.jpg", quality=92)
+        Image.fromarray(make_image(i, 480, 640)[1]).save(tmp_path / f"{i:03}.jpg", quality=92)
         mask = ((y - 240) / (60 + 6 * i)) ** 2 + ((x - 320) / 150) ** 2 < 1
         samples.append(Sample(MaskRecord.from_mask(f"{i:03}.jpg", mask, "thing", None, 1.0), 1 + i % 20))
     return PhotoSource(tmp_path), samples
 
 
 def test_data_pipeline(benchmark, world, quick):
-    """Photos a second that are decoded, augmented and batched, beside those that a training step takes."""
+    """Photos per second that are decoded, augmented and batched, compared with those that a training step processes."""
     source, samples = world
     settings = settings_of(quick)
 
@@ -185,14 +187,14 @@ def test_data_pipeline(benchmark, world, quick):
 
     def plain(blur: bool, steps: int) -> float:
         loader = DataLoader(Plain(source, samples, settings, blur), settings.batch_size, num_workers=2)
-        taken, began = 0, 0.0
-        while taken < steps * settings.batch_size:
+        count, began = 0, 0.0
+        while count < steps * settings.batch_size:
             for photos, _ in loader:
                 if not began:
-                    began = time.perf_counter()  # the first batch starts the processes
+                    began = time.perf_counter()  # the first batch includes the start of the processes
                     continue
-                taken += len(photos)
-        return taken / (time.perf_counter() - began)
+                count += len(photos)
+        return count / (time.perf_counter() - began)
 
     steps = 2 if quick else 12
     ours(1)
@@ -202,10 +204,10 @@ def test_data_pipeline(benchmark, world, quick):
     rates["DataLoader, 2 processes, torchvision"] = plain(True, 1)
     photos = torch.randint(0, 256, (PHOTOS, 3, settings.crop_size, settings.crop_size), dtype=torch.uint8)
     step = our_step(make_network(quick), photos, torch.zeros(photos[:, 0].shape, dtype=torch.int32), settings)
-    eaten = PHOTOS / paired_medians({"": step}, rounds=3)[""]
+    step_rate = PHOTOS / paired_medians({"": step}, rounds=3)[""]
     report(
-        f"data pipeline, 480 x 640 JPEG to crop {settings.crop_size}, {settings.paste_objects} objects pasted; a step "
-        f"takes {eaten:.2f} photos/s",
-        [{"who": who, "photos/s": rate, "ms a photo": 1e3 / rate, "of what a step takes": rate / eaten}
-         for who, rate in rates.items()],
+        f"data pipeline, 480 x 640 JPEG to crop {settings.crop_size}, {settings.paste_objects} objects pasted; a "
+        f"training step processes {step_rate:.2f} photos/s",
+        [{"method": method, "photos/s": rate, "ms per photo": 1e3 / rate, "rate / training step": rate / step_rate}
+         for method, rate in rates.items()],
     )  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""spectral_clusters for k = 2, 3, 4 at once, beside torch.lobpcg or scipy's dense eigh with scikit-learn's k-means."""
+"""spectral_clusters for k = 2, 3, 4, compared with torch.lobpcg or scipy's dense eigh and scikit-learn's k-means."""
 
 import numpy as np
 import pytest
@@ -7,14 +7,14 @@ import scipy.linalg
 import torch
 
 import namedmask_kernels as nk
-from common import CHANNELS, on_gpu, paired_medians, report, scene, threads
+from common import CHANNELS, paired_medians, report, report_gpu, scene, threads
 
 COUNTS = (2, 3, 4)
 HEIGHT, WIDTH = 38, 50
 
 
 def affinity(features):
-    """float32 [n, n]: cosines scaled to [0, 1]."""
+    """Cosine similarities scaled to [0, 1], float32 [n, n]."""
     unit = torch.nn.functional.normalize(torch.from_numpy(features).flatten(0, 1), dim=1)
     products = unit @ unit.T
     least, most = products.aminmax()
@@ -22,7 +22,7 @@ def affinity(features):
 
 
 def by_lobpcg(features):
-    """The generalized problem in torch, as SelfMask's; once for each k there, once for all here."""
+    """The generalized problem in torch, as in SelfMask, which solves it for each k; here it is solved once for all."""
     a = affinity(features)
     d = a.sum(1)
     start = torch.from_numpy(np.random.default_rng(0).normal(size=(len(a), max(COUNTS))).astype(np.float32))
@@ -43,7 +43,7 @@ def with_kmeans(embed, features):
 
 
 def agreement(a, b):
-    """Share of tokens with equal labels once b's are renamed to those that they most often meet."""
+    """Fraction of tokens with equal labels, after mapping each label of b to the most frequent one of a."""
     a, b = np.ravel(a), np.ravel(b)
     table = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(table, (a, b), 1)
@@ -51,34 +51,34 @@ def agreement(a, b):
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one thread", "two threads"])
-def test_one_photo(benchmark, count):
+def test_single_image(benchmark, count):
     features = np.ascontiguousarray(scene(60, seed=1)[:HEIGHT, :WIDTH])
     ours = nk.spectral_clusters(features, COUNTS)
     calls, absent = {"cpu": lambda: nk.spectral_clusters(features, COUNTS)}, []
     try:
-        for who, embed in (("torch.lobpcg", by_lobpcg), ("scipy eigh", by_eigh)):
-            who += " + scikit-learn's k-means"
+        for method, embed in (("torch.lobpcg", by_lobpcg), ("scipy eigh", by_eigh)):
+            method += " + scikit-learn's k-means"
             for column, labels in enumerate(with_kmeans(embed, features)):
-                assert agreement(ours[..., column], labels) > 0.95, (who, COUNTS[column])
-            calls[who] = lambda embed=embed: with_kmeans(embed, features)
+                assert agreement(ours[..., column], labels) > 0.95, (method, COUNTS[column])
+            calls[method] = lambda embed=embed: with_kmeans(embed, features)
     except ImportError as error:
-        absent.append({"who": f"scikit-learn: absent ({error})"})
+        absent.append({"method": f"scikit-learn: absent ({error})"})
         calls |= {"torch.lobpcg alone": lambda: by_lobpcg(features), "scipy eigh alone": lambda: by_eigh(features)}
     tokens = torch.from_numpy(features).flatten(0, 1)
     calls["features x features', torch"] = lambda: tokens @ tokens.T
     with threads(count):
         seconds = paired_medians(calls, rounds=7, seconds=15, pause=0.05)
         benchmark.pedantic(calls["cpu"], rounds=5)
-    rows = [{"who": who, "ms": 1e3 * s, "times cpu's": s / seconds["cpu"]} for who, s in seconds.items()]
+    rows = [{"method": method, "ms": 1e3 * s, "time / cpu's": s / seconds["cpu"]} for method, s in seconds.items()]
     report(f"spectral_clusters, k = 2, 3, 4, {HEIGHT * WIDTH} tokens, C = {CHANNELS}, {count} threads", rows + absent)
 
 
-def test_a_batch_of_64_on_a_gpu(benchmark, quick):
-    """No GPU has run this yet."""
-    photos = np.stack([scene(60, seed)[:HEIGHT, :WIDTH] for seed in range(4)])
-    photos = torch.from_numpy(photos).repeat(1 if quick else 16, 1, 1, 1)
+def test_batch_of_64_on_gpu(benchmark, quick):
+    """Not run on a GPU yet."""
+    images = np.stack([scene(60, seed)[:HEIGHT, :WIDTH] for seed in range(4)])
+    images = torch.from_numpy(images).repeat(1 if quick else 16, 1, 1, 1)
 
-    def by_lobpcg_there(rows):
+    def by_lobpcg_on_gpu(rows):
         a = (unit := torch.nn.functional.normalize(rows, dim=1)) @ unit.T
         least, most = a.aminmax()
         d = (a := (a - least) / (most - least)).sum(1)
@@ -86,12 +86,12 @@ def test_a_batch_of_64_on_a_gpu(benchmark, quick):
         return torch.lobpcg(d.diag() - a, B=d.diag(), X=start, largest=False, niter=100)[1]
 
     def calls():
-        there, expected = photos.cuda(), nk.spectral_clusters(photos[:4], COUNTS)
-        found = nk.spectral_clusters(there, COUNTS)[:4].cpu()
+        on_gpu, expected = images.cuda(), nk.spectral_clusters(images[:4], COUNTS)
+        labels = nk.spectral_clusters(on_gpu, COUNTS)[:4].cpu()
         for column, _ in enumerate(COUNTS):
-            assert agreement(expected[..., column], found[..., column]) > 0.99
-        yield "cuda", lambda: nk.spectral_clusters(there, COUNTS)
-        yield "torch.lobpcg alone, photo after photo", lambda: [by_lobpcg_there(p) for p in there.flatten(1, 2)]
+            assert agreement(expected[..., column], labels[..., column]) > 0.99
+        yield "cuda", lambda: nk.spectral_clusters(on_gpu, COUNTS)
+        yield "torch.lobpcg alone, one image at a time", lambda: [by_lobpcg_on_gpu(p) for p in on_gpu.flatten(1, 2)]
 
-    on_gpu(f"spectral_clusters, k = 2, 3, 4, {len(photos)} photos of {HEIGHT * WIDTH} tokens, on a GPU", calls,
-           len(photos), benchmark)  # fmt: skip
+    report_gpu(f"spectral_clusters, k = 2, 3, 4, {len(images)} images of {HEIGHT * WIDTH} tokens, on a GPU", calls,
+           len(images), benchmark)  # fmt: skip

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Photos per second of each stage and of the whole command, and where the time goes.
+"""Photos per second of each stage and of the whole command, and the time of each step.
 
-Photos are drawn here (480 x 640 JPEGs); the backbone is a ViT-S/16 with random weights, which costs what DINO's costs.
-The index is made with the demo's CLIP of the demo's photos: both are small, so what surrounds the network shows.
+Photos are synthetic 480 x 640 JPEGs; the backbone is a ViT-S/16 with random weights, which takes as long as DINO's.
+The index is computed with the demo's CLIP on the demo's photos; both are small, to show the overhead.
 """
 
 import time
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from bench_bilateral_solver import photo as draw
+from bench_bilateral_solver import make_image
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -31,12 +31,12 @@ BACKBONE = "vit_small_patch16_224.dino"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, quick):
-    """(photo folder with one class, their names, detector settings)"""
+    """(photos of one class, their names, settings of the detector)."""
     root = tmp_path_factory.mktemp("stages")
     folder = root / "photos" / "thing"
     folder.mkdir(parents=True)
     for i in range(4 if quick else 24):
-        Image.fromarray(draw(i, 480, 640)[1]).save(folder / f"{i:03}.jpg", quality=92)
+        Image.fromarray(make_image(i, 480, 640)[1]).save(folder / f"{i:03}.jpg", quality=92)
     torch.manual_seed(0)
     save_file(timm.create_model(BACKBONE, num_classes=0).state_dict(), root / "vit.safetensors")
     source = PhotoSource(root / "photos")
@@ -44,7 +44,7 @@ def world(tmp_path_factory, quick):
 
 
 def rate(title, benchmark, call, photos, **facts):
-    """Runs the stage once to warm up and once for the record."""
+    """Runs the stage once to warm up and once to time it."""
     call()
     began = time.perf_counter()
     benchmark.pedantic(call, rounds=1)
@@ -62,8 +62,8 @@ def test_index(benchmark, tmp_path, quick):
     source, clip = PhotoSource(tmp_path), Clip(IndexConfig(clip_model="namedmask-demo"), "cpu")
     names = list(source)
 
-    def alone():
-        """The same work, step by step in this thread: (photos' embeddings, seconds to decode, seconds of network)."""
+    def single_thread():
+        """The same work in this thread: (embeddings of the photos, seconds to decode, seconds of the network)."""
         began = time.perf_counter()
         inputs = [clip.preprocess(Image.fromarray(source.decode(name).pixels)) for name in names]
         decoded = time.perf_counter()
@@ -73,15 +73,15 @@ def test_index(benchmark, tmp_path, quick):
             rows = torch.cat([clip.model.encode_image(batch, normalize=True) for batch in batches])
         return rows.numpy(), decoded - began, time.perf_counter() - decoded
 
-    alone()
-    rows, decode, network = alone()
+    single_thread()
+    rows, decode, network = single_thread()
     np.testing.assert_allclose(np.stack([row for _, row in clip.images(source, names)]), rows, atol=1e-5)
     rate(
         f"index: the demo's CLIP, photos of 128 to 192 pixels, {thread_count()} threads",
         benchmark,
         lambda: list(clip.images(source, names)),
         len(names),
-        **{"decode, ms a photo": 1e3 * decode / len(names), "network, ms a photo": 1e3 * network / len(names)},
+        **{"decode, ms per photo": 1e3 * decode / len(names), "network, ms per photo": 1e3 * network / len(names)},
         **{"share of decode": f"{decode / (decode + network):.0%}"},
     )
 
@@ -95,7 +95,7 @@ def test_detect(benchmark, world):
     def call():
         return [detector.detect([photo])[0] for photo in photos]
 
-    assert all(found.mask.shape == (480, 640) and 0 <= found.confidence < 1 for found in call())
+    assert all(d.mask.shape == (480, 640) and 0 <= d.confidence < 1 for d in call())
     rate("detect: spectral, ViT-S/16, short side 448", benchmark, call, len(photos), tokens=tokens)
 
 
@@ -111,7 +111,7 @@ def test_refine(benchmark, world):
         return refiner.refine(photos, targets)
 
     assert all(soft.shape == (480, 640) and soft.isfinite().all() for soft in call())
-    rate("refine: bilateral solver, 480 x 640, a batch", benchmark, call, len(photos))
+    rate("refine: bilateral solver, 480 x 640, one batch", benchmark, call, len(photos))
 
 
 def test_pseudolabel(benchmark, world):
@@ -123,12 +123,12 @@ def test_pseudolabel(benchmark, world):
         return [item for batch in labeler.label(source, names) for item in batch]
 
     assert len(call()) == len(names)
-    rate("pseudolabel engine: decode, detect, refine", benchmark, call, len(names))
-    print(", ".join(f"{step} {1e3 * s / len(names):.1f} ms a photo" for step, s in labeler.seconds.items()))
+    rate("pseudolabel: decode, detect, refine", benchmark, call, len(names))
+    print(", ".join(f"{step} {1e3 * s / len(names):.1f} ms per photo" for step, s in labeler.seconds.items()))
 
 
 def test_whole_command(benchmark, world, tmp_path):
-    """Class folders to masks and report, in this process: model loading and report included."""
+    """From class folders to masks and report, in this process, including the loading of models."""
     source, names, config = world
     runs = iter(range(100))
 

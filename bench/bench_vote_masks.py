@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""vote_masks beside the same vote in torch and in numpy, on 27 candidates of a photo of 375 x 500."""
+"""vote_masks compared with two implementations in torch, on 27 candidates of an image of 375 x 500."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ COUNT, HEIGHT, WIDTH = 27, 375, 500
 
 
 def candidates(seed=0):
-    """bool [27, 375, 500]: ellipses of one object, larger and smaller, whole bands, and their complements."""
+    """Ellipses of various sizes around one object, some of them inverted, bool [27, 375, 500]."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     masks = []
@@ -24,20 +24,20 @@ def candidates(seed=0):
 
 
 def framing(masks):
-    """Which masks [n, h, w] span the full height or width."""
+    """Which of the masks [n, h, w] span the full height or width, bool [n]."""
     rows, columns = masks.any(2), masks.any(1)
     return (rows[:, 0] & rows[:, -1]) | (columns[:, 0] & columns[:, -1])
 
 
 def torch_vote(masks):
-    """The loop over pairs that one writes in torch, as SelfMask does."""
+    """A loop over pairs, as in SelfMask."""
     kept = masks[~framing(masks)]
     scores = torch.stack([torch.stack([(a & b).sum() / ((a | b).sum() + 1e-7) for b in kept]).sum() for a in kept])
     return torch.nonzero(~framing(masks))[scores.argmax()].item()
 
 
 def torch_product(masks):
-    """All intersections from one float32 product of the masks as vectors."""
+    """All intersections by one float32 matrix product of the flattened masks."""
     index = torch.nonzero(~framing(masks)).squeeze(1)
     flat = masks[index].flatten(1).float()
     both = flat @ flat.T
@@ -46,24 +46,24 @@ def torch_product(masks):
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one thread", "two threads"])
-def test_one_photo(benchmark, count):
+def test_single_image(benchmark, count):
     masks = torch.from_numpy(candidates())
     ours = nk.vote_masks(masks)
-    everyone = masks.clone()
-    everyone[:, [0, -1]] = everyone[:, :, [0, -1]] = False  # nothing is dropped: the most pairs
+    unframed = masks.clone()
+    unframed[:, [0, -1]] = unframed[:, :, [0, -1]] = False  # no mask is dropped: the largest number of pairs
     calls = {
-        "cpu": lambda: nk.vote_masks(everyone),
-        "torch, pair by pair": lambda: torch_vote(everyone),
-        "torch, one float32 product": lambda: torch_product(everyone),
+        "cpu": lambda: nk.vote_masks(unframed),
+        "torch, one pair at a time": lambda: torch_vote(unframed),
+        "torch, one float32 product": lambda: torch_product(unframed),
     }
-    for masked, vote in ((masks, ours), (everyone, nk.vote_masks(everyone))):
+    for masked, vote in ((masks, ours), (unframed, nk.vote_masks(unframed))):
         assert torch_vote(masked) == torch_product(masked) == vote.winner
-    assert 5 < ours.kept.sum() < COUNT and nk.vote_masks(everyone).kept.all()
+    assert 5 < ours.kept.sum() < COUNT and nk.vote_masks(unframed).kept.all()
     with threads(count):
         seconds = paired_medians(calls, rounds=9, seconds=10)
         benchmark.pedantic(calls["cpu"], rounds=20, warmup_rounds=2)
         ceiling = copy_bandwidth(2 * masks.numel()) * count
-    rows = [{"who": who, "ms": 1e3 * s, "times cpu's": s / seconds["cpu"]} for who, s in seconds.items()]
+    rows = [{"method": method, "ms": 1e3 * s, "time / cpu's": s / seconds["cpu"]} for method, s in seconds.items()]
     read = masks.numel() / seconds["cpu"]
     rows[0] |= {"GB/s of masks": read / 1e9, "share of a copy's": read / ceiling}
     report(f"vote_masks, {COUNT} masks of {HEIGHT} x {WIDTH}, all voting, {count} threads", rows)

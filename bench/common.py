@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What the benches share: fair timing on a noisy machine, one thread for every library, a scene and a table.
+"""Shared code of the benches: interleaved timing, numbers of threads, synthetic features, and tables of results.
 
 with one_thread():
     seconds = paired_medians({"ours": ours, "peer": peer}, rounds=20)
-report("operator, 512x683", [{"who": n, "ms": 1e3 * s} for n, s in seconds.items()])
+report("operator, 512x683", [{"method": name, "ms": 1e3 * s} for name, s in seconds.items()])
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 CHANNELS = 384  # of a ViT-S
-QUICK = False  # --quick: three turns each, to see that benches still run
+QUICK = False  # --quick: three rounds each, to check that benches run
 
 
 def scene(side: int, seed: int = 0) -> np.ndarray:
-    """float32 [side, side, 384]: two objects before a background that varies slowly; all share a direction, and noise
-    is strong, so that the graph hangs together (second eigenvalues of 0.3 to 0.8, as of a ViT's tokens)."""
+    """Features of two objects before a background that varies slowly, float32 [side, side, 384].
+
+    All features share a direction and noise is strong, so that the affinity graph is connected and its second
+    eigenvalue is 0.3 to 0.8, as for the tokens of a ViT.
+    """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:side, :side] / side
     shared = 0.9 * rng.normal(size=CHANNELS)
@@ -44,18 +47,21 @@ def scene(side: int, seed: int = 0) -> np.ndarray:
 def paired_medians(
     calls: Mapping[str, Callable[[], object]], rounds: int = 15, seconds: float = 120.0, pause: float = 0.0
 ) -> dict[str, float]:
-    """Median seconds of each call, taken in turns so that a slow spell of the machine hits all alike.
+    """Median seconds of each call. Calls are interleaved, so that slow phases of the machine affect all of them.
 
-    Every call runs once unmeasured first. Stops after `rounds` turns, or after `seconds` (three turns at least).
-    `pause`: seconds before each timed call. OpenBLAS's threads spin for some milliseconds after a product, on the cores
-    of whoever comes next: 0.05 where that is a peer and more than one thread counts.
+    Args:
+        calls: Functions by name. Each is called once before timing starts.
+        rounds: Maximum number of rounds, in each of which every call is timed once.
+        seconds: Maximum duration; at least three rounds are run.
+        pause: Seconds to wait before each timed call. OpenBLAS's threads keep spinning for some milliseconds after a
+            product, which slows down the next call on more than one thread; 0.05 avoids it.
     """
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    for turn in range(3 if QUICK else rounds):
-        if turn >= 3 and time.perf_counter() > end:
+    for round_number in range(3 if QUICK else rounds):
+        if round_number >= 3 and time.perf_counter() > end:
             break
         for name, call in calls.items():
             if pause:
@@ -63,11 +69,11 @@ def paired_medians(
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return {name: statistics.median(durations) for name, durations in times.items()}
 
 
 def _openblas() -> Iterator[tuple[Callable[[int], None], Callable[[], int]]]:
-    """(set, get) of the number of threads, for every OpenBLAS in this process (numpy and scipy bring one each)."""
+    """(setter, getter) of the number of threads, for each OpenBLAS in this process (numpy and scipy have one each)."""
     paths = set(re.findall(r"/\S*openblas\S*", Path("/proc/self/maps").read_text()))
     for library in map(ctypes.CDLL, paths):
         for form in ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads"):
@@ -78,10 +84,9 @@ def _openblas() -> Iterator[tuple[Callable[[int], None], Callable[[], int]]]:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """`count` threads for torch, our kernels and numpy's and scipy's OpenBLAS inside the block.
+    """Within the context, torch, our kernels and the OpenBLAS of numpy and scipy use `count` threads.
 
-    Our OpenMP regions follow torch.set_num_threads: both use the one libgomp, whose setting torch changes for the
-    calling thread.
+    torch.set_num_threads sets the number for our OpenMP regions too, because both use the same libgomp.
     """
     before, blas = torch.get_num_threads(), list(_openblas())
     blas_before = [get() for _, get in blas]
@@ -102,9 +107,9 @@ def one_thread() -> contextlib.AbstractContextManager[None]:
 
 
 def on_threads(count: int, call: Callable[[], object]) -> Callable[[], object]:
-    """`call` with our kernels on `count` threads, to be timed inside a `threads` block that puts things back.
+    """Wraps `call` to run our kernels on `count` threads. Use it within a `threads` context, which restores the number.
 
-    Setting torch's number takes microseconds; `threads` takes milliseconds, for OpenBLAS starts and ends its threads.
+    torch.set_num_threads takes microseconds; `threads` takes milliseconds, as OpenBLAS starts and ends its threads.
     """
 
     def run():
@@ -114,38 +119,38 @@ def on_threads(count: int, call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def report_two_threads(title: str, call: Callable[[], object], photos: int, benchmark, rounds: int, seconds: float):
-    """Reports the median time of a call, of so many photos, on one thread and on two."""
+def report_two_threads(title: str, call: Callable[[], object], images: int, benchmark, rounds: int, seconds: float):
+    """Reports the median time of a call that processes `images` images, on one thread and on two."""
     with threads(2):
-        taken = paired_medians({f"{n} threads": on_threads(n, call) for n in (1, 2)}, rounds, seconds)
+        medians = paired_medians({f"{n} threads": on_threads(n, call) for n in (1, 2)}, rounds, seconds)
         benchmark.pedantic(call, rounds=3)
     report(
         title,
         [
-            {"who": who, "ms": 1e3 * s, "photos/s": photos / s, "speedup": taken["1 threads"] / s}
-            for who, s in taken.items()
+            {"method": method, "ms": 1e3 * s, "images/s": images / s, "speedup": medians["1 threads"] / s}
+            for method, s in medians.items()
         ],
     )
 
 
-def resident(which: str = "VmHWM") -> float:
-    """MiB of this process in memory: the peak, or "VmRSS" now.
+def resident_memory(which: str = "VmHWM") -> float:
+    """Resident memory of this process in MiB: "VmHWM" is the peak, "VmRSS" the current value.
 
-    Not getrusage: what that tells of a new process counts its parent's memory too.
+    getrusage would include the memory of the parent of a new process.
     """
     return int(re.search(rf"{which}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def forget_peak() -> None:
-    """Makes the peak start anew; memory that was freed goes back first, and so counts again when it is taken again."""
+def reset_peak_memory() -> None:
+    """Resets the peak of resident memory, after freed memory has been returned to the system."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def copy_bandwidth(bytes_moved: int = 1 << 28) -> float:
-    """Bytes per second, read plus written, that one thread reaches when it copies an array of half `bytes_moved`.
+    """Bytes per second, read plus written, of one thread that copies an array of `bytes_moved` / 2 bytes.
 
-    256 MB measures the memory; a size that fits a cache measures that cache. The ceiling for bandwidth-bound kernels.
+    It is the ceiling of bandwidth-bound kernels. 256 MB measures the memory, a size that fits into a cache that cache.
     """
     source = np.ones(bytes_moved // 2, np.uint8)
     target = np.empty_like(source)
@@ -159,67 +164,71 @@ def copy_bandwidth(bytes_moved: int = 1 << 28) -> float:
 
 
 def matrix_rate(dtype: torch.dtype = torch.float32, size: int = 1024) -> float:
-    """Flops per second of a square matrix product: the ceiling of convolutions and linear layers."""
+    """FLOP/s of a square matrix product, the ceiling of convolutions and linear layers."""
     a = torch.randn(size, size).to(dtype)
     return 2 * size**3 / paired_medians({"": lambda: a @ a}, rounds=10)[""]
 
 
-def needs_gpu(title: str) -> None:
-    """Where there is no GPU: reports the table as absent and skips the bench."""
+def require_gpu(title: str) -> None:
+    """Skips the bench if there is no GPU, and reports that in its table."""
     if not torch.cuda.is_available():
-        report(title, [{"who": "cuda: absent (no CUDA device here)"}])
-        pytest.skip("no CUDA device here")
+        report(title, [{"method": "cuda: absent (no CUDA device)"}])
+        pytest.skip("no CUDA device")
 
 
 def device_median(call: Callable[[], object], rounds: int = 30) -> float:
-    """Median seconds between CUDA events around a call, after three unmeasured ones."""
-    taken = []
-    for turn in range(3 + (3 if QUICK else rounds)):
+    """Median seconds between CUDA events around a call, after three untimed calls."""
+    durations = []
+    for round_number in range(3 + (3 if QUICK else rounds)):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         end.record()
         end.synchronize()
-        if turn >= 3:
-            taken.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(taken)
+        if round_number >= 3:
+            durations.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(durations)
 
 
-def on_gpu(title: str, make: Callable[[], Iterator[tuple[str, Callable]]], photos: int, benchmark) -> None:
-    """Reports the median time of the calls that `make` yields with their names, or that there is no GPU.
+def report_gpu(title: str, make: Callable[[], Iterator[tuple[str, Callable]]], images: int, benchmark) -> None:
+    """Reports median times on a GPU; skips the bench if there is none.
 
-    `make` moves the data to the GPU and checks the results. The first call is ours.
+    Args:
+        title: Title of the table.
+        make: Moves the data to the GPU, checks the results, and yields the calls to time with their names, ours first.
+        images: Number of images that a call processes.
+        benchmark: Fixture of pytest-benchmark.
     """
-    needs_gpu(title)
+    require_gpu(title)
     calls = dict(make())
     first = next(iter(calls.values()))
     benchmark.pedantic(lambda: (first(), torch.cuda.synchronize()), rounds=10)
-    seconds = {who: device_median(call) for who, call in calls.items()}
-    report(title, [{"who": who, "ms": 1e3 * s, "ms a photo": 1e3 * s / photos} for who, s in seconds.items()])
+    seconds = {method: device_median(call) for method, call in calls.items()}
+    report(title, [{"method": m, "ms": 1e3 * s, "ms per image": 1e3 * s / images} for m, s in seconds.items()])
 
 
 def device_copy_bandwidth() -> float:
-    """Bytes per second, read plus written, that the GPU reaches when it copies 1 GiB."""
+    """Bytes per second, read plus written, of the GPU when it copies 1 GiB."""
     source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / device_median(lambda: target.copy_(source))
 
 
 def machine() -> str:
-    """The processor's name and how many of its cores this process sees."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{found.group(1) if found else platform.machine()}, {torch.get_num_threads()} threads"
+    """Name of the processor and number of threads of this process."""
+    match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{match.group(1) if match else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 _reported: list[tuple[str, list[str], list[list[str]]]] = []
 
 
 def results_page() -> str:
-    """Everything that `report` has printed in this process, as Markdown."""
+    """All tables that `report` has printed in this process, as Markdown."""
     lines = [
-        "# What the benches printed",
+        "# Results of the benches",
         "",
-        f"Made by `pytest {shlex.join(sys.argv[1:])}`; do not edit by hand.",
+        f"Generated by `pytest {shlex.join(sys.argv[1:])}`; do not edit by hand.",
         f"{machine()}; {_levels()}, torch {torch.__version__}, numpy {np.__version__}, {platform.platform()}.",
     ]
     for title, columns, rows in _reported:
@@ -236,7 +245,7 @@ def _levels() -> str:
 
 
 def report(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Prints rows as a table with the machine's name; floats with three significant digits. Keeps them for the page."""
+    """Prints rows as a table, floats with three significant digits, and keeps it for `results_page`."""
     table = Table()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:

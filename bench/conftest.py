@@ -2,8 +2,8 @@
 """Options of all benches, and the page of results.
 
 pytest bench --benchmark-only -s                                   tables on the terminal
-pytest bench --benchmark-only --results bench/RESULTS.md           the same tables as a page
-pytest bench --benchmark-only --quick                              small sizes: does every bench still run?
+pytest bench --benchmark-only --results bench/RESULTS.md           the same tables as a Markdown page
+pytest bench --benchmark-only --quick                              small sizes, to check that all benches run
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ import common
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="small sizes, for a check that benches run")
+    parser.addoption("--quick", action="store_true", help="small sizes, to check that benches run")
     parser.addoption("--results", type=Path, help="write all tables to this Markdown file")
 
 
