@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: MIT
+"""The documentation: links lead somewhere, Python examples run, commands and settings exist.
+
+Examples that need photos or weights run on generated photos and the networks of the demo.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import namedmask_kernels
+from namedmask import cli, config
+from namedmask.stages import STAGES
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+
+APP = typer.main.get_command(cli.app)
+PSEUDOLABEL = typer.main.get_command(cli.pseudolabel_app)
+SETTINGS = {one.name: one for one in config.settings()}
+
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list:
+    """A test parameter (page, code) for each fenced block of a language."""
+    found = []
+    for page, text in TEXTS.items():
+        for match in FENCE.finditer(text):
+            if match[1] == language:
+                line = text[: match.start()].count("\n") + 1
+                found.append(pytest.param(page, match[2], id=f"{page}:{line}"))
+    return found
+
+
+def commands() -> list:
+    """A test parameter for each namedmask command in the shell blocks."""
+    found = []
+    for block in blocks("bash"):
+        page, code = block.values
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            starts = [i for i, word in enumerate(words) if word in ("namedmask", "namedmask-pseudolabel")]
+            if starts:
+                found.append(pytest.param(words[starts[0] :], id=f"{page}: {line.strip()}"))
+    return found
+
+
+def inline_code() -> Iterator[tuple[str, str]]:
+    """(page, code) for all code in running text."""
+    for page, text in TEXTS.items():
+        for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", text)):
+            yield page, code
+
+
+def flags_of(command) -> set[str]:
+    return {flag for one in command.params for flag in (*one.opts, *one.secondary_opts) if flag.startswith("-")}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_to_files(page):
+    text = FENCE.sub("", TEXTS[page])
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:|#", target):
+            assert ((ROOT / page).parent / target.partition("#")[0]).is_file(), target
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory) -> Path:
+    """A folder with photo.jpg, photo2.jpg, and a labeled run with a segmenter."""
+    from PIL import Image
+
+    from namedmask.backbones import untrained_encoder
+    from namedmask.demo.scenes import KINDS, index_photo
+    from namedmask.segmenter.deeplab import DeepLab, save_segmenter
+
+    folder = tmp_path_factory.mktemp("docs")
+    for number in range(2):
+        path = folder / "photos" / list(KINDS)[number] / f"{number}.png"
+        path.parent.mkdir(parents=True)
+        photo = Image.fromarray(index_photo(7, number).image)
+        photo.save(path)
+        photo.save(folder / f"photo{number + 1 if number else ''}.jpg")
+    words = ["run", folder / "photos", "--out", folder / "run", "--backbone", "vit_namedmask_demo"]
+    words += ["--image-size", "64", "--features", "tokens", "--center-features"]
+    result = CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (folder / "run" / "segmenter").mkdir()
+    encoder = untrained_encoder("resnet_namedmask_demo")
+    save_segmenter(folder / "run" / "segmenter", DeepLab(encoder, 3, head_channels=16), ["cat", "dog"])
+    return folder
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def test_python_examples_run(page, code, stand_ins, monkeypatch):
+    monkeypatch.chdir(stand_ins)
+    exec(compile(code.replace("vit_small_patch8_224.dino", "vit_namedmask_demo"), page, "exec"), {})
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_parse(words):
+    name, *rest = words
+    command = PSEUDOLABEL
+    if name == "namedmask":
+        name, *rest = rest or ["--help"]
+        if name.startswith("-"):
+            assert name in flags_of(APP)
+            return
+        command = APP.commands[name]
+    context = command.make_context(name, rest)
+    for given in context.params.get("set_") or ():
+        key, _, text = given.partition("=")
+        config.find_setting(key).parse(text)
+    for one in SETTINGS.values():
+        text = context.params.get(cli._variable(one)) if one.flag else None
+        if isinstance(text, str) and name in {s.name for s in STAGES.values()} | {"run"}:
+            one.parse(text)
+
+
+def test_inline_commands_flags_and_settings_exist():
+    sections = {name.split(".")[0] for name in SETTINGS if "." in name}
+    all_flags = set().union(*(flags_of(command) for command in (APP, *APP.commands.values())))
+    for page, code in inline_code():
+        words = code.split()
+        if words[0] == "namedmask" and len(words) > 1 and not words[1].startswith("-"):
+            assert words[1] in APP.commands, (page, code)
+            unknown = {word for word in words[2:] if word.startswith("--")} - flags_of(APP.commands[words[1]])
+            assert not unknown, (page, code)
+        elif code.startswith("--"):
+            assert words[0] in all_flags, (page, code)
+        elif re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", code) and code.split(".")[0] in sections:
+            known = any(name == code or name.startswith(code + ".") for name in SETTINGS)
+            assert known or code.endswith((".toml", ".jsonl", ".json", ".html", ".safetensors")), (page, code)
+
+
+def test_every_command_is_documented():
+    for command in APP.commands:
+        assert f"namedmask {command}" in TEXTS["docs/label-photos.md"], command
+
+
+def test_every_operator_has_a_section_and_an_example():
+    page = TEXTS["docs/operators.md"]
+    for name in namedmask_kernels.__all__:
+        assert f"::: namedmask_kernels.{name}\n" in page
+        if name[0].islower():
+            assert re.search(rf"\b{name}\(", page), name
+
+
+def test_settings_page_lists_every_setting(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import hooks
+
+    assert hooks.SETTINGS_MARKER in TEXTS["docs/settings.md"]
+    tables = hooks.settings_tables()
+    rows = {line.split("</code>")[0].partition("<code>")[2]: line for line in tables.splitlines() if "<code>" in line}
+    assert list(rows) == list(SETTINGS)
+    for name, one in SETTINGS.items():
+        cells = rows[name].strip("| ").split(" | ")
+        assert len(cells) == 5 and one.field.description.split("'")[0] in cells[4]
+        assert one.flag is None or f"<code>{one.flag}</code>" in cells[0]
+
+
+def test_the_readme_is_short():
+    assert 600 <= len(TEXTS["README.md"].split()) <= 900
+
+
+def test_docs_are_free_of_heavy_imports():
+    """What builds the site needs neither torch nor timm."""
+    code = (
+        "import sys; sys.path.insert(0, 'docs'); import hooks; hooks.settings_tables(); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n", done.stderr
