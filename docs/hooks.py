@@ -50,6 +50,11 @@ def on_page_markdown(markdown: str, page: Any, **others: Any) -> str:
     return markdown.replace(SETTINGS_MARKER, settings_tables())
 
 
+def on_page_content(content: str, **others: Any) -> str:
+    """Marks options in running text, for extra.css."""
+    return content.replace("<code>--", '<code class="option">--')
+
+
 def site_link(source: str, target: str) -> str:
     """A link from one file of the repository to another, as a link between files of the site, which has no folders."""
     path = os.path.normpath(Path(source).parent / target)

@@ -6,6 +6,7 @@ Examples that need photos or weights run on generated photos and the networks of
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -24,6 +25,10 @@ from namedmask.stages import STAGES
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+
+spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+hooks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hooks)
 
 APP = typer.main.get_command(cli.app)
 PSEUDOLABEL = typer.main.get_command(cli.pseudolabel_app)
@@ -59,7 +64,7 @@ def commands() -> list:
 def inline_code() -> Iterator[tuple[str, str]]:
     """(page, code) for all code in running text."""
     for page, text in TEXTS.items():
-        for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", text)):
+        for code in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
             yield page, code
 
 
@@ -71,8 +76,25 @@ def flags_of(command) -> set[str]:
 def test_links_lead_to_files(page):
     text = FENCE.sub("", TEXTS[page])
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not re.match(r"[a-z]+:|#", target):
-            assert ((ROOT / page).parent / target.partition("#")[0]).is_file(), target
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert file.is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", _complete(file), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+def _complete(page: Path) -> str:
+    """The text of a page, with what hooks.py adds."""
+    return page.read_text(encoding="utf-8").replace(hooks.SETTINGS_MARKER, hooks.settings_tables())
+
+
+def test_links_are_rewritten_for_the_site():
+    assert hooks.site_link("README.md", "docs/train.md") == "train.md"
+    assert hooks.site_link("docs/performance.md", "../bench/RESULTS.md") == "benchmarks.md"
+    assert hooks.site_link("docs/train.md", "settings.md") == "settings.md"
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +140,15 @@ def test_commands_parse(words):
             return
         command = APP.commands[name]
     context = command.make_context(name, rest)
-    for given in context.params.get("set_") or ():
-        key, _, text = given.partition("=")
-        config.find_setting(key).parse(text)
+    stages = cli.LABELING if name in ("run", "namedmask-pseudolabel") else (name,)
+    sections = [section for stage in stages if stage in STAGES for section in STAGES[stage].sections]
+    options = {}
     for one in SETTINGS.values():
-        text = context.params.get(cli._variable(one)) if one.flag else None
-        if isinstance(text, str) and name in {s.name for s in STAGES.values()} | {"run"}:
-            one.parse(text)
+        text = context.params.get(one.flag.lstrip("-").replace("-", "_")) if one.flag else None
+        if text is not None and one.name.split(".")[0] in sections:
+            options[one] = text
+    given = cli.given_settings(sections, None, context.params.get("set_") or [], options)
+    config.make_config({"photos": "photos", **given})
 
 
 def test_inline_commands_flags_and_settings_exist():
@@ -150,16 +174,17 @@ def test_every_command_is_documented():
 
 def test_every_operator_has_a_section_and_an_example():
     page = TEXTS["docs/operators.md"]
+    documented = re.findall(r"^::: namedmask_kernels\.([\w.]+)$", page, re.MULTILINE)
+    assert sorted(path.split(".")[-1] for path in documented) == sorted(namedmask_kernels.__all__)
+    for path in documented:
+        # For mkdocstrings, namedmask_kernels.pamr is the module. The function is namedmask_kernels.pamr.pamr.
+        assert "." in path or importlib.util.find_spec(f"namedmask_kernels.{path}") is None, path
     for name in namedmask_kernels.__all__:
-        assert f"::: namedmask_kernels.{name}\n" in page
         if name[0].islower():
-            assert re.search(rf"\b{name}\(", page), name
+            assert any(f"{name}(" in match[2] for match in FENCE.finditer(page)), name
 
 
-def test_settings_page_lists_every_setting(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    import hooks
-
+def test_settings_page_lists_every_setting():
     assert hooks.SETTINGS_MARKER in TEXTS["docs/settings.md"]
     tables = hooks.settings_tables()
     rows = {line.split("</code>")[0].partition("<code>")[2]: line for line in tables.splitlines() if "<code>" in line}
