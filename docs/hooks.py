@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
     "benchmarks.md": "bench/RESULTS.md",
     "ablations.md": "bench/ABLATIONS.md",
     "tools.md": "tools/README.md",
