@@ -6,8 +6,8 @@ implementation for the CPU.
 
 Time per image on one core of a Sapphire Rapids Xeon, in ms: keys of the colors 0.5, sums over vertices 0.9, neighbors
 and order of the system 0.6, bistochastization 0.25, 25 iterations 1.05, slicing 0.2: 3.5 with warm caches. In this
-bench the published solver evicts the caches between calls, which costs more than half a millisecond. An iteration is bound by
-loads of single neighbor values from the second-level cache.
+bench the published solver evicts the caches between calls, which costs more than half a millisecond. An iteration is
+bound by loads of single neighbor values from the second-level cache.
 """
 
 import numpy as np
