@@ -31,7 +31,9 @@ def _sdpa(qkv: Tensor, ends: list[int], scale: float) -> Tensor:
 def _attention_features(qkv: Tensor, ends: list[int], scale: float) -> Tensor:
     """The operator of `namedmask_kernels`, the whole batch in one call."""
     offsets = torch.tensor(ends, dtype=torch.int32)
-    return attention_features(qkv, offsets, scale=scale, want=("output",)).output
+    output = attention_features(qkv, offsets, scale=scale, want=("output",)).output
+    assert output is not None
+    return output
 
 
 def _xformers(qkv: Tensor, ends: list[int], scale: float) -> Tensor:
@@ -63,7 +65,7 @@ class Fastest(NamedTuple):
 # avx512 and avx2 were measured on an AVX-512 machine limited by NMK_LEVEL, for avx2 with torch's libraries limited too
 # (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2). The key has no length: only float32
 # at 197 tokens is up to 15% slower, attention is a tenth of the network there, and a choice by length would split
-# batches. There are no rows for GPUs: no GPU has run the measurement yet, and torch's attention is the default.
+# batches. There are no rows for GPUs: there torch's attention is the default.
 TABLE: dict[tuple[str, torch.dtype], Fastest] = {
     ("cpu avx512_vnni", torch.float32): Fastest(
         "attention_features", "1.1 to 1.4 times torch SDPA's speed at 785 to 3,601 tokens, 0.87 to 1 times at 197"

@@ -144,5 +144,6 @@ def _cut(grid: np.ndarray, shape: tuple[int, int], tau: float) -> np.ndarray:
     from namedmask_kernels import normalized_cut
 
     foreground = normalized_cut(torch.from_numpy(np.ascontiguousarray(grid)), tau=tau).foreground
+    assert isinstance(foreground, torch.Tensor)
     soft = F.interpolate(foreground.view(1, 1, *grid.shape[:2]).float(), shape, mode="bilinear")[0, 0]
     return (soft > 0.5).numpy()

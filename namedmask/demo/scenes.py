@@ -215,7 +215,7 @@ def _paint_part(
         shine = shine * shine
         shine = shine * shine * gloss
     first, other = tones[part.tone]
-    target = window[(slice(None), *inside)]
+    target = window[(slice(None),) + inside]  # noqa: RUF005  # a star in a subscript needs Python 3.11
     for channel in range(3):
         paint = (field * (other[channel] - first[channel]) + first[channel]) * shade
         if shine is not None:

@@ -39,11 +39,12 @@ class SpectralDetector(Detector):
     def detect(self, photos: Sequence[Photo]) -> list[Detection]:
         prepared = [self.backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
         features = self.backbone.extract(prepared, [self.config.features])[self.config.features]
-        # On the CPU: the CUDA version of the cut is untested, and its input is small.
+        # On the CPU, where the refiners run, too.
         features = features.with_rows(features.rows.cpu())
         if self.config.center_features:
             features = centered(features)
         cut = normalized_cut(features, tau=self.config.tau)
+        assert isinstance(cut.foreground, Ragged) and isinstance(cut.vector, Ragged)
         return [
             Detection(
                 F.interpolate(grid[None, None].float(), photo.pixels.shape[:2], mode="bilinear")[0, 0],
