@@ -47,7 +47,7 @@ class ClusterVoteDetector(Detector):
         for backbone in self.backbones:
             prepared = [backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
             features = backbone.extract(prepared, [self.config.features])[self.config.features]
-            # On the CPU: the CUDA version of the clustering is untested, and its input is small.
+            # On the CPU, where the vote and the refiners run, too.
             features = features.with_rows(features.rows.cpu())
             if self.config.center_features:
                 features = centered(features)
