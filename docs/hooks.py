@@ -88,11 +88,12 @@ def _introduction(name: str, section: type[Section]) -> list[str]:
 
 
 def _table(rows: list[Setting]) -> str:
-    lines = ["| Setting and option | Type | Default | Range | Description |", "|---|---|---|---|---|"]
+    lines = ["| Setting and option | Description | Type and range | Default |", "|---|---|---|---|"]
     for one in rows:
         name = _code(one.name) + (f"<br>{_code(one.flag)}" if one.flag else "")
         kind = " or ".join(map(_code, one.choices)) or _code(one.metavar)
-        cells = (name, kind, _default(one), _code(one.limits) if one.limits else "", html.escape(one.field.description))
+        kind += f"<br>{_code(one.limits)}" if one.limits else ""
+        cells = name, html.escape(one.field.description), kind, _default(one)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
