@@ -125,6 +125,8 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
             if options.get("categories") is not None:
                 raise UserError("give --categories or --categories-file, not both")
             given["categories"] = read_names(categories_file)
+        if not takes_photos:  # a file's photos are those of the run that it comes from
+            given.pop("photos", None)
         if photos is not None:
             given["photos"] = absolute(photos)
         from . import run
