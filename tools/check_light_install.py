@@ -43,7 +43,8 @@ direct = sorted(canonicalize_name(requirement.name) for requirement in requireme
 if direct != ["numpy", "torch"]:
     sys.exit(f"namedmask without extras requires {direct}, expected numpy and torch alone")
 installed = closure("namedmask")
-brought, others = set(), set()
+brought: set[str] = set()
+others: set[str] = set()
 for found in distributions():
     (brought if canonicalize_name(found.metadata["Name"]) in installed else others).update(modules(found))
 for module in others - brought:
