@@ -18,14 +18,7 @@ namespace {
 constexpr const char* kOp = "attention_features";
 constexpr int64_t kNormTokens = 64;  // tokens whose key norms are one piece of work
 
-const AttentionKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() == Level::kAVX512VNNI) return attention_avx512_vnni;
-  if (level() == Level::kAVX512) return attention_avx512;
-  if (level() == Level::kAVX2) return attention_avx2;
-#endif
-  return attention_portable;
-}
+const AttentionKernels& kernels() { return NMK_BEST_OR_VNNI(attention_features); }
 
 // Offsets run from 0 to `tokens` and never back; every tap lies in every sequence that is not empty.
 int64_t longest_sequence(const TensorView& offsets, int64_t tokens, const TensorView& taps, bool tapped) {

@@ -108,6 +108,6 @@ void attend_stored(const AttentionHead& head, const float* packed, int64_t begin
 
 }  // namespace
 
-const AttentionKernels attention_avx512_vnni = {pack_stored, attend_stored, tap, key_norms};
+const AttentionKernels attention_features_avx512_vnni = {pack_stored, attend_stored, tap, key_norms};
 
 }  // namespace namedmask::cpu

@@ -305,5 +305,7 @@ void key_norms(const void* qkv, Stored stored, int64_t count, int64_t heads, int
   }
 }
 
+constexpr AttentionKernels kKernels = {pack<FloatScores>, attend<FloatScores>, tap, key_norms};
+
 }  // namespace
 }  // namespace namedmask::cpu

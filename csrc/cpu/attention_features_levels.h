@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace namedmask::cpu {
 
 constexpr int64_t kQueries = 192;  // queries that share a pass over the keys; whole micro rows at every level
@@ -45,9 +47,6 @@ constexpr int64_t scratch_floats(int64_t tapped) {
   return ((attend > tap ? attend : tap) + 15) / 16 * 16;
 }
 
-extern const AttentionKernels attention_portable;
-#if defined(__x86_64__)
-extern const AttentionKernels attention_avx2, attention_avx512, attention_avx512_vnni;
-#endif
+NMK_DECLARE_LEVELS(AttentionKernels, attention_features);
 
 }  // namespace namedmask::cpu

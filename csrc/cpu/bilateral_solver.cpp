@@ -24,16 +24,7 @@ namespace {
 constexpr int kLanes = BilateralSystem::kLanes;
 constexpr int kDirections = 10;  // both ways along five axes
 
-const BilateralKernels& kernels() {
-  switch (level()) {
-#if defined(__x86_64__)
-    case Level::kAVX512VNNI:
-    case Level::kAVX512: return bilateral_avx512;
-    case Level::kAVX2: return bilateral_avx2;
-#endif
-    default: return bilateral_portable;
-  }
-}
+const BilateralKernels& kernels() { return NMK_BEST(bilateral_solver); }
 
 // first[c] is the first pixel of cell c along one axis; a cell is at least one pixel wide, so none is skipped.
 std::vector<int32_t> cell_starts(int64_t pixels, double sigma) {

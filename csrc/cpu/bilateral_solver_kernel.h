@@ -257,5 +257,7 @@ void slice(const float* values, const int32_t* index, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = values[index[i]];
 }
 
+constexpr BilateralKernels kKernels = {keys, solve, slice};
+
 }  // namespace
 }  // namespace namedmask::cpu

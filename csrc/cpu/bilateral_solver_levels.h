@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "bilateral_grid.h"
+#include "level.h"
 
 namespace namedmask::cpu {
 
@@ -40,9 +41,6 @@ struct BilateralKernels {
 // grid.key(r, g, b): a function that no level compiles for itself.
 int32_t color_key(const ColorGrid& grid, int r, int g, int b);
 
-extern const BilateralKernels bilateral_portable;
-#if defined(__x86_64__)
-extern const BilateralKernels bilateral_avx2, bilateral_avx512;
-#endif
+NMK_DECLARE_LEVELS(BilateralKernels, bilateral_solver);
 
 }  // namespace namedmask::cpu

@@ -17,16 +17,8 @@ namespace namedmask::cpu {
 namespace {
 
 const ComponentKernels& kernels() {
-  switch (level()) {
-#if defined(__x86_64__)
-    case Level::kAVX512VNNI:
-    case Level::kAVX512:
-      if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq")) return components_avx512;
-      return components_avx2;
-    case Level::kAVX2: return components_avx2;
-#endif
-    default: return components_portable;
-  }
+  return NMK_BEST_IF(connected_components,
+                     __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq"));
 }
 
 class Labeler {

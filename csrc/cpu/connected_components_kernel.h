@@ -359,5 +359,7 @@ void keep(const uint8_t* keep, const Runs& runs, bool invert, uint8_t* out) {
   }
 }
 
+constexpr ComponentKernels kKernels = {scan, join, measure, paint, keep};
+
 }  // namespace
 }  // namespace namedmask::cpu

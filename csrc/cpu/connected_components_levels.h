@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace namedmask::cpu {
 
 // The runs of a photo: horizontal stretches of set pixels, counted through all rows.
@@ -40,9 +42,6 @@ struct ComponentKernels {
   void (*keep)(const uint8_t* keep, const Runs& runs, bool invert, uint8_t* out);
 };
 
-extern const ComponentKernels components_portable;
-#if defined(__x86_64__)
-extern const ComponentKernels components_avx2, components_avx512;  // the latter also needs VBMI2 and VPOPCNTDQ
-#endif
+NMK_DECLARE_LEVELS(ComponentKernels, connected_components);
 
 }  // namespace namedmask::cpu

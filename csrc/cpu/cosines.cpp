@@ -10,14 +10,7 @@
 namespace namedmask::cpu {
 namespace {
 
-const CosineKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512VNNI) return cosines_avx512_vnni;
-  if (level() == Level::kAVX512) return cosines_avx512;
-  if (level() == Level::kAVX2) return cosines_avx2;
-#endif
-  return cosines_portable;
-}
+const CosineKernels& kernels() { return NMK_BEST_OR_VNNI(cosines); }
 
 // Rounding of the unit rows to floats, which the cosine has by definition, changes their length by less.
 constexpr double kRounding = 1e-6;

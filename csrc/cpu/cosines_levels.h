@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "level.h"
 #include "panel.h"
 
 namespace namedmask::cpu {
@@ -46,9 +47,6 @@ struct CosineKernels {
 
 constexpr float kUnit = 32767;  // products of two such vectors, and all their partial sums, fit 32 bits
 
-extern const CosineKernels cosines_portable;
-#if defined(__x86_64__)
-extern const CosineKernels cosines_avx2, cosines_avx512, cosines_avx512_vnni;
-#endif
+NMK_DECLARE_LEVELS(CosineKernels, cosines);
 
 }  // namespace namedmask::cpu

@@ -24,16 +24,7 @@ constexpr int kLanes = CrfSystem::kLanes, kAxes = CrfSystem::kAxes, kCorners = C
 constexpr int kTaps = CrfSystem::kTaps, kSums = CrfSystem::kSums;
 static_assert(kAxes == kLatticeAxes && kTaps == kSplineTaps);
 
-const CrfKernels& kernels() {
-  switch (level()) {
-#if defined(__x86_64__)
-    case Level::kAVX512VNNI:
-    case Level::kAVX512: return crf_avx512;
-    case Level::kAVX2: return crf_avx2;
-#endif
-    default: return crf_portable;
-  }
-}
+const CrfKernels& kernels() { return NMK_BEST(dense_crf); }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

@@ -629,5 +629,7 @@ void infer(CrfSystem s, int64_t iterations) {
   }
 }
 
+constexpr CrfKernels kKernels = {embed, normalize, start, infer};
+
 }  // namespace
 }  // namespace namedmask::cpu

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace namedmask::cpu {
 
 // One photo in work. With two labels only the difference of their marginals is filtered (channels = 1), since they sum
@@ -61,9 +63,6 @@ struct CrfKernels {
   void (*infer)(CrfSystem system, int64_t iterations);
 };
 
-extern const CrfKernels crf_portable;
-#if defined(__x86_64__)
-extern const CrfKernels crf_avx2, crf_avx512;
-#endif
+NMK_DECLARE_LEVELS(CrfKernels, dense_crf);
 
 }  // namespace namedmask::cpu

@@ -15,13 +15,7 @@ namespace {
 // direction of rounding may be let in: it is orthogonal to the rest like any other, and does no harm.
 constexpr double kExhausted = 1e-14;
 
-const LanczosKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512) return lanczos_avx512;
-  if (level() == Level::kAVX2) return lanczos_avx2;
-#endif
-  return lanczos_portable;
-}
+const LanczosKernels& kernels() { return NMK_BEST(lanczos); }
 
 void axpy(double factor, const double* x, double* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];

@@ -49,5 +49,7 @@ void add(const double* vectors, int64_t count, int64_t n, double factor, const d
   }
 }
 
+constexpr LanczosKernels kKernels = {project, add};
+
 }  // namespace
 }  // namespace namedmask::cpu

@@ -42,7 +42,7 @@ class NormalizedRows {
   size_t bytes() const { return row_memory_.bytes() + panel_memory_.bytes() + factors_.bytes(); }
 
  private:
-  const UnitRowKernels& kernels_;
+  const NormalizedRowsKernels& kernels_;
   const float* features_ = nullptr;
   int64_t n_ = 0, channels_ = 0, padded_ = 0;
   Buffer<float> row_memory_, panel_memory_;

@@ -23,5 +23,7 @@ void scale(const float* row, int64_t n, double factor, float* out) {
   for (; i < n; ++i) out[i] = static_cast<float>(row[i] * factor);
 }
 
+constexpr NormalizedRowsKernels kKernels = {sum_of_squares, scale};
+
 }  // namespace
 }  // namespace namedmask::cpu

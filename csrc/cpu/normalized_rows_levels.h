@@ -4,17 +4,16 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace namedmask::cpu {
 
-struct UnitRowKernels {
+struct NormalizedRowsKernels {
   double (*sum_of_squares)(const float* row, int64_t n);
   // out = row * factor, the product rounded to double, then to float.
   void (*scale)(const float* row, int64_t n, double factor, float* out);
 };
 
-extern const UnitRowKernels normalized_rows_portable;
-#if defined(__x86_64__)
-extern const UnitRowKernels normalized_rows_avx2, normalized_rows_avx512;
-#endif
+NMK_DECLARE_LEVELS(NormalizedRowsKernels, normalized_rows);
 
 }  // namespace namedmask::cpu

@@ -22,16 +22,7 @@ constexpr const char* kOp = "pamr";
 constexpr int64_t kLabels = 24;            // in work at a time, so that memory does not grow with their number
 constexpr int64_t kWindowBytes = 1 << 20;  // of the masks around a row, which are to stay in a core's L2 cache
 
-const PamrKernels& kernels() {
-  switch (level()) {
-#if defined(__x86_64__)
-    case Level::kAVX512VNNI:
-    case Level::kAVX512: return pamr_avx512;
-    case Level::kAVX2: return pamr_avx2;
-#endif
-    default: return pamr_portable;
-  }
-}
+const PamrKernels& kernels() { return NMK_BEST(pamr); }
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -130,5 +130,7 @@ void average(const PamrPhoto& photo, const float* source, float* target, int64_t
   }
 }
 
+constexpr PamrKernels kKernels = {affinities, average};
+
 }  // namespace
 }  // namespace namedmask::cpu

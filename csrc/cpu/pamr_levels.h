@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace namedmask::cpu {
 
 constexpr int64_t kPamrColumns = 16;    // rows are made of whole vectors of every level
@@ -35,9 +37,6 @@ static constexpr int64_t pamr_weights(int64_t columns, int64_t n_dilations) { re
 // Floats of a row of planes: an odd number of cache lines, or the rows around a pixel would share few of L1's sets.
 static constexpr int64_t pamr_row(int64_t stride, int64_t planes) { return (planes * stride / 16 | 1) * 16; }
 
-extern const PamrKernels pamr_portable;
-#if defined(__x86_64__)
-extern const PamrKernels pamr_avx2, pamr_avx512;
-#endif
+NMK_DECLARE_LEVELS(PamrKernels, pamr);
 
 }  // namespace namedmask::cpu

@@ -21,13 +21,7 @@ namespace {
 constexpr const char* kOp = "random_walk";
 constexpr int64_t kGroups = 8;
 
-const WalkKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512) return walk_avx512;
-  if (level() == Level::kAVX2) return walk_avx2;
-#endif
-  return walk_portable;
-}
+const WalkKernels& kernels() { return NMK_BEST(random_walk); }
 
 // What a thread needs for itself.
 struct Scratch {
@@ -73,7 +67,7 @@ class Walk {
                        weights);
         kernels_.add(weights, columns, masks_ + column * width_, width_, sums + row * width_);
         if (column > row) {
-          kernels_.add_turned(weights, columns, masks_ + row * width_, width_, sums + column * width_);
+          kernels_.add_transposed(weights, columns, masks_ + row * width_, width_, sums + column * width_);
         }
       }
     }

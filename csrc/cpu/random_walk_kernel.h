@@ -38,8 +38,8 @@ void weigh(const float* rows, const float* panels, int64_t channels, float sharp
 }
 
 // As multiply_add of lanes.h, with the weights' transpose: row i of the result takes weights[k * kBlock + i].
-inline __attribute__((always_inline)) void multiply_add_turned(V (&sums)[kRows][kVectors], const float* weights,
-                                                               const float* masks, int64_t width) {
+inline __attribute__((always_inline)) void multiply_add_transposed(V (&sums)[kRows][kVectors], const float* weights,
+                                                                   const float* masks, int64_t width) {
   for (int64_t k = 0; k < kBlock; ++k) {
     V b[kVectors];
 #pragma GCC unroll 2
@@ -74,15 +74,17 @@ void add(const float* weights, int64_t columns, const float* masks, int64_t widt
   }
 }
 
-void add_turned(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums) {
+void add_transposed(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums) {
   for (int64_t r = 0; r < columns; r += kRows) {
     for (int64_t m = 0; m < width; m += kVectors * kLanes) {
       V part[kRows][kVectors] = {};
-      multiply_add_turned(part, weights + r, masks + m, width);
+      multiply_add_transposed(part, weights + r, masks + m, width);
       add_part(part, width, sums + r * width + m);
     }
   }
 }
+
+constexpr WalkKernels kKernels = {weigh, add, add_transposed};
 
 }  // namespace
 }  // namespace namedmask::cpu

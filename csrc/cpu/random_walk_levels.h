@@ -2,6 +2,7 @@
 // The parts of random_walk that exist once per instruction level; see level.h.
 #pragma once
 
+#include "level.h"
 #include "panel.h"
 
 namespace namedmask::cpu {
@@ -17,12 +18,9 @@ struct WalkKernels {
   // sums [kBlock, width] += the weights of these columns times masks [columns, width].
   void (*add)(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums);
   // sums [kBlock, width] += the weights' transpose times masks [kBlock, width]; rows beyond `columns` become anything.
-  void (*add_turned)(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums);
+  void (*add_transposed)(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums);
 };
 
-extern const WalkKernels walk_portable;
-#if defined(__x86_64__)
-extern const WalkKernels walk_avx2, walk_avx512;
-#endif
+NMK_DECLARE_LEVELS(WalkKernels, random_walk);
 
 }  // namespace namedmask::cpu

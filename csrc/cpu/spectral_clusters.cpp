@@ -30,13 +30,7 @@ constexpr double kAlike = 1e-6;     // affinities that differ by less do not dif
 constexpr double kIsolated = 1e-6;  // row sums below are 0
 constexpr double kMuchAlike = 64;   // 1 / (M - m) from which factors of 29 bits will not do
 
-const ClusterKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512) return cluster_avx512;
-  if (level() == Level::kAVX2) return cluster_avx2;
-#endif
-  return cluster_portable;
-}
+const ClusterKernels& kernels() { return NMK_BEST(spectral_clusters); }
 
 // x to 29 bits (T. J. Dekker, Numer. Math. 18, 1971). A double holds its product with any float, so that no level of
 // instructions rounds what is added up.

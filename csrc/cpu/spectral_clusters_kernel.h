@@ -151,5 +151,7 @@ void add_up(const double* points, int64_t n, int64_t dims, const int64_t* label,
   }
 }
 
+constexpr ClusterKernels kKernels = {cosine, project, expand, assign, add_up};
+
 }  // namespace
 }  // namespace namedmask::cpu

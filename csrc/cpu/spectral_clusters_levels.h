@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace namedmask::cpu {
 
 struct ClusterKernels {
@@ -23,9 +25,6 @@ struct ClusterKernels {
                  int64_t* sizes);
 };
 
-extern const ClusterKernels cluster_portable;
-#if defined(__x86_64__)
-extern const ClusterKernels cluster_avx2, cluster_avx512;
-#endif
+NMK_DECLARE_LEVELS(ClusterKernels, spectral_clusters);
 
 }  // namespace namedmask::cpu

@@ -15,13 +15,7 @@ namespace {
 constexpr const char* kOp = "vote_masks";
 constexpr int64_t kBytesForThreads = 1 << 24;
 
-const VoteKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512 && __builtin_cpu_supports("avx512vpopcntdq")) return vote_avx512;
-  if (level() >= Level::kAVX2) return vote_avx2;
-#endif
-  return vote_portable;
-}
+const VoteKernels& kernels() { return NMK_BEST_IF(vote_masks, __builtin_cpu_supports("avx512vpopcntdq")); }
 
 int64_t words_of(int64_t pixels) { return (pixels + 64 * kVoteWords - 1) / (64 * kVoteWords) * kVoteWords; }
 

@@ -96,5 +96,7 @@ void common(const uint64_t* a, const uint64_t* b, int64_t words, int64_t* counts
 }
 #endif
 
+constexpr VoteKernels kKernels = {pack, common};
+
 }  // namespace
 }  // namespace namedmask::cpu
