@@ -73,7 +73,7 @@ struct FixedScores {
     const auto* q = reinterpret_cast<const int32_t*>(queries);
     const auto* columns = reinterpret_cast<const int32_t*>(keys);
     for (int64_t k = 0; k < count; k += kVectors * kLanes) {
-      I sums[kRows][kVectors] = {};
+      Ints sums[kRows][kVectors] = {};
       for (int64_t w = 0; w < words; ++w) {
         __m512i b[kVectors];
 #pragma GCC unroll 2
@@ -82,14 +82,14 @@ struct FixedScores {
         for (int i = 0; i < kRows; ++i) {
           const __m512i pair = _mm512_set1_epi32(q[i * words + w]);
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) sums[i][v] = (I)_mm512_dpwssd_epi32((__m512i)sums[i][v], pair, b[v]);
+          for (int v = 0; v < kVectors; ++v) sums[i][v] = (Ints)_mm512_dpwssd_epi32((__m512i)sums[i][v], pair, b[v]);
         }
       }
 #pragma GCC unroll 12
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
-          const V units = broadcast(query_units[i]) * load(key_units + k + v * kLanes);
+          const Floats units = broadcast(query_units[i]) * load(key_units + k + v * kLanes);
           store(scores + i * stride + k + v * kLanes, _mm512_maskz_cvtepi32_ps(0xffff, (__m512i)sums[i][v]) * units);
         }
       }

@@ -21,7 +21,7 @@ int32_t color_key(const ColorGrid& grid, int r, int g, int b) { return grid.key(
 
 namespace {
 
-constexpr int kLanes = BilateralSystem::kLanes;
+constexpr int kSlice = BilateralSystem::kSlice;
 constexpr int kDirections = 10;  // both ways along five axes
 
 const BilateralKernels& kernels() { return NMK_BEST(bilateral_solver); }
@@ -171,7 +171,7 @@ class Solver {
 
   // Sorts the vertices by number of neighbors: place_, at_ and the system's slices.
   void arrange() {
-    const int32_t padded = (count_ + kLanes - 1) / kLanes * kLanes;
+    const int32_t padded = (count_ + kSlice - 1) / kSlice * kSlice;
     int32_t start[kDirections + 2] = {};
     size_t edges = 0;
     for (int32_t v = 0; v < count_; ++v) ++start[kDirections - degree_[v] + 1];
@@ -186,18 +186,18 @@ class Solver {
       place_[v] = place;
       at_[place] = v;
     }
-    widths_.reserve(padded / kLanes);
+    widths_.reserve(padded / kSlice);
     // Widths only fall, so filling up the slices takes less than one slice of the greatest width.
-    neighbors_.reserve(edges + kLanes * kDirections);
+    neighbors_.reserve(edges + kSlice * kDirections);
     int32_t* slice = neighbors_.data();
-    for (int32_t s = 0; s < padded; s += kLanes) {
-      const int32_t width = widths_[s / kLanes] = degree_[at_[s]];
-      for (int lane = 0; lane < kLanes; ++lane) {
+    for (int32_t s = 0; s < padded; s += kSlice) {
+      const int32_t width = widths_[s / kSlice] = degree_[at_[s]];
+      for (int lane = 0; lane < kSlice; ++lane) {
         const int32_t v = s + lane < count_ ? at_[s + lane] : -1, degree = v < 0 ? 0 : degree_[v];
-        for (int32_t j = 0; j < degree; ++j) slice[j * kLanes + lane] = place_[joined_[kDirections * v + j]];
-        for (int32_t j = degree; j < width; ++j) slice[j * kLanes + lane] = padded;
+        for (int32_t j = 0; j < degree; ++j) slice[j * kSlice + lane] = place_[joined_[kDirections * v + j]];
+        for (int32_t j = degree; j < width; ++j) slice[j * kSlice + lane] = padded;
       }
-      slice += width * kLanes;
+      slice += width * kSlice;
     }
     system_.count = padded;
     system_.widths = widths_.data();
@@ -207,14 +207,14 @@ class Solver {
   // The rest of the system. False if a sum is not finite, which shows a target that is not: finite ones cannot
   // overflow a double.
   bool fill() {
-    const size_t stride = system_.count + kLanes;
+    const size_t stride = system_.count + kSlice;
     floats_.reserve(stride * (2 + std::size(system_.scratch)));
     values_.reserve(count_);
     float* array = floats_.data();
     float* const mass = array;
     float* const value = system_.value = array += stride;
     for (float*& scratch : system_.scratch) scratch = array += stride;
-    for (float* end = mass + system_.count; end <= array + system_.count; end += stride) std::fill_n(end, kLanes, 0.0f);
+    for (float* end = mass + system_.count; end <= array + system_.count; end += stride) std::fill_n(end, kSlice, 0.0f);
     bool finite = true;
     for (int64_t i = 0; i < system_.count; ++i) {
       const Sum sum = i < count_ ? sums_[at_[i]] : Sum{0, 1};

@@ -14,15 +14,15 @@ struct ColorTable : ColorGrid {
   int32_t gray[256];  // the keys of r = g = b, which all lie on a border between chroma cells
 };
 
-// The grid as equations. Vertices stand in slices of kLanes, sorted by number of neighbors, most first, so that the
-// vertices of a slice have (nearly) equally many; `count` is a multiple of kLanes. The last slice may be filled up
+// The grid as equations. Vertices stand in slices of kSlice, sorted by number of neighbors, most first, so that the
+// vertices of a slice have (nearly) equally many; `count` is a multiple of kSlice. The last slice may be filled up
 // with vertices without neighbors, of mass 1 and mean 0. Every array has one more slice, which holds zeros.
 struct BilateralSystem {
-  static constexpr int kLanes = 8;
+  static constexpr int kSlice = 8;
 
   int64_t count;
-  const int32_t* widths;     // [count / kLanes]: neighbors of a slice
-  const int32_t* neighbors;  // slice after slice [width, kLanes]; a missing one is `count`
+  const int32_t* widths;     // [count / kSlice]: neighbors of a slice
+  const int32_t* neighbors;  // slice after slice [width, kSlice]; a missing one is `count`
   const float* mass;         // pixels in a cell
   float* value;              // in: mean of the target in a cell; out: the solution
   float* scratch[7];

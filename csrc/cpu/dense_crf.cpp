@@ -20,7 +20,7 @@
 namespace namedmask::cpu {
 namespace {
 
-constexpr int kLanes = CrfSystem::kLanes, kAxes = CrfSystem::kAxes, kCorners = CrfSystem::kCorners;
+constexpr int kGroup = CrfSystem::kGroup, kAxes = CrfSystem::kAxes, kCorners = CrfSystem::kCorners;
 constexpr int kTaps = CrfSystem::kTaps, kSums = CrfSystem::kSums;
 static_assert(kAxes == kLatticeAxes && kTaps == kSplineTaps);
 
@@ -101,7 +101,7 @@ class Solver {
     system_.height = h;
     system_.width = w;
     system_.labels = labels;
-    system_.channels = labels == 2 ? 1 : round_up(labels, kLanes);
+    system_.channels = labels == 2 ? 1 : round_up(labels, kGroup);
     system_.out = out;
     // With one channel, half log-odds are what is added up.
     const double half = labels == 2 ? 0.5 : 1;
@@ -146,8 +146,8 @@ class Solver {
   void lay_grid(double sigma, double weight) {
     CrfSystem& s = system_;
     s.step = grid_step(sigma, s.width);
-    s.cells = round_up((s.width + s.step - 1) / s.step, kLanes);
-    s.grid_width = round_up(s.cells + kTaps - 1, kLanes);
+    s.cells = round_up((s.width + s.step - 1) / s.step, kGroup);
+    s.grid_width = round_up(s.cells + kTaps - 1, kGroup);
     s.grid_height = grid_nodes(s.height, s.step);
     std::vector<double> taps(s.step * kTaps);
     for (int64_t i = 0; i < s.step * kTaps; ++i) taps[i] = spline_tap(i % kTaps, i / kTaps, s.step);
@@ -185,9 +185,9 @@ class Solver {
     CrfSystem& s = system_;
     float scale[kAxes];
     for (int i = 0; i < kAxes; ++i) scale[i] = lattice_scale(i, sigma, sigma_rgb);
-    const int64_t blocks = s.height * s.step * s.cells / kLanes;
-    corners_.reserve(blocks * kCorners * kLanes);
-    weights_.reserve(blocks * kCorners * kLanes);
+    const int64_t blocks = s.height * s.step * s.cells / kGroup;
+    corners_.reserve(blocks * kCorners * kGroup);
+    weights_.reserve(blocks * kCorners * kGroup);
     table_.clear();
     recent_.assign(size_t{1} << kRecentBits, {0, -1, {}});
     int32_t* corners = corners_.data();
@@ -195,14 +195,14 @@ class Solver {
     CrfSimplices simplices;
     for (int64_t y = 0; y < s.height; ++y, image += 3 * s.width) {
       for (int64_t phase = 0; phase < s.step; ++phase) {
-        for (int64_t cell = 0; cell < s.cells; cell += kLanes) {
-          float features[kAxes * kLanes] = {};
-          const int64_t lanes = std::clamp<int64_t>((s.width - phase - 1) / s.step + 1 - cell, 0, kLanes);
+        for (int64_t cell = 0; cell < s.cells; cell += kGroup) {
+          float features[kAxes * kGroup] = {};
+          const int64_t lanes = std::clamp<int64_t>((s.width - phase - 1) / s.step + 1 - cell, 0, kGroup);
           for (int64_t i = 0; i < lanes; ++i) {
             const int64_t x = (cell + i) * s.step + phase;
             features[i] = static_cast<float>(x) * scale[0];
-            features[kLanes + i] = static_cast<float>(y) * scale[1];
-            for (int c = 0; c < 3; ++c) features[(2 + c) * kLanes + i] = image[3 * x + c] * scale[2 + c];
+            features[kGroup + i] = static_cast<float>(y) * scale[1];
+            for (int c = 0; c < 3; ++c) features[(2 + c) * kGroup + i] = image[3 * x + c] * scale[2 + c];
           }
           kernels().embed(features, &simplices, weights);
           for (int64_t i = 0; i < lanes; ++i) {
@@ -210,16 +210,16 @@ class Solver {
                       (static_cast<Key>(simplices.high[i]) << 48);
             key <<= 3;
             const int32_t* const vertices = find_simplex(key, simplices.order[i]);
-            for (int r = 0; r < kCorners; ++r) corners[r * kLanes + i] = vertices[r];
+            for (int r = 0; r < kCorners; ++r) corners[r * kGroup + i] = vertices[r];
           }
-          for (int64_t i = lanes; i < kLanes; ++i) {
+          for (int64_t i = lanes; i < kGroup; ++i) {
             for (int r = 0; r < kCorners; ++r) {
-              corners[r * kLanes + i] = 0;
-              weights[r * kLanes + i] = 0;
+              corners[r * kGroup + i] = 0;
+              weights[r * kGroup + i] = 0;
             }
           }
-          corners += kCorners * kLanes;
-          weights += kCorners * kLanes;
+          corners += kCorners * kGroup;
+          weights += kCorners * kGroup;
         }
       }
     }
@@ -268,8 +268,8 @@ class Solver {
         {&s.next_lattice, lattice},
         {&s.grid, grid},
         {&s.next_grid, grid},
-        {&s.rows, ((s.step + 1) * (s.grid_width + kTaps - 1) + 2 * s.radius) * s.channels + kLanes},
-        {&s.scores, s.channels * kLanes},
+        {&s.rows, ((s.step + 1) * (s.grid_width + kTaps - 1) + 2 * s.radius) * s.channels + kGroup},
+        {&s.scores, s.channels * kGroup},
         {&s.unary, s.channels == 1 ? s.height * s.step * s.cells : 0},
     };
     constexpr int64_t kLine = 16;  // floats of a cache line: vectors should not lie across two

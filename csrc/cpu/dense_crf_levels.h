@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The parts of dense_crf that exist once per instruction level; see level.h.
 //
-// A photo's pixels stand in blocks of kLanes. The spatial grid has a node every `step` pixels along both axes; a block
+// A photo's pixels stand in blocks of kGroup. The spatial grid has a node every `step` pixels along both axes; a block
 // holds pixels of one row that are `step` apart, so that neighboring lanes read neighboring nodes: lane i of block
-// (y, phase, cell / kLanes) is the pixel x = (cell + i) * step + phase. Lanes beyond the photo weigh nothing.
+// (y, phase, cell / kGroup) is the pixel x = (cell + i) * step + phase. Lanes beyond the photo weigh nothing.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,9 @@
 namespace namedmask::cpu {
 
 // One photo in work. With two labels only the difference of their marginals is filtered (channels = 1), since they sum
-// to 1; more labels are filled up to a multiple of kLanes channels.
+// to 1; more labels are filled up to a multiple of kGroup channels.
 struct CrfSystem {
-  static constexpr int kLanes = 8;
+  static constexpr int kGroup = 8;
   static constexpr int kAxes = 5;             // x, y, red, green, blue
   static constexpr int kCorners = kAxes + 1;  // of a simplex of the permutohedral lattice
   static constexpr int kTaps = 4;             // of a cubic B-spline
@@ -23,7 +23,7 @@ struct CrfSystem {
 
   int64_t height, width, labels, channels;
 
-  int64_t step, cells;              // cells of a row, a multiple of kLanes
+  int64_t step, cells;              // cells of a row, a multiple of kGroup
   int64_t grid_height, grid_width;  // nodes: the taps of the last pixel included
   const float* taps;                // [step, kTaps]: of a pixel, by its phase
   const float* row_taps;            // [height, kTaps]: times the row's norm and the term's weight
@@ -33,7 +33,7 @@ struct CrfSystem {
   int64_t radius;
 
   int64_t vertices;
-  const int32_t* corners;    // [height, step, cells / kLanes, kCorners, kLanes]: a pixel's vertices
+  const int32_t* corners;    // [height, step, cells / kGroup, kCorners, kGroup]: a pixel's vertices
   float* weights;            // the same shape: their weights, from `normalize` on times the pixel's norm
   const int32_t* neighbors;  // [kCorners, vertices, 2]: along each direction; a missing one is `vertices`
   float bilateral_weight;
@@ -41,7 +41,7 @@ struct CrfSystem {
   float *lattice, *next_lattice;  // [vertices + 1, channels], the last row zero; kSums times as wide with one channel
   float *grid, *next_grid;        // [grid_height, grid_width, channels]
   float* rows;                    // scratch: of `step + 2` rows of a grid, padded by `radius` nodes on both sides
-  float* scores;                  // [kLanes, channels] scratch
+  float* scores;                  // [kGroup, channels] scratch
   float* unary;                   // half log-odds [height, step, cells] (channels = 1), else log(p) in out
   float* out;                     // [height * width, labels]
 };
@@ -49,11 +49,11 @@ struct CrfSystem {
 // What tells the simplex of eight pixels: v = round(elevated / 6) packed into 60 bits, low, middle, high, and the
 // order in which a walk around the simplex changes its coordinates, 3 bits each.
 struct CrfSimplices {
-  int32_t low[CrfSystem::kLanes], middle[CrfSystem::kLanes], high[CrfSystem::kLanes], order[CrfSystem::kLanes];
+  int32_t low[CrfSystem::kGroup], middle[CrfSystem::kGroup], high[CrfSystem::kGroup], order[CrfSystem::kGroup];
 };
 
 struct CrfKernels {
-  // features [kAxes, kLanes], scaled -> the simplices of eight pixels, and their weights [kCorners, kLanes].
+  // features [kAxes, kGroup], scaled -> the simplices of eight pixels, and their weights [kCorners, kGroup].
   void (*embed)(const float* features, CrfSimplices* simplices, float* weights);
   // Divides the weights by the square root of what the lattice makes of ones.
   void (*normalize)(CrfSystem system);

@@ -4,8 +4,8 @@
 // A vector of neighboring pixels of a row is in work at a time, so that every neighbor is a load at another
 // offset.
 #include "exponential.h"
-#include "lanes.h"
 #include "pamr_levels.h"
+#include "simd.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -19,14 +19,14 @@ constexpr int kTogether = 8;   // planes that share a pass over the weights: eno
 typedef uint16_t Stored __attribute__((vector_size(kLanes * 2)));
 
 // Weights are stored as their square roots, so that the small ones, of which there are many, lose less to rounding.
-inline V weight(const uint16_t* p) {
+inline Floats weight(const uint16_t* p) {
 #if defined(__AVX512F__)  // the general form takes GCC 12 five steps; with a mask for the reason told in lanes.h
   const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  const V root = __builtin_convertvector((I)_mm512_maskz_cvtepu16_epi32(0xffff, stored), V);
+  const Floats root = __builtin_convertvector((Ints)_mm512_maskz_cvtepu16_epi32(0xffff, stored), Floats);
 #else
   Stored stored;
   __builtin_memcpy(&stored, p, sizeof stored);
-  const V root = __builtin_convertvector(__builtin_convertvector(stored, I), V);
+  const Floats root = __builtin_convertvector(__builtin_convertvector(stored, Ints), Floats);
 #endif
   return root * root;
 }
@@ -49,40 +49,38 @@ void affinities(const PamrPhoto& photo, int64_t y) {
   neighbor_offsets(photo, 3, y, offsets);
   uint16_t* out = photo.weights + y * pamr_weights(photo.columns, photo.n_dilations);
   for (int64_t x = 0; x < photo.columns; x += kLanes) {
-    V logits[kMaxNeighbors] = {};
+    Floats logits[kMaxNeighbors] = {};
     for (int64_t c = 0; c < 3; ++c) {
       const float* color = photo.colors + y * pamr_row(photo.stride, 3) + c * photo.stride + photo.pad + x;
-      const V center = load(color);
-      V sum = {}, squares = {};  // of the differences from the center: integers below 2^24, so nothing is rounded
+      const Floats center = load(color);
+      Floats sum = {}, squares = {};  // of the differences from the center: integers below 2^24, so nothing is rounded
       for (int64_t k = 0; k < neighbors; ++k) {
-        const V difference = load(color + offsets[k]) - center;
+        const Floats difference = load(color + offsets[k]) - center;
         sum = sum + difference;
         squares = fma(difference, difference, squares);
       }
-      const I n = I{} + static_cast<int32_t>(9 * photo.n_dilations), s = __builtin_convertvector(sum, I);
-      const V spread = __builtin_convertvector(n * __builtin_convertvector(squares, I) - s * s, V);
-      float deviations[kLanes];
-      store(deviations, spread / broadcast(samples * (samples - 1)));
-      for (int i = 0; i < kLanes; ++i) deviations[i] = __builtin_sqrtf(deviations[i]);
-      const V factor = broadcast(-1.0f / 3) / fma(broadcast(0.1f), load(deviations), broadcast(255 * 1e-8f));
+      const Ints n = Ints{} + static_cast<int32_t>(9 * photo.n_dilations), s = __builtin_convertvector(sum, Ints);
+      const Floats spread = __builtin_convertvector(n * __builtin_convertvector(squares, Ints) - s * s, Floats);
+      const Floats deviation = square_root(spread / broadcast(samples * (samples - 1)));
+      const Floats factor = broadcast(-1.0f / 3) / fma(broadcast(0.1f), deviation, broadcast(255 * 1e-8f));
       for (int64_t k = 0; k < neighbors; ++k) {
-        const V difference = load(color + offsets[k]) - center;
-        logits[k] = fma((V)((I)difference & 0x7fffffff), factor, logits[k]);
+        const Floats difference = load(color + offsets[k]) - center;
+        logits[k] = fma((Floats)((Ints)difference & 0x7fffffff), factor, logits[k]);
       }
     }
-    V top = logits[0];
+    Floats top = logits[0];
     for (int64_t k = 1; k < neighbors; ++k) top = larger(top, logits[k]);
-    V total = {};
+    Floats total = {};
     for (int64_t k = 0; k < neighbors; ++k) {
       // Added to 1.5 * 2^23, a number is rounded to an integer in the low bits.
-      const V root = exponential((logits[k] - top) * broadcast(0.5f));
-      const I rounded = (I)fma(root, broadcast(kOne), broadcast(12582912.0f)) & 0xffff;
+      const Floats root = exponential_or_zero((logits[k] - top) * broadcast(0.5f));
+      const Ints rounded = (Ints)fma(root, broadcast(kOne), broadcast(kRoundingBias)) & 0xffff;
       const Stored stored = __builtin_convertvector(rounded, Stored);
       __builtin_memcpy(out, &stored, sizeof stored);
       total = total + weight(out);
       out += kLanes;
     }
-    const V scale = broadcast(1.0f) / total;
+    const Floats scale = broadcast(1.0f) / total;
     __builtin_memcpy(out, &scale, sizeof scale);
     out += 2 * kLanes;
   }
@@ -92,14 +90,14 @@ void affinities(const PamrPhoto& photo, int64_t y) {
 template <int kPlanes>
 void average_vector(const uint16_t* weights, const int64_t* offsets, int64_t neighbors, const float* source,
                     int64_t stride, float* target) {
-  V sums[kPlanes] = {};
+  Floats sums[kPlanes] = {};
   for (int64_t k = 0; k < neighbors; ++k) {
-    const V factor = weight(weights + k * kLanes);
+    const Floats factor = weight(weights + k * kLanes);
     const float* p = source + offsets[k];
 #pragma GCC unroll 8
     for (int i = 0; i < kPlanes; ++i) sums[i] = fma(factor, load(p + i * stride), sums[i]);
   }
-  V scale;
+  Floats scale;
   __builtin_memcpy(&scale, weights + neighbors * kLanes, sizeof scale);
 #pragma GCC unroll 8
   for (int i = 0; i < kPlanes; ++i) store(target + i * stride, sums[i] * scale);
