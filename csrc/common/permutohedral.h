@@ -59,7 +59,7 @@ inline void expect_sigmas(const RaggedShape& batch, const CrfSettings& s) {
       most = std::max(most, (i + 1) * extent);
     }
     if (!(std::max(sum, most) < 2000)) {
-      throw std::invalid_argument(op + ": the sigmas of bilateral are too small for photo " + std::to_string(b) +
+      throw std::invalid_argument(op + ": the sigmas of bilateral are too small for image " + std::to_string(b) +
                                   " of " + std::to_string(batch.height(b)) + " x " + std::to_string(batch.width(b)));
     }
   }

@@ -64,8 +64,8 @@ Floats aligned_floats(int64_t n) { return Floats(new (std::align_val_t{64}) floa
 }  // namespace
 
 void attention_features(const TensorView& qkv, const TensorView& offsets, const TensorView& taps, double scale,
-                        const TensorView* output, const TensorView* rows, const TensorView* lse,
-                        const TensorView* key_norms) {
+                        const std::optional<TensorView>& output, const std::optional<TensorView>& rows,
+                        const std::optional<TensorView>& lse, const std::optional<TensorView>& key_norms) {
   const DType dtype = qkv.dtype == DType::kBFloat16 || qkv.dtype == DType::kFloat16 ? qkv.dtype : DType::kFloat32;
   expect(kOp, "qkv", qkv, dtype, {-1, 3, -1, -1});
   expect(kOp, "offsets", offsets, DType::kInt32, {-1});
@@ -79,7 +79,7 @@ void attention_features(const TensorView& qkv, const TensorView& offsets, const 
   if (rows) expect(kOp, "rows", *rows, DType::kFloat32, {tokens, heads, n_taps});
   if (lse) expect(kOp, "lse", *lse, DType::kFloat32, {tokens, heads});
   if (key_norms) expect(kOp, "key_norms", *key_norms, DType::kFloat32, {tokens});
-  const int64_t longest = longest_sequence(offsets, tokens, taps, rows != nullptr);
+  const int64_t longest = longest_sequence(offsets, tokens, taps, rows.has_value());
 
   const AttentionKernels& run = kernels();
   const Stored stored = dtype == DType::kBFloat16  ? Stored::kBFloat16
@@ -120,7 +120,7 @@ void attention_features(const TensorView& qkv, const TensorView& offsets, const 
     };
 #pragma omp for schedule(dynamic, 8)
     for (int64_t i = 0; i < n_blocks; ++i) {
-      run.pack(head_of(blocks[i]), blocks[i].first, output != nullptr, packed.get() + i * block_floats);
+      run.pack(head_of(blocks[i]), blocks[i].first, output.has_value(), packed.get() + i * block_floats);
     }
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < n_queries; ++i) {

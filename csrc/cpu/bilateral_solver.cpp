@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// A photo is walked one spatial cell at a time. The pixels of a cell differ in color only, so a table indexed by the
+// An image is walked one spatial cell at a time. The pixels of a cell differ in color only, so a table indexed by the
 // color's key finds their vertices without hashing or sorting, and neighbors too: those in color in the same table,
 // those left and above by looking up the neighboring cell's keys in it. Then the table's used entries are cleared.
 #include "namedmask/bilateral_solver.h"
@@ -11,7 +11,7 @@
 
 #include "bilateral_solver_levels.h"
 #include "buffer.h"
-#include "for_each_photo.h"
+#include "for_each_image.h"
 #include "level.h"
 #include "prefault_pages.h"
 
@@ -259,16 +259,10 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
   expect(op, "out", out, DType::kFloat32, {target.shape[0]});
   const RaggedShape batch = expect_ragged(op, offsets, shapes, target.shape[0]);
   expect_cells(settings);
-  std::vector<uint8_t> refused(batch.count, 0);
-  for_each_photo<Solver>(batch, [&](int64_t b, Solver& solver) {
-    refused[b] = !solver.run(target.as<float>() + batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),
-                             batch.height(b), batch.width(b), settings, out.as<float>() + batch.begin(b));
+  for_each_finite_image<Solver>(op, "target", batch, [&](int64_t b, Solver& solver) {
+    return solver.run(target.as<float>() + batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b), batch.height(b),
+                      batch.width(b), settings, out.as<float>() + batch.begin(b));
   });
-  const auto first = std::find(refused.begin(), refused.end(), 1);
-  if (first != refused.end()) {
-    throw std::invalid_argument("bilateral_solver: target of photo " + std::to_string(first - refused.begin()) +
-                                " has values that are not finite");
-  }
 }
 
 }  // namespace namedmask::cpu

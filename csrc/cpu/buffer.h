@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Memory for work on one photo after another.
+// Memory for work on one image after another.
 #pragma once
 
 #include <algorithm>

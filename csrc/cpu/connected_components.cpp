@@ -9,7 +9,7 @@
 
 #include "buffer.h"
 #include "connected_components_levels.h"
-#include "for_each_photo.h"
+#include "for_each_image.h"
 #include "level.h"
 #include "prefault_pages.h"
 
@@ -60,7 +60,7 @@ class Labeler {
   const Extent& extent(int32_t component) const { return extents_[component]; }
   int32_t top(int32_t component) const { return runs_.top[component - 1]; }
 
-  // After join: all but the components that reach the photo's border.
+  // After join: all but the components that reach the image's border.
   void drop_border(uint8_t* out) {
     uint8_t* const keep = keep_.reserve(labels_);
     std::fill_n(keep, labels_, 0);
@@ -140,7 +140,7 @@ ComponentStats connected_components(const TensorView& mask, const TensorView& of
   expect(op, "labels", labels, DType::kInt32, {mask.shape[0]});
   expect(op, "first", first, DType::kInt32, {batch.count + 1});
   std::vector<ComponentStats> found(batch.count);
-  for_each_photo<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
+  for_each_image<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
     labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true);
     found[b] = stats_of(labeler, labeler.measure());
     labeler.paint(labels.as<int32_t>() + batch.begin(b));
@@ -163,7 +163,7 @@ void largest_component(const TensorView& mask, const TensorView& offsets, const 
                        const TensorView& out) {
   check_masks("largest_component", mask, out);
   const RaggedShape batch = expect_ragged("largest_component", offsets, shapes, mask.shape[0]);
-  for_each_photo<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
+  for_each_image<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
     labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true);
     const int32_t count = labeler.measure();
     int32_t best = 0;  // is no component and has no area
@@ -177,7 +177,7 @@ void largest_component(const TensorView& mask, const TensorView& offsets, const 
 void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& out) {
   check_masks("fill_holes", mask, out);
   const RaggedShape batch = expect_ragged("fill_holes", offsets, shapes, mask.shape[0]);
-  for_each_photo<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
+  for_each_image<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
     labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), false);
     labeler.drop_border(out.as<uint8_t>() + batch.begin(b));
   });

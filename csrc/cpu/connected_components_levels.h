@@ -8,7 +8,7 @@
 
 namespace namedmask::cpu {
 
-// The runs of a photo: horizontal stretches of set pixels, counted through all rows.
+// The runs of an image: horizontal stretches of set pixels, counted through all rows.
 struct Runs {
   int64_t height, width;
   int64_t words;    // of a row: at least one bit, always 0, comes after the last pixel

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Which pairs of a photo's tokens have a cosine above or below a bound, 32 columns to a word of bits. On CPUs that
+// Which pairs of an image's tokens have a cosine above or below a bound, 32 columns to a word of bits. On CPUs that
 // multiply 16-bit integers twice as fast as floats, and 8-bit ones four times, these answer for all but the few pairs
 // close to the bound.
 #pragma once

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The lattice and the grid are laid out once for a photo, with the norms of both kernels multiplied into the pixels'
+// The lattice and the grid are laid out once for an image, with the norms of both kernels multiplied into the pixels'
 // weights. An update then is one walk over the pixels, which reads the filtered marginals of before, makes the new ones
 // and adds them to the next lattice and grid straight away: the marginals themselves are never stored.
 #include "namedmask/dense_crf.h"
@@ -12,7 +12,7 @@
 
 #include "buffer.h"
 #include "dense_crf_levels.h"
-#include "for_each_photo.h"
+#include "for_each_image.h"
 #include "level.h"
 #include "permutohedral.h"
 #include "spline_grid.h"
@@ -291,25 +291,18 @@ class Solver {
 
 void dense_crf(const TensorView& probabilities, const TensorView& image, const TensorView& offsets,
                const TensorView& shapes, const TensorView& out, const CrfSettings& settings) {
-  const std::string op = "dense_crf";
-  expect(op.c_str(), "probabilities", probabilities, DType::kFloat32, {-1, -1});
+  const char* op = "dense_crf";
+  expect(op, "probabilities", probabilities, DType::kFloat32, {-1, -1});
   const int64_t pixels = probabilities.shape[0], labels = probabilities.shape[1];
-  expect(op.c_str(), "image", image, DType::kUInt8, {pixels, 3});
-  expect(op.c_str(), "out", out, DType::kFloat32, {pixels, labels});
-  const RaggedShape batch = expect_ragged(op.c_str(), offsets, shapes, pixels);
+  expect(op, "image", image, DType::kUInt8, {pixels, 3});
+  expect(op, "out", out, DType::kFloat32, {pixels, labels});
+  const RaggedShape batch = expect_ragged(op, offsets, shapes, pixels);
   expect_sigmas(batch, settings);
   if (labels == 0) return;
-  std::vector<uint8_t> refused(batch.count, 0);
-  for_each_photo<Solver>(batch, [&](int64_t b, Solver& solver) {
-    refused[b] =
-        !solver.run(probabilities.as<float>() + labels * batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),
-                    batch.height(b), batch.width(b), labels, settings, out.as<float>() + labels * batch.begin(b));
+  for_each_finite_image<Solver>(op, "probabilities", batch, [&](int64_t b, Solver& solver) {
+    return solver.run(probabilities.as<float>() + labels * batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),
+                      batch.height(b), batch.width(b), labels, settings, out.as<float>() + labels * batch.begin(b));
   });
-  const auto first = std::find(refused.begin(), refused.end(), 1);
-  if (first != refused.end()) {
-    throw std::invalid_argument(op + ": probabilities of photo " + std::to_string(first - refused.begin()) +
-                                " have values that are not finite");
-  }
 }
 
 }  // namespace namedmask::cpu

@@ -182,7 +182,7 @@ void normalize(CrfSystem s) {
     float* const weights = s.weights + b * kBlock;
     const Floats8 norm = 1.0f / square_root(slice(s.lattice, s.corners + b * kBlock, weights) + 1e-20f);
     for (int r = 0; r < kCorners; ++r) {
-      // Lanes beyond the photo have weights of 0, and must keep them.
+      // Lanes beyond the image have weights of 0, and must keep them.
       store(weights + r * kGroup, load<Floats8>(weights + r * kGroup) * norm);
     }
   }
@@ -225,7 +225,7 @@ void blur_grid(CrfSystem s, const float* from, float* to) {
   }
 }
 
-// row = the grid's values on row y of the photo, between the nodes' rows.
+// row = the grid's values on row y of the image, between the nodes' rows.
 inline void read_row(CrfSystem s, int64_t y, float* row) {
   const int64_t line = s.grid_width * s.channels;
   const float *nodes = s.grid + y / s.step * line, *taps = s.row_taps + y * kTaps;
@@ -474,7 +474,7 @@ void update_many(CrfSystem s) {
     for (int64_t phase = 0; phase < s.step; ++phase) {
       const float *const taps = s.taps + phase * kTaps, *const norms = s.column_norm + phase * s.cells;
       float* const line = values + phase * padded + (kTaps - 1) * channels;
-      const int64_t cells = (s.width - phase + s.step - 1) / s.step;  // of this phase within the photo
+      const int64_t cells = (s.width - phase + s.step - 1) / s.step;  // of this phase within the image
       for (int64_t cell = 0; cell < s.cells;
            cell += kGroup, corners += kCorners * kGroup, weights += kCorners * kGroup) {
         const int64_t pixels = cells - cell < kGroup ? cells - cell : kGroup, stride = s.step * s.labels;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The parts of dense_crf that exist once per instruction level; see level.h.
 //
-// A photo's pixels stand in blocks of kGroup. The spatial grid has a node every `step` pixels along both axes; a block
+// An image's pixels stand in blocks of kGroup. The spatial grid has a node every `step` pixels along both axes; a block
 // holds pixels of one row that are `step` apart, so that neighboring lanes read neighboring nodes: lane i of block
-// (y, phase, cell / kGroup) is the pixel x = (cell + i) * step + phase. Lanes beyond the photo weigh nothing.
+// (y, phase, cell / kGroup) is the pixel x = (cell + i) * step + phase. Lanes beyond the image weigh nothing.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace namedmask::cpu {
 
-// One photo in work. With two labels only the difference of their marginals is filtered (channels = 1), since they sum
+// One image in work. With two labels only the difference of their marginals is filtered (channels = 1), since they sum
 // to 1; more labels are filled up to a multiple of kGroup channels.
 struct CrfSystem {
   static constexpr int kGroup = 8;

@@ -34,6 +34,8 @@ class Lanczos {
   int64_t products() const { return products_; }
   void vector(int64_t j, double* out) const;
 
+  size_t bytes() const { return vector_memory_.bytes(); }
+
  private:
   double orthogonalize(double* y, double* coefficients) const;
   bool append(double* y, double norm);

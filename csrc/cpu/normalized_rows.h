@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The features of a photo as unit vectors, laid out for products of all tokens with all, and sums of doubles.
+// The features of an image as unit vectors, laid out for products of all tokens with all, and sums of doubles.
 #pragma once
 
 #include <atomic>

@@ -32,26 +32,26 @@ inline Floats weight(const uint16_t* p) {
 }
 
 // What to add to the place of a pixel of row y, to come to each of its neighbors in the same plane.
-inline void neighbor_offsets(const PamrPhoto& photo, int64_t planes, int64_t y, int64_t* offsets) {
-  for (int64_t i = 0; i < photo.n_dilations; ++i) {
-    const int64_t d = photo.dilations[i], dx = d < photo.width ? d : photo.width;
-    const int64_t rows[] = {d < y ? y - d : 0, y, d < photo.height - y ? y + d : photo.height - 1};
+inline void neighbor_offsets(const PamrImage& image, int64_t planes, int64_t y, int64_t* offsets) {
+  for (int64_t i = 0; i < image.n_dilations; ++i) {
+    const int64_t d = image.dilations[i], dx = d < image.width ? d : image.width;
+    const int64_t rows[] = {d < y ? y - d : 0, y, d < image.height - y ? y + d : image.height - 1};
     for (int j = 0; j < 9; ++j) {
-      if (j != 4) *offsets++ = (rows[j / 3] - y) * pamr_row(photo.stride, planes) + (j % 3 - 1) * dx;
+      if (j != 4) *offsets++ = (rows[j / 3] - y) * pamr_row(image.stride, planes) + (j % 3 - 1) * dx;
     }
   }
 }
 
-void affinities(const PamrPhoto& photo, int64_t y) {
-  const int64_t neighbors = 8 * photo.n_dilations;
-  const float samples = static_cast<float>(9 * photo.n_dilations);
+void affinities(const PamrImage& image, int64_t y) {
+  const int64_t neighbors = 8 * image.n_dilations;
+  const float samples = static_cast<float>(9 * image.n_dilations);
   int64_t offsets[kMaxNeighbors];
-  neighbor_offsets(photo, 3, y, offsets);
-  uint16_t* out = photo.weights + y * pamr_weights(photo.columns, photo.n_dilations);
-  for (int64_t x = 0; x < photo.columns; x += kLanes) {
+  neighbor_offsets(image, 3, y, offsets);
+  uint16_t* out = image.weights + y * pamr_weights(image.columns, image.n_dilations);
+  for (int64_t x = 0; x < image.columns; x += kLanes) {
     Floats logits[kMaxNeighbors] = {};
     for (int64_t c = 0; c < 3; ++c) {
-      const float* color = photo.colors + y * pamr_row(photo.stride, 3) + c * photo.stride + photo.pad + x;
+      const float* color = image.colors + y * pamr_row(image.stride, 3) + c * image.stride + image.pad + x;
       const Floats center = load(color);
       Floats sum = {}, squares = {};  // of the differences from the center: integers below 2^24, so nothing is rounded
       for (int64_t k = 0; k < neighbors; ++k) {
@@ -59,7 +59,7 @@ void affinities(const PamrPhoto& photo, int64_t y) {
         sum = sum + difference;
         squares = fma(difference, difference, squares);
       }
-      const Ints n = Ints{} + static_cast<int32_t>(9 * photo.n_dilations), s = __builtin_convertvector(sum, Ints);
+      const Ints n = Ints{} + static_cast<int32_t>(9 * image.n_dilations), s = __builtin_convertvector(sum, Ints);
       const Floats spread = __builtin_convertvector(n * __builtin_convertvector(squares, Ints) - s * s, Floats);
       const Floats deviation = square_root(spread / broadcast(samples * (samples - 1)));
       const Floats factor = broadcast(-1.0f / 3) / fma(broadcast(0.1f), deviation, broadcast(255 * 1e-8f));
@@ -112,18 +112,18 @@ inline decltype(&average_vector<1>) average_vector_of(int64_t planes) {
   return average_vector<kPlanes>;
 }
 
-void average(const PamrPhoto& photo, const float* source, float* target, int64_t planes, int64_t y, int64_t begin,
+void average(const PamrImage& image, const float* source, float* target, int64_t planes, int64_t y, int64_t begin,
              int64_t end) {
-  const int64_t neighbors = 8 * photo.n_dilations, row = y * pamr_row(photo.stride, planes) + photo.pad;
+  const int64_t neighbors = 8 * image.n_dilations, row = y * pamr_row(image.stride, planes) + image.pad;
   int64_t offsets[kMaxNeighbors];
-  neighbor_offsets(photo, planes, y, offsets);
-  const uint16_t* weights = photo.weights + y * pamr_weights(photo.columns, photo.n_dilations);
+  neighbor_offsets(image, planes, y, offsets);
+  const uint16_t* weights = image.weights + y * pamr_weights(image.columns, image.n_dilations);
   for (int64_t p = 0; p < planes; p += kTogether) {
     const int64_t together = planes - p < kTogether ? planes - p : kTogether;
-    const int64_t at = row + p * photo.stride;
+    const int64_t at = row + p * image.stride;
     const auto average_one = average_vector_of(together);
     for (int64_t x = begin; x < end; x += kLanes) {
-      average_one(weights + x * (neighbors + 2), offsets, neighbors, source + at + x, photo.stride, target + at + x);
+      average_one(weights + x * (neighbors + 2), offsets, neighbors, source + at + x, image.stride, target + at + x);
     }
   }
 }

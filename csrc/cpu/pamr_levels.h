@@ -11,9 +11,9 @@ namespace namedmask::cpu {
 constexpr int64_t kPamrColumns = 16;    // rows are made of whole vectors of every level
 constexpr int64_t kPamrDilations = 16;  // at most: the sums of colors stay exact
 
-// A photo's arrays, with float planes row by row: [height, planes, stride], where a row of a plane is `pad` floats,
-// then `columns`, then `pad`. What lies outside the photo's own columns repeats its first or its last one.
-struct PamrPhoto {
+// An image's arrays, with float planes row by row: [height, planes, stride], where a row of a plane is `pad` floats,
+// then `columns`, then `pad`. What lies outside the image's own columns repeats its first or its last one.
+struct PamrImage {
   int64_t height, width;
   int64_t columns, pad, stride;  // columns: width rounded up to whole vectors
   const int64_t* dilations;
@@ -26,9 +26,9 @@ struct PamrPhoto {
 
 struct PamrKernels {
   // The weights of row y.
-  void (*affinities)(const PamrPhoto& photo, int64_t y);
+  void (*affinities)(const PamrImage& image, int64_t y);
   // Row y of `planes` mask planes, columns [begin, end), whole vectors, from all rows of `source`.
-  void (*average)(const PamrPhoto& photo, const float* source, float* target, int64_t planes, int64_t y, int64_t begin,
+  void (*average)(const PamrImage& image, const float* source, float* target, int64_t planes, int64_t y, int64_t begin,
                   int64_t end);
 };
 

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cosines.h"
-#include "for_each_photo.h"
+#include "for_each_image.h"
 #include "lanczos.h"
 #include "level.h"
 #include "parallel_for.h"
@@ -316,18 +316,12 @@ void spectral_clusters(const TensorView& features, const TensorView& offsets, co
       throw std::invalid_argument(std::string(kOp) + ": k must be between 1 and 64, but is " + std::to_string(k));
     }
   }
-  std::vector<uint8_t> refused(batch.count, 0);
   const auto solve = [&](int64_t b, Clusters& clusters) {
     const int64_t at = batch.begin(b);
-    refused[b] = !clusters.solve(features.as<float>() + at * channels, batch.end(b) - at, channels, ks, seed,
-                                 labels.as<int32_t>() + at * n_counts);
+    return clusters.solve(features.as<float>() + at * channels, batch.end(b) - at, channels, ks, seed,
+                          labels.as<int32_t>() + at * n_counts);
   };
-  for_each_photo<Clusters>(batch, solve, /*shared=*/true);
-  const auto first = std::find(refused.begin(), refused.end(), 1);
-  if (first != refused.end()) {
-    throw std::invalid_argument(std::string(kOp) + ": features must be finite, but those of photo " +
-                                std::to_string(first - refused.begin()) + " hold NaN or Inf");
-  }
+  for_each_finite_image<Clusters>(kOp, "features", batch, solve, /*shared=*/true);
 }
 
 }  // namespace namedmask::cpu

@@ -306,11 +306,9 @@ def test_every_output_is_written(monkeypatch):
 def test_features_that_are_not_finite_are_refused(run, bad):
     photos = [scene(4, 5, 8, seed=b) for b in range(4)]
     photos[2][3, 1, 5] = bad
-    with pytest.raises(
-        ValueError, match="normalized_cut: features must be finite, but those of photo 2 hold NaN or Inf"
-    ):
+    with pytest.raises(ValueError, match=r"normalized_cut: features must be finite, but .* 2 holds? NaN or Inf"):
         run(nk.normalized_cut, Ragged.pack(photos))
-    with pytest.raises(ValueError, match="those of photo 0 hold NaN or Inf"):
+    with pytest.raises(ValueError, match=r" 0 holds? NaN or Inf"):
         run(nk.normalized_cut, photos[2])
 
 
@@ -330,7 +328,7 @@ def test_bad_input_is_refused_by_name():
     wrong = Ragged(
         torch.zeros(6, 3), torch.tensor([0, 6], dtype=torch.int32), torch.tensor([[2, 2]], dtype=torch.int32)
     )
-    with pytest.raises(ValueError, match="normalized_cut: photo 0 has shape 2 x 2 but owns rows 0 to 6"):
+    with pytest.raises(ValueError, match="normalized_cut: image 0 has shape 2 x 2 but owns rows 0 to 6"):
         nk.normalized_cut(wrong)
     with pytest.raises(RuntimeError, match="normalized_cut has no gradient"):
         nk.normalized_cut(features.requires_grad_()).vector.sum().backward()

@@ -232,7 +232,7 @@ def test_every_output_is_written(monkeypatch):
 def test_features_that_are_not_finite_are_refused(run, bad):
     photos = [scene(4, 5, 8, seed=b)[0] for b in range(4)]
     photos[2][3, 1, 5] = bad
-    message = "spectral_clusters: features must be finite, but those of photo {} hold NaN or Inf"
+    message = "spectral_clusters: features must be finite, but .* {} holds? NaN or Inf"
     with pytest.raises(ValueError, match=message.format(2)):
         run(nk.spectral_clusters, Ragged.pack(photos), 2)
     with pytest.raises(ValueError, match=message.format(0)):

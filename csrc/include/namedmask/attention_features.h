@@ -19,12 +19,14 @@
 // Cost        4 n^2 D flops per head and sequence of n tokens; memory O(n) per thread, and keys and values packed once.
 #pragma once
 
+#include <optional>
+
 #include "namedmask/tensor_view.h"
 
 namespace namedmask::cpu {
 
 void attention_features(const TensorView& qkv, const TensorView& offsets, const TensorView& taps, double scale,
-                        const TensorView* output, const TensorView* rows, const TensorView* lse,
-                        const TensorView* key_norms);
+                        const std::optional<TensorView>& output, const std::optional<TensorView>& rows,
+                        const std::optional<TensorView>& lse, const std::optional<TensorView>& key_norms);
 
 }  // namespace namedmask::cpu

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// TokenCut's normalized cut of every photo of a packed batch of feature grids.
+// TokenCut's normalized cut of every image of a packed batch of feature grids.
 //
 // Definition  Rows are divided by max(norm, 1e-12). A_ij = 1 where the cosine of i and j exceeds tau, else eps; D is
 //             the diagonal of A's row sums. vector = v of the second smallest eigenvalue of (D - A) v = value D v, with
@@ -9,19 +9,19 @@
 // Symmetric   Where all tokens are alike - affinities between different tokens are all equal, and so are the
 //             affinities of the tokens with themselves - every vector orthogonal to D 1 is a second eigenvector and no
 //             token stands out: vector 0, partition and foreground empty, seed -1, residual 0, iterations 0; value is
-//             their common eigenvalue (1 for constant features). Photos of 0 and 1 token likewise, value 1.
+//             their common eigenvalue (1 for constant features). Images of 0 and 1 token likewise, value 1.
 // Accuracy    Cosines in float32, everything after in float64. residual = |D^-1/2 ((D - A) v - value D v)|: some
 //             eigenvalue lies within it of `value`, and v is off by about residual / (gap to the other eigenvalues).
 //             Tokens that fall apart into several groups have gaps of 10 eps: hence a small default tolerance, which
 //             costs an iteration or two. A residual above `tolerance` says that max_iterations came first.
 // Arrays      features float32 [T, C]; offsets int32 [B + 1] and shapes int32 [B, 2] as in RaggedShape;
 //             vector float32 [T], partition and foreground bool [T]; value and residual float64 [B], iterations and
-//             seed int32 [B], the seed counted within its photo. All contiguous, outputs allocated by the caller.
-// Errors      std::invalid_argument for a wrong array or setting and for features that are not finite (first photo
+//             seed int32 [B], the seed counted within its image. All contiguous, outputs allocated by the caller.
+// Errors      std::invalid_argument for a wrong array or setting and for features that are not finite (first image
 //             named); the outputs are then unspecified.
-// Threads     OpenMP, one region: over photos, or over tiles of the affinity when there is one photo. The bits of a
+// Threads     OpenMP, one region: over images, or over tiles of the affinity when there is one image. The bits of a
 //             result depend neither on the threads nor on the batch. Levels differ by the rounding of cosines.
-// Cost        per photo of n tokens n^2 C flops and n^2 / 8 lookups per iteration; per thread 8 n C + n^2 / 8 +
+// Cost        per image of n tokens n^2 C flops and n^2 / 8 lookups per iteration; per thread 8 n C + n^2 / 8 +
 //             8 n iterations bytes. With AVX-512 VNNI products are of 16-bit integers, twice as fast, and 4 n C bytes
 //             more; the floats decide whatever the integers' rounding leaves open, so the bits are the floats'.
 #pragma once
@@ -47,12 +47,12 @@ void normalized_cut(const TensorView& features, const TensorView& offsets, const
 // The part from the affinity on, on a CUDA device: offsets and shapes stay on the CPU, everything else lies on one
 // device, is contiguous and must live until `stream` has passed it.
 //
-// bits       int32 [sum over the photos of p^2 / 32], p their tokens rounded up to a multiple of 128: for each photo
+// bits       int32 [sum over the images of p^2 / 32], p their tokens rounded up to a multiple of 128: for each image
 //            [p / 128, p, 4], bit k % 32 of word k / 32 of group g and row i set where i is connected to 128 g + k;
-//            symmetric, 0 beyond the photo's tokens.
-// workspace  float64 [sum over the photos of (s + 4) p + 6 (s + 1)], s = min(max_iterations, tokens - 1); scratch.
+//            symmetric, 0 beyond the image's tokens.
+// workspace  float64 [sum over the images of (s + 4) p + 6 (s + 1)], s = min(max_iterations, tokens - 1); scratch.
 // The other arrays are as above; what is not finite in the features was to be refused before. One launch for every 100
-// photos, a thread block a photo. The bits of a result do not depend on the batch.
+// images, a thread block an image. The bits of a result do not depend on the batch.
 namespace cuda {
 
 void normalized_cut(const TensorView& bits, const TensorView& offsets, const TensorView& shapes,

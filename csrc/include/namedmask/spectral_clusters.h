@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// SelfMask's spectral clustering of every photo of a packed batch of feature grids, for several numbers of clusters.
+// SelfMask's spectral clustering of every image of a packed batch of feature grids, for several numbers of clusters.
 //
 // Definition  Rows are divided by max(norm, 1e-12). G holds their products, m its least and M its largest entry;
 //             A = (G - m) / (M - m), D is the diagonal of A's row sums. v_2, v_3, ... are the vectors of the next
@@ -16,11 +16,11 @@
 //             products per vector go.
 // Arrays      features float32 [T, C]; offsets int32 [B + 1] and shapes int32 [B, 2] as in RaggedShape; counts int32
 //             [K], the numbers k, each from 1 to 64; labels int32 [T, K]. All contiguous.
-// Errors      std::invalid_argument for a wrong array or count and for features that are not finite (first photo
+// Errors      std::invalid_argument for a wrong array or count and for features that are not finite (first image
 //             named); the labels are then unspecified.
-// Threads     OpenMP, one region: over photos, and over parts of a photo's work where threads are left. The bits of a
+// Threads     OpenMP, one region: over images, and over parts of an image's work where threads are left. The bits of a
 //             result depend neither on the threads nor on the batch nor on the instruction level.
-// Cost        per photo of n tokens n^2 C flops, with AVX-512 VNNI of bytes at four times the rate and again C for each
+// Cost        per image of n tokens n^2 C flops, with AVX-512 VNNI of bytes at four times the rate and again C for each
 //             pair that may be the least, and 4 n C flops per product; no array of n x n. Per thread 8 n C (6 n C with
 //             VNNI) + 8 n (products + 3 max k) + 320 n K bytes.
 #pragma once
@@ -40,9 +40,9 @@ void spectral_clusters(const TensorView& features, const TensorView& offsets, co
 // together, to a residual of 1e-8 or as far as 192 products each go; the sums of k-means are taken in another order.
 //
 // unit       float32 [T, C], the unit vectors, C a multiple of 4 (zeros at the end do no harm)
-// ranges     float32 [B, 2], m and M of each photo
+// ranges     float32 [B, 2], m and M of each image
 // workspace  float64 [spectral_clusters_workspace(...)], scratch
-// At most 64 counts. Three launches for every 64 photos: a thread block a photo, a run of k-means, a photo and k.
+// At most 64 counts. Three launches for every 64 images: a thread block an image, a run of k-means, an image and k.
 namespace cuda {
 
 int64_t spectral_clusters_workspace(const TensorView& offsets, const TensorView& shapes, const TensorView& counts,

@@ -61,7 +61,7 @@ std::string describe(const TensorView& view);  // "float32 [3, 4] on cpu"
 void expect(const char* op, const char* argument, const TensorView& view, DType dtype,
             std::initializer_list<int64_t> shape, Device device = Device::kCPU);
 
-// A packed batch of grids: photo b owns rows offsets[b] .. offsets[b + 1], its grid is shapes[b] = (height, width).
+// A packed batch of grids: image b owns rows offsets[b] .. offsets[b + 1], its grid is shapes[b] = (height, width).
 struct RaggedShape {
   const int32_t* offsets = nullptr;  // [count + 1]
   const int32_t* shapes = nullptr;   // [count, 2]
@@ -73,8 +73,8 @@ struct RaggedShape {
   int64_t width(int64_t b) const { return shapes[2 * b + 1]; }
 };
 
-// Checks offsets int32 [B + 1] and shapes int32 [B, 2] on the CPU: offsets start at 0, end at `rows`, and each photo
-// owns exactly height * width rows. Throws std::invalid_argument naming the photo that does not.
+// Checks offsets int32 [B + 1] and shapes int32 [B, 2] on the CPU: offsets start at 0, end at `rows`, and each image
+// owns exactly height * width rows. Throws std::invalid_argument naming the image that does not.
 RaggedShape expect_ragged(const char* op, const TensorView& offsets, const TensorView& shapes, int64_t rows);
 
 }  // namespace namedmask

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT
+#include "cuda_module.h"
+
+#include "define.h"
+#include "namedmask/bilateral_solver.h"
+#include "namedmask/connected_components.h"
+#include "namedmask/dense_crf.h"
+#include "namedmask/normalized_cut.h"
+#include "namedmask/spectral_clusters.h"
+
+namespace namedmask::bindings {
+
+void define_cuda(pybind11::module_ m) {
+  define(
+      m, "bilateral_solver",
+      [](const TensorView& target, const TensorView& image, const TensorView& offsets, const TensorView& shapes,
+         const TensorView& out, const TensorView& workspace, double confidence, double sigma_spatial, double sigma_luma,
+         double sigma_chroma, double smoothness, int64_t iterations, double tolerance, Stream stream) {
+        cuda::bilateral_solver(target, image, offsets, shapes, out, workspace,
+                               {confidence, sigma_spatial, sigma_luma, sigma_chroma, smoothness, iterations, tolerance},
+                               stream);
+      });
+  define(m, "connected_components", &cuda::connected_components);
+  define(m, "component_stats", &cuda::component_stats);
+  define(m, "largest_component", &cuda::largest_component);
+  define(m, "fill_holes", &cuda::fill_holes);
+  define(m, "dense_crf_lattice",
+         [](const TensorView& probabilities, const TensorView& image, const TensorView& offsets,
+            const TensorView& shapes, const TensorView& out, const TensorView& status, const TensorView& workspace,
+            int64_t iterations, double gaussian_sigma, double gaussian_weight, double bilateral_sigma,
+            double bilateral_sigma_rgb, double bilateral_weight, Stream stream) {
+           cuda::dense_crf_lattice(
+               probabilities, image, offsets, shapes, out, status, workspace,
+               {iterations, gaussian_sigma, gaussian_weight, bilateral_sigma, bilateral_sigma_rgb, bilateral_weight},
+               stream);
+         });
+  define(m, "dense_crf_workspace",
+         [](const TensorView& offsets, const TensorView& shapes, const TensorView& counts, int64_t labels,
+            int64_t iterations, double gaussian_sigma, double gaussian_weight, double bilateral_sigma,
+            double bilateral_sigma_rgb, double bilateral_weight) {
+           return cuda::dense_crf_workspace(
+               offsets, shapes, counts, labels,
+               {iterations, gaussian_sigma, gaussian_weight, bilateral_sigma, bilateral_sigma_rgb, bilateral_weight});
+         });
+  define(m, "dense_crf",
+         [](const TensorView& offsets, const TensorView& shapes, const TensorView& out, const TensorView& status,
+            const TensorView& counts, const TensorView& lattice_workspace, const TensorView& workspace,
+            int64_t iterations, double gaussian_sigma, double gaussian_weight, double bilateral_sigma,
+            double bilateral_sigma_rgb, double bilateral_weight, Stream stream) {
+           cuda::dense_crf(
+               offsets, shapes, out, status, counts, lattice_workspace, workspace,
+               {iterations, gaussian_sigma, gaussian_weight, bilateral_sigma, bilateral_sigma_rgb, bilateral_weight},
+               stream);
+         });
+  define(m, "normalized_cut", &cuda::normalized_cut);
+  define(m, "spectral_clusters_workspace", &cuda::spectral_clusters_workspace);
+  define(m, "spectral_clusters", &cuda::spectral_clusters);
+}
+
+}  // namespace namedmask::bindings
