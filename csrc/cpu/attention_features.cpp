@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Checks, and the sharing out of heads and blocks of queries; the arithmetic is in attention_features_kernel.h.
+// Argument checks, and the distribution of heads and query blocks over threads. attention_features_kernel.h has the
+// arithmetic.
 #include "namedmask/attention_features.h"
 
 #include <omp.h>
@@ -16,11 +17,12 @@ namespace namedmask::cpu {
 namespace {
 
 constexpr const char* kOp = "attention_features";
-constexpr int64_t kNormTokens = 64;  // tokens whose key norms are one piece of work
+constexpr int64_t kNormTokens = 64;  // tokens per piece of work on key norms
 
 const AttentionKernels& kernels() { return NMK_BEST_OR_VNNI(attention_features); }
 
-// Offsets run from 0 to `tokens` and never back; every tap lies in every sequence that is not empty.
+// Checks that offsets run from 0 to `tokens` without decreasing, and that every tap is inside every sequence that is
+// not empty. Returns the length of the longest sequence.
 int64_t longest_sequence(const TensorView& offsets, int64_t tokens, const TensorView& taps, bool tapped) {
   const int64_t count = offsets.shape[0] - 1;
   const auto* at = offsets.as<int32_t>();
@@ -40,8 +42,8 @@ int64_t longest_sequence(const TensorView& offsets, int64_t tokens, const Tensor
                                   " runs from " + std::to_string(at[b]) + " to " + std::to_string(at[b + 1]));
     }
     if (length > 0 && highest >= length) {
-      throw std::invalid_argument(std::string(kOp) + ": tap_rows must lie inside every sequence, but row " +
-                                  std::to_string(highest) + " is asked for and sequence " + std::to_string(b) +
+      throw std::invalid_argument(std::string(kOp) + ": tap_rows must be inside every sequence, but row " +
+                                  std::to_string(highest) + " is requested and sequence " + std::to_string(b) +
                                   " has " + std::to_string(length) + " tokens");
     }
     longest = std::max(longest, length);
@@ -54,7 +56,7 @@ struct Piece {
   int64_t sequence, head, first;
 };
 
-// Whole cache lines: the inner loops load whole vectors of it.
+// Aligned to cache lines, for the vector loads of the inner loops.
 struct Release {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
 };
@@ -88,7 +90,7 @@ void attention_features(const TensorView& qkv, const TensorView& offsets, const 
   const int64_t element = stored == Stored::kFloat32 ? 4 : 2;
   const auto* at = offsets.as<int32_t>();
   std::vector<Piece> blocks, queries, tapped;
-  std::vector<int64_t> first_block(offsets.shape[0]);  // of a sequence; its heads follow one another
+  std::vector<int64_t> first_block(offsets.shape[0]);  // of a sequence; its heads are consecutive
   for (int64_t b = 0; b + 1 < offsets.shape[0]; ++b) {
     const int64_t count = at[b + 1] - at[b];
     first_block[b] = static_cast<int64_t>(blocks.size());

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// attention_features' inner loops, included by one file per instruction level; level.h says what is allowed here.
+// attention_features' inner loops, compiled once per instruction level; level.h describes the rules.
 //
-// Queries are taken kQueries at a time over all keys, the keys kKeys at a time in their order (flash attention). Keys
-// and values are packed once per head, turned to what the inner loops read; values in float32 whatever the stored type.
+// Blocks of kQueries queries pass over all keys, in blocks of kKeys in order (flash attention). Keys and values are
+// packed once per head, transposed into the layout of the inner loops; values in float32 for every input type.
 #include "attention_features_levels.h"
 #include "exponential.h"
 #include "simd.h"
@@ -15,7 +15,7 @@ static_assert(kQueries % kRows == 0 && kTapRows % kRows == 0 && kKeys % (kVector
 // Scores are in units of log2(e), so that weights are powers of two.
 constexpr float kLn2 = 0.693147181f;
 
-// -- stored types, written so that the compiler makes vectors of them ------------------------------------------------
+// -- input types, written so that the compiler vectorizes them ------------------------------------------------
 
 inline float from_bfloat16(uint16_t h) { return __builtin_bit_cast(float, static_cast<uint32_t>(h) << 16); }
 
@@ -71,17 +71,17 @@ inline int64_t element(const AttentionHead& head, int64_t token, int64_t which) 
   return (3 * token + which) * head.heads * head.dim;
 }
 
-// Rows [kTurn, n] of 32-bit words -> out[i * kKeys + k] for k < kTurn: a part of each line is written in one go.
-constexpr int64_t kTurn = 16;
+// Transposes rows [kColumns, n] of 32-bit words into out[i * kKeys + k], k < kColumns.
+constexpr int64_t kColumns = 16;  // so that whole cache lines are written
 
 template <class Word>
-inline void turn_over(const Word (*rows)[kMaxDim], int64_t n, Word* out) {
+inline void transpose(const Word (*rows)[kMaxDim], int64_t n, Word* out) {
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t k = 0; k < kTurn; ++k) out[i * kKeys + k] = rows[k][i];
+    for (int64_t k = 0; k < kColumns; ++k) out[i * kKeys + k] = rows[k][i];
   }
 }
 
-// Where scores come from, in float32. Queries [kRows, dim] times scale meet keys that are turned to [dim, kKeys].
+// Scores in float32: queries [kRows, dim], multiplied by scale, times keys transposed to [dim, kKeys].
 struct FloatScores {
   static int64_t query_words(int64_t dim) { return dim; }
 
@@ -90,16 +90,16 @@ struct FloatScores {
   }
 
   static void pack_keys(const AttentionHead& head, int64_t first, int64_t count, float* words, float*) {
-    float rows[kTurn][kMaxDim];
-    for (int64_t k = 0; k < kKeys; k += kTurn) {
-      for (int64_t i = 0; i < kTurn; ++i) {
+    float rows[kColumns][kMaxDim];
+    for (int64_t k = 0; k < kKeys; k += kColumns) {
+      for (int64_t i = 0; i < kColumns; ++i) {
         if (k + i < count) {
           read(head.qkv, head.stored, element(head, first + k + i, 1), head.dim, 1.0f, rows[i]);
         } else {
           for (int64_t d = 0; d < head.dim; ++d) rows[i][d] = 0;
         }
       }
-      turn_over(rows, head.dim, words + k);
+      transpose(rows, head.dim, words + k);
     }
   }
 
@@ -118,8 +118,8 @@ struct FloatScores {
 
 inline int64_t width_of(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
 
-// A block of keys and their values as `attend` reads them: words [dim, kKeys], factors [kKeys], values [kKeys, width];
-// values are zeros beyond dim. Keys that are not there have score 0 and no values.
+// A block of keys and values in the layout of `attend`: words [dim, kKeys], factors [kKeys], values [kKeys, width],
+// which are zero beyond dim. Keys beyond the last have score 0 and no values.
 template <class Scores>
 void pack(const AttentionHead& head, int64_t first, bool with_values, float* block) {
   const int64_t count = head.count - first < kKeys ? head.count - first : kKeys, width = width_of(head.dim);
@@ -132,8 +132,8 @@ void pack(const AttentionHead& head, int64_t first, bool with_values, float* blo
   }
 }
 
-// sums [kRows, width] = decay[i] * sums + weights [kRows, kKeys] * values [count, width], kWide vectors from `column`
-// on. The block's products are added up by themselves first: the long sum over all keys would round more.
+// sums [kRows, width] = decay[i] * sums + weights [kRows, kKeys] * values [count, width], for kWide vectors from
+// `column` on. The block is summed separately first, which rounds less than one long sum over all keys.
 template <int kWide>
 inline void accumulate(const float* weights, const float* values, int64_t count, const float* decay, int64_t width,
                        int64_t column, float* sums) {
@@ -149,8 +149,8 @@ inline void accumulate(const float* weights, const float* values, int64_t count,
   }
 }
 
-// `count` scores of a row turned into 2^(score - largest so far), in place. `totals` are kLanes sums of weights; what
-// was added up before has to be multiplied by `decay`.
+// Replaces `count` scores of a row by weights 2^(score - largest so far). `totals` are kLanes sums of weights; earlier
+// sums must be multiplied by `decay`.
 inline void soften(float* scores, int64_t count, float* largest, float* totals, float* decay) {
   Floats most = load(scores);
   for (int64_t k = kLanes; k < count; k += kLanes) most = larger(most, load(scores + k));

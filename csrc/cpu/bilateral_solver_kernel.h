@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// bilateral_solver's inner loops, included by one file per instruction level; level.h says what is allowed here.
-// Eight lanes and one order of additions everywhere, no fused multiply-adds: all levels give the same bits.
+// bilateral_solver's inner loops, compiled once per instruction level; level.h describes the rules.
+// Eight lanes and the same order of additions everywhere, and no fused multiply-add that rounds differently: all levels
+// give the same bits.
 #include "bilateral_solver_levels.h"
 #include "simd.h"
 
@@ -47,22 +48,22 @@ inline void for_each_slice(const BilateralSystem& s, Term term, F f) {
 }
 
 // With n from bistochastization the system is  (weight + smoothness * L) x = weight * mean,  where L is the Laplacian
-// of the graph whose edges weigh n_i * n_j, and weight = confidence * mass. Scaled by the square root of its diagonal D
-// it becomes  (1 - w N w) u = ...  with N the 0/1 neighbor matrix and w = n * sqrt(smoothness / D): Jacobi's
-// preconditioner is then built in and a step touches the fewest arrays. u is what is added to the means, so rounding
-// hurts only the change, and a constant target has a residual of exactly 0.
+// of the graph with edge weights n_i * n_j, and weight = confidence * mass. Scaled by the square root of its diagonal D
+// it becomes  (1 - w N w) u = ...  with the 0/1 neighbor matrix N and w = n * sqrt(smoothness / D). This includes the
+// Jacobi preconditioner, and an iteration accesses the fewest arrays. u is the change of the means, so rounding affects
+// only the change, and a constant target has a residual of exactly 0.
 void solve(const BilateralSystem& system) {
-  const BilateralSystem s = system;  // a copy that no store through a pointer can change
+  const BilateralSystem s = system;  // a copy, which stores through pointers cannot alias
   float* const w = s.scratch[0];
   float* const diagonal = s.scratch[1];
   float* const residual = s.scratch[2];
   float* const direction = s.scratch[3];
-  float* const image = s.scratch[4];  // of the direction
+  float* const product = s.scratch[4];  // of the matrix and the direction
   float* const change = s.scratch[5];
-  float* const weighted = s.scratch[6];  // w * direction, what neighbors read
+  float* const weighted = s.scratch[6];  // w * direction, read by neighbors
   const float smoothness = static_cast<float>(s.smoothness), confidence = static_cast<float>(s.confidence);
 
-  float* n = image;
+  float* n = product;
   float* next = change;
   for (int64_t i = 0; i < s.count; ++i) n[i] = 1.0f;
   const auto neighbor_n = [&](int64_t, const int32_t* index) { return gather(n, index); };
@@ -98,7 +99,7 @@ void solve(const BilateralSystem& system) {
     const Floats8 zero = {};
     store(w + i, load<Floats8>(n + i) * square_root(smoothness / load<Floats8>(diagonal + i)));
     store(direction + i, zero);
-    store(change + i, zero);  // n lies in image or change and is not needed any more
+    store(change + i, zero);  // n is in product or change and is no longer needed
   }
 
   const double enough = s.tolerance * s.tolerance * target_norm.sum();
@@ -115,7 +116,7 @@ void solve(const BilateralSystem& system) {
         s, [&](int64_t, const int32_t* index) { return gather(weighted, index); },
         [&](int64_t i, Floats8 sum) {
           const Floats8 p = load<Floats8>(direction + i), q = p - load<Floats8>(w + i) * sum;
-          store(image + i, q);
+          store(product + i, q);
           curvature.add(p, q);
         });
     const double bend = curvature.sum();
@@ -124,7 +125,7 @@ void solve(const BilateralSystem& system) {
     Dot rho_next, norm_next;
     for (int64_t i = 0; i < s.count; i += kSlice) {
       store(change + i, load<Floats8>(change + i) + length * load<Floats8>(direction + i));
-      const Floats8 r = load<Floats8>(residual + i) - length * load<Floats8>(image + i);
+      const Floats8 r = load<Floats8>(residual + i) - length * load<Floats8>(product + i);
       store(residual + i, r);
       rho_next.add(r, r);
       norm_next.add(r * load<Floats8>(diagonal + i), r);
@@ -143,7 +144,7 @@ struct Pixels {
   Floats8 r, g, b;
 };
 
-// Eight pixels; reads 28 bytes.
+// Loads eight pixels; reads 28 bytes.
 inline Pixels load_pixels(const uint8_t* rgb) {
 #if defined(__AVX2__)
   const __m256i four_and_four = _mm256_setr_m128i(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rgb)),
@@ -165,8 +166,8 @@ inline Pixels load_pixels(const uint8_t* rgb) {
 #endif
 }
 
-// In float32, where the planes times 1000 and 31250 are whole numbers below 2^24 and so exact; only the division
-// rounds, by less than kClose. Pixels that close to a border of a cell get a negative key here and their own from
+// In float32, where the planes times 1000 and 31250 are integers below 2^24 and therefore exact; only the division
+// rounds, by less than kClose. Pixels that close to a cell border get a negative key, and later the exact one from
 // color_key.
 struct Scale {
   float luma, blue, red;  // 1 / size of a cell
@@ -188,7 +189,7 @@ inline Ints8 eight_keys(const uint8_t* rgb, const Scale& scale) {
   return (yi * scale.luma_step + ui * scale.blue_step + vi * scale.red_step + scale.offset) | close;
 }
 
-// Gives their keys to the pixels of [begin, end) whose key is negative.
+// Computes the exact keys of the pixels in [begin, end) whose key is negative.
 void settle(const uint8_t* rgb, int64_t begin, int64_t end, const ColorTable& grid, int32_t* keys) {
   int last_color = -1;
   int32_t last_key = 0;
@@ -215,7 +216,7 @@ void keys(const uint8_t* rgb, int64_t n, const ColorTable& grid, int32_t* keys) 
                        grid.steps[2],
                        grid.offset};
   int64_t i = 0;
-  for (; i + kChunk + 2 <= n; i += kChunk) {  // load_pixels reads a pixel and a third too far
+  for (; i + kChunk + 2 <= n; i += kChunk) {  // load_pixels reads 4 bytes beyond its pixels
     Ints8 any = {};
     for (int64_t j = i; j < i + kChunk; j += kSlice) {
       const Ints8 key = eight_keys(rgb + 3 * j, scale);

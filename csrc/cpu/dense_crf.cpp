@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The lattice and the grid are laid out once for an image, with the norms of both kernels multiplied into the pixels'
-// weights. An update then is one walk over the pixels, which reads the filtered marginals of before, makes the new ones
-// and adds them to the next lattice and grid straight away: the marginals themselves are never stored.
+// The lattice and the grid are built once per image, with the norms of both kernels multiplied into the pixels'
+// weights. An update is then a single pass over the pixels: it reads the filtered marginals of the last iteration,
+// computes the new ones and adds them to the next lattice and grid. The marginals themselves are never stored.
 #include "namedmask/dense_crf.h"
 
 #include <algorithm>
@@ -35,7 +35,7 @@ uint64_t scrambled(uint64_t key) {
   return key ^ key >> 32;
 }
 
-// Vertices in the order in which they were met.
+// Vertices, numbered in the order of insertion.
 class VertexTable {
  public:
   void clear() {
@@ -43,7 +43,7 @@ class VertexTable {
     slots_.assign(std::max<size_t>(slots_.size(), 1 << 15), Slot{});
   }
 
-  int32_t find(Key key) const {  // -1: not there
+  int32_t find(Key key) const {  // -1: not found
     for (size_t i = scrambled(key);; ++i) {
       const Slot& slot = slots_[i & (slots_.size() - 1)];
       if (slot.vertex < 0 || slot.key == key) return slot.vertex;
@@ -85,17 +85,17 @@ class VertexTable {
   std::vector<Slot> slots_;
 };
 
-// A simplex that was met lately, with its vertices. Most pixels fall into one that a pixel near them has fallen into.
+// A recently used simplex with its vertices. Most pixels are in the same simplex as a pixel near them.
 struct RecentSimplex {
   Key key;        // of its first vertex
-  int32_t order;  // of the walk around it; -1: none yet
+  int32_t order;  // of the walk around it; -1: empty entry
   int32_t vertices[kCorners];
 };
 constexpr int kRecentBits = 14;
 
 class Solver {
  public:
-  // False if a probability is not finite.
+  // Returns false if a probability is not finite.
   bool run(const float* probabilities, const uint8_t* image, int64_t h, int64_t w, int64_t labels,
            const CrfSettings& settings, float* out) {
     system_.height = h;
@@ -103,11 +103,11 @@ class Solver {
     system_.labels = labels;
     system_.channels = labels == 2 ? 1 : round_up(labels, kGroup);
     system_.out = out;
-    // With one channel, half log-odds are what is added up.
+    // One channel holds half log-odds.
     const double half = labels == 2 ? 0.5 : 1;
-    lay_grid(settings.gaussian_sigma, half * settings.gaussian_weight);
-    lay_lattice(image, settings.bilateral_sigma, settings.bilateral_sigma_rgb);
-    join();
+    build_grid(settings.gaussian_sigma, half * settings.gaussian_weight);
+    build_lattice(image, settings.bilateral_sigma, settings.bilateral_sigma_rgb);
+    find_neighbors();
     system_.bilateral_weight = static_cast<float>(half * settings.bilateral_weight);
     allocate();
     kernels().normalize(system_);
@@ -121,7 +121,7 @@ class Solver {
   }
 
  private:
-  // 1 / sqrt of the kernel's row sums along one axis: splat ones, blur, slice.
+  // 1 / sqrt of the kernel's row sums along one axis: splats ones, blurs, slices.
   std::vector<double> axis_norm(int64_t pixels, const std::vector<double>& taps, const std::vector<double>& gauss) {
     const int64_t step = system_.step, nodes = pixels / step + kTaps;
     std::vector<double> added(nodes), norm(pixels);
@@ -143,7 +143,7 @@ class Solver {
     return norm;
   }
 
-  void lay_grid(double sigma, double weight) {
+  void build_grid(double sigma, double weight) {
     CrfSystem& s = system_;
     s.step = grid_step(sigma, s.width);
     s.cells = round_up((s.width + s.step - 1) / s.step, kGroup);
@@ -180,8 +180,8 @@ class Solver {
     std::copy(gauss.begin(), gauss.end(), to);
   }
 
-  // The vertices, and each pixel's among them, with its weights.
-  void lay_lattice(const uint8_t* image, double sigma, double sigma_rgb) {
+  // Finds all vertices, and the vertices and weights of each pixel.
+  void build_lattice(const uint8_t* image, double sigma, double sigma_rgb) {
     CrfSystem& s = system_;
     float scale[kAxes];
     for (int i = 0; i < kAxes; ++i) scale[i] = lattice_scale(i, sigma, sigma_rgb);
@@ -241,8 +241,8 @@ class Solver {
     return simplex.vertices;
   }
 
-  // neighbors_
-  void join() {
+  // Fills neighbors_.
+  void find_neighbors() {
     const std::vector<Key>& keys = table_.keys();
     const auto count = static_cast<int32_t>(keys.size());
     neighbors_.reserve(2 * kCorners * keys.size());
@@ -272,7 +272,7 @@ class Solver {
         {&s.scores, s.channels * kGroup},
         {&s.unary, s.channels == 1 ? s.height * s.step * s.cells : 0},
     };
-    constexpr int64_t kLine = 16;  // floats of a cache line: vectors should not lie across two
+    constexpr int64_t kLine = 16;  // floats per cache line: vectors should not cross a boundary
     int64_t total = kLine;
     for (const auto& [array, count] : arrays) total += round_up(count, kLine);
     floats_.reserve(total);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// dense_crf's inner loops, included by one file per instruction level; level.h says what is allowed here.
+// dense_crf's inner loops, compiled once per instruction level; level.h describes the rules.
 #include "dense_crf_levels.h"
 #include "exponential.h"
 #include "simd.h"
@@ -18,9 +18,9 @@ inline V exponential(V x) {
   return exponential<TaylorTerms>(larger(x, broadcast<V>(-87.0f)));
 }
 
-// log(x) of positive normal numbers.
+// log(x) for positive normal numbers.
 inline Floats8 logarithm(Floats8 x) {
-  const Ints8 exponent = (bits(x) - 0x3f3504f3) >> 23;  // so that the rest is from sqrt(1/2) to sqrt(2)
+  const Ints8 exponent = (bits(x) - 0x3f3504f3) >> 23;  // so that the mantissa is in [sqrt(1/2), sqrt(2)]
   const Floats8 m = reinterpret_cast<Floats8>(bits(x) - (exponent << 23)),
                 n = __builtin_convertvector(exponent, Floats8);
   const Floats8 s = (m - 1.0f) / (m + 1.0f), square = s * s;  // log(m) = 2 atanh(s), |s| < 0.18
@@ -44,8 +44,8 @@ inline void swap(float*& a, float*& b) {
 
 // -- the permutohedral lattice --
 
-// Sections 3.1 and 3.2 of Adams et al.: into the plane where coordinates sum to 0, to the nearest remainder-0 point,
-// and by the order of the differences to it the simplex around the pixel.
+// Sections 3.1 and 3.2 of Adams et al.: maps the pixel into the plane where coordinates sum to 0 and finds the nearest
+// remainder-0 point; the order of the differences gives the simplex around the pixel.
 void embed(const float* features, CrfSimplices* simplices, float* weights) {
   Floats8 elevated[kCorners], sum = {};
   for (int i = kAxes; i > 0; --i) {
@@ -61,7 +61,7 @@ void embed(const float* features, CrfSimplices* simplices, float* weights) {
     difference[i] = elevated[i] - static_cast<float>(kCorners) * nearest_point[i];
     total += nearest_point[i];
   }
-  Ints8 rank[kCorners];  // 0: the greatest difference
+  Ints8 rank[kCorners];  // 0: the largest difference
   for (Ints8& r : rank) r = __builtin_convertvector(total, Ints8);
   for (int i = 0; i < kCorners; ++i) {
     for (int j = i + 1; j < kCorners; ++j) {
@@ -73,7 +73,7 @@ void embed(const float* features, CrfSimplices* simplices, float* weights) {
   Floats8 sorted[kCorners];
   Ints8 order = {}, point[kCorners];
   for (int i = 0; i < kCorners; ++i) {
-    // The rounded coordinates may sum to other than 0: those that were rounded farthest take a step back.
+    // The rounded coordinates may not sum to 0: those rounded farthest move back one step.
     const Ints8 up = rank[i]<0, down = rank[i]> kAxes;
     const Ints8 back = down - up;  // +1, -1 or 0
     rank[i] += kCorners * back;
@@ -82,7 +82,7 @@ void embed(const float* features, CrfSimplices* simplices, float* weights) {
     point[i] = __builtin_convertvector(nearest_point[i], Ints8) + back;
     order |= i << (3 * (kAxes - rank[i]));
   }
-  // Greatest first.
+  // A sorting network, largest first.
   constexpr int kExchanges[][2] = {{0, 5}, {1, 3}, {2, 4}, {1, 2}, {3, 4}, {0, 3},
                                    {2, 5}, {0, 1}, {2, 3}, {4, 5}, {1, 2}, {3, 4}};
   for (const auto& [a, b] : kExchanges) {
@@ -101,7 +101,7 @@ void embed(const float* features, CrfSimplices* simplices, float* weights) {
   put(simplices->order, order);
 }
 
-// Adds the pixels of `cells` lanes, each times its weights, to their vertices.
+// Adds `cells` lanes of pixels, each times its weights, to their vertices.
 void splat_line(float* lattice, const int32_t* corners, const float* weights, const float* line, int64_t cells) {
   for (int64_t cell = 0; cell < cells; cell += kGroup, corners += kCorners * kGroup, weights += kCorners * kGroup) {
     float products[kCorners * kGroup];
@@ -126,8 +126,8 @@ inline Floats8 slice(const float* lattice, const int32_t* corners, const float* 
   return sum;
 }
 
-// Calls f(from, to, near, scale) for the six directions: from lattice to scratch, back, and so on. An even number of
-// them: the result ends in `lattice`.
+// Calls f(from, to, near, scale) for the six directions, alternating between lattice and scratch. Their number is even,
+// so the result is in `lattice`.
 template <class F>
 inline void for_each_direction(CrfSystem s, float* lattice, float* scratch, float scale, F f) {
   for (int j = 0; j < kCorners; j += 2) {
@@ -136,7 +136,7 @@ inline void for_each_direction(CrfSystem s, float* lattice, float* scratch, floa
   }
 }
 
-// Every vertex plus half of its two neighbors, direction after direction; the result times `scale`.
+// Blurs the vertices direction by direction: each plus half of its two neighbors. The result is multiplied by `scale`.
 void blur_one(CrfSystem s, float* lattice, float* scratch, float scale) {
   for (int64_t i = 0; i <= s.vertices; ++i) lattice[i] = lattice[kSums * i] + lattice[kSums * i + 1];
   for_each_direction(s, lattice, scratch, scale, [&](const float* from, float* to, const int32_t* near, float own) {
@@ -182,7 +182,7 @@ void normalize(CrfSystem s) {
     float* const weights = s.weights + b * kBlock;
     const Floats8 norm = 1.0f / square_root(slice(s.lattice, s.corners + b * kBlock, weights) + 1e-20f);
     for (int r = 0; r < kCorners; ++r) {
-      // Lanes beyond the image have weights of 0, and must keep them.
+      // Lanes beyond the image have weights of 0, and keep them.
       store(weights + r * kGroup, load<Floats8>(weights + r * kGroup) * norm);
     }
   }
@@ -193,7 +193,7 @@ void normalize(CrfSystem s) {
 // out[i] = sum over t from -before to after of gauss[|t|] * in[i + t * stride], i < n, a multiple of kGroup.
 inline void convolve(const float* in, int64_t stride, const float* gauss, int64_t before, int64_t after, float* out,
                      int64_t n) {
-  constexpr int kTurns = 4, kStep = sizeof(Wide) / sizeof(float);  // sums that do not wait for each other
+  constexpr int kTurns = 4, kStep = sizeof(Wide) / sizeof(float);  // independent sums
   int64_t whole = 0;
   for (; whole + kTurns * kStep <= n; whole += kTurns * kStep) {
     Wide sums[kTurns] = {};
@@ -214,7 +214,7 @@ inline void convolve(const float* in, int64_t stride, const float* gauss, int64_
   });
 }
 
-// The Gaussian on the nodes: columns into a line, and that along itself.
+// Applies the Gaussian on the nodes: columns into one line, then along the line.
 void blur_grid(CrfSystem s, const float* from, float* to) {
   const int64_t line = s.grid_width * s.channels, pad = s.radius * s.channels;
   fill(s.rows, 0.0f, line + 2 * pad);
@@ -225,7 +225,7 @@ void blur_grid(CrfSystem s, const float* from, float* to) {
   }
 }
 
-// row = the grid's values on row y of the image, between the nodes' rows.
+// row = the grid interpolated at row y of the image.
 inline void read_row(CrfSystem s, int64_t y, float* row) {
   const int64_t line = s.grid_width * s.channels;
   const float *nodes = s.grid + y / s.step * line, *taps = s.row_taps + y * kTaps;
@@ -237,8 +237,7 @@ inline void read_row(CrfSystem s, int64_t y, float* row) {
   });
 }
 
-// Adds row y to the next grid. values [step, line_values]: what the pixels of each phase add, after kTaps - 1 nodes of
-// zeros.
+// Adds row y to the next grid. values [step, line_values]: the pixels of each phase, after kTaps - 1 nodes of zeros.
 inline void add_row(CrfSystem s, int64_t y, const float* values, int64_t line_values) {
   const int64_t line = s.grid_width * s.channels;
   float* const nodes = s.next_grid + y / s.step * line;
@@ -263,7 +262,7 @@ inline void add_row(CrfSystem s, int64_t y, const float* values, int64_t line_va
 // -- the mean field --
 
 bool start(CrfSystem s, const float* probabilities) {
-  Floats8 finite = {};  // stays 0 unless a value is not finite
+  Floats8 finite = {};  // NaN if a value is not finite, else 0
   if (s.channels == 1) {
     float* unary = s.unary;
     for (int64_t y = 0; y < s.height; ++y, probabilities += 2 * s.width) {
@@ -297,17 +296,17 @@ bool start(CrfSystem s, const float* probabilities) {
   return sum == 0;
 }
 
-// From half the log-odds of two labels to the difference of their marginals, a tanh.
+// Converts half the log-odds of two labels to the difference of their marginals, a tanh.
 void tanh_line(float* line, int64_t n) {
   for_each_vector(n, [&](auto half, int64_t i) {
     using V = decltype(half);
     half = load<V>(line + i);
-    // e^2x runs over from 44 on, where tanh is 1 long since
+    // e^2x overflows from 44 on, where tanh is 1 in floats
     store(line + i, 1.0f - 2.0f / (1.0f + exponential(select(half < 40.0f, 2.0f * half, broadcast<V>(80.0f)))));
   });
 }
 
-// From half the log-odds to both marginals, in out; each with its own small values exact.
+// Converts half the log-odds to both marginals, in out. Small values keep their relative precision.
 void write_line(CrfSystem s, int64_t y, int64_t phase, const float* line) {
   for (int64_t cell = 0; cell < s.cells; cell += kGroup) {
     const Floats8 half = load<Floats8>(line + cell), e = exponential(-2.0f * larger(half, -half));
@@ -322,8 +321,8 @@ void write_line(CrfSystem s, int64_t y, int64_t phase, const float* line) {
   }
 }
 
-// One walk over the pixels: the terms' messages (kSlice) and the unary make new marginals, which are added to the next
-// lattice and grid (kSplat) or written out.
+// One pass over the pixels: computes new marginals from the messages of both terms (kSlice) and the unary, and adds
+// them to the next lattice and grid (kSplat) or writes them to out.
 template <bool kSlice, bool kSplat>
 void update_one(CrfSystem s) {
   const int64_t padded = s.grid_width + kTaps - 1;
@@ -341,7 +340,7 @@ void update_one(CrfSystem s) {
       const float *const taps = s.taps + phase * kTaps, *const norms = s.column_norm + phase * s.cells;
       float* const line = values + phase * padded + kTaps - 1;
       for (int64_t cell = 0; cell < s.cells; cell += kGroup) {
-        Floats8 half = load<Floats8>(unary + cell);  // of the log-odds
+        Floats8 half = load<Floats8>(unary + cell);  // half the log-odds
         if (kSlice) {
           Floats8 spatial = load<Floats8>(row + cell) * taps[0];
 #pragma GCC unroll 3
@@ -368,18 +367,17 @@ void update_one(CrfSystem s) {
   }
 }
 
-// Adds the messages of up to kGroup pixels to their unary: scores [kGroup, channels], their log marginals but for what
-// makes these sum to 1. The first pixel's unary is at `pixel`, the next `stride` on.
+// Adds the messages of up to kGroup pixels to their unary: scores [kGroup, channels], unnormalized log marginals. The
+// first pixel's unary is at `pixel`, the next `stride` further.
 template <bool kSlice>
 inline __attribute__((always_inline)) void score(const CrfSystem& s, int64_t channels, const float* pixel,
                                                  int64_t stride, int64_t pixels, const float* row, const float* taps,
                                                  const float* norms, const int32_t* corners, const float* weights) {
   const int64_t last = channels - kGroup, rest = s.labels - last;
-  const Floats8 never =
-      select(first_lanes(rest), Floats8{}, broadcast<Floats8>(-1e30f));  // for channels that are no label
+  const Floats8 never = select(first_lanes(rest), Floats8{}, broadcast<Floats8>(-1e30f));  // for padding channels
   float* scores = s.scores;
   for (int64_t i = 0; i < pixels; ++i, pixel += stride, row += channels, scores += channels) {
-    __builtin_prefetch(pixel + kGroup * stride);  // it lies too far off for the processor to guess
+    __builtin_prefetch(pixel + kGroup * stride);  // too far away for the hardware prefetcher
     __builtin_prefetch(pixel + kGroup * stride + last);
     const float* vertices[kCorners];
 #pragma GCC unroll 6
@@ -404,7 +402,7 @@ inline __attribute__((always_inline)) void score(const CrfSystem& s, int64_t cha
   }
 }
 
-// f of a sum so far and another vector, halved where it is wide.
+// f(sum, v), where a vector of 16 lanes is first halved.
 template <class V, class F>
 inline Floats8 joined(Floats8 sum, V v, F f) {
   if constexpr (sizeof(V) == sizeof(Floats8)) {
@@ -415,7 +413,7 @@ inline Floats8 joined(Floats8 sum, V v, F f) {
   }
 }
 
-// Scores to marginals, in place.
+// Converts scores to marginals, in place.
 inline __attribute__((always_inline)) void softmax(float* scores, int64_t channels, int64_t pixels) {
   const auto greater = [](Floats8 a, Floats8 b) { return larger(a, b); };
   const auto plus = [](Floats8 a, Floats8 b) { return a + b; };
@@ -425,7 +423,7 @@ inline __attribute__((always_inline)) void softmax(float* scores, int64_t channe
     const float top = largest_lane(best)[0];
     for_each_vector(channels, [&](auto v, int64_t c) {
       v = load<decltype(v)>(scores + c) - top;
-      // What is too little to count becomes 0: products of it would be denormal numbers, which are slow.
+      // Negligible values become 0: their products would be denormal numbers, which are slow.
       v = select(v > -50.0f, exponential(v), decltype(v){});
       store(scores + c, v);
       sum = joined(sum, v, plus);
@@ -435,7 +433,7 @@ inline __attribute__((always_inline)) void softmax(float* scores, int64_t channe
   }
 }
 
-// Adds marginals to their vertices, and leaves them times their norms in line [pixels, channels].
+// Adds marginals to their vertices, and writes them times their norms to line [pixels, channels].
 inline __attribute__((always_inline)) void splat(const CrfSystem& s, int64_t channels, int64_t pixels,
                                                  const float* norms, const int32_t* corners, const float* weights,
                                                  float* line) {
@@ -456,7 +454,7 @@ inline __attribute__((always_inline)) void splat(const CrfSystem& s, int64_t cha
   }
 }
 
-// With the number of channels known to the compiler, or 0 for any. The system is a copy, which no store can change.
+// kChannels: the number of channels at compile time, or 0 for any. The system is a copy, which stores cannot alias.
 template <bool kSlice, bool kSplat, int kChannels>
 void update_many(CrfSystem s) {
   const int64_t channels = kChannels > 0 ? kChannels : s.channels, last = channels - kGroup;
@@ -474,7 +472,7 @@ void update_many(CrfSystem s) {
     for (int64_t phase = 0; phase < s.step; ++phase) {
       const float *const taps = s.taps + phase * kTaps, *const norms = s.column_norm + phase * s.cells;
       float* const line = values + phase * padded + (kTaps - 1) * channels;
-      const int64_t cells = (s.width - phase + s.step - 1) / s.step;  // of this phase within the image
+      const int64_t cells = (s.width - phase + s.step - 1) / s.step;  // of this phase inside the image
       for (int64_t cell = 0; cell < s.cells;
            cell += kGroup, corners += kCorners * kGroup, weights += kCorners * kGroup) {
         const int64_t pixels = cells - cell < kGroup ? cells - cell : kGroup, stride = s.step * s.labels;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Exponentials of vectors of floats; level.h says what is allowed here.
+// Exponentials of vectors of floats; level.h describes the rules.
 #pragma once
 
 #include "simd.h"
@@ -24,8 +24,8 @@ inline V times_power_of_two(V p, V n) {
 constexpr float kLog2E = 1.44269504f;
 
 // e^x = 2^n e^r with r = x - n ln 2, |r| <= ln 2 / 2. ln 2 has two parts, the first with so few bits that its product
-// with n is exact even without a fused multiply-add. Terms says how n and e^r are computed: operators round in
-// different ways, and keep them so that their results stay the same.
+// with n is exact even without a fused multiply-add. Terms computes n and e^r. There are two because they round
+// differently: with one of them for all operators, results would change.
 template <class Terms, class V>
 inline V exponential(V x) {
   const V n = Terms::round(x);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
-// lanczos' inner loops, included by one file per instruction level; level.h says what is allowed here.
+// lanczos' inner loops, compiled once per instruction level; level.h describes the rules.
 #include "lanczos_levels.h"
 #include "simd.h"
 
 namespace namedmask::cpu {
 namespace {
 
-constexpr int64_t kVectorsAtOnce = 4;  // which share the reads of y
+constexpr int64_t kVectorsAtOnce = 4;  // vectors that share the reads of y
 
 void project(const double* vectors, int64_t count, int64_t n, const double* y, double* coefficients) {
   for (int64_t j = 0; j < count; j += kVectorsAtOnce) {

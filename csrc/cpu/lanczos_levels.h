@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The parts of lanczos that exist once per instruction level, with the same bits on all; see level.h.
+// The parts of lanczos that exist once per instruction level; all levels give the same bits. See level.h.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@
 namespace namedmask::cpu {
 namespace {
 
-constexpr int64_t kPart = 64;  // channels that go into a panel at a time
+constexpr int64_t kPart = 64;  // channels per transposed part of a panel
 
 const NormalizedRowsKernels& kernels() { return NMK_BEST(normalized_rows); }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// normalized_rows' inner loops, included by one file per instruction level; level.h says what is allowed here.
+// normalized_rows' inner loops, compiled once per instruction level; level.h describes the rules.
 #include "normalized_rows_levels.h"
 #include "simd.h"
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Checks, and an image's way through the planes that the kernels work on; the arithmetic is in pamr_kernel.h.
+// Argument checks, and the conversion between images and the planes that the kernels work on; the arithmetic is in
+// pamr_kernel.h.
 #include "namedmask/pamr.h"
 
 #include <algorithm>
@@ -18,8 +19,8 @@ namespace namedmask::cpu {
 namespace {
 
 constexpr const char* kOp = "pamr";
-constexpr int64_t kLabels = 24;            // in work at a time, so that memory does not grow with their number
-constexpr int64_t kWindowBytes = 1 << 20;  // of the masks around a row, which are to stay in a core's L2 cache
+constexpr int64_t kLabels = 24;            // per pass, so that memory does not grow with the number of labels
+constexpr int64_t kWindowBytes = 1 << 20;  // of the masks around a row, which should stay in a core's L2 cache
 
 const PamrKernels& kernels() { return NMK_BEST(pamr); }
 
@@ -29,8 +30,8 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Memory that is not cleared, in huge pages where the system has them: a vector of masks has neighbors in 300 small
-// pages, more than a core keeps in mind, and thousands of page faults would take their time.
+// Uninitialized memory, in huge pages where the system supports them: a vector of masks has neighbors in 300 small
+// pages, more than the TLB of a core holds, and thousands of page faults take time.
 template <class T>
 std::unique_ptr<T[], Free> allocate(int64_t count) {
   constexpr int64_t kHuge = 2 << 20;
@@ -55,7 +56,8 @@ class Refiner {
     image_.columns = round_up(width, kPamrColumns);
     image_.pad = round_up(std::min(reach_, width), kPamrColumns);
     image_.stride = image_.columns + 2 * image_.pad;
-    if (image_.stride % 256 == 0) image_.stride += kPamrColumns;  // or the planes would share few of L1's sets
+    if (image_.stride % 256 == 0)
+      image_.stride += kPamrColumns;  // otherwise the planes would share few sets of the L1 cache
   }
 
   // masks, out [H * W, labels]; image [H * W, 3]
@@ -97,7 +99,7 @@ class Refiner {
     }
   }
 
-  // Fills what lies outside the image's columns in one row of `count` planes.
+  // Pads one row of `count` planes beyond the image's columns.
   void repeat_borders(float* row, int64_t count) const {
     for (float* end = row + count * image_.stride; row < end; row += image_.stride) {
       float *begin = row + image_.pad, *last = begin + image_.width - 1;
@@ -106,7 +108,7 @@ class Refiner {
     }
   }
 
-  // One iteration, in strips so narrow that the masks around a row stay in the cache until the next row needs them.
+  // One iteration, in strips narrow enough that the masks around a row stay in the cache for the next row.
   void average(const float* source, float* target, int64_t count) const {
     const int64_t rows = std::min(image_.height, 2 * reach_ + 1);
     const int64_t fits = kWindowBytes / (static_cast<int64_t>(sizeof(float)) * count * rows) - 2 * image_.pad;
@@ -121,7 +123,7 @@ class Refiner {
   }
 
   PamrImage image_;
-  int64_t reach_;  // the largest dilation, as far as it matters
+  int64_t reach_;  // the largest dilation, at most the image's size
 };
 
 }  // namespace

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT
-// pamr's inner loops, included by one file per instruction level; level.h says what is allowed here.
+// pamr's inner loops, compiled once per instruction level; level.h describes the rules.
 //
-// A vector of neighboring pixels of a row is in work at a time, so that every neighbor is a load at another
-// offset.
+// Processes a vector of adjacent pixels of a row at a time, so that every neighbor is a load at another offset.
 #include "exponential.h"
 #include "pamr_levels.h"
 #include "simd.h"
@@ -14,13 +13,13 @@ static_assert(kPamrColumns % kLanes == 0);
 
 constexpr int64_t kMaxNeighbors = 8 * kPamrDilations;
 constexpr float kOne = 65535;  // the largest stored root
-constexpr int kTogether = 8;   // planes that share a pass over the weights: enough sums in flight for the multipliers
+constexpr int kTogether = 8;   // planes that share a pass over the weights: enough independent sums to hide the latency
 
 typedef uint16_t Stored __attribute__((vector_size(kLanes * 2)));
 
-// Weights are stored as their square roots, so that the small ones, of which there are many, lose less to rounding.
+// Weights are stored as square roots, which reduces the rounding error of small ones, of which there are many.
 inline Floats weight(const uint16_t* p) {
-#if defined(__AVX512F__)  // the general form takes GCC 12 five steps; with a mask for the reason told in lanes.h
+#if defined(__AVX512F__)  // GCC 12 compiles the general form to five instructions; a mask as in simd.h
   const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const Floats root = __builtin_convertvector((Ints)_mm512_maskz_cvtepu16_epi32(0xffff, stored), Floats);
 #else
@@ -31,7 +30,7 @@ inline Floats weight(const uint16_t* p) {
   return root * root;
 }
 
-// What to add to the place of a pixel of row y, to come to each of its neighbors in the same plane.
+// Offsets from a pixel of row y to each of its neighbors in the same plane.
 inline void neighbor_offsets(const PamrImage& image, int64_t planes, int64_t y, int64_t* offsets) {
   for (int64_t i = 0; i < image.n_dilations; ++i) {
     const int64_t d = image.dilations[i], dx = d < image.width ? d : image.width;
@@ -53,7 +52,7 @@ void affinities(const PamrImage& image, int64_t y) {
     for (int64_t c = 0; c < 3; ++c) {
       const float* color = image.colors + y * pamr_row(image.stride, 3) + c * image.stride + image.pad + x;
       const Floats center = load(color);
-      Floats sum = {}, squares = {};  // of the differences from the center: integers below 2^24, so nothing is rounded
+      Floats sum = {}, squares = {};  // of the differences from the center: exact integers below 2^24
       for (int64_t k = 0; k < neighbors; ++k) {
         const Floats difference = load(color + offsets[k]) - center;
         sum = sum + difference;
@@ -72,7 +71,6 @@ void affinities(const PamrImage& image, int64_t y) {
     for (int64_t k = 1; k < neighbors; ++k) top = larger(top, logits[k]);
     Floats total = {};
     for (int64_t k = 0; k < neighbors; ++k) {
-      // Added to 1.5 * 2^23, a number is rounded to an integer in the low bits.
       const Floats root = exponential_or_zero((logits[k] - top) * broadcast(0.5f));
       const Ints rounded = (Ints)fma(root, broadcast(kOne), broadcast(kRoundingBias)) & 0xffff;
       const Stored stored = __builtin_convertvector(rounded, Stored);
@@ -86,7 +84,7 @@ void affinities(const PamrImage& image, int64_t y) {
   }
 }
 
-// A vector of pixels in kPlanes planes; source and target point at it in the first of them.
+// Averages a vector of pixels in kPlanes planes; source and target point to it in the first plane.
 template <int kPlanes>
 void average_vector(const uint16_t* weights, const int64_t* offsets, int64_t neighbors, const float* source,
                     int64_t stride, float* target) {

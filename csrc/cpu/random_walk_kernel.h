@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// random_walk's inner loops, included by one file per instruction level; level.h says what is allowed here.
+// random_walk's inner loops, compiled once per instruction level; level.h describes the rules.
 #include "exponential.h"
 #include "random_walk_levels.h"
 #include "simd.h"
@@ -16,7 +16,7 @@ void weigh(const float* rows, const float* panels, int64_t channels, float sharp
       const int64_t at = column + v * kLanes;
       return panels + at / kPanel * channels * kPanel + at % kPanel;
     };
-    // on the diagonal those above it, which are those below turned: products and their order are the same
+    // a diagonal tile is symmetric: only the part above the diagonal is computed, the rest is mirrored
     const int64_t end = diagonal ? column + kVectors * kLanes : kBlock;
     for (int64_t r = 0; r < end; r += kRows) {
       Floats sums[kRows][kVectors] = {};
@@ -29,7 +29,7 @@ void weigh(const float* rows, const float* panels, int64_t channels, float sharp
   for (int64_t r = kVectors * kLanes; diagonal && r < columns; ++r) {
     for (int64_t i = 0; i < r; ++i) weights[r * kBlock + i] = weights[i * kBlock + r];
   }
-  // apart from the products, which would lose registers to it
+  // a separate loop, which does not take registers from the products
   for (int64_t r = 0; r < kBlock; ++r, weights += kBlock) {
     for (int64_t i = 0; i < columns; i += kLanes) {
       store(weights + i, exponential_or_zero(broadcast(sharpness) * (load(weights + i) - broadcast(1.0f))));

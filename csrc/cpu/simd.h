@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The vectors that the CPU kernels compute with; level.h says what is allowed here.
+// The vectors that the CPU kernels compute with; level.h describes the rules.
 //
 // Floats is as wide as a register of the instruction level. Floats8 and Doubles8 have eight lanes on every level, in
 // one register or several: sums over their lanes are added in the same order, so all levels give the same bits.
@@ -75,7 +75,7 @@ inline void store_first(float* p, Floats8 v, int64_t n) {
 #endif
 }
 
-// Lane i is values[index[i]]. The gather instruction is slow: on an AMD EPYC the whole bilateral solver took 1.6 times
+// Lane i = values[index[i]]. The gather instruction is slow: on an AMD EPYC the whole bilateral solver took 1.6 times
 // as long with it, and on an Intel Xeon (Sapphire Rapids) it is no faster than these loads, each of which fills all
 // lanes and keeps one. Inserting single floats instead requires shuffles, which only one execution unit performs: the
 // loads take 0.86 of that time.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// spectral_clusters' inner loops, included by one file per instruction level; level.h says what is allowed here.
+// spectral_clusters' inner loops, compiled once per instruction level; level.h describes the rules.
 #include "simd.h"
 #include "spectral_clusters_levels.h"
 
@@ -7,7 +7,7 @@ namespace namedmask::cpu {
 namespace {
 
 double cosine(const float* a, const float* b, int64_t channels) {
-  Doubles8 lanes[4] = {};  // that do not wait for each other
+  Doubles8 lanes[4] = {};  // independent sums
   int64_t c = 0;
   for (; c + 32 <= channels; c += 32) {
     for (int v = 0; v < 4; ++v)
@@ -25,7 +25,7 @@ void project_few(const float* rows, int64_t n, int64_t channels, const double* x
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
     const float* row = rows + i * channels;
-    double factor[kCount][4];  // a copy, which writing sums cannot change
+    double factor[kCount][4];  // a copy, which stores to sums cannot alias
     for (int v = 0; v < kCount; ++v) __builtin_memcpy(factor[v], x + v * stride + i, sizeof factor[v]);
     int64_t c = 0;
     for (; c + 8 <= channels; c += 8) {
@@ -102,7 +102,7 @@ void expand(const float* rows, int64_t n, int64_t channels, const double* sums, 
 
 void assign(const double* points, int64_t n, int64_t dims, const double* centers, int64_t k, double* distance,
             int64_t* label) {
-  constexpr int64_t kPart = 64;  // points in work at a time
+  constexpr int64_t kPart = 64;  // points per pass
   for (int64_t first = 0; first < n; first += kPart) {
     const int64_t here = n - first < kPart ? n - first : kPart;
     double best[kPart], squares[kPart];

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// A mask is a row of bits, a pair's intersection the bits set in the AND of two rows; unions follow from the areas.
+// A mask is a row of bits; the intersection of a pair is the number of bits in the AND of two rows, and unions follow
+// from the areas.
 #include "namedmask/vote_masks.h"
 
 #include <algorithm>
@@ -32,17 +33,17 @@ uint8_t spans(const uint8_t* mask, int64_t h, int64_t w) {
   return static_cast<uint8_t>((height ? kFullHeight : 0) | (width ? kFullWidth : 0));
 }
 
-// Images with their masks as bits: rows of words_of(pixels), an image's first at `row_words[b]`, and kVoteMasks - 1
-// rows beyond its last that are read and not used.
+// A batch with its masks as rows of words_of(pixels) words. After the last row of an image follow kVoteMasks - 1 rows
+// that are read but not used.
 struct Election {
   const uint8_t* masks;
   RaggedShape batch;
   int64_t n;
   uint8_t* kept;
   uint8_t* reasons;
-  uint64_t* bits;     // one image's after another
-  const int64_t* at;  // [B], where an image's bits begin
-  int64_t* pairs;     // [B, n, n rounded up to kVoteMasks] pixels in both, j >= i only, in groups of kVoteMasks
+  uint64_t* bits;     // of one image after another
+  const int64_t* at;  // [B]: first word of an image
+  int64_t* pairs;     // [B, n, n rounded up to kVoteMasks]: pixels in both i and j, for j >= i in groups of kVoteMasks
   const VoteKernels& kernels;
 
   int64_t pixels(int64_t b) const { return batch.end(b) - batch.begin(b); }
@@ -66,13 +67,13 @@ struct Election {
   int32_t count(int64_t b, double* scores) const {
     const int64_t* common = pairs + b * n * stride();
     const auto area = [&](int64_t i) { return common[i * stride() + i]; };
-    bool nobody = true;
+    bool none_left = true;
     for (int64_t i = 0; i < n; ++i) {
       if (!area(i)) reasons[b * n + i] = kEmpty;
       kept[b * n + i] = !reasons[b * n + i];
-      nobody = nobody && !kept[b * n + i];
+      none_left = none_left && !kept[b * n + i];
     }
-    if (nobody) std::fill_n(kept + b * n, n, 1);
+    if (none_left) std::fill_n(kept + b * n, n, 1);
     int32_t winner = -1;
     for (int64_t i = 0; i < n; ++i) {
       scores[i] = 0;
@@ -119,7 +120,7 @@ void vote_masks(const TensorView& masks, const TensorView& offsets, const Tensor
   const std::unique_ptr<int64_t[]> pairs(new int64_t[images * n * stride]);
   const Election election{masks.as<uint8_t>(), batch,     n,           kept.as<uint8_t>(), reasons.as<uint8_t>(),
                           bits.get(),          at.data(), pairs.get(), kernels()};
-  // Waking threads for less work than this costs more than they bring.
+  // With less work, waking threads costs more than it gains.
 #pragma omp parallel if (masks.shape[0] > kBytesForThreads)
   {
 #pragma omp for schedule(dynamic)

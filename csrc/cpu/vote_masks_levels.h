@@ -8,8 +8,8 @@
 
 namespace namedmask::cpu {
 
-constexpr int64_t kVoteWords = 8;  // rows of bits are whole multiples of this many 64-bit words
-constexpr int64_t kVoteMasks = 4;  // masks that are compared with one at a time
+constexpr int64_t kVoteWords = 8;  // rows of bits are padded to a multiple of this many 64-bit words
+constexpr int64_t kVoteMasks = 4;  // masks that are compared with one mask per call
 
 struct VoteKernels {
   // Bit i % 64 of bits[i / 64] = (bytes[i] != 0), i < n; bits beyond n, up to the next multiple of kVoteWords, are 0.

@@ -34,7 +34,7 @@ def test_any_library_that_speaks_dlpack_may_call():
 def test_what_is_no_array_is_refused_with_its_reason():
     mask = np.zeros((2, 3), bool)
     flat, offsets, shapes, out = arguments(mask, np.empty_like(mask))
-    with pytest.raises(TypeError, match="speaks DLPack"):
+    with pytest.raises(TypeError, match="supports DLPack"):
         native.fill_holes([True], offsets, shapes, out)
     with pytest.raises(TypeError, match="unsupported dtype"):
         native.fill_holes(flat.astype(np.complex64), offsets, shapes, out)
