@@ -32,8 +32,8 @@ DType dtype_of(const DLDataType& type) {
 
 void fill(const DLTensor& tensor, TensorView& view) {
   if (tensor.ndim > kMaxDims) {
-    throw py::type_error("namedmask_kernels: an array of " + std::to_string(tensor.ndim) +
-                         " dimensions came, at most " + std::to_string(kMaxDims) + " are known");
+    throw py::type_error("namedmask_kernels: expected an array of at most " + std::to_string(kMaxDims) +
+                         " dimensions, but got " + std::to_string(tensor.ndim));
   }
   view.dtype = dtype_of(tensor.dtype);
   view.ndim = tensor.ndim;
@@ -48,17 +48,17 @@ void fill(const DLTensor& tensor, TensorView& view) {
   } else if (tensor.device.device_type == kDLCUDA) {
     view.device = Device::kCUDA;
   } else {
-    throw py::type_error("namedmask_kernels: an array on an unsupported device came (DLPack device type " +
-                         std::to_string(tensor.device.device_type) + "); cpu and cuda are known");
+    throw py::type_error("namedmask_kernels: unsupported device (DLPack device type " +
+                         std::to_string(tensor.device.device_type) + "); expected cpu or cuda");
   }
   view.device_index = tensor.device.device_id;
   view.data = tensor.data ? static_cast<char*>(tensor.data) + tensor.byte_offset : nullptr;
   if (view.data == nullptr && view.size() > 0) {
-    throw py::type_error("namedmask_kernels: an array without memory came (a FakeTensor or meta tensor?)");
+    throw py::type_error("namedmask_kernels: an array without memory (a FakeTensor or meta tensor?)");
   }
 }
 
-// numpy's own arrays, in a twentieth of the time that their __dlpack__() takes. False for what DLPack has to judge.
+// Reads numpy arrays in a twentieth of the time of their __dlpack__(). Returns false for arrays that require DLPack.
 bool fill(const py::array& array, TensorView& view) {
   const py::dtype type = array.dtype();
   const char order = type.byteorder();
@@ -101,14 +101,14 @@ py::object read_dlpack(py::handle array, TensorView& view) {
     }
   }
   if (!py::hasattr(array, "__dlpack__")) {
-    throw py::type_error("namedmask_kernels: expected an array that speaks DLPack (torch, numpy, ...), but " +
-                         py::str(py::type::handle_of(array)).cast<std::string>() + " came");
+    throw py::type_error("namedmask_kernels: expected an array that supports DLPack (torch, numpy, ...), but got " +
+                         py::str(py::type::handle_of(array)).cast<std::string>());
   }
   py::object capsule = array.attr("__dlpack__")();
   auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (managed == nullptr) throw py::error_already_set();
   fill(managed->dl_tensor, view);
-  return capsule;  // an unconsumed capsule frees the tensor when it dies
+  return capsule;  // an unconsumed capsule frees the tensor when it is destroyed
 }
 
 }  // namespace namedmask::bindings

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Python array -> TensorView, by DLPack. torch (2.10 and later) offers a C function table on the tensor's type, which
-// costs a fraction of a microsecond a tensor; numpy's arrays of the commonest types are read as they are, also
-// those that must not be written to (do not pass one as an output: nobody checks); any other library goes through the
-// __dlpack__() method.
+// Python array -> TensorView, by DLPack. torch (2.10 and later) has a table of C functions on the tensor type, which
+// takes a fraction of a microsecond per tensor. numpy arrays of the most common types are read directly, including
+// read-only ones (do not pass one as an output: there is no check). All other arrays go through their __dlpack__()
+// method.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,14 +12,14 @@
 namespace namedmask::bindings {
 
 // Fills `view` and returns the object that must stay alive while the view is in use.
-// Throws TypeError where `array` speaks no DLPack, has no memory (a FakeTensor) or a dtype the library does not know.
+// Throws TypeError if `array` does not support DLPack, has no memory (a FakeTensor) or an unsupported dtype.
 pybind11::object read_dlpack(pybind11::handle array, TensorView& view);
 
 }  // namespace namedmask::bindings
 
 namespace pybind11::detail {
 
-// Lets a bound function take `const TensorView&` and be called with any array that speaks DLPack.
+// Bound functions take `const TensorView&` and are called with any array that supports DLPack.
 template <>
 struct type_caster<namedmask::TensorView> {
   PYBIND11_TYPE_CASTER(namedmask::TensorView, const_name("array"));
@@ -33,7 +33,7 @@ struct type_caster<namedmask::TensorView> {
   object owner_;
 };
 
-// Lets a bound function take a Stream and be called with torch.cuda.current_stream().cuda_stream, an int.
+// Bound functions take a Stream and are called with torch.cuda.current_stream().cuda_stream, an int.
 template <>
 struct type_caster<namedmask::Stream> {
   PYBIND11_TYPE_CASTER(namedmask::Stream, const_name("int"));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Which cell of the bilateral grid a pixel belongs to, for every backend: the same pixels must meet in the same cells.
+// The bilateral grid cell of a pixel, for all backends: the same pixels must be in the same cells.
 #pragma once
 
 #include <math.h>  // fma, which std::fma is not on a device
@@ -18,9 +18,9 @@ inline void expect_cells(const BilateralSettings& settings) {
   }
 }
 
-// How a color becomes a key: steps[0] * luma cell + steps[1] * blue cell + steps[2] * red cell + offset. Every axis
-// has a spare cell that stays empty, so that a step over an edge finds nothing instead of wrapping around; the smallest
-// key minus any step is not negative.
+// The key of a color: steps[0] * luma cell + steps[1] * blue cell + steps[2] * red cell + offset. Every axis has a
+// spare cell that stays empty, so that a step over an edge does not wrap around; the smallest key minus any step is not
+// negative.
 struct ColorGrid {
   double sizes[3];  // of the cells of luma, blue chroma, red chroma
   int32_t steps[3];
@@ -36,10 +36,10 @@ struct ColorGrid {
     offset = steps[2];
   }
 
-  // The number of keys, from 0 on, neighbors' included.
+  // The number of possible keys, including those of neighbors.
   size_t keys() const { return static_cast<size_t>(steps[2]) * (static_cast<size_t>(256 / sizes[2]) + 3); }
 
-  // The key of one color by the definition, in double.
+  // The key of one color, exactly as defined, in double.
   NMK_HOST_DEVICE int32_t key(int r, int g, int b) const {
     constexpr double kPlanes[3][3] = {{0.299, 0.587, 0.114}, {-0.168736, -0.331264, 0.5}, {0.5, -0.418688, -0.081312}};
     const double red = r, green = g, blue = b;
@@ -61,7 +61,7 @@ NMK_HOST_DEVICE inline int32_t first_pixel(int32_t cell, double sigma) {
   const double start = cell * sigma;
   if (!(start < INT32_MAX - 1)) return INT32_MAX;
   auto pixel = static_cast<int32_t>(start);
-  if (pixel > 0) --pixel;  // the product is rounded, as is the quotient that decides
+  if (pixel > 0) --pixel;  // both the product and the quotient in spatial_cell are rounded
   while (spatial_cell(pixel, sigma) < cell) ++pixel;
   return pixel;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Marks what csrc/common holds: definitions that the CPU's and CUDA's versions of an operator share.
+// Marks the functions of csrc/common that the CPU and the CUDA version of an operator share.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The permutohedral lattice over x, y, r, g, b (Adams, Baek and Davis, Eurographics 2010): names of vertices, steps.
+// The permutohedral lattice over x, y, r, g, b (Adams, Baek and Davis, Eurographics 2010): keys of
+// vertices and steps between them.
 #pragma once
 
 #include <algorithm>
@@ -16,18 +17,18 @@ namespace namedmask {
 constexpr int kLatticeAxes = 5;
 constexpr int kLatticeCorners = kLatticeAxes + 1;  // of a simplex, and directions of the lattice
 
-// A vertex: its coordinates are 6 m_i + r with the same r for all, and sum to 0, so five of the m, 12 bits each, and r
-// tell it. Coordinates take steps all at once (r + 1) and one of them steps back by 6.
+// A vertex has coordinates 6 m_i + r, with the same r for all, that sum to 0; five of the m, 12 bits each, and r
+// identify it. A step increases all coordinates by 1 (r + 1) and decreases one of them by 6.
 typedef uint64_t LatticeKey;
 
-// m_0 .. m_4, whose names are from 0 to 4095, and r = 0.
+// Added to m_0 .. m_4, so that they are from 0 to 4095.
 constexpr int32_t kLatticeBias = 1 << 11;
 
 NMK_HOST_DEVICE inline LatticeKey lattice_unit(int axis) {
   return axis < kLatticeAxes ? LatticeKey{1} << (12 * axis + 3) : 0;
 }
 
-// One step along a direction of the lattice; walking all six in any order leads back to the start.
+// One step in a direction of the lattice; all six in any order lead back to the start.
 NMK_HOST_DEVICE inline LatticeKey lattice_step(LatticeKey key, int direction) {
   constexpr LatticeKey kAllUnits = (LatticeKey{1} << 3) + (LatticeKey{1} << 15) + (LatticeKey{1} << 27) +
                                    (LatticeKey{1} << 39) + (LatticeKey{1} << 51);
@@ -35,14 +36,14 @@ NMK_HOST_DEVICE inline LatticeKey lattice_step(LatticeKey key, int direction) {
   return ahead - lattice_unit(direction);
 }
 
-// What features along an axis are multiplied by: with unit steps the lattice blurs by a deviation of
-// (d + 1) sqrt(2 / 3).
+// The scale of features along an axis: with unit steps the lattice blurs with a standard deviation of (d + 1) sqrt(2 /
+// 3).
 inline float lattice_scale(int axis, double sigma, double sigma_rgb) {
   const double length = kLatticeCorners * std::sqrt(2.0 / 3 / ((axis + 1) * (axis + 2)));
   return static_cast<float>(length / (axis < 2 ? sigma : sigma_rgb));
 }
 
-// Throws unless the sigmas are above 0 and every coordinate of the lattice over 6 fits the 12 bits of its key.
+// Throws std::invalid_argument unless the sigmas are above 0 and all lattice coordinates, divided by 6, fit 12 bits.
 inline void expect_sigmas(const RaggedShape& batch, const CrfSettings& s) {
   const std::string op = "dense_crf";
   if (!(s.gaussian_sigma > 0 && s.bilateral_sigma > 0 && s.bilateral_sigma_rgb > 0)) {
@@ -59,7 +60,7 @@ inline void expect_sigmas(const RaggedShape& batch, const CrfSettings& s) {
       most = std::max(most, (i + 1) * extent);
     }
     if (!(std::max(sum, most) < 2000)) {
-      throw std::invalid_argument(op + ": the sigmas of bilateral are too small for photo " + std::to_string(b) +
+      throw std::invalid_argument(op + ": the sigmas of bilateral are too small for image " + std::to_string(b) +
                                   " of " + std::to_string(batch.height(b)) + " x " + std::to_string(batch.width(b)));
     }
   }

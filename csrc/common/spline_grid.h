@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The Gaussian of place as B-spline, Gaussian on a grid of nodes, B-spline: variances add up. At a spacing of two
-// thirds of sigma and less its error is below 0.002 of the peak; where that is below a pixel, the nodes are the pixels.
+// The Gaussian of position as a B-spline, a Gaussian on a grid of nodes, and a B-spline, whose variances add up. With a
+// spacing of at most two thirds of sigma the error is below 0.002 of the peak. If that is less than a pixel, the nodes
+// are the pixels.
 #pragma once
 
 #include <algorithm>
@@ -11,29 +12,30 @@
 
 namespace namedmask {
 
-constexpr int kSplineTaps = 4;  // of a cubic B-spline: a pixel x touches the nodes x / step .. x / step + 3
+constexpr int kSplineTaps = 4;  // of a cubic B-spline: a pixel x contributes to the nodes x / step .. x / step + 3
 
-// Pixels between nodes. Eight pixels of a row fit in at this distance: the CPU works on so many at a time.
+// The distance between nodes in pixels. A row has at least eight pixels at this distance, which the CPU processes at
+// once.
 inline int64_t grid_step(double sigma, int64_t width) {
   const int64_t widest = std::max<int64_t>(1, width / 8);
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(sigma / 1.5, 1e9)), 1, widest);
 }
 
-// Nodes along an axis, the taps of the last pixel included.
+// The number of nodes along an axis, including the taps of the last pixel.
 inline int64_t grid_nodes(int64_t pixels, int64_t step) { return (pixels - 1) / step + kSplineTaps; }
 
-// The deviation of the Gaussian on the nodes, in nodes.
+// The standard deviation of the Gaussian on the nodes, in nodes.
 inline double grid_deviation(double sigma, int64_t step) {
   const double spline_variance = step == 1 ? 0 : 1.0 / 3;
   return std::sqrt(sigma * sigma / static_cast<double>(step * step) - 2 * spline_variance);
 }
 
-// Nodes to either side that it reaches: what is left out is below 2e-5 of the peak, or off the grid.
+// Its radius in nodes: the rest is below 2e-5 of the peak, or outside the grid.
 inline int64_t grid_radius(double deviation, int64_t most_nodes) {
   return static_cast<int64_t>(std::min(4.65 * deviation, static_cast<double>(most_nodes)));
 }
 
-// A pixel's weight for node x / step + tap; phase = x % step.
+// The weight of pixel x for node x / step + tap; phase = x % step.
 NMK_HOST_DEVICE inline double spline_tap(int tap, int64_t phase, int64_t step) {
   if (step == 1) return tap == 1;
   const double f = static_cast<double>(phase) / static_cast<double>(step), g = 1 - f;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Checks, and the sharing out of heads and blocks of queries; the arithmetic is in attention_features_kernel.h.
+// Argument checks, and the distribution of heads and query blocks over threads. attention_features_kernel.h has the
+// arithmetic.
 #include "namedmask/attention_features.h"
 
 #include <omp.h>
@@ -16,18 +17,12 @@ namespace namedmask::cpu {
 namespace {
 
 constexpr const char* kOp = "attention_features";
-constexpr int64_t kNormTokens = 64;  // tokens whose key norms are one piece of work
+constexpr int64_t kNormTokens = 64;  // tokens per piece of work on key norms
 
-const AttentionKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() == Level::kAVX512VNNI) return attention_avx512_vnni;
-  if (level() == Level::kAVX512) return attention_avx512;
-  if (level() == Level::kAVX2) return attention_avx2;
-#endif
-  return attention_portable;
-}
+const AttentionKernels& kernels() { return NMK_BEST_OR_VNNI(attention_features); }
 
-// Offsets run from 0 to `tokens` and never back; every tap lies in every sequence that is not empty.
+// Checks that offsets run from 0 to `tokens` without decreasing, and that every tap is inside every sequence that is
+// not empty. Returns the length of the longest sequence.
 int64_t longest_sequence(const TensorView& offsets, int64_t tokens, const TensorView& taps, bool tapped) {
   const int64_t count = offsets.shape[0] - 1;
   const auto* at = offsets.as<int32_t>();
@@ -47,8 +42,8 @@ int64_t longest_sequence(const TensorView& offsets, int64_t tokens, const Tensor
                                   " runs from " + std::to_string(at[b]) + " to " + std::to_string(at[b + 1]));
     }
     if (length > 0 && highest >= length) {
-      throw std::invalid_argument(std::string(kOp) + ": tap_rows must lie inside every sequence, but row " +
-                                  std::to_string(highest) + " is asked for and sequence " + std::to_string(b) +
+      throw std::invalid_argument(std::string(kOp) + ": tap_rows must be inside every sequence, but row " +
+                                  std::to_string(highest) + " is requested and sequence " + std::to_string(b) +
                                   " has " + std::to_string(length) + " tokens");
     }
     longest = std::max(longest, length);
@@ -61,7 +56,7 @@ struct Piece {
   int64_t sequence, head, first;
 };
 
-// Whole cache lines: the inner loops load whole vectors of it.
+// Aligned to cache lines, for the vector loads of the inner loops.
 struct Release {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
 };
@@ -71,8 +66,8 @@ Floats aligned_floats(int64_t n) { return Floats(new (std::align_val_t{64}) floa
 }  // namespace
 
 void attention_features(const TensorView& qkv, const TensorView& offsets, const TensorView& taps, double scale,
-                        const TensorView* output, const TensorView* rows, const TensorView* lse,
-                        const TensorView* key_norms) {
+                        const std::optional<TensorView>& output, const std::optional<TensorView>& rows,
+                        const std::optional<TensorView>& lse, const std::optional<TensorView>& key_norms) {
   const DType dtype = qkv.dtype == DType::kBFloat16 || qkv.dtype == DType::kFloat16 ? qkv.dtype : DType::kFloat32;
   expect(kOp, "qkv", qkv, dtype, {-1, 3, -1, -1});
   expect(kOp, "offsets", offsets, DType::kInt32, {-1});
@@ -86,7 +81,7 @@ void attention_features(const TensorView& qkv, const TensorView& offsets, const 
   if (rows) expect(kOp, "rows", *rows, DType::kFloat32, {tokens, heads, n_taps});
   if (lse) expect(kOp, "lse", *lse, DType::kFloat32, {tokens, heads});
   if (key_norms) expect(kOp, "key_norms", *key_norms, DType::kFloat32, {tokens});
-  const int64_t longest = longest_sequence(offsets, tokens, taps, rows != nullptr);
+  const int64_t longest = longest_sequence(offsets, tokens, taps, rows.has_value());
 
   const AttentionKernels& run = kernels();
   const Stored stored = dtype == DType::kBFloat16  ? Stored::kBFloat16
@@ -95,7 +90,7 @@ void attention_features(const TensorView& qkv, const TensorView& offsets, const 
   const int64_t element = stored == Stored::kFloat32 ? 4 : 2;
   const auto* at = offsets.as<int32_t>();
   std::vector<Piece> blocks, queries, tapped;
-  std::vector<int64_t> first_block(offsets.shape[0]);  // of a sequence; its heads follow one another
+  std::vector<int64_t> first_block(offsets.shape[0]);  // of a sequence; its heads are consecutive
   for (int64_t b = 0; b + 1 < offsets.shape[0]; ++b) {
     const int64_t count = at[b + 1] - at[b];
     first_block[b] = static_cast<int64_t>(blocks.size());
@@ -127,7 +122,7 @@ void attention_features(const TensorView& qkv, const TensorView& offsets, const 
     };
 #pragma omp for schedule(dynamic, 8)
     for (int64_t i = 0; i < n_blocks; ++i) {
-      run.pack(head_of(blocks[i]), blocks[i].first, output != nullptr, packed.get() + i * block_floats);
+      run.pack(head_of(blocks[i]), blocks[i].first, output.has_value(), packed.get() + i * block_floats);
     }
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < n_queries; ++i) {

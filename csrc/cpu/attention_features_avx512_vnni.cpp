@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
-// bfloat16 scores from 16-bit integers, whose products (vpdpwssd) run at twice float32's rate and are added exactly.
+// bfloat16 scores from products of 16-bit integers (vpdpwssd), which run at twice the rate of float32 and are summed
+// exactly.
 //
-// A query or key is held as whole multiples of the power of two that brings its norm below 2^15, so that no sum of
-// products leaves 32 bits (Cauchy and Schwarz). bfloat16 has 8 significant bits: elements down to 2^-7 of the norm are
-// exact, and smaller ones are off by half a unit at most, which moves a score by some 10^-5 |q| |k| scale. The
-// bfloat16 instruction itself (vdpbf16ps) gives half of float32's rate on Intel's cores (Sapphire Rapids), so it would
-// gain nothing. Weights and values stay float32: small weights beside a large one are kept.
+// A query or key is stored as integer multiples of a power of two that brings its norm below 2^15, so that no sum of
+// products overflows 32 bits (Cauchy-Schwarz). bfloat16 has 8 significant bits: elements down to 2^-7 of the norm are
+// exact, and smaller ones are off by at most half a unit, which changes a score by about 10^-5 |q| |k| scale. The
+// bfloat16 instruction itself (vdpbf16ps) runs at half the rate of float32 on Intel cores (Sapphire Rapids), so it
+// gains nothing. Weights and values stay float32, which preserves small weights beside a large one.
 #include "attention_features_kernel.h"
 
 namespace namedmask::cpu {
@@ -16,10 +17,10 @@ inline float power(int exponent) { return __builtin_bit_cast(float, (exponent + 
 inline int exponent_of(float x) { return (bits_of(x) >> 23 & 255) - 127; }
 
 struct FixedScores {
-  // Two elements a word; the last one of an odd dim has a zero beside it.
+  // Two elements per word; an odd dim is padded with a zero.
   static int64_t query_words(int64_t dim) { return (dim + 1) / 2; }
 
-  // The row's integers in `words`; returns their unit: 0 for a row of zeros, NaN for one with a NaN or Inf.
+  // Writes the row as integers; returns their unit: 0 for a row of zeros, NaN for a row with NaN or Inf.
   static float fix(const AttentionHead& head, int64_t token, int64_t which, int32_t* words) {
     float row[kMaxDim + 1];
     const int64_t dim = head.dim;
@@ -42,10 +43,11 @@ struct FixedScores {
       row[d] *= power(-exponent);
       squares += row[d] * row[d];
     }
-    const int shift = 15 - (exponent_of(squares) + 2) / 2;   // norm * 2^shift < 2^15
-    const float factor = power(shift), magic = 12582912.0f;  // 1.5 * 2^23 leaves the integer in the low bits
+    const int shift = 15 - (exponent_of(squares) + 2) / 2;  // norm * 2^shift < 2^15
+    const float factor = power(shift);
     for (int64_t i = 0; i < query_words(dim); ++i) {
-      const int32_t low = bits_of(row[2 * i] * factor + magic), high = bits_of(row[2 * i + 1] * factor + magic);
+      const int32_t low = bits_of(row[2 * i] * factor + kRoundingBias),
+                    high = bits_of(row[2 * i + 1] * factor + kRoundingBias);
       words[i] = (low & 0xffff) | high << 16;
     }
     return power(exponent - shift);
@@ -56,14 +58,14 @@ struct FixedScores {
   }
 
   static void pack_keys(const AttentionHead& head, int64_t first, int64_t count, float* words, float* factors) {
-    int32_t rows[kTurn][kMaxDim];
-    for (int64_t k = 0; k < kKeys; k += kTurn) {
-      for (int64_t i = 0; i < kTurn; ++i) {
+    int32_t rows[kColumns][kMaxDim];
+    for (int64_t k = 0; k < kKeys; k += kColumns) {
+      for (int64_t i = 0; i < kColumns; ++i) {
         const bool there = k + i < count;
         factors[k + i] = there ? fix(head, first + k + i, 1, rows[i]) : 0;
         for (int64_t w = 0; !there && w < query_words(head.dim); ++w) rows[i][w] = 0;
       }
-      turn_over(rows, query_words(head.dim), reinterpret_cast<int32_t*>(words) + k);
+      transpose(rows, query_words(head.dim), reinterpret_cast<int32_t*>(words) + k);
     }
   }
 
@@ -73,7 +75,7 @@ struct FixedScores {
     const auto* q = reinterpret_cast<const int32_t*>(queries);
     const auto* columns = reinterpret_cast<const int32_t*>(keys);
     for (int64_t k = 0; k < count; k += kVectors * kLanes) {
-      I sums[kRows][kVectors] = {};
+      Ints sums[kRows][kVectors] = {};
       for (int64_t w = 0; w < words; ++w) {
         __m512i b[kVectors];
 #pragma GCC unroll 2
@@ -82,14 +84,14 @@ struct FixedScores {
         for (int i = 0; i < kRows; ++i) {
           const __m512i pair = _mm512_set1_epi32(q[i * words + w]);
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) sums[i][v] = (I)_mm512_dpwssd_epi32((__m512i)sums[i][v], pair, b[v]);
+          for (int v = 0; v < kVectors; ++v) sums[i][v] = (Ints)_mm512_dpwssd_epi32((__m512i)sums[i][v], pair, b[v]);
         }
       }
 #pragma GCC unroll 12
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
-          const V units = broadcast(query_units[i]) * load(key_units + k + v * kLanes);
+          const Floats units = broadcast(query_units[i]) * load(key_units + k + v * kLanes);
           store(scores + i * stride + k + v * kLanes, _mm512_maskz_cvtepi32_ps(0xffff, (__m512i)sums[i][v]) * units);
         }
       }
@@ -108,6 +110,6 @@ void attend_stored(const AttentionHead& head, const float* packed, int64_t begin
 
 }  // namespace
 
-const AttentionKernels attention_avx512_vnni = {pack_stored, attend_stored, tap, key_norms};
+const AttentionKernels attention_features_avx512_vnni = {pack_stored, attend_stored, tap, key_norms};
 
 }  // namespace namedmask::cpu

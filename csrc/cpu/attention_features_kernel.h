@@ -1,71 +1,21 @@
 // SPDX-License-Identifier: MIT
-// attention_features' inner loops, included by one file per instruction level; level.h says what is allowed here.
+// attention_features' inner loops, compiled once per instruction level; level.h describes the rules.
 //
-// Queries are taken kQueries at a time over all keys, the keys kKeys at a time in their order (flash attention). Keys
-// and values are packed once per head, turned to what the inner loops read; values in float32 whatever the stored type.
-#include <utility>
-
+// Blocks of kQueries queries pass over all keys, in blocks of kKeys in order (flash attention). Keys and values are
+// packed once per head, transposed into the layout of the inner loops; values in float32 for every input type.
 #include "attention_features_levels.h"
-#include "lanes.h"
+#include "exponential.h"
+#include "simd.h"
 
 namespace namedmask::cpu {
 namespace {
 
 static_assert(kQueries % kRows == 0 && kTapRows % kRows == 0 && kKeys % (kVectors * kLanes) == 0);
 
-// Scores are kept in units of log2(e), so that weights are powers of two.
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+// Scores are in units of log2(e), so that weights are powers of two.
+constexpr float kLn2 = 0.693147181f;
 
-// 2^x for x <= 0 within 2 ulp; NaN for NaN. The polynomials are relative minimax on an interval of length 1 around or
-// from 0, with their value at 0 held at 1.
-inline V power_of_two(V x) {
-#if defined(__AVX512DQ__)
-  const V r = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEG_INF);  // x - floor(x), 0 for -Inf
-  V p = broadcast(1.86713028e-3f);
-  p = fma(p, r, broadcast(9.01702978e-3f));
-  p = fma(p, r, broadcast(5.57999127e-2f));
-  p = fma(p, r, broadcast(2.40164444e-1f));
-  p = fma(p, r, broadcast(6.93151295e-1f));
-  p = fma(p, r, broadcast(1.0f));
-  return _mm512_maskz_scalef_ps(0xffff, p, x);  // p * 2^floor(x)
-#else
-  // 2^-126 for all that is less: nothing is left of it in a sum that holds a 1.
-  const V magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  x = larger(broadcast(-126.0f), x);       // of a NaN and a number, the second
-  const V shifted = x + magic, r = x - (shifted - magic);
-  V p = broadcast(1.32647273e-3f);
-  p = fma(p, r, broadcast(9.67151299e-3f));
-  p = fma(p, r, broadcast(5.55073358e-2f));
-  p = fma(p, r, broadcast(2.40222424e-1f));
-  p = fma(p, r, broadcast(6.93147004e-1f));
-  p = fma(p, r, broadcast(1.0f));
-  return (V)((I)p + ((I)shifted << 23));  // the whole power is added to the exponent
-#endif
-}
-
-inline float sum_of_lanes(V v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int n = kLanes / 2; n; n /= 2) {
-    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-  }
-  return lanes[0];
-}
-
-template <int kStep, int... kLane>
-inline V with_lane_exchanged(V v, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
-}
-
-// The largest lane, in every lane.
-template <int kStep = kLanes / 2>
-inline V largest_lane(V v) {
-  v = larger(v, with_lane_exchanged<kStep>(v, std::make_integer_sequence<int, kLanes>()));
-  if constexpr (kStep > 1) return largest_lane<kStep / 2>(v);
-  return v;
-}
-
-// -- stored types, written so that the compiler makes vectors of them ------------------------------------------------
+// -- input types, written so that the compiler vectorizes them ------------------------------------------------
 
 inline float from_bfloat16(uint16_t h) { return __builtin_bit_cast(float, static_cast<uint32_t>(h) << 16); }
 
@@ -121,17 +71,17 @@ inline int64_t element(const AttentionHead& head, int64_t token, int64_t which) 
   return (3 * token + which) * head.heads * head.dim;
 }
 
-// Rows [kTurn, n] of 32-bit words -> out[i * kKeys + k] for k < kTurn: a part of each line is written in one go.
-constexpr int64_t kTurn = 16;
+// Transposes rows [kColumns, n] of 32-bit words into out[i * kKeys + k], k < kColumns.
+constexpr int64_t kColumns = 16;  // so that whole cache lines are written
 
 template <class Word>
-inline void turn_over(const Word (*rows)[kMaxDim], int64_t n, Word* out) {
+inline void transpose(const Word (*rows)[kMaxDim], int64_t n, Word* out) {
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t k = 0; k < kTurn; ++k) out[i * kKeys + k] = rows[k][i];
+    for (int64_t k = 0; k < kColumns; ++k) out[i * kKeys + k] = rows[k][i];
   }
 }
 
-// Where scores come from, in float32. Queries [kRows, dim] times scale meet keys that are turned to [dim, kKeys].
+// Scores in float32: queries [kRows, dim], multiplied by scale, times keys transposed to [dim, kKeys].
 struct FloatScores {
   static int64_t query_words(int64_t dim) { return dim; }
 
@@ -140,16 +90,16 @@ struct FloatScores {
   }
 
   static void pack_keys(const AttentionHead& head, int64_t first, int64_t count, float* words, float*) {
-    float rows[kTurn][kMaxDim];
-    for (int64_t k = 0; k < kKeys; k += kTurn) {
-      for (int64_t i = 0; i < kTurn; ++i) {
+    float rows[kColumns][kMaxDim];
+    for (int64_t k = 0; k < kKeys; k += kColumns) {
+      for (int64_t i = 0; i < kColumns; ++i) {
         if (k + i < count) {
           read(head.qkv, head.stored, element(head, first + k + i, 1), head.dim, 1.0f, rows[i]);
         } else {
           for (int64_t d = 0; d < head.dim; ++d) rows[i][d] = 0;
         }
       }
-      turn_over(rows, head.dim, words + k);
+      transpose(rows, head.dim, words + k);
     }
   }
 
@@ -157,8 +107,8 @@ struct FloatScores {
   static void score(const float* queries, const float*, const float* keys, const float*, int64_t dim, int64_t count,
                     float* scores, int64_t stride) {
     for (int64_t k = 0; k < count; k += kVectors * kLanes) {
-      V sums[kRows][kVectors] = {};
-      multiply_add(sums, queries, dim, [=](int v) { return keys + k + v * kLanes; }, kKeys, dim);
+      Floats sums[kRows][kVectors] = {};
+      multiply_add(sums, queries, dim, 1, [=](int v) { return keys + k + v * kLanes; }, kKeys, dim);
       for (int i = 0; i < kRows; ++i) {
         for (int v = 0; v < kVectors; ++v) store(scores + i * stride + k + v * kLanes, sums[i][v]);
       }
@@ -168,8 +118,8 @@ struct FloatScores {
 
 inline int64_t width_of(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
 
-// A block of keys and their values as `attend` reads them: words [dim, kKeys], factors [kKeys], values [kKeys, width];
-// values are zeros beyond dim. Keys that are not there have score 0 and no values.
+// A block of keys and values in the layout of `attend`: words [dim, kKeys], factors [kKeys], values [kKeys, width],
+// which are zero beyond dim. Keys beyond the last have score 0 and no values.
 template <class Scores>
 void pack(const AttentionHead& head, int64_t first, bool with_values, float* block) {
   const int64_t count = head.count - first < kKeys ? head.count - first : kKeys, width = width_of(head.dim);
@@ -182,13 +132,13 @@ void pack(const AttentionHead& head, int64_t first, bool with_values, float* blo
   }
 }
 
-// sums [kRows, width] = decay[i] * sums + weights [kRows, kKeys] * values [count, width], kWide vectors from `column`
-// on. The block's products are added up by themselves first: the long sum over all keys would round more.
+// sums [kRows, width] = decay[i] * sums + weights [kRows, kKeys] * values [count, width], for kWide vectors from
+// `column` on. The block is summed separately first, which rounds less than one long sum over all keys.
 template <int kWide>
 inline void accumulate(const float* weights, const float* values, int64_t count, const float* decay, int64_t width,
                        int64_t column, float* sums) {
-  V block[kRows][kWide] = {};
-  multiply_add(block, weights, kKeys, [=](int v) { return values + column + v * kLanes; }, width, count);
+  Floats block[kRows][kWide] = {};
+  multiply_add(block, weights, kKeys, 1, [=](int v) { return values + column + v * kLanes; }, width, count);
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
     float* row = sums + i * width + column;
@@ -199,19 +149,19 @@ inline void accumulate(const float* weights, const float* values, int64_t count,
   }
 }
 
-// `count` scores of a row turned into 2^(score - largest so far), in place. `totals` are kLanes sums of weights; what
-// was added up before has to be multiplied by `decay`.
+// Replaces `count` scores of a row by weights 2^(score - largest so far). `totals` are kLanes sums of weights; earlier
+// sums must be multiplied by `decay`.
 inline void soften(float* scores, int64_t count, float* largest, float* totals, float* decay) {
-  V most = load(scores);
+  Floats most = load(scores);
   for (int64_t k = kLanes; k < count; k += kLanes) most = larger(most, load(scores + k));
-  const V before = broadcast(*largest), now = larger(before, largest_lane(most));
-  V sum = {};
+  const Floats before = broadcast(*largest), now = larger(before, largest_lane(most));
+  Floats sum = {};
   for (int64_t k = 0; k < count; k += kLanes) {
-    const V weight = power_of_two(load(scores + k) - now);
+    const Floats weight = power_of_two(load(scores + k) - now);
     store(scores + k, weight);
     sum += weight;
   }
-  const V fade = power_of_two(before - now);
+  const Floats fade = power_of_two(before - now);
   store(totals, fma(load(totals), fade, sum));
   *largest = now[0];
   *decay = fade[0];
@@ -278,11 +228,11 @@ void tap(const AttentionHead& head, const int32_t* taps, int64_t n_taps, float* 
   for (int64_t r = 0; r < n_taps; ++r) {
     float* row = scores + r * padded;
     for (int64_t k = head.count; k % kLanes; ++k) row[k] = -__builtin_inff();
-    V most = load(row), sum = {};
+    Floats most = load(row), sum = {};
     for (int64_t k = kLanes; k < head.count; k += kLanes) most = larger(most, load(row + k));
-    const V largest = largest_lane(most);
+    const Floats largest = largest_lane(most);
     for (int64_t k = 0; k < head.count; k += kLanes) {
-      const V weight = power_of_two(load(row + k) - largest);
+      const Floats weight = power_of_two(load(row + k) - largest);
       store(row + k, weight);
       sum += weight;
     }
@@ -295,7 +245,7 @@ void key_norms(const void* qkv, Stored stored, int64_t count, int64_t heads, int
   constexpr int64_t kPart = 256;
   const int64_t size = heads * dim;
   for (int64_t t = 0; t < count; ++t) {
-    V sum = {};
+    Floats sum = {};
     for (int64_t at = 0; at < size; at += kPart) {
       float part[kPart] = {};
       read(qkv, stored, (3 * t + 1) * size + at, size - at < kPart ? size - at : kPart, 1.0f, part);
@@ -304,6 +254,8 @@ void key_norms(const void* qkv, Stored stored, int64_t count, int64_t heads, int
     norms[t] = sum_of_lanes(sum);
   }
 }
+
+constexpr AttentionKernels kKernels = {pack<FloatScores>, attend<FloatScores>, tap, key_norms};
 
 }  // namespace
 }  // namespace namedmask::cpu

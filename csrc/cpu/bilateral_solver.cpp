@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// A photo is walked one spatial cell at a time. The pixels of a cell differ in color only, so a table indexed by the
-// color's key finds their vertices without hashing or sorting, and neighbors too: those in color in the same table,
-// those left and above by looking up the neighboring cell's keys in it. Then the table's used entries are cleared.
+// The image is processed one spatial cell at a time. Pixels of a cell differ only in color, so a table indexed by color
+// key finds their vertices without hashing or sorting. The same table finds neighbors: those in color directly, those
+// to the left and above by looking up the neighboring cell's keys. Then the used entries of the table are cleared.
 #include "namedmask/bilateral_solver.h"
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 #include "bilateral_solver_levels.h"
 #include "buffer.h"
-#include "for_each_photo.h"
+#include "for_each_image.h"
 #include "level.h"
 #include "prefault_pages.h"
 
@@ -21,21 +21,12 @@ int32_t color_key(const ColorGrid& grid, int r, int g, int b) { return grid.key(
 
 namespace {
 
-constexpr int kLanes = BilateralSystem::kLanes;
+constexpr int kSlice = BilateralSystem::kSlice;
 constexpr int kDirections = 10;  // both ways along five axes
 
-const BilateralKernels& kernels() {
-  switch (level()) {
-#if defined(__x86_64__)
-    case Level::kAVX512VNNI:
-    case Level::kAVX512: return bilateral_avx512;
-    case Level::kAVX2: return bilateral_avx2;
-#endif
-    default: return bilateral_portable;
-  }
-}
+const BilateralKernels& kernels() { return NMK_BEST(bilateral_solver); }
 
-// first[c] is the first pixel of cell c along one axis; a cell is at least one pixel wide, so none is skipped.
+// first[c] = the first pixel of cell c along one axis. A cell is at least one pixel wide, so none is skipped.
 std::vector<int32_t> cell_starts(int64_t pixels, double sigma) {
   std::vector<int32_t> first;
   for (int32_t x = 0; x < pixels; ++x) {
@@ -45,12 +36,12 @@ std::vector<int32_t> cell_starts(int64_t pixels, double sigma) {
   return first;
 }
 
-// Target and number of pixels, added as one vector.
+// Sum of the target and number of pixels, in one vector.
 typedef double Sum __attribute__((vector_size(16)));
 
 class Solver {
  public:
-  // False if the target is not finite.
+  // Returns false if the target is not finite.
   bool run(const float* target, const uint8_t* image, int64_t h, int64_t w, const BilateralSettings& settings,
            float* out) {
     prepare(settings);
@@ -79,7 +70,7 @@ class Solver {
     std::fill_n(table_.data(), grid_.keys(), 0);
   }
 
-  // The vertices with their keys, sums and neighbors, and vertex_of_pixel_.
+  // Finds the vertices with their keys, sums and neighbors, and fills vertex_of_pixel_.
   void build(const float* target, const uint8_t* image, int64_t h, int64_t w) {
     const std::vector<int32_t> ys = cell_starts(h, settings_.sigma_spatial);
     const std::vector<int32_t> xs = cell_starts(w, settings_.sigma_spatial);
@@ -105,7 +96,7 @@ class Solver {
     }
   }
 
-  // Room for the vertices of a cell of so many pixels.
+  // Reserves memory for the vertices of a cell of that many pixels.
   void reserve_vertices(size_t pixels) {
     const size_t most = count_ + pixels;
     key_.reserve(most);
@@ -116,8 +107,8 @@ class Solver {
     local_.reserve(pixels);
   }
 
-  // Pixels [begin, end) of `rows` rows: one cell. The table then holds its vertices, counted from 1.
-  // Not inlined, or its loops run out of registers.
+  // Adds up one cell, pixels [begin, end) of `rows` rows. The table then holds its vertices, numbered from 1. Not
+  // inlined: the loops would run out of registers.
   [[gnu::noinline]] void splat(const float* target, int32_t* vertex_of_pixel, int64_t rows, int64_t w, int32_t begin,
                                int32_t end) {
     int32_t* const table = table_.data();
@@ -126,7 +117,7 @@ class Solver {
     int32_t count = 0;
     for (int64_t y = 0; y < rows; ++y) {
       const int32_t* keys = keys_.data() + y * w;
-      // The rows lie too far apart for the processor to guess: ask for the next cell's.
+      // The rows are too far apart for the hardware prefetcher: prefetch those of the next cell.
       __builtin_prefetch(target + y * w + end);
       __builtin_prefetch(vertex_of_pixel + y * w + end, 1);
       for (int32_t x = begin; x < end; ++x) {
@@ -145,7 +136,7 @@ class Solver {
     for (int64_t y = 0; y < rows; ++y, target += w, vertex_of_pixel += w) {
       for (int32_t x = begin; x < end; ++x, ++local) {
         vertex_of_pixel[x] = first + *local;
-        // Neighboring pixels are often of one vertex: by turns into several sums, or each would wait for the last.
+        // Neighboring pixels often share a vertex: alternating between several sums avoids waiting for each addition.
         lanes[kSums * *local + (x & (kSums - 1))] += Sum{target[x], 1.0};
       }
     }
@@ -162,7 +153,7 @@ class Solver {
     joined_[kDirections * b + degree_[b]++] = a;
   }
 
-  // The vertices of the cell in work, from `first` on, among themselves.
+  // Connects the vertices of the current cell, from `first` on, with each other.
   void connect(int32_t first) {
     for (int32_t v = first; v < count_; ++v) {
       for (int32_t step : grid_.steps) {
@@ -171,16 +162,16 @@ class Solver {
     }
   }
 
-  // The same with the vertices [begin, end) of a cell beside it.
+  // Connects them with the vertices [begin, end) of a neighboring cell.
   void connect(int32_t first, int32_t begin, int32_t end) {
     for (int32_t v = begin; v < end; ++v) {
       if (const int32_t id = table_[key_[v]]) join(v, first + id - 1);
     }
   }
 
-  // Sorts the vertices by number of neighbors: place_, at_ and the system's slices.
+  // Sorts the vertices by number of neighbors and builds place_, at_ and the slices of the system.
   void arrange() {
-    const int32_t padded = (count_ + kLanes - 1) / kLanes * kLanes;
+    const int32_t padded = (count_ + kSlice - 1) / kSlice * kSlice;
     int32_t start[kDirections + 2] = {};
     size_t edges = 0;
     for (int32_t v = 0; v < count_; ++v) ++start[kDirections - degree_[v] + 1];
@@ -195,35 +186,35 @@ class Solver {
       place_[v] = place;
       at_[place] = v;
     }
-    widths_.reserve(padded / kLanes);
-    // Widths only fall, so filling up the slices takes less than one slice of the greatest width.
-    neighbors_.reserve(edges + kLanes * kDirections);
+    widths_.reserve(padded / kSlice);
+    // Widths never increase, so padding takes less than one slice of the largest width.
+    neighbors_.reserve(edges + kSlice * kDirections);
     int32_t* slice = neighbors_.data();
-    for (int32_t s = 0; s < padded; s += kLanes) {
-      const int32_t width = widths_[s / kLanes] = degree_[at_[s]];
-      for (int lane = 0; lane < kLanes; ++lane) {
+    for (int32_t s = 0; s < padded; s += kSlice) {
+      const int32_t width = widths_[s / kSlice] = degree_[at_[s]];
+      for (int lane = 0; lane < kSlice; ++lane) {
         const int32_t v = s + lane < count_ ? at_[s + lane] : -1, degree = v < 0 ? 0 : degree_[v];
-        for (int32_t j = 0; j < degree; ++j) slice[j * kLanes + lane] = place_[joined_[kDirections * v + j]];
-        for (int32_t j = degree; j < width; ++j) slice[j * kLanes + lane] = padded;
+        for (int32_t j = 0; j < degree; ++j) slice[j * kSlice + lane] = place_[joined_[kDirections * v + j]];
+        for (int32_t j = degree; j < width; ++j) slice[j * kSlice + lane] = padded;
       }
-      slice += width * kLanes;
+      slice += width * kSlice;
     }
     system_.count = padded;
     system_.widths = widths_.data();
     system_.neighbors = neighbors_.data();
   }
 
-  // The rest of the system. False if a sum is not finite, which shows a target that is not: finite ones cannot
-  // overflow a double.
+  // Fills the rest of the system. Returns false if a sum is not finite; a sum of finite targets cannot overflow a
+  // double.
   bool fill() {
-    const size_t stride = system_.count + kLanes;
+    const size_t stride = system_.count + kSlice;
     floats_.reserve(stride * (2 + std::size(system_.scratch)));
     values_.reserve(count_);
     float* array = floats_.data();
     float* const mass = array;
     float* const value = system_.value = array += stride;
     for (float*& scratch : system_.scratch) scratch = array += stride;
-    for (float* end = mass + system_.count; end <= array + system_.count; end += stride) std::fill_n(end, kLanes, 0.0f);
+    for (float* end = mass + system_.count; end <= array + system_.count; end += stride) std::fill_n(end, kSlice, 0.0f);
     bool finite = true;
     for (int64_t i = 0; i < system_.count; ++i) {
       const Sum sum = i < count_ ? sums_[at_[i]] : Sum{0, 1};
@@ -243,16 +234,16 @@ class Solver {
 
   BilateralSettings settings_;
   ColorTable grid_{settings_};
-  Buffer<int32_t> table_;  // key -> vertex of the cell in work, counted from 1; 0: none
+  Buffer<int32_t> table_;  // key -> vertex of the current cell, numbered from 1; 0: none
   Buffer<int32_t> vertex_of_pixel_;
-  Buffer<int32_t> keys_;          // of the pixels of a row of cells
-  Buffer<int32_t> local_;         // vertex of each pixel of a cell, counted from the cell's first
+  Buffer<int32_t> keys_;          // of the pixels in a row of cells
+  Buffer<int32_t> local_;         // vertex of each pixel of a cell, relative to the cell's first
   Buffer<Sum> lanes_;             // [vertices of a cell, kSums]
-  int32_t count_ = 0;             // vertices, cell after cell:
+  int32_t count_ = 0;             // vertices, ordered by cell:
   Buffer<int32_t> key_, degree_;  // degree: number of neighbors
   Buffer<int32_t> joined_;        // neighbors, [count, kDirections]
   Buffer<Sum> sums_;
-  Buffer<int32_t> place_, at_;  // vertex -> its place in the system, and back
+  Buffer<int32_t> place_, at_;  // vertex -> its index in the system, and back
   Buffer<int32_t> widths_, neighbors_;
   Buffer<float> floats_, values_;
   BilateralSystem system_ = {};
@@ -268,16 +259,10 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
   expect(op, "out", out, DType::kFloat32, {target.shape[0]});
   const RaggedShape batch = expect_ragged(op, offsets, shapes, target.shape[0]);
   expect_cells(settings);
-  std::vector<uint8_t> refused(batch.count, 0);
-  for_each_photo<Solver>(batch, [&](int64_t b, Solver& solver) {
-    refused[b] = !solver.run(target.as<float>() + batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),
-                             batch.height(b), batch.width(b), settings, out.as<float>() + batch.begin(b));
+  for_each_finite_image<Solver>(op, "target", batch, [&](int64_t b, Solver& solver) {
+    return solver.run(target.as<float>() + batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b), batch.height(b),
+                      batch.width(b), settings, out.as<float>() + batch.begin(b));
   });
-  const auto first = std::find(refused.begin(), refused.end(), 1);
-  if (first != refused.end()) {
-    throw std::invalid_argument("bilateral_solver: target of photo " + std::to_string(first - refused.begin()) +
-                                " has values that are not finite");
-  }
 }
 
 }  // namespace namedmask::cpu

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Memory for work on one photo after another.
+// Scratch memory that is reused from image to image.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace namedmask::cpu {
 
-// Memory that is not cleared and is used again: in fresh memory the page faults would cost a tenth of the time.
+// Uninitialized memory that is reused: page faults in fresh memory would cost a tenth of the time.
 template <class T>
 class Buffer {
  public:
@@ -18,7 +18,7 @@ class Buffer {
   T& operator[](size_t i) const { return data_.get()[i]; }
   size_t bytes() const { return capacity_ * sizeof(T); }
 
-  T* reserve(size_t count) {  // keeps what is there
+  T* reserve(size_t count) {  // keeps the contents
     if (count <= capacity_) return data();
     count = std::max(count, capacity_ + capacity_ / 2);
     void* grown = std::realloc(data_.get(), count * sizeof(T));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Run-based labeling in two passes (He, Chao and Suzuki, IEEE TIP 2008): horizontal runs get provisional labels from
-// the row above, runs that meet are united, and then the final labels are painted. connected_components_kernel.h has
-// the loops.
+// Run-based labeling in two passes (He, Chao and Suzuki, IEEE TIP 2008): horizontal runs take provisional labels from
+// the row above, labels of touching runs are merged, and then the final labels are painted.
+// connected_components_kernel.h has the loops.
 #include "namedmask/connected_components.h"
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 #include "buffer.h"
 #include "connected_components_levels.h"
-#include "for_each_photo.h"
+#include "for_each_image.h"
 #include "level.h"
 #include "prefault_pages.h"
 
@@ -17,21 +17,14 @@ namespace namedmask::cpu {
 namespace {
 
 const ComponentKernels& kernels() {
-  switch (level()) {
-#if defined(__x86_64__)
-    case Level::kAVX512VNNI:
-    case Level::kAVX512:
-      if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq")) return components_avx512;
-      return components_avx2;
-    case Level::kAVX2: return components_avx2;
-#endif
-    default: return components_portable;
-  }
+  return NMK_BEST_IF(connected_components,
+                     __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq"));
 }
 
 class Labeler {
  public:
-  // Cuts mask [h, w] into runs of pixels equal to `value`, which get provisional labels, and unites those that touch.
+  // Splits mask [h, w] into runs of pixels equal to `value`, assigns provisional labels, and merges those of touching
+  // runs.
   void join(const uint8_t* mask, int64_t h, int64_t w, bool value) {
     runs_.height = h;
     runs_.width = w;
@@ -47,13 +40,13 @@ class Labeler {
     labels_ = kernels().join(runs_);
   }
 
-  // After join: numbers the components 1, 2, ... in raster order of their first pixels, gives the runs these labels and
-  // adds them up; returns how many there are.
+  // After join: numbers the components 1, 2, ... in raster order of their first pixels, labels the runs and computes
+  // areas and extents. Returns the number of components.
   int32_t measure() {
     int32_t count = 0;
     for (int32_t i = 0; i < labels_; ++i) {
-      // A parent stands before its children and has been replaced by its label already. No branches: which labels are
-      // roots cannot be guessed.
+      // A parent precedes its children and has already been replaced by its label. Branch-free: which labels are roots
+      // is unpredictable.
       const int32_t parent = runs_.parent[i], label = runs_.parent[parent], first = parent == i;
       runs_.top[count] = runs_.top[i];
       count += first;
@@ -68,7 +61,7 @@ class Labeler {
   const Extent& extent(int32_t component) const { return extents_[component]; }
   int32_t top(int32_t component) const { return runs_.top[component - 1]; }
 
-  // After join: all but the components that reach the photo's border.
+  // After join: writes all pixels except the components that touch the image border.
   void drop_border(uint8_t* out) {
     uint8_t* const keep = keep_.reserve(labels_);
     std::fill_n(keep, labels_, 0);
@@ -112,10 +105,10 @@ class Labeler {
 
  private:
   Runs runs_ = {};
-  int32_t labels_ = 0;  // provisional ones
+  int32_t labels_ = 0;  // provisional labels
   Buffer<uint64_t> bits_;
   Buffer<int32_t> first_, ends_, label_, parent_, top_;
-  Buffer<Extent> extents_;  // of components, from 1
+  Buffer<Extent> extents_;  // of components, numbered from 1
   Buffer<uint8_t> keep_;
 };
 
@@ -148,7 +141,7 @@ ComponentStats connected_components(const TensorView& mask, const TensorView& of
   expect(op, "labels", labels, DType::kInt32, {mask.shape[0]});
   expect(op, "first", first, DType::kInt32, {batch.count + 1});
   std::vector<ComponentStats> found(batch.count);
-  for_each_photo<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
+  for_each_image<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
     labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true);
     found[b] = stats_of(labeler, labeler.measure());
     labeler.paint(labels.as<int32_t>() + batch.begin(b));
@@ -171,10 +164,10 @@ void largest_component(const TensorView& mask, const TensorView& offsets, const 
                        const TensorView& out) {
   check_masks("largest_component", mask, out);
   const RaggedShape batch = expect_ragged("largest_component", offsets, shapes, mask.shape[0]);
-  for_each_photo<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
+  for_each_image<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
     labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true);
     const int32_t count = labeler.measure();
-    int32_t best = 0;  // is no component and has no area
+    int32_t best = 0;  // background, with area 0
     for (int32_t c = 1; c <= count; ++c) {
       if (labeler.extent(c).area > labeler.extent(best).area) best = c;
     }
@@ -185,7 +178,7 @@ void largest_component(const TensorView& mask, const TensorView& offsets, const 
 void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& out) {
   check_masks("fill_holes", mask, out);
   const RaggedShape batch = expect_ragged("fill_holes", offsets, shapes, mask.shape[0]);
-  for_each_photo<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
+  for_each_image<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
     labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), false);
     labeler.drop_border(out.as<uint8_t>() + batch.begin(b));
   });

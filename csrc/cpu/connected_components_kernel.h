@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// connected_components' inner loops, included by one file per instruction level; level.h says what is allowed here.
+// connected_components' inner loops, compiled once per instruction level; level.h describes the rules.
 //
-// A row is a string of bits, and whatever is asked of its runs is asked of 64 pixels at once: where runs begin and end,
-// where they touch the row above, which of them touch nothing. What is left for each run is a table look-up or two. In
-// a maze every branch that depends on the pixels would be guessed wrong half of the time, so there are hardly any.
+// A row is a bit string, processed 64 pixels at a time: where runs begin and end, where they touch the row above, and
+// which of them touch nothing. That leaves one or two table lookups per run. In a maze every branch that depends on the
+// pixels would be mispredicted half of the time, so there are hardly any.
 #include "connected_components_levels.h"
 
 #if defined(__AVX2__)
@@ -16,18 +16,18 @@ namespace {
 inline int count_ones(uint64_t bits) {
 #if defined(__POPCNT__) || !defined(__x86_64__)
   return __builtin_popcountll(bits);
-#else  // the compiler would call a function
+#else  // avoids a library call
   bits -= bits >> 1 & 0x5555555555555555ull;
   bits = (bits & 0x3333333333333333ull) + (bits >> 2 & 0x3333333333333333ull);
   return static_cast<int>(((bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0full) * 0x0101010101010101ull >> 56);
 #endif
 }
 
-// One row's string of bits, word by word, with what the last word hands on to the next.
+// Finds the edges of runs in a row, word by word, carrying one bit from word to word.
 struct Edges {
   uint64_t before = 0;  // the bit left of the word
 
-  // The first bits of runs, and the bits after their last ones.
+  // begins: the first bit of each run; ends: the bit after the last.
   inline void next(uint64_t word, uint64_t& begins, uint64_t& ends) {
     const uint64_t shifted = word << 1 | before;
     before = word >> 63;
@@ -36,8 +36,8 @@ struct Edges {
   }
 };
 
-// word + bits, over all the words of a row. Adding any bit of a run carries out of it: the ones from that bit on become
-// zeros and the zero after the run becomes a one.
+// word + bits over all words of a row. Adding a bit of a run carries through its end: the ones from that bit on become
+// zeros, and the zero after the run becomes a one.
 struct Adder {
   bool carry = false;
 
@@ -124,7 +124,7 @@ void scan(const uint8_t* mask, bool value, const Runs& runs) {
 }
 
 inline int32_t root(const int32_t* parent, int32_t label) {
-  int32_t node = parent[parent[label]];  // hardly ever deeper
+  int32_t node = parent[parent[label]];  // rarely deeper
   while (parent[node] != node) node = parent[node];
   return node;
 }
@@ -132,7 +132,7 @@ inline int32_t root(const int32_t* parent, int32_t label) {
 inline void unite(int32_t* parent, int32_t a, int32_t b) {
   const int32_t x = root(parent, a), y = root(parent, b);
   const int32_t low = x < y ? x : y;
-  parent[x] = parent[y] = low;  // if they are one already this changes nothing, and costs less than a wrong guess
+  parent[x] = parent[y] = low;  // no effect if already merged, and cheaper than a mispredicted branch
   parent[a] = parent[b] = low;
 }
 
@@ -149,8 +149,8 @@ int32_t join(const Runs& runs) {
     if (runs.first[y] == runs.first[y + 1]) continue;
     const uint64_t* here = runs.bits + y * words;
     const uint64_t* there = here - words;
-    int32_t* own = runs.label + runs.first[y];  // the first run that ends in the word
-    int32_t* own_before = own - 1;              // the last run that begins before the word
+    int32_t* own = runs.label + runs.first[y];  // of the first run that ends in the word
+    int32_t* own_before = own - 1;              // of the last run that begins before the word
     int32_t* above_before = runs.label + runs.first[y - 1] - 1;
     Edges own_edges, above_edges, contact_edges;
     Adder adder;
@@ -160,11 +160,11 @@ int32_t join(const Runs& runs) {
       above_edges.next(there[i], above_begins, ignored);
       contact_edges.next(here[i] & there[i], contacts, ignored);  // the first pixel of each contact of two runs
       const uint64_t sum = adder.next(here[i], contacts);
-      // A run without contact has carried nothing to its end.
+      // No carry reaches the end of a run without contact.
       for (uint64_t bits = ends & ~sum; bits; bits &= bits - 1) {
         give(own + count_ones(ends & (bits ^ (bits - 1))) - 1, y);
       }
-      // A run's first contact has become a zero, the ones after it stand on zeros and have become ones.
+      // The first contact of a run has become a zero; later contacts fall on zeros, which have become ones.
       for (uint64_t bits = contacts & ~sum; bits; bits &= bits - 1) {
         const uint64_t upto = bits ^ (bits - 1);
         own_before[count_ones(begins & upto)] = parent[above_before[count_ones(above_begins & upto)]];
@@ -197,12 +197,12 @@ alignas(64) constexpr Places kPlaces = places();
 
 #endif
 
-// Writes where bits are set, none beside another, `from` added, and up to kPadding values more: rather too many than a
-// guess after each.
+// Writes `from` + the positions of the set bits, no two of which are adjacent, and up to kPadding further values:
+// cheaper than a branch after each.
 inline int32_t* positions(uint64_t bits, int32_t from, int32_t* out) {
   int32_t* const end = out + count_ones(bits);
 #if defined(__AVX512VBMI2__)
-  // With masks of ones, since GCC 12 takes the plain forms' undefined source for a mistake of ours.
+  // With masks of ones: GCC 12 warns about uninitialized source operands in the plain intrinsics.
   const __m512i found = _mm512_maskz_compress_epi8(bits, _mm512_load_si512(kPlaces.at));
   const auto store = [from](__m128i sixteen, int32_t* to) {
     const __m512i wide = _mm512_maskz_cvtepu8_epi32(0xffff, sixteen);
@@ -280,7 +280,7 @@ void paint(const Runs& runs, int32_t* out) {
 
 #else
 
-// byte j of at[b]: ones among the bits 0 .. j of b
+// byte j of at[b]: number of ones among the bits 0 .. j of b
 struct Ranks {
   uint64_t at[256];
 };
@@ -299,7 +299,7 @@ constexpr Ranks ranks() {
 
 constexpr Ranks kRanks = ranks();
 
-// Eight pixels: which of the labels each takes, and 0 where `set` has no bit.
+// Eight pixels: labels[byte of rank], and 0 where `set` has no bit.
 inline void paint_eight(const int32_t* labels, uint64_t rank, unsigned set, int32_t* out) {
 #if defined(__AVX2__)
   const __m256i index = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(rank)));
@@ -352,12 +352,14 @@ void keep(const uint8_t* keep, const Runs& runs, bool invert, uint8_t* out) {
       uint64_t begins, ends, dropped = 0;
       edges.next(word, begins, ends);
       for (; begins; begins &= begins - 1) dropped |= (begins & -begins) & (uint64_t{keep[*label++]} - 1);
-      const uint64_t kept = word & adder.next(word, dropped);  // a run whose first bit is added is gone
+      const uint64_t kept = word & adder.next(word, dropped);  // adding its first bit removes a run
       const int64_t left = runs.width - 64 * i;
       unpack(invert ? ~kept : kept, left < 64 ? left : 64, out + 64 * i);
     }
   }
 }
+
+constexpr ComponentKernels kKernels = {scan, join, measure, paint, keep};
 
 }  // namespace
 }  // namespace namedmask::cpu

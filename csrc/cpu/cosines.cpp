@@ -10,24 +10,17 @@
 namespace namedmask::cpu {
 namespace {
 
-const CosineKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512VNNI) return cosines_avx512_vnni;
-  if (level() == Level::kAVX512) return cosines_avx512;
-  if (level() == Level::kAVX2) return cosines_avx2;
-#endif
-  return cosines_portable;
-}
+const CosineKernels& kernels() { return NMK_BEST_OR_VNNI(cosines); }
 
-// Rounding of the unit rows to floats, which the cosine has by definition, changes their length by less.
+// An upper bound for the change of a unit row's length by rounding to floats, which is part of the cosine's definition.
 constexpr double kRounding = 1e-6;
 
-// The same of bytes, with what is rounded on the way from a token to its bytes and from their products to a cosine: two
-// dozen times half a unit in the last place, of numbers up to 4.
+// The same for bytes, including all rounding from a token to its bytes and from their products to a cosine: two dozen
+// times half a unit in the last place of numbers up to 4.
 constexpr double kRoundingOfBytes = 8e-6;
 
-constexpr int64_t kSamples = 16;                        // tokens whose mean is the bytes' center
-constexpr int64_t kMaxByteChannels = int64_t{1} << 17;  // the sums of more products of bytes need not fit 32 bits
+constexpr int64_t kSamples = 16;                        // tokens whose mean is the center of the bytes
+constexpr int64_t kMaxByteChannels = int64_t{1} << 17;  // sums of more products of bytes may overflow 32 bits
 
 }  // namespace
 
@@ -88,12 +81,12 @@ void Cosines::normalize(int64_t panel) {
 }
 
 double Cosines::reach() const {
-  // A sum of float products is off by half a unit in the last place for each addition and product at most. Of bytes
-  // two are taken, of the center with vectors twice as long at most.
+  // A sum of float products is off by at most half a unit in the last place per addition and product. Bytes take two
+  // such sums, of the center with vectors of at most twice the length.
   const double sum = static_cast<double>(channels_ + 1) * 0x1p-24;
   if (products_ == Products::kFloat32) return sum + kRounding;
   if (products_ == Products::kInt8) return 4 * sum + kRoundingOfBytes;
-  // Vectors of length kUnit that are off by e have products off by (kUnit + kUnit + e) e at most.
+  // Errors e of vectors of length kUnit change their product by at most (kUnit + kUnit + e) e.
   const double e = *std::max_element(errors_.begin(), errors_.end()) / kUnit;
   return (2 * (1 + kRounding) + e) * e + kRounding;
 }

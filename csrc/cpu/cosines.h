@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Which pairs of a photo's tokens have a cosine above or below a bound, 32 columns to a word of bits. On CPUs that
-// multiply 16-bit integers twice as fast as floats, and 8-bit ones four times, these answer for all but the few pairs
+// Which pairs of tokens of an image have a cosine above or below a bound, as words of 32 columns. On CPUs that multiply
+// 16-bit integers twice as fast as floats, and 8-bit integers four times as fast, integers decide all but the few pairs
 // close to the bound.
 #pragma once
 
@@ -12,21 +12,22 @@
 
 namespace namedmask::cpu {
 
-// By which products: kInt16 for above(), kInt8 for maybe_below(), kFloat32 for both, and on CPUs without the others.
+// The type of the products: kInt16 for above(), kInt8 for maybe_below(), kFloat32 for both and on CPUs without the
+// others.
 enum class Products { kFloat32, kInt16, kInt8 };
 
 class Cosines {
  public:
   Cosines();
 
-  // features [n, C]. Allocates, so that normalize() may run in a parallel region.
+  // features [n, C]. Does all allocation, so that normalize() may run in a parallel region.
   void prepare(const float* features, int64_t n, int64_t channels, Products products);
 
   int64_t panels() const { return rows_.panels(); }
   int64_t padded() const { return rows_.padded(); }
   const float* row(int64_t i) const { return rows_.row(i); }
 
-  // A panel of tokens made ready for products; panels may be done by any threads. All else waits until all are done.
+  // Prepares one panel of tokens for products. Threads may share the panels; everything below requires all of them.
   void normalize(int64_t panel);
   bool finite() const { return rows_.finite(); }
   size_t bytes() const {
@@ -34,14 +35,14 @@ class Cosines {
            number_memory_.bytes();
   }
 
-  // How far a cosine may lie from what the products say; of bytes, beside the errors that each row has.
+  // An upper bound for the error of the products; for bytes, in addition to the error of each row.
   double reach() const;
 
-  // bits[r], r < count, bit j: the cosine of tokens row + r and column + j, in float32, exceeds tau. `count` is whole
-  // micro rows, kBlock at most; column a multiple of kWord.
+  // bits[r], r < count, bit j: the cosine of tokens row + r and column + j, in float32, exceeds tau. `count` is a
+  // multiple of kMicroRows and at most kBlock, `column` a multiple of kWord.
   void above(int64_t row, int64_t count, int64_t column, double tau, double reach, uint32_t* bits) const;
 
-  // The same places: bits of all cosines below `bound`, and of some that are not.
+  // The same layout: set for all cosines below `bound`, and for some that are not.
   void maybe_below(int64_t row, int64_t count, int64_t column, double bound, double reach, uint32_t* bits) const;
 
  private:
@@ -54,7 +55,7 @@ class Cosines {
   int64_t pairs_ = 0;  // of channels
   Buffer<int16_t> integer_memory_;
   int16_t *integers_ = nullptr, *integer_panels_ = nullptr;
-  std::vector<double> errors_;  // of each panel, the largest
+  std::vector<double> errors_;  // the largest of each panel
   Buffer<uint8_t> byte_memory_;
   Buffer<int32_t> sum_memory_;
   Buffer<float> number_memory_;

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: MIT
-// Products of 16-bit integers, two to a lane, or of bytes, four: twice and four times those of a float multiply-add.
+// Products of 16-bit integers, two per lane, or of bytes, four per lane: two and four times the rate of float
+// multiply-adds.
 #include "cosines_kernel.h"
 
 namespace namedmask::cpu {
 namespace {
 
 double quantize(const float* row, int64_t channels, int16_t* out) {
-  V squares = broadcast(0);
+  Floats squares = Floats{};
   for (int64_t c = 0; c < channels; c += kLanes) {
     const __mmask16 there = channels - c < kLanes ? (1u << (channels - c)) - 1 : 0xffff;
-    const V exact = broadcast(kUnit) * _mm512_maskz_loadu_ps(there, row + c);
+    const Floats exact = broadcast(kUnit) * _mm512_maskz_loadu_ps(there, row + c);
     const __m512i rounded = _mm512_cvtps_epi32(exact);
-    const V error = exact - _mm512_cvtepi32_ps(rounded);
+    const Floats error = exact - _mm512_cvtepi32_ps(rounded);
     squares = fma(error, error, squares);
     _mm512_mask_cvtepi32_storeu_epi16(out + c, there, rounded);
   }
@@ -53,25 +54,28 @@ void connect_quantized(const int16_t* rows, int64_t count, const int16_t* panels
 
 __mmask16 lanes(int64_t n) { return n < kLanes ? (1u << n) - 1 : 0xffff; }
 
-V part(const float* row, int64_t c, int64_t channels) { return _mm512_maskz_loadu_ps(lanes(channels - c), row + c); }
+Floats part(const float* row, int64_t c, int64_t channels) {
+  return _mm512_maskz_loadu_ps(lanes(channels - c), row + c);
+}
 
 void quantize_bytes(const float* row, int64_t channels, int64_t i, const Bytes& bytes) {
   const int64_t groups = (channels + kByteGroup - 1) / kByteGroup, padded = groups * kByteGroup;
   const auto apart = [&](int64_t c) { return part(row, c, channels) - part(bytes.center, c, channels); };
-  V largest = broadcast(0);
+  Floats largest = Floats{};
   for (int64_t c = 0; c < channels; c += kLanes) largest = larger(largest, _mm512_abs_ps(apart(c)));
   const float most = _mm512_reduce_max_ps(largest), unit = most / 127;
-  const float inverse = most > 1e-30f ? 127 / most : 0;  // below, all of it is error
+  const float inverse = most > 1e-30f ? 127 / most : 0;  // smaller vectors are all error
   int8_t* out = bytes.rows + i * padded;
-  V squares = broadcast(0), length = squares, along = squares;  // of the error, of token - center, and with center
+  Floats squares = Floats{}, length = squares,
+         along = squares;  // of the error and of token - center; product with center
   __m512i sums = _mm512_setzero_si512();
   for (int64_t c = 0; c < padded; c += kLanes) {
-    const V exact = apart(c);
+    const Floats exact = apart(c);
     length = fma(exact, exact, length);
     along = fma(exact, part(bytes.center, c, channels), along);
     const __m512i rounded = _mm512_cvtps_epi32(broadcast(inverse) * exact);
-    // against the unit as it was rounded, as products are taken with it
-    const V error = exact - broadcast(unit) * _mm512_cvtepi32_ps(rounded);
+    // relative to the rounded unit, which products use
+    const Floats error = exact - broadcast(unit) * _mm512_cvtepi32_ps(rounded);
     squares = fma(error, error, squares);
     sums = _mm512_add_epi32(sums, rounded);
     _mm512_mask_cvtsepi32_storeu_epi8(out + c, lanes(padded - c), rounded);
@@ -85,7 +89,7 @@ void quantize_bytes(const float* row, int64_t channels, int64_t i, const Bytes& 
   for (int64_t k = 0; k < groups; ++k) {
     uint32_t group;
     __builtin_memcpy(&group, out + k * kByteGroup, sizeof group);
-    group ^= 0x80808080u;  // plus 128: vpdpbusd takes one side without a sign
+    group ^= 0x80808080u;  // plus 128: one operand of vpdpbusd is unsigned
     __builtin_memcpy(panel + k * kPanel * kByteGroup, &group, sizeof group);
   }
 }
@@ -96,7 +100,7 @@ void maybe_below_bytes(const Bytes& bytes, int64_t row, int64_t count, int64_t c
   const uint8_t* panels = bytes.panels + column * groups * kByteGroup;
   for (int64_t r = row; r < row + count; r += kIntegerRows) {
     __m512i sums[kIntegerRows][2];
-    // what the 128 add to the products is taken away first
+    // subtract the contribution of the 128 first
     for (int i = 0; i < kIntegerRows; ++i) sums[i][0] = sums[i][1] = _mm512_set1_epi32(-128 * bytes.sums[r + i]);
     for (int64_t k = 0; k < groups; ++k) {
       const __m512i b0 = _mm512_loadu_si512(panels + k * kPanel * kByteGroup);
@@ -110,14 +114,15 @@ void maybe_below_bytes(const Bytes& bytes, int64_t row, int64_t count, int64_t c
         sums[i][1] = _mm512_dpbusd_epi32(sums[i][1], b1, factor);
       }
     }
-    // a . b is off by |a'| times b's error and |b| times a's, where |a'| is at most |a| and a's error
+    // the error of a . b is at most |a'| times b's error plus |b| times a's error, with |a'| <= |a| + a's error
     for (int i = 0; i < kIntegerRows; ++i) {
-      const V unit = broadcast(bytes.units[r + i]), error = broadcast(bytes.errors[r + i]);
-      const V length = broadcast(bytes.lengths[r + i]) + error, rest = broadcast(bound - bytes.along[r + i]);
+      const Floats unit = broadcast(bytes.units[r + i]), error = broadcast(bytes.errors[r + i]);
+      const Floats length = broadcast(bytes.lengths[r + i]) + error, rest = broadcast(bound - bytes.along[r + i]);
       uint32_t below = 0;
       for (int v = 0; v < 2; ++v) {
         const int64_t at = column + v * kPanel;
-        const V off = fma(error, load(bytes.lengths + at), length * load(bytes.errors + at)) - load(bytes.along + at);
+        const Floats off =
+            fma(error, load(bytes.lengths + at), length * load(bytes.errors + at)) - load(bytes.along + at);
         below |= above(rest, _mm512_cvtepi32_ps(sums[i][v]) * (unit * load(bytes.units + at)) - off) << (v * kPanel);
       }
       bits[r - row + i] = below;
@@ -126,7 +131,7 @@ void maybe_below_bytes(const Bytes& bytes, int64_t row, int64_t count, int64_t c
 }
 
 float dot(const float* a, const float* b, int64_t channels) {
-  V sums[2] = {};
+  Floats sums[2] = {};
   int64_t c = 0;
   for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
     sums[0] = fma(load(a + c), load(b + c), sums[0]);
@@ -135,10 +140,7 @@ float dot(const float* a, const float* b, int64_t channels) {
   float lanes[kLanes];
   store(lanes, sums[0] + sums[1]);
   for (int64_t l = 0; c < channels; ++c, l = (l + 1) % kLanes) lanes[l] += a[c] * b[c];
-  for (int n = kLanes / 2; n; n /= 2) {
-    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-  }
-  return lanes[0];
+  return sum_of_lanes(load(lanes));
 }
 
 }  // namespace

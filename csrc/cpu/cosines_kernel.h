@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // cosines' inner loop, included by one file per instruction level; level.h says what is allowed here.
 #include "cosines_levels.h"
-#include "lanes.h"
+#include "simd.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -16,8 +16,8 @@ void connect(const float* rows, int64_t count, const float* panels, int64_t chan
       return panels + column / kPanel * channels * kPanel + column % kPanel;
     };
     for (int64_t r = 0; r < count; r += kRows) {
-      V sums[kRows][kVectors] = {};
-      multiply_add(sums, rows + r * channels, channels, columns, kPanel, channels);
+      Floats sums[kRows][kVectors] = {};
+      multiply_add(sums, rows + r * channels, channels, 1, columns, kPanel, channels);
       for (int i = 0; i < kRows; ++i) {
         for (int v = 0; v < kVectors; ++v) {
           bits[r + i] |= above(sums[i][v], broadcast(threshold)) << (part + v * kLanes);
@@ -26,6 +26,8 @@ void connect(const float* rows, int64_t count, const float* panels, int64_t chan
     }
   }
 }
+
+constexpr CosineKernels kKernels = {connect, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 }  // namespace namedmask::cpu

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The lattice and the grid are laid out once for a photo, with the norms of both kernels multiplied into the pixels'
-// weights. An update then is one walk over the pixels, which reads the filtered marginals of before, makes the new ones
-// and adds them to the next lattice and grid straight away: the marginals themselves are never stored.
+// The lattice and the grid are built once per image, with the norms of both kernels multiplied into the pixels'
+// weights. An update is then a single pass over the pixels: it reads the filtered marginals of the last iteration,
+// computes the new ones and adds them to the next lattice and grid. The marginals themselves are never stored.
 #include "namedmask/dense_crf.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 #include "buffer.h"
 #include "dense_crf_levels.h"
-#include "for_each_photo.h"
+#include "for_each_image.h"
 #include "level.h"
 #include "permutohedral.h"
 #include "spline_grid.h"
@@ -20,20 +20,11 @@
 namespace namedmask::cpu {
 namespace {
 
-constexpr int kLanes = CrfSystem::kLanes, kAxes = CrfSystem::kAxes, kCorners = CrfSystem::kCorners;
+constexpr int kGroup = CrfSystem::kGroup, kAxes = CrfSystem::kAxes, kCorners = CrfSystem::kCorners;
 constexpr int kTaps = CrfSystem::kTaps, kSums = CrfSystem::kSums;
 static_assert(kAxes == kLatticeAxes && kTaps == kSplineTaps);
 
-const CrfKernels& kernels() {
-  switch (level()) {
-#if defined(__x86_64__)
-    case Level::kAVX512VNNI:
-    case Level::kAVX512: return crf_avx512;
-    case Level::kAVX2: return crf_avx2;
-#endif
-    default: return crf_portable;
-  }
-}
+const CrfKernels& kernels() { return NMK_BEST(dense_crf); }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -44,7 +35,7 @@ uint64_t scrambled(uint64_t key) {
   return key ^ key >> 32;
 }
 
-// Vertices in the order in which they were met.
+// Vertices, numbered in the order of insertion.
 class VertexTable {
  public:
   void clear() {
@@ -52,7 +43,7 @@ class VertexTable {
     slots_.assign(std::max<size_t>(slots_.size(), 1 << 15), Slot{});
   }
 
-  int32_t find(Key key) const {  // -1: not there
+  int32_t find(Key key) const {  // -1: not found
     for (size_t i = scrambled(key);; ++i) {
       const Slot& slot = slots_[i & (slots_.size() - 1)];
       if (slot.vertex < 0 || slot.key == key) return slot.vertex;
@@ -94,29 +85,29 @@ class VertexTable {
   std::vector<Slot> slots_;
 };
 
-// A simplex that was met lately, with its vertices. Most pixels fall into one that a pixel near them has fallen into.
+// A recently used simplex with its vertices. Most pixels are in the same simplex as a pixel near them.
 struct RecentSimplex {
   Key key;        // of its first vertex
-  int32_t order;  // of the walk around it; -1: none yet
+  int32_t order;  // of the walk around it; -1: empty entry
   int32_t vertices[kCorners];
 };
 constexpr int kRecentBits = 14;
 
 class Solver {
  public:
-  // False if a probability is not finite.
+  // Returns false if a probability is not finite.
   bool run(const float* probabilities, const uint8_t* image, int64_t h, int64_t w, int64_t labels,
            const CrfSettings& settings, float* out) {
     system_.height = h;
     system_.width = w;
     system_.labels = labels;
-    system_.channels = labels == 2 ? 1 : round_up(labels, kLanes);
+    system_.channels = labels == 2 ? 1 : round_up(labels, kGroup);
     system_.out = out;
-    // With one channel, half log-odds are what is added up.
+    // One channel holds half log-odds.
     const double half = labels == 2 ? 0.5 : 1;
-    lay_grid(settings.gaussian_sigma, half * settings.gaussian_weight);
-    lay_lattice(image, settings.bilateral_sigma, settings.bilateral_sigma_rgb);
-    join();
+    build_grid(settings.gaussian_sigma, half * settings.gaussian_weight);
+    build_lattice(image, settings.bilateral_sigma, settings.bilateral_sigma_rgb);
+    find_neighbors();
     system_.bilateral_weight = static_cast<float>(half * settings.bilateral_weight);
     allocate();
     kernels().normalize(system_);
@@ -130,7 +121,7 @@ class Solver {
   }
 
  private:
-  // 1 / sqrt of the kernel's row sums along one axis: splat ones, blur, slice.
+  // 1 / sqrt of the kernel's row sums along one axis: splats ones, blurs, slices.
   std::vector<double> axis_norm(int64_t pixels, const std::vector<double>& taps, const std::vector<double>& gauss) {
     const int64_t step = system_.step, nodes = pixels / step + kTaps;
     std::vector<double> added(nodes), norm(pixels);
@@ -152,11 +143,11 @@ class Solver {
     return norm;
   }
 
-  void lay_grid(double sigma, double weight) {
+  void build_grid(double sigma, double weight) {
     CrfSystem& s = system_;
     s.step = grid_step(sigma, s.width);
-    s.cells = round_up((s.width + s.step - 1) / s.step, kLanes);
-    s.grid_width = round_up(s.cells + kTaps - 1, kLanes);
+    s.cells = round_up((s.width + s.step - 1) / s.step, kGroup);
+    s.grid_width = round_up(s.cells + kTaps - 1, kGroup);
     s.grid_height = grid_nodes(s.height, s.step);
     std::vector<double> taps(s.step * kTaps);
     for (int64_t i = 0; i < s.step * kTaps; ++i) taps[i] = spline_tap(i % kTaps, i / kTaps, s.step);
@@ -189,14 +180,14 @@ class Solver {
     std::copy(gauss.begin(), gauss.end(), to);
   }
 
-  // The vertices, and each pixel's among them, with its weights.
-  void lay_lattice(const uint8_t* image, double sigma, double sigma_rgb) {
+  // Finds all vertices, and the vertices and weights of each pixel.
+  void build_lattice(const uint8_t* image, double sigma, double sigma_rgb) {
     CrfSystem& s = system_;
     float scale[kAxes];
     for (int i = 0; i < kAxes; ++i) scale[i] = lattice_scale(i, sigma, sigma_rgb);
-    const int64_t blocks = s.height * s.step * s.cells / kLanes;
-    corners_.reserve(blocks * kCorners * kLanes);
-    weights_.reserve(blocks * kCorners * kLanes);
+    const int64_t blocks = s.height * s.step * s.cells / kGroup;
+    corners_.reserve(blocks * kCorners * kGroup);
+    weights_.reserve(blocks * kCorners * kGroup);
     table_.clear();
     recent_.assign(size_t{1} << kRecentBits, {0, -1, {}});
     int32_t* corners = corners_.data();
@@ -204,14 +195,14 @@ class Solver {
     CrfSimplices simplices;
     for (int64_t y = 0; y < s.height; ++y, image += 3 * s.width) {
       for (int64_t phase = 0; phase < s.step; ++phase) {
-        for (int64_t cell = 0; cell < s.cells; cell += kLanes) {
-          float features[kAxes * kLanes] = {};
-          const int64_t lanes = std::clamp<int64_t>((s.width - phase - 1) / s.step + 1 - cell, 0, kLanes);
+        for (int64_t cell = 0; cell < s.cells; cell += kGroup) {
+          float features[kAxes * kGroup] = {};
+          const int64_t lanes = std::clamp<int64_t>((s.width - phase - 1) / s.step + 1 - cell, 0, kGroup);
           for (int64_t i = 0; i < lanes; ++i) {
             const int64_t x = (cell + i) * s.step + phase;
             features[i] = static_cast<float>(x) * scale[0];
-            features[kLanes + i] = static_cast<float>(y) * scale[1];
-            for (int c = 0; c < 3; ++c) features[(2 + c) * kLanes + i] = image[3 * x + c] * scale[2 + c];
+            features[kGroup + i] = static_cast<float>(y) * scale[1];
+            for (int c = 0; c < 3; ++c) features[(2 + c) * kGroup + i] = image[3 * x + c] * scale[2 + c];
           }
           kernels().embed(features, &simplices, weights);
           for (int64_t i = 0; i < lanes; ++i) {
@@ -219,16 +210,16 @@ class Solver {
                       (static_cast<Key>(simplices.high[i]) << 48);
             key <<= 3;
             const int32_t* const vertices = find_simplex(key, simplices.order[i]);
-            for (int r = 0; r < kCorners; ++r) corners[r * kLanes + i] = vertices[r];
+            for (int r = 0; r < kCorners; ++r) corners[r * kGroup + i] = vertices[r];
           }
-          for (int64_t i = lanes; i < kLanes; ++i) {
+          for (int64_t i = lanes; i < kGroup; ++i) {
             for (int r = 0; r < kCorners; ++r) {
-              corners[r * kLanes + i] = 0;
-              weights[r * kLanes + i] = 0;
+              corners[r * kGroup + i] = 0;
+              weights[r * kGroup + i] = 0;
             }
           }
-          corners += kCorners * kLanes;
-          weights += kCorners * kLanes;
+          corners += kCorners * kGroup;
+          weights += kCorners * kGroup;
         }
       }
     }
@@ -250,8 +241,8 @@ class Solver {
     return simplex.vertices;
   }
 
-  // neighbors_
-  void join() {
+  // Fills neighbors_.
+  void find_neighbors() {
     const std::vector<Key>& keys = table_.keys();
     const auto count = static_cast<int32_t>(keys.size());
     neighbors_.reserve(2 * kCorners * keys.size());
@@ -277,11 +268,11 @@ class Solver {
         {&s.next_lattice, lattice},
         {&s.grid, grid},
         {&s.next_grid, grid},
-        {&s.rows, ((s.step + 1) * (s.grid_width + kTaps - 1) + 2 * s.radius) * s.channels + kLanes},
-        {&s.scores, s.channels * kLanes},
+        {&s.rows, ((s.step + 1) * (s.grid_width + kTaps - 1) + 2 * s.radius) * s.channels + kGroup},
+        {&s.scores, s.channels * kGroup},
         {&s.unary, s.channels == 1 ? s.height * s.step * s.cells : 0},
     };
-    constexpr int64_t kLine = 16;  // floats of a cache line: vectors should not lie across two
+    constexpr int64_t kLine = 16;  // floats per cache line: vectors should not cross a boundary
     int64_t total = kLine;
     for (const auto& [array, count] : arrays) total += round_up(count, kLine);
     floats_.reserve(total);
@@ -300,25 +291,18 @@ class Solver {
 
 void dense_crf(const TensorView& probabilities, const TensorView& image, const TensorView& offsets,
                const TensorView& shapes, const TensorView& out, const CrfSettings& settings) {
-  const std::string op = "dense_crf";
-  expect(op.c_str(), "probabilities", probabilities, DType::kFloat32, {-1, -1});
+  const char* op = "dense_crf";
+  expect(op, "probabilities", probabilities, DType::kFloat32, {-1, -1});
   const int64_t pixels = probabilities.shape[0], labels = probabilities.shape[1];
-  expect(op.c_str(), "image", image, DType::kUInt8, {pixels, 3});
-  expect(op.c_str(), "out", out, DType::kFloat32, {pixels, labels});
-  const RaggedShape batch = expect_ragged(op.c_str(), offsets, shapes, pixels);
+  expect(op, "image", image, DType::kUInt8, {pixels, 3});
+  expect(op, "out", out, DType::kFloat32, {pixels, labels});
+  const RaggedShape batch = expect_ragged(op, offsets, shapes, pixels);
   expect_sigmas(batch, settings);
   if (labels == 0) return;
-  std::vector<uint8_t> refused(batch.count, 0);
-  for_each_photo<Solver>(batch, [&](int64_t b, Solver& solver) {
-    refused[b] =
-        !solver.run(probabilities.as<float>() + labels * batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),
-                    batch.height(b), batch.width(b), labels, settings, out.as<float>() + labels * batch.begin(b));
+  for_each_finite_image<Solver>(op, "probabilities", batch, [&](int64_t b, Solver& solver) {
+    return solver.run(probabilities.as<float>() + labels * batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),
+                      batch.height(b), batch.width(b), labels, settings, out.as<float>() + labels * batch.begin(b));
   });
-  const auto first = std::find(refused.begin(), refused.end(), 1);
-  if (first != refused.end()) {
-    throw std::invalid_argument(op + ": probabilities of photo " + std::to_string(first - refused.begin()) +
-                                " have values that are not finite");
-  }
 }
 
 }  // namespace namedmask::cpu

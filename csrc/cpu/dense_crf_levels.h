@@ -1,69 +1,68 @@
 // SPDX-License-Identifier: MIT
 // The parts of dense_crf that exist once per instruction level; see level.h.
 //
-// A photo's pixels stand in blocks of kLanes. The spatial grid has a node every `step` pixels along both axes; a block
-// holds pixels of one row that are `step` apart, so that neighboring lanes read neighboring nodes: lane i of block
-// (y, phase, cell / kLanes) is the pixel x = (cell + i) * step + phase. Lanes beyond the photo weigh nothing.
+// An image's pixels are in groups of kGroup. The spatial grid has a node every `step` pixels along both axes; a group
+// holds pixels of one row that are `step` apart, so that neighboring lanes read neighboring nodes: lane i of group
+// (y, phase, cell / kGroup) is the pixel x = (cell + i) * step + phase. Lanes beyond the image have weight 0.
 #pragma once
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace namedmask::cpu {
 
-// One photo in work. With two labels only the difference of their marginals is filtered (channels = 1), since they sum
-// to 1; more labels are filled up to a multiple of kLanes channels.
+// The state of one image. With two labels only the difference of their marginals is filtered (channels = 1), since they
+// sum to 1; more labels are padded to a multiple of kGroup channels.
 struct CrfSystem {
-  static constexpr int kLanes = 8;
+  static constexpr int kGroup = 8;
   static constexpr int kAxes = 5;             // x, y, red, green, blue
   static constexpr int kCorners = kAxes + 1;  // of a simplex of the permutohedral lattice
   static constexpr int kTaps = 4;             // of a cubic B-spline
-  static constexpr int kSums = 2;             // copies of a vertex that pixels are added to by turns (channels = 1)
+  static constexpr int kSums = 2;  // copies of a vertex, to which pixels are added alternately (channels = 1)
 
   int64_t height, width, labels, channels;
 
-  int64_t step, cells;              // cells of a row, a multiple of kLanes
-  int64_t grid_height, grid_width;  // nodes: the taps of the last pixel included
-  const float* taps;                // [step, kTaps]: of a pixel, by its phase
+  int64_t step, cells;              // cells per row, a multiple of kGroup
+  int64_t grid_height, grid_width;  // in nodes, including the taps of the last pixel
+  const float* taps;                // [step, kTaps]: of a pixel by phase
   const float* row_taps;            // [height, kTaps]: times the row's norm and the term's weight
   const float* add_taps;            // [height, kTaps]: times the row's norm
   const float* column_norm;         // [step, cells]
-  const float* gauss;               // [radius + 1]: the filter on the grid, from its center outwards
+  const float* gauss;               // [radius + 1]: the filter on the grid, from its center outward
   int64_t radius;
 
   int64_t vertices;
-  const int32_t* corners;    // [height, step, cells / kLanes, kCorners, kLanes]: a pixel's vertices
-  float* weights;            // the same shape: their weights, from `normalize` on times the pixel's norm
-  const int32_t* neighbors;  // [kCorners, vertices, 2]: along each direction; a missing one is `vertices`
+  const int32_t* corners;    // [height, step, cells / kGroup, kCorners, kGroup]: a pixel's vertices
+  float* weights;            // same shape: their weights; `normalize` multiplies them by the pixel's norm
+  const int32_t* neighbors;  // [kCorners, vertices, 2]: in each direction; a missing neighbor is `vertices`
   float bilateral_weight;
 
   float *lattice, *next_lattice;  // [vertices + 1, channels], the last row zero; kSums times as wide with one channel
   float *grid, *next_grid;        // [grid_height, grid_width, channels]
-  float* rows;                    // scratch: of `step + 2` rows of a grid, padded by `radius` nodes on both sides
-  float* scores;                  // [kLanes, channels] scratch
+  float* rows;                    // scratch: `step + 2` rows of a grid, padded by `radius` nodes on both sides
+  float* scores;                  // [kGroup, channels] scratch
   float* unary;                   // half log-odds [height, step, cells] (channels = 1), else log(p) in out
   float* out;                     // [height * width, labels]
 };
 
-// What tells the simplex of eight pixels: v = round(elevated / 6) packed into 60 bits, low, middle, high, and the
-// order in which a walk around the simplex changes its coordinates, 3 bits each.
+// Identifies the simplices of eight pixels: v = round(elevated / 6) packed into 60 bits (low, middle, high), and the
+// order in which a walk around the simplex changes the coordinates, 3 bits each.
 struct CrfSimplices {
-  int32_t low[CrfSystem::kLanes], middle[CrfSystem::kLanes], high[CrfSystem::kLanes], order[CrfSystem::kLanes];
+  int32_t low[CrfSystem::kGroup], middle[CrfSystem::kGroup], high[CrfSystem::kGroup], order[CrfSystem::kGroup];
 };
 
 struct CrfKernels {
-  // features [kAxes, kLanes], scaled -> the simplices of eight pixels, and their weights [kCorners, kLanes].
+  // features [kAxes, kGroup], scaled -> the simplices of eight pixels and their weights [kCorners, kGroup].
   void (*embed)(const float* features, CrfSimplices* simplices, float* weights);
-  // Divides the weights by the square root of what the lattice makes of ones.
+  // Divides the weights by the square root of the filtered ones.
   void (*normalize)(CrfSystem system);
-  // The unary term of [height * width, labels] probabilities. False if one is not finite.
+  // Computes the unary term of probabilities [height * width, labels]. Returns false if one is not finite.
   bool (*start)(CrfSystem system, const float* probabilities);
-  // `iterations` updates of the marginals, then out.
+  // Updates the marginals `iterations` times and writes out.
   void (*infer)(CrfSystem system, int64_t iterations);
 };
 
-extern const CrfKernels crf_portable;
-#if defined(__x86_64__)
-extern const CrfKernels crf_avx2, crf_avx512;
-#endif
+NMK_DECLARE_LEVELS(CrfKernels, dense_crf);
 
 }  // namespace namedmask::cpu

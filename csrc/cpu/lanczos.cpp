@@ -11,31 +11,25 @@
 namespace namedmask::cpu {
 namespace {
 
-// What remains of a unit vector's product that lies in the basis already, at least of products in float64. Of others a
-// direction of rounding may be let in: it is orthogonal to the rest like any other, and does no harm.
+// If less remains of a unit vector's product, it is in the span of the basis (for products in float64). With less exact
+// products a direction of rounding errors may enter the basis, which is harmless: it is orthogonal like any other.
 constexpr double kExhausted = 1e-14;
 
-const LanczosKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512) return lanczos_avx512;
-  if (level() == Level::kAVX2) return lanczos_avx2;
-#endif
-  return lanczos_portable;
-}
+const LanczosKernels& kernels() { return NMK_BEST(lanczos); }
 
 void axpy(double factor, const double* x, double* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
 }
 
-// Eigenvalues of the symmetric a [m, m], which is destroyed, and z [m columns of `rows`] times its eigenvectors:
-// reflections make it tridiagonal, rotations diagonal (Golub and Van Loan, Matrix Computations, 8.3).
+// Computes the eigenvalues of the symmetric a [m, m], which is overwritten, and multiplies z [m columns of `rows`] by
+// its eigenvectors: Householder tridiagonalization and implicit QR (Golub and Van Loan, Matrix Computations, 8.3).
 void symmetric_eigen(double* a, int64_t m, double* diagonal, double* z, int64_t rows) {
   std::vector<double> off(m), v(m), w(m), zv(rows);
   for (int64_t k = 0; k + 2 < m; ++k) {
     const int64_t n = m - k - 1;
     double squares = 0;
     for (int64_t i = 1; i < n; ++i) squares += a[(k + 1 + i) * m + k] * a[(k + 1 + i) * m + k];
-    if (squares == 0) continue;  // as in a matrix that is tridiagonal already
+    if (squares == 0) continue;  // already tridiagonal
     for (int64_t i = 0; i < n; ++i) v[i] = a[(k + 1 + i) * m + k];
     const double length = std::copysign(std::sqrt(squares + v[0] * v[0]), v[0]);
     v[0] += length;
@@ -111,8 +105,8 @@ double* Lanczos::prepare(int64_t n, int64_t wanted, int64_t max_products) {
   return memory_;
 }
 
-// y minus its part in the span of the known vector and the basis, whose coefficients it returns; then y's norm. The
-// second pass removes what rounding left.
+// Removes from y its part in the span of the known vector and the basis, writes its coefficients and returns the norm
+// of y. The second pass removes rounding errors.
 double Lanczos::orthogonalize(double* y, double* coefficients) const {
   std::fill_n(coefficients, size_, 0.0);
   std::vector<double> part(size_ + 1);
@@ -137,7 +131,7 @@ void Lanczos::solve(double tolerance, const Multiply& multiply) {
   for (int64_t j = 0; j < width_; ++j) {
     double* q = product_;
     for (int64_t i = 0; i < n_; ++i) {
-      // splitmix64: a start without a pattern, so that no eigenvector is orthogonal to it
+      // splitmix64: random start vectors, so that no eigenvector is orthogonal to them
       uint64_t z = state += 0x9e3779b97f4a7c15ull;
       z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
       z = (z ^ z >> 27) * 0x94d049bb133111ebull;
@@ -159,14 +153,14 @@ void Lanczos::solve(double tolerance, const Multiply& multiply) {
   }
 }
 
-// The eigenpairs of the matrix within the span of the multiplied vectors. Residuals come from the rest of the basis;
-// vectors are made only when all are small, or when this is the `last` step.
+// Computes the Ritz pairs in the span of the multiplied vectors. Residuals come from the rest of the basis; vectors are
+// computed only when all residuals are small or in the `last` step.
 void Lanczos::ritz(double tolerance, bool last) {
   const int64_t m = products_, rest = size_ - m;
-  const auto solve = [&](int64_t rows) {  // ritz_ [m, rows] holds the rows that are wanted of the eigenvectors
+  const auto solve = [&](int64_t rows) {  // ritz_ [m, rows]: the required rows of the eigenvectors
     small_.resize(m * m), diagonal_.resize(m);
     for (int64_t j = 0; j < m; ++j) {
-      // beyond the block's width from the diagonal there is nothing but rounding
+      // entries farther from the diagonal than the block's width are rounding errors
       for (int64_t i = 0; i <= j; ++i) small_[i * m + j] = small_[j * m + i] = j - i > width_ ? 0 : entry(i, j);
     }
     symmetric_eigen(small_.data(), m, diagonal_.data(), ritz_.data(), rows);

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
-// The parts of lanczos that exist once per instruction level, with the same bits on all; see level.h.
+// The parts of lanczos that exist once per instruction level; all levels give the same bits. See level.h.
 #pragma once
 
 #include <cstdint>
+
+#include "level.h"
 
 namespace namedmask::cpu {
 
@@ -13,9 +15,6 @@ struct LanczosKernels {
   void (*add)(const double* vectors, int64_t count, int64_t n, double factor, const double* coefficients, double* y);
 };
 
-extern const LanczosKernels lanczos_portable;
-#if defined(__x86_64__)
-extern const LanczosKernels lanczos_avx2, lanczos_avx512;
-#endif
+NMK_DECLARE_LEVELS(LanczosKernels, lanczos);
 
 }  // namespace namedmask::cpu

@@ -28,7 +28,7 @@ Level choose() {
   for (Level level : {Level::kPortable, Level::kAVX2, Level::kAVX512, Level::kAVX512VNNI}) {
     if (std::string(asked) != name(level)) continue;
     if (level <= best) return level;
-    throw std::invalid_argument(std::string("NMK_LEVEL=") + asked + ": this CPU goes up to " + name(best));
+    throw std::invalid_argument(std::string("NMK_LEVEL=") + asked + ": the highest level of this CPU is " + name(best));
   }
   throw std::invalid_argument(std::string("NMK_LEVEL=") + asked + ": must be portable, avx2, avx512 or avx512_vnni");
 }

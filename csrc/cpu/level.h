@@ -1,24 +1,51 @@
 // SPDX-License-Identifier: MIT
-// The instruction level that the CPU kernels run at.
+// The instruction level (portable, AVX2, AVX-512, ...) that the CPU kernels run at.
 //
-// A kernel that gains from SIMD has one file per level, NAME_portable.cpp, NAME_avx2.cpp, NAME_avx512.cpp, all
-// including the same NAME_kernel.h, and NAME.cpp picks by level(). Files of a level are compiled with its flags, so
-// what they instantiate must never be shared with the others: the linker keeps one copy of an inline function, and if
-// it is the AVX-512 one, the program dies on older CPUs. Hence in a kernel header: raw pointers, an anonymous
-// namespace, nothing of the standard library but what is a macro, a type or a builtin.
+// A kernel that gains from SIMD puts its inner loops into NAME_kernel.h, which ends with a table of functions:
+//
+//   constexpr PamrKernels kKernels = {affinities, average};
+//
+// CMake compiles the header once per level. NAME_levels.h declares the resulting tables with
+// NMK_DECLARE_LEVELS(PamrKernels, pamr), and NAME.cpp picks the best one with NMK_BEST(pamr).
+//
+// Code of a level is compiled with that level's flags, so it must not share any function with other levels: the linker
+// keeps one copy of an inline function, and if that is the AVX-512 copy, the program crashes on older CPUs. Kernel
+// headers therefore use raw pointers and an anonymous namespace, and from the standard library only macros, types and
+// builtins.
 #pragma once
 
 namespace namedmask::cpu {
 
-// AVX512VNNI is AVX-512 with products of bytes and 16-bit integers; a kernel without a file for it runs its AVX-512
-// one. Where a kernel's AVX-512 file wants more than all such CPUs have (see CMakeLists.txt), these run its AVX2 one.
+// kAVX512VNNI is AVX-512 plus dot products of 8-bit and 16-bit integers. A kernel without code for it runs its AVX-512
+// code.
 enum class Level { kPortable, kAVX2, kAVX512, kAVX512VNNI };
 
-// The highest level that this CPU has and this build contains, found once. The environment variable NMK_LEVEL
-// (portable, avx2, avx512, avx512_vnni) asks for another; std::invalid_argument when it names none or one that cannot
-// run here.
+// The highest level that both this CPU and this build support, detected once. The environment variable NMK_LEVEL
+// (portable, avx2, avx512, avx512_vnni) selects a lower one; throws std::invalid_argument if the name is unknown or the
+// CPU does not support the level.
 Level level();
 
 const char* name(Level level);
+
+// Declares the tables that level.cpp.in and hand-written NAME_avx512_vnni.cpp files define. On CPUs other than x86-64
+// only the portable table exists.
+#define NMK_DECLARE_LEVELS(Table, name) \
+  extern const Table name##_portable, name##_avx2, name##_avx512, name##_avx512_vnni
+
+// The table to run. NMK_BEST_IF is for AVX-512 code that requires more extensions than the level guarantees
+// (CMakeLists.txt lists them): CPUs without them run the AVX2 code. NMK_BEST_OR_VNNI is for kernels with VNNI code.
+#if defined(__x86_64__)
+template <class Table>
+const Table& best(const Table& portable, const Table& avx2, const Table& avx512, const Table& vnni, bool has_avx512) {
+  if (level() >= Level::kAVX512 && has_avx512) return level() == Level::kAVX512VNNI ? vnni : avx512;
+  return level() >= Level::kAVX2 ? avx2 : portable;
+}
+#define NMK_BEST_IF(name, has_avx512) best(name##_portable, name##_avx2, name##_avx512, name##_avx512, has_avx512)
+#define NMK_BEST_OR_VNNI(name) best(name##_portable, name##_avx2, name##_avx512, name##_avx512_vnni, true)
+#else
+#define NMK_BEST_IF(name, has_avx512) name##_portable
+#define NMK_BEST_OR_VNNI(name) name##_portable
+#endif
+#define NMK_BEST(name) NMK_BEST_IF(name, true)
 
 }  // namespace namedmask::cpu

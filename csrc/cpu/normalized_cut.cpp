@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: MIT
-// The affinity is two-valued, so it is a bit matrix, and a product with it needs sums of the entries whose bit is set:
-// for every eight columns the 256 possible sums are tabulated, and a row adds one table entry per byte.
+// The affinity has two values, so it is stored as a bit matrix. A product with it sums the entries whose bit is set: a
+// table holds the 256 possible sums of every eight columns, and a row adds one table entry per byte.
 // The first eigenvector of M = D^-1/2 A D^-1/2 is known (D^1/2 1, eigenvalue 1), so Lanczos runs on its complement and
-// its largest Ritz value is 1 - value.
+// the largest Ritz value is 1 - value.
 #include "namedmask/normalized_cut.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <exception>
 #include <vector>
 
 #include "cosines.h"
+#include "for_each_image.h"
 #include "lanczos.h"
+#include "parallel_for.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -20,13 +20,14 @@ namespace {
 constexpr const char* kOp = "normalized_cut";
 constexpr int64_t kBlockWords = kBlock / kWord;
 constexpr int64_t kTileWords = 8;  // words (columns / 32) of a tile
-constexpr double kTie = 1 - 1e-5;  // entries this close to the largest are as large
-// Products of a photo below which one thread does it: with 2.4e8 (784 tokens) a second saves 0.7 of 1.9 ms, and costs 4
-// to 8 ms, a time slice or two, whenever something else keeps its core busy.
+constexpr int64_t kPanelsAtOnce = 8;
+constexpr double kTie = 1 - 1e-5;  // entries this close to the largest count as equal
+// An image with fewer products runs on one thread: with 2.4e8 (784 tokens) a second thread saves 0.7 of 1.9 ms, but
+// costs 4 to 8 ms, one or two time slices, whenever another process keeps its core busy.
 constexpr double kWorthThreads = 4e8;
 static_assert(kBlock % kWord == 0 && kBlock % kMicroRows == 0);
 
-// The 32 x 32 bit matrix a, a row a word, transposed.
+// Transposes the 32 x 32 bit matrix a, one word per row.
 void transpose(const uint32_t* a, uint32_t* out) {
   std::copy_n(a, 32, out);
   uint32_t mask = 0x0000ffff;
@@ -52,13 +53,27 @@ class Cut {
     uint8_t *partition, *foreground;
   };
 
-  explicit Cut(const CutSettings& settings) : settings_(settings) {}
+  // features [h * w, C]. False if they are not finite. May run in a parallel region, whose threads then share the work
+  // on the affinity.
+  bool run(const float* features, int64_t h, int64_t w, int64_t channels, const CutSettings& settings,
+           const Result& result) {
+    settings_ = settings;
+    prepare(features, h, w, channels, result);
+    parallel_for(cosines_.panels(), kPanelsAtOnce, [&](int64_t panel) { cosines_.normalize(panel); });
+    if (!cosines_.finite()) return false;
+    const double reach = cosines_.reach();
+    parallel_for(static_cast<int64_t>(tiles_.size()), 1, [&](int64_t i) { connect(tiles_[i], reach); });
+    solve();
+    return true;
+  }
 
-  // Everything that allocates, so that normalize() and connect() may run in a parallel region.
+  size_t bytes() const { return cosines_.bytes() + bit_memory_.bytes() + vector_memory_.bytes() + lanczos_.bytes(); }
+
+ private:
   void prepare(const float* features, int64_t h, int64_t w, int64_t channels, const Result& result) {
     width_ = w, n_ = h * w, result_ = result;
     words_ = (n_ + kWord - 1) / kWord;
-    // with a tau beyond the cosines' range the floats alone say what it means
+    // no cosine lies beyond such a tau: the products are exact only in floats
     cosines_.prepare(features, n_, channels, std::abs(settings_.tau) < 1 ? Products::kInt16 : Products::kFloat32);
     padded_ = cosines_.padded();
     bits_ = bit_memory_.reserve((words_ + words_ % 2) * padded_);
@@ -72,32 +87,19 @@ class Cut {
         tiles_.push_back({block, word, std::min(words_, word + kTileWords)});
       }
     }
-    next_tile_ = 0;
   }
 
-  // The three steps, each to be called when the last is done. Any number of threads may share the first two: each
-  // normalizes its part of the panels, and all call connect().
-
-  Cosines& cosines() { return cosines_; }
-
-  void connect() {
-    if (!cosines_.finite()) return;
-    const double reach = cosines_.reach();
-    for (size_t i; (i = next_tile_++) < tiles_.size();) connect(tiles_[i], reach);
-  }
-
-  // False if the features are not finite. One thread: it takes a tenth of the time, and a region's barriers cost more
-  // than they bring on a machine that does something else too.
-  bool solve() {
-    if (!cosines_.finite()) return false;
+  // On one thread: it takes a tenth of the time, and barriers would cost more than a second thread gains on a machine
+  // that runs other processes too.
+  void solve() {
     if (words_ % 2) std::fill_n(bits_ + words_ * padded_, n_, 0u);
     count();
     if (alike()) {
       // A = (self - other) I + other 11' and D = degree I
-      const double self = n_ && diagonal_[0] ? 1 : settings_.eps;
-      const double other = n_ && counts_[0] > diagonal_[0] ? 1 : settings_.eps;
+      const double self = diagonal_[0] ? 1 : settings_.eps;
+      const double other = counts_[0] > diagonal_[0] ? 1 : settings_.eps;
       finish_alike(n_ < 2 ? 1.0 : 1 - (self - other) / (self + static_cast<double>(n_ - 1) * other));
-      return true;
+      return;
     }
     double* u = lanczos_.prepare(n_, 1, settings_.max_iterations);
     for (int64_t i = 0; i < n_; ++i) {
@@ -108,19 +110,17 @@ class Cut {
     for (int64_t i = 0; i < n_; ++i) u[i] *= factor;
     lanczos_.solve(settings_.tolerance, [&](const double* q, int64_t, double* out) { multiply(q, out); });
     finish();
-    return true;
   }
 
- private:
-  // The bits of a tile on or above the diagonal, and their mirror image. Bits stand word-major, bits_[word][row], as
-  // products read them. Each word is written by one tile.
+  // Writes the bits of a tile on or above the diagonal and their mirror image. Bits are word-major, bits_[word][row],
+  // the order in which products read them. Each word belongs to one tile.
   void connect(const Tile& tile, double reach) {
     const int64_t row = tile.block * kBlock;
     const int64_t count = round_up(std::min(kBlock, n_ - row), kMicroRows);
     for (int64_t word = tile.begin; word < tile.end; ++word) {
       uint32_t* bits = bits_ + word * padded_ + row;
       cosines_.above(row, count, word * kWord, settings_.tau, reach, bits);
-      if (const int64_t left = n_ - word * kWord; left < kWord) {  // padding is connected like the last token
+      if (const int64_t left = n_ - word * kWord; left < kWord) {  // padding repeats the last token
         for (int64_t r = 0; r < count; ++r) bits[r] &= (1u << left) - 1;
       }
       if (word < (tile.block + 1) * kBlockWords) continue;
@@ -130,7 +130,7 @@ class Cut {
     }
   }
 
-  // Bits set in each row, and on the diagonal.
+  // Counts the bits set in each row, and reads the diagonal.
   void count() {
     std::fill_n(input_, n_, 1.0);
     multiply();
@@ -172,7 +172,7 @@ class Cut {
     }
   }
 
-  // All tokens alike: nothing tells one from another.
+  // Whether no token differs from another.
   bool alike() const {
     for (int64_t i = 1; i < n_; ++i) {
       if (counts_[i] != counts_[0] || diagonal_[i] != diagonal_[0]) return false;
@@ -216,7 +216,7 @@ class Cut {
     *result_.seed = static_cast<int32_t>(seed);
   }
 
-  // foreground: what the seed reaches inside the partition.
+  // foreground: the 4-connected component of the partition that contains the seed.
   void fill_component(int32_t seed) {
     uint8_t* out = result_.foreground;
     std::fill_n(out, n_, 0);
@@ -235,7 +235,7 @@ class Cut {
     }
   }
 
-  const CutSettings settings_;
+  CutSettings settings_;
   Result result_ = {};
   int64_t width_ = 0, n_ = 0, padded_ = 0, words_ = 0;
   Cosines cosines_;
@@ -247,7 +247,6 @@ class Cut {
   std::vector<int32_t> counts_, queue_;
   std::vector<uint8_t> diagonal_;
   std::vector<Tile> tiles_;
-  std::atomic<size_t> next_tile_{0};
 };
 
 }  // namespace
@@ -271,50 +270,21 @@ void normalized_cut(const TensorView& features, const TensorView& offsets, const
     throw std::invalid_argument(std::string(kOp) + ": tau must be finite, eps between 0 and 1, tolerance and " +
                                 "max_iterations positive");
   }
-  const auto prepare = [&](Cut& cut, int64_t b) {
+  // Images without tokens.
+  std::fill_n(value.as<double>(), batch.count, 1.0);
+  std::fill_n(residual.as<double>(), batch.count, 0.0);
+  std::fill_n(iterations.as<int32_t>(), batch.count, 0);
+  std::fill_n(seed.as<int32_t>(), batch.count, -1);
+  const auto n = static_cast<double>(total);
+  const bool shared = batch.count == 1 && n * n * static_cast<double>(channels) > kWorthThreads;
+  const auto run = [&](int64_t b, Cut& cut) {
     const int64_t at = batch.begin(b);
-    cut.prepare(
-        features.as<float>() + at * channels, batch.height(b), batch.width(b), channels,
+    return cut.run(
+        features.as<float>() + at * channels, batch.height(b), batch.width(b), channels, settings,
         {vector.as<float>() + at, value.as<double>() + b, residual.as<double>() + b, iterations.as<int32_t>() + b,
          seed.as<int32_t>() + b, partition.as<uint8_t>() + at, foreground.as<uint8_t>() + at});
   };
-  std::vector<uint8_t> refused(batch.count, 0);
-  std::exception_ptr failure;
-  if (batch.count == 1) {
-    Cut cut(settings);
-    prepare(cut, 0);
-    const auto n = static_cast<double>(total);
-#pragma omp parallel if (n * n * static_cast<double>(channels) > kWorthThreads)
-    {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < cut.cosines().panels(); ++i) cut.cosines().normalize(i);
-      cut.connect();
-    }
-    refused[0] = !cut.solve();
-  } else {
-#pragma omp parallel
-    {
-      Cut cut(settings);
-#pragma omp for schedule(dynamic)
-      for (int64_t b = 0; b < batch.count; ++b) {
-        try {
-          prepare(cut, b);
-          for (int64_t i = 0; i < cut.cosines().panels(); ++i) cut.cosines().normalize(i);
-          cut.connect();
-          refused[b] = !cut.solve();
-        } catch (...) {  // an exception must not leave a parallel region
-#pragma omp critical(nmk_normalized_cut)
-          failure = std::current_exception();
-        }
-      }
-    }
-  }
-  if (failure) std::rethrow_exception(failure);
-  const auto first = std::find(refused.begin(), refused.end(), 1);
-  if (first != refused.end()) {
-    throw std::invalid_argument(std::string(kOp) + ": features must be finite, but those of photo " +
-                                std::to_string(first - refused.begin()) + " hold NaN or Inf");
-  }
+  for_each_finite_image<Cut>(kOp, "features", batch, run, shared);
 }
 
 }  // namespace namedmask::cpu

@@ -10,15 +10,9 @@
 namespace namedmask::cpu {
 namespace {
 
-constexpr int64_t kPart = 64;  // channels that go into a panel at a time
+constexpr int64_t kPart = 64;  // channels per transposed part of a panel
 
-const UnitRowKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512) return normalized_rows_avx512;
-  if (level() == Level::kAVX2) return normalized_rows_avx2;
-#endif
-  return normalized_rows_portable;
-}
+const NormalizedRowsKernels& kernels() { return NMK_BEST(normalized_rows); }
 
 }  // namespace
 

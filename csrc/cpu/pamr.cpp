@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Checks, and a photo's way through the planes that the kernels work on; the arithmetic is in pamr_kernel.h.
+// Argument checks, and the conversion between images and the planes that the kernels work on; the arithmetic is in
+// pamr_kernel.h.
 #include "namedmask/pamr.h"
 
 #include <algorithm>
 #include <cstdlib>
-#include <exception>
 #include <memory>
 #include <new>
 
@@ -12,26 +12,17 @@
 #include <sys/mman.h>
 #endif
 
-#include "level.h"
+#include "for_each_image.h"
 #include "pamr_levels.h"
 
 namespace namedmask::cpu {
 namespace {
 
 constexpr const char* kOp = "pamr";
-constexpr int64_t kLabels = 24;            // in work at a time, so that memory does not grow with their number
-constexpr int64_t kWindowBytes = 1 << 20;  // of the masks around a row, which are to stay in a core's L2 cache
+constexpr int64_t kLabels = 24;            // per pass, so that memory does not grow with the number of labels
+constexpr int64_t kWindowBytes = 1 << 20;  // of the masks around a row, which should stay in a core's L2 cache
 
-const PamrKernels& kernels() {
-  switch (level()) {
-#if defined(__x86_64__)
-    case Level::kAVX512VNNI:
-    case Level::kAVX512: return pamr_avx512;
-    case Level::kAVX2: return pamr_avx2;
-#endif
-    default: return pamr_portable;
-  }
-}
+const PamrKernels& kernels() { return NMK_BEST(pamr); }
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -39,8 +30,8 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Memory that is not cleared, in huge pages where the system has them: a vector of masks has neighbors in 300 small
-// pages, more than a core keeps in mind, and thousands of page faults would take their time.
+// Uninitialized memory, in huge pages where the system supports them: a vector of masks has neighbors in 300 small
+// pages, more than the TLB of a core holds, and thousands of page faults take time.
 template <class T>
 std::unique_ptr<T[], Free> allocate(int64_t count) {
   constexpr int64_t kHuge = 2 << 20;
@@ -56,31 +47,32 @@ std::unique_ptr<T[], Free> allocate(int64_t count) {
 
 class Refiner {
  public:
-  Refiner(int64_t height, int64_t width, const std::vector<int64_t>& dilations) : photo_{} {
-    photo_.height = height;
-    photo_.width = width;
-    photo_.dilations = dilations.data();
-    photo_.n_dilations = static_cast<int64_t>(dilations.size());
+  Refiner(int64_t height, int64_t width, const std::vector<int64_t>& dilations) : image_{} {
+    image_.height = height;
+    image_.width = width;
+    image_.dilations = dilations.data();
+    image_.n_dilations = static_cast<int64_t>(dilations.size());
     reach_ = std::min(*std::max_element(dilations.begin(), dilations.end()), std::max(height, width));
-    photo_.columns = round_up(width, kPamrColumns);
-    photo_.pad = round_up(std::min(reach_, width), kPamrColumns);
-    photo_.stride = photo_.columns + 2 * photo_.pad;
-    if (photo_.stride % 256 == 0) photo_.stride += kPamrColumns;  // or the planes would share few of L1's sets
+    image_.columns = round_up(width, kPamrColumns);
+    image_.pad = round_up(std::min(reach_, width), kPamrColumns);
+    image_.stride = image_.columns + 2 * image_.pad;
+    if (image_.stride % 256 == 0)
+      image_.stride += kPamrColumns;  // otherwise the planes would share few sets of the L1 cache
   }
 
   // masks, out [H * W, labels]; image [H * W, 3]
   void run(const float* masks, const uint8_t* image, int64_t labels, int64_t iterations, float* out) {
     const int64_t most = std::min(labels, kLabels);
     const auto planes =
-        allocate<float>(photo_.height * std::max(pamr_row(photo_.stride, 3), 2 * pamr_row(photo_.stride, most)));
-    const auto weights = allocate<uint16_t>(photo_.height * pamr_weights(photo_.columns, photo_.n_dilations));
-    photo_.colors = planes.get();
-    photo_.weights = weights.get();
+        allocate<float>(image_.height * std::max(pamr_row(image_.stride, 3), 2 * pamr_row(image_.stride, most)));
+    const auto weights = allocate<uint16_t>(image_.height * pamr_weights(image_.columns, image_.n_dilations));
+    image_.colors = planes.get();
+    image_.weights = weights.get();
     unpack(image, 3, 0, 3, planes.get());
-    for (int64_t y = 0; y < photo_.height; ++y) kernels().affinities(photo_, y);
+    for (int64_t y = 0; y < image_.height; ++y) kernels().affinities(image_, y);
     for (int64_t first = 0; first < labels; first += kLabels) {
       const int64_t count = std::min(kLabels, labels - first);
-      float *source = planes.get(), *target = source + photo_.height * pamr_row(photo_.stride, count);
+      float *source = planes.get(), *target = source + image_.height * pamr_row(image_.stride, count);
       unpack(masks, labels, first, count, source);
       for (int64_t i = 0; i < iterations; ++i, std::swap(source, target)) average(source, target, count);
       pack(source, labels, first, count, out);
@@ -91,47 +83,47 @@ class Refiner {
   // Channels [first, first + count) of pixels [H * W, channels] -> padded planes [H, count, stride].
   template <class T>
   void unpack(const T* pixels, int64_t channels, int64_t first, int64_t count, float* planes) const {
-    for (int64_t y = 0; y < photo_.height; ++y, planes += pamr_row(photo_.stride, count)) {
-      for (int64_t x = 0; x < photo_.width; ++x, pixels += channels) {
-        for (int64_t c = 0; c < count; ++c) planes[c * photo_.stride + photo_.pad + x] = pixels[first + c];
+    for (int64_t y = 0; y < image_.height; ++y, planes += pamr_row(image_.stride, count)) {
+      for (int64_t x = 0; x < image_.width; ++x, pixels += channels) {
+        for (int64_t c = 0; c < count; ++c) planes[c * image_.stride + image_.pad + x] = pixels[first + c];
       }
       repeat_borders(planes, count);
     }
   }
 
   void pack(const float* planes, int64_t channels, int64_t first, int64_t count, float* pixels) const {
-    for (int64_t y = 0; y < photo_.height; ++y, planes += pamr_row(photo_.stride, count)) {
-      for (int64_t x = 0; x < photo_.width; ++x, pixels += channels) {
-        for (int64_t c = 0; c < count; ++c) pixels[first + c] = planes[c * photo_.stride + photo_.pad + x];
+    for (int64_t y = 0; y < image_.height; ++y, planes += pamr_row(image_.stride, count)) {
+      for (int64_t x = 0; x < image_.width; ++x, pixels += channels) {
+        for (int64_t c = 0; c < count; ++c) pixels[first + c] = planes[c * image_.stride + image_.pad + x];
       }
     }
   }
 
-  // Fills what lies outside the photo's columns in one row of `count` planes.
+  // Pads one row of `count` planes beyond the image's columns.
   void repeat_borders(float* row, int64_t count) const {
-    for (float* end = row + count * photo_.stride; row < end; row += photo_.stride) {
-      float *begin = row + photo_.pad, *last = begin + photo_.width - 1;
+    for (float* end = row + count * image_.stride; row < end; row += image_.stride) {
+      float *begin = row + image_.pad, *last = begin + image_.width - 1;
       std::fill(row, begin, *begin);
-      std::fill(last + 1, row + photo_.stride, *last);
+      std::fill(last + 1, row + image_.stride, *last);
     }
   }
 
-  // One iteration, in strips so narrow that the masks around a row stay in the cache until the next row needs them.
+  // One iteration, in strips narrow enough that the masks around a row stay in the cache for the next row.
   void average(const float* source, float* target, int64_t count) const {
-    const int64_t rows = std::min(photo_.height, 2 * reach_ + 1);
-    const int64_t fits = kWindowBytes / (static_cast<int64_t>(sizeof(float)) * count * rows) - 2 * photo_.pad;
+    const int64_t rows = std::min(image_.height, 2 * reach_ + 1);
+    const int64_t fits = kWindowBytes / (static_cast<int64_t>(sizeof(float)) * count * rows) - 2 * image_.pad;
     const int64_t strip = std::max<int64_t>(round_up(fits, kPamrColumns), 4 * kPamrColumns);
-    for (int64_t x = 0; x < photo_.columns; x += strip) {
-      const int64_t end = std::min(x + strip, photo_.columns);
-      for (int64_t y = 0; y < photo_.height; ++y) {
-        kernels().average(photo_, source, target, count, y, x, end);
-        if (end == photo_.columns) repeat_borders(target + y * pamr_row(photo_.stride, count), count);
+    for (int64_t x = 0; x < image_.columns; x += strip) {
+      const int64_t end = std::min(x + strip, image_.columns);
+      for (int64_t y = 0; y < image_.height; ++y) {
+        kernels().average(image_, source, target, count, y, x, end);
+        if (end == image_.columns) repeat_borders(target + y * pamr_row(image_.stride, count), count);
       }
     }
   }
 
-  PamrPhoto photo_;
-  int64_t reach_;  // the largest dilation, as far as it matters
+  PamrImage image_;
+  int64_t reach_;  // the largest dilation, at most the image's size
 };
 
 }  // namespace
@@ -148,20 +140,12 @@ void pamr(const TensorView& masks, const TensorView& image, const TensorView& of
     throw std::invalid_argument("pamr: dilations must be 1 to 16 numbers of at least 1");
   }
   if (iterations < 0) throw std::invalid_argument("pamr: iterations must be at least 0");
-  std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic) if (batch.count > 1)
-  for (int64_t b = 0; b < batch.count; ++b) {
-    if (batch.begin(b) == batch.end(b) || labels == 0) continue;
-    try {
-      Refiner(batch.height(b), batch.width(b), dilations)
-          .run(masks.as<float>() + labels * batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b), labels,
-               iterations, out.as<float>() + labels * batch.begin(b));
-    } catch (...) {  // an exception must not leave a parallel region
-#pragma omp critical(nmk_pamr)
-      failure = std::current_exception();
-    }
-  }
-  if (failure) std::rethrow_exception(failure);
+  if (labels == 0) return;
+  for_each_image(batch, [&](int64_t b) {
+    Refiner(batch.height(b), batch.width(b), dilations)
+        .run(masks.as<float>() + labels * batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b), labels, iterations,
+             out.as<float>() + labels * batch.begin(b));
+  });
 }
 
 }  // namespace namedmask::cpu

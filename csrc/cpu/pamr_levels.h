@@ -4,40 +4,39 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace namedmask::cpu {
 
-constexpr int64_t kPamrColumns = 16;    // rows are made of whole vectors of every level
-constexpr int64_t kPamrDilations = 16;  // at most: the sums of colors stay exact
+constexpr int64_t kPamrColumns = 16;    // columns are padded to a multiple of this: whole vectors at every level
+constexpr int64_t kPamrDilations = 16;  // maximum number, for which sums of colors are exact
 
-// A photo's arrays, with float planes row by row: [height, planes, stride], where a row of a plane is `pad` floats,
-// then `columns`, then `pad`. What lies outside the photo's own columns repeats its first or its last one.
-struct PamrPhoto {
+// The arrays of an image. Float planes are interleaved by row, [height, planes, stride], where a row of a plane has
+// `pad` floats, `columns` floats and `pad` floats. Padding repeats the image's first or last column.
+struct PamrImage {
   int64_t height, width;
-  int64_t columns, pad, stride;  // columns: width rounded up to whole vectors
+  int64_t columns, pad, stride;  // columns: width rounded up to kPamrColumns
   const int64_t* dilations;
   int64_t n_dilations;
   const float* colors;  // 3 planes, 0 to 255
-  // Per row and vector of pixels: a vector of roots of weights for each neighbor, then one float per pixel that makes
-  // the weights sum to 1. pamr_weights() of them per row.
+  // Per row and vector of pixels: a vector of square roots of weights for each neighbor, then one float per pixel, the
+  // factor that makes the weights sum to 1. pamr_weights() values per row.
   uint16_t* weights;
 };
 
 struct PamrKernels {
-  // The weights of row y.
-  void (*affinities)(const PamrPhoto& photo, int64_t y);
-  // Row y of `planes` mask planes, columns [begin, end), whole vectors, from all rows of `source`.
-  void (*average)(const PamrPhoto& photo, const float* source, float* target, int64_t planes, int64_t y, int64_t begin,
+  // Computes the weights of row y.
+  void (*affinities)(const PamrImage& image, int64_t y);
+  // Computes row y of `planes` mask planes, columns [begin, end), whole vectors, from all rows of `source`.
+  void (*average)(const PamrImage& image, const float* source, float* target, int64_t planes, int64_t y, int64_t begin,
                   int64_t end);
 };
 
 static constexpr int64_t pamr_weights(int64_t columns, int64_t n_dilations) { return columns * (8 * n_dilations + 2); }
 
-// Floats of a row of planes: an odd number of cache lines, or the rows around a pixel would share few of L1's sets.
+// Floats per row of planes: an odd number of cache lines, otherwise the rows around a pixel would share few L1 sets.
 static constexpr int64_t pamr_row(int64_t stride, int64_t planes) { return (planes * stride / 16 | 1) * 16; }
 
-extern const PamrKernels pamr_portable;
-#if defined(__x86_64__)
-extern const PamrKernels pamr_avx2, pamr_avx512;
-#endif
+NMK_DECLARE_LEVELS(PamrKernels, pamr);
 
 }  // namespace namedmask::cpu

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
-// How tokens stand side by side for products of all with all; free of code, so that files of a level may include it.
+// The layout of tokens for products of all tokens with all. Contains no code, so that kernel headers may include it.
 #pragma once
 
 #include <cstdint>
 
 namespace namedmask::cpu {
 
-constexpr int64_t kPanel = 16;      // tokens of a panel [C, kPanel]
-constexpr int64_t kWord = 32;       // tokens (two panels) of a micro tile
-constexpr int64_t kMicroRows = 12;  // rows of micro tiles come in multiples of this
-constexpr int64_t kBlock = 96;      // rows of a tile: whole words and whole micro rows
+constexpr int64_t kPanel = 16;      // tokens per panel [C, kPanel]
+constexpr int64_t kWord = 32;       // tokens per micro tile (two panels)
+constexpr int64_t kMicroRows = 12;  // the number of rows is a multiple of this
+constexpr int64_t kBlock = 96;      // rows per tile: a multiple of kWord and kMicroRows
 
 }  // namespace namedmask::cpu

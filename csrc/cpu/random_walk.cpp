@@ -1,46 +1,63 @@
 // SPDX-License-Identifier: MIT
-// S is symmetric, so a tile of it above the diagonal serves its rows and, turned, its columns. A column of ones beside
-// the masks gives the rows' sums. Tiles stand in kGroups groups with sums of their own, which are added in order: so
-// threads share the work of a photo and the bits do not depend on them.
+// S is symmetric, so a tile above the diagonal serves both its rows and, transposed, its columns. A column of ones
+// beside the masks gives the row sums. Tiles form kGroups groups, each with its own sums, which are added in order:
+// threads share the work on an image, and the bits do not depend on them.
 #include "namedmask/random_walk.h"
-
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
-#include <exception>
 #include <vector>
 
-#include "level.h"
+#include "for_each_image.h"
 #include "normalized_rows.h"
+#include "parallel_for.h"
 #include "random_walk_levels.h"
 
 namespace namedmask::cpu {
 namespace {
 
 constexpr const char* kOp = "random_walk";
-constexpr int64_t kGroups = 8;
+constexpr int64_t kGroups = 8, kPanelsAtOnce = 8;
 
-const WalkKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512) return walk_avx512;
-  if (level() == Level::kAVX2) return walk_avx2;
-#endif
-  return walk_portable;
-}
-
-// What a thread needs for itself.
-struct Scratch {
-  Scratch() = default;
-  explicit Scratch(int64_t channels) : rows(kBlock * channels), weights(kBlock * kBlock) {}
-  std::vector<float> rows, weights;
-};
+const WalkKernels& kernels() { return NMK_BEST(random_walk); }
 
 class Walk {
  public:
-  Walk(float sharpness, const WalkKernels& kernels) : sharpness_(sharpness), kernels_(kernels) {}
+  // masks, out [n, m]; features [n, C]. False if the features are not finite; out is then unspecified. `shared`:
+  // threads of a parallel region share the work, at the cost of more memory.
+  bool run(const float* masks, int64_t m, const float* features, int64_t n, int64_t channels, int64_t steps,
+           float sharpness, bool shared, float* out) {
+    sharpness_ = sharpness;
+    prepare(masks, m, features, n, channels, shared ? kGroups : 1);
+    if (shared) {
+      parallel_for(rows_.panels(), kPanelsAtOnce, [&](int64_t panel) { rows_.normalize(panel); });
+      for (int64_t step = 0; step < steps; ++step) {
+        parallel_for(kGroups, 1, [&](int64_t group) { gather(group, group); });
+        parallel_for(blocks(), 1, [&](int64_t block) {
+          for (int64_t group = 0; group < kGroups; ++group) add_up(group, group, block);
+          divide(block);
+        });
+      }
+    } else {
+      for (int64_t panel = 0; panel < rows_.panels(); ++panel) rows_.normalize(panel);
+      for (int64_t step = 0; step < steps; ++step) {
+        for (int64_t group = 0; group < kGroups; ++group) {
+          gather(group, 0);
+          for (int64_t block = 0; block < blocks(); ++block) add_up(group, 0, block);
+        }
+        for (int64_t block = 0; block < blocks(); ++block) divide(block);
+      }
+    }
+    for (int64_t i = 0; i < n_; ++i) std::copy_n(masks_ + i * width_, m_, out + i * m_);
+    return rows_.finite();
+  }
 
-  // Allocates. `buffers`: 1, or kGroups where gather() is called from several threads at once.
+  size_t bytes() const {
+    return rows_.bytes() + mask_memory_.bytes() + total_memory_.bytes() + sum_memory_.bytes() + tile_memory_.bytes();
+  }
+
+ private:
+  // `buffers`: how many groups are summed at once.
   void prepare(const float* masks, int64_t m, const float* features, int64_t n, int64_t channels, int64_t buffers) {
     n_ = n, m_ = m, channels_ = channels;
     width_ = round_up(m + 1, kWalkUnit);
@@ -49,44 +66,43 @@ class Walk {
     masks_ = mask_memory_.reserve(size_);
     total_ = total_memory_.reserve(size_);
     sums_ = sum_memory_.reserve(size_ * buffers);
-    std::fill_n(masks_, size_, 0.0f);  // tokens beyond n and columns beyond m weigh nothing
+    tiles_ = tile_memory_.reserve(tile_size() * buffers);
+    std::fill_n(masks_, size_, 0.0f);  // tokens beyond n and columns beyond m have no weight
     for (int64_t i = 0; i < n; ++i) {
       std::copy_n(masks + i * m, m, masks_ + i * width_);
       masks_[i * width_ + m] = 1;
     }
   }
 
-  NormalizedRows& rows() { return rows_; }
   int64_t blocks() const { return rows_.padded() / kBlock; }
+  int64_t tile_size() const { return kBlock * (channels_ + kBlock); }
 
-  // The sums of one group's tiles.
-  void gather(int64_t group, int64_t buffer, Scratch& scratch) {
-    float* sums = sums_ + buffer * size_;
+  // Sums the tiles of one group.
+  void gather(int64_t group, int64_t buffer) {
+    float *sums = sums_ + buffer * size_, *rows = tiles_ + buffer * tile_size(), *weights = rows + kBlock * channels_;
     std::fill_n(sums, size_, 0.0f);
     for (int64_t block = group; block < blocks(); block += kGroups) {
       const int64_t row = block * kBlock;
-      for (int64_t i = 0; i < kBlock; ++i) rows_.unit_row(row + i, scratch.rows.data() + i * channels_);
+      for (int64_t i = 0; i < kBlock; ++i) rows_.unit_row(row + i, rows + i * channels_);
       for (int64_t column = row; column < rows_.padded(); column += kBlock) {
-        const int64_t columns = std::min(kBlock, round_up(n_ - column, kWord));  // those that hold tokens
-        float* weights = scratch.weights.data();
-        kernels_.weigh(scratch.rows.data(), rows_.panel_of(column), channels_, sharpness_, columns, column == row,
-                       weights);
+        const int64_t columns = std::min(kBlock, round_up(n_ - column, kWord));  // columns that hold tokens
+        kernels_.weigh(rows, rows_.panel_of(column), channels_, sharpness_, columns, column == row, weights);
         kernels_.add(weights, columns, masks_ + column * width_, width_, sums + row * width_);
         if (column > row) {
-          kernels_.add_turned(weights, columns, masks_ + row * width_, width_, sums + column * width_);
+          kernels_.add_transposed(weights, columns, masks_ + row * width_, width_, sums + column * width_);
         }
       }
     }
   }
 
-  // A group's sums added to those of the groups before it; rows of one block.
+  // Adds a group's sums for the rows of one block to those of the groups before it.
   void add_up(int64_t group, int64_t buffer, int64_t block) {
     const int64_t begin = block * kBlock * width_, end = begin + kBlock * width_;
     const float* sums = sums_ + buffer * size_;
     for (int64_t i = begin; i < end; ++i) total_[i] = group ? total_[i] + sums[i] : sums[i];
   }
 
-  // The masks after a step: totals divided by the rows' sums.
+  // Writes the masks after a step: the totals divided by the row sums.
   void divide(int64_t block) {
     for (int64_t i = block * kBlock; i < std::min(n_, (block + 1) * kBlock); ++i) {
       float *mask = masks_ + i * width_, *total = total_ + i * width_;
@@ -94,17 +110,14 @@ class Walk {
     }
   }
 
-  void write(float* out) const {
-    for (int64_t i = 0; i < n_; ++i) std::copy_n(masks_ + i * width_, m_, out + i * m_);
-  }
-
- private:
-  const float sharpness_;
-  const WalkKernels& kernels_;
+  const WalkKernels& kernels_ = kernels();
+  float sharpness_ = 0;
   int64_t n_ = 0, m_ = 0, channels_ = 0, width_ = 0, size_ = 0;
   NormalizedRows rows_;
-  Buffer<float> mask_memory_, total_memory_, sum_memory_;
-  float *masks_ = nullptr, *total_ = nullptr, *sums_ = nullptr;
+  Buffer<float> mask_memory_, total_memory_, sum_memory_, tile_memory_;
+  float *masks_ = nullptr, *total_ = nullptr;
+  float* sums_ = nullptr;   // [buffers, padded tokens, width]
+  float* tiles_ = nullptr;  // [buffers]: rows [kBlock, C], then weights [kBlock, kBlock]
 };
 
 }  // namespace
@@ -120,70 +133,13 @@ void random_walk(const TensorView& masks, const TensorView& features, const Tens
   if (steps < 0 || !(sharpness >= 0 && sharpness < INFINITY)) {
     throw std::invalid_argument(std::string(kOp) + ": steps must be at least 0, sharpness finite and at least 0");
   }
-  const auto prepare = [&](Walk& walk, int64_t b, int64_t buffers) {
+  const bool shared = batch.count == 1;
+  const auto run = [&](int64_t b, Walk& walk) {
     const int64_t at = batch.begin(b);
-    walk.prepare(masks.as<float>() + at * m, m, features.as<float>() + at * channels, batch.end(b) - at, channels,
-                 buffers);
+    return walk.run(masks.as<float>() + at * m, m, features.as<float>() + at * channels, batch.end(b) - at, channels,
+                    steps, static_cast<float>(sharpness), shared, out.as<float>() + at * m);
   };
-  const auto result = [&](int64_t b) { return out.as<float>() + batch.begin(b) * m; };
-  const auto factor = static_cast<float>(sharpness);
-  const WalkKernels& chosen = kernels();
-  std::vector<uint8_t> refused(batch.count, 0);
-  std::exception_ptr failure;
-  if (batch.count == 1) {
-    Walk walk(factor, chosen);
-    prepare(walk, 0, kGroups);
-    std::vector<Scratch> scratches(omp_get_max_threads(), Scratch(channels));
-#pragma omp parallel
-    {
-      Scratch& scratch = scratches[omp_get_thread_num()];
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < walk.rows().panels(); ++i) walk.rows().normalize(i);
-      for (int64_t step = 0; step < steps; ++step) {
-#pragma omp for schedule(dynamic)
-        for (int64_t group = 0; group < kGroups; ++group) walk.gather(group, group, scratch);
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < walk.blocks(); ++block) {
-          for (int64_t group = 0; group < kGroups; ++group) walk.add_up(group, group, block);
-          walk.divide(block);
-        }
-      }
-    }
-    refused[0] = !walk.rows().finite();
-    walk.write(result(0));
-  } else {
-#pragma omp parallel
-    {
-      Walk walk(factor, chosen);
-      Scratch scratch;
-#pragma omp for schedule(dynamic)
-      for (int64_t b = 0; b < batch.count; ++b) {
-        try {
-          prepare(walk, b, 1);
-          scratch = Scratch(channels);
-          for (int64_t i = 0; i < walk.rows().panels(); ++i) walk.rows().normalize(i);
-          for (int64_t step = 0; step < steps; ++step) {
-            for (int64_t group = 0; group < kGroups; ++group) {
-              walk.gather(group, 0, scratch);
-              for (int64_t block = 0; block < walk.blocks(); ++block) walk.add_up(group, 0, block);
-            }
-            for (int64_t block = 0; block < walk.blocks(); ++block) walk.divide(block);
-          }
-          refused[b] = !walk.rows().finite();
-          walk.write(result(b));
-        } catch (...) {  // an exception must not leave a parallel region
-#pragma omp critical(nmk_random_walk)
-          failure = std::current_exception();
-        }
-      }
-    }
-  }
-  if (failure) std::rethrow_exception(failure);
-  const auto first = std::find(refused.begin(), refused.end(), 1);
-  if (first != refused.end()) {
-    throw std::invalid_argument(std::string(kOp) + ": features must be finite, but those of photo " +
-                                std::to_string(first - refused.begin()) + " hold NaN or Inf");
-  }
+  for_each_finite_image<Walk>(kOp, "features", batch, run, shared);
 }
 
 }  // namespace namedmask::cpu

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// random_walk's inner loops, included by one file per instruction level; level.h says what is allowed here.
+// random_walk's inner loops, compiled once per instruction level; level.h describes the rules.
 #include "exponential.h"
-#include "lanes.h"
 #include "random_walk_levels.h"
+#include "simd.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -16,11 +16,11 @@ void weigh(const float* rows, const float* panels, int64_t channels, float sharp
       const int64_t at = column + v * kLanes;
       return panels + at / kPanel * channels * kPanel + at % kPanel;
     };
-    // on the diagonal those above it, which are those below turned: products and their order are the same
+    // a diagonal tile is symmetric: only the part above the diagonal is computed, the rest is mirrored
     const int64_t end = diagonal ? column + kVectors * kLanes : kBlock;
     for (int64_t r = 0; r < end; r += kRows) {
-      V sums[kRows][kVectors] = {};
-      multiply_add(sums, rows + r * channels, channels, tokens, kPanel, channels);
+      Floats sums[kRows][kVectors] = {};
+      multiply_add(sums, rows + r * channels, channels, 1, tokens, kPanel, channels);
       for (int i = 0; i < kRows; ++i) {
         for (int v = 0; v < kVectors; ++v) store(weights + (r + i) * kBlock + column + v * kLanes, sums[i][v]);
       }
@@ -29,32 +29,16 @@ void weigh(const float* rows, const float* panels, int64_t channels, float sharp
   for (int64_t r = kVectors * kLanes; diagonal && r < columns; ++r) {
     for (int64_t i = 0; i < r; ++i) weights[r * kBlock + i] = weights[i * kBlock + r];
   }
-  // apart from the products, which would lose registers to it
+  // a separate loop, which does not take registers from the products
   for (int64_t r = 0; r < kBlock; ++r, weights += kBlock) {
     for (int64_t i = 0; i < columns; i += kLanes) {
-      store(weights + i, exponential(broadcast(sharpness) * (load(weights + i) - broadcast(1.0f))));
-    }
-  }
-}
-
-// As multiply_add of lanes.h, with the weights' transpose: row i of the result takes weights[k * kBlock + i].
-inline __attribute__((always_inline)) void multiply_add_turned(V (&sums)[kRows][kVectors], const float* weights,
-                                                               const float* masks, int64_t width) {
-  for (int64_t k = 0; k < kBlock; ++k) {
-    V b[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) b[v] = load(masks + k * width + v * kLanes);
-#pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i) {
-      const V factor = broadcast(weights[k * kBlock + i]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[i][v] = fma(factor, b[v], sums[i][v]);
+      store(weights + i, exponential_or_zero(broadcast(sharpness) * (load(weights + i) - broadcast(1.0f))));
     }
   }
 }
 
 // sums [kRows, kVectors * kLanes] += part.
-inline __attribute__((always_inline)) void add_part(const V (&part)[kRows][kVectors], int64_t width, float* sums) {
+inline __attribute__((always_inline)) void add_part(const Floats (&part)[kRows][kVectors], int64_t width, float* sums) {
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) {
       float* sum = sums + i * width + v * kLanes;
@@ -66,23 +50,26 @@ inline __attribute__((always_inline)) void add_part(const V (&part)[kRows][kVect
 void add(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums) {
   for (int64_t r = 0; r < kBlock; r += kRows) {
     for (int64_t m = 0; m < width; m += kVectors * kLanes) {
-      V part[kRows][kVectors] = {};
+      Floats part[kRows][kVectors] = {};
       const auto vectors = [=](int v) { return masks + m + v * kLanes; };
-      multiply_add(part, weights + r * kBlock, kBlock, vectors, width, columns);
+      multiply_add(part, weights + r * kBlock, kBlock, 1, vectors, width, columns);
       add_part(part, width, sums + r * width + m);
     }
   }
 }
 
-void add_turned(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums) {
+void add_transposed(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums) {
   for (int64_t r = 0; r < columns; r += kRows) {
     for (int64_t m = 0; m < width; m += kVectors * kLanes) {
-      V part[kRows][kVectors] = {};
-      multiply_add_turned(part, weights + r, masks + m, width);
+      Floats part[kRows][kVectors] = {};
+      const auto vectors = [=](int v) { return masks + m + v * kLanes; };
+      multiply_add(part, weights + r, 1, kBlock, vectors, width, kBlock);
       add_part(part, width, sums + r * width + m);
     }
   }
 }
+
+constexpr WalkKernels kKernels = {weigh, add, add_transposed};
 
 }  // namespace
 }  // namespace namedmask::cpu

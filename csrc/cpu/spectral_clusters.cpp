@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The affinity is a matrix of rank C and a constant, A = (F F' - m) / (M - m), so a product with it is two products
-// with the features F and one sum. Only m needs all pairs of tokens, a tile at a time.
+// The affinity is a matrix of rank C plus a constant, A = (F F' - m) / (M - m), so a product with it takes two products
+// with the features F and one sum. Only m requires all pairs of tokens, one tile at a time.
 #include "namedmask/spectral_clusters.h"
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cosines.h"
-#include "for_each_photo.h"
+#include "for_each_image.h"
 #include "lanczos.h"
 #include "level.h"
 #include "parallel_for.h"
@@ -22,24 +22,18 @@ namespace {
 
 constexpr const char* kOp = "spectral_clusters";
 constexpr int64_t kMaxCount = 64;
-constexpr int64_t kMaxProducts = 96;  // for each vector
+constexpr int64_t kMaxProducts = 96;  // per vector
 constexpr int64_t kRestarts = 10, kRounds = 100;
-constexpr int64_t kPanelsAtOnce = 8, kPart = kBlock;  // of the work that threads share
+constexpr int64_t kPanelsAtOnce = 8, kPart = kBlock;  // units of work that threads share
 constexpr double kTolerance = 1e-6;
-constexpr double kAlike = 1e-6;     // affinities that differ by less do not differ
-constexpr double kIsolated = 1e-6;  // row sums below are 0
-constexpr double kMuchAlike = 64;   // 1 / (M - m) from which factors of 29 bits will not do
+constexpr double kAlike = 1e-6;     // affinities that differ by less count as equal
+constexpr double kIsolated = 1e-6;  // smaller row sums count as 0
+constexpr double kMuchAlike = 64;   // from this 1 / (M - m) on, factors of 29 bits are not enough
 
-const ClusterKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512) return cluster_avx512;
-  if (level() == Level::kAVX2) return cluster_avx2;
-#endif
-  return cluster_portable;
-}
+const ClusterKernels& kernels() { return NMK_BEST(spectral_clusters); }
 
-// x to 29 bits (T. J. Dekker, Numer. Math. 18, 1971). A double holds its product with any float, so that no level of
-// instructions rounds what is added up.
+// Rounds x to 29 bits (T. J. Dekker, Numer. Math. 18, 1971). A double represents its product with any float exactly, so
+// that all instruction levels add the same numbers.
 double narrow(double x) {
   const double far = x * (0x1p24 + 1);
   return far - (far - x);
@@ -67,11 +61,11 @@ class Random {
 // One run of k-means on points [dims, n].
 class KMeans {
  public:
-  // Allocates, so that run() may be shared out.
+  // Does all allocation, so that threads may share run().
   void prepare(const double* points, int64_t n, int64_t dims, int64_t k) {
     points_ = points, n_ = n, dims_ = dims, k_ = k;
     distance_ = memory_.reserve(2 * n + 2 * k * dims), step_ = distance_ + n;
-    centres_ = step_ + n, sums_ = centres_ + k * dims;
+    centers_ = step_ + n, sums_ = centers_ + k * dims;
     label_ = integers_.reserve(2 * n + k), before_ = label_ + n, sizes_ = before_ + n;
   }
 
@@ -85,21 +79,21 @@ class KMeans {
 
  private:
   void add_center(const ClusterKernels& kernels, int64_t i) {
-    double* center = centres_ + found_ * dims_;
+    double* center = centers_ + found_ * dims_;
     for (int64_t d = 0; d < dims_; ++d) center[d] = points_[d * n_ + i];
     kernels.assign(points_, n_, dims_, center, 1, found_ ? step_ : distance_, label_);
     for (int64_t j = 0; found_ && j < n_; ++j) distance_[j] = std::min(distance_[j], step_[j]);
     ++found_;
   }
 
-  // k-means++: each next center is a token drawn with the square of its distance to those before.
+  // k-means++: each next center is a token drawn with probability proportional to the squared distance to the others.
   void choose_centers(const ClusterKernels& kernels, Random& random) {
     found_ = 0;
     add_center(kernels, std::min(n_ - 1, static_cast<int64_t>(random.next() * static_cast<double>(n_))));
     while (found_ < k_) {
       double total = 0, sum = 0;
       for (int64_t i = 0; i < n_; ++i) total += distance_[i];
-      if (!(total > 0)) return;  // no point differs from the centers
+      if (!(total > 0)) return;  // all points are centers
       const double threshold = random.next() * total;
       int64_t chosen = 0;
       while (chosen + 1 < n_ && (sum += distance_[chosen]) <= threshold) ++chosen;
@@ -107,16 +101,16 @@ class KMeans {
     }
   }
 
-  // Lloyd's rounds.
+  // Lloyd's algorithm.
   void refine(const ClusterKernels& kernels) {
     for (int64_t round = 0;; ++round) {
-      kernels.assign(points_, n_, dims_, centres_, found_, distance_, label_);
+      kernels.assign(points_, n_, dims_, centers_, found_, distance_, label_);
       if (round == kRounds || (round && std::equal(label_, label_ + n_, before_))) break;
       std::copy_n(label_, n_, before_);
       kernels.add_up(points_, n_, dims_, label_, found_, sums_, sizes_);
       for (int64_t c = 0; c < found_; ++c) {
         for (int64_t d = 0; sizes_[c] && d < dims_; ++d) {
-          centres_[c * dims_ + d] = sums_[c * dims_ + d] / static_cast<double>(sizes_[c]);
+          centers_[c * dims_ + d] = sums_[c * dims_ + d] / static_cast<double>(sizes_[c]);
         }
       }
     }
@@ -125,9 +119,9 @@ class KMeans {
   }
 
   const double* points_ = nullptr;
-  int64_t n_ = 0, dims_ = 0, k_ = 0, found_ = 0;  // found_: centers
+  int64_t n_ = 0, dims_ = 0, k_ = 0, found_ = 0;  // found_: number of centers
   Buffer<double> memory_;
-  double *distance_ = nullptr, *step_ = nullptr, *centres_ = nullptr, *sums_ = nullptr;
+  double *distance_ = nullptr, *step_ = nullptr, *centers_ = nullptr, *sums_ = nullptr;
   Buffer<int64_t> integers_;
   int64_t *label_ = nullptr, *before_ = nullptr, *sizes_ = nullptr;
   double spread_ = 0;
@@ -135,7 +129,7 @@ class KMeans {
 
 class Clusters {
  public:
-  // labels [n, counts]. False if the features are not finite.
+  // labels [n, counts]. Returns false if the features are not finite.
   bool solve(const float* features, int64_t n, int64_t channels, const std::vector<int32_t>& counts, int64_t seed,
              int32_t* labels) {
     n_ = n, channels_ = channels;
@@ -157,18 +151,19 @@ class Clusters {
     return true;
   }
 
-  size_t bytes() const { return cosines_.bytes(); }  // of which all else is a small part
+  size_t bytes() const { return cosines_.bytes(); }  // everything else is small
 
  private:
   double cosine(int64_t i, int64_t j) const { return kernels_.cosine(cosines_.row(i), cosines_.row(j), channels_); }
 
-  // The least and the greatest cosine. No pair's is greater than that of one of its tokens with itself (Cauchy and
-  // Schwarz). The least needs all pairs; but few can lie below the least found so far, and only they are worked out.
+  // Finds the smallest and the largest cosine. The largest is that of a token with itself (Cauchy-Schwarz). The
+  // smallest requires all pairs, but only the few that may be below the smallest so far are computed exactly.
   void find_range() {
     greatest_ = *std::max_element(squares_.begin(), squares_.end());
     double least = INFINITY;
     least_of_part_.resize((n_ + kPart - 1) / kPart);
-    for (int64_t round = 0, far = 0; round < 2; ++round) {  // a guess: the token farthest from the one farthest from 0
+    for (int64_t round = 0, far = 0; round < 2;
+         ++round) {  // initial bound: the token farthest from the token farthest from token 0
       parallel_for(least_of_part_.size(), 1, [&](int64_t part) {
         auto& [lowest, who] = least_of_part_[part] = {INFINITY, 0};
         for (int64_t i = part * kPart; i < std::min(n_, (part + 1) * kPart); ++i) {
@@ -182,12 +177,12 @@ class Clusters {
     parallel_for(cosines_.padded() / kBlock, 1, [&](int64_t block) {
       for (int64_t column = block * kBlock; column < cosines_.padded(); column += kWord) {
         const int64_t end = std::min(n_, std::min((block + 1) * kBlock, column + kWord));
-        for (int64_t row = block * kBlock; row < end; row += kMicroRows) look_at(row, column, reach);
+        for (int64_t row = block * kBlock; row < end; row += kMicroRows) check_pairs(row, column, reach);
       }
     });
   }
 
-  void look_at(int64_t row, int64_t column, double reach) {
+  void check_pairs(int64_t row, int64_t column, double reach) {
     uint32_t bits[kMicroRows];
     cosines_.maybe_below(row, kMicroRows, column, least_, reach, bits);
     for (int64_t r = 0; r < kMicroRows; ++r) {
@@ -198,12 +193,12 @@ class Clusters {
     }
   }
 
-  // points_ [found, n]: the eigenvectors v_2, v_3, ...
+  // Computes points_ [found, n], the eigenvectors v_2, v_3, ...
   void embed() {
     scale_ = 1 / (greatest_ - least_);
     inverse_root_.assign(n_, 1.0);
     scaled_.resize(vectors_ * n_), sums_.resize(vectors_ * channels_);
-    if (scale_ > kMuchAlike) rests_.resize(sums_.size()), rest_out_.resize(scaled_.size());
+    if (scale_ > kMuchAlike) remainders_.resize(sums_.size()), remainder_out_.resize(scaled_.size());
     parts_.resize((n_ + kPart - 1) / kPart * sums_.size());
     std::vector<double> degrees(n_);
     const std::vector<double> ones(n_, 1.0);
@@ -224,9 +219,10 @@ class Clusters {
     }
   }
 
-  // out [count, n] = D^-1/2 A D^-1/2 times q [count, n]; with inverse_root_ still 1, A times q. Tokens are taken in
-  // parts whose sums are added in order, so that the bits do not depend on who does them. Factors of 29 bits are off by
-  // 2^-29 of their size, and A by 1 / (M - m) of that: where that is much, the sums' rests are taken too.
+  // out [count, n] = D^-1/2 A D^-1/2 times q [count, n]; while inverse_root_ is 1, A times q. Tokens are split into
+  // parts whose sums are added in order, so that the bits do not depend on the threads. Factors of 29 bits have a
+  // relative error of 2^-29, and A has 1 / (M - m) times that: if that is large, the remainders of the sums are
+  // multiplied too.
   void affine(const double* q, int64_t count, double* out) {
     for (int64_t c = 0; c < count; ++c) {
       for (int64_t i = 0; i < n_; ++i) scaled_[c * n_ + i] = narrow(inverse_root_[i] * q[c * n_ + i]);
@@ -241,19 +237,19 @@ class Clusters {
     for (int64_t part = 1; part < parts; ++part) {
       for (int64_t i = 0; i < size; ++i) sums_[i] += parts_[part * size + i];
     }
-    const bool with_rests = scale_ > kMuchAlike;
+    const bool with_remainders = scale_ > kMuchAlike;
     for (int64_t i = 0; i < size; ++i) {
       const double whole = sums_[i];
       sums_[i] = narrow(whole);
-      if (with_rests) rests_[i] = whole - sums_[i];  // 24 bits are left
+      if (with_remainders) remainders_[i] = whole - sums_[i];  // the remaining 24 bits
     }
     parallel_for(parts, 1, [&](int64_t part) {
       const float* rows = cosines_.row(part * kPart);
       double* to = out + part * kPart;
       kernels_.expand(rows, tokens(part), channels_, sums_.data(), count, to, n_);
-      if (!with_rests) return;
-      double* rest = rest_out_.data() + part * kPart;
-      kernels_.expand(rows, tokens(part), channels_, rests_.data(), count, rest, n_);
+      if (!with_remainders) return;
+      double* rest = remainder_out_.data() + part * kPart;
+      kernels_.expand(rows, tokens(part), channels_, remainders_.data(), count, rest, n_);
       for (int64_t c = 0; c < count; ++c) {
         for (int64_t i = 0; i < tokens(part); ++i) to[c * n_ + i] += rest[c * n_ + i];
       }
@@ -296,14 +292,14 @@ class Clusters {
   const ClusterKernels& kernels_ = kernels();
   int64_t vectors_ = 0, n_ = 0, channels_ = 0;
   Cosines cosines_;
-  std::vector<double> squares_;  // of the tokens' lengths
+  std::vector<double> squares_;  // of the lengths of tokens
   std::vector<std::pair<double, int64_t>> least_of_part_;
   std::atomic<double> least_{0};
   double greatest_ = 0, scale_ = 1;
   std::vector<double> inverse_root_, scaled_, parts_, sums_, points_;
-  std::vector<double> rests_, rest_out_;  // where tokens are much alike
+  std::vector<double> remainders_, remainder_out_;  // if tokens are very similar
   Lanczos lanczos_;
-  std::vector<KMeans> runs_;  // kRestarts for each count
+  std::vector<KMeans> runs_;  // kRestarts per count
 };
 
 }  // namespace
@@ -322,18 +318,12 @@ void spectral_clusters(const TensorView& features, const TensorView& offsets, co
       throw std::invalid_argument(std::string(kOp) + ": k must be between 1 and 64, but is " + std::to_string(k));
     }
   }
-  std::vector<uint8_t> refused(batch.count, 0);
   const auto solve = [&](int64_t b, Clusters& clusters) {
     const int64_t at = batch.begin(b);
-    refused[b] = !clusters.solve(features.as<float>() + at * channels, batch.end(b) - at, channels, ks, seed,
-                                 labels.as<int32_t>() + at * n_counts);
+    return clusters.solve(features.as<float>() + at * channels, batch.end(b) - at, channels, ks, seed,
+                          labels.as<int32_t>() + at * n_counts);
   };
-  for_each_photo<Clusters>(batch, solve, /*shared=*/true);
-  const auto first = std::find(refused.begin(), refused.end(), 1);
-  if (first != refused.end()) {
-    throw std::invalid_argument(std::string(kOp) + ": features must be finite, but those of photo " +
-                                std::to_string(first - refused.begin()) + " hold NaN or Inf");
-  }
+  for_each_finite_image<Clusters>(kOp, "features", batch, solve, /*shared=*/true);
 }
 
 }  // namespace namedmask::cpu

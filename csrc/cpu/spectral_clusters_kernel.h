@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: MIT
-// spectral_clusters' inner loops, included by one file per instruction level; level.h says what is allowed here.
-#include "doubles.h"
+// spectral_clusters' inner loops, compiled once per instruction level; level.h describes the rules.
+#include "simd.h"
 #include "spectral_clusters_levels.h"
 
 namespace namedmask::cpu {
 namespace {
 
 double cosine(const float* a, const float* b, int64_t channels) {
-  W lanes[4] = {};  // that do not wait for each other
+  Doubles8 lanes[4] = {};  // independent sums
   int64_t c = 0;
   for (; c + 32 <= channels; c += 32) {
-    for (int v = 0; v < 4; ++v) lanes[v] = add_exact_product(widen(a + c + 8 * v), widen(b + c + 8 * v), lanes[v]);
+    for (int v = 0; v < 4; ++v)
+      lanes[v] = add_exact_product(load_widened(a + c + 8 * v), load_widened(b + c + 8 * v), lanes[v]);
   }
   for (int l = 0; c < channels; ++c, ++l) lanes[l / 8][l % 8] += static_cast<double>(a[c]) * b[c];
-  return fold((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
+  return sum_of_lanes((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
 }
 
 constexpr int64_t kTogether = 3;  // vectors that share a pass over the rows
@@ -24,18 +25,18 @@ void project_few(const float* rows, int64_t n, int64_t channels, const double* x
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
     const float* row = rows + i * channels;
-    double factor[kCount][4];  // a copy, which writing sums cannot change
+    double factor[kCount][4];  // a copy, which stores to sums cannot alias
     for (int v = 0; v < kCount; ++v) __builtin_memcpy(factor[v], x + v * stride + i, sizeof factor[v]);
     int64_t c = 0;
     for (; c + 8 <= channels; c += 8) {
-      W f[4];
-      for (int r = 0; r < 4; ++r) f[r] = widen(row + r * channels + c);
+      Doubles8 f[4];
+      for (int r = 0; r < 4; ++r) f[r] = load_widened(row + r * channels + c);
 #pragma GCC unroll 3
       for (int v = 0; v < kCount; ++v) {
         double* sum = sums + v * channels + c;
-        W more = read(sum);
-        for (int r = 0; r < 4; ++r) more = add_exact_product(f[r], spread(factor[v][r]), more);
-        write(sum, more);
+        Doubles8 more = load<Doubles8>(sum);
+        for (int r = 0; r < 4; ++r) more = add_exact_product(f[r], broadcast<Doubles8>(factor[v][r]), more);
+        store(sum, more);
       }
     }
     for (; c < channels; ++c) {
@@ -53,14 +54,14 @@ void project_few(const float* rows, int64_t n, int64_t channels, const double* x
 
 template <int kCount, int kHere>
 void expand_rows(const float* rows, int64_t channels, const double* sums, double* out, int64_t stride) {
-  W lanes[kCount][kHere] = {};
+  Doubles8 lanes[kCount][kHere] = {};
   int64_t c = 0;
   for (; c + 8 <= channels; c += 8) {
-    W f[kHere];
-    for (int r = 0; r < kHere; ++r) f[r] = widen(rows + r * channels + c);
+    Doubles8 f[kHere];
+    for (int r = 0; r < kHere; ++r) f[r] = load_widened(rows + r * channels + c);
 #pragma GCC unroll 3
     for (int v = 0; v < kCount; ++v) {
-      const W sum = read(sums + v * channels + c);
+      const Doubles8 sum = load<Doubles8>(sums + v * channels + c);
       for (int r = 0; r < kHere; ++r) lanes[v][r] = add_exact_product(f[r], sum, lanes[v][r]);
     }
   }
@@ -70,7 +71,7 @@ void expand_rows(const float* rows, int64_t channels, const double* sums, double
     }
   }
   for (int v = 0; v < kCount; ++v) {
-    for (int r = 0; r < kHere; ++r) out[v * stride + r] = fold(lanes[v][r]);
+    for (int r = 0; r < kHere; ++r) out[v * stride + r] = sum_of_lanes(lanes[v][r]);
   }
 }
 
@@ -101,7 +102,7 @@ void expand(const float* rows, int64_t n, int64_t channels, const double* sums, 
 
 void assign(const double* points, int64_t n, int64_t dims, const double* centers, int64_t k, double* distance,
             int64_t* label) {
-  constexpr int64_t kPart = 64;  // points in work at a time
+  constexpr int64_t kPart = 64;  // points per pass
   for (int64_t first = 0; first < n; first += kPart) {
     const int64_t here = n - first < kPart ? n - first : kPart;
     double best[kPart], squares[kPart];
@@ -125,7 +126,7 @@ void assign(const double* points, int64_t n, int64_t dims, const double* centers
 
 void add_up(const double* points, int64_t n, int64_t dims, const int64_t* label, int64_t k, double* sums,
             int64_t* sizes) {
-  typedef int64_t L __attribute__((vector_size(64)));
+  typedef IntsOf<Doubles8> Bits;
   constexpr int kAtOnce = 4;  // centers that share the reads
   for (int64_t c = 0; c < k; ++c) {
     int64_t size = 0;
@@ -134,22 +135,24 @@ void add_up(const double* points, int64_t n, int64_t dims, const int64_t* label,
   }
   for (int64_t first = 0; first < k; first += kAtOnce) {
     for (int64_t d = 0; d < dims; ++d) {
-      W lanes[kAtOnce] = {};
+      Doubles8 lanes[kAtOnce] = {};
       int64_t i = 0;
       for (; i + 8 <= n; i += 8) {
-        L labels, bits;
+        Bits labels, values;
         __builtin_memcpy(&labels, label + i, sizeof labels);
-        __builtin_memcpy(&bits, points + d * n + i, sizeof bits);
+        __builtin_memcpy(&values, points + d * n + i, sizeof values);
 #pragma GCC unroll 4
-        for (int c = 0; c < kAtOnce; ++c) lanes[c] += (W)(bits & (L)(labels == first + c));
+        for (int c = 0; c < kAtOnce; ++c) lanes[c] += (Doubles8)(values & (labels == first + c));
       }
       for (int l = 0; i < n; ++i, ++l) {
         for (int c = 0; c < kAtOnce; ++c) lanes[c][l] += label[i] == first + c ? points[d * n + i] : 0;
       }
-      for (int c = 0; c < kAtOnce && first + c < k; ++c) sums[(first + c) * dims + d] = fold(lanes[c]);
+      for (int c = 0; c < kAtOnce && first + c < k; ++c) sums[(first + c) * dims + d] = sum_of_lanes(lanes[c]);
     }
   }
 }
+
+constexpr ClusterKernels kKernels = {cosine, project, expand, assign, add_up};
 
 }  // namespace
 }  // namespace namedmask::cpu

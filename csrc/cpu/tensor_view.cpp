@@ -62,7 +62,7 @@ RaggedShape expect_ragged(const char* op, const TensorView& offsets, const Tenso
   for (int64_t b = 0; b < count; ++b) {
     const int64_t h = ragged.height(b), w = ragged.width(b);
     if (h < 0 || w < 0 || ragged.end(b) - ragged.begin(b) != h * w) {
-      throw std::invalid_argument(std::string(op) + ": photo " + std::to_string(b) + " has shape " + std::to_string(h) +
+      throw std::invalid_argument(std::string(op) + ": image " + std::to_string(b) + " has shape " + std::to_string(h) +
                                   " x " + std::to_string(w) + " but owns rows " + std::to_string(ragged.begin(b)) +
                                   " to " + std::to_string(ragged.end(b)));
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// A mask is a row of bits, a pair's intersection the bits set in the AND of two rows; unions follow from the areas.
+// A mask is a row of bits; the intersection of a pair is the number of bits in the AND of two rows, and unions follow
+// from the areas.
 #include "namedmask/vote_masks.h"
 
 #include <algorithm>
@@ -15,13 +16,7 @@ namespace {
 constexpr const char* kOp = "vote_masks";
 constexpr int64_t kBytesForThreads = 1 << 24;
 
-const VoteKernels& kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAVX512 && __builtin_cpu_supports("avx512vpopcntdq")) return vote_avx512;
-  if (level() >= Level::kAVX2) return vote_avx2;
-#endif
-  return vote_portable;
-}
+const VoteKernels& kernels() { return NMK_BEST_IF(vote_masks, __builtin_cpu_supports("avx512vpopcntdq")); }
 
 int64_t words_of(int64_t pixels) { return (pixels + 64 * kVoteWords - 1) / (64 * kVoteWords) * kVoteWords; }
 
@@ -38,17 +33,17 @@ uint8_t spans(const uint8_t* mask, int64_t h, int64_t w) {
   return static_cast<uint8_t>((height ? kFullHeight : 0) | (width ? kFullWidth : 0));
 }
 
-// Photos with their masks as bits: rows of words_of(pixels), a photo's first at `row_words[b]`, and kVoteMasks - 1 rows
-// beyond its last that are read and not used.
+// A batch with its masks as rows of words_of(pixels) words. After the last row of an image follow kVoteMasks - 1 rows
+// that are read but not used.
 struct Election {
   const uint8_t* masks;
   RaggedShape batch;
   int64_t n;
   uint8_t* kept;
   uint8_t* reasons;
-  uint64_t* bits;     // one photo's after another
-  const int64_t* at;  // [B], where a photo's bits begin
-  int64_t* pairs;     // [B, n, n rounded up to kVoteMasks] pixels in both, j >= i only, in groups of kVoteMasks
+  uint64_t* bits;     // of one image after another
+  const int64_t* at;  // [B]: first word of an image
+  int64_t* pairs;     // [B, n, n rounded up to kVoteMasks]: pixels in both i and j, for j >= i in groups of kVoteMasks
   const VoteKernels& kernels;
 
   int64_t pixels(int64_t b) const { return batch.end(b) - batch.begin(b); }
@@ -72,13 +67,13 @@ struct Election {
   int32_t count(int64_t b, double* scores) const {
     const int64_t* common = pairs + b * n * stride();
     const auto area = [&](int64_t i) { return common[i * stride() + i]; };
-    bool nobody = true;
+    bool none_left = true;
     for (int64_t i = 0; i < n; ++i) {
       if (!area(i)) reasons[b * n + i] = kEmpty;
       kept[b * n + i] = !reasons[b * n + i];
-      nobody = nobody && !kept[b * n + i];
+      none_left = none_left && !kept[b * n + i];
     }
-    if (nobody) std::fill_n(kept + b * n, n, 1);
+    if (none_left) std::fill_n(kept + b * n, n, 1);
     int32_t winner = -1;
     for (int64_t i = 0; i < n; ++i) {
       scores[i] = 0;
@@ -99,41 +94,41 @@ struct Election {
 void vote_masks(const TensorView& masks, const TensorView& offsets, const TensorView& shapes, const TensorView& winner,
                 const TensorView& kept, const TensorView& reasons, const TensorView& scores) {
   expect(kOp, "kept", kept, DType::kBool, {-1, -1});
-  const int64_t photos = kept.shape[0], n = kept.shape[1];
+  const int64_t images = kept.shape[0], n = kept.shape[1];
   expect(kOp, "masks", masks, DType::kBool, {-1});
   if (n ? masks.shape[0] % n : masks.shape[0]) {
     throw std::invalid_argument(std::string(kOp) + ": masks must be a multiple of the " + std::to_string(n) +
                                 " candidates, but are " + std::to_string(masks.shape[0]));
   }
-  expect(kOp, "shapes", shapes, DType::kInt32, {photos, 2});
-  expect(kOp, "winner", winner, DType::kInt32, {photos});
-  expect(kOp, "reasons", reasons, DType::kUInt8, {photos, n});
-  expect(kOp, "scores", scores, DType::kFloat64, {photos, n});
+  expect(kOp, "shapes", shapes, DType::kInt32, {images, 2});
+  expect(kOp, "winner", winner, DType::kInt32, {images});
+  expect(kOp, "reasons", reasons, DType::kUInt8, {images, n});
+  expect(kOp, "scores", scores, DType::kFloat64, {images, n});
   if (n == 0) {
-    std::fill_n(winner.as<int32_t>(), photos, -1);
+    std::fill_n(winner.as<int32_t>(), images, -1);
     return;
   }
   const RaggedShape batch = expect_ragged(kOp, offsets, shapes, masks.shape[0] / n);
-  std::vector<int64_t> at(photos);
+  std::vector<int64_t> at(images);
   int64_t total = 0;
-  for (int64_t b = 0; b < photos; ++b) {
+  for (int64_t b = 0; b < images; ++b) {
     at[b] = total;
     total += (n + kVoteMasks - 1) * words_of(batch.end(b) - batch.begin(b));
   }
   const std::unique_ptr<uint64_t[]> bits(new uint64_t[total]);
   const int64_t stride = (n + kVoteMasks - 1) / kVoteMasks * kVoteMasks;
-  const std::unique_ptr<int64_t[]> pairs(new int64_t[photos * n * stride]);
+  const std::unique_ptr<int64_t[]> pairs(new int64_t[images * n * stride]);
   const Election election{masks.as<uint8_t>(), batch,     n,           kept.as<uint8_t>(), reasons.as<uint8_t>(),
                           bits.get(),          at.data(), pairs.get(), kernels()};
-  // Waking threads for less work than this costs more than they bring.
+  // With less work, waking threads costs more than it gains.
 #pragma omp parallel if (masks.shape[0] > kBytesForThreads)
   {
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < photos * n; ++i) election.pack(i / n, i % n);
+    for (int64_t i = 0; i < images * n; ++i) election.pack(i / n, i % n);
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t i = 0; i < photos * n; ++i) election.compare(i / n, i % n);
+    for (int64_t i = 0; i < images * n; ++i) election.compare(i / n, i % n);
   }
-  for (int64_t b = 0; b < photos; ++b) winner.as<int32_t>()[b] = election.count(b, scores.as<double>() + b * n);
+  for (int64_t b = 0; b < images; ++b) winner.as<int32_t>()[b] = election.count(b, scores.as<double>() + b * n);
 }
 
 }  // namespace namedmask::cpu

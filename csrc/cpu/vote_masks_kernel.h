@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// vote_masks' inner loops, included by one file per instruction level; level.h says what is allowed here.
+// vote_masks' inner loops, compiled once per instruction level; level.h describes the rules.
 #include "vote_masks_levels.h"
 
 #if defined(__AVX2__)
@@ -63,7 +63,7 @@ void common(const uint64_t* a, const uint64_t* b, int64_t words, int64_t* counts
   }
 }
 #elif defined(__AVX2__)
-// Bits of each byte from a table of the 16 half bytes; the bytes' sums of 64 bits each are then added up.
+// Counts the bits of each byte with a table of 16 half bytes, and adds groups of eight bytes to 64-bit sums.
 void common(const uint64_t* a, const uint64_t* b, int64_t words, int64_t* counts) {
   const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
                                          0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
@@ -95,6 +95,8 @@ void common(const uint64_t* a, const uint64_t* b, int64_t words, int64_t* counts
   }
 }
 #endif
+
+constexpr VoteKernels kKernels = {pack, common};
 
 }  // namespace
 }  // namespace namedmask::cpu

@@ -4,10 +4,12 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace namedmask::cpu {
 
-constexpr int64_t kVoteWords = 8;  // rows of bits are whole multiples of this many 64-bit words
-constexpr int64_t kVoteMasks = 4;  // masks that are compared with one at a time
+constexpr int64_t kVoteWords = 8;  // rows of bits are padded to a multiple of this many 64-bit words
+constexpr int64_t kVoteMasks = 4;  // masks that are compared with one mask per call
 
 struct VoteKernels {
   // Bit i % 64 of bits[i / 64] = (bytes[i] != 0), i < n; bits beyond n, up to the next multiple of kVoteWords, are 0.
@@ -16,9 +18,6 @@ struct VoteKernels {
   void (*common)(const uint64_t* a, const uint64_t* b, int64_t words, int64_t* counts);
 };
 
-extern const VoteKernels vote_portable;
-#if defined(__x86_64__)
-extern const VoteKernels vote_avx2, vote_avx512;  // the latter also needs AVX-512 VPOPCNTDQ
-#endif
+NMK_DECLARE_LEVELS(VoteKernels, vote_masks);
 
 }  // namespace namedmask::cpu

@@ -2,11 +2,11 @@
 // Pixels of different spatial cells never share a vertex. So every spatial cell has a hash table of its own, twice as
 // large as the cell, in which its pixels' color keys meet:
 //
-//   key_pixels        color keys; every photo's greatest |target|
+//   key_pixels        color keys; every image's greatest |target|
 //   insert_pixels     a slot of the table for each key; it ends as the key's first pixel in raster order
 //   rank_vertices -> add_ranks -> splat    vertices are numbered in the order of their first pixels, pixels added up
 //   join_vertices     neighbors, by looking their keys up
-//   solve             bistochastization and conjugate gradients, a block per photo
+//   solve             bistochastization and conjugate gradients, a block per image
 //   slice
 //
 // Threads race for the slots, but what the race decides is not used: the first pixel of a key is a minimum, targets
@@ -16,8 +16,8 @@
 
 #include "bilateral_grid.h"
 #include "hash_table.h"
+#include "images.h"
 #include "namedmask/bilateral_solver.h"
-#include "photos.h"
 
 namespace namedmask::cuda {
 namespace {
@@ -28,10 +28,10 @@ constexpr unsigned kInfinity = 0x7f800000;  // the bits of float infinity; absol
 
 typedef unsigned long long Fixed;  // two's complement; unsigned, as atomicAdd wants it
 
-// The scratch memory of a call: arrays over all pixels P, of which a photo's part holds as many vertices as it has. The
-// solver's lie where the grid was built.
+// The scratch memory of a call: arrays over all pixels P, of which an image's part holds as many vertices as it has.
+// The solver's lie where the grid was built.
 struct Workspace {
-  Workspace(const TensorView& workspace, int64_t pixels, int64_t photos) {
+  Workspace(const TensorView& workspace, int64_t pixels, int64_t images) {
     auto* next = workspace.as<int32_t>();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
     int32_t* const shared = take(7 * pixels);
@@ -45,9 +45,9 @@ struct Workspace {
     neighbors = take(kDirections * pixels);
     mass = take(pixels);
     value = reinterpret_cast<float*>(take(pixels));
-    counts = take(photos);
-    extremes = reinterpret_cast<unsigned*>(take(photos));
-    chunk_first = take(pixels / kChunk + photos);
+    counts = take(images);
+    extremes = reinterpret_cast<unsigned*>(take(images));
+    chunk_first = take(pixels / kChunk + images);
   }
 
   // While the grid is built:
@@ -60,7 +60,7 @@ struct Workspace {
   float* scratch[7];  // [P] each
   // Throughout:
   int32_t* vertex_of_pixel;  // [P]; until the vertices are numbered, the pixel's slot
-  int32_t* neighbors;        // [photo: kDirections, vertices]; kNone: none
+  int32_t* neighbors;        // [image: kDirections, vertices]; kNone: none
   int32_t* mass;             // [P]: pixels of a vertex
   float* value;              // [P]: mean target of a vertex, in the end the solution
   int32_t* counts;           // [B]: vertices
@@ -68,19 +68,19 @@ struct Workspace {
   int32_t* chunk_first;      // vertices in the chunks before this one
 };
 
-// A cell's part of its photo's slots.
-__device__ Region cell_at(const Photo& photo, int32_t column, int32_t row, double sigma) {
-  const int32_t x = first_pixel(column, sigma), x_end = min(first_pixel(column + 1, sigma), photo.width);
-  const int32_t y = first_pixel(row, sigma), y_end = min(first_pixel(row + 1, sigma), photo.height);
-  return {2 * (y * photo.width + (y_end - y) * x), 2 * (y_end - y) * (x_end - x)};
+// A cell's part of its image's slots.
+__device__ Region cell_at(const Image& image, int32_t column, int32_t row, double sigma) {
+  const int32_t x = first_pixel(column, sigma), x_end = min(first_pixel(column + 1, sigma), image.width);
+  const int32_t y = first_pixel(row, sigma), y_end = min(first_pixel(row + 1, sigma), image.height);
+  return {2 * (y * image.width + (y_end - y) * x), 2 * (y_end - y) * (x_end - x)};
 }
 
-__device__ FirstTable<int32_t> table_of(const Photo& photo, const Workspace& work) {
-  return {work.table + 2 * int64_t{photo.begin}, work.key + photo.begin};
+__device__ FirstTable<int32_t> table_of(const Image& image, const Workspace& work) {
+  return {work.table + 2 * int64_t{image.begin}, work.key + image.begin};
 }
 
 // What targets are multiplied by to become integers: a power of two, for which no sum overflows and 62 bits less the
-// photo's number of pixels are left for the greatest target. So the sum of equal floats is exact.
+// image's number of pixels are left for the greatest target. So the sum of equal floats is exact.
 __device__ double fixed_scale(unsigned extreme, int32_t pixels) {
   const int exponent = max(static_cast<int>(extreme >> 23), 1) - 126;  // |target| < 2^exponent
   return ldexp(1.0, 62 - exponent - (32 - __clz(pixels)));
@@ -88,94 +88,94 @@ __device__ double fixed_scale(unsigned extreme, int32_t pixels) {
 
 // Reads 7 bytes a pixel and writes 24; some 60 operations in double.
 __global__ void __launch_bounds__(kChunk)
-    key_pixels(const __grid_constant__ Photos photos, const __grid_constant__ ColorGrid grid, const float* target,
-               const uint8_t* image, const __grid_constant__ Workspace work) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t pixel = photo.chunk_item();
+    key_pixels(const __grid_constant__ Images images, const __grid_constant__ ColorGrid grid, const float* target,
+               const uint8_t* rgb, const __grid_constant__ Workspace work) {
+  const Image image = my_image(images, images.chunks);
+  const int32_t pixel = image.chunk_item();
   unsigned extreme = 0;
-  if (pixel < photo.pixels()) {
-    const int64_t at = int64_t{photo.begin} + pixel;
-    work.key[at] = grid.key(image[3 * at], image[3 * at + 1], image[3 * at + 2]);
+  if (pixel < image.pixels()) {
+    const int64_t at = int64_t{image.begin} + pixel;
+    work.key[at] = grid.key(rgb[3 * at], rgb[3 * at + 1], rgb[3 * at + 2]);
     work.table[2 * at] = work.table[2 * at + 1] = kNone;
     work.sums[at] = 0;
     work.mass[at] = 0;
     extreme = __float_as_uint(target[at]) & 0x7fffffff;
   }
   extreme = warp_reduce(extreme, Most());
-  unsigned* const greatest = &work.extremes[photo.index];
+  unsigned* const greatest = &work.extremes[image.index];
   // It only grows: a look at an old value saves most of the atomics.
   if (threadIdx.x % 32 == 0 && extreme > *const_cast<volatile unsigned*>(greatest)) atomicMax(greatest, extreme);
 }
 
 // A few random accesses of 4 bytes a pixel, nearly all to what L2 holds: the slots in use are a sixth of the pixels.
 __global__ void __launch_bounds__(kChunk)
-    insert_pixels(const __grid_constant__ Photos photos, double sigma, const __grid_constant__ Workspace work) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t pixel = photo.chunk_item();
-  if (pixel >= photo.pixels()) return;
+    insert_pixels(const __grid_constant__ Images images, double sigma, const __grid_constant__ Workspace work) {
+  const Image image = my_image(images, images.chunks);
+  const int32_t pixel = image.chunk_item();
+  if (pixel >= image.pixels()) return;
   const Region cell =
-      cell_at(photo, spatial_cell(pixel % photo.width, sigma), spatial_cell(pixel / photo.width, sigma), sigma);
-  work.vertex_of_pixel[photo.begin + pixel] =
-      static_cast<int32_t>(cell.begin) + table_of(photo, work).insert(cell, pixel);
+      cell_at(image, spatial_cell(pixel % image.width, sigma), spatial_cell(pixel / image.width, sigma), sigma);
+  work.vertex_of_pixel[image.begin + pixel] =
+      static_cast<int32_t>(cell.begin) + table_of(image, work).insert(cell, pixel);
 }
 
 __global__ void __launch_bounds__(kChunk)
-    rank_vertices(const __grid_constant__ Photos photos, const __grid_constant__ Workspace work) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t pixel = photo.chunk_item();
-  const bool inside = pixel < photo.pixels();
-  const int64_t at = int64_t{photo.begin} + pixel;
-  const int32_t* const slots = table_of(photo, work).slots;
+    rank_vertices(const __grid_constant__ Images images, const __grid_constant__ Workspace work) {
+  const Image image = my_image(images, images.chunks);
+  const int32_t pixel = image.chunk_item();
+  const bool inside = pixel < image.pixels();
+  const int64_t at = int64_t{image.begin} + pixel;
+  const int32_t* const slots = table_of(image, work).slots;
   const int32_t rank = rank_in_chunk(inside && slots[work.vertex_of_pixel[at]] == pixel, &work.chunk_first[blockIdx.x]);
   if (inside) work.rank[at] = rank;
 }
 
 // Two atomics a pixel, some 17 to an address.
 __global__ void __launch_bounds__(kChunk)
-    splat(const __grid_constant__ Photos photos, const float* target, const __grid_constant__ Workspace work) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t pixel = photo.chunk_item();
-  if (pixel >= photo.pixels()) return;
-  const int64_t at = int64_t{photo.begin} + pixel;
-  const int32_t first = table_of(photo, work).slots[work.vertex_of_pixel[at]];
-  const int32_t chunk = static_cast<int32_t>(blockIdx.x) - photo.block + first / kChunk;
-  const int32_t vertex = work.chunk_first[chunk] + work.rank[photo.begin + first];
+    splat(const __grid_constant__ Images images, const float* target, const __grid_constant__ Workspace work) {
+  const Image image = my_image(images, images.chunks);
+  const int32_t pixel = image.chunk_item();
+  if (pixel >= image.pixels()) return;
+  const int64_t at = int64_t{image.begin} + pixel;
+  const int32_t first = table_of(image, work).slots[work.vertex_of_pixel[at]];
+  const int32_t chunk = static_cast<int32_t>(blockIdx.x) - image.block + first / kChunk;
+  const int32_t vertex = work.chunk_first[chunk] + work.rank[image.begin + first];
   work.vertex_of_pixel[at] = vertex;
-  if (first == pixel) work.first[photo.begin + vertex] = pixel;
-  atomicAdd(&work.mass[photo.begin + vertex], 1);
-  const unsigned extreme = work.extremes[photo.index];
+  if (first == pixel) work.first[image.begin + vertex] = pixel;
+  atomicAdd(&work.mass[image.begin + vertex], 1);
+  const unsigned extreme = work.extremes[image.index];
   if (extreme >= kInfinity) return;
-  const int64_t fixed = llrint(target[at] * fixed_scale(extreme, photo.pixels()));
-  atomicAdd(&work.sums[photo.begin + vertex], static_cast<Fixed>(fixed));
+  const int64_t fixed = llrint(target[at] * fixed_scale(extreme, image.pixels()));
+  atomicAdd(&work.sums[image.begin + vertex], static_cast<Fixed>(fixed));
 }
 
 __global__ void __launch_bounds__(kChunk, 1)
-    join_vertices(const __grid_constant__ Photos photos, const __grid_constant__ ColorGrid grid, double sigma,
+    join_vertices(const __grid_constant__ Images images, const __grid_constant__ ColorGrid grid, double sigma,
                   const __grid_constant__ Workspace work) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t vertex = photo.chunk_item(), count = work.counts[photo.index];
+  const Image image = my_image(images, images.chunks);
+  const int32_t vertex = image.chunk_item(), count = work.counts[image.index];
   if (vertex >= count) return;
-  const int64_t at = int64_t{photo.begin} + vertex;
-  const unsigned extreme = work.extremes[photo.index];
-  const double sum = static_cast<double>(static_cast<int64_t>(work.sums[at])) / fixed_scale(extreme, photo.pixels());
+  const int64_t at = int64_t{image.begin} + vertex;
+  const unsigned extreme = work.extremes[image.index];
+  const double sum = static_cast<double>(static_cast<int64_t>(work.sums[at])) / fixed_scale(extreme, image.pixels());
   work.value[at] = extreme < kInfinity ? static_cast<float>(sum / work.mass[at]) : NAN;
 
-  const FirstTable<int32_t> table = table_of(photo, work);
+  const FirstTable<int32_t> table = table_of(image, work);
   const int32_t pixel = work.first[at], key = table.keys[pixel];
-  const int32_t column = spatial_cell(pixel % photo.width, sigma), row = spatial_cell(pixel / photo.width, sigma);
-  int32_t* neighbor = work.neighbors + kDirections * int64_t{photo.begin} + vertex;
+  const int32_t column = spatial_cell(pixel % image.width, sigma), row = spatial_cell(pixel / image.width, sigma);
+  int32_t* neighbor = work.neighbors + kDirections * int64_t{image.begin} + vertex;
   const auto join = [&](int32_t first) {
-    *neighbor = first == kNone ? kNone : work.vertex_of_pixel[photo.begin + first];
+    *neighbor = first == kNone ? kNone : work.vertex_of_pixel[image.begin + first];
     neighbor += count;
   };
-  const Region cell = cell_at(photo, column, row, sigma);
+  const Region cell = cell_at(image, column, row, sigma);
   for (int i = 0; i < 3; ++i) {
     join(table.find(cell, key - grid.steps[i]));
     join(table.find(cell, key + grid.steps[i]));
   }
   const auto beside = [&](int32_t x, int32_t y) {
-    const bool there = x >= 0 && y >= 0 && first_pixel(x, sigma) < photo.width && first_pixel(y, sigma) < photo.height;
-    join(there ? table.find(cell_at(photo, x, y, sigma), key) : kNone);
+    const bool there = x >= 0 && y >= 0 && first_pixel(x, sigma) < image.width && first_pixel(y, sigma) < image.height;
+    join(there ? table.find(cell_at(image, x, y, sigma), key) : kNone);
   };
   beside(column - 1, row);
   beside(column + 1, row);
@@ -189,19 +189,19 @@ struct Solver {
 };
 
 // The equations and their scaling are those of csrc/cpu/bilateral_solver_kernel.h. A step reads and writes about 100
-// bytes a vertex, 2 MB for a photo of 512 x 683, from L2 while the photos in work fit it; what neighbors read, 4 bytes
-// a vertex, fits L1. So what one multiprocessor can read should bound it, and photos that have one each run abreast.
+// bytes a vertex, 2 MB for an image of 512 x 683, from L2 while the images in work fit it; what neighbors read, 4 bytes
+// a vertex, fits L1. So what one multiprocessor can read should bound it, and images that have one each run abreast.
 __global__ void __launch_bounds__(kSolverThreads)
-    solve(const __grid_constant__ Photos photos, const __grid_constant__ Solver solver,
+    solve(const __grid_constant__ Images images, const __grid_constant__ Solver solver,
           const __grid_constant__ Workspace work) {
-  const int32_t index = photos.first + static_cast<int32_t>(blockIdx.x), count = work.counts[index];
-  const int64_t begin = photos.begin[blockIdx.x];
+  const int32_t index = images.first + static_cast<int32_t>(blockIdx.x), count = work.counts[index];
+  const int64_t begin = images.begin[blockIdx.x];
   const int32_t* const mass = work.mass + begin;
   const int32_t* const neighbors = work.neighbors + kDirections * begin;
   float *const value = work.value + begin, *const w = work.scratch[0] + begin,
                *const diagonal = work.scratch[1] + begin;
   float *const residual = work.scratch[2] + begin, *const direction = work.scratch[3] + begin;
-  float* const image = work.scratch[4] + begin;  // of the direction
+  float* const product = work.scratch[4] + begin;  // of the matrix and the direction
   float* const change = work.scratch[5] + begin;
   float* const weighted = work.scratch[6] + begin;  // w * direction, what neighbors read
   const auto smoothness = static_cast<float>(solver.smoothness), confidence = static_cast<float>(solver.confidence);
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kSolverThreads)
     return sum;
   };
 
-  float *n = image, *next = change;
+  float *n = product, *next = change;
   for_each_vertex([&](int32_t v) { n[v] = 1; });
   for (int round = 0; round < 10; ++round) {
     __syncthreads();
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kSolverThreads)
     for_each_vertex([&](int32_t v) {
       const float sum = over_neighbors(v, [&](int32_t near) { return weighted[near]; });
       const float p = direction[v], q = p - w[v] * sum;
-      image[v] = q;
+      product[v] = q;
       curvature[0] += double{p} * q;
     });
     block_reduce<kSolverThreads / 32>(curvature, Sum());
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kSolverThreads)
     double next_sums[2] = {};
     for_each_vertex([&](int32_t v) {
       change[v] += length * direction[v];
-      const float r = residual[v] - length * image[v];
+      const float r = residual[v] - length * product[v];
       residual[v] = r;
       next_sums[0] += double{r} * r;
       next_sums[1] += double{r * diagonal[v]} * r;
@@ -290,11 +290,11 @@ __global__ void __launch_bounds__(kSolverThreads)
 }
 
 __global__ void __launch_bounds__(kChunk)
-    slice(const __grid_constant__ Photos photos, const __grid_constant__ Workspace work, float* out) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t pixel = photo.chunk_item();
-  if (pixel >= photo.pixels()) return;
-  out[photo.begin + pixel] = work.value[photo.begin + work.vertex_of_pixel[photo.begin + pixel]];
+    slice(const __grid_constant__ Images images, const __grid_constant__ Workspace work, float* out) {
+  const Image image = my_image(images, images.chunks);
+  const int32_t pixel = image.chunk_item();
+  if (pixel >= image.pixels()) return;
+  out[image.begin + pixel] = work.value[image.begin + work.vertex_of_pixel[image.begin + pixel]];
 }
 
 }  // namespace
@@ -312,7 +312,7 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
   expect_cells(settings);
   for (int64_t b = 0; b < batch.count; ++b) {
     if (batch.height(b) * batch.width(b) > INT32_MAX / 2) {
-      throw std::invalid_argument("bilateral_solver: photo " + std::to_string(b) + " has more than 2^30 pixels");
+      throw std::invalid_argument("bilateral_solver: image " + std::to_string(b) + " has more than 2^30 pixels");
     }
   }
   const Workspace work(workspace, pixels, batch.count);
@@ -322,15 +322,15 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
   const OnDevice device(target);
   check(cudaMemsetAsync(work.extremes, 0, sizeof(*work.extremes) * batch.count,
                         static_cast<cudaStream_t>(stream.handle)));
-  for_each_group(batch, [&](const Photos& photos, int64_t chunks) {
-    launch(key_pixels, chunks, kChunk, stream, photos, grid, target.as<float>(), image.as<uint8_t>(), work);
-    launch(insert_pixels, chunks, kChunk, stream, photos, sigma, work);
-    launch(rank_vertices, chunks, kChunk, stream, photos, work);
-    launch(add_ranks, photos.count, 32, stream, photos, work.chunk_first, work.counts);
-    launch(splat, chunks, kChunk, stream, photos, target.as<float>(), work);
-    launch(join_vertices, chunks, kChunk, stream, photos, grid, sigma, work);
-    launch(solve, photos.count, kSolverThreads, stream, photos, solver, work);
-    launch(slice, chunks, kChunk, stream, photos, work, out.as<float>());
+  for_each_group(batch, [&](const Images& images, int64_t chunks) {
+    launch(key_pixels, chunks, kChunk, stream, images, grid, target.as<float>(), image.as<uint8_t>(), work);
+    launch(insert_pixels, chunks, kChunk, stream, images, sigma, work);
+    launch(rank_vertices, chunks, kChunk, stream, images, work);
+    launch(add_ranks, images.count, 32, stream, images, work.chunk_first, work.counts);
+    launch(splat, chunks, kChunk, stream, images, target.as<float>(), work);
+    launch(join_vertices, chunks, kChunk, stream, images, grid, sigma, work);
+    launch(solve, images.count, kSolverThreads, stream, images, solver, work);
+    launch(slice, chunks, kChunk, stream, images, work, out.as<float>());
   });
 }
 

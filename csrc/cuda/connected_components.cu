@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Label equivalence with union-find on the pixels of a photo, after Playne and Hawick (IEEE TPDS 2018), with the
+// Label equivalence with union-find on the pixels of an image, after Playne and Hawick (IEEE TPDS 2018), with the
 // horizontal runs of Hennequin et al. (DASIP 2018): a warp sees 32 pixels of a row as one word, so a pixel's run is
 // found by bit tricks and only one pixel of each contact between two runs unites them.
 //
@@ -11,8 +11,8 @@
 // atomic minimum: whatever the order of the threads, the root of a component is its first pixel in raster order.
 #include <climits>
 
+#include "images.h"
 #include "namedmask/connected_components.h"
-#include "photos.h"
 
 namespace namedmask::cuda {
 namespace {
@@ -20,25 +20,25 @@ namespace {
 constexpr int kTile = 32;      // a tile's row is one ballot
 constexpr int kTileWarps = 8;  // warps that share a tile, rows in turn
 
-// Nodes of a photo: 0 is the outside (only fill_holes unites anything with it), pixel i is i + 1. A node's value is its
-// parent, or kUnlabeled, or, from rank_roots on, kFirstRank - rank for a root.
+// Nodes of an image: 0 is the outside (only fill_holes unites anything with it), pixel i is i + 1. A node's value is
+// its parent, or kUnlabeled, or, from rank_roots on, kFirstRank - rank for a root.
 constexpr int32_t kUnlabeled = -1;
 constexpr int32_t kFirstRank = -2;
 
-struct TiledPhotos : Photos {
-  explicit TiledPhotos(const Photos& photos) : Photos(photos) {
+struct TiledImages : Images {
+  explicit TiledImages(const Images& images) : Images(images) {
     for (int32_t i = 0; i < count; ++i) {
       const int32_t across = (width[i] + kTile - 1) / kTile, down = (height[i] + kTile - 1) / kTile;
       tiles[i + 1] = tiles[i] + across * down;
     }
   }
 
-  int32_t tiles[kMaxPhotos + 1] = {};  // tiles of the photos before this one
+  int32_t tiles[kMaxImages + 1] = {};  // tiles of the images before this one
 };
 
-__device__ int32_t tile_left(const Photo& tile) { return tile.block % ((tile.width + kTile - 1) / kTile) * kTile; }
-__device__ int32_t tile_top(const Photo& tile) { return tile.block / ((tile.width + kTile - 1) / kTile) * kTile; }
-__device__ int32_t* nodes_of(const Photo& photo, int32_t* all) { return all + photo.begin + photo.index; }
+__device__ int32_t tile_left(const Image& tile) { return tile.block % ((tile.width + kTile - 1) / kTile) * kTile; }
+__device__ int32_t tile_top(const Image& tile) { return tile.block / ((tile.width + kTile - 1) / kTile) * kTile; }
+__device__ int32_t* nodes_of(const Image& image, int32_t* all) { return all + image.begin + image.index; }
 
 // The first bits of the runs of ones in a word.
 __device__ unsigned run_begins(unsigned bits) { return bits & ~(bits << 1); }
@@ -64,17 +64,17 @@ __device__ void unite(int32_t* nodes, int32_t a, int32_t b) {
 }
 
 // Labels pixels equal to `value` within each tile; a node's parent is its tile component's first pixel.
-__global__ void label_tiles(const __grid_constant__ TiledPhotos photos, const uint8_t* mask, bool value,
+__global__ void label_tiles(const __grid_constant__ TiledImages images, const uint8_t* mask, bool value,
                             int32_t* all_nodes) {
   __shared__ int32_t tile[kTile * kTile];
   __shared__ unsigned words[kTile];
-  const Photo photo = my_photo(photos, photos.tiles);
-  int32_t* nodes = nodes_of(photo, all_nodes);
+  const Image image = my_image(images, images.tiles);
+  int32_t* nodes = nodes_of(image, all_nodes);
   const auto lane = static_cast<int32_t>(threadIdx.x), warp = static_cast<int32_t>(threadIdx.y);
-  const int32_t x = tile_left(photo) + lane, top = tile_top(photo);
+  const int32_t x = tile_left(image) + lane, top = tile_top(image);
   for (int32_t r = warp; r < kTile; r += kTileWarps) {
     const int32_t y = top + r;
-    const bool set = x < photo.width && y < photo.height && (mask[photo.begin + y * photo.width + x] != 0) == value;
+    const bool set = x < image.width && y < image.height && (mask[image.begin + y * image.width + x] != 0) == value;
     const unsigned word = __ballot_sync(kAllLanes, set);
     if (lane == 0) words[r] = word;
     tile[r * kTile + lane] = r * kTile + (32 - __clz(static_cast<int>(~word & below(lane))));  // its run's first pixel
@@ -87,24 +87,24 @@ __global__ void label_tiles(const __grid_constant__ TiledPhotos photos, const ui
   __syncthreads();
   for (int32_t r = warp; r < kTile; r += kTileWarps) {
     const int32_t y = top + r;
-    if (x >= photo.width || y >= photo.height) continue;
+    if (x >= image.width || y >= image.height) continue;
     const int32_t first = root(tile, r * kTile + lane);
-    const int32_t parent = (top + first / kTile) * photo.width + tile_left(photo) + first % kTile + 1;
-    nodes[y * photo.width + x + 1] = words[r] >> lane & 1 ? parent : kUnlabeled;
+    const int32_t parent = (top + first / kTile) * image.width + tile_left(image) + first % kTile + 1;
+    nodes[y * image.width + x + 1] = words[r] >> lane & 1 ? parent : kUnlabeled;
   }
-  if (photo.block == 0 && lane == 0 && warp == 0) nodes[0] = 0;
+  if (image.block == 0 && lane == 0 && warp == 0) nodes[0] = 0;
 }
 
 // Unites across the upper (threadIdx.y == 0) and the left (1) side of each tile; with `outside`, also what touches the
-// photo's border with node 0, for which the lower (2) and the right side (3) are looked at too.
-__global__ void unite_tiles(const __grid_constant__ TiledPhotos photos, bool outside, int32_t* all_nodes) {
-  const Photo photo = my_photo(photos, photos.tiles);
-  int32_t* nodes = nodes_of(photo, all_nodes);
+// image's border with node 0, for which the lower (2) and the right side (3) are looked at too.
+__global__ void unite_tiles(const __grid_constant__ TiledImages images, bool outside, int32_t* all_nodes) {
+  const Image image = my_image(images, images.tiles);
+  int32_t* nodes = nodes_of(image, all_nodes);
   const auto i = static_cast<int32_t>(threadIdx.x);
   const unsigned side = threadIdx.y;
   const bool along_row = side % 2 == 0;
-  const int32_t w = photo.width, h = photo.height;
-  int32_t x = tile_left(photo), y = tile_top(photo);
+  const int32_t w = image.width, h = image.height;
+  int32_t x = tile_left(image), y = tile_top(image);
   if (side == 2) y = min(y + kTile, h) - 1;
   if (side == 3) x = min(x + kTile, w) - 1;
   (along_row ? x : y) += i;
@@ -122,41 +122,41 @@ __global__ void unite_tiles(const __grid_constant__ TiledPhotos photos, bool out
 }
 
 // Points every node straight at its root, ranks the roots of each chunk 0, 1, ... in raster order and counts them.
-__global__ void rank_roots(const __grid_constant__ Photos photos, int32_t* all_nodes, int32_t* chunk_roots) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  int32_t* nodes = nodes_of(photo, all_nodes);
-  const int32_t pixel = photo.chunk_item(), node = pixel + 1;
-  const bool labeled = pixel < photo.pixels() && nodes[node] != kUnlabeled;
+__global__ void rank_roots(const __grid_constant__ Images images, int32_t* all_nodes, int32_t* chunk_roots) {
+  const Image image = my_image(images, images.chunks);
+  int32_t* nodes = nodes_of(image, all_nodes);
+  const int32_t pixel = image.chunk_item(), node = pixel + 1;
+  const bool labeled = pixel < image.pixels() && nodes[node] != kUnlabeled;
   const int32_t first = labeled ? root(nodes, node) : kUnlabeled;
   const int32_t rank = rank_in_chunk(first == node, &chunk_roots[blockIdx.x]);
   // Threads of other blocks may be walking through these nodes: `root` stops at a ranked root as at any other.
   if (labeled) nodes[node] = first == node ? kFirstRank - rank : first;
 }
 
-__global__ void paint(const __grid_constant__ Photos photos, const int32_t* chunk_first, int32_t* all_nodes,
+__global__ void paint(const __grid_constant__ Images images, const int32_t* chunk_first, int32_t* all_nodes,
                       int32_t* labels) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t* nodes = nodes_of(photo, all_nodes);
-  const int32_t pixel = photo.chunk_item();
-  if (pixel >= photo.pixels()) return;
+  const Image image = my_image(images, images.chunks);
+  const int32_t* nodes = nodes_of(image, all_nodes);
+  const int32_t pixel = image.chunk_item();
+  if (pixel >= image.pixels()) return;
   int32_t label = 0;
   if (const int32_t parent = nodes[pixel + 1]; parent != kUnlabeled) {
     const int32_t first = parent < 0 ? pixel + 1 : parent;
-    const int32_t chunk = static_cast<int32_t>(blockIdx.x) - photo.block + (first - 1) / kChunk;
+    const int32_t chunk = static_cast<int32_t>(blockIdx.x) - image.block + (first - 1) / kChunk;
     label = chunk_first[chunk] + (kFirstRank - nodes[first]) + 1;
   }
-  labels[photo.begin + pixel] = label;
+  labels[image.begin + pixel] = label;
 }
 
 // Points every node straight at its root and adds the pixels of each component up in area[root].
-__global__ void add_areas(const __grid_constant__ TiledPhotos photos, int32_t* all_nodes, int32_t* all_areas) {
-  const Photo photo = my_photo(photos, photos.tiles);
-  int32_t *nodes = nodes_of(photo, all_nodes), *areas = nodes_of(photo, all_areas);
+__global__ void add_areas(const __grid_constant__ TiledImages images, int32_t* all_nodes, int32_t* all_areas) {
+  const Image image = my_image(images, images.tiles);
+  int32_t *nodes = nodes_of(image, all_nodes), *areas = nodes_of(image, all_areas);
   const unsigned lane = threadIdx.x;
-  const int32_t x = tile_left(photo) + static_cast<int32_t>(lane);
+  const int32_t x = tile_left(image) + static_cast<int32_t>(lane);
   for (int32_t r = static_cast<int32_t>(threadIdx.y); r < kTile; r += kTileWarps) {
-    const int32_t y = tile_top(photo) + r, node = y * photo.width + x + 1;
-    const bool set = x < photo.width && y < photo.height && nodes[node] != kUnlabeled;
+    const int32_t y = tile_top(image) + r, node = y * image.width + x + 1;
+    const bool set = x < image.width && y < image.height && nodes[node] != kUnlabeled;
     const unsigned word = __ballot_sync(kAllLanes, set);
     int32_t first = 0;
     if (run_begins(word) >> lane & 1) {
@@ -169,35 +169,35 @@ __global__ void add_areas(const __grid_constant__ TiledPhotos photos, int32_t* a
   }
 }
 
-// best[photo] = the greatest (area, first pixel before last pixel) of its components.
-__global__ void pick_largest(const __grid_constant__ Photos photos, int32_t* all_nodes, int32_t* all_areas,
+// best[image] = the greatest (area, first pixel before last pixel) of its components.
+__global__ void pick_largest(const __grid_constant__ Images images, int32_t* all_nodes, int32_t* all_areas,
                              unsigned long long* best) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t node = photo.chunk_item() + 1;
-  if (node > photo.pixels() || nodes_of(photo, all_nodes)[node] != node) return;
-  const auto area = static_cast<unsigned long long>(nodes_of(photo, all_areas)[node]);
+  const Image image = my_image(images, images.chunks);
+  const int32_t node = image.chunk_item() + 1;
+  if (node > image.pixels() || nodes_of(image, all_nodes)[node] != node) return;
+  const auto area = static_cast<unsigned long long>(nodes_of(image, all_areas)[node]);
   const unsigned long long key = area << 32 | ~static_cast<unsigned>(node);
   // It only grows, so a look at an old value never skips a winner, and saves most of the atomics.
-  if (key > *const_cast<volatile unsigned long long*>(&best[photo.index])) atomicMax(&best[photo.index], key);
+  if (key > *const_cast<volatile unsigned long long*>(&best[image.index])) atomicMax(&best[image.index], key);
 }
 
-__global__ void keep_largest(const __grid_constant__ Photos photos, int32_t* all_nodes, const unsigned long long* best,
+__global__ void keep_largest(const __grid_constant__ Images images, int32_t* all_nodes, const unsigned long long* best,
                              uint8_t* out) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t pixel = photo.chunk_item();
-  if (pixel >= photo.pixels()) return;
-  const auto winner = static_cast<int32_t>(~static_cast<unsigned>(best[photo.index]));
-  const int32_t parent = nodes_of(photo, all_nodes)[pixel + 1];
-  out[photo.begin + pixel] = parent != kUnlabeled && parent == winner;
+  const Image image = my_image(images, images.chunks);
+  const int32_t pixel = image.chunk_item();
+  if (pixel >= image.pixels()) return;
+  const auto winner = static_cast<int32_t>(~static_cast<unsigned>(best[image.index]));
+  const int32_t parent = nodes_of(image, all_nodes)[pixel + 1];
+  out[image.begin + pixel] = parent != kUnlabeled && parent == winner;
 }
 
 // The background that is not united with the outside, and the mask.
-__global__ void keep_inside(const __grid_constant__ Photos photos, int32_t* all_nodes, uint8_t* out) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t pixel = photo.chunk_item();
-  if (pixel >= photo.pixels()) return;
-  const int32_t* nodes = nodes_of(photo, all_nodes);
-  out[photo.begin + pixel] = nodes[pixel + 1] == kUnlabeled || root(nodes, pixel + 1) != 0;
+__global__ void keep_inside(const __grid_constant__ Images images, int32_t* all_nodes, uint8_t* out) {
+  const Image image = my_image(images, images.chunks);
+  const int32_t pixel = image.chunk_item();
+  if (pixel >= image.pixels()) return;
+  const int32_t* nodes = nodes_of(image, all_nodes);
+  out[image.begin + pixel] = nodes[pixel + 1] == kUnlabeled || root(nodes, pixel + 1) != 0;
 }
 
 __global__ void start_stats(int32_t n, int32_t* areas, int32_t* boxes) {
@@ -209,15 +209,15 @@ __global__ void start_stats(int32_t n, int32_t* areas, int32_t* boxes) {
 }
 
 // Areas, and boxes as x, y and the first column and row past the component.
-__global__ void add_stats(const __grid_constant__ TiledPhotos photos, const int32_t* labels, const int32_t* counts,
+__global__ void add_stats(const __grid_constant__ TiledImages images, const int32_t* labels, const int32_t* counts,
                           int32_t* areas, int32_t* boxes) {
-  __shared__ int32_t first;  // components of the photos before this one
-  const Photo photo = my_photo(photos, photos.tiles);
+  __shared__ int32_t first;  // components of the images before this one
+  const Image image = my_image(images, images.tiles);
   const auto lane = static_cast<int32_t>(threadIdx.x);
-  const int32_t x = tile_left(photo) + lane;
+  const int32_t x = tile_left(image) + lane;
   if (lane == 0 && threadIdx.y == 0) first = 0;
   __syncthreads();
-  for (auto b = static_cast<int32_t>(threadIdx.y) * kTile + lane; b < photo.index; b += kTile * kTileWarps) {
+  for (auto b = static_cast<int32_t>(threadIdx.y) * kTile + lane; b < image.index; b += kTile * kTileWarps) {
     atomicAdd(&first, counts[b]);
   }
   __syncthreads();
@@ -228,9 +228,9 @@ __global__ void add_stats(const __grid_constant__ TiledPhotos photos, const int3
     if (value > *const_cast<volatile int32_t*>(bound)) atomicMax(bound, value);
   };
   for (int32_t r = static_cast<int32_t>(threadIdx.y); r < kTile; r += kTileWarps) {
-    const int32_t y = tile_top(photo) + r;
-    const bool inside = x < photo.width && y < photo.height;
-    const int32_t label = inside ? labels[photo.begin + y * photo.width + x] : 0;
+    const int32_t y = tile_top(image) + r;
+    const bool inside = x < image.width && y < image.height;
+    const int32_t label = inside ? labels[image.begin + y * image.width + x] : 0;
     const int32_t left = __shfl_up_sync(kAllLanes, label, 1);
     const bool begins = lane == 0 || label != left;
     const unsigned next = __ballot_sync(kAllLanes, begins) & ~(below(lane) << 1 | 1);
@@ -254,22 +254,22 @@ __global__ void finish_boxes(int32_t n, int32_t* boxes) {
 
 const dim3 kTileThreads(kTile, kTileWarps);
 
-// Calls f(photos, tiles, chunks) for groups of photos that fit a launch.
+// Calls f(images, tiles, chunks) for groups of images that fit a launch.
 template <class F>
 void for_each_tiled_group(const RaggedShape& batch, F f) {
-  for_each_group(batch, [&](const Photos& group, int64_t chunks) {
-    const TiledPhotos photos(group);
-    f(photos, photos.tiles[photos.count], chunks);
+  for_each_group(batch, [&](const Images& group, int64_t chunks) {
+    const TiledImages images(group);
+    f(images, images.tiles[images.count], chunks);
   });
 }
 
 // The scratch memory of a call, cut up.
 struct Workspace {
-  Workspace(const char* op, const TensorView& workspace, int64_t rows, int64_t photos) {
-    expect(op, "workspace", workspace, DType::kInt32, {2 * rows + 4 * photos}, Device::kCUDA);
+  Workspace(const char* op, const TensorView& workspace, int64_t rows, int64_t images) {
+    expect(op, "workspace", workspace, DType::kInt32, {2 * rows + 4 * images}, Device::kCUDA);
     best = workspace.as<unsigned long long>();
-    nodes = workspace.as<int32_t>() + 2 * photos;
-    second = nodes + rows + photos;
+    nodes = workspace.as<int32_t>() + 2 * images;
+    second = nodes + rows + images;
   }
   unsigned long long* best;  // [B]
   int32_t* nodes;            // [P + B]
@@ -293,12 +293,12 @@ void connected_components(const TensorView& mask, const TensorView& offsets, con
   expect(op, "counts", counts, DType::kInt32, {batch.count}, Device::kCUDA);
   const Workspace work(op, workspace, mask.shape[0], batch.count);
   const OnDevice device(mask);
-  for_each_tiled_group(batch, [&](const TiledPhotos& photos, int64_t tiles, int64_t chunks) {
-    launch(label_tiles, tiles, kTileThreads, stream, photos, mask.as<uint8_t>(), true, work.nodes);
-    launch(unite_tiles, tiles, dim3(kTile, 2), stream, photos, false, work.nodes);
-    launch(rank_roots, chunks, kChunk, stream, photos, work.nodes, work.second);
-    launch(add_ranks, photos.count, 32, stream, photos, work.second, counts.as<int32_t>());
-    launch(paint, chunks, kChunk, stream, photos, work.second, work.nodes, labels.as<int32_t>());
+  for_each_tiled_group(batch, [&](const TiledImages& images, int64_t tiles, int64_t chunks) {
+    launch(label_tiles, tiles, kTileThreads, stream, images, mask.as<uint8_t>(), true, work.nodes);
+    launch(unite_tiles, tiles, dim3(kTile, 2), stream, images, false, work.nodes);
+    launch(rank_roots, chunks, kChunk, stream, images, work.nodes, work.second);
+    launch(add_ranks, images.count, 32, stream, images, work.second, counts.as<int32_t>());
+    launch(paint, chunks, kChunk, stream, images, work.second, work.nodes, labels.as<int32_t>());
   });
 }
 
@@ -314,8 +314,8 @@ void component_stats(const TensorView& labels, const TensorView& offsets, const 
   const auto n = static_cast<int32_t>(areas.shape[0]);
   const int64_t blocks = (areas.shape[0] + 255) / 256;
   launch(start_stats, blocks, 256, stream, n, areas.as<int32_t>(), boxes.as<int32_t>());
-  for_each_tiled_group(batch, [&](const TiledPhotos& photos, int64_t tiles, int64_t) {
-    launch(add_stats, tiles, kTileThreads, stream, photos, labels.as<int32_t>(), counts.as<int32_t>(),
+  for_each_tiled_group(batch, [&](const TiledImages& images, int64_t tiles, int64_t) {
+    launch(add_stats, tiles, kTileThreads, stream, images, labels.as<int32_t>(), counts.as<int32_t>(),
            areas.as<int32_t>(), boxes.as<int32_t>());
   });
   launch(finish_boxes, blocks, 256, stream, n, boxes.as<int32_t>());
@@ -331,12 +331,12 @@ void largest_component(const TensorView& mask, const TensorView& offsets, const 
   const auto handle = static_cast<cudaStream_t>(stream.handle);
   check(cudaMemsetAsync(work.best, 0, sizeof(*work.best) * batch.count, handle));
   check(cudaMemsetAsync(work.second, 0, sizeof(*work.second) * (mask.shape[0] + batch.count), handle));
-  for_each_tiled_group(batch, [&](const TiledPhotos& photos, int64_t tiles, int64_t chunks) {
-    launch(label_tiles, tiles, kTileThreads, stream, photos, mask.as<uint8_t>(), true, work.nodes);
-    launch(unite_tiles, tiles, dim3(kTile, 2), stream, photos, false, work.nodes);
-    launch(add_areas, tiles, kTileThreads, stream, photos, work.nodes, work.second);
-    launch(pick_largest, chunks, kChunk, stream, photos, work.nodes, work.second, work.best);
-    launch(keep_largest, chunks, kChunk, stream, photos, work.nodes, work.best, out.as<uint8_t>());
+  for_each_tiled_group(batch, [&](const TiledImages& images, int64_t tiles, int64_t chunks) {
+    launch(label_tiles, tiles, kTileThreads, stream, images, mask.as<uint8_t>(), true, work.nodes);
+    launch(unite_tiles, tiles, dim3(kTile, 2), stream, images, false, work.nodes);
+    launch(add_areas, tiles, kTileThreads, stream, images, work.nodes, work.second);
+    launch(pick_largest, chunks, kChunk, stream, images, work.nodes, work.second, work.best);
+    launch(keep_largest, chunks, kChunk, stream, images, work.nodes, work.best, out.as<uint8_t>());
   });
 }
 
@@ -347,10 +347,10 @@ void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorV
   const RaggedShape batch = expect_ragged(op, offsets, shapes, mask.shape[0]);
   const Workspace work(op, workspace, mask.shape[0], batch.count);
   const OnDevice device(mask);
-  for_each_tiled_group(batch, [&](const TiledPhotos& photos, int64_t tiles, int64_t chunks) {
-    launch(label_tiles, tiles, kTileThreads, stream, photos, mask.as<uint8_t>(), false, work.nodes);
-    launch(unite_tiles, tiles, dim3(kTile, 4), stream, photos, true, work.nodes);
-    launch(keep_inside, chunks, kChunk, stream, photos, work.nodes, out.as<uint8_t>());
+  for_each_tiled_group(batch, [&](const TiledImages& images, int64_t tiles, int64_t chunks) {
+    launch(label_tiles, tiles, kTileThreads, stream, images, mask.as<uint8_t>(), false, work.nodes);
+    launch(unite_tiles, tiles, dim3(kTile, 4), stream, images, true, work.nodes);
+    launch(keep_inside, chunks, kChunk, stream, images, work.nodes, out.as<uint8_t>());
   });
 }
 

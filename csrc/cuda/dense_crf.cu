@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The lattice of all photos is laid out once (dense_crf_lattice.h), and the grid of the Gaussian of place
+// The lattice of all images is laid out once (dense_crf_lattice.h), and the grid of the Gaussian of place
 // (dense_crf_grid.h). An update then is
 //
 //   splat_pieces, add_pieces, 6 x blur                          the marginals on the lattice
@@ -7,7 +7,7 @@
 //   update                                                      both read, with the unary, and the softmax
 //
 // No sum is made by atomics on floats: outputs gather their inputs in a fixed order, so the result has the same bits
-// every time, and those of a photo do not depend on its batch.
+// every time, and those of an image do not depend on its batch.
 #include <algorithm>
 #include <string>
 
@@ -54,17 +54,17 @@ struct Workspace {
   int64_t size;                // int32 of all
 };
 
-// log(clip(p)) of a chunk of pixels, all labels; refuses the photo if a value is not finite. Reads and writes 4 bytes a
+// log(clip(p)) of a chunk of pixels, all labels; refuses the image if a value is not finite. Reads and writes 4 bytes a
 // label and pixel.
-__global__ void __launch_bounds__(kChunk) take_logs(const __grid_constant__ Photos photos, int32_t labels,
+__global__ void __launch_bounds__(kChunk) take_logs(const __grid_constant__ Images images, int32_t labels,
                                                     const float* probabilities, float* out, int32_t* refused) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int64_t begin = int64_t{photo.block} * kChunk * labels;
-  const int64_t end = min(begin + int64_t{kChunk} * labels, int64_t{photo.pixels()} * labels);
-  const int64_t at = int64_t{photo.begin} * labels;
+  const Image image = my_image(images, images.chunks);
+  const int64_t begin = int64_t{image.block} * kChunk * labels;
+  const int64_t end = min(begin + int64_t{kChunk} * labels, int64_t{image.pixels()} * labels);
+  const int64_t at = int64_t{image.begin} * labels;
   for (int64_t i = begin + threadIdx.x; i < end; i += kChunk) {
     const float p = probabilities[at + i];
-    if (!(fabsf(p) < INFINITY)) refused[photo.index] = 1;  // all who do write the same
+    if (!(fabsf(p) < INFINITY)) refused[image.index] = 1;  // all who do write the same
     out[at + i] = logf(fminf(fmaxf(p, 1e-5f), 1.0f));
   }
 }
@@ -81,10 +81,10 @@ struct Update {
 // writes 8. unary and out may be one array, as a block reads its own pixels' before it writes them, and so may scores
 // and out.
 __global__ void __launch_bounds__(kUpdateThreads, 4)
-    update(const __grid_constant__ GridPhotos photos, const __grid_constant__ Lattice lattice,
+    update(const __grid_constant__ GridImages images, const __grid_constant__ Lattice lattice,
            const __grid_constant__ Update settings, float* tables, const float* halves, const float* unary,
            float* scores, float* out) {
-  const GridPhoto grid = my_grid(photos, tables);
+  const GridImage grid = my_grid(images, tables);
   const int32_t first = grid.block * kUpdatePixels, count = min(kUpdatePixels, grid.pixels() - first);
   const int32_t labels = settings.labels;
   const auto thread = static_cast<int32_t>(threadIdx.x), lane = thread % settings.group;
@@ -131,18 +131,18 @@ RaggedShape expect_batch(const TensorView& offsets, const TensorView& shapes, in
   return batch;
 }
 
-// Photos with the vertices of those before; items(b) says how many `chunks` counts of photo b.
+// Images with the vertices of those before; items(b) says how many `chunks` counts of image b.
 template <class Count, class F>
 void for_each_group_of_vertices(const RaggedShape& batch, const int32_t* counts, Count items, F f) {
   int64_t before = 0;
-  for_each_group(batch, [&](const Photos& group, int64_t) {
-    VertexPhotos photos = {group};
-    for (int32_t i = 0; i < photos.count; ++i) {
-      photos.before[i] = static_cast<int32_t>(before);
-      before += counts[photos.first + i];
-      photos.chunks[i + 1] = photos.chunks[i] + static_cast<int32_t>(chunks_of(items(photos.first + i)));
+  for_each_group(batch, [&](const Images& group, int64_t) {
+    VertexImages images = {group};
+    for (int32_t i = 0; i < images.count; ++i) {
+      images.before[i] = static_cast<int32_t>(before);
+      before += counts[images.first + i];
+      images.chunks[i + 1] = images.chunks[i] + static_cast<int32_t>(chunks_of(items(images.first + i)));
     }
-    f(photos, blocks_of(photos));
+    f(images, blocks_of(images));
   });
 }
 
@@ -172,18 +172,18 @@ void dense_crf_lattice(const TensorView& probabilities, const TensorView& image,
     scale.axis[i] = lattice_scale(i, settings.bilateral_sigma, settings.bilateral_sigma_rgb);
   const OnDevice device(probabilities);
   check(cudaMemsetAsync(refused, 0, sizeof(int32_t) * batch.count, static_cast<cudaStream_t>(stream.handle)));
-  for_each_group(batch, [&](const Photos& photos, int64_t chunks) {
-    launch(take_logs, chunks, kChunk, stream, photos, static_cast<int32_t>(labels), probabilities.as<float>(),
+  for_each_group(batch, [&](const Images& images, int64_t chunks) {
+    launch(take_logs, chunks, kChunk, stream, images, static_cast<int32_t>(labels), probabilities.as<float>(),
            out.as<float>(), refused);
-    launch(embed, chunks, kChunk, stream, photos, image.as<uint8_t>(), scale, corners);
+    launch(embed, chunks, kChunk, stream, images, image.as<uint8_t>(), scale, corners);
   });
   for_each_group(
       batch,
-      [&](const Photos& photos, int64_t chunks) {
-        launch(insert_corners, chunks, kChunk, stream, photos, corners);
-        launch(rank_vertices, chunks, kChunk, stream, photos, corners);
-        launch(add_ranks, photos.count, 32, stream, photos, corners.chunk_first, counts);
-        launch(number_vertices, chunks, kChunk, stream, photos, corners);
+      [&](const Images& images, int64_t chunks) {
+        launch(insert_corners, chunks, kChunk, stream, images, corners);
+        launch(rank_vertices, chunks, kChunk, stream, images, corners);
+        launch(add_ranks, images.count, 32, stream, images, corners.chunk_first, counts);
+        launch(number_vertices, chunks, kChunk, stream, images, corners);
       },
       kCorners);
 }
@@ -214,7 +214,7 @@ void dense_crf(const TensorView& offsets, const TensorView& shapes, const Tensor
   expect(op, "workspace", workspace, DType::kInt32, {work.size}, Device::kCUDA);
   if (pixels == 0 || labels == 0) return;
   if (std::max(grids.most, work.lattice.most_pieces()) * labels > INT32_MAX - kChunk) {
-    throw std::invalid_argument("dense_crf: too many pixels times labels; give fewer photos at a time");
+    throw std::invalid_argument("dense_crf: too many pixels times labels; give fewer images at a time");
   }
   const OnDevice device(out);
   const auto channels = static_cast<int32_t>(labels);
@@ -226,13 +226,13 @@ void dense_crf(const TensorView& offsets, const TensorView& shapes, const Tensor
                         static_cast<cudaStream_t>(stream.handle)));
   for_each_group_of_vertices(
       batch, vertices, [&](int64_t b) { return vertices[b]; },
-      [&](const VertexPhotos& photos, int64_t chunks) {
-        launch(join_vertices, chunks, kChunk, stream, photos, status.as<int32_t>(), corners, lattice);
+      [&](const VertexImages& images, int64_t chunks) {
+        launch(join_vertices, chunks, kChunk, stream, images, status.as<int32_t>(), corners, lattice);
       });
   for_each_group_of_vertices(
       batch, vertices, [&](int64_t b) { return kCorners * batch.height(b) * batch.width(b); },
-      [&](const VertexPhotos& photos, int64_t chunks) {
-        launch(number_through, chunks, kChunk, stream, photos, corners);
+      [&](const VertexImages& images, int64_t chunks) {
+        launch(number_through, chunks, kChunk, stream, images, corners);
       });
   // Keys and slots are not needed any more: there the entries are sorted, and what remains is their weights.
   const int64_t entries = lattice.entries;
@@ -250,9 +250,9 @@ void dense_crf(const TensorView& offsets, const TensorView& shapes, const Tensor
   launch(normalize, chunks_of(pixels), kChunk, stream, lattice);
   launch(sort_weights, chunks_of(entries), kChunk, stream, lattice);
 
-  for (const GridPhotos& group : grids.groups) {
-    const GridPhotos photos = with_chunks(group, Items::kTables, 1);
-    launch(fill_tables, blocks_of(photos), kChunk, stream, photos, settings.gaussian_sigma, work.tables);
+  for (const GridImages& group : grids.groups) {
+    const GridImages images = with_chunks(group, Items::kTables, 1);
+    launch(fill_tables, blocks_of(images), kChunk, stream, images, settings.gaussian_sigma, work.tables);
   }
   int32_t lanes = 1;
   while (lanes < 32 && lanes < channels) lanes *= 2;
@@ -260,9 +260,9 @@ void dense_crf(const TensorView& offsets, const TensorView& shapes, const Tensor
     const bool messages = i > 0, last = i == settings.iterations;
     if (messages) {
       filter(lattice, channels, work.marginals, stream);
-      for (const GridPhotos& group : grids.groups) {
-        const GridPhotos halves = with_chunks(group, Items::kHalves, channels);
-        const GridPhotos nodes = with_chunks(group, Items::kNodes, channels);
+      for (const GridImages& group : grids.groups) {
+        const GridImages halves = with_chunks(group, Items::kHalves, channels);
+        const GridImages nodes = with_chunks(group, Items::kNodes, channels);
         launch(add_rows, blocks_of(halves), kChunk, stream, halves, work.tables, channels, work.marginals, work.halves);
         launch(add_columns, blocks_of(nodes), kChunk, stream, nodes, work.tables, channels, work.halves, work.nodes);
         launch(blur_nodes, blocks_of(nodes), kChunk, stream, nodes, work.tables, channels, false, work.nodes,
@@ -274,9 +274,9 @@ void dense_crf(const TensorView& offsets, const TensorView& shapes, const Tensor
       }
     }
     const Update how = {channels, lanes, static_cast<float>(settings.bilateral_weight), messages};
-    for (const GridPhotos& group : grids.groups) {
-      const GridPhotos photos = with_chunks(group, Items::kPixels, 1, kUpdatePixels);
-      launch(update, blocks_of(photos), kUpdateThreads, stream, photos, lattice, how, work.tables, work.halves,
+    for (const GridImages& group : grids.groups) {
+      const GridImages images = with_chunks(group, Items::kPixels, 1, kUpdatePixels);
+      launch(update, blocks_of(images), kUpdateThreads, stream, images, lattice, how, work.tables, work.halves,
              out.as<float>(), work.marginals, last ? out.as<float>() : work.marginals);
     }
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // dense_crf's Gaussian of place on the device, the scheme of csrc/common/spline_grid.h: pixels are added to the nodes
 // along rows and then along columns, the nodes are blurred along both, and read along columns and then along rows.
-// Between rows and columns stand "halves": a photo's rows of pixels by a row's nodes.
+// Between rows and columns stand "halves": an image's rows of pixels by a row's nodes.
 //
 // Every kernel takes a thread for each output and channel, which gathers its inputs in a fixed order. All should be
 // bound by memory: at sigma 3 (step 2) they read and write some 4 floats a pixel and channel, besides what caches give.
@@ -9,36 +9,36 @@
 
 #include <vector>
 
-#include "photos.h"
+#include "images.h"
 #include "spline_grid.h"
 
 namespace namedmask::cuda {
 namespace {
 
-// What photos.chunks of GridPhotos counts.
+// What images.chunks of GridImages counts.
 enum class Items { kPixels, kHalves, kNodes, kTables };
 
-// The photos of a launch with their grids. Nodes, halves and tables are those of the photos before each, the photos of
+// The images of a launch with their grids. Nodes, halves and tables are those of the images before each, the images of
 // other launches included.
-struct GridPhotos : Photos {
-  int32_t step[kMaxPhotos] = {}, radius[kMaxPhotos] = {};
-  int32_t tables[kMaxPhotos] = {};
-  int64_t nodes[kMaxPhotos] = {}, halves[kMaxPhotos] = {};
+struct GridImages : Images {
+  int32_t step[kMaxImages] = {}, radius[kMaxImages] = {};
+  int32_t tables[kMaxImages] = {};
+  int64_t nodes[kMaxImages] = {}, halves[kMaxImages] = {};
 };
 
 __device__ inline int32_t nodes_along(int32_t pixels, int32_t step) { return (pixels - 1) / step + kSplineTaps; }
 
-// A photo with its grid, and its part of the arrays.
-struct GridPhoto : Photo {
-  __device__ GridPhoto(const GridPhotos& photos, int place, float* tables)
-      : Photo(photo_at(photos, photos.chunks, place)),
-        step(photos.step[place]),
-        radius(photos.radius[place]),
+// An image with its grid, and its part of the arrays.
+struct GridImage : Image {
+  __device__ GridImage(const GridImages& images, int place, float* tables)
+      : Image(image_at(images, images.chunks, place)),
+        step(images.step[place]),
+        radius(images.radius[place]),
         rows(nodes_along(height, step)),
         columns(nodes_along(width, step)),
-        node_begin(photos.nodes[place]),
-        half_begin(photos.halves[place]),
-        row_norm(tables + photos.tables[place]),
+        node_begin(images.nodes[place]),
+        half_begin(images.halves[place]),
+        row_norm(tables + images.tables[place]),
         column_norm(row_norm + height),
         gauss(column_norm + width),
         taps(gauss + radius + 1) {}
@@ -50,25 +50,25 @@ struct GridPhoto : Photo {
   float *row_norm, *column_norm, *gauss, *taps;
 };
 
-__device__ GridPhoto my_grid(const GridPhotos& photos, float* tables) {
-  return GridPhoto(photos, my_place(photos, photos.chunks), tables);
+__device__ GridImage my_grid(const GridImages& images, float* tables) {
+  return GridImage(images, my_place(images, images.chunks), tables);
 }
 
-// A thread's output: of the photo's array [lines, columns, channels]; line is past the last for spare threads. 32 bits
+// A thread's output: of the image's array [lines, columns, channels]; line is past the last for spare threads. 32 bits
 // suffice (dense_crf sees to that) and divide several times faster than 64.
 struct Output {
   int32_t line, column, channel;
 };
 
-__device__ Output my_output(const GridPhoto& grid, int32_t channels) {
+__device__ Output my_output(const GridImage& grid, int32_t channels) {
   const auto item = static_cast<unsigned>(grid.chunk_item()), across = static_cast<unsigned>(grid.columns * channels);
   const unsigned line = item / across, rest = item - line * across, column = rest / static_cast<unsigned>(channels);
   return {static_cast<int32_t>(line), static_cast<int32_t>(column),
           static_cast<int32_t>(rest - column * static_cast<unsigned>(channels))};
 }
 
-// Where it lies in an array that has `begin` lines' columns before the photo.
-__device__ int64_t place_of(const Output& to, const GridPhoto& grid, int64_t begin, int32_t channels) {
+// Where it lies in an array that has `begin` lines' columns before the image.
+__device__ int64_t place_of(const Output& to, const GridImage& grid, int64_t begin, int32_t channels) {
   return (begin + int64_t{to.line} * grid.columns + to.column) * channels + to.channel;
 }
 
@@ -112,8 +112,8 @@ int64_t table_size(int64_t h, int64_t w, int64_t step, int64_t radius) {
 }
 
 __global__ void __launch_bounds__(kChunk, 1)
-    fill_tables(const __grid_constant__ GridPhotos photos, double sigma, float* tables) {
-  const GridPhoto grid = my_grid(photos, tables);
+    fill_tables(const __grid_constant__ GridImages images, double sigma, float* tables) {
+  const GridImage grid = my_grid(images, tables);
   const double spread = sigma / grid.step;
   const double deviation = sqrt(spread * spread - (grid.step == 1 ? 0 : 2.0 / 3));
   const int64_t i = grid.chunk_item();
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kChunk, 1)
 
 // The pixels that touch a node along an axis: calls f(pixel, tap's weight), in order.
 template <class F>
-__device__ void for_each_pixel_of(int32_t node, int32_t pixels, const GridPhoto& grid, F f) {
+__device__ void for_each_pixel_of(int32_t node, int32_t pixels, const GridImage& grid, F f) {
   for (int tap = kSplineTaps - 1; tap >= 0; --tap) {
     const int32_t first = (node - tap) * grid.step;
     if (first < 0) continue;
@@ -146,9 +146,9 @@ __device__ void for_each_pixel_of(int32_t node, int32_t pixels, const GridPhoto&
   }
 }
 
-__global__ void __launch_bounds__(kChunk) add_rows(const __grid_constant__ GridPhotos photos, float* tables,
+__global__ void __launch_bounds__(kChunk) add_rows(const __grid_constant__ GridImages images, float* tables,
                                                    int32_t channels, const float* pixels, float* halves) {
-  const GridPhoto grid = my_grid(photos, tables);
+  const GridImage grid = my_grid(images, tables);
   const Output to = my_output(grid, channels);
   if (to.line >= grid.height) return;
   const float* const row = pixels + (grid.begin + int64_t{to.line} * grid.width) * channels + to.channel;
@@ -158,9 +158,9 @@ __global__ void __launch_bounds__(kChunk) add_rows(const __grid_constant__ GridP
   halves[place_of(to, grid, grid.half_begin, channels)] = sum;
 }
 
-__global__ void __launch_bounds__(kChunk) add_columns(const __grid_constant__ GridPhotos photos, float* tables,
+__global__ void __launch_bounds__(kChunk) add_columns(const __grid_constant__ GridImages images, float* tables,
                                                       int32_t channels, const float* halves, float* nodes) {
-  const GridPhoto grid = my_grid(photos, tables);
+  const GridImage grid = my_grid(images, tables);
   const Output to = my_output(grid, channels);
   if (to.line >= grid.rows) return;
   const float* const column = halves + (grid.half_begin + to.column) * channels + to.channel;
@@ -172,9 +172,9 @@ __global__ void __launch_bounds__(kChunk) add_columns(const __grid_constant__ Gr
 }
 
 __global__ void __launch_bounds__(kChunk)
-    blur_nodes(const __grid_constant__ GridPhotos photos, float* tables, int32_t channels, bool along_rows,
+    blur_nodes(const __grid_constant__ GridImages images, float* tables, int32_t channels, bool along_rows,
                const float* from, float* to_nodes) {
-  const GridPhoto grid = my_grid(photos, tables);
+  const GridImage grid = my_grid(images, tables);
   const Output to = my_output(grid, channels);
   if (to.line >= grid.rows) return;
   const int64_t at = place_of(to, grid, grid.node_begin, channels);
@@ -188,9 +188,9 @@ __global__ void __launch_bounds__(kChunk)
 }
 
 __global__ void __launch_bounds__(kChunk)
-    read_columns(const __grid_constant__ GridPhotos photos, float* tables, int32_t channels, float weight,
+    read_columns(const __grid_constant__ GridImages images, float* tables, int32_t channels, float weight,
                  const float* nodes, float* halves) {
-  const GridPhoto grid = my_grid(photos, tables);
+  const GridImage grid = my_grid(images, tables);
   const Output to = my_output(grid, channels);
   if (to.line >= grid.height) return;
   const int32_t y = to.line;
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kChunk)
   halves[place_of(to, grid, grid.half_begin, channels)] = weight * grid.row_norm[y] * sum;
 }
 
-__device__ float read_row(const GridPhoto& grid, int32_t channels, const float* halves, int32_t x, int32_t y,
+__device__ float read_row(const GridImage& grid, int32_t channels, const float* halves, int32_t x, int32_t y,
                           int32_t channel) {
   const float* const row = halves + (grid.half_begin + int64_t{y} * grid.columns + x / grid.step) * channels + channel;
   float sum = 0;
@@ -218,57 +218,57 @@ __device__ float read_row(const GridPhoto& grid, int32_t channels, const float* 
 
 // -- on the host --
 
-// All photos of a batch, and the sizes of their arrays.
+// All images of a batch, and the sizes of their arrays.
 struct Grids {
-  std::vector<GridPhotos> groups;
+  std::vector<GridImages> groups;
   int64_t nodes = 0, halves = 0, tables = 0;
-  int64_t most = 0;  // nodes or halves of a photo
+  int64_t most = 0;  // nodes or halves of an image
 };
 
 Grids lay_grids(const RaggedShape& batch, double sigma) {
   Grids grids;
-  for_each_group(batch, [&](const Photos& group, int64_t) {
-    GridPhotos photos = {group};
-    for (int32_t i = 0; i < photos.count; ++i) {
-      const int64_t h = photos.height[i], w = photos.width[i];
-      photos.nodes[i] = grids.nodes;
-      photos.halves[i] = grids.halves;
-      photos.tables[i] = static_cast<int32_t>(grids.tables);
-      photos.step[i] = 1;
+  for_each_group(batch, [&](const Images& group, int64_t) {
+    GridImages images = {group};
+    for (int32_t i = 0; i < images.count; ++i) {
+      const int64_t h = images.height[i], w = images.width[i];
+      images.nodes[i] = grids.nodes;
+      images.halves[i] = grids.halves;
+      images.tables[i] = static_cast<int32_t>(grids.tables);
+      images.step[i] = 1;
       if (h * w == 0) continue;
       const int64_t step = grid_step(sigma, w), rows = grid_nodes(h, step), columns = grid_nodes(w, step);
       const int64_t radius = grid_radius(grid_deviation(sigma, step), std::max(rows, columns));
-      photos.step[i] = static_cast<int32_t>(step);
-      photos.radius[i] = static_cast<int32_t>(radius);
+      images.step[i] = static_cast<int32_t>(step);
+      images.radius[i] = static_cast<int32_t>(radius);
       grids.most = std::max({grids.most, rows * columns, h * columns});
       grids.nodes += rows * columns;
       grids.halves += h * columns;
       grids.tables += table_size(h, w, step, radius);
     }
-    grids.groups.push_back(photos);
+    grids.groups.push_back(images);
   });
   return grids;
 }
 
-// The same photos with chunks of other items; `channels` of them where there are any.
-GridPhotos with_chunks(GridPhotos photos, Items items, int64_t channels, int64_t chunk = kChunk) {
-  for (int32_t i = 0; i < photos.count; ++i) {
-    const int64_t h = photos.height[i], w = photos.width[i], step = photos.step[i];
+// The same images with chunks of other items; `channels` of them where there are any.
+GridImages with_chunks(GridImages images, Items items, int64_t channels, int64_t chunk = kChunk) {
+  for (int32_t i = 0; i < images.count; ++i) {
+    const int64_t h = images.height[i], w = images.width[i], step = images.step[i];
     int64_t count = 0;
     if (h * w > 0) {
       switch (items) {
         case Items::kPixels: count = h * w; break;
         case Items::kHalves: count = h * grid_nodes(w, step) * channels; break;
         case Items::kNodes: count = grid_nodes(h, step) * grid_nodes(w, step) * channels; break;
-        case Items::kTables: count = table_size(h, w, step, photos.radius[i]); break;
+        case Items::kTables: count = table_size(h, w, step, images.radius[i]); break;
       }
     }
-    photos.chunks[i + 1] = photos.chunks[i] + static_cast<int32_t>((count + chunk - 1) / chunk);
+    images.chunks[i + 1] = images.chunks[i] + static_cast<int32_t>((count + chunk - 1) / chunk);
   }
-  return photos;
+  return images;
 }
 
-int64_t blocks_of(const Photos& photos) { return photos.chunks[photos.count]; }
+int64_t blocks_of(const Images& images) { return images.chunks[images.count]; }
 
 }  // namespace
 }  // namespace namedmask::cuda

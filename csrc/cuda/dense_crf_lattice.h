@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // dense_crf's permutohedral lattice on the device. Entry 6 p + r is the corner r of pixel p's simplex: a vertex and a
-// weight. First the vertices of every photo are found and counted; then, the counts being known, they are numbered
-// through the whole batch, and their entries sorted: from there on photos do not matter any more.
+// weight. First the vertices of every image are found and counted; then, the counts being known, they are numbered
+// through the whole batch, and their entries sorted: from there on images do not matter any more.
 #pragma once
 
 #include "hash_table.h"
@@ -14,7 +14,7 @@ namespace {
 constexpr int kCorners = kLatticeCorners, kAxes = kLatticeAxes;
 constexpr int kPiece = 64;  // entries of a vertex that one thread adds up
 
-// The memory of the first call, 49 P + B int32. Entries and vertices are counted within their photo.
+// The memory of the first call, 49 P + B int32. Entries and vertices are counted within their image.
 struct Corners {
   Corners(const TensorView& workspace, int64_t pixels) {
     auto* next = workspace.as<int32_t>();
@@ -32,16 +32,16 @@ struct Corners {
   int32_t* slots;        // [12 P]
   int32_t* vertex;       // [6 P]; until the vertices are numbered, the entry's slot
   int32_t* rank;         // [6 P]: of a vertex's first entry among those of its chunk
-  int32_t* first;        // [6 P]: first entry of each of a photo's vertices
+  int32_t* first;        // [6 P]: first entry of each of an image's vertices
   float* weights;        // [6 P]
   int32_t* chunk_first;  // vertices in the chunks before this one
 };
 
-__device__ FirstTable<LatticeKey> table_of(const Photo& photo, const Corners& work) {
-  return {work.slots + 2 * kCorners * int64_t{photo.begin}, work.keys + kCorners * int64_t{photo.begin}};
+__device__ FirstTable<LatticeKey> table_of(const Image& image, const Corners& work) {
+  return {work.slots + 2 * kCorners * int64_t{image.begin}, work.keys + kCorners * int64_t{image.begin}};
 }
 
-__device__ Region region_of(const Photo& photo) { return {0, 2 * kCorners * photo.pixels()}; }
+__device__ Region region_of(const Image& image) { return {0, 2 * kCorners * image.pixels()}; }
 
 struct Scale {
   float axis[kAxes];
@@ -50,16 +50,16 @@ struct Scale {
 // Sections 3.1 and 3.2 of Adams et al.: into the plane where coordinates sum to 0, to the nearest remainder-0 point,
 // and by the order of the differences to it the simplex around the pixel. Writes 72 + 48 bytes a pixel.
 __global__ void __launch_bounds__(kChunk)
-    embed(const __grid_constant__ Photos photos, const uint8_t* image, const __grid_constant__ Scale scale,
+    embed(const __grid_constant__ Images images, const uint8_t* rgb, const __grid_constant__ Scale scale,
           const __grid_constant__ Corners work) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t pixel = photo.chunk_item();
-  if (pixel >= photo.pixels()) return;
-  const int64_t at = int64_t{photo.begin} + pixel;
+  const Image image = my_image(images, images.chunks);
+  const int32_t pixel = image.chunk_item();
+  if (pixel >= image.pixels()) return;
+  const int64_t at = int64_t{image.begin} + pixel;
   float elevated[kCorners], sum = 0;
 #pragma unroll
   for (int i = kAxes; i > 0; --i) {
-    const int32_t feature = i == 1 ? pixel % photo.width : i == 2 ? pixel / photo.width : image[3 * at + i - 3];
+    const int32_t feature = i == 1 ? pixel % image.width : i == 2 ? pixel / image.width : rgb[3 * at + i - 3];
     const float f = static_cast<float>(feature) * scale.axis[i - 1];
     elevated[i] = sum - static_cast<float>(i) * f;
     sum += f;
@@ -115,35 +115,35 @@ __global__ void __launch_bounds__(kChunk)
   }
 }
 
-// For the kernels below photos.chunks counts entries. Random accesses of 4 and 8 bytes, mostly to what L2 holds: there
+// For the kernels below images.chunks counts entries. Random accesses of 4 and 8 bytes, mostly to what L2 holds: there
 // are far fewer vertices than entries.
 __global__ void __launch_bounds__(kChunk)
-    insert_corners(const __grid_constant__ Photos photos, const __grid_constant__ Corners work) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t entry = photo.chunk_item();
-  if (entry >= kCorners * photo.pixels()) return;
-  work.vertex[kCorners * int64_t{photo.begin} + entry] = table_of(photo, work).insert(region_of(photo), entry);
+    insert_corners(const __grid_constant__ Images images, const __grid_constant__ Corners work) {
+  const Image image = my_image(images, images.chunks);
+  const int32_t entry = image.chunk_item();
+  if (entry >= kCorners * image.pixels()) return;
+  work.vertex[kCorners * int64_t{image.begin} + entry] = table_of(image, work).insert(region_of(image), entry);
 }
 
 __global__ void __launch_bounds__(kChunk)
-    rank_vertices(const __grid_constant__ Photos photos, const __grid_constant__ Corners work) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t entry = photo.chunk_item();
-  const bool inside = entry < kCorners * photo.pixels();
-  const int64_t at = kCorners * int64_t{photo.begin} + entry;
-  const int32_t* const slots = table_of(photo, work).slots;
+    rank_vertices(const __grid_constant__ Images images, const __grid_constant__ Corners work) {
+  const Image image = my_image(images, images.chunks);
+  const int32_t entry = image.chunk_item();
+  const bool inside = entry < kCorners * image.pixels();
+  const int64_t at = kCorners * int64_t{image.begin} + entry;
+  const int32_t* const slots = table_of(image, work).slots;
   const int32_t rank = rank_in_chunk(inside && slots[work.vertex[at]] == entry, &work.chunk_first[blockIdx.x]);
   if (inside) work.rank[at] = rank;
 }
 
 __global__ void __launch_bounds__(kChunk)
-    number_vertices(const __grid_constant__ Photos photos, const __grid_constant__ Corners work) {
-  const Photo photo = my_photo(photos, photos.chunks);
-  const int32_t entry = photo.chunk_item();
-  if (entry >= kCorners * photo.pixels()) return;
-  const int64_t begin = kCorners * int64_t{photo.begin};
-  const int32_t first = table_of(photo, work).slots[work.vertex[begin + entry]];
-  const int32_t chunk = static_cast<int32_t>(blockIdx.x) - photo.block + first / kChunk;
+    number_vertices(const __grid_constant__ Images images, const __grid_constant__ Corners work) {
+  const Image image = my_image(images, images.chunks);
+  const int32_t entry = image.chunk_item();
+  if (entry >= kCorners * image.pixels()) return;
+  const int64_t begin = kCorners * int64_t{image.begin};
+  const int32_t first = table_of(image, work).slots[work.vertex[begin + entry]];
+  const int32_t chunk = static_cast<int32_t>(blockIdx.x) - image.block + first / kChunk;
   const int32_t vertex = work.chunk_first[chunk] + work.rank[begin + first];
   work.vertex[begin + entry] = vertex;
   if (first == entry) work.first[begin + vertex] = entry;
@@ -168,25 +168,25 @@ struct Lattice {
   int64_t most_pieces() const { return vertices + entries / kPiece; }
 };
 
-// `before`: vertices of the photos before each, those of other launches included.
-struct VertexPhotos : Photos {
-  int32_t before[kMaxPhotos] = {};
+// `before`: vertices of the images before each, those of other launches included.
+struct VertexImages : Images {
+  int32_t before[kMaxImages] = {};
 };
 
-// photos.chunks counts vertices. A search for a neighbor each.
+// images.chunks counts vertices. A search for a neighbor each.
 __global__ void __launch_bounds__(kChunk)
-    join_vertices(const __grid_constant__ VertexPhotos photos, const int32_t* counts,
+    join_vertices(const __grid_constant__ VertexImages images, const int32_t* counts,
                   const __grid_constant__ Corners work, const __grid_constant__ Lattice lattice) {
-  const int place = my_place(photos, photos.chunks);
-  const Photo photo = photo_at(photos, photos.chunks, place);
-  const int32_t vertex = photo.chunk_item();
-  if (vertex >= counts[photo.index]) return;
-  const int64_t begin = kCorners * int64_t{photo.begin};
-  const FirstTable<LatticeKey> table = table_of(photo, work);
+  const int place = my_place(images, images.chunks);
+  const Image image = image_at(images, images.chunks, place);
+  const int32_t vertex = image.chunk_item();
+  if (vertex >= counts[image.index]) return;
+  const int64_t begin = kCorners * int64_t{image.begin};
+  const FirstTable<LatticeKey> table = table_of(image, work);
   const LatticeKey key = table.keys[work.first[begin + vertex]];
-  const int32_t before = photos.before[place];
+  const int32_t before = images.before[place];
   for (int j = 0; j < kCorners; ++j) {
-    const int32_t entry = table.find(region_of(photo), lattice_step(key, j));
+    const int32_t entry = table.find(region_of(image), lattice_step(key, j));
     if (entry == kNone) continue;
     const int32_t next = before + work.vertex[begin + entry];
     int32_t* const near = lattice.neighbors + 2 * j * lattice.vertices;
@@ -195,13 +195,13 @@ __global__ void __launch_bounds__(kChunk)
   }
 }
 
-// photos.chunks counts entries.
+// images.chunks counts entries.
 __global__ void __launch_bounds__(kChunk)
-    number_through(const __grid_constant__ VertexPhotos photos, const __grid_constant__ Corners work) {
-  const int place = my_place(photos, photos.chunks);
-  const Photo photo = photo_at(photos, photos.chunks, place);
-  const int32_t entry = photo.chunk_item();
-  if (entry < kCorners * photo.pixels()) work.vertex[kCorners * int64_t{photo.begin} + entry] += photos.before[place];
+    number_through(const __grid_constant__ VertexImages images, const __grid_constant__ Corners work) {
+  const int place = my_place(images, images.chunks);
+  const Image image = image_at(images, images.chunks, place);
+  const int32_t entry = image.chunk_item();
+  if (entry < kCorners * image.pixels()) work.vertex[kCorners * int64_t{image.begin} + entry] += images.before[place];
 }
 
 __device__ inline int32_t my_item() { return static_cast<int32_t>(blockIdx.x * kChunk + threadIdx.x); }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The eigenvector of a photo's affinity and what follows from it, a thread block a photo, all steps in one launch.
+// The eigenvector of an image's affinity and what follows from it, a thread block an image, all steps in one launch.
 //
 // The affinity is a bit matrix (triton/normalized_cut.py makes it), and a product with it sums entries of a vector.
 // Consumer GPUs add 64-bit numbers slowly and all add bytes fast on their tensor cores, so the vector is turned into
@@ -22,14 +22,14 @@ namespace {
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTile = 128;         // rows are padded to a multiple; a group of columns is four words
-constexpr int kMaxPhotos = 100;    // per launch: the table below must fit the 4 kB of a kernel's arguments
+constexpr int kMaxImages = 100;    // per launch: the table below must fit the 4 kB of a kernel's arguments
 constexpr double kTie = 1 - 1e-5;  // entries this close to the largest are as large
 constexpr uint64_t kSigns = 0x8080808080808080ull;
 
-struct Photos {
+struct Images {
   int32_t first = 0;  // of the batch
-  int32_t begin[kMaxPhotos] = {}, length[kMaxPhotos] = {};
-  int64_t bits[kMaxPhotos] = {}, work[kMaxPhotos] = {};  // where the photo's part begins
+  int32_t begin[kMaxImages] = {}, length[kMaxImages] = {};
+  int64_t bits[kMaxImages] = {}, work[kMaxImages] = {};  // where the image's part begins
 };
 
 __host__ __device__ int64_t padded_rows(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
@@ -41,7 +41,7 @@ __host__ __device__ int64_t work_size(int64_t n, int64_t steps) {
   return (steps + 4) * padded_rows(n) + 6 * (steps + 1);
 }
 
-// A photo's arrays in device memory.
+// An image's arrays in device memory.
 struct Cut {
   int64_t n, padded, steps;
   const uint32_t* bits;  // [padded / kTile, padded, 4]: group of columns, row, word
@@ -122,7 +122,7 @@ __device__ void multiply(const Cut& cut, const double* q, double eps) {
   __syncthreads();
 }
 
-// Photos without a cut have all tokens alike: their eigenvalue in `value`.
+// Images without a cut have all tokens alike: their eigenvalue in `value`.
 __device__ bool alike(const Cut& cut, double eps, double* value) {
   int32_t least = INT_MAX, most = -1;  // of twice the bits of a row, plus that on the diagonal
   for (auto i = static_cast<int64_t>(threadIdx.x); i < cut.n; i += kThreads) {
@@ -156,21 +156,21 @@ struct Results {
 };
 
 __global__ void __launch_bounds__(kThreads)
-    cut_photos(const __grid_constant__ Photos photos, const uint32_t* all_bits, double* work,
+    cut_images(const __grid_constant__ Images images, const uint32_t* all_bits, double* work,
                const __grid_constant__ Results results, double eps, double tolerance, int64_t iterations) {
   const auto b = static_cast<int32_t>(blockIdx.x);
   const auto thread = static_cast<int64_t>(threadIdx.x);
-  const int64_t n = photos.length[b];
-  const Cut cut = {n, padded_rows(n), max_steps(n, iterations), all_bits + photos.bits[b], work + photos.work[b]};
-  float* vector = results.vector + photos.begin[b];
-  uint8_t* partition = results.partition + photos.begin[b];
+  const int64_t n = images.length[b];
+  const Cut cut = {n, padded_rows(n), max_steps(n, iterations), all_bits + images.bits[b], work + images.work[b]};
+  float* vector = results.vector + images.begin[b];
+  uint8_t* partition = results.partition + images.begin[b];
   const auto report = [&](double value, double residual, int64_t products, int32_t seed) {
     if (thread != 0) return;
-    const int32_t photo = photos.first + b;
-    results.value[photo] = value;
-    results.residual[photo] = residual;
-    results.iterations[photo] = static_cast<int32_t>(products);
-    results.seed[photo] = seed;
+    const int32_t image = images.first + b;
+    results.value[image] = value;
+    results.residual[image] = residual;
+    results.iterations[image] = static_cast<int32_t>(products);
+    results.seed[image] = seed;
   };
 
   double common;
@@ -239,19 +239,19 @@ void normalized_cut(const TensorView& bits, const TensorView& offsets, const Ten
   const Results results = {vector.as<float>(),       value.as<double>(), residual.as<double>(),
                            iterations.as<int32_t>(), seed.as<int32_t>(), partition.as<uint8_t>()};
   words = doubles = 0;
-  for (int64_t first = 0; first < batch.count; first += kMaxPhotos) {
-    Photos photos;
-    photos.first = static_cast<int32_t>(first);
-    const int64_t count = std::min<int64_t>(kMaxPhotos, batch.count - first);
+  for (int64_t first = 0; first < batch.count; first += kMaxImages) {
+    Images images;
+    images.first = static_cast<int32_t>(first);
+    const int64_t count = std::min<int64_t>(kMaxImages, batch.count - first);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t n = batch.end(first + i) - batch.begin(first + i);
-      photos.begin[i] = static_cast<int32_t>(batch.begin(first + i));
-      photos.length[i] = static_cast<int32_t>(n);
-      photos.bits[i] = words, photos.work[i] = doubles;
+      images.begin[i] = static_cast<int32_t>(batch.begin(first + i));
+      images.length[i] = static_cast<int32_t>(n);
+      images.bits[i] = words, images.work[i] = doubles;
       words += padded_rows(n) * padded_rows(n) / 32;
       doubles += work_size(n, max_steps(n, max_iterations));
     }
-    launch(cut_photos, count, kThreads, stream, photos, bits.as<uint32_t>(), workspace.as<double>(), results, eps,
+    launch(cut_images, count, kThreads, stream, images, bits.as<uint32_t>(), workspace.as<double>(), results, eps,
            tolerance, max_iterations);
   }
 }

@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#include "photos.h"
+#include "images.h"
 
 namespace namedmask::cuda {
 namespace {

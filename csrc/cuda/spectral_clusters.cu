@@ -2,7 +2,7 @@
 // Eigenvectors and k-means of spectral_clusters. The affinity is a matrix of rank C and a constant,
 // A = (F F' - m) / (M - m), so a product with it is two products with the features F and one sum; nothing of n x n is
 // left to do once m and M are known (triton/spectral_clusters.py). What is left is a long chain of small steps: so a
-// thread block takes a photo and finds its eigenvectors one after the other, each beside those before it, which finds
+// thread block takes an image and finds its eigenvectors one after the other, each beside those before it, which finds
 // an eigenvalue as often as it occurs; then every run of k-means has a block of its own.
 #include <algorithm>
 #include <climits>
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kWarps = 16;      // of a block that finds eigenvectors
 constexpr int kRunWarps = 8;    // of a block of k-means
-constexpr int kMaxPhotos = 64;  // per launch: the table below must fit the 4 kB of a kernel's arguments
+constexpr int kMaxImages = 64;  // per launch: the table below must fit the 4 kB of a kernel's arguments
 constexpr int kMaxCount = 64;
 constexpr int64_t kMaxProducts = 192;  // for each vector
 constexpr int kRestarts = 10, kRounds = 100;
@@ -26,17 +26,17 @@ constexpr double kTolerance = 1e-8;  // a hundredth of the CPU's, as the next ve
 constexpr double kAlike = 1e-6;      // affinities that differ by less do not differ
 constexpr double kIsolated = 1e-6;   // row sums below are 0
 
-struct Photos {
+struct Images {
   int32_t first = 0;  // of the batch
-  int32_t begin[kMaxPhotos] = {}, length[kMaxPhotos] = {};
-  int64_t work[kMaxPhotos] = {};  // where the photo's part of the workspace begins
+  int32_t begin[kMaxImages] = {}, length[kMaxImages] = {};
+  int64_t work[kMaxImages] = {};  // where the image's part of the workspace begins
   int32_t counts[kMaxCount] = {};
   int32_t n_counts = 0, vectors = 0;  // vectors: the largest count less 1
 };
 
 __host__ __device__ int64_t smaller(int64_t a, int64_t b) { return b < a ? b : a; }
 
-// A photo's part of the workspace.
+// An image's part of the workspace.
 struct Work {
   int64_t n, channels, vectors, runs;  // vectors: wanted, at most n - 1
 
@@ -61,9 +61,9 @@ struct Work {
   __device__ double* run(double* memory, int64_t r) const { return found(memory) + 1 + r * run_size(); }
 };
 
-__device__ Work my_work(const Photos& photos, int32_t b, int64_t channels) {
-  const int64_t n = photos.length[b];
-  return {n, channels, smaller(photos.vectors, n > 1 ? n - 1 : 0), photos.n_counts * kRestarts};
+__device__ Work my_work(const Images& images, int32_t b, int64_t channels) {
+  const int64_t n = images.length[b];
+  return {n, channels, smaller(images.vectors, n > 1 ? n - 1 : 0), images.n_counts * kRestarts};
 }
 
 struct Affinity {
@@ -113,19 +113,19 @@ struct Affinity {
   }
 };
 
-// v_2, v_3, ... of each photo, where the known vectors but the first stand, and how many were found.
-__global__ void __launch_bounds__(32 * kWarps) embed(const __grid_constant__ Photos photos, const float* all_units,
+// v_2, v_3, ... of each image, where the known vectors but the first stand, and how many were found.
+__global__ void __launch_bounds__(32 * kWarps) embed(const __grid_constant__ Images images, const float* all_units,
                                                      int64_t channels, const float* ranges, double* workspace) {
   constexpr int64_t kThreads = 32 * kWarps;
   const auto b = static_cast<int32_t>(blockIdx.x);
   const auto thread = static_cast<int64_t>(threadIdx.x);
-  const Work work = my_work(photos, b, channels);
-  double* memory = workspace + photos.work[b];
-  const double least = ranges[2 * (photos.first + b)], most = ranges[2 * (photos.first + b) + 1];
+  const Work work = my_work(images, b, channels);
+  double* memory = workspace + images.work[b];
+  const double least = ranges[2 * (images.first + b)], most = ranges[2 * (images.first + b) + 1];
   if (thread == 0) *work.found(memory) = 0;
   if (work.vectors == 0 || !(most - least >= kAlike)) return;
-  const Affinity affinity = {all_units + photos.begin[b] * channels,
-                             photos.length[b],
+  const Affinity affinity = {all_units + images.begin[b] * channels,
+                             images.length[b],
                              static_cast<int32_t>(channels),
                              least,
                              1 / (most - least),
@@ -173,17 +173,17 @@ class Random {
 
 // One run of k-means; see spectral_clusters.h.
 __global__ void __launch_bounds__(32 * kRunWarps)
-    run_kmeans(const __grid_constant__ Photos photos, int64_t channels, double* workspace, int64_t seed) {
+    run_kmeans(const __grid_constant__ Images images, int64_t channels, double* workspace, int64_t seed) {
   constexpr int32_t kThreads = 32 * kRunWarps;
   __shared__ double centers[kMaxCount * (kMaxCount - 1)];
   __shared__ double parts[kThreads];
   __shared__ int32_t chosen;
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  const auto runs = static_cast<int32_t>(photos.n_counts * kRestarts), r = static_cast<int32_t>(blockIdx.x % runs);
+  const auto runs = static_cast<int32_t>(images.n_counts * kRestarts), r = static_cast<int32_t>(blockIdx.x % runs);
   const auto b = static_cast<int32_t>(blockIdx.x / runs);
-  const Work work = my_work(photos, b, channels);
-  double* memory = workspace + photos.work[b];
-  const int32_t n = photos.length[b], k = photos.counts[r / kRestarts];
+  const Work work = my_work(images, b, channels);
+  double* memory = workspace + images.work[b];
+  const int32_t n = images.length[b], k = images.counts[r / kRestarts];
   const int32_t dims = min(k - 1, static_cast<int32_t>(*work.found(memory)));
   if (dims == 0) return;
   const double* points = memory + n;  // [dims, n]
@@ -262,18 +262,18 @@ __global__ void __launch_bounds__(32 * kRunWarps)
   if (thread == 0) *least = sum;
 }
 
-// Of a photo's runs for one k the first of the tightest, its labels numbered in the order in which they first occur.
+// Of an image's runs for one k the first of the tightest, its labels numbered in the order in which they first occur.
 __global__ void __launch_bounds__(32 * kRunWarps)
-    pick_run(const __grid_constant__ Photos photos, int64_t channels, double* workspace, int32_t* all_labels) {
+    pick_run(const __grid_constant__ Images images, int64_t channels, double* workspace, int32_t* all_labels) {
   constexpr int64_t kThreads = 32 * kRunWarps;
   __shared__ int32_t first[kMaxCount];
   const auto thread = static_cast<int64_t>(threadIdx.x);
-  const auto b = static_cast<int32_t>(blockIdx.x / photos.n_counts);
-  const int64_t column = blockIdx.x % photos.n_counts;
-  const Work work = my_work(photos, b, channels);
-  double* memory = workspace + photos.work[b];
-  int32_t* labels = all_labels + photos.begin[b] * static_cast<int64_t>(photos.n_counts) + column;
-  const bool alike = photos.counts[column] == 1 || *work.found(memory) == 0;
+  const auto b = static_cast<int32_t>(blockIdx.x / images.n_counts);
+  const int64_t column = blockIdx.x % images.n_counts;
+  const Work work = my_work(images, b, channels);
+  double* memory = workspace + images.work[b];
+  int32_t* labels = all_labels + images.begin[b] * static_cast<int64_t>(images.n_counts) + column;
+  const bool alike = images.counts[column] == 1 || *work.found(memory) == 0;
   int64_t best = column * kRestarts;
   for (int64_t r = best + 1; r < (column + 1) * kRestarts && !alike; ++r) {
     if (*work.run(memory, r) < *work.run(memory, best)) best = r;
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(32 * kRunWarps)
   for (int64_t i = thread; i < work.n; i += kThreads) {
     int32_t number = 0;
     for (int c = 0; c < kMaxCount && !alike; ++c) number += first[c] < first[label[i]];
-    labels[i * photos.n_counts] = number;
+    labels[i * images.n_counts] = number;
   }
 }
 
@@ -324,26 +324,26 @@ void spectral_clusters(const TensorView& unit, const TensorView& ranges, const T
   }
   const OnDevice device(unit);
   int64_t doubles = 0;
-  for (int64_t first = 0; first < batch.count; first += kMaxPhotos) {
-    Photos photos;
-    photos.first = static_cast<int32_t>(first);
-    photos.n_counts = static_cast<int32_t>(n_counts);
+  for (int64_t first = 0; first < batch.count; first += kMaxImages) {
+    Images images;
+    images.first = static_cast<int32_t>(first);
+    images.n_counts = static_cast<int32_t>(n_counts);
     for (int64_t c = 0; c < n_counts; ++c) {
-      photos.counts[c] = counts.as<int32_t>()[c];
-      photos.vectors = std::max(photos.vectors, photos.counts[c] - 1);
+      images.counts[c] = counts.as<int32_t>()[c];
+      images.vectors = std::max(images.vectors, images.counts[c] - 1);
     }
-    const int64_t count = std::min<int64_t>(kMaxPhotos, batch.count - first);
+    const int64_t count = std::min<int64_t>(kMaxImages, batch.count - first);
     for (int64_t i = 0; i < count; ++i) {
-      photos.begin[i] = static_cast<int32_t>(batch.begin(first + i));
-      photos.length[i] = static_cast<int32_t>(batch.end(first + i) - batch.begin(first + i));
-      photos.work[i] = doubles;
+      images.begin[i] = static_cast<int32_t>(batch.begin(first + i));
+      images.length[i] = static_cast<int32_t>(batch.end(first + i) - batch.begin(first + i));
+      images.work[i] = doubles;
       doubles += work_of(batch, first + i, counts, channels).size();
     }
-    launch(embed, count, 32 * kWarps, stream, photos, unit.as<float>(), channels, ranges.as<float>(),
+    launch(embed, count, 32 * kWarps, stream, images, unit.as<float>(), channels, ranges.as<float>(),
            workspace.as<double>());
-    launch(run_kmeans, count * n_counts * kRestarts, 32 * kRunWarps, stream, photos, channels, workspace.as<double>(),
+    launch(run_kmeans, count * n_counts * kRestarts, 32 * kRunWarps, stream, images, channels, workspace.as<double>(),
            seed);
-    launch(pick_run, count * n_counts, 32 * kRunWarps, stream, photos, channels, workspace.as<double>(),
+    launch(pick_run, count * n_counts, 32 * kRunWarps, stream, images, channels, workspace.as<double>(),
            labels.as<int32_t>());
   }
 }

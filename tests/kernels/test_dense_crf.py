@@ -253,7 +253,7 @@ def test_probabilities_that_are_not_finite_raise_with_the_image(backend, device,
     samples = [random_sample(s, 20, 30, labels) for s in range(3)]
     samples[1][0][7, 9, 1] = value
     batch = [Ragged.pack([p[i].to(device) for p in samples]) for i in (0, 1)]
-    with pytest.raises(ValueError, match=r"dense_crf: probabilities .*(image|photo) 1 "):
+    with pytest.raises(ValueError, match=r"dense_crf: probabilities .*image 1 "):
         nk.dense_crf(*batch, backend=backend)
 
 
@@ -286,9 +286,7 @@ def test_invalid_arguments_raise():
         for value in values:
             with pytest.raises(ValueError, match=f"dense_crf: {name} {message}"):
                 nk.dense_crf(probabilities, image, **{name: value})
-    with pytest.raises(
-        ValueError, match=r"dense_crf: the sigmas of bilateral are too small for (image|photo) 0 of 4 x 6"
-    ):
+    with pytest.raises(ValueError, match=r"dense_crf: the sigmas of bilateral are too small for image 0 of 4 x 6"):
         nk.dense_crf(probabilities, image, bilateral=(80.0, 0.01, 10.0), backend="cpu")
     with pytest.raises(ValueError, match="dense_crf: backend 'cuda' cannot run"):
         nk.dense_crf(probabilities, image, backend="cuda")

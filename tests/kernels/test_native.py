@@ -34,7 +34,7 @@ def test_accepts_arrays_of_any_library_that_supports_dlpack():
 def test_invalid_arrays_raise():
     mask = np.zeros((2, 3), bool)
     flat, offsets, shapes, out = arguments(mask, np.empty_like(mask))
-    with pytest.raises(TypeError, match="speaks DLPack"):
+    with pytest.raises(TypeError, match="supports DLPack"):
         native.fill_holes([True], offsets, shapes, out)
     with pytest.raises(TypeError, match="unsupported dtype"):
         native.fill_holes(flat.astype(np.complex64), offsets, shapes, out)

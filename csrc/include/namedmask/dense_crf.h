@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: MIT
-// Mean-field inference in a fully connected CRF with Gaussian edges (Kraehenbuehl and Koltun, NIPS 2011) over a packed
-// batch of photos of any sizes, any number of labels.
+// Mean-field inference in a fully connected CRF with Gaussian edges (Kraehenbuehl and Koltun, NIPS 2011). A packed
+// batch of images of any sizes, any number of labels.
 //
-// Arrays     probabilities float32 [P, L] and image uint8 [P, 3] (RGB), one photo after another in raster order;
-//            offsets int32 [B + 1] and shapes int32 [B, 2] as in RaggedShape; out float32 [P, L]. All contiguous; out
-//            is allocated by the caller and fully written.
-// Model      unary -log(clip(p, 1e-5, 1)); two Potts terms, whose kernels are Gaussians of place and of place and
-//            color. A kernel K, its diagonal included, is used as N^-1/2 K N^-1/2 with N = diag(K 1). The marginals
-//            start as softmax(-unary); an update is softmax(-unary + weight K marginals, summed over the terms).
-// Filters    the Gaussian of place on a grid of cubic B-splines, within 0.002 of the exact one's peak; that of place
-//            and color on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010), with axes x, y, r, g, b.
-// Empty      an empty batch, photos of 0 x n pixels and L = 0 are fine.
-// Errors     std::invalid_argument for probabilities that are not finite and for sigmas so small that the lattice
-//            has no name for some vertex (a photo 3000 sigmas wide), naming the photo.
+// Arrays     probabilities float32 [P, L] and image uint8 [P, 3] (RGB), one image after another in raster order;
+//            offsets int32 [B + 1] and shapes int32 [B, 2] as in RaggedShape; out float32 [P, L]. All contiguous; the
+//            caller allocates out, which is fully written.
+// Model      unary -log(clip(p, 1e-5, 1)); two Potts terms whose kernels are Gaussians of position and of position and
+//            color. A kernel K, including its diagonal, is used as N^-1/2 K N^-1/2 with N = diag(K 1). The marginals
+//            start as softmax(-unary); an update is softmax(-unary + sum over the terms of weight K marginals).
+// Filters    The Gaussian of position on a grid of cubic B-splines, with an error below 0.002 of its peak; the Gaussian
+//            of position and color on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010) with axes x,
+//            y, r, g, b.
+// Empty      an empty batch, images of 0 x n pixels and L = 0 are allowed.
+// Errors     std::invalid_argument for probabilities that are not finite, and for sigmas so small that the lattice
+//            cannot represent some vertex (an image 3000 sigmas wide); the message names the image.
 // Aliasing   out must not overlap the inputs.
-// Threads    OpenMP over photos; the result depends neither on the number of threads nor on the batch, to the bit.
-//            Instruction levels round differently.
-// Cost       for each update and pixel about 24 L + 100 operations; memory for each pixel 48 bytes and for each vertex
-//            of the lattice (16,000 to 40,000 in a photo of 512 x 683) 48 + 8 L.
+// Threads    OpenMP over images. Results are bit-identical for any number of threads and any batch. Instruction levels
+//            differ by rounding.
+// Cost       about 24 L + 100 operations per update and pixel; 48 bytes of memory per pixel and 48 + 8 L per vertex of
+//            the lattice (16,000 to 40,000 in an image of 512 x 683).
 #pragma once
 
 #include "namedmask/tensor_view.h"
@@ -27,7 +28,7 @@ namespace namedmask {
 struct CrfSettings {
   int64_t iterations = 10;
   double gaussian_sigma = 3, gaussian_weight = 3;         // sigma in pixels, above 0
-  double bilateral_sigma = 80, bilateral_sigma_rgb = 13;  // in pixels and in steps of 255, above 0
+  double bilateral_sigma = 80, bilateral_sigma_rgb = 13;  // in pixels and in 8-bit color levels, above 0
   double bilateral_weight = 10;
 };
 
@@ -38,25 +39,26 @@ void dense_crf(const TensorView& probabilities, const TensorView& image, const T
 
 }  // namespace cpu
 
-// The same on a CUDA device, within rounding. Offsets, shapes and counts lie on the CPU, everything else on one device.
-// The calls return at once: the work is done in the order of `stream`, and the arrays must live until then. As only the
-// device knows how many vertices the lattice has, and their memory grows with the labels, there is a call to find them
-// and one to infer. The result depends neither on the batch nor on the order in which threads run, to the bit.
-// 178 million pixels at most. An update is 14 launches for a batch of up to 64 photos, and 6 more for every 64 more.
+// The same on a CUDA device, within rounding. Offsets, shapes and counts are on the CPU, all other arrays on one
+// device. The calls only enqueue work on `stream`; the arrays must stay alive until it is done. The number of lattice
+// vertices is known only on the device, and their memory grows with the labels, so one call builds the lattice and
+// another runs the inference. Results are bit-identical for any batch and any order in which threads run. At most 178
+// million pixels. An update takes 14 launches for a batch of up to 64 images, and 6 more for every further 64.
 namespace cuda {
 
-// status int32 [2, B]: the vertices of each photo, and 1 where a probability is not finite. workspace int32 [49 P + B]
-// and out are what dense_crf goes on from.
+// status int32 [2, B]: the number of vertices of each image, and 1 where a probability is not finite. dense_crf takes
+// over workspace int32 [49 P + B] and out.
 void dense_crf_lattice(const TensorView& probabilities, const TensorView& image, const TensorView& offsets,
                        const TensorView& shapes, const TensorView& out, const TensorView& status,
                        const TensorView& workspace, const CrfSettings& settings, Stream stream);
 
-// The size of dense_crf's workspace. counts int32 [B]: the vertices of each photo. About 9 L + 4 bytes a pixel and
-// 12 L + 60 a vertex, which are a tenth of the pixels in a photo of 512 x 683.
+// The size of dense_crf's workspace. counts int32 [B]: the number of vertices of each image. About 9 L + 4 bytes per
+// pixel and 12 L + 60 per vertex; an image of 512 x 683 has a tenth as many vertices as pixels.
 int64_t dense_crf_workspace(const TensorView& offsets, const TensorView& shapes, const TensorView& counts,
                             int64_t labels, const CrfSettings& settings);
 
-// status and lattice_workspace as given by dense_crf_lattice, counts its first row on the CPU, workspace int32.
+// status and lattice_workspace come from dense_crf_lattice; counts is the first row of status, on the CPU; workspace
+// int32.
 void dense_crf(const TensorView& offsets, const TensorView& shapes, const TensorView& out, const TensorView& status,
                const TensorView& counts, const TensorView& lattice_workspace, const TensorView& workspace,
                const CrfSettings& settings, Stream stream);

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: MIT
-// Refinement of masks by a random walk over the affinity of the features, every photo of a packed batch by itself.
+// Refinement of masks by a random walk over the affinity of the features, independently for every image of a packed
+// batch.
 //
 // Definition  Rows of the features are divided by max(norm, 1e-12). S_ij = exp(sharpness (cosine of i and j - 1)), P is
 //             S with its rows divided by their sums; out = P^steps masks. A row of zeros has cosine 0 with all tokens.
 // Arrays      masks float32 [T, M]; features float32 [T, C]; offsets int32 [B + 1] and shapes int32 [B, 2] as in
-//             RaggedShape; out float32 [T, M], which may not overlap the masks. All contiguous.
-// Errors      std::invalid_argument for a wrong array or setting and for features that are not finite (first photo
-//             named); out is then unspecified. Masks may hold anything; NaN spreads.
+//             RaggedShape; out float32 [T, M], which must not overlap the masks. All contiguous.
+// Errors      std::invalid_argument for a wrong array or setting, and for features that are not finite (the message
+//             names the first image); out is then unspecified. Masks may contain any values; NaN propagates.
 // Accuracy    float32 throughout; 0 steps copy the masks.
-// Threads     OpenMP, one region: over photos, or over groups of rows of tiles when there is one photo. The bits of a
-//             result depend neither on the threads nor on the batch. Levels differ by rounding.
-// Cost        per photo of n tokens and step n^2 (C + 2 M) flops, S being symmetric, and n^2 / 2 exponentials; never
-//             more of S than a tile per thread. Memory: 4 n C bytes, and 4 n (M + 32) for each of up to eight threads.
+// Threads     OpenMP, one region: over images, and over groups of rows of tiles if there is only one image. Results are
+//             bit-identical for any number of threads and any batch. Levels differ by rounding.
+// Cost        per image of n tokens and step n^2 (C + 2 M) flops, since S is symmetric, and n^2 / 2 exponentials. S is
+//             never stored beyond one tile per thread. Memory per thread, kept for its next call (64 MB at most): 4 n C
+//             bytes and 12 n (M + 32); a single image takes 40 n (M + 32).
 #pragma once
 
 #include "namedmask/tensor_view.h"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// A borrowed n-dimensional array and the checks that every operator makes on its arguments.
+// A borrowed n-dimensional array, and the argument checks of all operators.
 //
-// Operators see arrays only through TensorView: no torch, no Python. A view owns nothing; whoever calls keeps the
-// memory alive for the length of the call (and, for CUDA, until the stream has passed it).
+// Operators access arrays only through TensorView, without torch or Python. A view does not own its memory: the caller
+// keeps it alive for the duration of the call (and on CUDA until the work on the stream is done).
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ struct TensorView {
   }
 
   bool contiguous() const {
-    if (size() == 0) return true;  // whatever its strides say
+    if (size() == 0) return true;  // with any strides
     int64_t expected = 1;
     for (int i = ndim - 1; i >= 0; --i) {
       if (shape[i] != 1 && strides[i] != expected) return false;
@@ -52,7 +52,7 @@ struct TensorView {
   }
 };
 
-// A cudaStream_t, for headers that know no CUDA; null is the default stream.
+// A cudaStream_t, for headers that do not include CUDA; null is the default stream.
 struct Stream {
   void* handle = nullptr;
 };
@@ -65,7 +65,7 @@ std::string describe(const TensorView& view);  // "float32 [3, 4] on cpu"
 void expect(const char* op, const char* argument, const TensorView& view, DType dtype,
             std::initializer_list<int64_t> shape, Device device = Device::kCPU);
 
-// A packed batch of grids: photo b owns rows offsets[b] .. offsets[b + 1], its grid is shapes[b] = (height, width).
+// A packed batch of grids: image b has the rows offsets[b] .. offsets[b + 1] and the grid shapes[b] = (height, width).
 struct RaggedShape {
   const int32_t* offsets = nullptr;  // [count + 1]
   const int32_t* shapes = nullptr;   // [count, 2]
@@ -77,8 +77,8 @@ struct RaggedShape {
   int64_t width(int64_t b) const { return shapes[2 * b + 1]; }
 };
 
-// Checks offsets int32 [B + 1] and shapes int32 [B, 2] on the CPU: offsets start at 0, end at `rows`, and each photo
-// owns exactly height * width rows. Throws std::invalid_argument naming the photo that does not.
+// Checks offsets int32 [B + 1] and shapes int32 [B, 2] on the CPU: offsets start at 0 and end at `rows`, and each image
+// has exactly height * width rows. Otherwise throws std::invalid_argument that names the image.
 RaggedShape expect_ragged(const char* op, const TensorView& offsets, const TensorView& shapes, int64_t rows);
 
 }  // namespace namedmask

@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: MIT
-#include "attention_features_kernel.h"
-
-namespace namedmask::cpu {
-
-const AttentionKernels attention_avx512 = {pack<FloatScores>, attend<FloatScores>, tap, key_norms};
-
-}  // namespace namedmask::cpu

@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: MIT
-#include "bilateral_solver_kernel.h"
-
-namespace namedmask::cpu {
-
-const BilateralKernels bilateral_avx512 = {keys, solve, slice};
-
-}  // namespace namedmask::cpu

@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: MIT
-#include "connected_components_kernel.h"
-
-namespace namedmask::cpu {
-
-const ComponentKernels components_avx2 = {scan, join, measure, paint, keep};
-
-}  // namespace namedmask::cpu

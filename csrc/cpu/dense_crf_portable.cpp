@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: MIT
-#include "dense_crf_kernel.h"
-
-namespace namedmask::cpu {
-
-const CrfKernels crf_portable = {embed, normalize, start, infer};
-
-}  // namespace namedmask::cpu

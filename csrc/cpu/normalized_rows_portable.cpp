@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: MIT
-#include "normalized_rows_kernel.h"
-
-namespace namedmask::cpu {
-
-const UnitRowKernels normalized_rows_portable = {sum_of_squares, scale};
-
-}  // namespace namedmask::cpu

@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: MIT
-#include "pamr_kernel.h"
-
-namespace namedmask::cpu {
-
-const PamrKernels pamr_avx512 = {affinities, average};
-
-}  // namespace namedmask::cpu
