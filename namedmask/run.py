@@ -74,7 +74,7 @@ def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = Fals
         if differences and not stage.has_results(out):
             _remove_outputs(out, stage)  # left behind by an attempt with other settings
         record.stages[stage.name] = new
-    if record.photos not in (None, config.photos) and not overwrite:
+    if record.photos not in (None, config.photos) and not (overwrite and {"index", "archive"} & set(stages)):
         _expect_same_photos(out, source, record)
     if overwrite:
         for stage in STAGES.values():
@@ -108,9 +108,12 @@ def _expect_ours(out: Path, stage: Stage, record: RunRecord) -> None:
 
 
 def _expect_same_photos(out: Path, source: PhotoSource, record: RunRecord) -> None:
-    """A run may be continued where its photos have moved: they are known by their names below the photo folder."""
+    """A run can be continued where its photos have moved: they are known by their names below the photo folder."""
     from .index import read_photos
 
+    if not any(stage.has_results(out) for stage in STAGES.values()):
+        remove(out / "index")  # the list of other photos, of an attempt that failed
+        return
     names: Iterator[str] = iter(())
     if (out / "archive.json").exists():
         archive = read_archive(out / "archive.json")

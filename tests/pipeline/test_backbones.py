@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: MIT
 import copy
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,20 +170,6 @@ def test_photos_with_gradients_raise_runtime_error():
     photos = [photo.requires_grad_() for photo in photos_for(backbone, (2, 2))]
     with pytest.raises(RuntimeError, match="extract has no gradient; pass detached photos"):
         backbone.extract(photos, ["keys"])
-
-
-def test_readme_example_runs(backbone_weights):
-    """With another model, whose weights are available here."""
-    readme = Path(__file__).parents[2] / "README.md"
-    (lines,) = (code for code in re.findall(r"```python\n(.*?)```", readme.read_text(), re.S) if "vit.extract" in code)
-    names = {"images": [np.full((48, 100, 3), 200, np.uint8), np.zeros((90, 64, 3), np.uint8)]}
-    name = '"vit_small_patch8_224.dino"'
-    assert lines.count(name) == 1 and len(lines.split("\n\n")[1].strip().splitlines()) == 4
-    lines = lines.replace(name, f'"vit_tiny_patch16_224", {str(backbone_weights)!r}').replace("480", "64")
-    exec(lines, names)
-    assert list(names["found"]) == ["keys", "cls_attention", "tokens.8"]
-    assert names["heads"].shape == (4, 8, 3) and names["heads"].dtype == torch.float32
-    assert [tuple(grid.shape) for grid in names["found"]["tokens.8"].grids()] == [(4, 8, 192), (6, 4, 192)]
 
 
 def test_unknown_taps_raise_value_error():

@@ -412,6 +412,22 @@ def test_photos_and_weights_may_be_moved(world, tmp_path):
     draw_photo(0, "cat").save(tmp_path / "others" / "other.jpg")
     result = command("pseudolabel", moved / "out", "--photos", tmp_path / "others")
     assert result.exit_code == 2 and "lacks most of them" in result.stderr
+    result = command("pseudolabel", moved / "out", "--photos", tmp_path / "others", "--overwrite")
+    assert result.exit_code == 2 and "lacks most of them" in result.stderr  # the archive stays, so the photos must
+
+
+def test_photos_may_change_while_there_are_no_results(world, tmp_path):
+    options, out = world
+    (tmp_path / "others").mkdir()
+    draw_photo(0, "cat").save(tmp_path / "others" / "other.jpg")
+    wrong = tmp_path / "wrong.safetensors"
+    wrong.write_bytes(b"not embeddings")
+    index = options.index("--embeddings") + 1
+    mistaken = [tmp_path / "others", *options[1:index], wrong, *options[index + 1 :]]
+    assert invoke(*mistaken, "--out", tmp_path / "out").exit_code == 2
+    assert (tmp_path / "out" / "index" / "photos.jsonl").exists()
+    assert invoke(*options, "--out", tmp_path / "out").exit_code == 0
+    assert masks_of(tmp_path / "out") == masks_of(out)
 
 
 def test_settings_may_change_while_there_are_no_results(world, tmp_path):
