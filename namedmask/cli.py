@@ -53,8 +53,10 @@ Gpus = Annotated[
     int | None, typer.Option("--gpus", min=0, help="Number of processes with a GPU each. Default: 1 if there is a GPU.")
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Remove the results of this command and of later ones, and start over.")
+    bool,
+    typer.Option("--overwrite", help="Remove the results of this command and those made from them, and start over."),
 ]
+OverwriteFolder = Annotated[bool, typer.Option("--overwrite", help="Remove the earlier results and start over.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 WeightsArgument = Annotated[
     Path, typer.Argument(metavar="WEIGHTS", help="Segmenter folder, its model.safetensors, or NamedMask's .pth file.")
@@ -80,7 +82,8 @@ def command(function: Callable) -> Callable:
             print(f"namedmask: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            print("namedmask: interrupted; run the same command again to continue", file=sys.stderr)
+            again = "the same command without --overwrite" if options.get("overwrite") else "the same command again"
+            print(f"namedmask: interrupted; run {again} to continue", file=sys.stderr)
             raise typer.Exit(130) from None
         except (typer.Exit, BrokenPipeError):  # click exits quietly when nothing reads its output any more
             raise
@@ -233,15 +236,6 @@ def _names(categories: str | None, file: Path | None) -> list[str] | None:
     return None if file is None else read_names(file)
 
 
-def _source(photos: Path):
-    from .photos import PhotoSource
-
-    try:
-        return PhotoSource(photos)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
 def _load_segmenter(weights: Path, categories: str | None, file: Path | None, encoder: str, precision: str):
     names = _names(categories, file)
     from .distributed import count_gpus
@@ -261,7 +255,7 @@ def segment(
     categories_file: CategoriesFile = None,
     encoder: EncoderName = "resnet50",
     precision: PrecisionName = "float32",
-    overwrite: Overwrite = False,
+    overwrite: OverwriteFolder = False,
     debug: Debug = False,
 ) -> None:
     """Segment photos: one label map and one overlay per photo. Run it again to continue."""
@@ -271,7 +265,7 @@ def segment(
     from .progress import Progress
     from .segmenter.folder import segment_photos
 
-    source = _source(photos)
+    source = run.open_source(photos)
     if out.resolve() == (weights if weights.is_dir() else weights.parent).resolve():
         raise UserError(f"{out} holds the weights: choose another --out, as their files would be overwritten")
     with run.locked(out):
@@ -320,8 +314,10 @@ def evaluate(
         names = _names(categories, categories_file)
         figures = evaluate_folders(predictions, truth, names, ignore, red_green)
     else:
+        from .run import open_source
+
         segmenter = _load_segmenter(predictions, categories, categories_file, encoder, "float32")
-        figures = evaluate_segmenter(segmenter, _source(photos), truth, ignore, red_green)
+        figures = evaluate_segmenter(segmenter, open_source(photos), truth, ignore, red_green)
     print_table(figures)
     if json_file is not None:
         write_json(json_file, figures)
@@ -352,7 +348,7 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", help="Folder of the demo; created if missing, continued if it exists.")
     ] = Path("namedmask-demo"),
-    overwrite: Overwrite = False,
+    overwrite: OverwriteFolder = False,
     debug: Debug = False,
 ) -> None:
     """Run the whole method on rendered photos, without any download, and score its masks. Takes three minutes."""

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from .errors import UserError
@@ -28,7 +37,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FACTS = "made-with"  # the table of run.toml that holds versions and the device, not settings
+MADE_WITH = "made-with"  # the table of run.toml that holds versions and devices, not settings
 
 Precision = Literal["float32", "bfloat16"]
 Range = Annotated[tuple[float, float], Field(strict=False)]  # low, high; TOML has lists instead of tuples
@@ -44,13 +53,19 @@ class LocalFile:
     companions: tuple[str, ...] = ()
 
 
-Weights = Annotated[str | None, LocalFile()]
+Unset = BeforeValidator(lambda value: value or None)  # TOML has no null: "" stands for None
+Weights = Annotated[str | None, Unset, LocalFile()]
 
 
 class Section(BaseModel):
     """A group of settings. `setting` declares its fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def without_files(self) -> dict[str, Any]:
+        """The settings but for the paths of local files, which are compared by content elsewhere."""
+        files = {one.name for one in settings(type(self)) if one.files}
+        return {name: value for name, value in self.model_dump().items() if name not in files}
 
 
 def setting(default: Any, description: str, *, flag: str | None = "", **limits: Any) -> Any:
@@ -71,7 +86,7 @@ class IndexConfig(Section):
 
     clip_model: str = setting("ViT-L-14-336:openai", "CLIP model, as open_clip's MODEL:PRETRAINED.")
     clip_weights: Weights = setting(None, "Local file with CLIP weights, instead of PRETRAINED.")
-    embeddings: Annotated[str | None, LocalFile(companions=(".json",))] = setting(
+    embeddings: Annotated[str | None, Unset, LocalFile(companions=(".json",))] = setting(
         None, "Precomputed embeddings, FILE.safetensors with FILE.json beside it, instead of a CLIP model."
     )
     shard_size: int = setting(1024, "Photos per shard of the index.", flag=None, ge=1)
@@ -179,7 +194,7 @@ class SaliencyTraining(Section):
     scale: Range = setting((0.1, 1.0), "Area of a crop relative to the photo: low, high.")
     batch_size: int = setting(8, "Photos per step, over all workers.", ge=1)
     epochs: int = setting(12, "Passes over the masks.", ge=1)
-    steps: int | None = setting(None, "Training steps, instead of epochs.", ge=1)
+    steps: int = setting(0, "Training steps, instead of epochs if above 0.", ge=0)
     lr: float = setting(6e-6, "Learning rate of the decoder.", gt=0)
     encoder_lr: float = setting(6e-6, "Learning rate of the encoder.", gt=0)
     weight_decay: float = setting(0.01, "Weight decay.", ge=0)
@@ -313,6 +328,12 @@ class Setting(NamedTuple):
         return self.field.annotation
 
     @property
+    def default(self) -> Any:
+        """Its default, as JSON has it."""
+        value = self.field.default
+        return list(value) if isinstance(value, tuple) else value
+
+    @property
     def is_list(self) -> bool:
         return get_origin(self.kind) in (list, tuple)
 
@@ -359,16 +380,22 @@ class Setting(NamedTuple):
         """The value of a text from the command line; the values of lists are separated by commas. Raises UserError."""
         raw: Any = text
         if self.is_list:
-            raw = [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
+            if get_args(self.kind)[0] is not str and text[:1] + text[-1:] == "[]":  # as TOML writes numbers
+                text = text[1:-1]
+            raw = [part.strip() for part in text.split(",") if part.strip()]
         elif text.lower() == "none" and type(None) in get_args(self.kind):
             raw = None
         try:
             value = TypeAdapter(self.kind).validate_python(raw, strict=False)
         except ValidationError as error:
             raise UserError(f"wrong settings: {describe(self, error.errors()[0])}") from None
-        if self.files and value:
-            value = [_absolute_file(one) for one in value] if self.is_list else absolute(value)
-        return value
+        return self.absolute(value)
+
+    def absolute(self, value: Any) -> Any:
+        """The value, with absolute paths if it names local files."""
+        if not self.files or not value:
+            return value
+        return [_absolute_file(entry) for entry in value] if self.is_list else absolute(value)
 
 
 def _absolute_file(entry: str) -> str:
@@ -468,19 +495,19 @@ def read_settings(path: Path) -> dict:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
-    values.pop(FACTS, None)
+    values.pop(MADE_WITH, None)
     make_config({"photos": "", **values})  # names each wrong name and value
     flat = flatten(values)
     for one in settings():
-        if one.name in flat and one.files and flat[one.name]:
-            value = flat[one.name]
-            flat[one.name] = [_absolute_file(v) for v in value] if one.is_list else absolute(value)
+        if one.name in flat:
+            flat[one.name] = one.absolute(flat[one.name])
     if "photos" in flat:
         flat["photos"] = absolute(flat["photos"])
     return nest(flat)
 
 
-def to_toml(config: RunConfig, facts: dict[str, str] | None = None) -> str:
-    """The settings as run.toml shows them; under FACTS, versions and the device."""
-    values = config.model_dump(exclude_none=True)
-    return tomli_w.dumps({**values, FACTS: facts} if facts else values)
+def to_toml(config: RunConfig, made_with: dict[str, dict[str, str]] | None = None) -> str:
+    """The settings as run.toml shows them; under MADE_WITH, versions and the device of each stage."""
+    flat = flatten(config.model_dump())
+    values = nest({name: "" if value is None else value for name, value in flat.items()})
+    return tomli_w.dumps({**values, MADE_WITH: made_with} if made_with else values)

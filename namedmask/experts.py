@@ -211,13 +211,13 @@ class _Experts:
         for number in self.worker.claim("experts", len(names)):
             name, records = names[number], self.records[names[number]]
             if self.shard(number).exists():
-                self.progress.advance(self.views + len(records), found=True)
+                self.progress.advance(self.views + len(records), existing=True)
             elif any(record.area for record in records):
                 segmenter = Segmenter(self._expert(name, [name], Worker()), [name], self.device)
                 self._refine(number, records, segmenter, lambda logits, _: logits[1] - logits[0])
             else:
                 self._write(number, records, [])
-                self.progress.advance(self.views + len(records), found=True)
+                self.progress.advance(self.views + len(records), existing=True)
         return len(names)
 
     def train_shared(self) -> int:
@@ -237,7 +237,7 @@ class _Experts:
         shards = list(_shards(records, SHARD_SIZE))
         for number in self.worker.claim("experts", len(shards)):
             if self.shard(number).exists():
-                self.progress.advance(len(shards[number]), found=True)
+                self.progress.advance(len(shards[number]), existing=True)
             else:
                 self._refine(number, shards[number], segmenter, logits)
         return len(shards)
@@ -249,7 +249,7 @@ class _Experts:
         path = self.out / "experts" / f"{file_name(name)}.safetensors"
         folder = path.with_suffix("")
         if path.exists():
-            self.progress.advance(self.views if worker.is_main else 0, found=True)
+            self.progress.advance(self.views if worker.is_main else 0, existing=True)
         else:
             folder.mkdir(exist_ok=True)
             if worker.is_main:
@@ -301,10 +301,10 @@ class _ExpertProgress(Progress):
         super().__init__(stage.stage, stage.worker)
         self.parent, self.name = stage, name
 
-    def advance(self, photos: int, found: bool = False) -> None:
+    def advance(self, photos: int, existing: bool = False) -> None:
         if self.note:
             self.parent.note = f"{self.name}: {self.note}"
-        self.parent.advance(photos, found)
+        self.parent.advance(photos, existing)
 
 
 def relabel(

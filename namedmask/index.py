@@ -81,7 +81,7 @@ def build_index(
         config: Settings of the index.
         worker: This process, which claims its shards.
         device: Device as torch names it.
-        advance: Called as `advance(photos, found=...)` after each shard; `found` says that the shard already existed.
+        advance: Called as `advance(photos, existing=...)` after each shard; `existing`: the shard existed already.
 
     Raises:
         UserError: If the embedder cannot be created.
@@ -98,7 +98,7 @@ def build_index(
             batch = list(itertools.islice(names, first - at, first - at + size))
             at = first + size
             _embed_shard(embedder, source, batch, first, shard_path(folder, shard))
-        advance(size, found=exists)
+        advance(size, existing=exists)
 
 
 def _embed_shard(embedder: Embedder, source: PhotoSource, names: list[str], first: int, path: Path) -> None:

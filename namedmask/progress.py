@@ -36,14 +36,14 @@ class Progress:
         self.start = self.last_line = time.monotonic()
         return self
 
-    def advance(self, photos: int, found: bool = False) -> None:
+    def advance(self, photos: int, existing: bool = False) -> None:
         """Counts photos of this worker as done.
 
         Args:
             photos: Number of photos.
-            found: The results already existed. Such photos do not count toward the rate.
+            existing: The results already existed. Such photos do not count toward the rate.
         """
-        self.skipped = self.worker.count_done(f"{self.stage}/skipped", photos if found else 0)
+        self.skipped = self.worker.count_done(f"{self.stage}/skipped", photos if existing else 0)
         self.done = self.worker.count_done(self.stage, photos)
         if not self.worker.is_main:
             return

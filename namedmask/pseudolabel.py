@@ -151,7 +151,7 @@ def pseudolabel(
         config: Settings of the run.
         worker: This worker.
         device: "cpu", or this worker's GPU as torch names it.
-        advance: Called as `advance(photos, found=...)` when photos are done; `found` says that their shard existed.
+        advance: Called as `advance(photos, existing=...)` when photos are done; `existing`: their shard existed.
 
     Returns:
         The labeler, for its timings; None if this worker had nothing to do.
@@ -161,7 +161,7 @@ def pseudolabel(
     for shard in worker.claim("pseudolabel", -(-len(work) // config.pseudolabel.shard_size)):
         part = work[shard * config.pseudolabel.shard_size : (shard + 1) * config.pseudolabel.shard_size]
         if shard_path(folder, shard).exists():
-            advance(len(part), found=True)
+            advance(len(part), existing=True)
             continue
         labeler = labeler or Labeler(config, device)
         records: list[MaskRecord] = []

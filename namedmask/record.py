@@ -2,13 +2,13 @@
 """OUT/stages.json: with which settings each stage of a run has made its output.
 
     {"photos": "/data/photos",
-     "stages": {"archive": {"settings": {"categories": ..., ...}, "upstream": {...}, "files": {...}}, ...},
-     "digests": {"/weights/clip.safetensors": [size, mtime_ns, sha256], ...},
-     "made_with": {"torch": "2.10.0", "device": ..., ...}}
+     "stages": {"archive": {"settings": {"categories": ..., ...}, "upstream": {...}, "files": {...},
+                            "made_with": {"torch": "2.10.0", "device": ..., ...}}, ...},
+     "digests": {"/weights/clip.safetensors": [size, mtime_ns, sha256], ...}}
 
 photos:   where the photos were when the run was last used; stages know them by their names below that
 settings: those of the stage itself, by their dotted names
-upstream: those of earlier stages that its output depends on too
+upstream: those of earlier stages whose results it was made from
 files:    SHA-256 digests of the local files among them, which are compared instead of their paths
 
 Only commands write it. run.toml shows the same settings to people and is never read back.
@@ -37,12 +37,16 @@ class StageRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     upstream: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    made_with: dict[str, str] = field(default_factory=dict)
 
     def differences(self, other: StageRecord) -> list[str]:
-        """One line per setting that differs from `other`, such as "detector.tau: 0.2 -> 0.3"."""
-        lines, before = [], self.upstream | self.settings
+        """One line per setting that differs from `other`, such as "detector.tau: 0.2 -> 0.3".
+
+        A setting that is not recorded, as by an earlier version, had its default.
+        """
+        lines, before = [], {one.name: one.default for one in settings()} | self.upstream | self.settings
         for name, new in (other.upstream | other.settings).items():
-            old = before.get(name)
+            old = before[name]
             if name in self.files and name in other.files:
                 if self.files[name] != other.files[name]:
                     lines.append(f"{name}: {_short(old)} -> {_short(new)} (different content)")
@@ -77,15 +81,14 @@ class RunRecord:
     photos: str | None = None
     stages: dict[str, StageRecord] = field(default_factory=dict)
     digests: Digests = field(default_factory=Digests)
-    made_with: dict[str, str] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """The settings of all stages, by dotted names. Each stage's own ones count, not what later stages recorded."""
-        found: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for part in ("upstream", "settings"):
             for stage in self.stages.values():
-                found |= getattr(stage, part)
-        return found
+                merged |= getattr(stage, part)
+        return merged
 
     def write(self, out: Path) -> None:
         with atomic_write(out / FILE) as file:
@@ -98,7 +101,7 @@ def read_record(out: Path) -> RunRecord:
         data = json.loads((out / FILE).read_bytes())
         stages = {name: StageRecord(**stage) for name, stage in data["stages"].items()}
         digests = Digests({path: tuple(digest) for path, digest in data["digests"].items()})
-        return RunRecord(data["photos"], stages, digests, data["made_with"])
+        return RunRecord(data["photos"], stages, digests)
     except FileNotFoundError:
         return RunRecord()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -113,27 +116,29 @@ def read_config(out: Path) -> RunConfig:
     record = read_record(out)
     if record.photos is None:
         raise UserError(f"{out} is not a run folder: {out / FILE} is missing")
-    return make_config(nest({**record.settings(), "photos": record.photos}))
+    try:
+        return make_config(nest({**record.settings(), "photos": record.photos}))
+    except UserError as error:
+        raise UserError(f"{out / FILE}: {error}") from None
 
 
-def record_of(
-    config: RunConfig, sections: Sequence[str], upstream_sections: Sequence[str], digests: Digests
-) -> StageRecord:
-    """What the output of a stage that reads these sections depends on. Raises UserError where a file is missing."""
+def stage_record(config: RunConfig, sections: Sequence[str], digests: Digests) -> StageRecord:
+    """The record of a stage that reads these sections, its upstream excepted.
+
+    Raises UserError if a file is missing.
+    """
     result = StageRecord()
     for one in settings():
-        section = one.name.split(".")[0]
-        if section not in (*sections, *upstream_sections):
+        if one.name.split(".")[0] not in sections:
             continue
         value: Any = config
         for part in one.name.split("."):
             value = getattr(value, part)
-        group = result.settings if section in sections else result.upstream
-        group[one.name] = list(value) if isinstance(value, tuple) else value
+        result.settings[one.name] = list(value) if isinstance(value, tuple) else value
         if one.files and value:
             entries = [entry.partition("=") for entry in value] if one.is_list else [("", "=", value)]
-            parts = [[name, *(digests.of(one, path) if equals else ())] for name, equals, path in entries]
-            result.files[one.name] = " ".join(itertools.chain(*parts)).strip()
+            names_and_digests = [[name, *(digests.of(one, path) if path else ())] for name, _, path in entries]
+            result.files[one.name] = " ".join(itertools.chain(*names_and_digests)).strip()
     return result
 
 

@@ -92,11 +92,12 @@ def write_report(out: str | os.PathLike[str], sheets: Mapping[str, str] | None =
     scores = np.concatenate([np.zeros(0), *(np.asarray(category.scores) for category in categories.values())])
     low, high = (0.0, 1.0) if not scores.size else (min(0.0, scores.min()), max(1.0, scores.max()))
 
+    record, maker = read_record(out), "experts" if masks.name == "refined" else "pseudolabel"
     page = _template().generate(
         title=out.resolve().name,
         photos=config.photos,
         refined=masks.name == "refined",
-        facts=read_record(out).made_with,
+        facts=record.stages[maker].made_with if maker in record.stages else {},
         settings=to_toml(config).splitlines(),
         photo_count=photo_count,
         mask_count=scores.size,

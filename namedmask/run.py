@@ -8,6 +8,7 @@ report.html  (each described where it is made)
 from __future__ import annotations
 
 import fcntl
+import os
 import platform
 import shutil
 import sys
@@ -24,7 +25,7 @@ from .errors import UserError
 from .files import TEMPORARY_PREFIX, atomic_write, remove_stale
 from .masks import read_errors, read_masks
 from .photos import PhotoSource
-from .record import FILE, RunRecord, read_config, read_record, record_of
+from .record import FILE, RunRecord, read_config, read_record, stage_record
 from .stages import STAGES, Context, Stage
 
 CHECKED_PHOTOS = 1000  # of a run whose photos have moved
@@ -60,31 +61,47 @@ def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = Fals
     sections = {section for stage in todo for section in stage.sections}
     recorded = nest({**record.settings(), "photos": record.photos})
     config = make_config(merge(recorded, {key: given[key] for key in given if key in sections | {"photos"}}))
-    source = open_source(config)
+    source = open_source(config.photos)
     _expect_categories(config, source, stages)
-    for stage in todo:
+    removed = _made_from(todo) if overwrite else []
+    for stage in (one for one in todo if one.sections):
         _expect_ours(out, stage, record)
-        new = record_of(config, stage.sections, stage.upstream, record.digests)
-        differences = record.stages[stage.name].differences(new) if stage.name in record.stages else []
-        if differences and stage.has_results(out) and not overwrite:
+        old, has_results = record.stages.get(stage.name), stage.has_results(out)
+        new = stage_record(config, stage.sections, record.digests)
+        for earlier in stage.made_from:
+            if earlier in record.stages and (STAGES[earlier] in todo or STAGES[earlier].has_results(out)):
+                new.upstream |= record.stages[earlier].settings
+                new.files |= record.stages[earlier].files
+        differences = old.differences(new) if old else []
+        if differences and has_results and not overwrite:
             raise UserError(
                 f"{out / stage.outputs[0]} was made with other settings: {'; '.join(differences)} (leave these "
                 "options out to continue with the old ones, choose another --out, or start over with --overwrite)"
             )
-        if differences and not stage.has_results(out):
-            _remove_outputs(out, stage)  # left behind by an attempt with other settings
+        if differences and not has_results:
+            removed.append(stage)  # what an attempt with other settings has left behind
+        new.made_with = old.made_with if old and has_results and not overwrite else made_with()
         record.stages[stage.name] = new
-    if record.photos not in (None, config.photos) and not (overwrite and {"index", "archive"} & set(stages)):
-        _expect_same_photos(out, source, record)
-    if overwrite:
-        for stage in STAGES.values():
-            if stage in todo or not {s.name for s in todo}.isdisjoint(stage.made_from):
-                _remove_outputs(out, stage)
-    record.photos, record.made_with = config.photos, made_with()
+    if record.photos not in (None, config.photos):
+        if not any(stage.has_results(out) for stage in STAGES.values()):
+            removed.append(STAGES["index"])  # the list of the other photos
+        elif not (overwrite and ("index" if config.categories else "archive") in stages):
+            _expect_same_photos(out, source, record)
+    for stage in removed:
+        for name in stage.outputs:
+            remove(out / name)
+    record.photos = config.photos
     record.write(out)
     with atomic_write(out / "run.toml") as file:
-        file.write(to_toml(config, record.made_with).encode())
+        file.write(to_toml(config, {name: stage.made_with for name, stage in record.stages.items()}).encode())
     return config
+
+
+def _made_from(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages and those made from their results, last ones first: if their removal is interrupted, what is left was
+    made from what is left."""
+    names = {stage.name for stage in stages}
+    return [stage for stage in reversed(STAGES.values()) if stage in stages or not names.isdisjoint(stage.made_from)]
 
 
 def _expect_categories(config: RunConfig, source: PhotoSource, stages: Sequence[str]) -> None:
@@ -111,9 +128,6 @@ def _expect_same_photos(out: Path, source: PhotoSource, record: RunRecord) -> No
     """A run can be continued where its photos have moved: they are known by their names below the photo folder."""
     from .index import read_photos
 
-    if not any(stage.has_results(out) for stage in STAGES.values()):
-        remove(out / "index")  # the list of other photos, of an attempt that failed
-        return
     names: Iterator[str] = iter(())
     if (out / "archive.json").exists():
         archive = read_archive(out / "archive.json")
@@ -130,7 +144,7 @@ def _expect_same_photos(out: Path, source: PhotoSource, record: RunRecord) -> No
 
 
 def made_with() -> dict[str, str]:
-    """Versions and device, for run.toml."""
+    """Versions and device, for the record."""
     import numpy
     import PIL
     import timm
@@ -148,9 +162,10 @@ def made_with() -> dict[str, str]:
     }
 
 
-def open_source(config: RunConfig) -> PhotoSource:
+def open_source(photos: str | os.PathLike) -> PhotoSource:
+    """The photos of a folder, list or tar; UserError if there are none."""
     try:
-        return PhotoSource(config.photos)
+        return PhotoSource(photos)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -212,7 +227,7 @@ def _start_workers(out: Path, stages: Sequence[str], count: int, device: str) ->
     try:
         distributed.launch([str(out), device, *stages], count)
     except UserError:
-        if failure.exists():  # a worker has said what is wrong, and a restart would not mend it
+        if failure.exists():  # a worker has said what is wrong, and a restart would not help
             raise UserError(failure.read_text()) from None
         raise
 
@@ -224,7 +239,7 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str) -> None:
     try:
         device = worker.device(device)
         config = read_config(out)
-        source = open_source(config)
+        source = open_source(config.photos)
         if "archive" in stages and (not config.categories or (out / "archive.json").exists()):
             stages = [stage for stage in stages if stage != "index"]  # class folders, or retrieved already
         for folder in (out, *(out / name for stage in STAGES.values() for name in stage.outputs)):
@@ -238,11 +253,6 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str) -> None:
     except Exception as error:
         worker.fail(str(error))
         raise
-
-
-def _remove_outputs(out: Path, stage: Stage) -> None:
-    for name in stage.outputs:
-        remove(out / name)
 
 
 def remove(path: Path) -> None:

@@ -46,7 +46,6 @@ class Stage:
     outputs:   files and folders in the run folder that it makes
     finished:  patterns of files that hold results; while there are none, the settings may change
     sections:  of RunConfig, that it reads
-    upstream:  further sections that its output depends on, by way of earlier stages
     made_from: stages whose output goes into its own; when they are made again, so is it
     done:      what to print at the end, with {out} for the run folder
     """
@@ -57,7 +56,6 @@ class Stage:
     outputs: tuple[str, ...]
     finished: tuple[str, ...]
     sections: tuple[str, ...] = ()
-    upstream: tuple[str, ...] = ()
     made_from: tuple[str, ...] = ()
     done: str = ""
 
@@ -134,8 +132,8 @@ def _pseudolabel(ctx: Context) -> None:
         return
     if ctx.worker.count > 1:  # shards that a lost worker had claimed, unless all workers were restarted with it
 
-        def advance(photos: int, found: bool = False) -> None:
-            if not found:
+        def advance(photos: int, existing: bool = False) -> None:
+            if not existing:
                 progress.advance(photos)
 
         pseudolabel(ctx.source, archive, folder, ctx.config, Worker(), ctx.device, advance)
@@ -148,21 +146,25 @@ def _assemble_errors(out: Path, *folders: str) -> None:
     assemble_errors(out / "errors.jsonl", [p for name in folders for p in sorted((out / name).glob("*.errors.jsonl"))])
 
 
-def _expect_all_masks(ctx: Context) -> None:
-    """A training on a part of the masks would count as finished forever."""
+def _expect_all_masks(ctx: Context, refined: bool = True) -> None:
+    """Raises UserError if masks are missing: a training on a part of them would count as finished forever.
+
+    refined: Whether the experts' masks, which are made of all masks, serve as well.
+    """
     from .archive import read_archive
     from .pseudolabel import missing_shards
 
-    refined = (ctx.out / "refined").exists()  # made of all masks
+    if refined and (ctx.out / "refined").exists():
+        return
     archive = read_archive(ctx.out / "archive.json")
-    if not refined and missing_shards(archive, ctx.out / "masks", ctx.config.pseudolabel.shard_size):
+    if missing_shards(archive, ctx.out / "masks", ctx.config.pseudolabel.shard_size):
         raise UserError(f"{ctx.out / 'masks'} is not finished; run `namedmask pseudolabel {ctx.out}` first")
 
 
 def _train_saliency(ctx: Context) -> None:
     from .saliency.selfmask_training import train_saliency
 
-    _expect_all_masks(ctx)
+    _expect_all_masks(ctx, refined=False)
     train_saliency(ctx.out, ctx.source, ctx.config.saliency, ctx.worker, ctx.device, ctx.progress)
 
 
@@ -207,7 +209,6 @@ STAGES = {
             outputs=("archive.json",),
             finished=("archive.json",),
             sections=("categories", "archive"),
-            upstream=("index",),
             made_from=("index",),
         ),
         Stage(
@@ -215,9 +216,8 @@ STAGES = {
             "Compute a mask for every photo of an archive.",
             _pseudolabel,
             outputs=("masks", "detected"),
-            finished=("masks/*.jsonl",),
+            finished=("masks/*[0-9].jsonl",),
             sections=("detector", "refine", "pseudolabel"),
-            upstream=("index", "categories", "archive"),
             made_from=("index", "archive"),
         ),
         Stage(
@@ -234,8 +234,13 @@ STAGES = {
             "experts",
             "Train category experts on the masks of each category and let them relabel its archive.",
             _experts,
-            outputs=("experts", "refining", "refined"),
-            finished=("experts/*.safetensors", "experts/*/checkpoint.pt", "refining/*.jsonl", "refined/*.jsonl"),
+            outputs=("refined", "refining", "experts"),
+            finished=(
+                "experts/*.safetensors",
+                "experts/*/checkpoint.pt",
+                "refining/*[0-9].jsonl",
+                "refined/*[0-9].jsonl",
+            ),
             sections=("experts",),
             made_from=("index", "archive", "pseudolabel"),
             done="the experts' masks are in {out}/refined",

@@ -146,7 +146,7 @@ def fit(
         progress: advances with every photo.
     """
     share = batch_size // state.worker.count
-    progress.advance(state.step * share, found=True)
+    progress.advance(state.step * share, existing=True)
     while state.step < state.steps:
         began = time.monotonic()
         photos, targets = next(batches)

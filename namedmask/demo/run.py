@@ -129,15 +129,12 @@ def run_demo(
         (out / FIGURES).unlink(missing_ok=True)
     with timed("render"):
         render(out / "photos", SEED, blocks * BLOCK, overwrite)
-    if overwrite:
-        with run.locked(out):
-            run.settle(out, settings, list(run.STAGES), overwrite)
     # One thread per kernel: on a busy machine, several threads per matrix product slow the training of such small
     # networks down by a factor of several, and the rounding would depend on their number.
     with kernels_on_one_thread("cuda" if count_gpus(None, 1) else "cpu"):
         for stage in STAGES:
             with timed(stage):
-                run.start(out, settings, [stage], workers=1, gpus=None, overwrite=False)
+                run.start(out, settings, [stage], overwrite=overwrite and stage == STAGES[0])
 
     figures = read_figures(out)
     if figures is None or not all((out / name).exists() for name in (*SHEETS, "report.html")):

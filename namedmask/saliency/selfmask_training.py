@@ -60,7 +60,7 @@ def train_saliency(
     records = ranked_masks(out / "masks")
     folder, path = out / "saliency", out / "saliency" / "model.safetensors"
     folder.mkdir(exist_ok=True)
-    about = {"settings": settings.model_dump(), "masks": digest(records)}
+    about = {"settings": settings.without_files(), "masks": digest(records)}
     if path.exists():
         with (folder / "metrics.jsonl").open() as lines:
             if json.loads(next(lines))["masks"] != about["masks"]:

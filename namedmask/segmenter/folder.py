@@ -62,7 +62,7 @@ def segment_photos(
     unlisted = len(errors)
     progress.total = len(names)
     remaining = [name for name in names if not (out / "masks" / f"{stem(name)}.png").exists()]
-    progress.advance(len(names) - len(remaining), found=True)
+    progress.advance(len(names) - len(remaining), existing=True)
     for batch in segmenter.segment(source, remaining):
         for name, photo, mask in batch:
             if isinstance(photo, Photo):

@@ -144,7 +144,7 @@ def train(
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    about = {"settings": settings.model_dump(), "samples": _digest(samples)}
+    about = {"settings": settings.without_files(), "samples": _digest(samples)}
 
     def learning_rate(step: int, highest: float) -> float:
         decayed = highest * (1 - step / settings.steps) ** settings.poly_power

@@ -41,8 +41,11 @@ def write_run(out: Path, photos: Path, records: list[MaskRecord], names: list[st
     write_errors(out / "masks" / "00000.errors.jsonl", errors)
     write_errors(out / "errors.jsonl", errors)
     (out / "archive.json").write_text(json.dumps({"categories": names, "photos": archive}))
-    stages = {"archive": StageRecord({"categories": names})}
-    RunRecord(str(photos), stages, made_with={"device": "<b>CPU</b>"}).write(out)
+    stages = {
+        "archive": StageRecord({"categories": names}),
+        "pseudolabel": StageRecord(made_with={"device": "<b>CPU</b>"}),
+    }
+    RunRecord(str(photos), stages).write(out)
 
 
 @pytest.fixture(scope="module")
