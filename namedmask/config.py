@@ -383,7 +383,7 @@ class Setting(NamedTuple):
             if get_args(self.kind)[0] is not str and text[:1] + text[-1:] == "[]":  # as TOML writes numbers
                 text = text[1:-1]
             raw = [part.strip() for part in text.split(",") if part.strip()]
-        elif text.lower() == "none" and type(None) in get_args(self.kind):
+        elif text.lower() in ("", "none") and type(None) in get_args(self.kind):
             raw = None
         try:
             value = TypeAdapter(self.kind).validate_python(raw, strict=False)

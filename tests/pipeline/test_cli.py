@@ -161,3 +161,13 @@ def test_shell_completion(shell):
     environment = {**os.environ, "_NAMEDMASK_COMPLETE": f"source_{shell}"}
     done = subprocess.run([program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "namedmask" in done.stdout
+
+
+def test_run_toml_resets_what_its_run_has_not_set(tmp_path):
+    """TOML has no null. The settings of another run are all of its settings."""
+    (tmp_path / "run.toml").write_text(config.to_toml(config.RunConfig(photos="p")))
+    file = cli.given_settings(["detector", "index"], tmp_path / "run.toml", [], {})
+    recorded = {"photos": "p", "detector": {"weights": "/x"}, "index": {"embeddings": "/e"}}
+    merged = config.make_config(config.merge(recorded, file))
+    assert merged.detector.weights is None and merged.index.embeddings is None
+    assert config.find_setting("detector.weights").parse("") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from namedmask import cli
+from namedmask import cli, run
 from namedmask.archive import read_archive
 from namedmask.masks import read_errors, read_masks
-from namedmask.record import read_config
+from namedmask.record import read_config, read_record
 from small_world import COLORS, draw_photo, draw_photos, write_embeddings
 
 PHOTOS = 70  # more than one shard of masks
@@ -422,6 +423,7 @@ def test_photos_may_change_while_there_are_no_results(world, tmp_path):
     draw_photo(0, "cat").save(tmp_path / "others" / "other.jpg")
     wrong = tmp_path / "wrong.safetensors"
     wrong.write_bytes(b"not embeddings")
+    wrong.with_suffix(".json").touch()
     index = options.index("--embeddings") + 1
     mistaken = [tmp_path / "others", *options[1:index], wrong, *options[index + 1 :]]
     assert invoke(*mistaken, "--out", tmp_path / "out").exit_code == 2
@@ -451,3 +453,77 @@ def test_files_of_the_user_are_neither_continued_nor_removed(world, tmp_path):
         result = invoke(*world[0], "--out", tmp_path / "out", *words)
         assert result.exit_code == 2 and "was not made by a run" in result.stderr
         assert truth.read_bytes() == b"precious" and not (tmp_path / "out" / "index").exists()
+
+
+def test_each_stage_keeps_the_record_of_what_it_was_made_with(world, tmp_path):
+    """Versions and device too: another machine that continues a run does not claim to have made its masks."""
+    options, out = world
+    copy = tmp_path / "out"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    record = read_record(copy)
+    for stage in record.stages.values():
+        stage.made_with["device"] = "another machine"
+    record.write(copy)
+    assert invoke(*options, "--out", copy).exit_code == 0
+    assert {s.made_with["device"] for s in read_record(copy).stages.values()} == {"another machine"}
+    assert (
+        "another machine" in (copy / "report.html").read_text() and "another machine" in (copy / "run.toml").read_text()
+    )
+    assert command("pseudolabel", copy, "--overwrite").exit_code == 0
+    stages = read_record(copy).stages
+    assert stages["index"].made_with["device"] == "another machine" != stages["pseudolabel"].made_with["device"]
+
+
+def test_results_of_removed_results_raise(world, tmp_path):
+    """Experts' masks, whose own masks were removed by hand and made again with other settings."""
+    _, out = world
+    copy = tmp_path / "out"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    run.settle(copy, {}, ["experts"])
+    (copy / "refined").mkdir()
+    (copy / "refined" / "00000.jsonl").touch()
+    shutil.rmtree(copy / "masks")
+    assert command("pseudolabel", copy, "--tau", 0.5).exit_code == 0
+    result = command("experts", copy)
+    assert result.exit_code == 2 and "refined was made with other settings: detector.tau: 0.2 -> 0.5" in result.stderr
+
+
+def test_weights_of_a_finished_stage_may_be_gone(world, tmp_path):
+    """A stage does not read the files of earlier stages, so they may have changed or be gone."""
+    options, out = world
+    copy = tmp_path / "out"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    embeddings = Path(options[options.index("--embeddings") + 1])
+    content = embeddings.read_bytes()
+    try:
+        embeddings.write_bytes(content + b" ")
+        assert command("pseudolabel", copy).exit_code == 0
+        embeddings.unlink()
+        assert command("pseudolabel", copy, "--overwrite").exit_code == 0
+    finally:
+        embeddings.write_bytes(content)
+    assert masks_of(copy) == masks_of(out)
+
+
+def test_nothing_is_removed_before_everything_is_checked(world, tmp_path):
+    _, out = world
+    copy = tmp_path / "out"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    missing = tmp_path / "missing.safetensors"
+    (tmp_path / "others").mkdir()
+    draw_photo(0, "cat").save(tmp_path / "others" / "other.jpg")
+    for words in (["--backbone-weights", missing], ["--photos", tmp_path / "others"]):
+        assert command("pseudolabel", copy, *words, "--overwrite").exit_code == 2
+    result = command("archive", copy, "--photos", tmp_path / "others", "--overwrite")  # its index is of the old photos
+    assert result.exit_code == 2 and "lacks most of them" in result.stderr
+    assert masks_of(copy) == masks_of(out)
+
+
+def test_errors_alone_are_no_results(world, tmp_path):
+    """As a kill between the two files of the first shard leaves them."""
+    _, out = world
+    copy = tmp_path / "out"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    for shard in (copy / "masks").glob("*[0-9].jsonl"):
+        shard.unlink()
+    assert command("pseudolabel", copy, "--tau", 0.3).exit_code == 0

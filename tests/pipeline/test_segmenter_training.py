@@ -156,7 +156,8 @@ def test_killed_training_resumes_bit_identically(run_of_discs, small, monkeypatc
     assert killed.wait() == -signal.SIGKILL
     done = torch.load(checkpoint)["step"]
     assert 0 < done < 60
-    resumed = train_run(run_of_discs, settings)
+    moved = shutil.copy(settings["encoder_weights"], run_of_discs / "moved.safetensors")
+    resumed = train_run(run_of_discs, {**settings, "encoder_weights": str(moved)})
     assert all(torch.equal(resumed[name], expected[name]) for name in expected) and resumed.keys() == expected.keys()
     metrics = expected_lines, lines(run_of_discs)
     losses = [[(line["step"], line["loss"]) for line in run_lines[1:]] for run_lines in metrics]
