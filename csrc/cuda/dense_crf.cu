@@ -57,14 +57,14 @@ struct Workspace {
 // log(clip(p)) of a chunk of pixels, all labels; flags the image if a value is not finite. Reads and writes 4 bytes per
 // label and pixel.
 __global__ void __launch_bounds__(kChunk) take_logs(const __grid_constant__ Images images, int32_t labels,
-                                                    const float* probabilities, float* out, int32_t* refused) {
+                                                    const float* probabilities, float* out, int32_t* invalid) {
   const Image image = my_image(images, images.chunks);
   const int64_t begin = int64_t{image.block} * kChunk * labels;
   const int64_t end = min(begin + int64_t{kChunk} * labels, int64_t{image.pixels()} * labels);
   const int64_t at = int64_t{image.begin} * labels;
   for (int64_t i = begin + threadIdx.x; i < end; i += kChunk) {
     const float p = probabilities[at + i];
-    if (!(fabsf(p) < INFINITY)) refused[image.index] = 1;  // every thread writes the same value
+    if (!(fabsf(p) < INFINITY)) invalid[image.index] = 1;  // every thread writes the same value
     out[at + i] = logf(fminf(fmaxf(p, 1e-5f), 1.0f));
   }
 }
@@ -165,15 +165,15 @@ void dense_crf_lattice(const TensorView& probabilities, const TensorView& image,
   expect(op, "status", status, DType::kInt32, {2, batch.count}, Device::kCUDA);
   expect(op, "workspace", workspace, DType::kInt32, {49 * pixels + batch.count}, Device::kCUDA);
   const Corners corners(workspace, pixels);
-  int32_t *const counts = status.as<int32_t>(), *const refused = counts + batch.count;
+  int32_t *const counts = status.as<int32_t>(), *const invalid = counts + batch.count;
   Scale scale;
   for (int i = 0; i < kAxes; ++i)
     scale.axis[i] = lattice_scale(i, settings.bilateral_sigma, settings.bilateral_sigma_rgb);
   const OnDevice device(probabilities);
-  check(cudaMemsetAsync(refused, 0, sizeof(int32_t) * batch.count, static_cast<cudaStream_t>(stream.handle)));
+  check(cudaMemsetAsync(invalid, 0, sizeof(int32_t) * batch.count, static_cast<cudaStream_t>(stream.handle)));
   for_each_group(batch, [&](const Images& images, int64_t chunks) {
     launch(take_logs, chunks, kChunk, stream, images, static_cast<int32_t>(labels), probabilities.as<float>(),
-           out.as<float>(), refused);
+           out.as<float>(), invalid);
     launch(embed, chunks, kChunk, stream, images, image.as<uint8_t>(), scale, corners);
   });
   for_each_group(
