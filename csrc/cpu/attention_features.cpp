@@ -42,8 +42,8 @@ int64_t longest_sequence(const TensorView& offsets, int64_t tokens, const Tensor
                                   " runs from " + std::to_string(at[b]) + " to " + std::to_string(at[b + 1]));
     }
     if (length > 0 && highest >= length) {
-      throw std::invalid_argument(std::string(kOp) + ": tap_rows must be inside every sequence, but row " +
-                                  std::to_string(highest) + " is requested and sequence " + std::to_string(b) +
+      throw std::invalid_argument(std::string(kOp) + ": tap_rows must lie inside every sequence, but row " +
+                                  std::to_string(highest) + " is asked for and sequence " + std::to_string(b) +
                                   " has " + std::to_string(length) + " tokens");
     }
     longest = std::max(longest, length);

@@ -38,10 +38,10 @@ struct AttentionKernels {
 };
 
 // Floats of a packed block: keys, a factor per key, and values padded to vectors of the widest level.
-constexpr int64_t packed_floats(int64_t dim) { return kKeys * (dim + 1 + (dim + 15) / 16 * 16); }
+static constexpr int64_t packed_floats(int64_t dim) { return kKeys * (dim + 1 + (dim + 15) / 16 * 16); }
 
 // Floats of scratch per thread; the longest tapped sequence has `tapped` tokens.
-constexpr int64_t scratch_floats(int64_t tapped) {
+static constexpr int64_t scratch_floats(int64_t tapped) {
   const int64_t attend = 2 * kQueries * kMaxDim + kTapRows * kKeys + kQueries * (2 + 16);
   const int64_t tap = kTapRows * kMaxDim + kKeys * kMaxDim + kTapRows * (tapped + kKeys);
   return ((attend > tap ? attend : tap) + 15) / 16 * 16;

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT
-// Pixels of different spatial cells never share a vertex. So every spatial cell has a hash table of its own, twice as
-// large as the cell, in which its pixels' color keys meet:
+// Pixels of different spatial cells never share a vertex. Every spatial cell therefore has its own hash table of color
+// keys, with twice as many slots as the cell has pixels:
 //
-//   key_pixels        color keys; every image's greatest |target|
-//   insert_pixels     a slot of the table for each key; it ends as the key's first pixel in raster order
-//   rank_vertices -> add_ranks -> splat    vertices are numbered in the order of their first pixels, pixels added up
-//   join_vertices     neighbors, by looking their keys up
-//   solve             bistochastization and conjugate gradients, a block per image
+//   key_pixels        color keys; the largest |target| of every image
+//   insert_pixels     a slot for each key, which finally holds the key's first pixel in raster order
+//   rank_vertices -> add_ranks -> splat    numbers vertices in the order of their first pixels; sums
+//   join_vertices     neighbors, by looking up their keys
+//   solve             bistochastization and conjugate gradients, one block per image
 //   slice
 //
-// Threads race for the slots, but what the race decides is not used: the first pixel of a key is a minimum, targets
-// are added as integers, and the solver's sums have an order of their own. The result has the same bits every time.
+// Threads race for the slots, but results do not depend on the outcome: the first pixel of a key is a minimum, targets
+// are added as integers, and the solver's sums have a fixed order. Results are bit-identical in every run.
 #include <cmath>
 #include <utility>
 
@@ -24,12 +24,12 @@ namespace {
 
 constexpr int kDirections = 10;  // both ways along five axes
 constexpr int kSolverThreads = 1024;
-constexpr unsigned kInfinity = 0x7f800000;  // the bits of float infinity; absolute values order as their bits do
+constexpr unsigned kInfinity = 0x7f800000;  // the bits of float infinity; absolute values have the order of their bits
 
-typedef unsigned long long Fixed;  // two's complement; unsigned, as atomicAdd wants it
+typedef unsigned long long Fixed;  // two's complement; unsigned, as atomicAdd requires
 
-// The scratch memory of a call: arrays over all pixels P, of which an image's part holds as many vertices as it has.
-// The solver's lie where the grid was built.
+// The scratch memory of a call: arrays over all pixels P; an image's part has room for its vertices. The solver reuses
+// the memory in which the grid was built.
 struct Workspace {
   Workspace(const TensorView& workspace, int64_t pixels, int64_t images) {
     auto* next = workspace.as<int32_t>();
@@ -52,23 +52,23 @@ struct Workspace {
 
   // While the grid is built:
   Fixed* sums;     // [P]: of the target, by vertex
-  int32_t* table;  // [2 P]: slots; each cell's lie together
+  int32_t* table;  // [2 P]: slots; those of a cell are consecutive
   int32_t* key;    // [P]: of a pixel's color
   int32_t* first;  // [P]: first pixel of a vertex
   int32_t* rank;   // [P]: of a vertex's first pixel among those of its chunk
-  // While it is solved:
+  // While the solver runs:
   float* scratch[7];  // [P] each
   // Throughout:
   int32_t* vertex_of_pixel;  // [P]; until the vertices are numbered, the pixel's slot
   int32_t* neighbors;        // [image: kDirections, vertices]; kNone: none
-  int32_t* mass;             // [P]: pixels of a vertex
-  float* value;              // [P]: mean target of a vertex, in the end the solution
-  int32_t* counts;           // [B]: vertices
-  unsigned* extremes;        // [B]: bits of the greatest |target|
-  int32_t* chunk_first;      // vertices in the chunks before this one
+  int32_t* mass;             // [P]: number of pixels of a vertex
+  float* value;              // [P]: mean target of a vertex, finally the solution
+  int32_t* counts;           // [B]: number of vertices
+  unsigned* extremes;        // [B]: bits of the largest |target|
+  int32_t* chunk_first;      // number of vertices in the chunks before this one
 };
 
-// A cell's part of its image's slots.
+// The slots of a cell.
 __device__ Region cell_at(const Image& image, int32_t column, int32_t row, double sigma) {
   const int32_t x = first_pixel(column, sigma), x_end = min(first_pixel(column + 1, sigma), image.width);
   const int32_t y = first_pixel(row, sigma), y_end = min(first_pixel(row + 1, sigma), image.height);
@@ -79,14 +79,14 @@ __device__ FirstTable<int32_t> table_of(const Image& image, const Workspace& wor
   return {work.table + 2 * int64_t{image.begin}, work.key + image.begin};
 }
 
-// What targets are multiplied by to become integers: a power of two, for which no sum overflows and 62 bits less the
-// image's number of pixels are left for the greatest target. So the sum of equal floats is exact.
+// The factor that converts targets to integers: the power of two for which the largest target leaves just enough of 62
+// bits that no sum over the image overflows. The sum of equal floats is exact.
 __device__ double fixed_scale(unsigned extreme, int32_t pixels) {
   const int exponent = max(static_cast<int>(extreme >> 23), 1) - 126;  // |target| < 2^exponent
   return ldexp(1.0, 62 - exponent - (32 - __clz(pixels)));
 }
 
-// Reads 7 bytes a pixel and writes 24; some 60 operations in double.
+// Reads 7 bytes per pixel and writes 24; about 60 operations in double.
 __global__ void __launch_bounds__(kChunk)
     key_pixels(const __grid_constant__ Images images, const __grid_constant__ ColorGrid grid, const float* target,
                const uint8_t* rgb, const __grid_constant__ Workspace work) {
@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(kChunk)
   }
   extreme = warp_reduce(extreme, Most());
   unsigned* const greatest = &work.extremes[image.index];
-  // It only grows: a look at an old value saves most of the atomics.
+  // It only grows: reading a possibly old value first saves most of the atomics.
   if (threadIdx.x % 32 == 0 && extreme > *const_cast<volatile unsigned*>(greatest)) atomicMax(greatest, extreme);
 }
 
-// A few random accesses of 4 bytes a pixel, nearly all to what L2 holds: the slots in use are a sixth of the pixels.
+// A few random accesses of 4 bytes per pixel, nearly all in L2: only a sixth as many slots as pixels are in use.
 __global__ void __launch_bounds__(kChunk)
     insert_pixels(const __grid_constant__ Images images, double sigma, const __grid_constant__ Workspace work) {
   const Image image = my_image(images, images.chunks);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kChunk)
   if (inside) work.rank[at] = rank;
 }
 
-// Two atomics a pixel, some 17 to an address.
+// Two atomics per pixel, about 17 per address.
 __global__ void __launch_bounds__(kChunk)
     splat(const __grid_constant__ Images images, const float* target, const __grid_constant__ Workspace work) {
   const Image image = my_image(images, images.chunks);
@@ -188,9 +188,10 @@ struct Solver {
   int64_t iterations;
 };
 
-// The equations and their scaling are those of csrc/cpu/bilateral_solver_kernel.h. A step reads and writes about 100
-// bytes a vertex, 2 MB for an image of 512 x 683, from L2 while the images in work fit it; what neighbors read, 4 bytes
-// a vertex, fits L1. So what one multiprocessor can read should bound it, and images that have one each run abreast.
+// csrc/cpu/bilateral_solver_kernel.h explains the equations and their scaling. An iteration reads and writes about 100
+// bytes per vertex, 2 MB for an image of 512 x 683, in L2 as long as the running images fit; the array that neighbors
+// read, 4 bytes per vertex, fits L1. The bound should be the bandwidth of one multiprocessor, and images on different
+// multiprocessors run in parallel.
 __global__ void __launch_bounds__(kSolverThreads)
     solve(const __grid_constant__ Images images, const __grid_constant__ Solver solver,
           const __grid_constant__ Workspace work) {
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kSolverThreads)
   float *const residual = work.scratch[2] + begin, *const direction = work.scratch[3] + begin;
   float* const product = work.scratch[4] + begin;  // of the matrix and the direction
   float* const change = work.scratch[5] + begin;
-  float* const weighted = work.scratch[6] + begin;  // w * direction, what neighbors read
+  float* const weighted = work.scratch[6] + begin;  // w * direction, read by neighbors
   const auto smoothness = static_cast<float>(solver.smoothness), confidence = static_cast<float>(solver.confidence);
 
   const auto for_each_vertex = [&](auto f) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What a thread block does together: sums and extremes in a fixed order, so that bits do not depend on the run.
+// Reductions over a thread block, in a fixed order, so that results are bit-identical in every run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,18 +29,18 @@ struct Most {
   }
 };
 
-// `combine` (commutative) of the values of all lanes, in every lane.
+// Reduces the values of all lanes with `combine` (commutative); the result is in every lane.
 template <class T, class F>
 __device__ T warp_reduce(T value, F combine) {
   for (int step = 16; step; step /= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
 
-// The same of all threads of a block of kWarps warps, a power of two, for each of several values; two barriers.
+// The same over a block of kWarps warps, a power of two, for several values; two barriers.
 template <int kWarps, class T, int kCount, class F>
 __device__ void block_reduce(T (&values)[kCount], F combine) {
   __shared__ T parts[kCount][kWarps];
-  __syncthreads();  // parts of the call before have been read
+  __syncthreads();  // the parts of the last call have been read
   for (int i = 0; i < kCount; ++i) {
     const T of_warp = warp_reduce(values[i], combine);
     if (threadIdx.x % 32 == 0) parts[i][threadIdx.x / 32] = of_warp;
@@ -60,7 +60,7 @@ __device__ T block_reduce(T value, F combine) {
   return values[0];
 }
 
-// The sum of the values of this lane and those before it.
+// The inclusive scan of the values of the lanes.
 __device__ inline int32_t inclusive_scan(int32_t value) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int step = 1; step < 32; step *= 2) {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
 // Label equivalence with union-find on the pixels of an image, after Playne and Hawick (IEEE TPDS 2018), with the
-// horizontal runs of Hennequin et al. (DASIP 2018): a warp sees 32 pixels of a row as one word, so a pixel's run is
-// found by bit tricks and only one pixel of each contact between two runs unites them.
+// horizontal runs of Hennequin et al. (DASIP 2018): a warp holds 32 pixels of a row as one word, so bit operations find
+// the run of a pixel, and only one pixel of each contact between two runs merges them.
 //
-//   label_tiles   every 32 x 32 tile on its own, in shared memory
-//   unite_tiles   across the seams between tiles
+//   label_tiles   within every 32 x 32 tile, in shared memory
+//   unite_tiles   across the borders between tiles
 // and then, for the labels, rank_roots -> add_ranks -> paint.
 //
-// A node's parent is never greater than the node, and a union hangs the greater root under the smaller one by an
-// atomic minimum: whatever the order of the threads, the root of a component is its first pixel in raster order.
+// A node's parent is never greater than the node, and a union attaches the greater root to the smaller one with an
+// atomic minimum: in any order of threads, the root of a component is its first pixel in raster order.
 #include <climits>
 
 #include "images.h"
@@ -17,11 +17,11 @@
 namespace namedmask::cuda {
 namespace {
 
-constexpr int kTile = 32;      // a tile's row is one ballot
-constexpr int kTileWarps = 8;  // warps that share a tile, rows in turn
+constexpr int kTile = 32;      // one ballot per row of a tile
+constexpr int kTileWarps = 8;  // warps per tile, with interleaved rows
 
-// Nodes of an image: 0 is the outside (only fill_holes unites anything with it), pixel i is i + 1. A node's value is
-// its parent, or kUnlabeled, or, from rank_roots on, kFirstRank - rank for a root.
+// Nodes of an image: 0 is the outside (only fill_holes merges nodes with it), pixel i is node i + 1. The value of a
+// node is its parent, or kUnlabeled, or for a root, from rank_roots on, kFirstRank - rank.
 constexpr int32_t kUnlabeled = -1;
 constexpr int32_t kFirstRank = -2;
 
@@ -33,7 +33,7 @@ struct TiledImages : Images {
     }
   }
 
-  int32_t tiles[kMaxImages + 1] = {};  // tiles of the images before this one
+  int32_t tiles[kMaxImages + 1] = {};  // number of tiles of the images before this one
 };
 
 __device__ int32_t tile_left(const Image& tile) { return tile.block % ((tile.width + kTile - 1) / kTile) * kTile; }
@@ -43,7 +43,7 @@ __device__ int32_t* nodes_of(const Image& image, int32_t* all) { return all + im
 // The first bits of the runs of ones in a word.
 __device__ unsigned run_begins(unsigned bits) { return bits & ~(bits << 1); }
 
-// The root of a node's tree. Other threads may be uniting meanwhile: a value read late is still an ancestor.
+// The root of a node's tree. Other threads may merge trees meanwhile: an outdated value is still an ancestor.
 __device__ int32_t root(const volatile int32_t* nodes, int32_t node) {
   for (int32_t parent = nodes[node]; parent != node && parent >= 0; parent = nodes[node]) node = parent;
   return node;
@@ -57,7 +57,7 @@ __device__ void unite(int32_t* nodes, int32_t a, int32_t b) {
     const int32_t low = min(a, b), high = max(a, b);
     const int32_t parent = atomicMin(&nodes[high], low);
     if (parent == high) return;
-    // Someone hung `high` elsewhere first; the minimum has kept one of both links, the other is made now.
+    // Another thread attached `high` first. The minimum has kept one of the two links; now make the other.
     a = parent;
     b = low;
   }
@@ -77,7 +77,8 @@ __global__ void label_tiles(const __grid_constant__ TiledImages images, const ui
     const bool set = x < image.width && y < image.height && (mask[image.begin + y * image.width + x] != 0) == value;
     const unsigned word = __ballot_sync(kAllLanes, set);
     if (lane == 0) words[r] = word;
-    tile[r * kTile + lane] = r * kTile + (32 - __clz(static_cast<int>(~word & below(lane))));  // its run's first pixel
+    tile[r * kTile + lane] =
+        r * kTile + (32 - __clz(static_cast<int>(~word & below(lane))));  // the first pixel of its run
   }
   __syncthreads();
   for (int32_t r = warp == 0 ? kTileWarps : warp; r < kTile; r += kTileWarps) {
@@ -95,8 +96,8 @@ __global__ void label_tiles(const __grid_constant__ TiledImages images, const ui
   if (image.block == 0 && lane == 0 && warp == 0) nodes[0] = 0;
 }
 
-// Unites across the upper (threadIdx.y == 0) and the left (1) side of each tile; with `outside`, also what touches the
-// image's border with node 0, for which the lower (2) and the right side (3) are looked at too.
+// Merges across the upper (threadIdx.y == 0) and the left (1) side of each tile. With `outside`, also merges nodes at
+// the image border with node 0, which includes the lower (2) and the right side (3).
 __global__ void unite_tiles(const __grid_constant__ TiledImages images, bool outside, int32_t* all_nodes) {
   const Image image = my_image(images, images.tiles);
   int32_t* nodes = nodes_of(image, all_nodes);
@@ -114,14 +115,14 @@ __global__ void unite_tiles(const __grid_constant__ TiledImages images, bool out
   if (border ? !outside : side >= 2) return;
   const int32_t here = y * w + x + 1;
   const int32_t there = border ? 0 : along_row ? here - w : here - 1;
-  // Neighbors along a side lie in one component of the tile already: the first contact of a run speaks for all.
+  // Neighbors along a side are already in one component of the tile: the first contact of a run is enough.
   const auto contact = [&](int32_t back) {
     return nodes[here - back] != kUnlabeled && (border || nodes[there - back] != kUnlabeled);
   };
   if (contact(0) && (i == 0 || !contact(along_row ? 1 : w))) unite(nodes, here, there);
 }
 
-// Points every node straight at its root, ranks the roots of each chunk 0, 1, ... in raster order and counts them.
+// Sets the parent of every node to its root, ranks the roots of each chunk 0, 1, ... in raster order and counts them.
 __global__ void rank_roots(const __grid_constant__ Images images, int32_t* all_nodes, int32_t* chunk_roots) {
   const Image image = my_image(images, images.chunks);
   int32_t* nodes = nodes_of(image, all_nodes);
@@ -129,7 +130,7 @@ __global__ void rank_roots(const __grid_constant__ Images images, int32_t* all_n
   const bool labeled = pixel < image.pixels() && nodes[node] != kUnlabeled;
   const int32_t first = labeled ? root(nodes, node) : kUnlabeled;
   const int32_t rank = rank_in_chunk(first == node, &chunk_roots[blockIdx.x]);
-  // Threads of other blocks may be walking through these nodes: `root` stops at a ranked root as at any other.
+  // Threads of other blocks may traverse these nodes meanwhile: `root` stops at a ranked root like at any other.
   if (labeled) nodes[node] = first == node ? kFirstRank - rank : first;
 }
 
@@ -148,7 +149,7 @@ __global__ void paint(const __grid_constant__ Images images, const int32_t* chun
   labels[image.begin + pixel] = label;
 }
 
-// Points every node straight at its root and adds the pixels of each component up in area[root].
+// Sets the parent of every node to its root and counts the pixels of each component in area[root].
 __global__ void add_areas(const __grid_constant__ TiledImages images, int32_t* all_nodes, int32_t* all_areas) {
   const Image image = my_image(images, images.tiles);
   int32_t *nodes = nodes_of(image, all_nodes), *areas = nodes_of(image, all_areas);
@@ -161,7 +162,7 @@ __global__ void add_areas(const __grid_constant__ TiledImages images, int32_t* a
     int32_t first = 0;
     if (run_begins(word) >> lane & 1) {
       first = root(nodes, node);
-      const int past = __ffs(static_cast<int>(~(word >> lane)));  // 1 + the run's length; 0: it fills the word
+      const int past = __ffs(static_cast<int>(~(word >> lane)));  // 1 + the length of the run; 0: it fills the word
       atomicAdd(&areas[first], past ? past - 1 : 32);
     }
     first = __shfl_sync(kAllLanes, first, 32 - __clz(static_cast<int>(~word & below(lane))));
@@ -169,7 +170,7 @@ __global__ void add_areas(const __grid_constant__ TiledImages images, int32_t* a
   }
 }
 
-// best[image] = the greatest (area, first pixel before last pixel) of its components.
+// best[image] = the largest component: the maximum area, then the smallest first pixel.
 __global__ void pick_largest(const __grid_constant__ Images images, int32_t* all_nodes, int32_t* all_areas,
                              unsigned long long* best) {
   const Image image = my_image(images, images.chunks);
@@ -177,7 +178,7 @@ __global__ void pick_largest(const __grid_constant__ Images images, int32_t* all
   if (node > image.pixels() || nodes_of(image, all_nodes)[node] != node) return;
   const auto area = static_cast<unsigned long long>(nodes_of(image, all_areas)[node]);
   const unsigned long long key = area << 32 | ~static_cast<unsigned>(node);
-  // It only grows, so a look at an old value never skips a winner, and saves most of the atomics.
+  // It only grows: reading a possibly old value first never skips a winner and saves most of the atomics.
   if (key > *const_cast<volatile unsigned long long*>(&best[image.index])) atomicMax(&best[image.index], key);
 }
 
@@ -191,7 +192,7 @@ __global__ void keep_largest(const __grid_constant__ Images images, int32_t* all
   out[image.begin + pixel] = parent != kUnlabeled && parent == winner;
 }
 
-// The background that is not united with the outside, and the mask.
+// The mask plus the background that is not merged with the outside.
 __global__ void keep_inside(const __grid_constant__ Images images, int32_t* all_nodes, uint8_t* out) {
   const Image image = my_image(images, images.chunks);
   const int32_t pixel = image.chunk_item();
@@ -208,10 +209,10 @@ __global__ void start_stats(int32_t n, int32_t* areas, int32_t* boxes) {
   boxes[4 * i + 2] = boxes[4 * i + 3] = 0;
 }
 
-// Areas, and boxes as x, y and the first column and row past the component.
+// Areas, and boxes as x, y and the first column and row beyond the component.
 __global__ void add_stats(const __grid_constant__ TiledImages images, const int32_t* labels, const int32_t* counts,
                           int32_t* areas, int32_t* boxes) {
-  __shared__ int32_t first;  // components of the images before this one
+  __shared__ int32_t first;  // number of components of the images before this one
   const Image image = my_image(images, images.tiles);
   const auto lane = static_cast<int32_t>(threadIdx.x);
   const int32_t x = tile_left(image) + lane;
@@ -221,7 +222,7 @@ __global__ void add_stats(const __grid_constant__ TiledImages images, const int3
     atomicAdd(&first, counts[b]);
   }
   __syncthreads();
-  const auto lower = [](int32_t* bound, int32_t value) {  // as in pick_largest: a look first saves most atomics
+  const auto lower = [](int32_t* bound, int32_t value) {  // as in pick_largest: reading first saves most atomics
     if (value < *const_cast<volatile int32_t*>(bound)) atomicMin(bound, value);
   };
   const auto raise = [](int32_t* bound, int32_t value) {
@@ -234,7 +235,7 @@ __global__ void add_stats(const __grid_constant__ TiledImages images, const int3
     const int32_t left = __shfl_up_sync(kAllLanes, label, 1);
     const bool begins = lane == 0 || label != left;
     const unsigned next = __ballot_sync(kAllLanes, begins) & ~(below(lane) << 1 | 1);
-    if (!begins || label == 0) continue;  // no collective follows in this turn, and lanes meet again at the next
+    if (!begins || label == 0) continue;  // no collective follows in this iteration, and lanes reconverge at the next
     const int32_t length = (next ? __ffs(static_cast<int>(next)) - 1 : 32) - lane;
     const int32_t component = first + label - 1;
     atomicAdd(&areas[component], length);
@@ -254,7 +255,7 @@ __global__ void finish_boxes(int32_t n, int32_t* boxes) {
 
 const dim3 kTileThreads(kTile, kTileWarps);
 
-// Calls f(images, tiles, chunks) for groups of images that fit a launch.
+// Calls f(images, tiles, chunks) for groups of images that fit one launch.
 template <class F>
 void for_each_tiled_group(const RaggedShape& batch, F f) {
   for_each_group(batch, [&](const Images& group, int64_t chunks) {
@@ -263,7 +264,7 @@ void for_each_tiled_group(const RaggedShape& batch, F f) {
   });
 }
 
-// The scratch memory of a call, cut up.
+// The parts of the scratch memory of a call.
 struct Workspace {
   Workspace(const char* op, const TensorView& workspace, int64_t rows, int64_t images) {
     expect(op, "workspace", workspace, DType::kInt32, {2 * rows + 4 * images}, Device::kCUDA);

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
-// The lattice of all images is laid out once (dense_crf_lattice.h), and the grid of the Gaussian of place
-// (dense_crf_grid.h). An update then is
+// The lattice of all images (dense_crf_lattice.h) and the grid of the Gaussian of position (dense_crf_grid.h) are built
+// once. An update is then
 //
 //   splat_pieces, add_pieces, 6 x blur                          the marginals on the lattice
 //   add_rows, add_columns, 2 x blur_nodes, read_columns         and on the grid
-//   update                                                      both read, with the unary, and the softmax
+//   update                                                      sums both with the unary, and the softmax
 //
-// No sum is made by atomics on floats: outputs gather their inputs in a fixed order, so the result has the same bits
-// every time, and those of an image do not depend on its batch.
+// No sum uses atomics on floats: outputs gather their inputs in a fixed order, so results are bit-identical in every
+// run and do not depend on batch composition.
 #include <algorithm>
 #include <string>
 
@@ -18,9 +18,9 @@
 namespace namedmask::cuda {
 namespace {
 
-constexpr int kUpdateThreads = 256, kUpdatePixels = 32;  // of a block
+constexpr int kUpdateThreads = 256, kUpdatePixels = 32;  // per block
 
-// The memory of the second call.
+// The workspace of the second call.
 struct Workspace {
   Workspace(int32_t* begin, int64_t pixels, int64_t vertices, int64_t channels, const Grids& grids) {
     int32_t* next = begin;
@@ -51,35 +51,34 @@ struct Workspace {
   float* halves;               // [halves, channels]
   float *nodes, *other_nodes;  // [nodes, channels]
   float* marginals;            // [P, channels]
-  int64_t size;                // int32 of all
+  int64_t size;                // in int32
 };
 
-// log(clip(p)) of a chunk of pixels, all labels; refuses the image if a value is not finite. Reads and writes 4 bytes a
+// log(clip(p)) of a chunk of pixels, all labels; flags the image if a value is not finite. Reads and writes 4 bytes per
 // label and pixel.
 __global__ void __launch_bounds__(kChunk) take_logs(const __grid_constant__ Images images, int32_t labels,
-                                                    const float* probabilities, float* out, int32_t* refused) {
+                                                    const float* probabilities, float* out, int32_t* invalid) {
   const Image image = my_image(images, images.chunks);
   const int64_t begin = int64_t{image.block} * kChunk * labels;
   const int64_t end = min(begin + int64_t{kChunk} * labels, int64_t{image.pixels()} * labels);
   const int64_t at = int64_t{image.begin} * labels;
   for (int64_t i = begin + threadIdx.x; i < end; i += kChunk) {
     const float p = probabilities[at + i];
-    if (!(fabsf(p) < INFINITY)) refused[image.index] = 1;  // all who do write the same
+    if (!(fabsf(p) < INFINITY)) invalid[image.index] = 1;  // every thread writes the same value
     out[at + i] = logf(fminf(fmaxf(p, 1e-5f), 1.0f));
   }
 }
 
-// What an update reads besides the lattice.
+// The arguments of an update besides the lattice.
 struct Update {
   int32_t labels, group;  // group: lanes of a warp that share a pixel's softmax, a power of two
   float bilateral_weight;
-  bool messages;  // false: the softmax of the unary alone
+  bool messages;  // false: softmax of the unary only
 };
 
-// Scores of kUpdatePixels pixels, a thread for each label in turn; then their softmax, a group of lanes for each pixel.
-// Reads 44 bytes a label and pixel, 40 of them from the lattice and the halves and so mostly by way of caches, and
-// writes 8. unary and out may be one array, as a block reads its own pixels' before it writes them, and so may scores
-// and out.
+// Scores of kUpdatePixels pixels, one thread per label; then their softmax, a group of lanes per pixel. Reads 44 bytes
+// per label and pixel, 40 of them from the lattice and the halves and thus mostly from caches, and writes 8. unary and
+// out may be the same array, since a block reads its pixels before it writes them; so may scores and out.
 __global__ void __launch_bounds__(kUpdateThreads, 4)
     update(const __grid_constant__ GridImages images, const __grid_constant__ Lattice lattice,
            const __grid_constant__ Update settings, float* tables, const float* halves, const float* unary,
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kUpdateThreads, 4)
   __syncthreads();
   for (int32_t turn = 0; turn < count; turn += kUpdateThreads / settings.group) {
     const int32_t p = turn + thread / settings.group;
-    // Lanes of no pixel repeat the last one's work, so that all lanes of a warp meet at the shuffles.
+    // Lanes without a pixel repeat the last one, so that all lanes of a warp take part in the shuffles.
     const bool inside = p < count;
     const int64_t at = (int64_t{grid.begin} + first + (inside ? p : count - 1)) * labels;
     float best = -INFINITY, sum = 0;
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(kUpdateThreads, 4)
   }
 }
 
-// Bits that numbers below n take.
+// The number of bits of numbers below n.
 int bits_of(int64_t n) {
   int bits = 0;
   while (int64_t{1} << bits < n) ++bits;
@@ -131,7 +130,7 @@ RaggedShape expect_batch(const TensorView& offsets, const TensorView& shapes, in
   return batch;
 }
 
-// Images with the vertices of those before; items(b) says how many `chunks` counts of image b.
+// Images with the number of vertices before each; items(b): how many items of image b `chunks` counts.
 template <class Count, class F>
 void for_each_group_of_vertices(const RaggedShape& batch, const int32_t* counts, Count items, F f) {
   int64_t before = 0;
@@ -166,15 +165,15 @@ void dense_crf_lattice(const TensorView& probabilities, const TensorView& image,
   expect(op, "status", status, DType::kInt32, {2, batch.count}, Device::kCUDA);
   expect(op, "workspace", workspace, DType::kInt32, {49 * pixels + batch.count}, Device::kCUDA);
   const Corners corners(workspace, pixels);
-  int32_t *const counts = status.as<int32_t>(), *const refused = counts + batch.count;
+  int32_t *const counts = status.as<int32_t>(), *const invalid = counts + batch.count;
   Scale scale;
   for (int i = 0; i < kAxes; ++i)
     scale.axis[i] = lattice_scale(i, settings.bilateral_sigma, settings.bilateral_sigma_rgb);
   const OnDevice device(probabilities);
-  check(cudaMemsetAsync(refused, 0, sizeof(int32_t) * batch.count, static_cast<cudaStream_t>(stream.handle)));
+  check(cudaMemsetAsync(invalid, 0, sizeof(int32_t) * batch.count, static_cast<cudaStream_t>(stream.handle)));
   for_each_group(batch, [&](const Images& images, int64_t chunks) {
     launch(take_logs, chunks, kChunk, stream, images, static_cast<int32_t>(labels), probabilities.as<float>(),
-           out.as<float>(), refused);
+           out.as<float>(), invalid);
     launch(embed, chunks, kChunk, stream, images, image.as<uint8_t>(), scale, corners);
   });
   for_each_group(
@@ -234,7 +233,7 @@ void dense_crf(const TensorView& offsets, const TensorView& shapes, const Tensor
       [&](const VertexImages& images, int64_t chunks) {
         launch(number_through, chunks, kChunk, stream, images, corners);
       });
-  // Keys and slots are not needed any more: there the entries are sorted, and what remains is their weights.
+  // Keys and slots are no longer needed: entries are sorted in their memory, and only the weights remain.
   const int64_t entries = lattice.entries;
   auto* const room = reinterpret_cast<int32_t*>(corners.keys);
   const Sorted sorted = sort_numbers(corners.vertex, entries, bits_of(lattice.vertices), {room, room + entries},

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// dense_crf's Gaussian of place on the device, the scheme of csrc/common/spline_grid.h: pixels are added to the nodes
-// along rows and then along columns, the nodes are blurred along both, and read along columns and then along rows.
-// Between rows and columns stand "halves": an image's rows of pixels by a row's nodes.
+// dense_crf's Gaussian of position on the device, by the method of csrc/common/spline_grid.h: pixels are added to the
+// nodes along rows and then along columns, the nodes are blurred along both, and interpolated along columns and then
+// along rows. The arrays between rows and columns are called "halves": rows of pixels by nodes of a row.
 //
-// Every kernel takes a thread for each output and channel, which gathers its inputs in a fixed order. All should be
-// bound by memory: at sigma 3 (step 2) they read and write some 4 floats a pixel and channel, besides what caches give.
+// Every kernel uses one thread per output and channel, which gathers its inputs in a fixed order. All should be bound
+// by memory: at sigma 3 (step 2) they read and write about 4 floats per pixel and channel, apart from cached accesses.
 #pragma once
 
 #include <vector>
@@ -15,11 +15,11 @@
 namespace namedmask::cuda {
 namespace {
 
-// What images.chunks of GridImages counts.
+// The items that images.chunks of GridImages counts.
 enum class Items { kPixels, kHalves, kNodes, kTables };
 
-// The images of a launch with their grids. Nodes, halves and tables are those of the images before each, the images of
-// other launches included.
+// The images of a launch with their grids. Nodes, halves and tables are the totals of the images before each, including
+// images of other launches.
 struct GridImages : Images {
   int32_t step[kMaxImages] = {}, radius[kMaxImages] = {};
   int32_t tables[kMaxImages] = {};
@@ -28,7 +28,7 @@ struct GridImages : Images {
 
 __device__ inline int32_t nodes_along(int32_t pixels, int32_t step) { return (pixels - 1) / step + kSplineTaps; }
 
-// An image with its grid, and its part of the arrays.
+// An image with its grid and its parts of the arrays.
 struct GridImage : Image {
   __device__ GridImage(const GridImages& images, int place, float* tables)
       : Image(image_at(images, images.chunks, place)),
@@ -43,10 +43,10 @@ struct GridImage : Image {
         gauss(column_norm + width),
         taps(gauss + radius + 1) {}
 
-  int32_t step, radius, rows, columns;  // rows and columns of nodes
+  int32_t step, radius, rows, columns;  // numbers of rows and columns of nodes
   int64_t node_begin, half_begin;
-  // Its tables: the norm of each row and each column of pixels, the Gaussian from its center outwards, and the taps
-  // [step, kSplineTaps] of a pixel by its phase.
+  // Its tables: the norm of each row and column of pixels, the Gaussian from its center outward, and the taps
+  // [step, kSplineTaps] of a pixel by phase.
   float *row_norm, *column_norm, *gauss, *taps;
 };
 
@@ -54,8 +54,8 @@ __device__ GridImage my_grid(const GridImages& images, float* tables) {
   return GridImage(images, my_place(images, images.chunks), tables);
 }
 
-// A thread's output: of the image's array [lines, columns, channels]; line is past the last for spare threads. 32 bits
-// suffice (dense_crf sees to that) and divide several times faster than 64.
+// The output of a thread, in the image's array [lines, columns, channels]; spare threads have a line beyond the last.
+// 32 bits are enough (dense_crf checks the size), and their division is several times faster than that of 64.
 struct Output {
   int32_t line, column, channel;
 };
@@ -67,7 +67,7 @@ __device__ Output my_output(const GridImage& grid, int32_t channels) {
           static_cast<int32_t>(rest - column * static_cast<unsigned>(channels))};
 }
 
-// Where it lies in an array that has `begin` lines' columns before the image.
+// Its index in an array with `begin` elements per channel before the image.
 __device__ int64_t place_of(const Output& to, const GridImage& grid, int64_t begin, int32_t channels) {
   return (begin + int64_t{to.line} * grid.columns + to.column) * channels + to.channel;
 }
@@ -79,7 +79,7 @@ __device__ double gauss_at(int64_t distance, double deviation) {
   return exp(-0.5 * d * d);
 }
 
-// What `pixels` ones along an axis add to a node.
+// The sum that `pixels` ones along an axis add to a node.
 __device__ double ones_at(int64_t node, int64_t pixels, int64_t step) {
   if (node >= kSplineTaps - 1 && (node + 1) * step <= pixels) return static_cast<double>(step);  // taps sum to 1
   double sum = 0;
@@ -92,7 +92,7 @@ __device__ double ones_at(int64_t node, int64_t pixels, int64_t step) {
   return sum;
 }
 
-// 1 / sqrt of the kernel's row sum at a pixel of an axis: of ones, splat, blurred and sliced.
+// 1 / sqrt of the kernel's row sum at a pixel of an axis: ones, splatted, blurred and sliced.
 __device__ double norm_at(int64_t pixel, int64_t pixels, int64_t nodes, int64_t step, int64_t radius,
                           double deviation) {
   double sum = 0;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kChunk, 1)
 
 // -- filter --
 
-// The pixels that touch a node along an axis: calls f(pixel, tap's weight), in order.
+// Calls f(pixel, weight of its tap) for the pixels that contribute to a node along an axis, in order.
 template <class F>
 __device__ void for_each_pixel_of(int32_t node, int32_t pixels, const GridImage& grid, F f) {
   for (int tap = kSplineTaps - 1; tap >= 0; --tap) {
@@ -222,7 +222,7 @@ __device__ float read_row(const GridImage& grid, int32_t channels, const float* 
 struct Grids {
   std::vector<GridImages> groups;
   int64_t nodes = 0, halves = 0, tables = 0;
-  int64_t most = 0;  // nodes or halves of an image
+  int64_t most = 0;  // maximum nodes or halves of an image
 };
 
 Grids lay_grids(const RaggedShape& batch, double sigma) {
@@ -250,7 +250,7 @@ Grids lay_grids(const RaggedShape& batch, double sigma) {
   return grids;
 }
 
-// The same images with chunks of other items; `channels` of them where there are any.
+// The same images with chunks of other items, times `channels`.
 GridImages with_chunks(GridImages images, Items items, int64_t channels, int64_t chunk = kChunk) {
   for (int32_t i = 0; i < images.count; ++i) {
     const int64_t h = images.height[i], w = images.width[i], step = images.step[i];

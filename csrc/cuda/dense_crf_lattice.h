@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// dense_crf's permutohedral lattice on the device. Entry 6 p + r is the corner r of pixel p's simplex: a vertex and a
-// weight. First the vertices of every image are found and counted; then, the counts being known, they are numbered
-// through the whole batch, and their entries sorted: from there on images do not matter any more.
+// dense_crf's permutohedral lattice on the device. Entry 6 p + r is corner r of pixel p's simplex: a vertex and a
+// weight. First the vertices of every image are found and counted. Once the counts are known, vertices are numbered
+// through the whole batch and their entries sorted: from then on all images are processed as one.
 #pragma once
 
 #include "hash_table.h"
@@ -12,9 +12,9 @@ namespace namedmask::cuda {
 namespace {
 
 constexpr int kCorners = kLatticeCorners, kAxes = kLatticeAxes;
-constexpr int kPiece = 64;  // entries of a vertex that one thread adds up
+constexpr int kPiece = 64;  // entries of a vertex that one thread adds
 
-// The memory of the first call, 49 P + B int32. Entries and vertices are counted within their image.
+// The workspace of the first call, 49 P + B int32. Entries and vertices are numbered within their image.
 struct Corners {
   Corners(const TensorView& workspace, int64_t pixels) {
     auto* next = workspace.as<int32_t>();
@@ -32,9 +32,9 @@ struct Corners {
   int32_t* slots;        // [12 P]
   int32_t* vertex;       // [6 P]; until the vertices are numbered, the entry's slot
   int32_t* rank;         // [6 P]: of a vertex's first entry among those of its chunk
-  int32_t* first;        // [6 P]: first entry of each of an image's vertices
+  int32_t* first;        // [6 P]: first entry of each vertex of an image
   float* weights;        // [6 P]
-  int32_t* chunk_first;  // vertices in the chunks before this one
+  int32_t* chunk_first;  // number of vertices in the chunks before this one
 };
 
 __device__ FirstTable<LatticeKey> table_of(const Image& image, const Corners& work) {
@@ -47,8 +47,8 @@ struct Scale {
   float axis[kAxes];
 };
 
-// Sections 3.1 and 3.2 of Adams et al.: into the plane where coordinates sum to 0, to the nearest remainder-0 point,
-// and by the order of the differences to it the simplex around the pixel. Writes 72 + 48 bytes a pixel.
+// Sections 3.1 and 3.2 of Adams et al.: maps the pixel into the plane where coordinates sum to 0 and finds the nearest
+// remainder-0 point; the order of the differences gives the simplex around the pixel. Writes 72 + 48 bytes per pixel.
 __global__ void __launch_bounds__(kChunk)
     embed(const __grid_constant__ Images images, const uint8_t* rgb, const __grid_constant__ Scale scale,
           const __grid_constant__ Corners work) {
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kChunk)
     total += point[i];
   }
 #pragma unroll
-  for (int i = 0; i < kCorners; ++i) rank[i] = total;  // then: 0 for the greatest difference
+  for (int i = 0; i < kCorners; ++i) rank[i] = total;  // then: 0 for the largest difference
 #pragma unroll
   for (int i = 0; i < kCorners; ++i) {
 #pragma unroll
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kChunk)
   int32_t order = 0;
 #pragma unroll
   for (int i = 0; i < kCorners; ++i) {
-    // The rounded coordinates may sum to other than 0: those that were rounded farthest take a step back.
+    // The rounded coordinates may not sum to 0: those rounded farthest move back one step.
     const int32_t back = rank[i] < 0 ? 1 : rank[i] > kAxes ? -1 : 0;
     rank[i] += kCorners * back;
     point[i] += back;
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kChunk)
   }
 }
 
-// For the kernels below images.chunks counts entries. Random accesses of 4 and 8 bytes, mostly to what L2 holds: there
-// are far fewer vertices than entries.
+// For the kernels below, images.chunks counts entries. Random accesses of 4 and 8 bytes, mostly in L2, since there are
+// far fewer vertices than entries.
 __global__ void __launch_bounds__(kChunk)
     insert_corners(const __grid_constant__ Images images, const __grid_constant__ Corners work) {
   const Image image = my_image(images, images.chunks);
@@ -149,18 +149,18 @@ __global__ void __launch_bounds__(kChunk)
   if (first == entry) work.first[begin + vertex] = entry;
 }
 
-// -- the second call: vertices are numbered through the batch --
+// -- the second call, with vertices numbered through the batch --
 
-// What the update reads and writes; entries and vertices of the whole batch.
+// The arrays of an update, over entries and vertices of the whole batch.
 struct Lattice {
   int64_t vertices, entries;
   const int32_t* vertex;  // [entries]
-  float* weights;         // [entries]; from `normalize` on times the pixel's norm
+  float* weights;         // [entries]; `normalize` multiplies them by the pixel's norm
   int32_t* neighbors;     // [6, vertices, 2]; kNone: none
-  int32_t* starts;        // [vertices + 1]: a vertex's first entry in the sorted ones
-  int32_t* sorted;        // [entries]: entries by vertex, then by pixel
+  int32_t* starts;        // [vertices + 1]: first sorted entry of a vertex
+  int32_t* sorted;        // [entries]: entries ordered by vertex, then by pixel
   float* sorted_weights;  // [entries]
-  int32_t* pieces;        // [vertices + 1]: a vertex's first piece
+  int32_t* pieces;        // [vertices + 1]: first piece of a vertex
   int32_t* piece_vertex;  // [most_pieces()]
   float* of_pieces;       // [most_pieces(), channels]
   float *values, *other;  // [vertices, channels]
@@ -168,12 +168,12 @@ struct Lattice {
   int64_t most_pieces() const { return vertices + entries / kPiece; }
 };
 
-// `before`: vertices of the images before each, those of other launches included.
+// `before`: number of vertices of the images before each, including other launches.
 struct VertexImages : Images {
   int32_t before[kMaxImages] = {};
 };
 
-// images.chunks counts vertices. A search for a neighbor each.
+// images.chunks counts vertices. One search per neighbor.
 __global__ void __launch_bounds__(kChunk)
     join_vertices(const __grid_constant__ VertexImages images, const int32_t* counts,
                   const __grid_constant__ Corners work, const __grid_constant__ Lattice lattice) {
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kChunk)
     if (entry == kNone) continue;
     const int32_t next = before + work.vertex[begin + entry];
     int32_t* const near = lattice.neighbors + 2 * j * lattice.vertices;
-    near[2 * int64_t{before + vertex} + 1] = next;  // the others are kNone already
+    near[2 * int64_t{before + vertex} + 1] = next;  // the others are already kNone
     near[2 * int64_t{next}] = before + vertex;
   }
 }
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kChunk)
 
 __device__ inline int32_t my_item() { return static_cast<int32_t>(blockIdx.x * kChunk + threadIdx.x); }
 
-// An item as one of `channels` of a vertex or piece; dense_crf sees to it that 32 bits suffice.
+// Splits an item into a vertex or piece and one of its `channels`; dense_crf checks that 32 bits are enough.
 struct Value {
   int32_t owner, channel;
 };
@@ -241,8 +241,8 @@ __global__ void sort_weights(const __grid_constant__ Lattice lattice) {
   if (i < lattice.entries) lattice.sorted_weights[i] = lattice.weights[lattice.sorted[i]];
 }
 
-// The pixels of a piece, times their weights. Every pixel is read six times, 4 bytes a channel: the most that an update
-// moves. `pixels` [P, channels], or nullptr for ones.
+// Adds the pixels of a piece, times their weights. Every pixel is read six times, 4 bytes per channel: most of the
+// traffic of an update. `pixels` [P, channels], or nullptr for ones.
 __global__ void __launch_bounds__(kChunk)
     splat_pieces(const __grid_constant__ Lattice lattice, int32_t channels, const float* pixels) {
   const auto [piece, channel] = my_value(channels);
@@ -269,8 +269,8 @@ __global__ void add_pieces(const __grid_constant__ Lattice lattice, int32_t chan
   lattice.values[my_item()] = sum;
 }
 
-// Every vertex plus half of its two neighbors along a direction. Per vertex 8 bytes of neighbors, and per channel 12
-// read, 8 of them mostly from L2, and 4 written.
+// Every vertex plus half of its two neighbors in a direction. Reads 8 bytes of neighbors per vertex, and per channel 12
+// bytes, 8 of them mostly from L2; writes 4.
 __global__ void blur(const __grid_constant__ Lattice lattice, int32_t direction, int32_t channels, const float* from,
                      float* to) {
   const auto [vertex, channel] = my_value(channels);
@@ -291,7 +291,7 @@ __device__ inline float slice(const Lattice& lattice, int64_t pixel, int32_t cha
   return sum;
 }
 
-// Divides the weights by the square root of what the lattice makes of ones.
+// Divides the weights by the square root of the filtered ones.
 __global__ void normalize(const __grid_constant__ Lattice lattice) {
   const int32_t pixel = my_item();
   if (pixel >= lattice.entries / kCorners) return;
@@ -300,7 +300,7 @@ __global__ void normalize(const __grid_constant__ Lattice lattice) {
   for (int r = 0; r < kCorners; ++r) lattice.weights[kCorners * pixel + r] *= norm;
 }
 
-// lattice.values = the filtered pixels [P, channels] (nullptr: ones), but for slicing.
+// lattice.values = the filtered pixels [P, channels] (nullptr: ones), before slicing.
 void filter(const Lattice& lattice, int32_t channels, const float* pixels, Stream stream) {
   launch(splat_pieces, chunks_of(lattice.most_pieces() * channels), kChunk, stream, lattice, channels, pixels);
   const int64_t chunks = chunks_of(lattice.vertices * channels);

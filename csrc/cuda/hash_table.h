@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Hash tables in which items with equal keys meet, whatever the order of the threads.
+// Hash tables that find the first item of every key, independent of the order of threads.
 #pragma once
 
 #include "launch.h"
@@ -9,14 +9,14 @@ namespace {
 
 constexpr int32_t kNone = -1;
 
-// A part of the slots that is a table of its own.
+// A range of slots that is a separate table.
 struct Region {
   int64_t begin;
   int32_t size;
 };
 
-// A slot holds kNone or an item; when all are inserted, the first item of its key. A region must have more slots than
-// there are keys in it; with twice as many a search is short.
+// A slot holds kNone or an item; after all insertions, the first item of its key. A region must have more slots than
+// keys; with twice as many, searches are short.
 template <class Key>
 struct FirstTable {
   int32_t* slots;
@@ -27,7 +27,7 @@ struct FirstTable {
     return static_cast<int32_t>(static_cast<uint64_t>(scrambled) * static_cast<unsigned>(region.size) >> 32);
   }
 
-  // Returns the slot of the item's key, counted from the region's first.
+  // Returns the slot of the item's key, relative to the region.
   __device__ int32_t insert(const Region& region, int32_t item) const {
     const Key key = keys[item];
     for (int32_t i = home(key, region);; i = i + 1 == region.size ? 0 : i + 1) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// All images of a ragged batch in one launch: which image a thread block works on, and ranks of some of its items.
+// All images of a ragged batch in one launch: maps thread blocks to images, and ranks selected items of an image.
 #pragma once
 
 #include <algorithm>
@@ -10,16 +10,16 @@
 namespace namedmask::cuda {
 namespace {
 
-constexpr int kChunk = 1024;    // items in raster order that a block works on together
+constexpr int kChunk = 1024;    // items, in raster order, per block
 constexpr int kMaxImages = 64;  // per launch: the tables below must fit the 4 kB of a kernel's arguments
 
-// The images of one launch. It travels as a kernel argument: no copy to the device, nothing to keep alive, and the
-// launch stays asynchronous (and can be captured in a CUDA graph). Larger batches are launched in groups.
+// The images of one launch, passed as a kernel argument: there is no copy to the device and nothing to keep alive, and
+// the launch is asynchronous (and can be captured in a CUDA graph). Larger batches are launched in groups.
 struct Images {
   int32_t first = 0, count = 0;    // images first .. first + count of the batch
   int32_t begin[kMaxImages] = {};  // row of the image's first pixel
   int32_t height[kMaxImages] = {}, width[kMaxImages] = {};
-  int32_t chunks[kMaxImages + 1] = {};  // chunks of the images before this one
+  int32_t chunks[kMaxImages + 1] = {};  // number of chunks of the images before this one
 };
 
 struct Image {
@@ -30,10 +30,10 @@ struct Image {
   __device__ int32_t chunk_item() const { return block * kChunk + static_cast<int32_t>(threadIdx.x); }
 };
 
-// The place in the table of the image that this thread block belongs to, given the blocks of the images before each.
+// The index in the table of the image of this thread block, given the number of blocks before each image.
 __device__ inline int my_place(const Images& images, const int32_t* blocks) {
   const auto block = static_cast<int32_t>(blockIdx.x);
-  int low = 0, high = images.count - 1;  // the last image whose first block is not after this one
+  int low = 0, high = images.count - 1;  // the last image whose first block is not beyond this one
   while (low < high) {
     const int middle = (low + high + 1) / 2;
     if (blocks[middle] <= block) {
@@ -54,7 +54,7 @@ __device__ inline Image my_image(const Images& images, const int32_t* blocks) {
   return image_at(images, blocks, my_place(images, blocks));
 }
 
-// Calls f(images, chunks) for groups of images that fit a launch; `items` of them for every pixel.
+// Calls f(images, chunks) for groups of images that fit one launch, with `items` items per pixel.
 template <class F>
 void for_each_group(const RaggedShape& batch, F f, int64_t items = 1) {
   for (int64_t first = 0; first < batch.count; first += kMaxImages) {
@@ -75,7 +75,7 @@ void for_each_group(const RaggedShape& batch, F f, int64_t items = 1) {
 // Bits below `lane`.
 __device__ inline unsigned below(unsigned lane) { return (1u << lane) - 1; }
 
-// How many threads of a block of kChunk before this one have `chosen`; the block's number of them goes to *total.
+// The number of threads before this one, in a block of kChunk, that have `chosen`; *total = their number in the block.
 __device__ inline int32_t rank_in_chunk(bool chosen, int32_t* total) {
   __shared__ int32_t warp_chosen[kChunk / 32];
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -89,7 +89,8 @@ __device__ inline int32_t rank_in_chunk(bool chosen, int32_t* total) {
   return rank;
 }
 
-// One warp per image: the numbers chosen in each chunk -> in the chunks before it, and the image's total.
+// One warp per image: replaces the number of chosen items per chunk by the sum over the chunks before it, and writes
+// the image's total.
 __global__ void add_ranks(const __grid_constant__ Images images, int32_t* chunk_totals, int32_t* counts) {
   const auto b = static_cast<int32_t>(blockIdx.x), lane = static_cast<int32_t>(threadIdx.x);
   const int32_t begin = images.chunks[b], end = images.chunks[b + 1];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The largest eigenpair of a symmetric matrix that is known only by its products, beside eigenvectors that are known:
-// by a thread block of kWarps warps, whose threads all call these functions. Lanczos as in csrc/cpu/lanczos.h, with one
-// start vector; every new vector is made orthogonal to all before it, twice.
+// The largest eigenpair of a symmetric matrix that is given only by its products and has known eigenvectors, by a
+// thread block of kWarps warps, all of whose threads call these functions. Lanczos as in csrc/cpu/lanczos.h, with one
+// start vector; every new vector is orthogonalized twice against all earlier ones.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 
 namespace namedmask::cuda {
 
-constexpr double kExhausted = 1e-13;  // what remains of a unit vector's product that lies in the basis already
+constexpr double kExhausted = 1e-13;  // if less remains of a unit vector's product, it is in the span of the basis
 
 // splitmix64's, as on the CPU.
 __device__ inline uint64_t mix(uint64_t z) {
@@ -29,8 +29,8 @@ template <int kWarps>
 struct Lanczos {
   static constexpr int kThreads = 32 * kWarps;
 
-  int64_t n, stride, known, steps;  // products at most: `steps`
-  double* vectors;                  // the known ones, then the basis [steps]; `stride` elements from one to the next
+  int64_t n, stride, known, steps;  // steps: maximum number of products
+  double* vectors;                  // the known vectors, then the basis [steps]; `stride` elements apart
   double* product;                  // [n]
   double* small;                    // [6 steps + known]
 
@@ -42,14 +42,14 @@ struct Lanczos {
   __device__ double* ritz() const { return small + 4 * steps; }
   __device__ double* coefficients() const { return small + 5 * steps; }
 
-  // multiply(q): product = the matrix times q, seen by all threads. `start`: where the random numbers begin. The pair's
-  // vector is basis * ritz; it is good to `tolerance`, unless `steps` came first.
+  // multiply(q): product = the matrix times q, visible to all threads. `start`: seed of the start vector. The
+  // eigenvector is basis * ritz, with a residual of at most `tolerance` unless `steps` was reached first.
   template <class Multiply>
   __device__ Pair solve(uint64_t start, double tolerance, Multiply multiply) const {
     __shared__ double value, residual;
     double diagonal;
     for (auto i = static_cast<int64_t>(threadIdx.x); i < n; i += kThreads) {
-      // a start without a pattern, so that no eigenvector is orthogonal to it
+      // a random start vector, so that no eigenvector is orthogonal to it
       product[i] = static_cast<double>(static_cast<int64_t>(mix(kMixStep * (start + static_cast<uint64_t>(i) + 2))));
     }
     __syncthreads();
@@ -83,8 +83,8 @@ struct Lanczos {
   }
 
  private:
-  // The product minus its part in the span of the known vectors and the first `size` of the basis, twice, as rounding
-  // leaves some; its norm. `last`: the coefficient of the last of these vectors.
+  // Removes from the product its part in the span of the known vectors and the first `size` of the basis, twice because
+  // of rounding, and returns its norm. `last`: the coefficient of the last of these vectors.
   __device__ double orthogonalize(int64_t size, double* last) const {
     const auto thread = static_cast<int64_t>(threadIdx.x);
     const int64_t count = known + size;
@@ -117,9 +117,9 @@ struct Lanczos {
     __syncthreads();
   }
 
-  // The largest eigenvalue of the symmetric tridiagonal matrix with diagonal alpha [m] and beta [m - 1] beside it: all
-  // lanes of a warp try values between two bounds, until nothing lies between. A value is too small where eliminating
-  // from the top meets a positive pivot.
+  // The largest eigenvalue of the symmetric tridiagonal matrix with diagonal alpha [m] and off-diagonal beta [m - 1]:
+  // the lanes of a warp test values between two bounds until none is left between. A value is too small if elimination
+  // from the top has a positive pivot.
   __device__ double largest_eigenvalue(int64_t m) const {
     double low = -INFINITY, high = -INFINITY;
     for (int64_t j = 0; j < m; ++j) {
@@ -129,7 +129,7 @@ struct Lanczos {
     }
     const auto lane = static_cast<int>(threadIdx.x % 32);
     const auto candidate = [&](int k) { return low + (high - low) * ((k + 1) / 33.0); };
-    for (int round = 0; round < 12; ++round) {  // 33^12 is beyond a double's precision
+    for (int round = 0; round < 12; ++round) {  // 33^12 exceeds a double's precision
       const double x = candidate(lane);
       bool small_x = false;
       double pivot = -1;
@@ -146,8 +146,9 @@ struct Lanczos {
     return high;
   }
 
-  // ritz [m]: the unit eigenvector for that eigenvalue, from where eliminating from the top meets eliminating from the
-  // bottom with the least remainder (Parlett and Dhillon, Fernando's solution to Wilkinson's problem, 1997).
+  // ritz [m]: the unit eigenvector of that eigenvalue, computed from the row where elimination from the top and from
+  // the bottom meet with the smallest remainder (Parlett and Dhillon, Fernando's solution to Wilkinson's problem,
+  // 1997).
   __device__ void eigenvector(int64_t m, double eigenvalue) const {
     const auto pivot = [](double x) { return x == 0 ? -1e-100 : x; };
     for (int64_t j = 0; j < m; ++j) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// What every CUDA launcher needs: error checks, the right device, kernels started on the caller's stream.
+// Shared by all CUDA launchers: error checks, device selection, and kernel launches on the caller's stream.
 //
-// Kernels are started through `launch`, not through <<< >>>: the files are then plain C++ to
-// tests/kernels/cuda_emulator, which runs their threads on the CPU.
+// Kernels are started by `launch` instead of <<< >>>: the files are then plain C++ for tests/kernels/cuda_emulator,
+// which runs their threads on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +19,7 @@ inline void check(cudaError_t error) {
     throw std::runtime_error(std::string("namedmask_kernels: CUDA: ") + cudaGetErrorString(error));
 }
 
-// Makes an array's device the current one for the length of a scope.
+// Makes the device of an array current within a scope.
 class OnDevice {
  public:
   explicit OnDevice(const TensorView& view) {
@@ -35,7 +35,7 @@ class OnDevice {
 };
 
 template <class T>
-struct Same {  // keeps a parameter out of template argument deduction
+struct Same {  // excludes a parameter from template argument deduction
   using Type = T;
 };
 

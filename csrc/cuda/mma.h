@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
-// Products of small matrices of bytes by a warp, on the tensor cores of sm_80 and later.
+// Products of small byte matrices by a warp, on the tensor cores of sm_80 and later.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#ifdef __CUDACC__  // tests/kernels/cuda_emulator has its own
+#ifdef __CUDACC__  // tests/kernels/cuda_emulator defines its own
 
 namespace namedmask::cuda {
 

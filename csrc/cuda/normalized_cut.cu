@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The eigenvector of an image's affinity and what follows from it, a thread block an image, all steps in one launch.
+// The eigenvector of an image's affinity and the results derived from it, one thread block per image, in one launch.
 //
-// The affinity is a bit matrix (triton/normalized_cut.py makes it), and a product with it sums entries of a vector.
-// Consumer GPUs add 64-bit numbers slowly and all add bytes fast on their tensor cores, so the vector is turned into
-// 64-bit integers, and these into eight signed digits to the base 256: a matrix [n, 8] of bytes. Its product with the
-// bits, spread to bytes, is exact; the digits' sums make 64-bit integers again. Rounding to integers costs 2^-50 of the
-// largest entry at 3,600 tokens.
+// The affinity is a bit matrix (computed by triton/normalized_cut.py), and a product with it sums entries of a vector.
+// Consumer GPUs add 64-bit numbers slowly, but all GPUs add bytes fast on their tensor cores. The vector is therefore
+// converted to 64-bit integers, and these to eight signed digits in base 256: a matrix [n, 8] of bytes. Its product
+// with the bits, expanded to bytes, is exact, and the digit sums are converted back to 64-bit integers. Rounding to
+// integers has an error of 2^-50 of the largest entry at 3,600 tokens.
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -21,15 +21,15 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kTile = 128;         // rows are padded to a multiple; a group of columns is four words
+constexpr int kTile = 128;         // rows are padded to a multiple of this; a group of columns is four words
 constexpr int kMaxImages = 100;    // per launch: the table below must fit the 4 kB of a kernel's arguments
-constexpr double kTie = 1 - 1e-5;  // entries this close to the largest are as large
+constexpr double kTie = 1 - 1e-5;  // entries this close to the largest count as equal
 constexpr uint64_t kSigns = 0x8080808080808080ull;
 
 struct Images {
   int32_t first = 0;  // of the batch
   int32_t begin[kMaxImages] = {}, length[kMaxImages] = {};
-  int64_t bits[kMaxImages] = {}, work[kMaxImages] = {};  // where the image's part begins
+  int64_t bits[kMaxImages] = {}, work[kMaxImages] = {};  // the first element of the image's part
 };
 
 __host__ __device__ int64_t padded_rows(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
@@ -41,15 +41,15 @@ __host__ __device__ int64_t work_size(int64_t n, int64_t steps) {
   return (steps + 4) * padded_rows(n) + 6 * (steps + 1);
 }
 
-// An image's arrays in device memory.
+// The arrays of an image in device memory.
 struct Cut {
   int64_t n, padded, steps;
   const uint32_t* bits;  // [padded / kTile, padded, 4]: group of columns, row, word
-  double* known;         // D^1/2 1, the first eigenvector, then Lanczos' basis; `padded` elements from vector to vector
+  double* known;         // D^1/2 1, the first eigenvector, then the Lanczos basis; vectors are `padded` elements apart
 
   __device__ double* product() const { return known + (steps + 1) * padded; }
   __device__ double* inverse_root() const { return product() + padded; }
-  __device__ uint32_t* digits() const {  // [padded / kTile, 4, 32, 2]: as four matrix products take them
+  __device__ uint32_t* digits() const {  // [padded / kTile, 4, 32, 2]: the operands of four matrix products
     return reinterpret_cast<uint32_t*>(product() + 2 * padded);
   }
   __device__ Lanczos<kWarps> lanczos() const { return {n, padded, 1, steps, known, product(), product() + 3 * padded}; }
@@ -67,12 +67,12 @@ __device__ void multiply(const Cut& cut, const double* q, double eps) {
   }
   total = block_reduce<kWarps>(total, Sum());
   largest = block_reduce<kWarps>(largest, Most());
-  int exponent, count;  // the largest is below 2^exponent, n below 2^count: a sum of n integers stays below 2^62
+  int exponent, count;  // the largest entry is below 2^exponent and n below 2^count: a sum of n integers is below 2^62
   frexp(largest, &exponent);
   frexp(static_cast<double>(cut.n), &count);
   const double unit = ldexp(1.0, exponent + count - 62), scale = ldexp(1.0, 62 - exponent - count);
 
-  // The bits of a word that lie 8 apart become a register's bytes, so a register of digits holds columns 8 apart.
+  // Bits of a word at a distance of 8 become the bytes of a register, so a register of digits holds columns 8 apart.
   for (int64_t four = thread; four < cut.padded / 4; four += kThreads) {
     const int64_t group = four / 32, step = four / 8 % 4, word = four / 2 % 4, half = four % 2;
     uint32_t digit[8] = {};
@@ -87,7 +87,7 @@ __device__ void multiply(const Cut& cut, const double* q, double eps) {
   __syncthreads();
 
   const int64_t lane = thread % 32, word = lane % 4;
-  for (int64_t row = thread / 32 * 32; row < cut.padded; row += kThreads) {  // 32 rows a warp
+  for (int64_t row = thread / 32 * 32; row < cut.padded; row += kThreads) {  // 32 rows per warp
     int32_t sums[2][4] = {};
     const uint32_t *bits = cut.bits + row * 4 + lane, *digits = cut.digits() + 2 * lane;
     for (int64_t column = 0; column < cut.padded; column += kTile, bits += 4 * cut.padded, digits += 256) {
@@ -122,9 +122,9 @@ __device__ void multiply(const Cut& cut, const double* q, double eps) {
   __syncthreads();
 }
 
-// Images without a cut have all tokens alike: their eigenvalue in `value`.
+// Whether all tokens are alike, so that the image has no cut; `value` is then the common eigenvalue.
 __device__ bool alike(const Cut& cut, double eps, double* value) {
-  int32_t least = INT_MAX, most = -1;  // of twice the bits of a row, plus that on the diagonal
+  int32_t least = INT_MAX, most = -1;  // of twice the number of bits in a row plus the bit on the diagonal
   for (auto i = static_cast<int64_t>(threadIdx.x); i < cut.n; i += kThreads) {
     int32_t count = 0;
     for (int64_t group = 0; group < cut.padded / kTile; ++group) {
@@ -189,7 +189,8 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const Lanczos<kWarps> lanczos = cut.lanczos();
   const Pair pair = lanczos.solve(0, tolerance, [&](const double* q) { multiply(cut, q, eps); });
-  lanczos.vector(pair.products, cut.product());  // a thread's own entries, here and in the next lines
+  lanczos.vector(pair.products,
+                 cut.product());  // every thread accesses only its own entries, here and in the next lines
 
   double largest = 0, sum = 0;
   for (int64_t i = thread; i < n; i += kThreads) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Prefix sums, and a stable radix sort: our own, small ones, which the emulator of tests/kernels can run.
+// Prefix sums and a stable radix sort. Not CUB's, which the emulator of tests/kernels cannot run.
 #pragma once
 
 #include <utility>
@@ -9,7 +9,7 @@
 namespace namedmask::cuda {
 namespace {
 
-// Of a block of kChunk threads: the sum of the values of the threads before this one; *total: of all.
+// The exclusive scan of the values of a block of kChunk threads; *total = the sum of all.
 __device__ inline int32_t sum_before(int32_t value, int32_t* total) {
   __shared__ int32_t of_warp[kChunk / 32];
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
@@ -61,9 +61,9 @@ void exclusive_sum(int32_t* values, int64_t n, int32_t* totals, Stream stream) {
 
 constexpr int kSortThreads = 256, kSortItems = 2048;  // of a block
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
-static_assert(kSortThreads == kDigits);  // each thread looks after one digit
+static_assert(kSortThreads == kDigits);  // one thread per digit
 
-// counts[digit][block]: how many of a block's keys have the digit.
+// counts[digit][block] = the number of the block's keys with the digit.
 __global__ void count_digits(const int32_t* keys, int64_t n, int shift, int32_t* counts) {
   __shared__ int32_t found[kDigits];
   found[threadIdx.x] = 0;
@@ -76,11 +76,11 @@ __global__ void count_digits(const int32_t* keys, int64_t n, int shift, int32_t*
   counts[int64_t{threadIdx.x} * gridDim.x + blockIdx.x] = found[threadIdx.x];
 }
 
-// Moves keys and values behind all with smaller digits, given the sums of the counts; without values their numbers.
+// Moves keys and values behind all with smaller digits, given the scanned counts. Without values, moves the indices.
 __global__ void move_by_digit(const int32_t* keys, const int32_t* values, int64_t n, int shift, const int32_t* sums,
                               int32_t* keys_out, int32_t* values_out) {
   constexpr int kWarps = kSortThreads / 32;
-  __shared__ int32_t next[kDigits];  // where the block's next key with a digit goes
+  __shared__ int32_t next[kDigits];  // the position of the block's next key with a digit
   __shared__ int32_t of_warp[kWarps][kDigits];
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   next[threadIdx.x] = sums[int64_t{threadIdx.x} * gridDim.x + blockIdx.x];
@@ -119,15 +119,15 @@ __global__ void move_by_digit(const int32_t* keys, const int32_t* values, int64_
 
 int64_t sort_blocks(int64_t n) { return (n + kSortItems - 1) / kSortItems; }
 
-// Ints of scratch memory that sort_numbers takes.
+// The scratch memory of sort_numbers, in ints.
 int64_t sort_scratch(int64_t n) { return kDigits * sort_blocks(n) + chunks_of(kDigits * sort_blocks(n)); }
 
 struct Sorted {
   int32_t *keys, *numbers;
 };
 
-// The numbers 0 .. n - 1 in the order of their keys, which are below 2^bits; equal keys keep theirs. first and second:
-// room [n] each, one of which is returned. A pass reads and writes 8 bytes each for each key, twice the keys besides.
+// Sorts the numbers 0 .. n - 1 by their keys, which are below 2^bits; stable. first and second: buffers [n], one of
+// which is returned. A pass reads and writes 8 bytes per key, and reads the keys twice more.
 Sorted sort_numbers(const int32_t* keys, int64_t n, int bits, Sorted first, Sorted second, int32_t* scratch,
                     Stream stream) {
   const int64_t blocks = sort_blocks(n);

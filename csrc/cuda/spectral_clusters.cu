@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// Eigenvectors and k-means of spectral_clusters. The affinity is a matrix of rank C and a constant,
-// A = (F F' - m) / (M - m), so a product with it is two products with the features F and one sum; nothing of n x n is
-// left to do once m and M are known (triton/spectral_clusters.py). What is left is a long chain of small steps: so a
-// thread block takes an image and finds its eigenvectors one after the other, each beside those before it, which finds
-// an eigenvalue as often as it occurs; then every run of k-means has a block of its own.
+// Eigenvectors and k-means of spectral_clusters. The affinity is a matrix of rank C plus a constant,
+// A = (F F' - m) / (M - m), so a product with it takes two products with the features F and one sum; once m and M are
+// known (triton/spectral_clusters.py), no work of size n x n is left, only a long sequence of small steps. One thread
+// block per image finds the eigenvectors one after another, each orthogonal to those before, so that multiple
+// eigenvalues are found as often as they occur. Then every run of k-means has its own block.
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -16,29 +16,29 @@
 namespace namedmask::cuda {
 namespace {
 
-constexpr int kWarps = 16;      // of a block that finds eigenvectors
-constexpr int kRunWarps = 8;    // of a block of k-means
+constexpr int kWarps = 16;      // per block that finds eigenvectors
+constexpr int kRunWarps = 8;    // per block of k-means
 constexpr int kMaxImages = 64;  // per launch: the table below must fit the 4 kB of a kernel's arguments
 constexpr int kMaxCount = 64;
-constexpr int64_t kMaxProducts = 192;  // for each vector
+constexpr int64_t kMaxProducts = 192;  // per vector
 constexpr int kRestarts = 10, kRounds = 100;
-constexpr double kTolerance = 1e-8;  // a hundredth of the CPU's, as the next vectors build on a vector
-constexpr double kAlike = 1e-6;      // affinities that differ by less do not differ
-constexpr double kIsolated = 1e-6;   // row sums below are 0
+constexpr double kTolerance = 1e-8;  // a hundredth of the CPU's, since later vectors depend on earlier ones
+constexpr double kAlike = 1e-6;      // affinities that differ by less count as equal
+constexpr double kIsolated = 1e-6;   // smaller row sums count as 0
 
 struct Images {
   int32_t first = 0;  // of the batch
   int32_t begin[kMaxImages] = {}, length[kMaxImages] = {};
-  int64_t work[kMaxImages] = {};  // where the image's part of the workspace begins
+  int64_t work[kMaxImages] = {};  // the first element of the image's part of the workspace
   int32_t counts[kMaxCount] = {};
-  int32_t n_counts = 0, vectors = 0;  // vectors: the largest count less 1
+  int32_t n_counts = 0, vectors = 0;  // vectors: the largest count minus 1
 };
 
 __host__ __device__ int64_t smaller(int64_t a, int64_t b) { return b < a ? b : a; }
 
-// An image's part of the workspace.
+// The part of the workspace of an image.
 struct Work {
-  int64_t n, channels, vectors, runs;  // vectors: wanted, at most n - 1
+  int64_t n, channels, vectors, runs;  // vectors: required number, at most n - 1
 
   __host__ __device__ int64_t steps() const { return smaller(kMaxProducts, n > 1 ? n - 1 : 0); }
   __host__ __device__ int64_t parts() const { return 4 * 32 * kWarps + channels; }
@@ -47,13 +47,13 @@ struct Work {
     return (1 + vectors + steps() + 2) * n + 6 * steps() + 1 + vectors + parts() + runs * run_size() + 1;
   }
 
-  // The first of the known vectors is D^1/2 1; at the end `points` [vectors, n] follow it.
+  // The first of the known vectors is D^1/2 1; finally `points` [vectors, n] follow it.
   __device__ Lanczos<kWarps> lanczos(double* memory, int64_t known) const {
     double* product = memory + (1 + vectors + steps()) * n;
     return {n, n, known, smaller(steps(), n - known), memory, product, product + 2 * n};
   }
   __device__ double* inverse_root(double* memory) const { return memory + (2 + vectors + steps()) * n; }
-  __device__ double* sums(double* memory) const {  // [channels], then a thread's parts of them
+  __device__ double* sums(double* memory) const {  // [channels], then the partial sums of threads
     return inverse_root(memory) + n + 6 * steps() + 1 + vectors;
   }
   __device__ double* found(double* memory) const { return sums(memory) + parts(); }
@@ -79,7 +79,7 @@ struct Affinity {
     double total = 0;
     for (int32_t i = thread; i < n; i += kThreads) total += inverse_root[i] * q[i];
     total = block_reduce<kWarps>(total, Sum());
-    // sums = F' x: threads share the channels, four each, and what threads are left share the rows
+    // sums = F' x: four channels per thread; remaining threads split the rows
     const int32_t quads = channels / 4;
     const int32_t groups = quads < kThreads ? kThreads / quads : 1;
     double* parts = sums + channels;
@@ -113,7 +113,7 @@ struct Affinity {
   }
 };
 
-// v_2, v_3, ... of each image, where the known vectors but the first stand, and how many were found.
+// Computes v_2, v_3, ... of each image, in place of the known vectors after the first, and their number.
 __global__ void __launch_bounds__(32 * kWarps) embed(const __grid_constant__ Images images, const float* all_units,
                                                      int64_t channels, const float* ranges, double* workspace) {
   constexpr int64_t kThreads = 32 * kWarps;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(32 * kWarps) embed(const __grid_constant__ Ima
     const Lanczos<kWarps> lanczos = work.lanczos(memory, 1 + j);
     const Pair pair = lanczos.solve(static_cast<uint64_t>(j * work.n), kTolerance,
                                     [&](const double* q) { affinity.multiply(q, product); });
-    lanczos.vector(pair.products, product);  // a thread's own entries, here and in the next line
+    lanczos.vector(pair.products, product);  // every thread accesses only its own entries, here and in the next line
     for (int64_t i = thread; i < work.n; i += kThreads) known[(1 + j) * work.n + i] = product[i];
     __syncthreads();
   }
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(32 * kRunWarps)
     return sum;
   };
 
-  // k-means++: each next center is a token drawn with the square of its distance to those before
+  // k-means++: each next center is a token drawn with probability proportional to the squared distance to the others
   Random random(seed, k, r % kRestarts);
   int32_t count = 0, token = min(n - 1, static_cast<int32_t>(random.next() * n));
   const int32_t per = (n + kThreads - 1) / kThreads, begin = min(n, thread * per), end = min(n, begin + per);
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(32 * kRunWarps)
     parts[thread] = part;
     if (++count == k) break;
     const double total = block_reduce<kRunWarps>(part, Sum());
-    if (!(total > 0)) break;  // no point differs from the centers
+    if (!(total > 0)) break;  // all points are centers
     const double threshold = random.next() * total;
     if (thread == 0) {
       double sum = 0;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(32 * kRunWarps)
     token = chosen;
   }
 
-  // Lloyd's rounds
+  // Lloyd's algorithm
   double sum = 0;
   for (int32_t round = 0;; ++round) {
     __syncthreads();
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(32 * kRunWarps)
   if (thread == 0) *least = sum;
 }
 
-// Of an image's runs for one k the first of the tightest, its labels numbered in the order in which they first occur.
+// Picks the best run for one image and k, the first among equals, and numbers its labels in the order of occurrence.
 __global__ void __launch_bounds__(32 * kRunWarps)
     pick_run(const __grid_constant__ Images images, int64_t channels, double* workspace, int32_t* all_labels) {
   constexpr int64_t kThreads = 32 * kRunWarps;
@@ -320,7 +320,8 @@ void spectral_clusters(const TensorView& unit, const TensorView& ranges, const T
   expect(op, "workspace", workspace, DType::kFloat64,
          {spectral_clusters_workspace(offsets, shapes, counts, tokens, channels)}, Device::kCUDA);
   if (channels % 4 != 0 || n_counts > kMaxCount) {
-    throw std::invalid_argument(std::string(op) + ": channels must be a multiple of 4, and at most 64 counts be asked");
+    throw std::invalid_argument(std::string(op) +
+                                ": channels must be a multiple of 4, and there must be at most 64 counts");
   }
   const OnDevice device(unit);
   int64_t doubles = 0;
