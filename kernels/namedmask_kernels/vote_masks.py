@@ -89,7 +89,7 @@ def _flatten(masks: Ragged | Array) -> tuple[Tensor, Tensor, Tensor, int, tuple[
     count = leading[0] if leading else 1
     offsets = torch.arange(count + 1, dtype=torch.int32) * (h * w)
     shapes = torch.tensor([[h, w]] * count, dtype=torch.int32).reshape(-1, 2)
-    return grids.reshape(-1), offsets, shapes, n, tuple(leading)
+    return grids.reshape(-1).contiguous(), offsets, shapes, n, tuple(leading)
 
 
 # -- backends: every implementation takes the arguments of the schema below and returns its results ------------------
