@@ -11,6 +11,7 @@ import operator_calls
 import pytest
 import torch
 from operator_calls import CALLS, flat
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import namedmask_kernels as nk
 from namedmask_kernels import backends
@@ -37,6 +38,53 @@ def test_torch_compile(op):
     compiled = torch.compile(op, fullgraph=True, backend="eager")
     for result, expected in zip(flat(compiled(*CALLS[op])), flat(op(*CALLS[op])), strict=True):
         assert torch.equal(result, expected)
+
+
+class Recorder(TorchDispatchMode):
+    """Records the calls of registered operators within its context."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "namedmask_kernels":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@operators
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck(op, backend):
+    with Recorder() as recorder:
+        op(*CALLS[op], backend=backend)
+    ((function, arguments),) = recorder.calls
+    torch.library.opcheck(function, arguments)
+
+
+@operators
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_non_contiguous_views(op, backend):
+    first, *rest = CALLS[op]
+    view = torch.stack([first, torch.zeros_like(first)], -1)[..., 0]
+    for result, expected in zip(
+        flat(op(view, *rest, backend=backend)), flat(op(first, *rest, backend=backend)), strict=True
+    ):
+        assert torch.equal(result, expected)
+
+
+@operators
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_every_output_is_written(op, backend):
+    """In deterministic mode, torch fills new memory with NaN, the largest integer or True."""
+    expected = flat(op(*CALLS[op], backend=backend))
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = flat(op(*CALLS[op], backend=backend))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for result, value in zip(results, expected, strict=True):
+        assert torch.equal(result, value)
 
 
 @pytest.mark.parametrize("op", [op for op in CALLS if op is not nk.attention_features], ids=lambda op: op.__name__)
