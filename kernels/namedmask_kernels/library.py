@@ -6,7 +6,7 @@ public function and this call:
 
     _erode = register(
         "erode(Tensor mask, Tensor offsets, Tensor shapes, int iterations) -> Tensor",
-        reference=partial(per_image, reference.erode),
+        reference=partial(per_image, reference.erode, numpy=True),  # for a reference in numpy
     )
 
 The "cpu" backend is then `_native.erode(mask, offsets, shapes, out, iterations)`.
