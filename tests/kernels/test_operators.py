@@ -14,7 +14,7 @@ from operator_calls import CALLS, flat
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import namedmask_kernels as nk
-from namedmask_kernels import backends
+from namedmask_kernels import Ragged, backends
 
 SECTIONS = ("Args:", "Returns:", "Raises:", "Cost:", "Determinism:", "Source:")
 
@@ -85,6 +85,54 @@ def test_every_output_is_written(op, backend):
         torch.use_deterministic_algorithms(False)
     for result, value in zip(results, expected, strict=True):
         assert torch.equal(result, value)
+
+
+SIZES = [(7, 9), (1, 1), (0, 4), (5, 3), (1, 8), (6, 0)]
+
+
+def images(op) -> list[tuple]:
+    """The operator's arguments for images of several sizes: crops of those in CALLS."""
+    return [tuple(a[:h, :w] if isinstance(a, torch.Tensor) else a for a in CALLS[op]) for h, w in SIZES]
+
+
+def packed(arguments) -> tuple:
+    """The arguments of several images as those of one batch."""
+    columns = list(zip(*arguments, strict=True))
+    return tuple(Ragged.pack(column) if isinstance(column[0], torch.Tensor) else column[0] for column in columns)
+
+
+def fields(result) -> list:
+    """The fields of a batch's result, each indexed by the image."""
+    parts = [result] if isinstance(result, Ragged) else result
+    return [part.grids() if isinstance(part, Ragged) else part for part in parts]
+
+
+# Their arguments or results are arranged differently, so their own tests cover batches.
+OTHERS = nk.attention_features, nk.connected_components, nk.vote_masks
+batched = pytest.mark.parametrize("op", [op for op in CALLS if op not in OTHERS], ids=lambda op: op.__name__)
+
+
+@batched
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_results_do_not_depend_on_batch_composition(op, backend):
+    batch = fields(op(*packed(images(op)), backend=backend))
+    for b, arguments in enumerate(images(op)):
+        for result, expected in zip(batch, flat(op(*arguments, backend=backend)), strict=True):
+            assert torch.equal(result[b], expected.reshape(result[b].shape))
+
+
+@batched
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_empty_batch(op, backend):
+    empty = [Ragged.of_shapes(a.rows[:0], []) if isinstance(a, Ragged) else a for a in packed(images(op))]
+    assert all(len(field) == 0 for field in fields(op(*empty, backend=backend)))
+
+
+@batched
+def test_malformed_batches_raise(op):
+    wrong = [a._replace(shapes=a.shapes + 1) if isinstance(a, Ragged) else a for a in packed(images(op))]
+    with pytest.raises(ValueError, match=f"{op.__name__}: image 0 has shape 8 x 10 but owns rows 0 to 63"):
+        op(*wrong)
 
 
 @pytest.mark.parametrize("op", [op for op in CALLS if op is not nk.attention_features], ids=lambda op: op.__name__)
