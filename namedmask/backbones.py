@@ -321,8 +321,12 @@ def _expect_model(name: str) -> None:
     if not timm.is_model(name):
         registry.load_plugins()
     if not timm.is_model(name):
-        similar = ", ".join(timm.list_models(f"{name.split('.')[0][:12]}*")[:5]) or "see timm.list_models()"
-        raise UserError(f"backbone {name!r} is no timm model; similar: {similar}{registry.failure_note()}")
+        similar = ", ".join(timm.list_models(f"{name.split('.')[0][:12]}*")[:5])
+        hint = f"similar: {similar}" if similar else "timm.list_models() lists them"
+        raise UserError(f"{name!r} is no timm model; {hint}{registry.failure_note()}")
+    architecture, _, tag = name.partition(".")
+    if tag and name not in (known := timm.list_pretrained(f"{architecture}.*")):
+        raise UserError(f"timm has no weights {tag!r} for {architecture}; there are: {', '.join(known) or 'none'}")
 
 
 def untrained(name: str) -> Vit:
@@ -503,7 +507,7 @@ def _why_no_weights(name: str, weights: str | None, error: Exception, kind: str 
 
         cfg = timm.models.get_pretrained_cfg(name)
         hub = cfg.hf_hub_id if cfg is not None and cfg.hf_hub_id else "its authors' page"
-        source = f"model.safetensors from huggingface.co/{hub}.{name.partition('.')[2]}"
+        source = f"model.safetensors from huggingface.co/{hub}"
     return (
         f"its weights could not be downloaded ({_first_line(error)}); on a machine with a network connection download "
         f"{source} and pass it as --{kind}-weights FILE"

@@ -39,7 +39,10 @@ Photos = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="Run folder; created if missing, continued if it exists.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Run folder.")]
 MovedPhotos = Annotated[Path | None, typer.Option("--photos", help="Where the photos are now, if they have moved.")]
-Categories = Annotated[str | None, typer.Option("--categories", metavar="NAME,...", help="Category names.")]
+Categories = Annotated[
+    str | None,
+    typer.Option("--categories", metavar="NAME,...", help="Category names in class order, for weights without them."),
+]
 CategoriesFile = Annotated[Path | None, typer.Option("--categories-file", help="File with one category name per line.")]
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings in the format of a run's run.toml.")
@@ -126,7 +129,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
         )
         if categories_file is not None:
             if options.get("categories") is not None:
-                raise UserError("give --categories or --categories-file, not both")
+                raise UserError("pass --categories or --categories-file, not both")
             given["categories"] = read_names(categories_file)
         if not takes_photos:  # a file's photos are those of the run that it comes from
             given.pop("photos", None)
@@ -139,9 +142,10 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
 
     folder = {"photos": (Photos, None), "out": (Out, Path("run"))}
     parameters: dict[str, tuple[Any, Any]] = folder if takes_photos else {"out": (RunFolder, Parameter.empty)}
-    parameters |= {name: (_option(one), None) for name, one in flags.items()}
-    if "categories" in sections:
-        parameters["categories_file"] = CategoriesFile, None
+    for name, one in flags.items():
+        parameters[name] = _option(one), None
+        if name == "categories":
+            parameters["categories_file"] = CategoriesFile, None
     if not takes_photos:
         parameters["photos"] = MovedPhotos, None
     parameters |= {"config": (Config, None), "set_": (Set, None), "workers": (Workers, 1), "gpus": (Gpus, None)}
@@ -205,9 +209,10 @@ def read_names(file: Path) -> list[str]:
 
 
 run_labeling = stage_command(*LABELING, takes_photos=True)
-run_labeling.__doc__ = """Label photos: index, archive, pseudolabel and report in one go.
+run_labeling.__doc__ = """Label photos, all stages in one go.
 
-Photos and category names in, named masks and a gallery out. Run it again to continue.
+Runs index, archive, pseudolabel and report: photos and category names in, named masks and a gallery out. Run it
+again to continue.
 """
 app.command("run")(run_labeling)
 pseudolabel_app.command()(run_labeling)
@@ -230,7 +235,7 @@ def report(out: RunFolder, debug: Debug = False) -> None:
 def _names(categories: str | None, file: Path | None) -> list[str] | None:
     """Names from --categories or --categories-file, for commands that are no stages."""
     if categories is not None and file is not None:
-        raise UserError("give --categories or --categories-file, not both")
+        raise UserError("pass --categories or --categories-file, not both")
     if categories is not None:
         return find_setting("categories").parse(categories)
     return None if file is None else read_names(file)
@@ -258,7 +263,10 @@ def segment(
     overwrite: OverwriteFolder = False,
     debug: Debug = False,
 ) -> None:
-    """Segment photos: one label map and one overlay per photo. Run it again to continue."""
+    """Segment photos with a trained segmenter.
+
+    Writes a label map and an overlay per photo, on a GPU if there is one. Run it again to continue.
+    """
     segmenter = _load_segmenter(weights, categories, categories_file, encoder, precision)
     from . import run
     from .distributed import Worker
@@ -307,7 +315,10 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Evaluate masks: IoU per class, mIoU and pixel accuracy. Label 0 is the background, label k the k-th category."""
+    """Evaluate masks: IoU and pixel accuracy.
+
+    Prints the IoU of each class, the mIoU and the pixel accuracy. Label 0 is the background, label k the k-th category.
+    """
     from .evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
 
     if photos is None:
@@ -333,7 +344,10 @@ def export(
     encoder: EncoderName = "resnet50",
     debug: Debug = False,
 ) -> None:
-    """Export a segmenter to ONNX, for photos of any size, and check the file with onnxruntime."""
+    """Export a segmenter to ONNX.
+
+    The file takes photos of any size; it is checked with onnxruntime.
+    """
     from .segmenter.export import export_onnx
     from .segmenter.predict import Segmenter
 
@@ -351,7 +365,10 @@ def demo(
     overwrite: OverwriteFolder = False,
     debug: Debug = False,
 ) -> None:
-    """Run the whole method on rendered photos, without any download, and score its masks. Takes three minutes."""
+    """Run the whole method on rendered photos.
+
+    Needs no download, scores the masks, and takes about three minutes on two idle cores.
+    """
     from .demo.run import run_demo
 
     run_demo(out, overwrite=overwrite)
@@ -360,7 +377,7 @@ def demo(
 @app.command()
 @command
 def doctor(debug: Debug = False) -> None:
-    """Show installed versions, which kernels run where, and where weights are."""
+    """Show versions, kernels and weights."""
     from .doctor import examine
 
     for line in examine():

@@ -37,7 +37,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MADE_WITH = "made-with"  # the table of run.toml that holds versions and devices, not settings
+MADE_WITH = "made_with"  # the table of run.toml that holds versions and devices, not settings
 
 Precision = Literal["float32", "bfloat16"]
 Range = Annotated[tuple[float, float], Field(strict=False)]  # low, high; TOML has lists instead of tuples
@@ -213,7 +213,7 @@ class SegmenterTraining(Section):
     `batch_size` is that of all workers together, so the result does not depend on their number, up to rounding.
     """
 
-    encoder: str = setting("resnet50.dino", "Encoder, by its timm name; resnet50.dino is DINO's ResNet-50.")
+    encoder: str = setting("resnet50.dino", "Encoder: its timm name, or resnet50.dino for DINO's ResNet-50.")
     encoder_weights: Weights = setting(None, "Local file with encoder weights, instead of the published ones.")
     head_channels: int = setting(256, "Channels of the segmentation head.", ge=16)
     crop_size: int = setting(384, "Side of the training crops, in pixels.", ge=16)
@@ -301,6 +301,16 @@ def ordered(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+# pydantic's words -> ours
+MESSAGES = {
+    "Input should be": "expected",
+    "less than or equal to": "at most",
+    "greater than or equal to": "at least",
+    "greater than": "above",
+    "less than": "below",
+    ", unable to parse string as a number": "",
+    ", unable to parse string as an integer": "",
+}
 METAVARS = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}
 
 
@@ -476,7 +486,11 @@ def make_config(values: dict) -> RunConfig:
 def describe(where: Setting | str, error: Any) -> str:
     """A pydantic error in one line: the setting, what was expected, what came, and the nearest choice."""
     name = where.name if isinstance(where, Setting) else where
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected").removeprefix("Field ")
+    if isinstance(where, Setting) and where.flag:
+        name += f" ({where.flag})"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Field ")
+    for long, short in MESSAGES.items():
+        message = message.replace(long, short)
     if error["type"] == "missing":
         return f"{name}: {message}"
     near = nearest(error["input"], where.choices) if isinstance(where, Setting) and where.choices else ""
@@ -493,8 +507,10 @@ def read_settings(path: Path) -> dict:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: there is no such file") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"--config {path}: {error}") from None
     values.pop(MADE_WITH, None)
     make_config({"photos": "", **values})  # names each wrong name and value
     flat = flatten(values)

@@ -49,7 +49,7 @@ def examine() -> Iterator[str]:
     yield "weights"
     models = len(list(Path(HF_HUB_CACHE).glob("models--*")))
     yield f"  downloaded by timm and open_clip to {HF_HUB_CACHE} (set HF_HOME to move it): {models} models"
-    yield "  or passed as local files: --clip-weights, --backbone-weights, --embeddings"
+    yield "  or passed as local files: --clip-weights, --backbone-weights, --encoder-weights, --detector-weights"
 
 
 def _import_problem(package: str) -> str:

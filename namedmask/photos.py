@@ -158,7 +158,9 @@ class PhotoSource:
             ValueError: If the source is not a folder, or if it has photos or shards outside class folders.
         """
         if self._kind != "folder":
-            raise ValueError(f"photos: {self.path!r} is not a folder with class folders: pass category names")
+            raise ValueError(
+                f"photos: {self.path!r} is not a folder with class folders: pass --categories or --categories-file"
+            )
         groups: dict[str, list[str]] = {}
         loose: list[str] = []
         for name in self.names(on_error):
@@ -172,7 +174,7 @@ class PhotoSource:
         if loose:
             raise ValueError(
                 f"photos: {self.path!r} holds photos outside class folders ({', '.join(map(repr, loose))}): "
-                "move each into a folder with the name of its category, or pass category names"
+                "move each into a folder with the name of its category, or pass --categories or --categories-file"
             )
         return groups
 

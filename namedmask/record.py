@@ -115,7 +115,7 @@ def read_config(out: Path) -> RunConfig:
     """
     record = read_record(out)
     if record.photos is None:
-        raise UserError(f"{out} is not a run folder: {out / FILE} is missing")
+        raise UserError(f"{out} is not a run folder ({FILE} is missing); `namedmask run PHOTOS --out {out}` starts one")
     try:
         return make_config(nest({**record.settings(), "photos": record.photos}))
     except UserError as error:

@@ -61,7 +61,12 @@ def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = Fals
     sections = {section for stage in todo for section in stage.sections}
     recorded = nest({**record.settings(), "photos": record.photos})
     config = make_config(merge(recorded, {key: given[key] for key in given if key in sections | {"photos"}}))
-    source = open_source(config.photos)
+    try:
+        source = open_source(config.photos)
+    except UserError as error:
+        if "photos" in given:
+            raise
+        raise UserError(f"{error}; if the photos have moved, say where they are now (--photos)") from None
     _expect_categories(config, source, stages)
     removed = _made_from(todo) if overwrite else []
     for stage in (one for one in todo if one.sections):
@@ -76,7 +81,7 @@ def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = Fals
         if differences and has_results and not overwrite:
             raise UserError(
                 f"{out / stage.outputs[0]} was made with other settings: {'; '.join(differences)} (leave these "
-                "options out to continue with the old ones, choose another --out, or start over with --overwrite)"
+                "options out to continue with the old ones, use another run folder, or start over with --overwrite)"
             )
         if differences and not has_results:
             removed.append(stage)  # what an attempt with other settings has left behind
@@ -106,11 +111,11 @@ def _made_from(stages: Sequence[Stage]) -> list[Stage]:
 
 def _expect_categories(config: RunConfig, source: PhotoSource, stages: Sequence[str]) -> None:
     if "archive" in stages and not config.categories and not Path(source.path).is_dir():
-        raise UserError(f"{config.photos} is not a folder of class folders: give --categories or --categories-file")
+        raise UserError(f"{config.photos} is not a folder of class folders: pass --categories or --categories-file")
     if duplicates := sorted({c for c in config.categories if config.categories.count(c) > 1}):
         raise UserError(f"--categories: duplicate names: {', '.join(duplicates)}")
     if config.index.embeddings and config.index.clip_weights:
-        raise UserError("give --embeddings or --clip-weights, not both")
+        raise UserError("pass --embeddings or --clip-weights, not both")
 
 
 def _expect_ours(out: Path, stage: Stage, record: RunRecord) -> None:
@@ -119,8 +124,8 @@ def _expect_ours(out: Path, stage: Stage, record: RunRecord) -> None:
         for path in (out / name for name in stage.outputs):
             if path.is_file() or (path.is_dir() and any(path.iterdir())):
                 raise UserError(
-                    f"{path} exists and was not made by a run ({out / FILE} does not list it); move it away or choose "
-                    "another --out"
+                    f"{path} exists and was not made by a run ({out / FILE} does not list it); move it away or use "
+                    "another run folder"
                 )
 
 
@@ -139,7 +144,7 @@ def _expect_same_photos(out: Path, source: PhotoSource, record: RunRecord) -> No
     if len(missing) > len(checked) / 2:
         raise UserError(
             f"{out} was made from the photos in {record.photos}, and {source.path} lacks most of them, such as "
-            f"{missing[0]!r}: choose another --out, or start over with --overwrite"
+            f"{missing[0]!r}: use another run folder, or start over with --overwrite"
         )
 
 
@@ -216,7 +221,7 @@ def _print_counts(out: Path) -> bool:
     """Prints how many masks a finished run has; returns whether there are any."""
     masks = sum(1 for _ in read_masks(out / "masks"))
     errors = sum(1 for _ in read_errors(out / "errors.jsonl"))
-    failed = f"; {errors} photos that could not be used are listed in {out / 'errors.jsonl'}" if errors else ""
+    failed = f"; photos that could not be used: {errors}, see {out / 'errors.jsonl'}" if errors else ""
     print(f"{masks} masks in {out / 'masks'}{failed}")
     return masks > 0
 

@@ -97,6 +97,11 @@ def _archive(ctx: Context) -> None:
     archive = search_index(folder, config.categories, text, count, read_photos(folder))
     if not any(archive.photos.values()):
         raise UserError(f"no photo in {config.photos} could be embedded; see {folder}/*.errors.jsonl")
+    if len(config.categories) > 1 and len({frozenset(e.photo for e in one) for one in archive.photos.values()}) == 1:
+        ctx.progress.note = (
+            "every photo was retrieved for every category: set --photos-per-category to at most the number of photos "
+            "that show a category"
+        )
     write_archive(path, archive)
 
 
@@ -126,7 +131,8 @@ def _pseudolabel(ctx: Context) -> None:
     progress.total = len(work_of(archive))
     labeler = pseudolabel(ctx.source, archive, folder, ctx.config, ctx.worker, ctx.device, progress.advance)
     if labeler is not None:
-        progress.note = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in labeler.seconds.items())
+        steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in labeler.seconds.items())
+        progress.note = f"summed over threads: {steps}"
     ctx.worker.barrier("masks are made")
     if not ctx.worker.is_main:
         return
@@ -204,7 +210,7 @@ STAGES = {
         ),
         Stage(
             "archive",
-            "Retrieve the best photos of an index for each category.",
+            "Retrieve the best photos of each category.",
             _archive,
             outputs=("archive.json",),
             finished=("archive.json",),
@@ -222,7 +228,7 @@ STAGES = {
         ),
         Stage(
             "train-saliency",
-            "Train a SelfMask network on the masks of a run, for `--detector selfmask`.",
+            "Train a SelfMask network on a run's masks.",
             _train_saliency,
             outputs=("saliency",),
             finished=("saliency/model.safetensors", "saliency/checkpoint.pt"),
@@ -232,7 +238,7 @@ STAGES = {
         ),
         Stage(
             "experts",
-            "Train category experts on the masks of each category and let them relabel its archive.",
+            "Train category experts, which relabel photos.",
             _experts,
             outputs=("refined", "refining", "experts"),
             finished=(
@@ -247,7 +253,7 @@ STAGES = {
         ),
         Stage(
             "train",
-            "Train one segmenter for all categories on the masks of a run.",
+            "Train a segmenter on the masks of a run.",
             _train,
             outputs=("segmenter",),
             finished=("segmenter/model.safetensors", "segmenter/checkpoint.pt"),
@@ -257,12 +263,12 @@ STAGES = {
         ),
         Stage(
             "report",
-            "Write the gallery of a run, OUT/report.html.",
+            "Write the gallery of a run, report.html.",
             _report,
             outputs=("report.html",),
             finished=(),  # written again each time, of whatever the run has by then
             made_from=("index", "archive", "pseudolabel", "experts"),
-            done="look at {out}/report.html",
+            done="the gallery is {out}/report.html",
         ),
     )
 }

@@ -153,7 +153,7 @@ def run_demo(
             file.write(json.dumps(figures, indent=1).encode() + b"\n")
     print_figures(figures)
     print(f"figures: {out / FIGURES}; sheets: {', '.join(str(out / name) for name in SHEETS)}")
-    print(f"look at {out / 'report.html'}")
+    print(f"the gallery is {out / 'report.html'}")
     return figures
 
 

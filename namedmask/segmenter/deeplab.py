@@ -227,7 +227,7 @@ def load_segmenter(
     elif categories is not None:
         names = list(categories)
     else:
-        raise UserError(f"{path.parent / 'categories.json'} is missing; give the names of the categories")
+        raise UserError(f"{path.parent / 'categories.json'} is missing; pass --categories or --categories-file")
     last = state.get("classifier.classifier.3.weight")  # [classes, head_channels, 1, 1]
     if last is None:
         raise UserError(f"{path}: not a DeepLabv3+ network (no classifier.classifier.3.weight)")

@@ -116,13 +116,19 @@ def test_paths_of_files_become_absolute(tmp_path, monkeypatch):
         ({}, "photos: required"),
         ({"photos": "p", "speed": 3}, "there is no setting 'speed'"),
         ({"photos": "p", "detector": {"taus": 0.1}}, "no setting 'detector.taus'; did you mean 'detector.tau'?"),
-        ({"photos": "p", "detector": {"image_size": 3.5}}, "detector.image_size: expected a valid integer, got"),
+        (
+            {"photos": "p", "detector": {"image_size": 3.5}},
+            "(--image-size): expected a valid integer, got",
+        ),
         (
             {"photos": "p", "detector": {"more_backbones": ["b"]}},
-            "detector.more_backbones: only the detector cluster-vote takes several backbones, got ['b']",
+            "(--more-backbones): only the detector cluster-vote takes several backbones, got ['b']",
         ),
-        ({"photos": "p", "archive": {"photos_per_category": 0}}, "expected greater than or equal to 1, got 0"),
-        ({"photos": "p", "saliency": {"scale": (1.0, 0.5)}}, "saliency.scale: expected two positive numbers"),
+        (
+            {"photos": "p", "archive": {"photos_per_category": 0}},
+            "(--photos-per-category): expected at least 1, got 0",
+        ),
+        ({"photos": "p", "saliency": {"scale": (1.0, 0.5)}}, "saliency.scale (--scale): expected two positive numbers"),
     ],
 )
 def test_wrong_settings_are_named_with_what_was_expected(values, message):

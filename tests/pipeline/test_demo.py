@@ -134,7 +134,7 @@ def test_second_run_changes_nothing(small, capsys):
     assert {path: path.stat().st_mtime_ns for path in paths} == before
     printed = capsys.readouterr().out
     assert (
-        printed.rstrip().endswith(f"look at {out / 'report.html'}")
+        printed.rstrip().endswith(f"the gallery is {out / 'report.html'}")
         and f"{figures['refined_iou']['mean']:.3f}" in printed
     )
 

@@ -242,7 +242,7 @@ def test_invalid_files_are_listed_in_errors(tmp_path, detector_options):
     assert {r.photo for r in read_masks(tmp_path / "out" / "masks")} == {f"things/{name}" for name in valid}
     errors = list(read_errors(tmp_path / "out" / "errors.jsonl"))
     assert {e.photo for e in errors} == {f"bad/{p.name}" for p in bad.iterdir()} and len(errors) == 20
-    assert "20 masks in" in result.output and "20 photos that could not be used" in result.output
+    assert "20 masks in" in result.output and "photos that could not be used: 20, see" in result.output
 
 
 def test_no_valid_photo_exits_with_code_3(tmp_path, detector_options):
@@ -254,7 +254,7 @@ def test_no_valid_photo_exits_with_code_3(tmp_path, detector_options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--tau", "7"], "detector.tau: expected less than or equal to 1, got 7.0"),
+        (["--tau", "7"], "detector.tau (--tau): expected at most 1, got 7.0"),
         (["--set", "refine.name=pramr"], "'pamr' or 'none', got 'pramr'; did you mean 'pamr'?"),
         (["--categories", "cat,yak"], "has no text embedding of yak"),
         (["--categories", "cat,cat"], "duplicate names: cat"),
@@ -372,11 +372,11 @@ def test_set_and_config_reach_settings_without_an_option(world, tmp_path):
     [
         (["--set", "refine.crf.confidance=0.9"], "did you mean 'refine.crf.confidence'?"),
         (["--set", "tau=0.3"], "did you mean 'detector.tau'?"),
-        (["--set", "refine.crf.confidence=2"], "refine.crf.confidence: expected less than 1, got 2.0"),
+        (["--set", "refine.crf.confidence=2"], "refine.crf.confidence: expected below 1, got 2.0"),
         (["--set", "segmenter.steps=9"], "this command does not read it"),
         (["--set", "detector.tau"], "expected NAME=VALUE"),
         (["--refine", "bilatral"], "bilatral"),
-        (["--tau", "x"], "detector.tau: expected a valid number"),
+        (["--tau", "x"], "detector.tau (--tau): expected a valid number"),
     ],
 )
 def test_invalid_settings_suggest_the_nearest(world, tmp_path, words, message):
