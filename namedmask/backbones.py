@@ -12,6 +12,7 @@ training.
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -321,7 +322,7 @@ def _expect_model(name: str) -> None:
     if not timm.is_model(name):
         registry.load_plugins()
     if not timm.is_model(name):
-        similar = ", ".join(timm.list_models(f"{name.split('.')[0][:12]}*")[:5])
+        similar = ", ".join(difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 5))
         hint = f"similar: {similar}" if similar else "timm.list_models() lists them"
         raise UserError(f"{name!r} is no timm model; {hint}{registry.failure_note()}")
     architecture, _, tag = name.partition(".")
