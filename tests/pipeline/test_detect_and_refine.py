@@ -149,14 +149,14 @@ def test_crf_unary_is_the_mask_with_the_confidence_of_the_settings(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"crf": {"confidence": 0.5}}, "refine.crf.confidence: input should be greater than 0.5, got 0.5"),
-        ({"crf": {"bilateral_sigma": 0.0}}, "refine.crf.bilateral-sigma: input should be greater than 0, got 0.0"),
-        ({"crf": {"iterations": 0}}, "refine.crf.iterations: input should be greater than or equal to 1, got 0"),
-        ({"crf": {"weight": 3.0}}, "refine.crf.weight: extra inputs are not permitted, got 3.0"),
-        ({"pamr": {"iterations": -2}}, "refine.pamr.iterations: input should be greater than or equal to 1, got -2"),
-        ({"pamr": {"dilations": []}}, "refine.pamr.dilations: list should have at least 1 item"),
-        ({"pamr": {"dilations": [1, 0]}}, "refine.pamr.dilations.1: input should be greater than or equal to 1, got 0"),
-        ({"pamr": {"dilations": list(range(1, 18))}}, "refine.pamr.dilations: list should have at most 16 items"),
+        ({"crf": {"confidence": 0.5}}, "refine.crf.confidence: expected above 0.5, got 0.5"),
+        ({"crf": {"bilateral_sigma": 0.0}}, "refine.crf.bilateral_sigma: expected above 0, got 0.0"),
+        ({"crf": {"iterations": 0}}, "refine.crf.iterations: expected at least 1, got 0"),
+        ({"crf": {"weight": 3.0}}, "there is no setting 'refine.crf.weight'"),
+        ({"pamr": {"iterations": -2}}, "refine.pamr.iterations: expected at least 1, got -2"),
+        ({"pamr": {"dilations": []}}, "refine.pamr.dilations: List should have at least 1 item"),
+        ({"pamr": {"dilations": [1, 0]}}, "refine.pamr.dilations: expected at least 1, got 0"),
+        ({"pamr": {"dilations": list(range(1, 18))}}, "refine.pamr.dilations: List should have at most 16 items"),
     ],
 )
 def test_invalid_settings_raise_user_error_with_their_names(settings, message):
