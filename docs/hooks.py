@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""MkDocs hooks: pages made from files outside docs/, and the tables of the settings page.
+"""MkDocs hooks: pages made from files outside docs/, and the tables and sections of the settings and operators.
 
 Links in all files are those that work in the repository. They are rewritten for the site.
 """
 
 from __future__ import annotations
 
+import ast
 import html
 import inspect
 import os
@@ -18,6 +19,7 @@ from namedmask.config import RunConfig, Section, Setting, settings
 from namedmask.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "kernels" / "namedmask_kernels"
 
 # File of the site -> file of the repository
 OUTSIDE = {
@@ -32,6 +34,8 @@ OUTSIDE = {
 ON_SITE = {source: name for name, source in OUTSIDE.items()}
 
 SETTINGS_MARKER = "<!-- docs/hooks.py puts the tables of all settings here -->"
+OPERATORS_MARKER = "<!-- docs/hooks.py puts the table of all operators here -->"
+DOCSTRINGS_MARKER = "<!-- docs/hooks.py puts the docstrings of all operators here -->"
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 
 
@@ -45,10 +49,23 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **others: Any) -> str:
-    """Rewrites links and fills in the settings."""
+    """Rewrites links and fills in what is generated."""
     source = OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     markdown = LINK.sub(lambda link: site_link(source, link[1]), markdown)
-    return markdown.replace(SETTINGS_MARKER, settings_tables())
+    return complete(markdown)
+
+
+def complete(markdown: str) -> str:
+    """Puts the generated parts in the places of their markers."""
+    parts = {
+        SETTINGS_MARKER: settings_tables,
+        OPERATORS_MARKER: operators_table,
+        DOCSTRINGS_MARKER: operator_sections,
+    }
+    for marker, make in parts.items():
+        if marker in markdown:
+            markdown = markdown.replace(marker, make())
+    return markdown
 
 
 def on_page_content(content: str, **others: Any) -> str:
@@ -112,3 +129,44 @@ def _default(one: Setting) -> str:
 def _code(text: str) -> str:
     """Code in a cell of a table, where a bar would end the cell."""
     return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
+
+
+def operators() -> dict[str, tuple[str, str]]:
+    """Public operator -> its module and docstring, without importing torch."""
+    own = {}
+    for name, module in _exports().items():
+        tree = ast.parse((KERNELS / f"{module}.py").read_text(encoding="utf-8"))
+        for node in (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name):
+            if any(argument.arg == "backend" for argument in node.args.kwonlyargs):
+                own[name] = module, ast.get_docstring(node) or ""
+    return own
+
+
+def _exports() -> dict[str, str]:
+    """Public name of namedmask_kernels -> the module that it comes from."""
+    body = ast.parse((KERNELS / "__init__.py").read_text(encoding="utf-8")).body
+    imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.level]
+    return {alias.name: node.module for node in imports for alias in node.names}
+
+
+def operators_table() -> str:
+    """A table with the first sentence of each operator's docstring and its backends besides the reference."""
+    lines = ["| Operator | What it does | Backends |", "|---|---|---|"]
+    for name, (_, docstring) in operators().items():
+        summary = docstring.partition("\n")[0]
+        backends = re.findall(r'"(\w+)"', re.search(r"^ *backend: (.*)", docstring, re.MULTILINE)[1])
+        kinds = ", ".join(f"`{one}`" for one in backends if one not in ("auto", "reference"))
+        lines.append(f"| [`{name}`](#{name}) | {summary} | {kinds} |")
+    return "\n".join(lines)
+
+
+def operator_sections() -> str:
+    """A section for each operator, followed by the classes of its results, for mkdocstrings."""
+    known, parts = operators(), []
+    for name, (module, _) in known.items():
+        # The module has the name of its main operator, so the path must lead to the function.
+        results = [one for one, home in _exports().items() if home == module == name and one not in known]
+        path = f"namedmask_kernels.{module}.{name}"
+        parts += [f'<a id="{name}"></a>', f"::: {path}\n    options:\n      heading_level: 2"]
+        parts += [f"::: namedmask_kernels.{one}" for one in results]
+    return "\n\n".join(parts)

@@ -86,6 +86,12 @@ def attention_features(
 
     Source:
         T. Dao et al., FlashAttention, NeurIPS 2022. The tapped rows are those that DINO's attention maps are made of.
+
+    Examples:
+        >>> qkv = torch.randn(197 + 257, 3, 6, 64, dtype=torch.bfloat16)  # tokens of two images, CLS first
+        >>> offsets = torch.tensor([0, 197, 197 + 257], dtype=torch.int32)
+        >>> attention_features(qkv, offsets).rows.shape  # the attention weights of CLS
+        torch.Size([454, 6, 1])
     """
     if not isinstance(qkv, Tensor) or not isinstance(offsets, Tensor):
         name, value = ("offsets", offsets) if isinstance(qkv, Tensor) else ("qkv", qkv)

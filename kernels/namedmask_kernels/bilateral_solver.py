@@ -72,6 +72,14 @@ def bilateral_solver(
 
     Source:
         J. T. Barron and B. Poole, The Fast Bilateral Solver, ECCV 2016; default parameters of SelfMask and NamedMask.
+
+    Examples:
+        >>> image = torch.full((120, 160, 3), 40, dtype=torch.uint8)
+        >>> image[30:90, 40:120] = 200
+        >>> rough = torch.zeros(120, 160)
+        >>> rough[20:84, 48:128] = 1
+        >>> (bilateral_solver(rough, image) > 0.5).sum()  # the bright rectangle
+        tensor(4800)
     """
     for name, value, low, high in (
         ("confidence", confidence, 0, 1),

@@ -60,6 +60,13 @@ def connected_components(mask: Ragged | Array, *, backend: str = "auto") -> Comp
 
     Source:
         L. He, Y. Chao, K. Suzuki, A Run-Based Two-Scan Labeling Algorithm, IEEE TIP 2008.
+
+    Examples:
+        >>> mask = torch.zeros(40, 60, dtype=torch.bool)
+        >>> mask[5:15, 5:15] = mask[20:35, 20:50] = True
+        >>> found = connected_components(mask)
+        >>> found.areas.tolist(), found.boxes[1].tolist()
+        ([100, 450], [20, 20, 30, 15])
     """
     arrays = backends.numpy_arguments(NAME, backend, (mask, 0, (np.bool_,)))
     if arrays:
@@ -95,6 +102,12 @@ def largest_component(mask: Batch, *, backend: str = "auto") -> Batch:
 
     Source:
         As `connected_components`.
+
+    Examples:
+        >>> mask = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0]], dtype=torch.bool)
+        >>> largest_component(mask).int()
+        tensor([[0, 0, 1, 1],
+                [0, 0, 1, 0]], dtype=torch.int32)
     """
     return _mask_to_mask("largest_component", _largest_component, mask, backend)
 
@@ -121,6 +134,12 @@ def fill_holes(mask: Batch, *, backend: str = "auto") -> Batch:
 
     Source:
         As `connected_components`, applied to the background.
+
+    Examples:
+        >>> mask = torch.ones(5, 6, dtype=torch.bool)
+        >>> mask[2, 2:4] = False
+        >>> fill_holes(mask).all()
+        tensor(True)
     """
     return _mask_to_mask("fill_holes", _fill_holes, mask, backend)
 

@@ -71,6 +71,12 @@ def dense_crf(
         P. Kraehenbuehl and V. Koltun, Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials, NIPS
         2011; A. Adams, J. Baek, M. A. Davis, Fast High-Dimensional Filtering Using the Permutohedral Lattice,
         Eurographics 2010.
+
+    Examples:
+        >>> image = torch.randint(0, 256, (60, 80, 3), dtype=torch.uint8)
+        >>> probabilities = torch.rand(60, 80, 2).softmax(-1)
+        >>> dense_crf(probabilities, image).argmax(-1).shape  # one label per pixel
+        torch.Size([60, 80])
     """
     packed = arrange(NAME, "probabilities", probabilities, 1, torch.float32)
     pixels = expect_image(NAME, image, packed)

@@ -94,6 +94,12 @@ def normalized_cut(
     Source:
         Y. Wang et al., Self-Supervised Transformers for Unsupervised Object Discovery using Normalized Cut, CVPR 2022;
         J. Shi and J. Malik, Normalized Cuts and Image Segmentation, PAMI 2000.
+
+    Examples:
+        >>> features = torch.randn(28, 37, 384) * 0.3
+        >>> features[8:20, 10:25] += torch.randn(384)  # an object
+        >>> normalized_cut(features).foreground.shape
+        torch.Size([28, 37])
     """
     packed = arrange(NAME, "features", features, 1, *FLOATING, batches=True)
     for name, number, low, high in (

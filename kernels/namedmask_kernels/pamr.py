@@ -64,6 +64,12 @@ def pamr(
 
     Source:
         N. Araslanov and S. Roth, Single-Stage Semantic Segmentation from Image Labels, CVPR 2020, section 3.3.
+
+    Examples:
+        >>> image = torch.randint(0, 256, (60, 80, 3), dtype=torch.uint8)
+        >>> masks = torch.rand(60, 80, 21).softmax(-1)
+        >>> pamr(masks, image).shape
+        torch.Size([60, 80, 21])
     """
     dims = masks.rows.ndim if isinstance(masks, Ragged) else getattr(masks, "ndim", 0) - 1
     packed = arrange(NAME, "masks", masks, 0 if dims == 1 else 1, torch.float32)

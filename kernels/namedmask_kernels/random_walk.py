@@ -58,6 +58,11 @@ def random_walk(
         J. Ahn and S. Kwak, Learning Pixel-level Semantic Affinity, CVPR 2018, section 3.4, with affinities between all
         pairs of tokens instead of neighbors, squared distances of unit features instead of L1 distances, and the
         Hadamard power as the factor in the exponent.
+
+    Examples:
+        >>> features, masks = torch.randn(28, 28, 64), torch.rand(28, 28, 2)
+        >>> random_walk(masks, features, steps=2).shape
+        torch.Size([28, 28, 2])
     """
     packed = arrange(NAME, "masks", masks, 1, *FLOATING, batches=True)
     tokens = arrange(NAME, "features", features, 1, *FLOATING, batches=True)

@@ -54,6 +54,10 @@ def spectral_clusters(features: Batch, k: int | Sequence[int], *, seed: int = 0,
         G. Shin, S. Albanie, W. Xie, Unsupervised Salient Object Detection with Spectral Cluster Voting, CVPR Workshops
         2022, section 3.1; U. von Luxburg, A Tutorial on Spectral Clustering, 2007, section 4; D. Arthur and S.
         Vassilvitskii, k-means++, SODA 2007.
+
+    Examples:
+        >>> spectral_clusters(torch.randn(14, 20, 64), k=[2, 3, 4]).shape
+        torch.Size([14, 20, 3])
     """
     packed = arrange(NAME, "features", features, 1, *FLOATING, batches=True)
     counts = [k] if isinstance(k, int) else list(k)

@@ -64,6 +64,14 @@ def vote_masks(masks: Ragged | Array, *, backend: str = "auto") -> Vote:
     Source:
         G. Shin, S. Albanie, W. Xie, Unsupervised Salient Object Detection with Spectral Cluster Voting, CVPR Workshops
         2022, section 3.2.
+
+    Examples:
+        >>> candidates = torch.zeros(3, 40, 60, dtype=torch.bool)
+        >>> candidates[0, 10:30, 10:30] = candidates[1, 11:30, 10:31] = True
+        >>> candidates[2, :, 30:] = True  # spans the full height, as backgrounds do
+        >>> vote = vote_masks(candidates)
+        >>> int(vote.winner), vote.kept.tolist()
+        (0, [True, True, False])
     """
     flat, offsets, shapes, n, leading = _flatten(masks)
     winner, kept, reasons, scores = _vote(flat, offsets, shapes, n, backend)

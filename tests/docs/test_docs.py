@@ -6,8 +6,10 @@ Examples that need photos or weights run on generated photos and the networks of
 
 from __future__ import annotations
 
+import doctest
 import html
 import importlib.util
+import io
 import re
 import shlex
 import subprocess
@@ -16,12 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 import namedmask_kernels
 from namedmask import cli, config
 from namedmask.stages import STAGES
+from namedmask_kernels import backends
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,13 +87,10 @@ def test_links_lead_to_files(page):
         file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
         assert file.is_file(), target
         if anchor:
-            headings = re.findall(r"^#+ (.*)", _complete(file), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
-
-
-def _complete(page: Path) -> str:
-    """The text of a page, with what hooks.py adds."""
-    return page.read_text(encoding="utf-8").replace(hooks.SETTINGS_MARKER, hooks.settings_tables())
+            content = hooks.complete(file.read_text(encoding="utf-8"))
+            headings = re.findall(r"^#+ (.*)", content, re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors.union(re.findall(r'<a id="(\w+)">', content)), target
 
 
 def test_links_are_rewritten_for_the_site():
@@ -173,16 +174,26 @@ def test_every_command_is_documented():
         assert f"namedmask {command}" in TEXTS["docs/label-photos.md"], command
 
 
-def test_every_operator_has_a_section_and_an_example():
-    page = TEXTS["docs/operators.md"]
+def test_every_operator_is_on_the_page():
+    page = hooks.complete(TEXTS["docs/operators.md"])
     documented = re.findall(r"^::: namedmask_kernels\.([\w.]+)$", page, re.MULTILINE)
     assert sorted(path.split(".")[-1] for path in documented) == sorted(namedmask_kernels.__all__)
     for path in documented:
         # For mkdocstrings, namedmask_kernels.pamr is the module. The function is namedmask_kernels.pamr.pamr.
         assert "." in path or importlib.util.find_spec(f"namedmask_kernels.{path}") is None, path
-    for name in namedmask_kernels.__all__:
-        if name[0].islower():
-            assert any(f"{name}(" in match[2] for match in FENCE.finditer(page)), name
+    assert set(hooks.operators()) == set(backends.IMPLEMENTATIONS)
+    for name, available in backends.IMPLEMENTATIONS.items():
+        cells = re.search(rf"^\| \[`{name}`\]\(#{name}\) \| (.*\.) \| (.*) \|$", page, re.MULTILINE)
+        assert set(re.findall(r"\w+", cells[2])) == set(available) - {"reference"}
+
+
+@pytest.mark.parametrize("name", backends.IMPLEMENTATIONS)
+def test_docstring_examples_run(name):
+    names = {"torch": torch} | {public: getattr(namedmask_kernels, public) for public in namedmask_kernels.__all__}
+    (example,) = doctest.DocTestFinder().find(getattr(namedmask_kernels, name), name, globs=names)
+    assert any(f"{name}(" in one.source for one in example.examples)
+    report = io.StringIO()
+    assert not doctest.DocTestRunner().run(example, out=report.write).failed, report.getvalue()
 
 
 def test_settings_page_lists_every_setting():
@@ -202,8 +213,12 @@ def test_the_readme_is_short():
 
 def test_docs_are_free_of_heavy_imports():
     """What builds the site needs neither torch nor timm."""
-    code = (
-        "import sys; sys.path.insert(0, 'docs'); import hooks; hooks.settings_tables(); print('torch' in sys.modules)"
-    )
+    code = """
+import sys
+sys.path.insert(0, "docs")
+import hooks
+hooks.complete(hooks.SETTINGS_MARKER + hooks.OPERATORS_MARKER + hooks.DOCSTRINGS_MARKER)
+print("torch" in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "False\n", done.stderr

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import namedmask_kernels as nk
 from namedmask_kernels import Ragged, backends
 
-SECTIONS = ("Args:", "Returns:", "Raises:", "Cost:", "Determinism:", "Source:")
+SECTIONS = ("Args:", "Returns:", "Raises:", "Cost:", "Determinism:", "Source:", "Examples:")
 
 operators = pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
 
