@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import namedmask_kernels as nk
-from common import copy_bandwidth, paired_medians, report, threads
+from common import compare
 
 COUNT, HEIGHT, WIDTH = 27, 375, 500
 
@@ -56,14 +56,15 @@ def test_single_image(benchmark, count):
         "torch, one pair at a time": lambda: torch_vote(unframed),
         "torch, one float32 product": lambda: torch_product(unframed),
     }
-    for masked, vote in ((masks, ours), (unframed, nk.vote_masks(unframed))):
-        assert torch_vote(masked) == torch_product(masked) == vote.winner
+    assert torch_vote(masks) == torch_product(masks) == ours.winner
     assert 5 < ours.kept.sum() < COUNT and nk.vote_masks(unframed).kept.all()
-    with threads(count):
-        seconds = paired_medians(calls, rounds=9, seconds=10)
-        benchmark.pedantic(calls["cpu"], rounds=20, warmup_rounds=2)
-        ceiling = copy_bandwidth(2 * masks.numel()) * count
-    rows = [{"method": method, "ms": 1e3 * s, "time / cpu's": s / seconds["cpu"]} for method, s in seconds.items()]
-    read = masks.numel() / seconds["cpu"]
-    rows[0] |= {"GB/s of masks": read / 1e9, "share of a copy's": read / ceiling}
-    report(f"vote_masks, {COUNT} masks of {HEIGHT} x {WIDTH}, all voting, {count} threads", rows)
+    compare(
+        f"vote_masks, {COUNT} masks of {HEIGHT} x {WIDTH}, all voting, {count} threads",
+        calls,
+        benchmark,
+        same=lambda vote, winner: np.testing.assert_array_equal(vote.winner, winner),
+        count=count,
+        rounds=9,
+        seconds=10,
+        moved=masks.numel(),
+    )

@@ -119,6 +119,52 @@ def on_threads(count: int, call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def compare(
+    title: str,
+    calls: Mapping[str, Callable[[], object]],
+    benchmark,
+    *,
+    optional: Mapping[str, Callable[[], Callable[[], object]]] | None = None,
+    same: Callable[[object, object], None] = np.testing.assert_array_equal,
+    count: int = 1,
+    rounds: int = 30,
+    seconds: float = 120.0,
+    moved: int = 0,
+) -> None:
+    """Checks that all calls return the same, then times them on `count` threads and reports them, ours first.
+
+    Args:
+        title: Title of the table.
+        calls: The calls by method, ours first.
+        benchmark: Fixture of pytest-benchmark, which times our call.
+        optional: Methods of packages that may be absent: functions that import the package and return the call.
+        same: Takes our result and another one, and raises AssertionError if they differ.
+        count: Number of threads.
+        rounds: As in `paired_medians`.
+        seconds: As in `paired_medians`.
+        moved: Bytes that our call must read and write at least. Their bandwidth is compared with that of one thread
+            that copies an array of this size, times `count`.
+    """
+    calls, absent = dict(calls), []
+    for method, prepare in (optional or {}).items():
+        try:
+            calls[method] = prepare()
+        except ImportError as error:
+            absent.append({"method": f"{method}: absent ({error})"})
+    ours, *others = calls.values()
+    for other in others:
+        same(ours(), other())
+    with threads(count):
+        medians = paired_medians(calls, rounds, seconds)
+        benchmark.pedantic(ours, rounds=20, warmup_rounds=2)
+        ceiling = copy_bandwidth(2 * moved) * count if moved else 0.0
+    ours_seconds = next(iter(medians.values()))
+    rows = [{"method": method, "ms": 1e3 * s, "time / ours": s / ours_seconds} for method, s in medians.items()]
+    if moved:
+        rows[0] |= {"GB/s": moved / ours_seconds / 1e9, "share of a copy's": moved / ours_seconds / ceiling}
+    report(title, rows + absent)
+
+
 def report_two_threads(title: str, call: Callable[[], object], images: int, benchmark, rounds: int, seconds: float):
     """Reports the median time of a call that processes `images` images, on one thread and on two."""
     with threads(2):
