@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .ragged import Ragged
+from .ragged import Ragged, expect_rows
 
 # Library.define + impl + register_fake cost about half as much per call as torch.library.custom_op.
 LIBRARY = torch.library.Library("namedmask_kernels", "DEF")
@@ -70,7 +70,7 @@ def register(
         cuda = _cuda_kernel(name, tensors, outputs, cuda_workspace)
     implementations = {"cuda": cuda, "triton": triton, "cpu": cpu or _cpu_kernel(name, tensors, outputs)}
     available = {backend: function for backend, function in implementations.items() if function is not None}
-    available["reference"] = reference
+    available["reference"] = _checked(name, tensors, reference) if "Tensor shapes" in schema else reference
     backends.IMPLEMENTATIONS[name] = available
     if cuda_needs_triton:
         backends.CUDA_WITH_TRITON.add(name)
@@ -131,6 +131,16 @@ def cuda_stream(tensor: Tensor) -> int:
 
 def _as_tuple(values: Any) -> tuple[Any, ...]:
     return values if isinstance(values, tuple) else (values,)
+
+
+def _checked(name: str, tensors: int, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference, after a check of offsets and shapes, the last tensors. Kernels check them themselves."""
+
+    def run(*arguments: Any) -> Any:
+        expect_rows(name, *arguments[tensors - 2 : tensors])
+        return reference(*arguments)
+
+    return run
 
 
 def _cpu_kernel(name: str, tensors: int, outputs: Callable[..., Any]) -> Callable[..., Any]:

@@ -237,8 +237,14 @@ def not_finite(op: str, name: str, image: int) -> ValueError:
 
 def expect_rows(op: str, offsets: Tensor, shapes: Tensor, *arrays: Tensor) -> None:
     """Raises ValueError unless offsets and shapes, both on the CPU, match each other and the rows of all arrays."""
-    if offsets[:1].any() or shapes.prod(1).tolist() != offsets.diff().tolist():
-        raise ValueError(f"{op}: offsets and shapes do not match each other")
+    bounds, sizes = offsets.tolist(), shapes.tolist()
+    if len(bounds) != len(sizes) + 1:
+        raise ValueError(f"{op}: {len(sizes)} shapes require {len(sizes) + 1} offsets, but there are {len(bounds)}")
     for array in arrays:
-        if len(array) != offsets[-1]:
-            raise ValueError(f"{op}: offsets and shapes describe {offsets[-1]} rows, but an array has {len(array)}")
+        if bounds[0] != 0 or bounds[-1] != len(array):
+            raise ValueError(
+                f"{op}: offsets must run from 0 to the {len(array)} rows, but run from {bounds[0]} to {bounds[-1]}"
+            )
+    for image, ((begin, end), (h, w)) in enumerate(zip(itertools.pairwise(bounds), sizes, strict=True)):
+        if h < 0 or w < 0 or end - begin != h * w:
+            raise ValueError(f"{op}: image {image} has shape {h} x {w} but owns rows {begin} to {end}")

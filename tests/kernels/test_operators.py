@@ -134,10 +134,11 @@ def test_empty_batch(op, backend):
 
 
 @batched
-def test_malformed_batches_raise(op):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_malformed_batches_raise(op, backend):
     wrong = [a._replace(shapes=a.shapes + 1) if isinstance(a, Ragged) else a for a in packed(images(op))]
     with pytest.raises(ValueError, match=f"{op.__name__}: image 0 has shape 8 x 10 but owns rows 0 to 63"):
-        op(*wrong)
+        op(*wrong, backend=backend)
 
 
 @pytest.mark.parametrize("op", [op for op in CALLS if op is not nk.attention_features], ids=lambda op: op.__name__)
