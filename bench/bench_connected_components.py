@@ -51,7 +51,6 @@ def peers():
     try:
         import cv2
 
-        cv2.setNumThreads(1)
         calls["OpenCV"] = lambda mask: cv2.connectedComponents(mask.view(np.uint8), connectivity=4)
         calls["  with stats"] = lambda mask: cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=4)
     except ImportError as error:

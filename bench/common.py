@@ -84,20 +84,20 @@ def _openblas() -> Iterator[tuple[Callable[[int], None], Callable[[], int]]]:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Within the context, torch, our kernels and the OpenBLAS of numpy and scipy use `count` threads.
+    """Within the context, torch, our kernels, OpenCV and the OpenBLAS of numpy and scipy use `count` threads.
 
     torch.set_num_threads sets the number for our OpenMP regions too, because both use the same libgomp.
     """
-    before, blas = torch.get_num_threads(), list(_openblas())
-    blas_before = [get() for _, get in blas]
-    torch.set_num_threads(count)
-    for set_threads, _ in blas:
+    libraries = [(torch.set_num_threads, torch.get_num_threads), *_openblas()]
+    if cv2 := sys.modules.get("cv2"):
+        libraries.append((cv2.setNumThreads, cv2.getNumThreads))
+    before = [get() for _, get in libraries]
+    for set_threads, _ in libraries:
         set_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-        for (set_threads, _), n in zip(blas, blas_before, strict=True):
+        for (set_threads, _), n in zip(libraries, before, strict=True):
             set_threads(n)
 
 
