@@ -109,7 +109,7 @@ def bilateral_solver(
 
 def _solve_reference(target: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings: float) -> Tensor:
     expect_finite(NAME, "target", target.isfinite(), offsets)
-    return per_image(reference.bilateral_solver, target, image, offsets, shapes, *settings, numpy=True)
+    return per_image(reference.bilateral_solver, numpy=True)(target, image, offsets, shapes, *settings)
 
 
 _solve = register(

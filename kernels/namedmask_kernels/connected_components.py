@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -212,7 +211,7 @@ _label = register(
 def _register_mask(name: str, function: Callable[[np.ndarray], np.ndarray]) -> Callable[..., Any]:
     return register(
         f"{name}(Tensor mask, Tensor offsets, Tensor shapes) -> Tensor",
-        reference=partial(per_image, function, numpy=True),
+        reference=per_image(function, numpy=True),
         cuda_workspace=_workspace,
         can_require_grad=False,
     )

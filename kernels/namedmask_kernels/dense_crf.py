@@ -108,7 +108,7 @@ def dense_crf(
 
 def _infer_reference(probabilities: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings: float) -> Tensor:
     expect_finite(NAME, "probabilities", probabilities.isfinite(), offsets)
-    return per_image(reference.dense_crf, probabilities.double(), image, offsets, shapes, *settings).float()
+    return per_image(reference.dense_crf)(probabilities.double(), image, offsets, shapes, *settings).float()
 
 
 def _infer_cuda(probabilities: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings: float) -> Tensor:

@@ -6,7 +6,7 @@ public function and this call:
 
     _erode = register(
         "erode(Tensor mask, Tensor offsets, Tensor shapes, int iterations) -> Tensor",
-        reference=partial(per_image, reference.erode, numpy=True),  # for a reference in numpy
+        reference=per_image(reference.erode, numpy=True),  # for a reference in numpy
     )
 
 The "cpu" backend is then `_native.erode(mask, offsets, shapes, out, iterations)`.
@@ -92,36 +92,39 @@ def register(
 
 
 def per_image(
-    function: Callable[..., Any],
-    *arguments: Any,
-    outputs: Callable[..., Any] = like_first,
-    numpy: bool = False,
-) -> Any:
-    """Runs a reference, which takes one image at a time, on a packed batch.
+    function: Callable[..., Any], *, outputs: Callable[..., Any] = like_first, numpy: bool = False
+) -> Callable[..., Any]:
+    """Makes a reference that takes a packed batch from one that takes an image.
 
     Args:
         function: Takes the image's grid [h, w, ...] of every packed tensor, then the settings. Returns a value per
             output: an array in raster order, or a number for an output with one element per image.
-        arguments: Those of the operator: packed tensors, offsets, shapes, settings.
         outputs: As in `register`.
         numpy: Whether the function takes numpy arrays.
+
+    Returns:
+        A function of the operator's arguments: packed tensors, offsets, shapes, settings.
     """
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    *packed, offsets, shapes = tensors
-    settings = arguments[len(tensors) :]
-    results = outputs(*arguments)
-    bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-    grids = zip(*(Ragged(rows, offsets, shapes).grids() for rows in packed), strict=True)
-    for image, ((begin, end), own) in enumerate(zip(bounds, grids, strict=True)):
-        given = [grid.cpu().numpy() for grid in own] if numpy else own
-        values = function(*given, *settings)
-        for result, value in zip(_as_tuple(results), _as_tuple(values), strict=True):
-            if isinstance(value, (int, float)):
-                result[image] = value
-            else:
-                part = result[begin:end]
-                part.copy_(torch.as_tensor(value).reshape(part.shape))
-    return results
+
+    def run(*arguments: Any) -> Any:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        *packed, offsets, shapes = tensors
+        settings = arguments[len(tensors) :]
+        results = outputs(*arguments)
+        bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+        grids = zip(*(Ragged(rows, offsets, shapes).grids() for rows in packed), strict=True)
+        for image, ((begin, end), own) in enumerate(zip(bounds, grids, strict=True)):
+            given = [grid.cpu().numpy() for grid in own] if numpy else own
+            values = function(*given, *settings)
+            for result, value in zip(_as_tuple(results), _as_tuple(values), strict=True):
+                if isinstance(value, (int, float)):
+                    result[image] = value
+                else:
+                    part = result[begin:end]
+                    part.copy_(torch.as_tensor(value).reshape(part.shape))
+        return results
+
+    return run
 
 
 def cuda_stream(tensor: Tensor) -> int:

@@ -149,7 +149,7 @@ def _outputs(features: Tensor, offsets: Tensor, shapes: Tensor, *settings: float
 
 def _cut_reference(features: Tensor, offsets: Tensor, shapes: Tensor, *settings: float) -> Outputs:
     expect_finite(NAME, "features", features.isfinite(), offsets)
-    return per_image(reference.normalized_cut, features, offsets, shapes, *settings, outputs=_outputs)
+    return per_image(reference.normalized_cut, outputs=_outputs)(features, offsets, shapes, *settings)
 
 
 TOGETHER = 64  # images whose bits and vectors a GPU holds at a time: about 350 MB for 3,600 tokens each

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -99,6 +98,6 @@ def _refine_triton(
 
 _refine = register(
     f"{NAME}(Tensor masks, Tensor image, Tensor offsets, Tensor shapes, int[] dilations, int iterations) -> Tensor",
-    reference=partial(per_image, reference.pamr),
+    reference=per_image(reference.pamr),
     triton=_refine_triton,
 )

@@ -91,7 +91,7 @@ def _walk_reference(
 ) -> Tensor:
     expect_finite(NAME, "features", features.isfinite(), offsets)
     batch = masks.double(), features.double(), offsets, shapes
-    return per_image(reference.random_walk, *batch, steps, sharpness).float()
+    return per_image(reference.random_walk)(*batch, steps, sharpness).float()
 
 
 def _walk_triton(

@@ -80,7 +80,7 @@ def _outputs(features: Tensor, offsets: Tensor, shapes: Tensor, counts: list[int
 
 def _cluster_reference(features: Tensor, offsets: Tensor, shapes: Tensor, counts: list[int], seed: int) -> Tensor:
     expect_finite(NAME, "features", features.isfinite(), offsets)
-    return per_image(reference.spectral_clusters, features, offsets, shapes, counts, seed, outputs=_outputs)
+    return per_image(reference.spectral_clusters, outputs=_outputs)(features, offsets, shapes, counts, seed)
 
 
 def _cluster_cpu(features: Tensor, offsets: Tensor, shapes: Tensor, counts: list[int], seed: int) -> Tensor:
