@@ -120,7 +120,7 @@ def _expect_categories(config: RunConfig, source: PhotoSource, stages: Sequence[
 
 def _expect_ours(out: Path, stage: Stage, record: RunRecord) -> None:
     """Files that no run has recorded may be the user's: neither continued nor removed."""
-    if stage.name not in record.stages and stage.sections:
+    if stage.name not in record.stages:
         for path in (out / name for name in stage.outputs):
             if path.is_file() or (path.is_dir() and any(path.iterdir())):
                 raise UserError(
