@@ -12,7 +12,6 @@ NAME is the photo's name without its suffix. A photo whose mask exists is skippe
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from ..files import atomic_write, remove_stale
+from ..files import atomic_write, remove_stale, sha256
 from ..formats import label_palette, write_label_map
 from ..masks import ErrorRecord, write_errors
 from ..photos import Photo, PhotoError, PhotoSource
@@ -128,7 +127,7 @@ def _settle(path: Path, segmenter: Segmenter, weights: Path) -> None:
     about = {
         "categories": segmenter.names[1:],
         "weights": str(weights_path.absolute()),
-        "sha256": hashlib.sha256(weights_path.read_bytes()).hexdigest(),
+        "sha256": sha256(weights_path),
         "precision": str(segmenter.dtype)[6:],
     }
     if path.exists():
