@@ -67,7 +67,11 @@ def test_one_sequence(benchmark, tokens, dtype, count, quick):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_memory(benchmark, dtype, quick):
-    """Memory that a call adds while it runs, including its outputs: twice the tokens take twice the memory."""
+    """Memory that a call adds while it runs, including its outputs: it does not grow with the square of the tokens.
+
+    One byte for each attention weight would take a seventh (float32) of the explicit method. The kernel's counters of
+    resident memory are off by several MiB, so that ratios of small figures decide nothing.
+    """
     sizes = (2048, 4096) if quick else (3601, 7202)
     rows = []
     for method, call in METHODS.items():
@@ -75,8 +79,8 @@ def test_memory(benchmark, dtype, quick):
         rows.append({"method": method} | {f"{n} tokens, MiB": added_memory(call, *inputs(n, dtype)) for n in sizes})
     benchmark.pedantic(nk.attention_features, inputs(sizes[0], dtype), rounds=1)
     report(f"attention, memory of a call, {HEADS} x {DIM}, {str(dtype)[6:]}", rows)
-    ours, _, explicit_rows = ([row[f"{n} tokens, MiB"] for n in sizes] for row in rows)
-    assert ours[1] < 2.5 * ours[0] and ours[1] < 0.3 * explicit_rows[1]
+    ours, _, stored = (row[f"{sizes[1]} tokens, MiB"] for row in rows)
+    assert ours < 0.1 * stored
 
 
 def added_memory(call, *args):
