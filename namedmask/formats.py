@@ -2,8 +2,8 @@
 """Label maps as PNG files: the value of a pixel is the id of its class.
 
 `write_label_map` writes indexed (palette) files of 8 bits, or grayscale files of 16 bits if there are more than 256
-classes. `read_label_map` also reads grayscale files of 8 bits and the color files of ImageNet-S, where the id is
-R + 256 G.
+classes. `read_label_map` also reads indexed and grayscale files of any other bit depth, and the color files of
+ImageNet-S, where the id is R + 256 G.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def write_label_map(path: Path, labels: np.ndarray, classes: int) -> None:
 def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:
     """Reads the label map in a PNG file.
 
+    The ids are the values that the file stores: neither the palette, nor the transparency, nor the gamma of the file
+    changes them.
+
     Args:
         path: The file.
         red_green: Expect a color file in which the id is R + 256 G (ImageNet-S).
@@ -74,9 +77,11 @@ def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:
         UserError: If the file cannot be read or has another format.
     """
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            pixels = np.asarray(image)
-            mode = image.mode
+        with path.open("rb") as file:
+            depth = file.read(25)[-1:]  # bits per value, in the header chunk
+            with Image.open(file, formats=("PNG",)) as image:
+                pixels = np.asarray(image)
+                mode = image.mode
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a PNG: {error}") from None
     if red_green:
@@ -87,6 +92,8 @@ def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:
         return pixels.astype(np.uint8)  # not a view: in Pillow's bytes True is 255
     if mode not in ("L", "P") and not mode.startswith("I"):
         raise UserError(f"{path} is a color picture (PNG mode {mode}), not a label map with one id per pixel")
+    if mode == "L" and depth in (b"\2", b"\4"):  # Pillow stretches gray values to 0..255
+        return pixels // (255 // ((1 << depth[0]) - 1))
     if mode.startswith("I"):
         if pixels.size and not 0 <= pixels.min() <= pixels.max() <= MAX_LABEL:
             raise UserError(f"{path} holds ids above {MAX_LABEL}")

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 LINE_EVERY = 10.0  # seconds between lines, if the output is not a terminal
 
 
+def warn(message: str) -> None:
+    """Prints a warning to stderr, above a progress bar that may be there."""
+    print(f"namedmask: warning: {message}", file=sys.stderr, flush=True)
+
+
 class Progress:
     """Progress of a stage, over all workers. Use it as a context manager.
 

@@ -126,7 +126,7 @@ def check_segmenter(photos: Path, standin: Path, out: Path) -> None:
             confusion.add(labels, truth)
             shown = np.where(truth == 255, 0, truth)
             tiles.append(_tile(photo.pixels, overlay(photo.pixels, labels), overlay(photo.pixels, shown)))
-    figures = as_json(confusion.metrics(), segmenter.names, len(tiles))
+    figures = as_json(confusion, segmenter.names, len(tiles))
     print_table(figures)
     Image.fromarray(np.concatenate(tiles[:30])).save(out / "segments.png")
 

@@ -90,7 +90,7 @@ def score_scenes(out: Path, seed: int, count: int) -> tuple[dict[str, dict], lis
                 if len(first[key]) < SHOWN:
                     first[key].append(labels)
                 progress.advance(1)
-            metrics = as_json(confusion.metrics(), (BACKGROUND, *KINDS), count)
+            metrics = as_json(confusion, (BACKGROUND, *KINDS), count)
             figures[key] = {"mean": metrics["mean_iou"], "per_category": metrics["iou"]}
         images = [source.decode(name).pixels for name in names[:SHOWN]]
         shown = [ShownScene(*row) for row in zip(images, *first.values(), truth, strict=False)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,9 @@ from ..distributed import Worker
 from ..errors import UserError
 from ..files import atomic_write
 from ..formats import BACKGROUND, read_label_map
-from ..progress import Progress
+from ..progress import Progress, warn
 from ..threads import map_ahead, thread_count
-from .metrics import Confusion, Metrics
+from .metrics import Confusion
 
 if TYPE_CHECKING:
     from ..photos import PhotoSource
@@ -49,7 +49,7 @@ def default_ignore(classes: int, red_green: bool) -> int:
     return IGNORED if classes <= IGNORED else IGNORED_16_BIT
 
 
-def new_confusion(categories: list[str], ignore: int | None, red_green: bool) -> Confusion:
+def new_confusion(categories: Sequence[str], ignore: int | None, red_green: bool) -> Confusion:
     """Creates a confusion matrix for the background and the categories.
 
     Args:
@@ -88,33 +88,55 @@ def read_categories(folder: Path) -> list[str]:
 def compare(
     predicted: Iterator[tuple[str, np.ndarray]],
     truth: dict[str, Path],
-    confusion: Confusion,
+    categories: Sequence[str],
+    ignore: int | None,
     red_green: bool,
-    advance: Callable[[int], None],
-) -> None:
-    """Adds photos to a confusion matrix.
+) -> dict:
+    """Compares predictions with the ground truth.
 
     Args:
-        predicted: Yields names of `truth` with predicted labels [H, W].
+        predicted: Yields every name of `truth` with predicted labels [H, W].
         truth: Files of the ground truth by name.
-        confusion: The matrix.
+        categories: Names of classes 1, 2, ...
+        ignore: Ignored id of the ground truth; None: `default_ignore`.
         red_green: Whether the ground truth consists of color files of ImageNet-S.
-        advance: Called as `advance(1)` after each photo.
+
+    Returns:
+        The metrics, see `as_json`.
 
     Raises:
-        UserError: If a file cannot be read, if sizes differ, or if an id is not a class.
+        UserError: If a file cannot be read, if sizes differ, if an id is not a class, or if no file of the ground truth
+            shows a category. Files that do not show any are counted in a warning.
     """
+    confusion = new_confusion(categories, ignore, red_green)
 
-    def count(prediction: tuple[str, np.ndarray]) -> np.ndarray:
+    def count(prediction: tuple[str, np.ndarray]) -> tuple[Path, np.ndarray]:
         name, labels = prediction
         try:
-            return confusion.count(labels, read_label_map(truth[name], red_green))
+            return truth[name], confusion.count(labels, read_label_map(truth[name], red_green))
         except ValueError as error:
             raise UserError(f"{truth[name]}: {error}") from None
 
-    for matrix in map_ahead(count, predicted, thread_count()):
-        confusion.matrix += matrix
-        advance(1)
+    no_object: list[Path] = []
+    with Progress("evaluate", Worker()) as progress:
+        progress.total = len(truth)
+        for path, counts in map_ahead(count, predicted, thread_count()):
+            confusion.counts += counts
+            if not counts[1:-1].any():
+                no_object.append(path)
+            progress.advance(1)
+    if no_object:
+        found = (
+            f"{len(no_object)} of {len(truth)} files of the ground truth have no pixel of a category, such as "
+            f"{no_object[0]}; {confusion.ignored:.1%} of all pixels have the ignored label {confusion.ignore}"
+        )
+        if len(no_object) == len(truth):
+            raise UserError(
+                f"{found}. If {confusion.ignore} marks the objects, replace it by the number of their category, from 1 "
+                f"({categories[0]}) to {len(categories)} ({categories[-1]})"
+            )
+        warn(found)
+    return as_json(confusion, [BACKGROUND, *categories], len(truth))
 
 
 def evaluate_folders(
@@ -133,7 +155,7 @@ def evaluate_folders(
         The metrics, see `as_json`.
 
     Raises:
-        UserError: If a prediction is missing, if sizes differ, or if an id is not a class.
+        UserError: If a prediction is missing, or as `compare` does.
     """
     if categories is None:
         categories = read_categories(predictions)
@@ -143,12 +165,8 @@ def evaluate_folders(
     if missing := [name for name in true_paths if name not in predicted_paths]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{true_paths[missing[0]]}{more}: there is no mask of that name in {predictions}")
-    confusion = new_confusion(categories, ignore, red_green)
     predicted = ((name, read_label_map(predicted_paths[name])) for name in true_paths)
-    with Progress("evaluate", Worker()) as progress:
-        progress.total = len(true_paths)
-        compare(predicted, true_paths, confusion, red_green, progress.advance)
-    return as_json(confusion.metrics(), [BACKGROUND, *categories], len(true_paths))
+    return compare(predicted, true_paths, categories, ignore, red_green)
 
 
 def evaluate_segmenter(
@@ -167,20 +185,17 @@ def evaluate_segmenter(
         The metrics, see `as_json`.
 
     Raises:
-        UserError: If a photo is missing, if sizes differ, or if an id is not a class.
+        UserError: If a photo is missing, or as `compare` does.
     """
     from ..segmenter.folder import predictions
 
     true_paths = label_maps(truth)
-    confusion = new_confusion(segmenter.names[1:], ignore, red_green)
-    with Progress("evaluate", Worker()) as progress:
-        progress.total = len(true_paths)
-        compare(predictions(segmenter, source, set(true_paths)), true_paths, confusion, red_green, progress.advance)
-    return as_json(confusion.metrics(), segmenter.names, len(true_paths))
+    return compare(predictions(segmenter, source, set(true_paths)), true_paths, segmenter.names[1:], ignore, red_green)
 
 
-def as_json(metrics: Metrics, classes: Sequence[str], photos: int) -> dict:
-    """Returns the metrics as fractions, by name of the metric and of the class; undefined ones are None."""
+def as_json(confusion: Confusion, classes: Sequence[str], photos: int) -> dict:
+    """Returns the metrics of photos as fractions, by name of the metric and of the class; undefined ones are None."""
+    metrics = confusion.metrics()
 
     def number(value: float) -> float | None:
         return None if math.isnan(value) else round(float(value), 6)
@@ -191,6 +206,7 @@ def as_json(metrics: Metrics, classes: Sequence[str], photos: int) -> dict:
         "mean_accuracy": number(metrics.mean_accuracy),
         "weighted_iou": number(metrics.weighted_iou),
         "photos": photos,
+        "ignored_pixels": number(confusion.ignored),
         "iou": {name: number(value) for name, value in zip(classes, metrics.iou, strict=True)},
         "accuracy": {name: number(value) for name, value in zip(classes, metrics.accuracy, strict=True)},
     }
@@ -216,7 +232,10 @@ def print_table(figures: dict) -> None:
     table.add_row("mean", _percent(figures["mean_iou"]), _percent(figures["mean_accuracy"]), style="bold")
     table.add_row("all pixels", _percent(figures["weighted_iou"]), _percent(figures["pixel_accuracy"]))
     Console().print(table)
-    print(f"mIoU {_percent(figures['mean_iou'])} %, pixel accuracy {_percent(figures['pixel_accuracy'])} %")
+    print(
+        f"mIoU {_percent(figures['mean_iou'])} %, pixel accuracy {_percent(figures['pixel_accuracy'])} %, "
+        f"{_percent(figures['ignored_pixels'])} % of the pixels ignored"
+    )
 
 
 def _percent(fraction: float | None) -> str:

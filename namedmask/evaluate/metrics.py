@@ -32,7 +32,11 @@ class Metrics(NamedTuple):
 
 
 class Confusion:
-    """A confusion matrix: `matrix`, int64 [classes, classes], counts pixels by true class (row) and predicted class.
+    """A confusion matrix.
+
+    Attributes:
+        counts: Pixels by true class (row) and predicted class, int64 [classes + 1, classes]; the last row are the
+            ignored pixels.
 
     Args:
         classes: Number of classes, background included; ids are 0 to classes - 1.
@@ -46,7 +50,18 @@ class Confusion:
         if ignore is not None and 0 <= ignore < classes:
             raise ValueError(f"Confusion: the ignored id {ignore} is one of the {classes} classes")
         self.classes, self.ignore = classes, ignore
-        self.matrix = np.zeros((classes, classes), np.int64)
+        self.counts = np.zeros((classes + 1, classes), np.int64)
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The counts without the ignored pixels, int64 [classes, classes]."""
+        return self.counts[:-1]
+
+    @property
+    def ignored(self) -> float:
+        """Fraction of the pixels that are ignored; NaN without pixels."""
+        total = self.counts.sum()
+        return float(self.counts[-1].sum() / total) if total else float("nan")
 
     def add(self, prediction: np.ndarray, truth: np.ndarray) -> None:
         """Adds a photo to the matrix, in one pass of O(pixels + classes^2).
@@ -56,12 +71,12 @@ class Confusion:
             truth: True label map of the same shape and any integer dtype.
 
         Raises:
-            ValueError: If the shapes differ or an id is not a class; the matrix is unchanged then.
+            ValueError: If the shapes differ or an id is not a class; the counts are unchanged then.
         """
-        self.matrix += self.count(prediction, truth)
+        self.counts += self.count(prediction, truth)
 
     def count(self, prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-        """Returns the matrix of one photo without adding it, so several threads may call it. See `add`."""
+        """Returns the counts of one photo without adding it, so several threads may call it. See `add`."""
         n = self.classes
         if prediction.shape != truth.shape:
             raise ValueError(f"the prediction is {_size(prediction)}, the truth {_size(truth)}")
@@ -78,7 +93,7 @@ class Confusion:
                 raise ValueError(f"the {name} has the id {wrong}: classes are 0 to {n - 1}{ignored}")
         rows *= n
         rows += prediction.astype(rows.dtype, copy=False)
-        return np.bincount(rows.ravel(), minlength=(n + 1) * n)[: n * n].reshape(n, n)
+        return np.bincount(rows.ravel(), minlength=(n + 1) * n).reshape(n + 1, n)
 
     def metrics(self) -> Metrics:
         """Computes the metrics of all photos."""

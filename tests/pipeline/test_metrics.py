@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +61,8 @@ def test_confusion_counts_every_pixel_once(data):
         if t != ignore:
             expected[t, p] += 1
     np.testing.assert_array_equal(confusion.matrix, expected)
+    assert confusion.counts.sum() == truth.size
+    assert truth.size == 0 or confusion.ignored == (np.mean(truth == ignore) if ignore is not None else 0)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,7 @@ def test_invalid_ids_raise_value_error_and_are_not_counted(prediction, truth, me
     confusion = Confusion(3, ignore=255)
     with pytest.raises(ValueError, match=message):
         confusion.add(prediction, truth)
-    assert not confusion.matrix.any()
+    assert not confusion.counts.any()
     with pytest.raises(ValueError, match="one of the 256 classes"):
         Confusion(256, ignore=255)
 
@@ -122,6 +127,28 @@ def test_reading_other_label_files(tmp_path):
             read_label_map(tmp_path / name)
 
 
+@pytest.mark.parametrize("transparent", [False, True], ids=["", "tRNS"])
+@pytest.mark.parametrize(("color", "depth"), [("gray", 16), *itertools.product(("gray", "palette"), (1, 2, 4, 8))])
+def test_ids_are_the_stored_values_in_every_form_of_png(tmp_path, color, depth, transparent):
+    labels = np.random.default_rng(depth).integers(0, 1 << depth, (5, 7))
+    palette = bytes(255 - i // 3 for i in range(3 << depth)) if color == "palette" else b""
+    (tmp_path / "a.png").write_bytes(png(labels, depth, palette, b"\0\1" if transparent else b""))
+    np.testing.assert_array_equal(read_label_map(tmp_path / "a.png"), labels)
+
+
+def png(labels: np.ndarray, depth: int, palette: bytes, transparency: bytes) -> bytes:
+    """A PNG file of labels [H, W] with `depth` bits per pixel, indexed if there is a palette, else grayscale."""
+    rows = [np.unpackbits(row.astype(">u2").view(np.uint8)).reshape(-1, 16)[:, 16 - depth :] for row in labels]
+    header = struct.pack(">IIBBBBB", *labels.shape[::-1], depth, 3 if palette else 0, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + np.packbits(row.ravel()).tobytes() for row in rows))
+    chunks = [(b"IHDR", header), (b"PLTE", palette), (b"tRNS", transparency), (b"IDAT", data), (b"IEND", b"")]
+    file = b"\x89PNG\r\n\x1a\n"
+    for name, content in chunks:
+        if content or name == b"IEND":
+            file += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return file
+
+
 def evaluate(*arguments):
     return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)], catch_exceptions=False)
 
@@ -155,6 +182,29 @@ def test_evaluate_command(folders):
     assert figures["photos"] == 3 and list(figures["iou"]) == ["background", "cat", "dog"]
     assert figures["mean_iou"] == pytest.approx(metrics.mean_iou, abs=1e-6) and 0.5 < metrics.mean_iou < 0.95
     assert f"mIoU {100 * metrics.mean_iou:.1f} %" in done.output and "cat" in done.output
+    assert figures["ignored_pixels"] == pytest.approx(0.1) and "10.0 % of the pixels ignored" in done.output
+    assert "warning" not in done.stderr
+
+
+def test_truth_of_0_and_255_is_an_error_and_a_single_file_of_it_a_warning(folders):
+    """Binary masks of 0 and 255: all objects are ignored, which would leave an mIoU of 100%."""
+    names = ["--categories", "cat,dog", "--json", folders / "figures.json"]
+    for path in (folders / "truth").rglob("*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
+    done = evaluate(folders / "predictions", folders / "truth", *names)
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and not (folders / "figures.json").exists()
+    assert "3 of 3 files of the ground truth have no pixel of a category" in done.stderr
+    assert (
+        "If 255 marks the objects, replace it by the number of their category, from 1 (cat) to 2 (dog)" in done.stderr
+    )
+
+    labels = np.asarray(Image.open(folders / "truth" / "b.png"))
+    Image.fromarray(np.where(labels == 255, 2, labels)).save(folders / "truth" / "b.png")
+    done = evaluate(folders / "predictions", folders / "truth", *names)
+    assert (
+        done.exit_code == 0 and "warning: 2 of 3 files of the ground truth have no pixel of a category" in done.stderr
+    )
+    assert "a.png; " in done.stderr and json.loads((folders / "figures.json").read_text())["iou"]["dog"] > 0
 
 
 def test_evaluate_errors_have_one_line(folders):
