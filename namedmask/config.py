@@ -241,6 +241,7 @@ class SegmenterTraining(Section):
     poly_power: float = setting(0.9, "Learning rates decay as (1 - step / steps) ** poly_power.", ge=0)
     min_lr: float = setting(1e-6, "Lower bound of the learning rates.", ge=0)
     precision: Precision = setting("float32", "Floating-point format of matrix products; weights stay float32.")
+    allow_empty: bool = setting(False, "Train although categories have no usable mask, without them.")
     seed: int = setting(0, "Random seed.", ge=0)
 
     @field_validator("paste_objects")

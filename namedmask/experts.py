@@ -19,7 +19,8 @@ OUT/refined/00000.jsonl the records of masks/ with the experts' masks and scores
 
 A photo that was retrieved for two categories has two records, one from each expert. If an expert predicts no object,
 the record has an empty mask and the score 0, like that of a detector: the photo does not show the category, and no
-training uses it. A category whose masks are all empty has no expert and keeps its records.
+training uses it. A category whose masks are all empty is an error, or with `allow_empty` has no expert and keeps its
+records.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from .config import ExpertTraining
 from .distributed import Worker
 from .errors import UserError
 from .files import atomic_write, remove_stale
+from .mask_counts import check_mask_counts, show_mask_counts
 from .masks import ErrorRecord, MaskRecord, errors_path, mask_score, read_masks, write_errors, write_shard
 from .photos import Photo, PhotoError, PhotoSource
 from .progress import Progress
@@ -167,7 +169,8 @@ def train_experts(
     held in memory, some hundred bytes each.
 
     Raises:
-        UserError: If all masks are empty, if a worker died, or as `segmenter.training.train` does.
+        UserError: If a category has no usable mask (`check_mask_counts`), if a worker died, or as
+            `segmenter.training.train` does.
     """
     if (out / "refined").exists():
         progress.note = "done before"
@@ -175,8 +178,8 @@ def train_experts(
     records: dict[str, list[MaskRecord]] = {name: [] for name in read_archive(out / "archive.json").categories}
     for record in read_masks(out / "masks"):
         records.setdefault(record.category, []).append(record)
-    if not any(record.area for masks in records.values() for record in masks):
-        raise UserError(f"{out / 'masks'}: all masks are empty, so there is nothing to learn from")
+    everything = [record for masks in records.values() for record in masks]
+    check_mask_counts(list(records), everything, out / "masks", settings.allow_empty, worker)
     for folder in ("experts", "refining"):
         (out / folder).mkdir(exist_ok=True)
     experts = _Experts(out, source, settings, records, worker, device, progress)
@@ -186,6 +189,7 @@ def train_experts(
         if not all(experts.shard(number).exists() for number in range(shards)):
             raise UserError("a worker died before it finished its shard; run the same command again to continue")
         (out / "refining").rename(out / "refined")
+        show_mask_counts(list(records), read_masks(out / "refined"), out / "refined")
 
 
 @dataclass

@@ -30,6 +30,7 @@ from ..backbones import load_encoder
 from ..config import SegmenterTraining
 from ..distributed import Worker
 from ..errors import UserError
+from ..mask_counts import check_mask_counts
 from ..masks import MaskRecord, best_masks, digest, read_masks
 from ..photos import PhotoError, PhotoSource
 from ..progress import Progress
@@ -63,19 +64,20 @@ def train_segmenter(
     the archive. Every worker calls it.
 
     Raises:
-        UserError: If there are no masks, if a finished segmenter was trained on other masks than `out` has now, or as
-            `train` does.
+        UserError: If there are no masks, if a category has none (`check_mask_counts`), if a finished segmenter was
+            trained on other masks than `out` has now, or as `train` does.
     """
     folder = out / "segmenter"
     folder.mkdir(exist_ok=True)
     categories = read_archive(out / "archive.json").categories
     masks = best_masks(out)
-    records = [record for record in read_masks(masks) if record.area]
+    records = list(read_masks(masks))
     if not records:
         raise UserError(f"there are no masks in {masks}; make them with `namedmask-pseudolabel`")
     if unknown := sorted({record.category for record in records} - set(categories)):
         raise UserError(f"{masks} has masks of {', '.join(unknown)}, which {out / 'archive.json'} does not list")
-    samples = [Sample(record, categories.index(record.category) + 1) for record in records]
+    label = {name: number for number, name in enumerate(categories, 1)}
+    samples = [Sample(record, label[record.category]) for record in records if record.area]
     if (folder / "model.safetensors").exists():
         if json.loads((folder / "categories.json").read_text(encoding="utf-8")).get("masks") != _digest(samples):
             raise UserError(f"{folder} was trained on other masks than {masks} has now; start over with --overwrite")
@@ -83,6 +85,7 @@ def train_segmenter(
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         progress.note = "done before"
         return
+    check_mask_counts(categories, records, masks, settings.allow_empty, worker)
     progress.total = settings.steps * settings.batch_size
     network = train(source, samples, len(categories) + 1, folder, settings, worker, device, progress)
     if worker.is_main:

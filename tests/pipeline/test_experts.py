@@ -206,15 +206,18 @@ def test_changed_settings_raise_with_the_difference(world, tmp_path):
         make_config({"photos": "p", "experts": {"paste_objects": (1, 2)}})
 
 
-def test_empty_masks_and_missing_photos(world, tmp_path):
-    """A category of empty masks keeps its records; a photo that cannot be read is listed in the errors."""
+def test_empty_masks_and_missing_photos(world, tmp_path, capsys):
+    """A category of empty masks is an error, or keeps its records; a photo that cannot be read is listed in the errors."""
     original, settings, _ = world
     out = copy_of(original, tmp_path)
     records = list(read_masks(out / "masks"))
     empty = [MaskRecord.from_mask(r.photo, np.zeros(r.size, bool), r.category, 0.5, 0.0) for r in records]
     mixed = [e if r.category == "hot/dog" else r for r, e in zip(records, empty, strict=True)]
     write_shard(out / "masks" / "00000.jsonl", mixed)
-    start(out, {**settings, "steps": 2})
+    with pytest.raises(UserError, match=r"'hot/dog' has no usable mask in .*masks: detect with other settings"):
+        start(out, {**settings, "steps": 2})
+    assert not (out / "experts").exists()
+    start(out, {**settings, "steps": 2, "allow_empty": True})
     refined = list(read_masks(out / "refined"))
     assert [r for r in refined if r.category == "hot/dog"] == [r for r in mixed if r.category == "hot/dog"]
     assert not (out / "experts" / "hot%2Fdog.safetensors").exists()
@@ -230,12 +233,13 @@ def test_empty_masks_and_missing_photos(world, tmp_path):
     assert run.start(out, {"photos": str(photos)}, ["experts"], gpus=0)
     cats = [r for r in read_masks(out / "refined") if r.category == "cat"]
     assert len(cats) == ONE + BOTH - 1 and all(r.area == 0 and r.score == 0 for r in cats)
+    assert f"usable masks in {out / 'refined'}: 0 of 17" in capsys.readouterr().out
     assert [(e.photo, e.stage) for e in read_errors(out / "errors.jsonl")] == [("00.png", "experts")]
     write_shard(out / "masks" / "00000.jsonl", empty)
     shutil.rmtree(out / "refined")
     shutil.rmtree(out / "experts")
     for mode in ("separate", "shared"):
-        with pytest.raises(UserError, match="all masks are empty"):
+        with pytest.raises(UserError, match="all masks in .* are empty"):
             start(out, {"mode": mode})
 
 

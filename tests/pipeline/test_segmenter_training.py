@@ -382,6 +382,8 @@ def test_masks_of_experts_are_preferred(run_of_discs, small, monkeypatch):
     def stop():
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(UserError, match=r"'dog' has no usable mask in .*refined: train the experts again"):
         train_run(run_of_discs, small)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(run_of_discs, {**small, "allow_empty": True})
     assert [sample.record for sample in used] == refined and {sample.label for sample in used} == {1}

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""Usable masks of each category, counted before a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from namedmask.distributed import Worker
+from namedmask.errors import UserError
+from namedmask.mask_counts import check_mask_counts
+from namedmask.masks import MaskRecord
+
+
+def records(category: str, usable: int, empty: int) -> list[MaskRecord]:
+    full = [MaskRecord.from_mask("a", np.ones((2, 2), bool), category, None, 1.0)] * usable
+    return full + [MaskRecord.from_mask("a", np.zeros((2, 2), bool), category, None, 0.0)] * empty
+
+
+def test_prints_the_usable_masks_of_each_category_and_warns_of_few(capsys):
+    masks = records("[cat]", 12, 3) + records("dog", 9, 0)
+    check_mask_counts(["[cat]", "dog"], masks, Path("out/masks"), False, Worker())
+    printed = capsys.readouterr()
+    assert "21 of 24; per category 9 to 12, median 10.5\n  [cat]: 12 of 15\n  dog: 9 of 9\n" in printed.out
+    assert printed.err == "namedmask: warning: 'dog' has fewer than 10 usable masks\n"
+    check_mask_counts(["[cat]", "dog"], masks, Path("out/masks"), False, Worker(1, 2))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_of_many_categories_only_those_with_few_masks_are_listed(capsys):
+    names = [f"name {n}" for n in range(100)]
+    masks = [r for n, name in enumerate(names) for r in records(name, 10 if n > 6 else 1, 0)]
+    check_mask_counts(names, masks, Path("masks"), False, Worker())
+    printed = capsys.readouterr()
+    assert printed.out.count("\n  ") == 7
+    assert "7 categories (name 0, name 1, name 2, name 3, name 4 and 2 more) have fewer than 10" in printed.err
+
+
+@pytest.mark.parametrize("folder", ["masks", "refined"])
+def test_a_category_without_a_usable_mask_is_an_error_unless_allowed(folder):
+    masks = records("cat", 12, 0) + records("dog", 0, 5)
+    for categories, worker in ((["cat", "dog"], Worker()), (["cat", "dog"], Worker(1, 2)), (["cat", "fox"], Worker())):
+        with pytest.raises(UserError, match=f"'{categories[1]}' has no usable mask in {folder}") as error:
+            check_mask_counts(categories, masks, Path(folder), False, worker)
+        assert ("delete refined to use the detector's masks" in str(error.value)) == (folder == "refined")
+        check_mask_counts(categories, masks, Path(folder), True, worker)
+    with pytest.raises(UserError, match="all masks in masks are empty"):
+        check_mask_counts(["dog"], records("dog", 0, 5), Path("masks"), True, Worker())
