@@ -207,7 +207,7 @@ def test_changed_settings_raise_with_the_difference(world, tmp_path):
 
 
 def test_empty_masks_and_missing_photos(world, tmp_path, capsys):
-    """A category of empty masks is an error, or keeps its records; a photo that cannot be read is listed in the errors."""
+    """A category of empty masks is an error or keeps its records; an unreadable photo is listed in the errors."""
     original, settings, _ = world
     out = copy_of(original, tmp_path)
     records = list(read_masks(out / "masks"))
@@ -239,7 +239,7 @@ def test_empty_masks_and_missing_photos(world, tmp_path, capsys):
     shutil.rmtree(out / "refined")
     shutil.rmtree(out / "experts")
     for mode in ("separate", "shared"):
-        with pytest.raises(UserError, match="all masks in .* are empty"):
+        with pytest.raises(UserError, match=r"all masks in .* are empty"):
             start(out, {"mode": mode})
 
 
