@@ -1,0 +1,229 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: MIT
+"""Mutation testing of the Python modules: changes an operator, constant or condition, runs the module's own tests.
+
+    pip install cosmic-ray
+    python tools/mutate.py --count 300 --seed 0                  # a sample of all modules, by their size
+    python tools/mutate.py --count 40 namedmask/archive.py       # of one module
+    python tools/mutate.py --given mutants.jsonl                 # lines of {"file": …, "line": …, "from": …, "to": …}
+
+No file is changed: a mutant replaces the source of its module when Python imports it, in the test process and in all
+processes that the tests start. Each mutant runs in a fork of a process that has imported torch and timm. A mutant
+survives if all tests pass; running too long counts as noticed. The survivors are printed as diffs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator
+
+ROOT = Path(__file__).resolve().parents[1]
+# The tests of modules whose test file has another name. All others: tests/*/test_NAME.py.
+TESTS = {
+    "kernels/namedmask_kernels/backends.py": ["kernels/test_operators", "kernels/test_native"],
+    "kernels/namedmask_kernels/library.py": ["kernels/test_operators"],
+    "namedmask/config.py": ["pipeline/test_cli", "pipeline/test_run"],
+    "namedmask/files.py": ["pipeline/test_run", "pipeline/test_masks"],
+    "namedmask/formats.py": ["pipeline/test_metrics"],
+    "namedmask/record.py": ["pipeline/test_run"],
+    "namedmask/stages.py": ["pipeline/test_run", "pipeline/test_cli"],
+    "namedmask/threads.py": ["pipeline/test_distributed", "pipeline/test_photos"],
+    "namedmask/pseudolabel.py": ["pipeline/test_detect_and_refine", "pipeline/test_run"],
+    "namedmask/refine.py": ["pipeline/test_detect_and_refine"],
+    "namedmask/saliency/__init__.py": ["pipeline/test_detect_and_refine", "pipeline/test_selfmask"],
+    "namedmask/saliency/spectral.py": ["pipeline/test_detect_and_refine"],
+    "namedmask/saliency/cluster_vote.py": ["pipeline/test_detect_and_refine"],
+    "namedmask/saliency/selfmask_training.py": ["pipeline/test_selfmask"],
+    "namedmask/segmenter/batch_norm.py": ["pipeline/test_segmenter_training"],
+    "namedmask/segmenter/folder.py": ["pipeline/test_predict"],
+    "namedmask/segmenter/training.py": ["pipeline/test_segmenter_training"],
+    "namedmask/training.py": ["pipeline/test_segmenter_training", "pipeline/test_selfmask"],
+    "namedmask/evaluate/folders.py": ["pipeline/test_metrics", "pipeline/test_predict"],
+}
+# The demo's figures are pinned as a whole; references are what tests compare with; Triton needs a GPU.
+LEFT_OUT = ("namedmask/demo/", "kernels/namedmask_kernels/reference/", "kernels/namedmask_kernels/triton/")
+
+SWAPS = [("Add", "Sub"), ("Mul", "Div"), ("FloorDiv", "Mul"), ("Mod", "Mul"), ("Pow", "Mul"), ("BitAnd", "BitOr")]
+COMPARISONS = [("Eq", "NotEq"), ("Lt", "LtE"), ("Gt", "GtE"), ("Lt", "GtE"), ("Gt", "LtE"), ("Is", "IsNot")]
+OPERATORS = [
+    *(f"core/ReplaceBinaryOperator_{a}_{b}" for x, y in SWAPS for a, b in ((x, y), (y, x))),
+    *(f"core/ReplaceComparisonOperator_{a}_{b}" for x, y in COMPARISONS for a, b in ((x, y), (y, x))),
+    *(f"core/{name}" for name in ("AddNot", "ReplaceUnaryOperator_Delete_Not", "ReplaceAndWithOr", "ReplaceOrWithAnd")),
+    *(f"core/{name}" for name in ("NumberReplacer", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue")),
+    "core/ReplaceUnaryOperator_Delete_USub",
+]
+
+# Python runs this module at its start; the tests' subprocesses get it through PYTHONPATH.
+SITECUSTOMIZE = """
+import os
+from importlib.machinery import SourceFileLoader
+path, _, mutant = os.environ.get("MUTANT", "").partition(":")
+if path:
+    get_code = SourceFileLoader.get_code
+    def mutated(self, name):
+        if os.path.realpath(self.path) == path:
+            return compile(open(mutant, encoding="utf-8").read(), self.path, "exec")
+        return get_code(self, name)
+    SourceFileLoader.get_code = mutated
+"""
+
+
+def tests_of(module: str) -> list[str]:
+    """The test files of a module."""
+    if module in TESTS:
+        return [f"tests/{name}.py" for name in TESTS[module]]
+    found = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob(f"tests/*/test_{Path(module).stem}.py"))]
+    if not found:
+        raise SystemExit(f"{module} has no tests/*/test_{Path(module).stem}.py: add it to TESTS in tools/mutate.py")
+    return found
+
+
+def modules() -> list[str]:
+    """All modules with code."""
+    paths = (p.relative_to(ROOT).as_posix() for top in ("namedmask", "kernels") for p in (ROOT / top).rglob("*.py"))
+    return sorted(p for p in paths if not p.startswith(LEFT_OUT) and list(mutants(p)))
+
+
+def code_only(source: str) -> str:
+    """The syntax tree without what has no effect when it runs: annotations, docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for field in ("annotation", "returns"):
+            if hasattr(node, field) and not isinstance(node, ast.AnnAssign):
+                setattr(node, field, None)
+    return ast.dump(tree)
+
+
+def mutants(module: str) -> Iterator[tuple[str, str, int]]:
+    """(module, operator, occurrence) of all mutants."""
+    tree = get_ast((ROOT / module).read_text(encoding="utf-8"))
+    nodes = list(ast_nodes(tree))
+    for name in OPERATORS:
+        operator = get_operator(name)()
+        count = sum(1 for node in nodes for _ in operator.mutation_positions(node))
+        yield from ((module, name, occurrence) for occurrence in range(count))
+
+
+def sample(names: list[str], count: int, seed: int) -> list[tuple[str, str]]:
+    """Draws (module, mutated source); mutants that change annotations alone are left out."""
+    everything = [mutant for name in names for mutant in mutants(name)]
+    random.Random(seed).shuffle(everything)
+    drawn: list[tuple[str, str]] = []
+    for module, name, occurrence in everything:
+        source = (ROOT / module).read_text(encoding="utf-8")
+        changed = mutate_code(source, get_operator(name)(), occurrence)
+        try:
+            if changed is not None and code_only(changed) != code_only(source):
+                drawn.append((module, changed))
+        except SyntaxError:
+            continue
+        if len(drawn) == count:
+            break
+    return sorted(drawn)
+
+
+def given(path: Path) -> list[tuple[str, str]]:
+    """The mutants of a file of JSON lines that still apply: the text occurs near the line."""
+    drawn = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        mutant = json.loads(line)
+        lines = (ROOT / mutant["file"]).read_text(encoding="utf-8").splitlines(keepends=True)
+        places = [n for n, text in enumerate(lines) if mutant["from"] in text]
+        if not places:
+            print(f"does not apply any more: {mutant['file']}:{mutant['line']}: {mutant['from']}")
+            continue
+        at = min(places, key=lambda n: abs(n + 1 - mutant["line"]))
+        lines[at] = lines[at].replace(mutant["from"], mutant["to"], 1)
+        drawn.append((mutant["file"], "".join(lines)))
+    return drawn
+
+
+def run_tests(module: str, source: str, folder: Path, timeout: float) -> tuple[bool, float]:
+    """Runs a module's tests on its mutated source, in a fork; returns whether all passed, and the seconds."""
+    mutant = folder / "mutant.py"
+    mutant.write_text(source, encoding="utf-8")
+    began = time.monotonic()
+    if (pid := os.fork()) == 0:
+        os.setsid()
+        os.chdir(ROOT)
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        os.environ |= {"MUTANT": f"{ROOT / module}:{mutant}", "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        exec(SITECUSTOMIZE, {})
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests_of(module)])))
+    status = None
+    while status is None and time.monotonic() - began < timeout:
+        time.sleep(0.05)
+        done, code = os.waitpid(pid, os.WNOHANG)
+        status = code if done else None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # and what its tests started
+    if status is None:
+        os.waitpid(pid, 0)
+    return status == 0, time.monotonic() - began
+
+
+def diff(module: str, source: str) -> str:
+    """The changed lines of a mutant."""
+    original = (ROOT / module).read_text(encoding="utf-8").splitlines()
+    lines = list(difflib.unified_diff(original, source.splitlines(), n=0, lineterm=""))[2:]
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", help="modules to mutate; default: all")
+    parser.add_argument("--count", type=int, default=300, help="number of mutants")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--given", type=Path, help="a file of mutants, instead of random ones")
+    arguments = parser.parse_args()
+    drawn = given(arguments.given) if arguments.given else sample(
+        arguments.modules or modules(), arguments.count, arguments.seed
+    )  # fmt: skip
+    import timm  # noqa: F401  imported once, before the forks
+    import torch  # noqa: F401
+
+    noticed: Counter[str] = Counter()
+    tried: Counter[str] = Counter()
+    timeouts: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        for module, source in drawn:
+            if module not in timeouts:
+                passed, seconds = run_tests(module, (ROOT / module).read_text(encoding="utf-8"), folder, 1800)
+                if not passed:
+                    raise SystemExit(f"the tests of {module} fail without a mutation: {' '.join(tests_of(module))}")
+                timeouts[module] = 3 * seconds + 30
+            survived, seconds = run_tests(module, source, folder, timeouts[module])
+            tried[module] += 1
+            noticed[module] += not survived
+            if survived:
+                print(f"survived: {module}\n{diff(module, source)}", flush=True)
+            print(f"{tried.total()} of {len(drawn)}, {noticed.total()} noticed", file=sys.stderr, flush=True)
+    print("\n| module | noticed | of |\n|---|---|---|")
+    for module in tried:
+        print(f"| {module} | {noticed[module]} | {tried[module]} |")
+    print(f"| all | {noticed.total()} ({noticed.total() / max(tried.total(), 1):.0%}) | {tried.total()} |")
+
+
+if __name__ == "__main__":
+    main()
