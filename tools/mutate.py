@@ -201,6 +201,7 @@ def main() -> None:
     drawn = given(arguments.given) if arguments.given else sample(
         arguments.modules or modules(), arguments.count, arguments.seed
     )  # fmt: skip
+    os.environ["TRITON_INTERPRET"] = "1"  # as tests/kernels/conftest.py, which is too late after the imports
     import timm  # noqa: F401  imported once, before the forks
     import torch  # noqa: F401
 
