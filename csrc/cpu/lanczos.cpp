@@ -15,6 +15,10 @@ namespace {
 // products a direction of rounding errors may enter the basis, which is harmless: it is orthogonal like any other.
 constexpr double kExhausted = 1e-14;
 
+// QR sweeps per eigenvalue, as in LAPACK; some three are needed. Beside equal eigenvalues, a rounding error may stay
+// just above the limit for ever: then it is as small as it gets.
+constexpr int kSweeps = 30;
+
 const LanczosKernels& kernels() { return NMK_BEST(lanczos); }
 
 void axpy(double factor, const double* x, double* y, int64_t n) {
@@ -58,12 +62,13 @@ void symmetric_eigen(double* a, int64_t m, double* diagonal, double* z, int64_t 
     norm = std::max(norm, std::abs(diagonal[i]) + std::abs(off[i]));
   }
   const auto negligible = [&](int64_t i) { return std::abs(off[i]) <= 1e-17 * norm; };
-  int64_t high = m - 1;
-  for (int64_t sweep = 0; high > 0 && sweep < 100 * m; ++sweep) {
-    if (negligible(high - 1)) {
-      --high;
+  int sweeps = 0;
+  for (int64_t high = m - 1; high > 0;) {
+    if (sweeps == kSweeps || negligible(high - 1)) {
+      --high, sweeps = 0;
       continue;
     }
+    ++sweeps;
     int64_t low = high - 1;
     while (low > 0 && !negligible(low - 1)) --low;
     const double half = (diagonal[high - 1] - diagonal[high]) / 2, e = off[high - 1];

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import namedmask_kernels as nk
@@ -121,6 +121,7 @@ def test_groups_that_are_not_connected():
 
 
 @settings(max_examples=80, deadline=None)
+@example(h=6, w=6, channels=35, seed=35, tau=0.5, noise=3.0)  # two equal Ritz values: QR stopped before it was done
 @given(
     h=st.integers(1, 9),
     w=st.integers(1, 9),
