@@ -55,6 +55,23 @@ def test_many_merges_equal_brute_force():
     assert [[p for p, _ in a] for a in results] == [[p for p, _ in b] for b in brute_force(image, numbers, text, 7)]
 
 
+def test_a_photo_that_is_better_by_one_step_enters_a_full_list():
+    """Also if its own score is only better by less than that and rounds up."""
+    cosines = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.500_000_8, 0.500_000_9])
+    image = np.stack([cosines, np.sqrt(1 - cosines**2)], 1).astype(np.float32)
+    text = np.array([[1, 0]], np.float32)
+    for shard in (1, 2, 7):
+        assert top_photos(in_shards(image, np.arange(7), shard), text, 1) == [[(5, 0.500001)]]
+
+
+def test_scores_have_6_decimals():
+    rng = np.random.default_rng(3)
+    image, text = unit(rng.standard_normal((400, 8))), unit(rng.standard_normal((1, 8)))
+    (entries,) = top_photos([(image, np.arange(400))], text, 400)
+    scores = [score for _, score in entries]
+    assert scores == [round(score, 6) for score in scores] and scores != [round(score, 5) for score in scores]
+
+
 def test_empty_shards():
     text = unit(np.ones((2, 4)))
     empty = (np.zeros((0, 0), np.float16), np.zeros(0, np.int64))

@@ -130,6 +130,16 @@ def test_crops_are_drawn_at_all_positions():
     assert corners == {int(labels[y, x]) for y in range(5) for x in range(3)}
 
 
+@pytest.mark.parametrize(("side", "scale", "size"), [(100, 0.5, 20), (100, 2.0, 20), (30, 1.0, 20), (7, 3.0, 20)])
+def test_a_crop_shows_as_much_of_the_photo_as_its_scale_says(side, scale, size):
+    """Labels count the columns of the photo, so the range in a crop is its width in the photo."""
+    labels = np.arange(side, dtype=np.int32)[None].repeat(side, 0)
+    settings = SegmenterTraining(crop_size=size, scale=(scale, scale), **PLAIN)
+    for seed in range(5):
+        crop = augment(np.zeros((side, side, 3), np.uint8), labels, settings, np.random.default_rng(seed)).labels
+        assert abs(int(crop.max() - crop.min()) - (size / scale - 1)) <= 2
+
+
 def only(change: int, strength: float) -> list[float]:
     return [strength if i == change else 0.0 for i in range(4)]
 

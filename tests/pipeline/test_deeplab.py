@@ -29,6 +29,12 @@ def authors_network() -> DeepLab:
     return fill_weights(DeepLab(untrained_encoder("resnet50"), 21).eval())
 
 
+def test_dilations_are_those_of_output_stride_8():
+    convs = [m for m in DeepLab(untrained_encoder("test_resnet"), 2, 16).modules() if isinstance(m, torch.nn.Conv2d)]
+    dilated = [conv.dilation[0] for conv in convs if conv.groups > 1 and conv.dilation[0] > 1]
+    assert dilated == [12, 24, 36] and all(conv.padding[0] == conv.dilation[0] for conv in convs if conv.groups > 1)
+
+
 def test_names_of_tensors_equal_the_authors(authors_network):
     assert shapes(authors_network) == json.loads((GOLDEN / "deeplabv3plus_resnet50_keys.json").read_text())
     assert shapes(authors_network.backbone) == json.loads((GOLDEN / "dino_resnet50_keys.json").read_text())

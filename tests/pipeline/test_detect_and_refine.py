@@ -16,9 +16,9 @@ from namedmask.errors import UserError
 from namedmask.photos import Photo
 from namedmask.pseudolabel import mask_score
 from namedmask.refine import Refiner, fill_holes, keep_largest_component
-from namedmask.saliency.cluster_vote import ClusterVoteDetector, elect
+from namedmask.saliency.cluster_vote import COUNTS, ClusterVoteDetector, elect
 from namedmask.saliency.spectral import SpectralDetector, centered, separation
-from namedmask_kernels import Ragged
+from namedmask_kernels import Ragged, vote_masks
 
 
 def disc_photo(h=96, w=128):
@@ -196,6 +196,22 @@ def test_centering_is_per_photo():
     batch = Ragged.pack([torch.randn(3, 4, 5) + 7, torch.randn(2, 2, 5) - 3])
     for grid in centered(batch).grids():
         torch.testing.assert_close(grid.mean((0, 1)), torch.zeros(5), atol=1e-5, rtol=0)
+
+
+def test_confidence_is_the_mean_iou_with_the_other_voters():
+    """In three labelings of 60 pixels, the object has 10, 10 and 12 pixels."""
+    labels = torch.zeros(1, 60, 3, dtype=torch.int32)
+    labels[0, :10, :2] = 1
+    labels[0, :12, 2] = 1
+    vote = vote_masks(torch.stack([labels[..., c] == k for c, count in enumerate(COUNTS) for k in range(count)]))
+    winner = int(vote.winner)
+    others = [k for k in range(9) if vote.kept[k] and k != winner]
+    masks = [labels[..., c] == k for c, count in enumerate(COUNTS) for k in range(count)]
+    ious = [float((masks[winner] & masks[k]).sum() / (masks[winner] | masks[k]).sum()) for k in others]
+    assert COUNTS == (2, 3, 4) and len(others) >= 2
+    detection = elect([labels], (1, 60))
+    assert detection.confidence == pytest.approx(sum(ious) / len(ious)) and 0 < detection.confidence < 1
+    assert torch.equal(detection.mask > 0.5, masks[winner])
 
 
 @pytest.fixture

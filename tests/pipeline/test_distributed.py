@@ -55,6 +55,13 @@ def test_progress_is_summed_over_workers(workers):
     single.barrier("here")
 
 
+@pytest.mark.parametrize(("begin", "count", "workers"), [(0, 8, 2), (24, 8, 4), (5, 7, 3), (0, 0, 2), (3, 1, 2)])
+def test_shares_of_all_workers_in_order_form_the_range(begin, count, workers):
+    shares = [Worker(rank, workers).share(begin, count) for rank in range(workers)]
+    assert [number for share in shares for number in share] == list(range(begin, begin + count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))

@@ -21,7 +21,9 @@ from namedmask.masks import (
     ErrorRecord,
     MaskRecord,
     assemble_errors,
+    best_masks,
     errors_path,
+    mask_score,
     read_errors,
     read_masks,
     read_shard,
@@ -133,6 +135,21 @@ def test_invalid_lines_raise_value_error_of_one_line(line, says):
     with pytest.raises(ValueError) as caught:
         MaskRecord.from_json(line)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_score_is_the_confidence_times_the_free_fraction_of_the_border():
+    mask = np.zeros((4, 5), bool)
+    assert mask_score(mask, 0.8) == 0
+    mask[1:3, 1:3] = True
+    assert mask_score(mask, 0.8) == 0.8
+    mask[0, :] = mask[3, 0] = True  # 6 of 14 pixels of the border
+    assert mask_score(mask, 0.7) == pytest.approx(0.7 * 8 / 14)
+
+
+def test_best_masks_are_those_of_the_experts_once_they_exist(tmp_path):
+    assert best_masks(tmp_path) == best_masks(str(tmp_path)) == tmp_path / "masks"
+    (tmp_path / "refined").mkdir()
+    assert best_masks(tmp_path) == tmp_path / "refined"
 
 
 def test_shards_are_read_in_order(tmp_path):

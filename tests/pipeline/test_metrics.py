@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from namedmask import cli
 from namedmask.errors import UserError
+from namedmask.evaluate.folders import default_ignore
 from namedmask.evaluate.metrics import Confusion
 from namedmask.formats import label_palette, read_label_map, write_label_map
 
@@ -85,8 +86,9 @@ def test_invalid_ids_raise_value_error_and_are_not_counted(prediction, truth, me
     with pytest.raises(ValueError, match=message):
         confusion.add(prediction, truth)
     assert not confusion.counts.any()
-    with pytest.raises(ValueError, match="one of the 256 classes"):
-        Confusion(256, ignore=255)
+    for ignore in (0, 255):
+        with pytest.raises(ValueError, match="one of the 256 classes"):
+            Confusion(256, ignore)
 
 
 @pytest.mark.parametrize("classes", [2, 21, 256, 257, 920])
@@ -100,6 +102,20 @@ def test_label_map_round_trip(tmp_path, classes):
     with pytest.raises(ValueError, match="labels"):
         write_label_map(tmp_path / "b.png", labels + 1, classes)
     assert not (tmp_path / "b.png").exists()
+
+
+def test_largest_label(tmp_path):
+    labels = np.array([[0, 0xFFFF]])
+    write_label_map(tmp_path / "a.png", labels, 0x10000)
+    np.testing.assert_array_equal(read_label_map(tmp_path / "a.png"), labels)
+    with pytest.raises(ValueError, match="at most 65536"):
+        write_label_map(tmp_path / "b.png", labels, 0x10001)
+
+
+@pytest.mark.parametrize(("classes", "ignored"), [(2, 255), (255, 255), (256, 0xFFFF), (300, 0xFFFF)])
+def test_ignored_label_of_benchmarks(classes, ignored):
+    assert default_ignore(classes, red_green=False) == ignored
+    assert default_ignore(classes, red_green=True) == 1000
 
 
 def test_palette_is_that_of_voc_and_all_colors_differ():
