@@ -183,3 +183,83 @@ for op, arguments in CALLS.items():
     child = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout + child.stderr
     assert len(child.stdout.splitlines()) == 2 * len(CALLS)
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+# public operator -> its integer settings with their least valid values, and its float settings
+INTEGERS = {
+    nk.attention_features: {"tap_rows": 0},
+    nk.bilateral_solver: {"iterations": 0},
+    nk.dense_crf: {"iterations": 0},
+    nk.normalized_cut: {"max_iterations": 1},
+    nk.pamr: {"iterations": 0, "dilations": 1},
+    nk.random_walk: {"steps": 0},
+    nk.spectral_clusters: {"k": 1, "seed": -(2**63)},
+}
+FLOATS = {
+    nk.attention_features: ("scale",),
+    nk.bilateral_solver: (
+        "confidence",
+        "sigma_spatial",
+        "sigma_luma",
+        "sigma_chroma",
+        "smoothness",
+        "tolerance",
+    ),
+    nk.dense_crf: ("gaussian", "bilateral"),
+    nk.normalized_cut: ("tau", "eps", "tolerance"),
+    nk.random_walk: ("sharpness",),
+}
+integers = pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, names in INTEGERS.items() for name in names], ids=str
+)
+
+
+def arguments_without(op, name):
+    return CALLS[op][:1] if op is nk.spectral_clusters and name == "k" else CALLS[op]
+
+
+@integers
+def test_integers_of_any_type_are_accepted(op, name):
+    expected = flat(op(*arguments_without(op, name), **{name: [2] if name == "dilations" else 2}))
+    for value in (np.int64(2), np.uint8(2), np.array(2), torch.tensor(2)):
+        result = op(*arguments_without(op, name), **{name: [value] if name == "dilations" else value})
+        assert all(torch.equal(a, b) for a, b in zip(flat(result), expected, strict=True))
+    if name in ("tap_rows", "k", "dilations"):
+        for values in (np.array([2, 1]), torch.tensor([2, 1]), range(2, 0, -1)):
+            op(*arguments_without(op, name), **{name: values})
+
+
+@integers
+def test_invalid_integers_are_rejected_before_anything_is_allocated(op, name):
+    for value in (1.5, np.float64(2), "2", None, torch.tensor(2.0)):
+        with pytest.raises(TypeError, match=f"{op.__name__}: {name} must be an integer, but is "):
+            op(*arguments_without(op, name), **{name: [value] if name == "dilations" else value})
+    most = 2**63 - 1 if name in ("dilations", "seed") else 2**31 - 1
+    for value in (INTEGERS[op][name] - 1, most + 1, 2**63, 10**400):
+        with pytest.raises(ValueError, match=f"{op.__name__}: {name} must be at (least|most) "):
+            op(*arguments_without(op, name), **{name: [value] if name == "dilations" else value})
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in FLOATS.items() for name in names], ids=str)
+def test_numbers_of_any_type_are_accepted_and_others_rejected(op, name):
+    count = {"gaussian": 2, "bilateral": 3}.get(name)
+    for value in (np.float32(0.5), np.int64(1), torch.tensor(0.5), 1) if name != "eps" else (np.float32(0.5),):
+        if not (name.startswith("sigma") and value < 1):
+            op(*CALLS[op], **{name: (10 * value,) * count if count else value})
+    for value in ("0.5", [0.5], 1j) if name == "scale" else ("0.5", None, [0.5], 1j):
+        with pytest.raises(TypeError, match=f"{op.__name__}: {name} must be a number, but is "):
+            op(*CALLS[op], **{name: (value,) * count if count else value})
+    with pytest.raises(ValueError, match=f"{op.__name__}: {name} must be "):
+        op(*CALLS[op], **{name: (10**400,) * count if count else 10**400})
+
+
+def test_tapped_rows_are_checked_before_they_are_listed():
+    for taps in (2**31 - 1, 13, range(2**40), [12]):
+        with pytest.raises(ValueError, match="attention_features: tap_rows must be at most "):
+            nk.attention_features(*CALLS[nk.attention_features], tap_rows=taps)
+    empty = torch.zeros(0, 3, 2, 8), torch.zeros(1, dtype=torch.int32)
+    assert nk.attention_features(*empty, tap_rows=5).rows.shape == (0, 2, 5)
+    with pytest.raises(ValueError, match="attention_features: tap_rows must be at most 65536"):
+        nk.attention_features(*empty, tap_rows=2**31 - 1)
