@@ -112,7 +112,7 @@ def _kernel(name: str, value: Sequence[float], names: tuple[str, ...]) -> list[f
     if not is_sequence(value) or len(value) != len(names):
         raise ValueError(f"{NAME}: {name} must be ({', '.join(names)}), but is {value}")
     numbers = [as_float(NAME, name, number) for number in value]
-    if not (all(math.isfinite(number) for number in numbers) and min(numbers[:-1]) > 0):
+    if not (all(abs(number) < math.inf for number in numbers) and min(numbers[:-1]) > 0):
         raise ValueError(f"{NAME}: {name} must be finite with sigmas above 0, but is {value}")
     if abs(numbers[-1]) > MOST_WEIGHT:
         raise ValueError(

@@ -202,6 +202,8 @@ def as_tensor(op: str, name: str, value: object) -> Tensor:
         raise TypeError(
             f"{op}: {name} must be a numpy array, a torch tensor or a Ragged, but is {type(value).__name__}"
         )
+    if torch.compiler.is_compiling():  # its numpy arrays are tensors, without byte order and flags
+        return torch.as_tensor(value)
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{op}: {name} must not be a masked array; replace masked elements with .filled(value) first")
     # torch warns about read-only arrays such as np.asarray(pillow_image). The operators never write to their inputs,
@@ -249,7 +251,7 @@ def expect_int(op: str, name: str, value: object, low: int = 0, high: int = MOST
 
 def is_sequence(value: object) -> bool:
     """Whether an argument is several numbers; a numpy array or tensor without dimensions is one number."""
-    return hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0
+    return not isinstance(value, int) and hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0
 
 
 def expect_ints(op: str, name: str, values: object, low: int = 0, high: int = MOST, most: int = MOST) -> list[int]:

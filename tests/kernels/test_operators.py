@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Properties that all operators share, tested on the calls in operator_calls.py."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -31,13 +32,6 @@ def test_all_operators_are_tested():
 def test_docstrings_have_all_sections(op):
     lines = [line.strip() for line in op.__doc__.splitlines()]
     assert [line for line in lines if line in SECTIONS] == list(SECTIONS)
-
-
-@operators
-def test_torch_compile(op):
-    compiled = torch.compile(op, fullgraph=True, backend="eager")
-    for result, expected in zip(flat(compiled(*CALLS[op])), flat(op(*CALLS[op])), strict=True):
-        assert torch.equal(result, expected)
 
 
 class Recorder(TorchDispatchMode):
@@ -183,6 +177,172 @@ for op, arguments in CALLS.items():
     child = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout + child.stderr
     assert len(child.stdout.splitlines()) == 2 * len(CALLS)
+
+
+# -- torch ------------------------------------------------------------------------------------------------------------
+
+
+def arranged(op, kind):
+    """The operator's arguments as tensors, or those of two images as a Ragged."""
+    if kind == "tensors" or op is nk.attention_features:
+        return CALLS[op]
+    if op is nk.vote_masks:
+        (masks,) = CALLS[op]
+        return (Ragged.pack([masks.permute(1, 2, 0)[:h, :w] for h, w in ((6, 8), (4, 3))]),)
+    return packed(images(op)[::3])
+
+
+def assert_same(results, expected):
+    for result, other in zip(flat(results), flat(expected), strict=True):
+        if isinstance(result, Ragged):
+            assert_same(tuple(result), tuple(other))
+        else:
+            assert torch.equal(result, other)
+
+
+@operators
+@pytest.mark.parametrize("kind", ["tensors", "ragged"])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_torch_compile(op, kind, dynamic):
+    torch.compiler.reset()
+    arguments = arranged(op, kind)
+    compiled = torch.compile(op, fullgraph=True, backend="eager", dynamic=dynamic)
+    assert_same(compiled(*arguments), op(*arguments))
+
+
+@pytest.mark.parametrize("op", [nk.bilateral_solver, nk.dense_crf, nk.pamr, nk.random_walk])
+def test_compiled_operators_compare_the_grids_of_their_arguments(op):
+    torch.compiler.reset()
+    first, second = arranged(op, "ragged")
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")  # removes dead code
+    assert_same(compiled(first, second), op(first, second))
+    with pytest.raises(ValueError, match=f"{op.__name__}: .* must have the same height and width, but have "):
+        compiled(first, second._replace(shapes=second.shapes.flip(1)))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+MODES = {
+    "device": lambda: torch.device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@operators
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("mode", MODES)
+def test_results_do_not_depend_on_modes_of_torch(op, backend, mode):
+    for kind in ("tensors", "ragged"):
+        arguments = arranged(op, kind)
+        expected = op(*arguments, backend=backend)
+        with MODES[mode]():
+            result = op(*arguments, backend=backend)
+        assert_same(result, expected)
+
+
+@operators
+def test_vmap(op):
+    """torch.func.vmap calls an operator once per example."""
+    tensors = [a for a in CALLS[op] if isinstance(a, torch.Tensor)]
+    settings = CALLS[op][len(tensors) :]
+    twice = [torch.stack([a, a]) for a in tensors]
+    results = torch.func.vmap(lambda *arguments: op(*arguments, *settings))(*twice)
+    for result, expected in zip(flat(results), flat(op(*CALLS[op])), strict=True):
+        assert torch.equal(result, torch.stack([expected, expected]))
+
+
+# -- kinds of arrays --------------------------------------------------------------------------------------------------
+
+
+def as_numpy(op, change):
+    """The operator's arguments as numpy arrays, changed; attention_features takes tensors only."""
+    return [change(a.numpy()) if isinstance(a, torch.Tensor) else a for a in CALLS[op]]
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+LAYOUTS = {
+    "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
+    "read-only": read_only,
+    "negative strides": lambda array: array[::-1, ::-1].copy()[::-1, ::-1],
+    "Fortran order": np.asfortranarray,
+    "subclass": lambda array: array.view(type("Subclass", (np.ndarray,), {})),
+}
+of_arrays = pytest.mark.parametrize(
+    "op", [op for op in CALLS if op is not nk.attention_features], ids=lambda op: op.__name__
+)
+
+
+@of_arrays
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numpy_arrays_of_any_layout(op, layout, recwarn):
+    results = flat(op(*as_numpy(op, LAYOUTS[layout])))
+    for result, expected in zip(results, flat(op(*CALLS[op])), strict=True):
+        assert isinstance(result, np.ndarray)
+        np.testing.assert_array_equal(result, expected.numpy())
+    assert not recwarn.list
+
+
+@of_arrays
+def test_arrays_that_cannot_be_read_are_rejected_by_name(op):
+    name = op.__name__
+    first, *rest = CALLS[op]
+    array = first.numpy()
+    for value, message in (
+        (np.ma.masked_array(array, mask=array > 0), "must not be a masked array"),
+        (array.astype(object), "must have a dtype that torch supports, but is object"),
+        (array.astype(str), "must have a dtype that torch supports, but is <U"),
+        (array.astype(np.longdouble), "must have a dtype that torch supports, but is (float128|longdouble)"),
+        (first.to_sparse(), "must be a dense tensor, but is torch.sparse_coo"),
+        (array.tolist(), "must be a numpy array, a torch tensor or a Ragged, but is list"),
+        (Ragged(array, [0], [0]), "must be a Ragged of tensors"),
+        (first.to(torch.complex64), "must be .*, but is complex64"),
+        (None, "must be .*, but is NoneType"),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: [a-z]+ {message}"):
+            op(value, *rest)
+
+
+@pytest.mark.parametrize("op", [nk.connected_components, nk.fill_holes, nk.largest_component, nk.vote_masks])
+@pytest.mark.parametrize("true", [1, 255])
+def test_uint8_masks(op, true):
+    """OpenCV's masks are 0 and 255, pycocotools' 0 and 1."""
+    (mask,) = CALLS[op]
+    bytes_ = mask.byte() * true
+    for backend in ("cpu", "reference"):
+        expected = op(mask, backend=backend)
+        assert_same(op(bytes_, backend=backend), expected)
+        for result, other in zip(flat(op(bytes_.numpy(), backend=backend)), flat(expected), strict=True):
+            assert result.dtype == other.numpy().dtype and np.array_equal(result, other.numpy())
+    (batch,) = arranged(op, "ragged")
+    assert_same(op(batch.with_rows(batch.rows.byte() * true)), op(batch))
+
+
+@pytest.mark.parametrize("op", [nk.bilateral_solver, nk.dense_crf, nk.pamr, nk.random_walk], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_soft_arguments_of_any_float_type(op, dtype):
+    first, *rest = CALLS[op]
+    soft = first.to(torch.bfloat16)  # exact in float32 and float64, rounded once more to float16
+    soft = soft.to(dtype)
+    for backend in ("cpu", "reference"):
+        result = op(soft, *rest, backend=backend)
+        assert result.dtype == torch.float32 and torch.equal(result, op(soft.float(), *rest, backend=backend))
+    if dtype != torch.bfloat16:  # which numpy does not have
+        assert op(soft.numpy(), *(x.numpy() for x in rest)).dtype == np.float32
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
