@@ -16,6 +16,10 @@ inline void expect_cells(const BilateralSettings& settings) {
   if (!(settings.sigma_spatial >= 1 && settings.sigma_luma >= 1 && settings.sigma_chroma >= 1)) {
     throw std::invalid_argument("bilateral_solver: cell sizes must be at least 1");
   }
+  const double ratio = settings.smoothness / settings.confidence;
+  if (!(settings.confidence >= 0x1p-40 && settings.smoothness >= 0 && ratio <= 0x1p40)) {
+    throw std::invalid_argument("bilateral_solver: confidence, and its ratio to smoothness, must be at least 2^-40");
+  }
 }
 
 // The key of a color: steps[0] * luma cell + steps[1] * blue cell + steps[2] * red cell + offset. Every axis has a

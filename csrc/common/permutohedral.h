@@ -43,11 +43,15 @@ inline float lattice_scale(int axis, double sigma, double sigma_rgb) {
   return static_cast<float>(length / (axis < 2 ? sigma : sigma_rgb));
 }
 
-// Throws std::invalid_argument unless the sigmas are above 0 and all lattice coordinates, divided by 6, fit 12 bits.
+// Throws std::invalid_argument unless weights are in range, the sigmas are above 0 and all lattice coordinates, divided
+// by 6, fit 12 bits.
 inline void expect_sigmas(const RaggedShape& batch, const CrfSettings& s) {
   const std::string op = "dense_crf";
   if (!(s.gaussian_sigma > 0 && s.bilateral_sigma > 0 && s.bilateral_sigma_rgb > 0)) {
     throw std::invalid_argument(op + ": sigmas must be above 0");
+  }
+  if (!(std::abs(s.gaussian_weight) <= 1e20 && std::abs(s.bilateral_weight) <= 1e20)) {
+    throw std::invalid_argument(op + ": weights must be from -1e20 to 1e20");
   }
   for (int64_t b = 0; b < batch.count; ++b) {
     const double width = static_cast<double>(batch.width(b)), height = static_cast<double>(batch.height(b));

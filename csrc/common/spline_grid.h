@@ -4,8 +4,9 @@
 // are the pixels.
 #pragma once
 
+#include <math.h>  // sqrt, which std::sqrt is not on a device
+
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 
 #include "host_device.h"
@@ -24,10 +25,11 @@ inline int64_t grid_step(double sigma, int64_t width) {
 // The number of nodes along an axis, including the taps of the last pixel.
 inline int64_t grid_nodes(int64_t pixels, int64_t step) { return (pixels - 1) / step + kSplineTaps; }
 
-// The standard deviation of the Gaussian on the nodes, in nodes.
-inline double grid_deviation(double sigma, int64_t step) {
+// The standard deviation of the Gaussian on the nodes, in nodes. Below 0.2 the Gaussian has only its center.
+NMK_HOST_DEVICE inline double grid_deviation(double sigma, int64_t step) {
   const double spline_variance = step == 1 ? 0 : 1.0 / 3;
-  return std::sqrt(sigma * sigma / static_cast<double>(step * step) - 2 * spline_variance);
+  if (!(sigma > 0.01)) sigma = 0.01;
+  return sqrt(sigma * sigma / static_cast<double>(step * step) - 2 * spline_variance);
 }
 
 // Its radius in nodes: the rest is below 2e-5 of the peak, or outside the grid.

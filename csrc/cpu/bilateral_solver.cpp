@@ -14,6 +14,7 @@
 #include "for_each_image.h"
 #include "level.h"
 #include "prefault_pages.h"
+#include "scale.h"
 
 namespace namedmask::cpu {
 
@@ -50,6 +51,7 @@ class Solver {
     if (!fill()) return false;
     kernels().solve(system_);
     for (int32_t v = 0; v < count_; ++v) values_[v] = system_.value[place_[v]];
+    for (int32_t v = 0; scale_ != 1 && v < count_; ++v) values_[v] = unscaled(values_[v], scale_);
     prefault_pages(out, h * w * sizeof(float));
     kernels().slice(values_.data(), vertex_of_pixel_.data(), h * w, out);
     return true;
@@ -222,6 +224,8 @@ class Solver {
       mass[i] = static_cast<float>(sum[1]);
       value[i] = static_cast<float>(sum[0] / sum[1]);
     }
+    scale_ = scale_of(finite ? largest_finite(value, system_.count) : 0);
+    for (int64_t i = 0; scale_ != 1 && i < system_.count; ++i) value[i] *= scale_;
     system_.mass = mass;
     system_.confidence = settings_.confidence;
     system_.smoothness = settings_.smoothness;
@@ -247,6 +251,7 @@ class Solver {
   Buffer<int32_t> widths_, neighbors_;
   Buffer<float> floats_, values_;
   BilateralSystem system_ = {};
+  float scale_ = 1;  // of the values, while the system is solved
 };
 
 }  // namespace

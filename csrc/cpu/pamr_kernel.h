@@ -84,6 +84,23 @@ void affinities(const PamrImage& image, int64_t y) {
   }
 }
 
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
+
+// Replaces the averages of a vector of pixels that are not finite, since weights of up to 2^32 overflow for masks above
+// 2^90: with masks times 2^-64, finite masks stay finite.
+[[gnu::noinline]] void average_huge(const uint16_t* weights, const int64_t* offsets, int64_t neighbors,
+                                    const float* source, float* target) {
+  Floats sum = {}, scale;
+  for (int64_t k = 0; k < neighbors; ++k) {
+    sum = fma(weight(weights + k * kLanes), load(source + offsets[k]) * 0x1p-64f, sum);
+  }
+  __builtin_memcpy(&scale, weights + neighbors * kLanes, sizeof scale);
+  const Floats most = broadcast(3.402823466e38f), known = load(target), small = sum * scale, large = small * 0x1p64f;
+  const Floats clamped = select(large > most, most, select(large < -most, -most, large));
+  const Ints was_finite = known - known == 0.0f, is_finite = small - small == 0.0f;
+  store(target, select(was_finite, known, select(is_finite, clamped, large)));
+}
+
 // Averages a vector of pixels in kPlanes planes; source and target point to it in the first plane.
 template <int kPlanes>
 void average_vector(const uint16_t* weights, const int64_t* offsets, int64_t neighbors, const float* source,
@@ -97,8 +114,14 @@ void average_vector(const uint16_t* weights, const int64_t* offsets, int64_t nei
   }
   Floats scale;
   __builtin_memcpy(&scale, weights + neighbors * kLanes, sizeof scale);
+  Floats finite = {};  // 0, or NaN where a sum is not finite
 #pragma GCC unroll 8
-  for (int i = 0; i < kPlanes; ++i) store(target + i * stride, sums[i] * scale);
+  for (int i = 0; i < kPlanes; ++i) {
+    store(target + i * stride, sums[i] * scale);
+    finite = fma(sums[i], Floats{}, finite);
+  }
+  if (above(broadcast(1.0f), finite) == kAllLanes) return;
+  for (int i = 0; i < kPlanes; ++i) average_huge(weights, offsets, neighbors, source + i * stride, target + i * stride);
 }
 
 // average_vector for 1 to kTogether planes.

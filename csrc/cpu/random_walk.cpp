@@ -5,13 +5,13 @@
 #include "namedmask/random_walk.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "for_each_image.h"
 #include "normalized_rows.h"
 #include "parallel_for.h"
 #include "random_walk_levels.h"
+#include "scale.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -48,7 +48,9 @@ class Walk {
         for (int64_t block = 0; block < blocks(); ++block) divide(block);
       }
     }
-    for (int64_t i = 0; i < n_; ++i) std::copy_n(masks_ + i * width_, m_, out + i * m_);
+    for (int64_t i = 0; i < n_; ++i) {
+      for (int64_t c = 0; c < m_; ++c) out[i * m_ + c] = unscaled(masks_[i * width_ + c], scale_);
+    }
     return rows_.finite();
   }
 
@@ -68,8 +70,9 @@ class Walk {
     sums_ = sum_memory_.reserve(size_ * buffers);
     tiles_ = tile_memory_.reserve(tile_size() * buffers);
     std::fill_n(masks_, size_, 0.0f);  // tokens beyond n and columns beyond m have no weight
+    scale_ = scale_of(largest_finite(masks, n * m));
     for (int64_t i = 0; i < n; ++i) {
-      std::copy_n(masks + i * m, m, masks_ + i * width_);
+      for (int64_t c = 0; c < m; ++c) masks_[i * width_ + c] = masks[i * m + c] * scale_;
       masks_[i * width_ + m] = 1;
     }
   }
@@ -111,7 +114,7 @@ class Walk {
   }
 
   const WalkKernels& kernels_ = kernels();
-  float sharpness_ = 0;
+  float sharpness_ = 0, scale_ = 1;
   int64_t n_ = 0, m_ = 0, channels_ = 0, width_ = 0, size_ = 0;
   NormalizedRows rows_;
   Buffer<float> mask_memory_, total_memory_, sum_memory_, tile_memory_;
@@ -130,8 +133,8 @@ void random_walk(const TensorView& masks, const TensorView& features, const Tens
   expect(kOp, "masks", masks, DType::kFloat32, {total, -1});
   const int64_t m = masks.shape[1];
   expect(kOp, "out", out, DType::kFloat32, {total, m});
-  if (steps < 0 || !(sharpness >= 0 && sharpness < INFINITY)) {
-    throw std::invalid_argument(std::string(kOp) + ": steps must be at least 0, sharpness finite and at least 0");
+  if (steps < 0 || !(sharpness >= 0 && sharpness <= 1e6)) {
+    throw std::invalid_argument(std::string(kOp) + ": steps must be at least 0, sharpness from 0 to 1e6");
   }
   const bool shared = batch.count == 1;
   const auto run = [&](int64_t b, Walk& walk) {

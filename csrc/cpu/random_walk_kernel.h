@@ -9,6 +9,10 @@ namespace {
 
 static_assert(kBlock % kRows == 0 && kWord % (kVectors * kLanes) == 0 && kWalkUnit % (kVectors * kLanes) == 0);
 
+// The least exponent: e^-60 is lost in a sum with a token's own weight, about 1, but is not 0, so that a row of zeros,
+// whose weights are all equal, has a sum. A cosine that is rounded up has an exponent above 0.
+constexpr float kLeastExponent = -60;
+
 void weigh(const float* rows, const float* panels, int64_t channels, float sharpness, int64_t columns, bool diagonal,
            float* weights) {
   for (int64_t column = 0; column < columns; column += kVectors * kLanes) {
@@ -32,7 +36,9 @@ void weigh(const float* rows, const float* panels, int64_t channels, float sharp
   // a separate loop, which does not take registers from the products
   for (int64_t r = 0; r < kBlock; ++r, weights += kBlock) {
     for (int64_t i = 0; i < columns; i += kLanes) {
-      store(weights + i, exponential_or_zero(broadcast(sharpness) * (load(weights + i) - broadcast(1.0f))));
+      const Floats exponent = broadcast(sharpness) * (load(weights + i) - broadcast(1.0f));
+      store(weights + i,
+            exponential<CephesTerms>(smaller(larger(exponent, broadcast(kLeastExponent)), broadcast(1.0f))));
     }
   }
 }

@@ -10,9 +10,9 @@ namespace namedmask::cpu {
 constexpr int64_t kWalkUnit = 32;  // the width of masks [tokens, width] is a multiple of this
 
 struct WalkKernels {
-  // weights [kBlock, kBlock] = exp(sharpness (rows . tokens of the panels - 1)), for rows [kBlock, C] and the first
-  // `columns` of kBlock tokens in panels, a multiple of kWord. `diagonal`: rows and columns are the same tokens; rows
-  // beyond `columns` are then unspecified.
+  // weights [kBlock, kBlock] = exp(sharpness (rows . tokens of the panels - 1)), at least e^-60, for rows [kBlock, C]
+  // and the first `columns` of kBlock tokens in panels, a multiple of kWord. `diagonal`: rows and columns are the same
+  // tokens; rows beyond `columns` are then unspecified.
   void (*weigh)(const float* rows, const float* panels, int64_t channels, float sharpness, int64_t columns,
                 bool diagonal, float* weights);
   // sums [kBlock, width] += weights [kBlock, columns] times masks [columns, width].

@@ -131,6 +131,7 @@ inline V smaller(V a, V b) {
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 // With a mask of ones: GCC 12 warns about an uninitialized source operand in the plain intrinsic.
 inline Floats larger(Floats a, Floats b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+inline Floats smaller(Floats a, Floats b) { return _mm512_maskz_min_ps(0xffff, a, b); }
 #endif
 
 // Bit i: lane i of a exceeds lane i of b.

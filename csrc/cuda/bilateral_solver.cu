@@ -18,6 +18,7 @@
 #include "hash_table.h"
 #include "images.h"
 #include "namedmask/bilateral_solver.h"
+#include "scale.h"
 
 namespace namedmask::cuda {
 namespace {
@@ -158,7 +159,8 @@ __global__ void __launch_bounds__(kChunk, 1)
   const int64_t at = int64_t{image.begin} + vertex;
   const unsigned extreme = work.extremes[image.index];
   const double sum = static_cast<double>(static_cast<int64_t>(work.sums[at])) / fixed_scale(extreme, image.pixels());
-  work.value[at] = extreme < kInfinity ? static_cast<float>(sum / work.mass[at]) : NAN;
+  const float scale = scale_of(__uint_as_float(extreme));
+  work.value[at] = extreme < kInfinity ? static_cast<float>(sum / work.mass[at]) * scale : NAN;
 
   const FirstTable<int32_t> table = table_of(image, work);
   const int32_t pixel = work.first[at], key = table.keys[pixel];
@@ -295,7 +297,8 @@ __global__ void __launch_bounds__(kChunk)
   const Image image = my_image(images, images.chunks);
   const int32_t pixel = image.chunk_item();
   if (pixel >= image.pixels()) return;
-  out[image.begin + pixel] = work.value[image.begin + work.vertex_of_pixel[image.begin + pixel]];
+  const float value = work.value[image.begin + work.vertex_of_pixel[image.begin + pixel]];
+  out[image.begin + pixel] = unscaled(value, scale_of(__uint_as_float(work.extremes[image.index])));
 }
 
 }  // namespace

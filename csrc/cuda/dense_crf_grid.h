@@ -114,8 +114,7 @@ int64_t table_size(int64_t h, int64_t w, int64_t step, int64_t radius) {
 __global__ void __launch_bounds__(kChunk, 1)
     fill_tables(const __grid_constant__ GridImages images, double sigma, float* tables) {
   const GridImage grid = my_grid(images, tables);
-  const double spread = sigma / grid.step;
-  const double deviation = sqrt(spread * spread - (grid.step == 1 ? 0 : 2.0 / 3));
+  const double deviation = grid_deviation(sigma, grid.step);
   const int64_t i = grid.chunk_item();
   double value;
   if (i < grid.height) {

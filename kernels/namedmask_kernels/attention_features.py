@@ -12,11 +12,12 @@ from torch import Tensor
 
 from . import backends
 from .library import register
-from .ragged import FLOATING, expect_dtype
+from .ragged import FLOATING, as_float, expect_dtype, expect_int, expect_ints, is_sequence
 from .reference import attention_features as reference
 
 NAME = "attention_features"
 FIELDS = ("output", "rows", "lse", "key_norms")
+MOST_TAPS_OF_NOTHING = 2**16  # of a batch without tokens, where any row is valid
 
 
 class AttentionFeatures(NamedTuple):
@@ -55,7 +56,7 @@ def attention_features(
             float64, and then returns all fields in float64.
         offsets: int32 [B + 1] on the CPU (``cu_seqlens``): sequence b owns tokens offsets[b] to offsets[b + 1].
             Sequences of length 0 are allowed.
-        scale: Factor of q . k before the softmax. Default: 1 / sqrt(D).
+        scale: Factor of q . k before the softmax, finite in float32. Default: 1 / sqrt(D).
         tap_rows: The queries whose softmax rows are returned: the first n tokens of each sequence (1 for CLS), or a
             list of positions in the sequence.
         want: The fields to compute.
@@ -65,16 +66,17 @@ def attention_features(
         An `AttentionFeatures`.
 
     Raises:
-        TypeError: If an argument is not a tensor or has the wrong dtype.
-        ValueError: If a shape is wrong, `offsets` do not match `qkv`, a tapped row lies beyond the end of a sequence, a
-            field is unknown, or the backend cannot run.
+        TypeError: If an argument is not a tensor or has the wrong dtype, or a setting is not a number.
+        ValueError: If a shape is wrong, `offsets` do not match `qkv`, a tapped row lies beyond the end of a sequence,
+            `scale` is not finite, a field is unknown, or the backend cannot run.
         RuntimeError: If `qkv` requires a gradient, since there is none.
 
     Accuracy:
         That of torch's scaled_dot_product_attention in float32. 16-bit input loses nothing but the final rounding (the
         Triton version also rounds the softmax weights before they are multiplied with the values, as torch does). On
         CPUs with AVX-512 VNNI, bfloat16 queries and keys are multiplied as 16-bit fixed-point numbers: lse is off by
-        about 1e-5 |q| |k| scale, and output by less than its final rounding; rows are not affected.
+        about 1e-5 |q| |k| scale, and output by less than its final rounding; rows are not affected. As in torch, NaN,
+        Inf and products beyond the range of float32 make results of their sequence and head NaN or Inf.
 
     Cost:
         4 n^2 D flops per head and sequence of n tokens; half of that without the output, and only the tapped rows if
@@ -106,15 +108,21 @@ def attention_features(
         raise ValueError(
             f"{NAME}: offsets must be [B + 1] on cpu, but has shape {list(offsets.shape)} on {offsets.device}"
         )
-    taps = list(range(tap_rows)) if isinstance(tap_rows, int) else [int(row) for row in tap_rows]
-    if (isinstance(tap_rows, int) and tap_rows < 0) or any(row < 0 for row in taps):
-        raise ValueError(f"{NAME}: tap_rows must not be negative, but is {tap_rows}")
+    # No sequence is longer than all tokens; the backends check the sequences.
+    most = qkv.shape[0] or MOST_TAPS_OF_NOTHING
+    if is_sequence(tap_rows):
+        taps = expect_ints(NAME, "tap_rows", tap_rows, high=most - 1)
+    else:
+        taps = list(range(expect_int(NAME, "tap_rows", tap_rows, high=most)))
     if isinstance(want, str) or not set(want) <= set(FIELDS):
         raise ValueError(f"{NAME}: want must be a subset of {', '.join(FIELDS)}, but is {want!r}")
+    scale = qkv.shape[3] ** -0.5 if scale is None else as_float(NAME, "scale", scale)
+    if not abs(scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{NAME}: scale must be finite in float32, but is {scale}")
     fields = _attend(
         qkv.contiguous(),
         offsets.contiguous(),
-        qkv.shape[3] ** -0.5 if scale is None else float(scale),
+        scale,
         taps,
         *(name in want for name in FIELDS),
         backend,
@@ -178,7 +186,9 @@ def _attend_cpu(qkv: Tensor, offsets: Tensor, scale: float, taps: list[int], *re
         raise TypeError(f"{NAME}: qkv must be float32, bfloat16 or float16 for the cpu backend, but is float64")
     outputs = _outputs(qkv, offsets, scale, taps, *requested)
     fields = (out if needed else None for out, needed in zip(outputs, requested, strict=True))
-    backends.native().attention_features(qkv, offsets, torch.tensor(taps, dtype=torch.int32), scale, *fields)
+    backends.native().attention_features(
+        qkv, offsets, torch.tensor(taps, dtype=torch.int32, device="cpu"), scale, *fields
+    )
     return outputs
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -12,10 +13,22 @@ from torch import Tensor
 
 from . import backends
 from .library import per_image, register
-from .ragged import Array, Batch, Ragged, arrange, expect_finite, expect_image, pack_numpy
+from .ragged import (
+    FLOATING,
+    Array,
+    Batch,
+    Ragged,
+    arrange,
+    as_float,
+    expect_finite,
+    expect_image,
+    expect_int,
+    pack_numpy,
+)
 from .reference import bilateral_solver as reference
 
 NAME = "bilateral_solver"
+MOST_EXTREME = 2.0**40  # confidence, smoothness and their ratio are computed in float32 between this and its inverse
 
 
 def bilateral_solver(
@@ -34,14 +47,15 @@ def bilateral_solver(
     """Smooths a mask within the regions of its image, so that the mask's edges move to the image's edges.
 
     Args:
-        target: float32 or bool [H, W] (numpy or torch), or Ragged with rows [P]. Usually a mask from 0 to 1, but any
-            finite values are allowed.
+        target: Floating point or bool [H, W] (numpy or torch), or Ragged with rows [P]. Usually a mask from 0 to 1, but
+            any finite values are allowed; computed in float32.
         image: uint8 RGB [H, W, 3], or Ragged with rows [P, 3], with the height and width of `target`.
         confidence: Confidence in the target, above 0 and at most 1, the same for every pixel.
         sigma_spatial: Side of the bilateral grid's cells in pixels, at least 1. Pixels of one cell get one value.
         sigma_luma: Side of the cells in luma, in levels of full-range BT.601 YCbCr (0 to 255), at least 1.
         sigma_chroma: Side of the cells in the two chroma channels, likewise.
-        smoothness: Weight of the smoothness term against the data term, at least 0.
+        smoothness: Weight of the smoothness term against the data term, at least 0. Only its ratio to `confidence`
+            matters; ratios above 2^40 (1e12) count as 2^40, where float32 no longer sees the data term.
         iterations: Maximum number of conjugate gradient iterations. The default is the published one; images require
             about 140 iterations to converge, and after 25 the result is within 0.02 of the solution.
         tolerance: Stops when the norm of the residual is at most this fraction of the right-hand side's.
@@ -81,30 +95,46 @@ def bilateral_solver(
         >>> (bilateral_solver(rough, image) > 0.5).sum()  # the bright rectangle
         tensor(4800)
     """
-    for name, value, low, high in (
-        ("confidence", confidence, 0, 1),
-        ("sigma_spatial", sigma_spatial, 1, math.inf),
-        ("sigma_luma", sigma_luma, 1, math.inf),
-        ("sigma_chroma", sigma_chroma, 1, math.inf),
-        ("smoothness", smoothness, 0, math.inf),
-        ("iterations", iterations, 0, math.inf),
-        ("tolerance", tolerance, 0, math.inf),
-    ):
-        if not (low <= value <= high and value < math.inf) or (name == "confidence" and value == 0):
-            expected = "above 0 and at most 1" if name == "confidence" else f"finite and at least {low}"
-            raise ValueError(f"{NAME}: {name} must be {expected}, but is {value}")
-    sigmas = float(sigma_spatial), float(sigma_luma), float(sigma_chroma)
-    settings = float(confidence), *sigmas, float(smoothness), int(iterations), float(tolerance)
+    weights = _in_range(
+        _number("confidence", confidence, "above 0 and at most 1", lambda x: 0 < x <= 1),
+        _number("smoothness", smoothness, "finite and at least 0", lambda x: 0 <= x < math.inf),
+    )
+    sigmas = [
+        _number(name, sigma, "finite and at least 1", lambda x: 1 <= x < math.inf)
+        for name, sigma in (
+            ("sigma_spatial", sigma_spatial),
+            ("sigma_luma", sigma_luma),
+            ("sigma_chroma", sigma_chroma),
+        )
+    ]
+    steps = expect_int(NAME, "iterations", iterations)
+    enough = _number("tolerance", tolerance, "finite and at least 0", lambda x: 0 <= x < math.inf)
+    settings = weights[0], *sigmas, weights[1], steps, enough
     arrays = backends.numpy_arguments(NAME, backend, (target, 0, (np.float32, np.bool_)), (image, 3, (np.uint8,)))
     if arrays:
         out = np.empty(arrays[0].shape, np.float32)
         grids = pack_numpy(arrays[0].astype(np.float32, copy=False), arrays[1])
         backends.native().bilateral_solver(*grids, out.reshape(-1), *settings)
         return cast(Batch, out)
-    packed = arrange(NAME, "target", target, 0, torch.float32, torch.bool)
+    packed = arrange(NAME, "target", target, 0, *FLOATING, torch.bool)
     pixels = expect_image(NAME, image, packed)
     rows = packed.rows.to(torch.float32).contiguous()
     return packed.restore(_solve(rows, pixels, packed.offsets, packed.shapes, *settings, backend))
+
+
+def _number(name: str, value: float, expected: str, valid: Callable[[float], bool]) -> float:
+    number = as_float(NAME, name, value)
+    if not valid(number):
+        raise ValueError(f"{NAME}: {name} must be {expected}, but is {value}")
+    return number
+
+
+def _in_range(confidence: float, smoothness: float) -> tuple[float, float]:
+    """Brings extreme weights into the range of float32. The solution depends on their ratio alone."""
+    if confidence * MOST_EXTREME >= 1 and smoothness <= MOST_EXTREME * confidence:
+        return confidence, smoothness
+    larger = max(confidence, smoothness)
+    return max(confidence / larger, 1 / MOST_EXTREME), smoothness / larger
 
 
 def _solve_reference(target: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings: float) -> Tensor:

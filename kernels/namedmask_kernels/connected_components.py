@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backends
 from .library import cuda_stream, per_image, register
-from .ragged import Array, Batch, Ragged, arrange, pack_numpy
+from .ragged import MASK, Array, Batch, Ragged, arrange, as_mask, pack_numpy
 from .reference import connected_components as reference
 
 NAME = "connected_components"
@@ -40,14 +40,15 @@ def connected_components(mask: Ragged | Array, *, backend: str = "auto") -> Comp
     Components of each image are numbered 1, 2, ... in raster order of their first pixel, like scipy.ndimage.label.
 
     Args:
-        mask: bool [H, W] (numpy or torch), or Ragged with rows [P].
+        mask: bool or uint8 [H, W] (numpy or torch), or Ragged with rows [P]. In uint8 masks (0 and 1, or OpenCV's 0 and
+            255) any nonzero value is true.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
         A `Components`, with arrays of the kind of `mask`.
 
     Raises:
-        TypeError: If the mask is not a bool array, tensor or Ragged.
+        TypeError: If the mask is not a bool or uint8 array, tensor or Ragged.
         ValueError: If it has the wrong shape, or the backend cannot run.
 
     Cost:
@@ -67,13 +68,15 @@ def connected_components(mask: Ragged | Array, *, backend: str = "auto") -> Comp
         >>> found.areas.tolist(), found.boxes[1].tolist()
         ([100, 450], [20, 20, 30, 15])
     """
-    arrays = backends.numpy_arguments(NAME, backend, (mask, 0, (np.bool_,)))
+    arrays = backends.numpy_arguments(NAME, backend, (mask, 0, (np.bool_, np.uint8)))
     if arrays:
         labels, first = np.empty(arrays[0].shape, np.int32), np.empty(2, np.int32)
-        areas, boxes = backends.native().connected_components(*pack_numpy(arrays[0]), labels.reshape(-1), first)
+        areas, boxes = backends.native().connected_components(
+            *pack_numpy(arrays[0].astype(np.bool_, copy=False)), labels.reshape(-1), first
+        )
         return Components(labels, areas, boxes, first)
-    packed = arrange(NAME, "mask", mask, 0, torch.bool)
-    rows, *stats = _label(packed.rows.contiguous(), packed.offsets, packed.shapes, backend)
+    packed = arrange(NAME, "mask", mask, 0, *MASK)
+    rows, *stats = _label(as_mask(packed.rows).contiguous(), packed.offsets, packed.shapes, backend)
     if isinstance(mask, np.ndarray):
         stats = [array.numpy() for array in stats]
     return Components(packed.restore(rows), *stats)
@@ -83,14 +86,15 @@ def largest_component(mask: Batch, *, backend: str = "auto") -> Batch:
     """Keeps the largest 4-connected component of each mask; of several equally large ones, the first in raster order.
 
     Args:
-        mask: bool [H, W] (numpy or torch), or Ragged with rows [P].
+        mask: bool or uint8 [H, W] (numpy or torch), or Ragged with rows [P]. In uint8 masks (0 and 1, or OpenCV's 0 and
+            255) any nonzero value is true.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
         bool, arranged like `mask`.
 
     Raises:
-        TypeError: If the mask is not a bool array, tensor or Ragged.
+        TypeError: If the mask is not a bool or uint8 array, tensor or Ragged.
         ValueError: If it has the wrong shape, or the backend cannot run.
 
     Cost:
@@ -115,14 +119,15 @@ def fill_holes(mask: Batch, *, backend: str = "auto") -> Batch:
     """Fills the background that no 4-connected path joins to the image border, like scipy.ndimage.binary_fill_holes.
 
     Args:
-        mask: bool [H, W] (numpy or torch), or Ragged with rows [P].
+        mask: bool or uint8 [H, W] (numpy or torch), or Ragged with rows [P]. In uint8 masks (0 and 1, or OpenCV's 0 and
+            255) any nonzero value is true.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
         bool, arranged like `mask`.
 
     Raises:
-        TypeError: If the mask is not a bool array, tensor or Ragged.
+        TypeError: If the mask is not a bool or uint8 array, tensor or Ragged.
         ValueError: If it has the wrong shape, or the backend cannot run.
 
     Cost:
@@ -144,13 +149,13 @@ def fill_holes(mask: Batch, *, backend: str = "auto") -> Batch:
 
 
 def _mask_to_mask(name: str, operator: Callable[..., Tensor], mask: Batch, backend: str) -> Batch:
-    arrays = backends.numpy_arguments(name, backend, (mask, 0, (np.bool_,)))
+    arrays = backends.numpy_arguments(name, backend, (mask, 0, (np.bool_, np.uint8)))
     if arrays:
         out = np.empty(arrays[0].shape, np.bool_)
-        getattr(backends.native(), name)(*pack_numpy(arrays[0]), out.reshape(-1))
+        getattr(backends.native(), name)(*pack_numpy(arrays[0].astype(np.bool_, copy=False)), out.reshape(-1))
         return cast(Batch, out)
-    packed = arrange(name, "mask", mask, 0, torch.bool)
-    return packed.restore(operator(packed.rows.contiguous(), packed.offsets, packed.shapes, backend))
+    packed = arrange(name, "mask", mask, 0, *MASK)
+    return packed.restore(operator(as_mask(packed.rows).contiguous(), packed.offsets, packed.shapes, backend))
 
 
 # -- backends: every implementation takes the arguments of the schema below and returns its results ------------------
@@ -165,14 +170,14 @@ def _fake_label(mask: Tensor, offsets: Tensor, shapes: Tensor) -> Outputs:
 
 
 def _label_reference(mask: Tensor, offsets: Tensor, shapes: Tensor) -> Outputs:
-    none = torch.empty(0, dtype=torch.int32)
+    none = torch.empty(0, dtype=torch.int32, device="cpu")
     labels, areas, boxes, counts = [none], [none], [none.reshape(0, 4)], [0]
     for grid in Ragged(mask, offsets, shapes).grids():
         own = reference.connected_components(grid.cpu().numpy())
         for parts, part in zip((labels, areas, boxes), (own.ravel(), *reference.component_stats(own)), strict=True):
             parts.append(torch.from_numpy(part))
         counts.append(len(areas[-1]))
-    first = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    first = torch.tensor(counts, device="cpu").cumsum(0, dtype=torch.int32)
     return tuple(x.to(mask.device) for x in (torch.cat(labels), torch.cat(areas), torch.cat(boxes), first))
 
 

@@ -4,16 +4,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .library import cuda_stream, like_first, per_image, register
-from .ragged import Array, Batch, Ragged, arrange, expect_finite, expect_image, not_finite
+from .ragged import (
+    FLOATING,
+    Array,
+    Batch,
+    Ragged,
+    arrange,
+    as_float,
+    expect_finite,
+    expect_image,
+    expect_int,
+    is_sequence,
+    not_finite,
+)
 from .reference import dense_crf as reference
 
 NAME = "dense_crf"
+MOST_WEIGHT = 1e20  # messages times it stay in the range of float32
 
 
 def dense_crf(
@@ -32,13 +46,13 @@ def dense_crf(
     from softmax(-unary).
 
     Args:
-        probabilities: float32 [H, W, L] (numpy or torch), or Ragged with rows [P, L]: the probability of each of L
-            labels at each pixel, usually a softmax.
+        probabilities: Floating point [H, W, L] (numpy or torch), or Ragged with rows [P, L]: the probability of each of
+            L labels at each pixel, usually a softmax; computed in float32.
         image: uint8 RGB [H, W, 3], or Ragged with rows [P, 3], with the height and width of `probabilities`.
         iterations: Number of mean-field updates, at least 0; 0 returns softmax(-unary).
         gaussian: (sigma_xy, weight) of the smoothness kernel; sigma in pixels, above 0.
         bilateral: (sigma_xy, sigma_rgb, weight) of the appearance kernel; sigmas in pixels and in levels of 0 to 255,
-            above 0. A weight is the gain of two equal labels (a Potts model); 0 disables a kernel.
+            above 0. A weight is the gain of two equal labels (a Potts model), from -1e20 to 1e20; 0 disables a kernel.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
@@ -78,29 +92,33 @@ def dense_crf(
         >>> dense_crf(probabilities, image).argmax(-1).shape  # one label per pixel
         torch.Size([60, 80])
     """
-    packed = arrange(NAME, "probabilities", probabilities, 1, torch.float32)
+    packed = arrange(NAME, "probabilities", probabilities, 1, *FLOATING)
     pixels = expect_image(NAME, image, packed)
-    for name, value, names in (
-        ("gaussian", gaussian, ("sigma_xy", "weight")),
-        ("bilateral", bilateral, ("sigma_xy", "sigma_rgb", "weight")),
-    ):
-        if len(value) != len(names):
-            raise ValueError(f"{NAME}: {name} must be ({', '.join(names)}), but is {value}")
-        if not (all(math.isfinite(v) for v in value) and min(value[:-1]) > 0):
-            raise ValueError(f"{NAME}: {name} must be finite with sigmas above 0, but is {value}")
-    if iterations < 0:
-        raise ValueError(f"{NAME}: iterations must be at least 0, but is {iterations}")
     rows = _infer(
-        packed.rows.contiguous(),
+        packed.rows.to(torch.float32).contiguous(),
         pixels,
         packed.offsets,
         packed.shapes,
-        int(iterations),
-        *map(float, gaussian),
-        *map(float, bilateral),
+        expect_int(NAME, "iterations", iterations),
+        *_kernel("gaussian", gaussian, ("sigma_xy", "weight")),
+        *_kernel("bilateral", bilateral, ("sigma_xy", "sigma_rgb", "weight")),
         backend,
     )
     return packed.restore(rows)
+
+
+def _kernel(name: str, value: Sequence[float], names: tuple[str, ...]) -> list[float]:
+    """The checked parameters of a kernel, the weight last."""
+    if not is_sequence(value) or len(value) != len(names):
+        raise ValueError(f"{NAME}: {name} must be ({', '.join(names)}), but is {value}")
+    numbers = [as_float(NAME, name, number) for number in value]
+    if not (all(abs(number) < math.inf for number in numbers) and min(numbers[:-1]) > 0):
+        raise ValueError(f"{NAME}: {name} must be finite with sigmas above 0, but is {value}")
+    if abs(numbers[-1]) > MOST_WEIGHT:
+        raise ValueError(
+            f"{NAME}: the weight of {name} must be from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}, but is {value}"
+        )
+    return numbers
 
 
 # -- backends: every implementation takes the arguments of the schema below and returns its results ------------------

@@ -70,7 +70,8 @@ def register(
         cuda = _cuda_kernel(name, tensors, outputs, cuda_workspace)
     implementations = {"cuda": cuda, "triton": triton, "cpu": cpu or _cpu_kernel(name, tensors, outputs)}
     available = {backend: function for backend, function in implementations.items() if function is not None}
-    available["reference"] = _checked(name, tensors, reference) if "Tensor shapes" in schema else reference
+    checked = _checked(name, tensors, reference) if "Tensor shapes" in schema else reference
+    available["reference"] = _without_autocast(checked)
     backends.IMPLEMENTATIONS[name] = available
     if cuda_needs_triton:
         backends.CUDA_WITH_TRITON.add(name)
@@ -121,7 +122,7 @@ def per_image(
                     result[image] = value
                 else:
                     part = result[begin:end]
-                    part.copy_(torch.as_tensor(value).reshape(part.shape))
+                    part.copy_((value if isinstance(value, Tensor) else torch.from_numpy(value)).reshape(part.shape))
         return results
 
     return run
@@ -142,6 +143,16 @@ def _checked(name: str, tensors: int, reference: Callable[..., Any]) -> Callable
     def run(*arguments: Any) -> Any:
         expect_rows(name, *arguments[tensors - 2 : tensors])
         return reference(*arguments)
+
+    return run
+
+
+def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference in the precision that it states, also under torch.autocast. Kernels do not depend on autocast."""
+
+    def run(*arguments: Any) -> Any:
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return reference(*arguments)
 
     return run
 

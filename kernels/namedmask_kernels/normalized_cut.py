@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .library import cuda_stream, per_image, register
-from .ragged import FLOATING, Array, Ragged, arrange, expect_finite, expect_rows
+from .ragged import FLOATING, Array, Ragged, arrange, as_float, expect_finite, expect_int, expect_rows
 from .reference import normalized_cut as reference
 
 NAME = "normalized_cut"
@@ -67,7 +68,7 @@ def normalized_cut(
             computed in float32.
         tau: Threshold of the cosine, finite. Cosines differ between backends or CPUs by up to 1e-6: a pair that close
             to tau may be classified differently.
-        eps: Affinity of unconnected tokens, above 0 and below 1.
+        eps: Affinity of unconnected tokens, at least 1e-60 (so that the vector is finite in float32) and below 1.
         tolerance: Residual at which the iteration stops, above 0. The value is then at least as accurate, and the
             vector is accurate to tolerance / (gap to the next eigenvalue); gaps of 10 eps are common if the tokens
             separate into several groups. The reference is exact and ignores it.
@@ -102,24 +103,23 @@ def normalized_cut(
         torch.Size([28, 37])
     """
     packed = arrange(NAME, "features", features, 1, *FLOATING, batches=True)
-    for name, number, low, high in (
-        ("tau", tau, -math.inf, math.inf),
-        ("eps", eps, 0, 1),
-        ("tolerance", tolerance, 0, math.inf),
+    numbers = []
+    for name, value, low, high, expected in (
+        ("tau", tau, -sys.float_info.max, math.inf, "finite"),
+        ("eps", eps, 1e-60, 1, "at least 1e-60 and below 1"),
+        ("tolerance", tolerance, math.ulp(0), math.inf, "above 0 and finite"),
     ):
-        if not low < number < high:
-            expected = "finite" if name == "tau" else f"above {low} and below {high}"
-            raise ValueError(f"{NAME}: {name} must be {expected}, but is {number}")
-    if max_iterations < 1:
-        raise ValueError(f"{NAME}: max_iterations must be at least 1, but is {max_iterations}")
+        number = as_float(NAME, name, value)
+        if not low <= number < high:
+            raise ValueError(f"{NAME}: {name} must be {expected}, but is {value}")
+        numbers.append(number)
+    steps = expect_int(NAME, "max_iterations", max_iterations, 1)
     vector, value, residual, iterations, partition, seed, foreground = _cut(
         packed.rows.to(torch.float32).contiguous(),
         packed.offsets,
         packed.shapes,
-        float(tau),
-        float(eps),
-        float(tolerance),
-        int(max_iterations),
+        *numbers,
+        steps,
         backend,
     )
     if isinstance(features, np.ndarray):

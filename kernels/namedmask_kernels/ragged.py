@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MASK = (torch.bool, torch.uint8)
+MOST = 2**31 - 1  # the largest int32: offsets, and the counts that an operator takes
 
 
 class Ragged(NamedTuple):
@@ -33,33 +37,43 @@ class Ragged(NamedTuple):
     shapes: Tensor
 
     @classmethod
-    def pack(cls, grids: Sequence[Tensor]) -> Ragged:
-        """Packs grids [h_b, w_b, ...] of one dtype and device.
+    def pack(cls, grids: Sequence[Array]) -> Ragged:
+        """Packs grids [h_b, w_b, ...] (torch or numpy) of one dtype and device. The rows are a tensor.
 
         Raises:
-            ValueError: If `grids` is empty, since an empty list has no dtype. For an empty batch call
-                ``Ragged.of_shapes(rows[:0], [])``.
+            TypeError: If a grid is neither a tensor nor a numpy array, or its dtype differs from that of the first.
+            ValueError: If a grid differs from the first in anything but height and width; or if `grids` is empty, since
+                an empty list has no dtype. For an empty batch call ``Ragged.of_shapes(rows[:0], [])``.
         """
         if len(grids) == 0:
             raise ValueError(
                 "Ragged.pack: grids must not be empty; for an empty batch call Ragged.of_shapes(rows[:0], [])"
             )
-        shapes = [(grid.shape[0], grid.shape[1]) for grid in grids]
-        return cls.of_shapes(torch.cat([grid.flatten(0, 1) for grid in grids]), shapes)
+        tensors = [as_tensor("Ragged.pack", f"grid {b}", grid) for b, grid in enumerate(grids)]
+        first = tensors[0]
+        for b, grid in enumerate(tensors):
+            expect_dtype("Ragged.pack", f"grid {b}", grid, first.dtype)
+            if grid.ndim < 2 or grid.shape[2:] != first.shape[2:] or grid.device != first.device:
+                raise ValueError(
+                    f"Ragged.pack: all grids must be [h, w, ...] with the channels and the device of the first, which "
+                    f"is {list(first.shape)} on {first.device}, but grid {b} is {list(grid.shape)} on {grid.device}"
+                )
+        shapes = [(grid.shape[0], grid.shape[1]) for grid in tensors]
+        return cls.of_shapes(torch.cat([grid.flatten(0, 1) for grid in tensors]), shapes)
 
     @classmethod
     def of_shapes(cls, rows: Tensor, shapes: Sequence[tuple[int, int]]) -> Ragged:
         """Wraps rows [T, ...] that are already packed, given the (height, width) of each grid.
 
         Raises:
-            ValueError: If the shapes do not add up to T rows.
+            TypeError: If a height or width is not an integer.
+            ValueError: If the shapes do not add up to T rows, one is negative, or there are more than 2^31 - 1 rows.
         """
-        ends = list(itertools.accumulate((h * w for h, w in shapes), initial=0))
-        if ends[-1] != rows.shape[0]:
-            raise ValueError(f"Ragged: shapes add up to {ends[-1]} rows, but there are {rows.shape[0]}")
-        # Going through numpy takes a quarter of the time that torch needs to read a list.
-        offsets = torch.from_numpy(np.array(ends, np.int32))
-        return cls(rows, offsets, torch.from_numpy(np.array(shapes, np.int32).reshape(-1, 2)))
+        sizes = [(expect_int("Ragged", "height", h), expect_int("Ragged", "width", w)) for h, w in shapes]
+        total = sum(h * w for h, w in sizes)
+        if total != rows.shape[0]:
+            raise ValueError(f"Ragged: shapes add up to {total} rows, but there are {rows.shape[0]}")
+        return cls(rows, *packed_shapes(sizes))
 
     def grids(self) -> list[Tensor]:
         """Returns the grids [h_b, w_b, ...] as views."""
@@ -73,6 +87,20 @@ class Ragged(NamedTuple):
     def with_rows(self, rows: Tensor) -> Ragged:
         """Returns a batch with the same grids and other rows [T, ...]."""
         return Ragged(rows, self.offsets, self.shapes)
+
+
+def packed_shapes(shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """The offsets int32 [B + 1] and shapes int32 [B, 2] of grids (height, width), on the CPU.
+
+    Raises:
+        ValueError: If there are more than 2^31 - 1 rows.
+    """
+    ends = list(itertools.accumulate((h * w for h, w in shapes), initial=0))
+    if ends[-1] > MOST:
+        raise ValueError(f"Ragged: a batch may have at most {MOST} rows, but has {ends[-1]}")
+    # Going through numpy takes a quarter of the time that torch needs to read a list.
+    offsets = torch.from_numpy(np.array(ends, np.int32))
+    return offsets, torch.from_numpy(np.array(shapes, np.int32).reshape(-1, 2))
 
 
 Array = np.ndarray | Tensor
@@ -127,13 +155,17 @@ def arrange(
         ValueError: If it has another number of dimensions.
     """
     if isinstance(value, Ragged):
+        if not all(isinstance(part, Tensor) for part in value):
+            raise TypeError(f"{op}: {name} must be a Ragged of tensors; Ragged.pack makes one from numpy arrays")
+        if value.offsets.device.type != "cpu" or value.shapes.device.type != "cpu":
+            raise ValueError(f"{op}: offsets and shapes of {name} must be on cpu, also where its rows are on a GPU")
         if value.rows.ndim != 1 + row_dims:
             raise ValueError(
                 f"{op}: the rows of {name} must have {1 + row_dims} dimensions, but have shape {list(value.rows.shape)}"
             )
         expect_dtype(op, name, value.rows, *dtypes)
         return Packed(name, value, None, *value)
-    grid = value if isinstance(value, Tensor) else as_tensor(op, name, value)
+    grid = as_tensor(op, name, value)
     shape = tuple(grid.shape)
     dims = len(shape) - row_dims
     leading = shape[:dims]
@@ -160,18 +192,32 @@ def as_tensor(op: str, name: str, value: object) -> Tensor:
     """Returns a tensor as it is, and a numpy array as a tensor, without a copy if torch can read it in place.
 
     Raises:
-        TypeError: If the value is neither.
+        TypeError: If the value is neither, a sparse tensor, a masked array or of a dtype that torch does not have.
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be a dense tensor, but is {value.layout}; call .to_dense() first")
         return value
     if not isinstance(value, np.ndarray):
         raise TypeError(
             f"{op}: {name} must be a numpy array, a torch tensor or a Ragged, but is {type(value).__name__}"
         )
+    if torch.compiler.is_compiling():  # its numpy arrays are tensors, without byte order and flags
+        return torch.as_tensor(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{op}: {name} must not be a masked array; replace masked elements with .filled(value) first")
     # torch warns about read-only arrays such as np.asarray(pillow_image). The operators never write to their inputs,
     # but the warning would reach the user.
-    array = np.ascontiguousarray(value)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    array = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+    try:
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except TypeError:
+        raise TypeError(f"{op}: {name} must have a dtype that torch supports, but is {value.dtype}") from None
+
+
+def as_mask(mask: Tensor) -> Tensor:
+    """Returns a binary mask, bool or uint8, as bool: any nonzero value is true."""
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 # -- argument checks: the messages name the operator, the argument, what was expected and what came -------------------
@@ -184,21 +230,100 @@ def expect_dtype(op: str, name: str, rows: Tensor, *dtypes: torch.dtype) -> None
         raise TypeError(f"{op}: {name} must be {expected}, but is {str(rows.dtype).removeprefix('torch.')}")
 
 
+def expect_int(op: str, name: str, value: object, low: int = 0, high: int = MOST) -> int:
+    """Returns an integer argument as an int, whether Python's, numpy's or another type with ``__index__``.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is below `low` or above `high`.
+    """
+    if type(value) is not int:
+        try:
+            value = operator.index(bool(value) if isinstance(value, np.bool_) else cast(Any, value))
+        except TypeError:
+            raise TypeError(f"{op}: {name} must be an integer, but is {value!r}") from None
+    if value < low:
+        raise ValueError(f"{op}: {name} must be at least {low}, but is {value}")
+    if value > high:
+        raise ValueError(f"{op}: {name} must be at most {high}, but is {value}")
+    return value
+
+
+def is_sequence(value: object) -> bool:
+    """Whether an argument is several numbers; a numpy array or tensor without dimensions is one number."""
+    return not isinstance(value, int) and hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0
+
+
+def expect_ints(op: str, name: str, values: object, low: int = 0, high: int = MOST, most: int = MOST) -> list[int]:
+    """Returns a sequence of at most `most` integers as a list; stops at the first invalid one.
+
+    Raises:
+        TypeError: If it is not a sequence of integers.
+        ValueError: If there are more than `most`, or one is below `low` or above `high`.
+    """
+    try:
+        items = iter(cast(Any, values))
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be a sequence of integers, but is {values!r}") from None
+    numbers = [expect_int(op, name, value, low, high) for value in itertools.islice(items, most)]
+    if next(items, None) is not None:
+        raise ValueError(f"{op}: {name} must have at most {most} elements")
+    return numbers
+
+
+def as_float(op: str, name: str, value: object) -> float:
+    """Returns a number as a float; integers beyond the range of floats become infinite.
+
+    Raises:
+        TypeError: If it is not a number.
+    """
+    if type(value) is float:
+        return value
+    try:
+        if not hasattr(value, "__float__"):  # strings
+            raise TypeError
+        return float(cast(Any, value))
+    except OverflowError:
+        return math.inf if cast(Any, value) > 0 else -math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{op}: {name} must be a number, but is {value!r}") from None
+
+
+@torch.library.custom_op("namedmask_kernels::same_shapes", mutates_args=())
+def _same_shapes(
+    one: Tensor, other: Tensor, op: str, one_name: str, other_name: str
+) -> Tensor:  # for expect_same_grids under torch.compile, which cannot branch on the values of a tensor
+    if one.shape != other.shape or not torch.equal(one, other):
+        raise _different_grids(op, one_name, other_name, one.tolist()[:4], other.tolist()[:4])
+    return other.clone()
+
+
+@_same_shapes.register_fake
+def _(one: Tensor, other: Tensor, op: str, one_name: str, other_name: str) -> Tensor:
+    return torch.empty_like(other)
+
+
+def _different_grids(op: str, one: str, other: str, one_size: list[Any], other_size: list[Any]) -> ValueError:
+    return ValueError(
+        f"{op}: {one} and {other} must have the same height and width, but have {one_size} and {other_size}"
+    )
+
+
 def expect_same_grids(op: str, one: Packed[Any], other: Packed[Any]) -> None:
     """Raises ValueError unless two arguments are on the same device and have the same grids."""
     if one.rows.device != other.rows.device:
         raise ValueError(
             f"{op}: {one.name} must be on {other.rows.device}, like {other.name}, but is on {one.rows.device}"
         )
-    if one.leading and other.leading:  # reads no tensor, so torch.compile can trace it
-        same = one.leading == other.leading
-    else:
-        same = one.shapes.shape == other.shapes.shape and torch.equal(one.shapes, other.shapes)
-    if not same:
+    if one.leading and other.leading:
+        if one.leading != other.leading:
+            raise _different_grids(op, one.name, other.name, list(one.leading), list(other.leading))
+    elif torch.compiler.is_compiling():
+        # The operator depends on the result, so the check is not removed as dead code.
+        other.shapes = _same_shapes(one.shapes, other.shapes, op, one.name, other.name)
+    elif one.shapes.shape != other.shapes.shape or not torch.equal(one.shapes, other.shapes):
         sizes = [list(packed.leading or packed.shapes.tolist()[:4]) for packed in (one, other)]
-        raise ValueError(
-            f"{op}: {one.name} and {other.name} must have the same height and width, but have {sizes[0]} and {sizes[1]}"
-        )
+        raise _different_grids(op, one.name, other.name, *sizes)
 
 
 def expect_image(op: str, image: Ragged | Array, like: Packed[Any]) -> Tensor:

@@ -3,16 +3,26 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .library import like_first, per_image, register
-from .ragged import FLOATING, Array, Batch, Ragged, arrange, expect_finite, expect_rows, expect_same_grids
+from .ragged import (
+    FLOATING,
+    Array,
+    Batch,
+    Ragged,
+    arrange,
+    as_float,
+    expect_finite,
+    expect_int,
+    expect_rows,
+    expect_same_grids,
+)
 from .reference import random_walk as reference
 
 NAME = "random_walk"
+MOST_SHARPNESS = 1e6  # times the rounding error of a cosine it is about 1
 
 
 def random_walk(
@@ -35,11 +45,13 @@ def random_walk(
             in float32. A row of zeros has cosine 0 with every token.
         steps: Number of steps, at least 0. Each step blurs more; 0 returns the masks.
         sharpness: At least 0 and finite. A difference of 0.1 between two cosines changes the weight by a factor of
-            e^(0.1 sharpness). 0 returns the mean of each mask.
+            e^(0.1 sharpness). 0 returns the mean of each mask. Values above 1e6 count as 1e6: cosines
+            are rounded.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        The refined masks, float32, arranged like `masks`. Values stay in the range of the image's mask.
+        The refined masks, float32, arranged like `masks`. Values stay in the range of the image's mask; NaN and Inf
+        spread over the mask.
 
     Raises:
         TypeError: If an argument is not floating point.
@@ -67,17 +79,16 @@ def random_walk(
     packed = arrange(NAME, "masks", masks, 1, *FLOATING, batches=True)
     tokens = arrange(NAME, "features", features, 1, *FLOATING, batches=True)
     expect_same_grids(NAME, tokens, packed)
-    if steps < 0:
-        raise ValueError(f"{NAME}: steps must be at least 0, but is {steps}")
-    if not 0 <= sharpness < math.inf:
+    number = as_float(NAME, "sharpness", sharpness)
+    if not 0 <= number < float("inf"):
         raise ValueError(f"{NAME}: sharpness must be at least 0 and finite, but is {sharpness}")
     walked = _walk(
         packed.rows.to(torch.float32).contiguous(),
         tokens.rows.to(torch.float32).contiguous(),
         packed.offsets,
         packed.shapes,
-        steps,
-        float(sharpness),
+        expect_int(NAME, "steps", steps),
+        min(number, MOST_SHARPNESS),
         backend,
     )
     return packed.restore(walked)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends
 from .library import cuda_stream, per_image, register
-from .ragged import FLOATING, Batch, arrange, expect_finite, expect_rows
+from .ragged import FLOATING, Batch, arrange, expect_finite, expect_int, expect_ints, expect_rows, is_sequence
 from .reference import spectral_clusters as reference
 
 NAME = "spectral_clusters"
@@ -60,15 +60,12 @@ def spectral_clusters(features: Batch, k: int | Sequence[int], *, seed: int = 0,
         torch.Size([14, 20, 3])
     """
     packed = arrange(NAME, "features", features, 1, *FLOATING, batches=True)
-    counts = [k] if isinstance(k, int) else list(k)
-    for count in counts:
-        if not isinstance(count, int) or not 1 <= count <= MAX_K:
-            raise ValueError(f"{NAME}: k must be between 1 and {MAX_K}, or several such numbers, but is {k}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{NAME}: seed must fit 64 bits, but is {seed}")
+    several = is_sequence(k)
+    counts = expect_ints(NAME, "k", k, 1, MAX_K) if several else [expect_int(NAME, "k", k, 1, MAX_K)]
+    number = expect_int(NAME, "seed", seed, -(2**63), 2**63 - 1)
     rows = packed.rows.to(torch.float32).contiguous()
-    labels = _cluster(rows, packed.offsets, packed.shapes, counts, seed, backend)
-    return packed.restore(labels.squeeze(1) if isinstance(k, int) else labels)
+    labels = _cluster(rows, packed.offsets, packed.shapes, counts, number, backend)
+    return packed.restore(labels if several else labels.squeeze(1))
 
 
 # -- backends: every implementation takes the arguments of the schema below and returns its results ------------------
@@ -85,7 +82,7 @@ def _cluster_reference(features: Tensor, offsets: Tensor, shapes: Tensor, counts
 
 def _cluster_cpu(features: Tensor, offsets: Tensor, shapes: Tensor, counts: list[int], seed: int) -> Tensor:
     labels = _outputs(features, offsets, shapes, counts, seed)
-    ks = torch.tensor(counts, dtype=torch.int32)
+    ks = torch.tensor(counts, dtype=torch.int32, device="cpu")
     backends.native().spectral_clusters(features, offsets, shapes, ks, labels, seed)
     return labels
 
@@ -102,7 +99,7 @@ def _cluster_cuda(features: Tensor, offsets: Tensor, shapes: Tensor, counts: lis
     labels = _outputs(features, offsets, shapes, counts, seed)
     if not counts:
         return labels
-    ks = torch.tensor(counts, dtype=torch.int32)
+    ks = torch.tensor(counts, dtype=torch.int32, device="cpu")
     native, stream = backends.native().cuda, cuda_stream(features)
     with torch.cuda.device_of(features):
         for part in chunks(NAME, features, offsets, shapes, TOGETHER):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends
 from .library import register
-from .ragged import Array, Ragged, arrange, as_tensor, expect_dtype
+from .ragged import MASK, Array, Ragged, arrange, as_mask, as_tensor, expect_dtype, packed_shapes
 from .reference import vote_masks as reference
 
 NAME = "vote_masks"
@@ -43,15 +43,16 @@ def vote_masks(masks: Ragged | Array, *, backend: str = "auto") -> Vote:
     of IoUs with the voting candidates, |a and b| / (|a or b| + 1e-7); of several equal ones, the first.
 
     Args:
-        masks: bool [n, h, w] (numpy or torch), a batch [B, n, h, w], or Ragged with rows [P, n], one column per
-            candidate, which is copied once.
+        masks: bool or uint8 [n, h, w] (numpy or torch), a batch [B, n, h, w], or Ragged with rows [P, n], one column
+            per candidate, which is copied once. In uint8 masks (0 and 1, or OpenCV's 0 and 255) any nonzero value is
+            true.
         backend: "auto", "cpu" or "reference".
 
     Returns:
         A `Vote`, with arrays of the kind of `masks`.
 
     Raises:
-        TypeError: If the masks are not a bool array, tensor or Ragged.
+        TypeError: If the masks are not a bool or uint8 array, tensor or Ragged.
         ValueError: If a shape is wrong or the backend cannot run.
 
     Cost:
@@ -85,19 +86,18 @@ def vote_masks(masks: Ragged | Array, *, backend: str = "auto") -> Vote:
 def _flatten(masks: Ragged | Array) -> tuple[Tensor, Tensor, Tensor, int, tuple[int, ...]]:
     """Returns the masks [n, h, w] of all images concatenated, offsets, shapes, n, and the results' leading shape."""
     if isinstance(masks, Ragged):
-        packed = arrange(NAME, "masks", masks, 1, torch.bool)
+        packed = arrange(NAME, "masks", masks, 1, *MASK)
         columns = [part.T.flatten() for part in packed.rows.tensor_split(packed.offsets[1:-1].tolist())]
         flat = torch.cat([packed.rows.new_empty(0), *columns])
-        return flat, packed.offsets, packed.shapes, packed.rows.shape[1], (len(packed.shapes),)
+        return as_mask(flat), packed.offsets, packed.shapes, packed.rows.shape[1], (len(packed.shapes),)
     grids = as_tensor(NAME, "masks", masks)
     if grids.ndim not in (3, 4):
         raise ValueError(f"{NAME}: masks must have 3 or 4 dimensions, but has shape {list(grids.shape)}")
-    expect_dtype(NAME, "masks", grids, torch.bool)
+    expect_dtype(NAME, "masks", grids, *MASK)
     *leading, n, h, w = grids.shape
     count = leading[0] if leading else 1
-    offsets = torch.arange(count + 1, dtype=torch.int32) * (h * w)
-    shapes = torch.tensor([[h, w]] * count, dtype=torch.int32).reshape(-1, 2)
-    return grids.reshape(-1).contiguous(), offsets, shapes, n, tuple(leading)
+    offsets, shapes = packed_shapes([(h, w)] * count)
+    return as_mask(grids.reshape(-1)).contiguous(), offsets, shapes, n, tuple(leading)
 
 
 # -- backends: every implementation takes the arguments of the schema below and returns its results ------------------
@@ -121,7 +121,7 @@ def _vote_reference(masks: Tensor, offsets: Tensor, shapes: Tensor, candidates: 
     for b, (begin, end, (h, w)) in enumerate(zip(begins[:-1], begins[1:], shapes.tolist(), strict=True)):
         vote = reference.vote_masks(masks[begin:end].reshape(candidates, h, w).cpu().numpy())
         for out, values in zip(outputs, vote, strict=True):
-            out[b] = torch.as_tensor(values)
+            out[b] = torch.from_numpy(np.asarray(values))
     return outputs
 
 

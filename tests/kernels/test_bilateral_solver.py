@@ -273,7 +273,7 @@ def test_a_target_that_is_not_finite_raises_with_the_image(backend, device, valu
 def test_invalid_arguments_raise():
     target, image = torch.zeros(4, 6), torch.zeros(4, 6, 3, dtype=torch.uint8)
     for bad, kind, message in [
-        ((target.double(), image), TypeError, "target must be float32 or bool, but is float64"),
+        ((target.byte(), image), TypeError, "target must be float32 or .* or bool, but is uint8"),
         ((target, image.float()), TypeError, "image must be uint8, but is float32"),
         ((target[0], image), ValueError, r"target must have 2 dimensions, but has shape \[6\]"),
         ((target, image[..., 0]), ValueError, r"image must have 3 dimensions, but has shape \[4, 6\]"),
@@ -291,7 +291,7 @@ def test_invalid_arguments_raise():
         ("sigma_luma", (0.9, -16), "finite and at least 1"),
         ("sigma_chroma", (0.9, -8), "finite and at least 1"),
         ("smoothness", (-1, float("inf")), "finite and at least 0"),
-        ("iterations", (-1,), "finite and at least 0"),
+        ("iterations", (-1,), "at least 0"),
         ("tolerance", (-1e-9, float("nan")), "finite and at least 0"),
     ]:
         for value in values:

@@ -201,4 +201,4 @@ print(*result, sep=",")
         if done.returncode == 0:
             assert done.stdout.strip().split(",") == [level, *expected]
         else:
-            assert f"NMK_LEVEL={level}: this CPU goes up to " in done.stderr
+            assert f"NMK_LEVEL={level}: the highest level of this CPU is " in done.stderr

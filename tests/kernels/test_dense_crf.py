@@ -260,7 +260,7 @@ def test_probabilities_that_are_not_finite_raise_with_the_image(backend, device,
 def test_invalid_arguments_raise():
     probabilities, image = torch.zeros(4, 6, 2), torch.zeros(4, 6, 3, dtype=torch.uint8)
     for bad, kind, message in [
-        ((probabilities.double(), image), TypeError, "probabilities must be float32, but is float64"),
+        ((probabilities > 0, image), TypeError, "probabilities must be float32 or .*, but is bool"),
         ((probabilities, image.float()), TypeError, "image must be uint8, but is float32"),
         ((probabilities[0], image), ValueError, r"probabilities must have 3 dimensions, but has shape \[6, 2\]"),
         ((probabilities, image[..., 0]), ValueError, r"image must have 3 dimensions, but has shape \[4, 6\]"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Properties that all operators share, tested on the calls in operator_calls.py."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -31,13 +32,6 @@ def test_all_operators_are_tested():
 def test_docstrings_have_all_sections(op):
     lines = [line.strip() for line in op.__doc__.splitlines()]
     assert [line for line in lines if line in SECTIONS] == list(SECTIONS)
-
-
-@operators
-def test_torch_compile(op):
-    compiled = torch.compile(op, fullgraph=True, backend="eager")
-    for result, expected in zip(flat(compiled(*CALLS[op])), flat(op(*CALLS[op])), strict=True):
-        assert torch.equal(result, expected)
 
 
 class Recorder(TorchDispatchMode):
@@ -183,3 +177,249 @@ for op, arguments in CALLS.items():
     child = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout + child.stderr
     assert len(child.stdout.splitlines()) == 2 * len(CALLS)
+
+
+# -- torch ------------------------------------------------------------------------------------------------------------
+
+
+def arranged(op, kind):
+    """The operator's arguments as tensors, or those of two images as a Ragged."""
+    if kind == "tensors" or op is nk.attention_features:
+        return CALLS[op]
+    if op is nk.vote_masks:
+        (masks,) = CALLS[op]
+        return (Ragged.pack([masks.permute(1, 2, 0)[:h, :w] for h, w in ((6, 8), (4, 3))]),)
+    return packed(images(op)[::3])
+
+
+def assert_same(results, expected):
+    for result, other in zip(flat(results), flat(expected), strict=True):
+        if isinstance(result, Ragged):
+            assert_same(tuple(result), tuple(other))
+        else:
+            assert torch.equal(result, other)
+
+
+@operators
+@pytest.mark.parametrize("kind", ["tensors", "ragged"])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_torch_compile(op, kind, dynamic):
+    torch.compiler.reset()
+    arguments = arranged(op, kind)
+    compiled = torch.compile(op, fullgraph=True, backend="eager", dynamic=dynamic)
+    assert_same(compiled(*arguments), op(*arguments))
+
+
+@pytest.mark.parametrize("op", [nk.bilateral_solver, nk.dense_crf, nk.pamr, nk.random_walk])
+def test_compiled_operators_compare_the_grids_of_their_arguments(op):
+    torch.compiler.reset()
+    first, second = arranged(op, "ragged")
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")  # removes dead code
+    assert_same(compiled(first, second), op(first, second))
+    with pytest.raises(ValueError, match=f"{op.__name__}: .* must have the same height and width, but have "):
+        compiled(first, second._replace(shapes=second.shapes.flip(1)))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+MODES = {
+    "device": lambda: torch.device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@operators
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("mode", MODES)
+def test_results_do_not_depend_on_modes_of_torch(op, backend, mode):
+    for kind in ("tensors", "ragged"):
+        arguments = arranged(op, kind)
+        expected = op(*arguments, backend=backend)
+        with MODES[mode]():
+            result = op(*arguments, backend=backend)
+        assert_same(result, expected)
+
+
+@operators
+def test_vmap(op):
+    """torch.func.vmap calls an operator once per example."""
+    tensors = [a for a in CALLS[op] if isinstance(a, torch.Tensor)]
+    settings = CALLS[op][len(tensors) :]
+    twice = [torch.stack([a, a]) for a in tensors]
+    results = torch.func.vmap(lambda *arguments: op(*arguments, *settings))(*twice)
+    for result, expected in zip(flat(results), flat(op(*CALLS[op])), strict=True):
+        assert torch.equal(result, torch.stack([expected, expected]))
+
+
+# -- kinds of arrays --------------------------------------------------------------------------------------------------
+
+
+def as_numpy(op, change):
+    """The operator's arguments as numpy arrays, changed; attention_features takes tensors only."""
+    return [change(a.numpy()) if isinstance(a, torch.Tensor) else a for a in CALLS[op]]
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+LAYOUTS = {
+    "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
+    "read-only": read_only,
+    "negative strides": lambda array: array[::-1, ::-1].copy()[::-1, ::-1],
+    "Fortran order": np.asfortranarray,
+    "subclass": lambda array: array.view(type("Subclass", (np.ndarray,), {})),
+}
+of_arrays = pytest.mark.parametrize(
+    "op", [op for op in CALLS if op is not nk.attention_features], ids=lambda op: op.__name__
+)
+
+
+@of_arrays
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numpy_arrays_of_any_layout(op, layout, recwarn):
+    results = flat(op(*as_numpy(op, LAYOUTS[layout])))
+    for result, expected in zip(results, flat(op(*CALLS[op])), strict=True):
+        assert isinstance(result, np.ndarray)
+        np.testing.assert_array_equal(result, expected.numpy())
+    assert not recwarn.list
+
+
+@of_arrays
+def test_arrays_that_cannot_be_read_are_rejected_by_name(op):
+    name = op.__name__
+    first, *rest = CALLS[op]
+    array = first.numpy()
+    for value, message in (
+        (np.ma.masked_array(array, mask=array > 0), "must not be a masked array"),
+        (array.astype(object), "must have a dtype that torch supports, but is object"),
+        (array.astype(str), "must have a dtype that torch supports, but is <U"),
+        (array.astype(np.longdouble), "must have a dtype that torch supports, but is (float128|longdouble)"),
+        (first.to_sparse(), "must be a dense tensor, but is torch.sparse_coo"),
+        (array.tolist(), "must be a numpy array, a torch tensor or a Ragged, but is list"),
+        (Ragged(array, [0], [0]), "must be a Ragged of tensors"),
+        (first.to(torch.complex64), "must be .*, but is complex64"),
+        (None, "must be .*, but is NoneType"),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: [a-z]+ {message}"):
+            op(value, *rest)
+
+
+@pytest.mark.parametrize("op", [nk.connected_components, nk.fill_holes, nk.largest_component, nk.vote_masks])
+@pytest.mark.parametrize("true", [1, 255])
+def test_uint8_masks(op, true):
+    """OpenCV's masks are 0 and 255, pycocotools' 0 and 1."""
+    (mask,) = CALLS[op]
+    bytes_ = mask.byte() * true
+    for backend in ("cpu", "reference"):
+        expected = op(mask, backend=backend)
+        assert_same(op(bytes_, backend=backend), expected)
+        for result, other in zip(flat(op(bytes_.numpy(), backend=backend)), flat(expected), strict=True):
+            assert result.dtype == other.numpy().dtype and np.array_equal(result, other.numpy())
+    (batch,) = arranged(op, "ragged")
+    assert_same(op(batch.with_rows(batch.rows.byte() * true)), op(batch))
+
+
+@pytest.mark.parametrize("op", [nk.bilateral_solver, nk.dense_crf, nk.pamr, nk.random_walk], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_soft_arguments_of_any_float_type(op, dtype):
+    first, *rest = CALLS[op]
+    soft = first.to(torch.bfloat16)  # exact in float32 and float64, rounded once more to float16
+    soft = soft.to(dtype)
+    for backend in ("cpu", "reference"):
+        result = op(soft, *rest, backend=backend)
+        assert result.dtype == torch.float32 and torch.equal(result, op(soft.float(), *rest, backend=backend))
+    if dtype != torch.bfloat16:  # which numpy does not have
+        assert op(soft.numpy(), *(x.numpy() for x in rest)).dtype == np.float32
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+# public operator -> its integer settings with their least valid values, and its float settings
+INTEGERS = {
+    nk.attention_features: {"tap_rows": 0},
+    nk.bilateral_solver: {"iterations": 0},
+    nk.dense_crf: {"iterations": 0},
+    nk.normalized_cut: {"max_iterations": 1},
+    nk.pamr: {"iterations": 0, "dilations": 1},
+    nk.random_walk: {"steps": 0},
+    nk.spectral_clusters: {"k": 1, "seed": -(2**63)},
+}
+FLOATS = {
+    nk.attention_features: ("scale",),
+    nk.bilateral_solver: (
+        "confidence",
+        "sigma_spatial",
+        "sigma_luma",
+        "sigma_chroma",
+        "smoothness",
+        "tolerance",
+    ),
+    nk.dense_crf: ("gaussian", "bilateral"),
+    nk.normalized_cut: ("tau", "eps", "tolerance"),
+    nk.random_walk: ("sharpness",),
+}
+integers = pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, names in INTEGERS.items() for name in names], ids=str
+)
+
+
+def arguments_without(op, name):
+    return CALLS[op][:1] if op is nk.spectral_clusters and name == "k" else CALLS[op]
+
+
+@integers
+def test_integers_of_any_type_are_accepted(op, name):
+    expected = flat(op(*arguments_without(op, name), **{name: [2] if name == "dilations" else 2}))
+    for value in (np.int64(2), np.uint8(2), np.array(2), torch.tensor(2)):
+        result = op(*arguments_without(op, name), **{name: [value] if name == "dilations" else value})
+        assert all(torch.equal(a, b) for a, b in zip(flat(result), expected, strict=True))
+    if name in ("tap_rows", "k", "dilations"):
+        for values in (np.array([2, 1]), torch.tensor([2, 1]), range(2, 0, -1)):
+            op(*arguments_without(op, name), **{name: values})
+
+
+@integers
+def test_invalid_integers_are_rejected_before_anything_is_allocated(op, name):
+    for value in (1.5, np.float64(2), "2", None, torch.tensor(2.0)):
+        with pytest.raises(TypeError, match=f"{op.__name__}: {name} must be an integer, but is "):
+            op(*arguments_without(op, name), **{name: [value] if name == "dilations" else value})
+    most = 2**63 - 1 if name in ("dilations", "seed") else 2**31 - 1
+    for value in (INTEGERS[op][name] - 1, most + 1, 2**63, 10**400):
+        with pytest.raises(ValueError, match=f"{op.__name__}: {name} must be at (least|most) "):
+            op(*arguments_without(op, name), **{name: [value] if name == "dilations" else value})
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in FLOATS.items() for name in names], ids=str)
+def test_numbers_of_any_type_are_accepted_and_others_rejected(op, name):
+    count = {"gaussian": 2, "bilateral": 3}.get(name)
+    for value in (np.float32(0.5), np.int64(1), torch.tensor(0.5), 1) if name != "eps" else (np.float32(0.5),):
+        if not (name.startswith("sigma") and value < 1):
+            op(*CALLS[op], **{name: (10 * value,) * count if count else value})
+    for value in ("0.5", [0.5], 1j) if name == "scale" else ("0.5", None, [0.5], 1j):
+        with pytest.raises(TypeError, match=f"{op.__name__}: {name} must be a number, but is "):
+            op(*CALLS[op], **{name: (value,) * count if count else value})
+    with pytest.raises(ValueError, match=f"{op.__name__}: {name} must be "):
+        op(*CALLS[op], **{name: (10**400,) * count if count else 10**400})
+
+
+def test_tapped_rows_are_checked_before_they_are_listed():
+    for taps in (2**31 - 1, 13, range(2**40), [12]):
+        with pytest.raises(ValueError, match="attention_features: tap_rows must be at most "):
+            nk.attention_features(*CALLS[nk.attention_features], tap_rows=taps)
+    empty = torch.zeros(0, 3, 2, 8), torch.zeros(1, dtype=torch.int32)
+    assert nk.attention_features(*empty, tap_rows=5).rows.shape == (0, 2, 5)
+    with pytest.raises(ValueError, match="attention_features: tap_rows must be at most 65536"):
+        nk.attention_features(*empty, tap_rows=2**31 - 1)

@@ -48,3 +48,33 @@ def test_non_contiguous_numpy_arrays():
     packed = arrange("op", "mask", value, 0, torch.float32)
     np.testing.assert_array_equal(packed.rows.numpy(), value.ravel())
     np.testing.assert_array_equal(packed.restore(packed.rows), value)
+
+
+def test_pack_numpy_arrays():
+    grids = [np.ones((2, 3, 4), np.float32)[::-1], np.zeros((1, 2, 4), ">f4")]
+    batch = Ragged.pack(grids)
+    assert isinstance(batch.rows, torch.Tensor) and batch.rows.dtype == torch.float32
+    assert batch.shapes.tolist() == [[2, 3], [1, 2]] and batch.rows.sum() == 24
+
+
+def test_grids_that_do_not_fit_together_raise():
+    one = torch.zeros(2, 3, 4)
+    with pytest.raises(TypeError, match=r"Ragged.pack: grid 1 must be float32, but is float64"):
+        Ragged.pack([one, one.double()])
+    for other in (one[..., :2], one[0, 0], one.to("meta"), one[..., 0]):
+        with pytest.raises(ValueError, match=r"Ragged.pack: all grids must be \[h, w, ...\] .* but grid 1 is "):
+            Ragged.pack([one, other])
+    with pytest.raises(TypeError, match=r"Ragged.pack: grid 0 must be a numpy array, a torch tensor .* but is list"):
+        Ragged.pack([[[0.0]]])
+
+
+def test_sizes_are_checked():
+    rows = torch.zeros(6)
+    for shape, message in (((-2, -3), "height must be at least 0"), ((2**31, 0), "height must be at most")):
+        with pytest.raises(ValueError, match=f"Ragged: {message}"):
+            Ragged.of_shapes(rows, [shape])
+    with pytest.raises(TypeError, match=r"Ragged: width must be an integer, but is 1.5"):
+        Ragged.of_shapes(rows, [(4, 1.5)])
+    assert Ragged.of_shapes(rows, np.array([[2, 3]])).shapes.tolist() == [[2, 3]]
+    with pytest.raises(ValueError, match="at most 2147483647 rows, but has 2147483648"):
+        Ragged.of_shapes(torch.zeros(1).expand(2**31), [(2**30, 2)])

@@ -29,7 +29,7 @@ struct CrfSettings {
   int64_t iterations = 10;
   double gaussian_sigma = 3, gaussian_weight = 3;         // sigma in pixels, above 0
   double bilateral_sigma = 80, bilateral_sigma_rgb = 13;  // in pixels and in 8-bit color levels, above 0
-  double bilateral_weight = 10;
+  double bilateral_weight = 10;                           // both weights from -1e20 to 1e20
 };
 
 namespace cpu {

@@ -10,7 +10,8 @@
 //             1] and shapes int32 [B, 2] as in RaggedShape; out float32 [P, L]. All contiguous; the caller allocates
 //             out, which is fully written.
 // Accuracy    the square roots of the weights are stored in 16 bits, in units of 1/65535 of the pixel's largest, and
-//             the weights are divided by their own sum; sums in float32. NaN and Inf propagate within their label.
+//             the weights are divided by their own sum; sums in float32. NaN and Inf propagate within their label;
+//             finite masks stay finite.
 // Empty       an empty batch, images of 0 x n pixels and L = 0 are allowed.
 // Errors      std::invalid_argument for a wrong array, for other than 1 to 16 dilations of at least 1, and for
 //             iterations below 0.

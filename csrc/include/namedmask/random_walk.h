@@ -4,10 +4,12 @@
 //
 // Definition  Rows of the features are divided by max(norm, 1e-12). S_ij = exp(sharpness (cosine of i and j - 1)), P is
 //             S with its rows divided by their sums; out = P^steps masks. A row of zeros has cosine 0 with all tokens.
+//             Sharpness is from 0 to 1e6: cosines are rounded by about 1e-6.
 // Arrays      masks float32 [T, M]; features float32 [T, C]; offsets int32 [B + 1] and shapes int32 [B, 2] as in
 //             RaggedShape; out float32 [T, M], which must not overlap the masks. All contiguous.
 // Errors      std::invalid_argument for a wrong array or setting, and for features that are not finite (the message
-//             names the first image); out is then unspecified. Masks may contain any values; NaN propagates.
+//             names the first image); out is then unspecified. Masks may contain any values;
+//             NaN and Inf spread over their mask.
 // Accuracy    float32 throughout; 0 steps copy the masks.
 // Threads     OpenMP, one region: over images, and over groups of rows of tiles if there is only one image. Results are
 //             bit-identical for any number of threads and any batch. Levels differ by rounding.

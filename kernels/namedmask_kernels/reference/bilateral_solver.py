@@ -116,4 +116,5 @@ def bilateral_solver(
 
     diagonal = np.maximum(smoothness * (m - 10 * n * n) + weight, DIAGONAL_FLOOR)
     solution = conjugate_gradients(multiply, b, b / weight, diagonal, iterations, tolerance)
-    return solution[vertex].reshape(target.shape)
+    largest = np.finfo(np.float32).max  # the solution may exceed the target's range
+    return solution.clip(-largest, largest)[vertex].reshape(target.shape)

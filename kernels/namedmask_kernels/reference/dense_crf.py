@@ -30,10 +30,14 @@ def dense_crf(
     Evaluates both kernels (iterations + 1) * (h * w)^2 times.
     """
     h, w, labels = probabilities.shape
+    # With smaller sigmas every kernel is an identity, too, but the squares of distances would overflow.
+    gaussian_sigma, bilateral_sigma, bilateral_sigma_rgb = (
+        max(sigma, 1e-3) for sigma in (gaussian_sigma, bilateral_sigma, bilateral_sigma_rgb)
+    )
     if probabilities.numel() == 0:
         return torch.empty_like(probabilities)
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    position = torch.stack([x, y], dim=-1).to(probabilities).reshape(-1, 2)
+    y, x = (torch.arange(n, device=probabilities.device) for n in (h, w))
+    position = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(probabilities.dtype).reshape(-1, 2)
     color = image.to(probabilities.dtype).reshape(-1, 3)
     both = torch.cat([position / bilateral_sigma, color / bilateral_sigma_rgb], dim=1)
     terms = []

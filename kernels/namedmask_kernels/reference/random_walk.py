@@ -11,8 +11,7 @@ def random_walk(masks: Tensor, features: Tensor, steps: int, sharpness: float) -
     """masks [..., M], features [..., C] of one floating point dtype, in which all is computed -> [..., M]."""
     walked, rows = masks.flatten(0, -2), features.flatten(0, -2)
     unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    weights = torch.exp(sharpness * (unit @ unit.T - 1))
-    transition = weights / weights.sum(1, keepdim=True)
+    transition = torch.softmax(sharpness * (unit @ unit.T - 1), 1)  # exp, divided by its row sum
     for _ in range(steps):
         walked = transition @ walked
     return walked.reshape(masks.shape)

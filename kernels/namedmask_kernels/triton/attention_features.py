@@ -233,7 +233,7 @@ def attention_features(
         if rows is not None:
             table, at = (
                 to_device(block_table(offsets, TOKENS), qkv),
-                to_device(torch.tensor(taps, dtype=torch.int32), qkv),
+                to_device(torch.tensor(taps, dtype=torch.int32, device="cpu"), qkv),
             )
             _tap[len(table), heads](
                 qkv, table, at, sums, rows, scale * LOG2_E, *strides, len(taps), **shape, TOKENS=TOKENS

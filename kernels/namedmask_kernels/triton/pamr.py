@@ -117,6 +117,21 @@ def _affinities(image, table, dilations, weights, scales, tokens, count, PIXELS:
 
 
 @triton.jit
+def _weighted_sum(masks, weight, dilations, h, w, y, x, mask, tokens, count, labels, factor):
+    """Sums of the neighbors' masks [PIXELS, LABELS], each times its weight and `factor`."""
+    acc = tl.zeros(mask.shape, tl.float32)
+    for i in tl.range(0, count):
+        d = tl.load(dilations + i)
+        for j in tl.static_range(9):
+            if j != 4:
+                at = _neighbor(y, x, h, w, d, j) * labels
+                root = tl.load(weight).to(tl.float32) + 32768
+                acc += (root * root)[:, None] * (tl.load(masks + at[:, None], mask=mask, other=0.0) * factor)
+                weight += tokens
+    return acc
+
+
+@triton.jit
 def _average(
     source, target, table, dilations, weights, scales, tokens, count, labels,
     PIXELS: tl.constexpr, LABELS: tl.constexpr,
@@ -127,25 +142,23 @@ def _average(
     mask = inside[:, None] & (label < labels)[None, :]
     masks = source + begin * labels + label[None, :]
     weight = weights + begin + p
-    acc = tl.zeros([PIXELS, LABELS], tl.float32)
-    for i in tl.range(0, count):
-        d = tl.load(dilations + i)
-        for j in tl.static_range(9):
-            if j != 4:
-                at = _neighbor(y, x, h, w, d, j) * labels
-                root = tl.load(weight).to(tl.float32) + 32768
-                acc += (root * root)[:, None] * tl.load(masks + at[:, None], mask=mask, other=0.0)
-                weight += tokens
-    scale = tl.load(scales + begin + p)
+    scale = tl.load(scales + begin + p)[:, None]
+    mean = scale * _weighted_sum(masks, weight, dilations, h, w, y, x, mask, tokens, count, labels, 1.0)
+    if tl.max((tl.abs(mean) < float("inf")).to(tl.int32) ^ 1) > 0:  # weights of up to 2^32 overflow for huge masks
+        low = scale * _weighted_sum(masks, weight, dilations, h, w, y, x, mask, tokens, count, labels, 2.0**-64)
+        high = low * 2.0**64
+        clamped = tl.minimum(tl.maximum(high, -3.4028234663852886e38), 3.4028234663852886e38)
+        replaced = tl.where(tl.abs(low) < float("inf"), clamped, high)
+        mean = tl.where(tl.abs(mean) < float("inf"), mean, replaced)
     at = (begin + p) * labels
-    tl.store(target + at[:, None] + label[None, :], acc * scale[:, None], mask=mask)
+    tl.store(target + at[:, None] + label[None, :], mean, mask=mask)
 
 
 def pixel_table(offsets: Tensor, shapes: Tensor, size: int) -> Tensor:
     """int32 [blocks, 4] on the CPU: the image's first row, its height and width, the block's first pixel in it."""
     pixels = shapes[:, 0] * shapes[:, 1]
     counts = (pixels + size - 1) // size
-    block = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    block = torch.arange(int(counts.sum()), device="cpu") - (counts.cumsum(0) - counts).repeat_interleave(counts)
     columns = offsets[:-1], shapes[:, 0], shapes[:, 1]
     return torch.stack([*(c.repeat_interleave(counts) for c in columns), size * block], 1).to(torch.int32)
 
@@ -174,7 +187,7 @@ def pamr(
     longest = int(shapes.max())  # larger dilations reach the border as well
 
     with torch.cuda.device_of(masks):
-        steps = to_device(torch.tensor([min(d, longest) for d in dilations], dtype=torch.int32), masks)
+        steps = to_device(torch.tensor([min(d, longest) for d in dilations], dtype=torch.int32, device="cpu"), masks)
         weights = torch.empty(8 * len(dilations), tokens, dtype=torch.int16, device=masks.device)
         scales = torch.empty(tokens, dtype=torch.float32, device=masks.device)
         table = to_device(pixel_table(offsets, shapes, PIXELS), masks)

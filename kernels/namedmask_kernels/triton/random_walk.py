@@ -25,6 +25,8 @@ from .tables import Variant, block_table, to_device
 ROWS, COLUMNS = 128, 64  # of a tile of S
 MASKS = (16, 32)  # masks per block: the first that holds all of them; more masks go to several blocks
 OPTIONS = {"num_warps": 8, "num_stages": 2}
+# The least exponent of 2, as in csrc/cpu/random_walk_kernel.h: not 0, so that a row of zeros has a sum.
+LEAST = tl.constexpr(-60 * math.log2(math.e))
 
 
 @triton.jit
@@ -54,7 +56,8 @@ def _step(
         inside = column < length
         columns = tl.minimum(column, length - 1)
         tile = cosines(high, low, rows, columns, row_stride, ROWS, COLUMNS, CHANNELS)
-        weights = tl.where(inside[None, :], tl.exp2(factor * (tile - 1)), 0)
+        exponent = tl.minimum(tl.maximum(factor * (tile - 1), LEAST), 1.5)
+        weights = tl.where(inside[None, :], tl.exp2(exponent), 0)
         total += tl.sum(weights, 1)
         at = columns[:, None] * masks + mask[None, :]
         values = tl.load(source + at, mask=inside[:, None] & (mask < masks)[None, :], other=0.0)
@@ -84,6 +87,7 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
         if masks.numel() == 0 or steps == 0:
             out.copy_(masks)
             return
+        masks, scales = _scaled(masks, offsets)
         together = next((m for m in MASKS if m >= count), MASKS[-1])
         table = to_device(block_table(offsets, ROWS), masks)
         spare = torch.empty_like(out) if steps > 1 else out
@@ -95,6 +99,25 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
                 ROWS=ROWS, COLUMNS=COLUMNS, CHANNELS=CHANNELS, MASKS=together, **OPTIONS,
             )  # fmt: skip
             source = target
+        if scales is not None:
+            limit = torch.finfo(out.dtype).max
+            out.copy_(torch.where(out.isfinite(), (out / scales).clamp(-limit, limit), out))
+
+
+def _scaled(masks: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Multiplies the masks of images whose sums might overflow or vanish by a power of two (see csrc/common/scale.h).
+
+    Returns:
+        The masks, and the factor of each row [T, 1]; None if no image requires one. Waits for the GPU.
+    """
+    lengths = offsets.diff().to(masks.device, torch.int64)
+    sizes = masks.abs().where(masks.isfinite(), 0).amax(1)
+    largest = torch.segment_reduce(sizes, "max", lengths=lengths, initial=0).tolist()
+    factors = [2.0**-96 if x >= 2.0**32 else 2.0**96 if 0 < x < 2.0**-32 else 1.0 for x in largest]
+    if all(factor == 1 for factor in factors):
+        return masks, None
+    scales = masks.new_tensor(factors).repeat_interleave(lengths)[:, None]
+    return masks * scales, scales
 
 
 def ahead_of_time() -> Iterator[Variant]:

@@ -55,7 +55,9 @@ def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
     """
     lengths = offsets.diff().long()
     tiles = upper_tiles(lengths, TILE)
-    ranges = torch.tensor([torch.inf, -torch.inf], device=unit.high.device).repeat(len(lengths), max(tiles, 1), 1)
+    ranges = torch.tensor([torch.inf, -torch.inf], dtype=torch.float32, device=unit.high.device).repeat(
+        len(lengths), max(tiles, 1), 1
+    )
     if tiles:
         table = to_device(torch.stack([offsets[:-1].long(), lengths], 1), unit.high)
         channels, options = steps_on(unit.high)

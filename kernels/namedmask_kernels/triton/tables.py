@@ -44,9 +44,9 @@ def block_table(offsets: Tensor, size: int, taps: list[int] | None = None) -> Te
     lengths, order = offsets.diff().sort(descending=True, stable=True)
     counts = (lengths + size - 1) // size
     if taps is not None:
-        tapped = torch.tensor(sorted({tap // size for tap in taps}), dtype=torch.int32)
+        tapped = torch.tensor(sorted({tap // size for tap in taps}), dtype=torch.int32, device="cpu")
         counts = (lengths > 0) * len(tapped)
-    block = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    block = torch.arange(int(counts.sum()), device="cpu") - (counts.cumsum(0) - counts).repeat_interleave(counts)
     first = size * (block if taps is None else tapped[block])
     columns = offsets[:-1][order].repeat_interleave(counts), lengths.repeat_interleave(counts), first
     return torch.stack([column.to(torch.int32) for column in columns], 1)
