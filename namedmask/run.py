@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from . import __version__, distributed
+from . import __version__, distributed, process
 from .archive import read_archive
 from .config import RunConfig, make_config, merge, nest, to_toml
 from .distributed import Worker
-from .errors import UserError
+from .errors import UserError, explained
 from .files import TEMPORARY_PREFIX, atomic_write, remove_stale
 from .masks import read_errors, read_masks
 from .photos import PhotoSource
@@ -199,6 +199,8 @@ def start(
         worker.barrier("settled")
         work(out, stages, worker, device)
         return True
+    if worker.count > 1:
+        print(f"worker 0 of {worker.count}; waiting for the others", flush=True)
     with locked(out):
         try:
             settle(out, given, stages, overwrite and worker.attempt == 0)
@@ -233,15 +235,17 @@ def _start_workers(out: Path, stages: Sequence[str], count: int, device: str) ->
         distributed.launch([str(out), device, *stages], count)
     except UserError:
         if failure.exists():  # a worker has said what is wrong, and a restart would not help
-            raise UserError(failure.read_text()) from None
+            raise UserError(failure.read_text(encoding="utf-8", errors="surrogateescape")) from None
         raise
 
 
 def work(out: Path, stages: Sequence[str], worker: Worker, device: str) -> None:
     """This worker's part of the stages. device: "cpu" or "cuda"."""
     from .progress import Progress
+    from .threads import limit_torch_threads
 
     try:
+        limit_torch_threads()
         device = worker.device(device)
         config = read_config(out)
         source = open_source(config.photos)
@@ -272,19 +276,20 @@ def remove(path: Path) -> None:
 
 
 def _main() -> None:
-    """A worker that `distributed.launch` has started: python -m namedmask.run OUT DEVICE STAGE..."""
-    distributed.die_with_parent()
-    out, device, *stages = sys.argv[1:]
+    """A worker that `distributed.launch` has started: python -m namedmask.run LAUNCHER OUT DEVICE STAGE..."""
+    launcher, out, device, *stages = sys.argv[1:]
+    distributed.die_with(int(launcher))
+    process.prepare()
     failure = Path(out) / ".failed"
     if failure.exists():  # what stopped one worker would stop this one too
         sys.exit(2)
     try:
         work(Path(out), stages, distributed.current(), device)
-    except UserError as error:
-        failure.write_text(str(error))
+    except Exception as error:
+        if not isinstance(why := explained(error), UserError):
+            raise
+        failure.write_text(str(why), encoding="utf-8", errors="surrogateescape")
         sys.exit(2)
-    except KeyboardInterrupt:  # the parent reports it
-        sys.exit(130)
 
 
 if __name__ == "__main__":
