@@ -4,8 +4,22 @@
 from __future__ import annotations
 
 import sys
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Makes Ctrl-C a line, until `process.handle_signals` is imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("namedmask: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _excepthook
+
+# ruff: noqa: E402
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import TracebackType
 
 from . import process
 from .errors import UserError

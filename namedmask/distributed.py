@@ -264,7 +264,9 @@ def launch(arguments: Sequence[str], workers: int) -> None:
 
     from namedmask_kernels.threads import usable_cores
 
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):  # each has its own level
+            logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
     config = LaunchConfig(
         min_nodes=1,
@@ -276,12 +278,13 @@ def launch(arguments: Sequence[str], workers: int) -> None:
         max_restarts=MAX_RESTARTS,
         monitor_interval=0.1,
         start_method="spawn",
-        # SIGHUP stays as it is: ignored under nohup, else it kills this process and thereby its workers.
-        signals_to_handle="SIGINT,SIGTERM",
+        # Not SIGINT, on which it would send workers a SIGINT, too, and they would print tracebacks. Not SIGHUP, which
+        # nohup ignores.
+        signals_to_handle="SIGTERM",
     )
     try:
         elastic_launch(config, sys.executable)("-m", "namedmask.run", str(os.getpid()), *arguments)
-    except SignalException as error:  # how the launcher reports a signal; it has stopped the workers
+    except SignalException as error:  # how the launcher reports SIGTERM; it has stopped the workers
         raise process.Interrupted(error.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
