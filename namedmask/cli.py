@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
-from .config import Setting, find_setting, merge, nest, plain, read_settings, settings
+from .config import Setting, find_setting, make_config, merge, nest, plain, read_settings, settings
 from .errors import UserError, explained
 from .files import absolute
 from .process import Interrupted, complain
@@ -187,11 +187,16 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
     parameters |= {"config": (Config, None), "set_": (Set, None), "workers": (Workers, 1), "gpus": (Gpus, None)}
     parameters |= {"overwrite": (Overwrite, False), "debug": (Debug, False)}
     wrapper = command(run_stages)
-    wrapper.__signature__ = Signature(  # type: ignore[attr-defined]  # typer makes options of it
+    _give_signature(wrapper, parameters)
+    return wrapper
+
+
+def _give_signature(function: Callable, parameters: dict[str, tuple[Any, Any]]) -> None:
+    """Gives a function the parameters, each an annotation and a default, of which typer makes options."""
+    function.__signature__ = Signature(  # type: ignore[attr-defined]
         [Parameter(n, Parameter.KEYWORD_ONLY, annotation=a, default=d) for n, (a, d) in parameters.items()]
     )
-    wrapper.__annotations__ = {name: annotation for name, (annotation, _) in parameters.items()}
-    return wrapper
+    function.__annotations__ = {name: annotation for name, (annotation, _) in parameters.items()}
 
 
 def _variable(one: Setting) -> str:
@@ -408,6 +413,29 @@ def demo(
     from .demo.run import run_demo
 
     run_demo(out, overwrite=overwrite)
+
+
+FETCHED = ("index.clip_model", "detector.name", "detector.backbone", "detector.more_backbones", "segmenter.encoder")
+
+
+def _fetch(config: Path | None = None, set_: list[str] | None = None, **options: str | None) -> None:
+    given = {one: options[_variable(one)] for one in map(find_setting, FETCHED) if options.get(_variable(one))}
+    sections = [section for stage in STAGES.values() for section in stage.sections]
+    values = given_settings(sections, config, set_ or [], given)
+    for trained, source, name in (("saliency", "detector", "backbone"), ("experts", "segmenter", "encoder")):
+        if name in values.get(source, {}):  # unless the training is given another model, it uses the same one
+            values = merge({trained: {name: values[source][name]}}, values)
+    from . import hub
+
+    for one in hub.needed(make_config({"photos": "", **values}), STAGES):
+        print(f"{one.what}: {hub.fetch(one)}", flush=True)
+
+
+fetch = command(_fetch)
+_parameters: dict[str, tuple[Any, Any]] = {_variable(one): (_option(one), None) for one in map(find_setting, FETCHED)}
+_parameters |= {"config": (Config, None), "set_": (Set, None), "debug": (Debug, False)}
+_give_signature(fetch, _parameters)
+app.command("fetch", help="Download the weights of models before they are needed.")(fetch)
 
 
 @app.command()

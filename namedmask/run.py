@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from . import __version__, distributed, process
+from . import __version__, distributed, hub, process
 from .archive import read_archive
 from .config import RunConfig, make_config, merge, nest, to_toml
 from .distributed import Worker
@@ -68,6 +68,7 @@ def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = Fals
             raise
         raise UserError(f"{error}; if the photos have moved, say where they are now (--photos)") from None
     _expect_categories(config, source, stages)
+    hub.require(hub.needed(config, _without_results(out, config, todo, overwrite)))
     removed = _made_from(todo) if overwrite else []
     for stage in (one for one in todo if one.sections):
         _expect_ours(out, stage, record)
@@ -100,6 +101,15 @@ def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = Fals
     with atomic_write(out / "run.toml") as file:
         file.write(to_toml(config, {name: stage.made_with for name, stage in record.stages.items()}).encode())
     return config
+
+
+def _without_results(out: Path, config: RunConfig, todo: Sequence[Stage], overwrite: bool) -> set[str]:
+    """Names of the stages that have all their work before them."""
+    names = {stage.name for stage in todo if overwrite or not stage.has_results(out)}
+    class_folders = not config.categories
+    if class_folders or "archive" in {stage.name for stage in todo} - names:
+        names.discard("index")  # the archive needs no embeddings, or exists
+    return names - {"archive"} if class_folders else names
 
 
 def _made_from(stages: Sequence[Stage]) -> list[Stage]:
