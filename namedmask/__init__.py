@@ -2,6 +2,10 @@
 """Photos and category names in, named segmentation masks out. The commands are in `cli`; the kernels stand alone in
 `namedmask_kernels`."""
 
-from importlib.metadata import version
 
-__version__ = version("namedmask")
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version  # as slow as the start of Python itself
+
+    return version("namedmask")

@@ -4,7 +4,25 @@
 from __future__ import annotations
 
 import sys
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Makes Ctrl-C a line, until `process.handle_signals` is imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("namedmask: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _excepthook
+
+# ruff: noqa: E402
+from collections.abc import Callable
 from importlib.util import find_spec
+from types import TracebackType
+
+from . import process
+from .errors import UserError
 
 # What the extra `pipeline` in pyproject.toml installs.
 PIPELINE_MODULES = (
@@ -25,18 +43,42 @@ PIPELINE_MODULES = (
 
 def main() -> None:
     """The command `namedmask`."""
-    _require_pipeline("namedmask")
-    from .cli import main
 
-    main()
+    def run() -> None:
+        _require_pipeline("namedmask")
+        from .cli import main
+
+        main()
+
+    _run(run)
 
 
 def main_pseudolabel() -> None:
     """The command `namedmask-pseudolabel`."""
-    _require_pipeline("namedmask-pseudolabel")
-    from .cli import main_pseudolabel
 
-    main_pseudolabel()
+    def run() -> None:
+        _require_pipeline("namedmask-pseudolabel")
+        from .cli import main_pseudolabel
+
+        main_pseudolabel()
+
+    _run(run)
+
+
+def _run(command: Callable[[], None]) -> None:
+    """Runs a command in a prepared process. An interruption or a wrong environment is one line on stderr."""
+    try:
+        process.handle_signals()
+        process.prepare()
+        command()
+    except process.Interrupted as interrupted:
+        process.complain(interrupted.reason)
+        sys.exit(interrupted.exit_code)
+    except UserError as error:
+        process.complain(error)
+        sys.exit(2)
+    finally:
+        process.reset_signals()
 
 
 def _require_pipeline(command: str) -> None:

@@ -296,7 +296,7 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
     """
     import timm
 
-    _expect_model(name)
+    expect_model(name)
     overlay: dict[str, Any] = {}
     if weights is not None:
         if not Path(weights).is_file():
@@ -315,7 +315,7 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
     return Backbone(model, torch.device(device), getattr(torch, precision))
 
 
-def _expect_model(name: str) -> None:
+def expect_model(name: str) -> None:
     """Raises UserError, with similar names, if neither timm nor a plugin has the model."""
     import timm
 
@@ -338,7 +338,7 @@ def untrained(name: str) -> Vit:
     """
     import timm
 
-    _expect_model(name)
+    expect_model(name)
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
     except TypeError:
@@ -403,7 +403,7 @@ def untrained_encoder(name: str) -> Encoder:
     import timm
 
     architecture = name.partition(".")[0] if name in PUBLISHED else name
-    _expect_model(architecture)
+    expect_model(architecture)
     if architecture.startswith("vit_"):
         vit = untrained(architecture)
         cfg = vit.pretrained_cfg

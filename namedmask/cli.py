@@ -5,7 +5,7 @@ The options of commands that run stages are generated from the fields of `config
 have no option.
 
 Exit codes: 0 finished (photos that could not be used are in errors.jsonl), 1 internal error, 2 an error that the user
-can fix, 3 finished but no photo could be used, 130 interrupted.
+can fix, 3 finished but no photo could be used, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -18,15 +18,47 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+import typer.core
 
-from .config import Setting, find_setting, merge, nest, read_settings, settings
-from .errors import UserError
+from .config import Setting, find_setting, make_config, merge, nest, plain, read_settings, settings
+from .errors import UserError, explained
 from .files import absolute
+from .process import Interrupted, complain
 from .stages import STAGES
 
+CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, of click or of typer's own copy of it
+
+
+class OneLineErrors:
+    """A command or group of typer whose errors about the command line have the form of all other errors."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})  # type: ignore[misc]  # a mixin
+        except CLICK_ERROR as error:
+            message = error.format_message()
+            if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help text
+                error.show()
+            else:
+                path = context.command_path if (context := getattr(error, "ctx", None)) else "namedmask"
+                text = plain(message[0].lower() + message[1:]).rstrip(".")
+                complain(f"{text} (see `{path} --help`)")
+            sys.exit(2)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+class Commands(OneLineErrors, typer.core.TyperGroup):
+    pass
+
+
+class Command(OneLineErrors, typer.core.TyperCommand):
+    pass
+
+
+PLAIN: Any = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 HELP = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
-pseudolabel_app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
+app = typer.Typer(cls=Commands, no_args_is_help=True, context_settings=HELP, **PLAIN)
+pseudolabel_app = typer.Typer(context_settings=HELP, **PLAIN)
 
 LABELING = ("index", "archive", "pseudolabel", "report")  # what `namedmask run` runs
 
@@ -82,18 +114,22 @@ def command(function: Callable) -> Callable:
         except UserError as error:
             if debug:
                 raise
-            print(f"namedmask: {error}", file=sys.stderr)
+            complain(error)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt) as error:
+            interrupted = error if isinstance(error, Interrupted) else Interrupted()
             again = "the same command without --overwrite" if options.get("overwrite") else "the same command again"
-            print(f"namedmask: interrupted; run {again} to continue", file=sys.stderr)
-            raise typer.Exit(130) from None
-        except (typer.Exit, BrokenPipeError):  # click exits quietly when nothing reads its output any more
+            complain(f"{interrupted.reason}; run {again} to continue")
+            raise typer.Exit(interrupted.exit_code) from None
+        except typer.Exit:
             raise
-        except Exception as error:  # an internal error, unless the disk or the network is to blame
+        except Exception as error:  # an internal error, unless the memory, the disk or the network is to blame
             if debug:
                 raise
-            print(f"namedmask: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+            if isinstance(why := explained(error), UserError):
+                complain(why)
+                raise typer.Exit(2) from None
+            complain(f"{type(error).__name__}: {error} (--debug shows where)")
             raise typer.Exit(2 if isinstance(error, OSError) else 1) from None
 
     return wrapper
@@ -151,11 +187,16 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
     parameters |= {"config": (Config, None), "set_": (Set, None), "workers": (Workers, 1), "gpus": (Gpus, None)}
     parameters |= {"overwrite": (Overwrite, False), "debug": (Debug, False)}
     wrapper = command(run_stages)
-    wrapper.__signature__ = Signature(  # type: ignore[attr-defined]  # typer makes options of it
+    _give_signature(wrapper, parameters)
+    return wrapper
+
+
+def _give_signature(function: Callable, parameters: dict[str, tuple[Any, Any]]) -> None:
+    """Gives a function the parameters, each an annotation and a default, of which typer makes options."""
+    function.__signature__ = Signature(  # type: ignore[attr-defined]
         [Parameter(n, Parameter.KEYWORD_ONLY, annotation=a, default=d) for n, (a, d) in parameters.items()]
     )
-    wrapper.__annotations__ = {name: annotation for name, (annotation, _) in parameters.items()}
-    return wrapper
+    function.__annotations__ = {name: annotation for name, (annotation, _) in parameters.items()}
 
 
 def _variable(one: Setting) -> str:
@@ -215,7 +256,7 @@ Runs index, archive, pseudolabel and report: photos and category names in, named
 again to continue.
 """
 app.command("run")(run_labeling)
-pseudolabel_app.command()(run_labeling)
+pseudolabel_app.command(cls=Command)(run_labeling)
 for _stage in STAGES.values():
     if _stage.sections:
         app.command(_stage.name, help=_stage.summary)(stage_command(_stage.name, takes_photos=_stage.name == "index"))
@@ -329,9 +370,9 @@ def evaluate(
 
         segmenter = _load_segmenter(predictions, categories, categories_file, encoder, "float32")
         figures = evaluate_segmenter(segmenter, open_source(photos), truth, ignore, red_green)
-    print_table(figures)
-    if json_file is not None:
+    if json_file is not None:  # before anything is printed: whatever happens to the output, the figures are there
         write_json(json_file, figures)
+    print_table(figures)
 
 
 @app.command()
@@ -372,6 +413,29 @@ def demo(
     from .demo.run import run_demo
 
     run_demo(out, overwrite=overwrite)
+
+
+FETCHED = ("index.clip_model", "detector.name", "detector.backbone", "detector.more_backbones", "segmenter.encoder")
+
+
+def _fetch(config: Path | None = None, set_: list[str] | None = None, **options: str | None) -> None:
+    given = {one: options[_variable(one)] for one in map(find_setting, FETCHED) if options.get(_variable(one))}
+    sections = [section for stage in STAGES.values() for section in stage.sections]
+    values = given_settings(sections, config, set_ or [], given)
+    for trained, source, name in (("saliency", "detector", "backbone"), ("experts", "segmenter", "encoder")):
+        if name in values.get(source, {}):  # unless the training is given another model, it uses the same one
+            values = merge({trained: {name: values[source][name]}}, values)
+    from . import hub
+
+    for one in hub.needed(make_config({"photos": "", **values}), STAGES):
+        print(f"{one.what}: {hub.fetch(one)}", flush=True)
+
+
+fetch = command(_fetch)
+_parameters: dict[str, tuple[Any, Any]] = {_variable(one): (_option(one), None) for one in map(find_setting, FETCHED)}
+_parameters |= {"config": (Config, None), "set_": (Set, None), "debug": (Debug, False)}
+_give_signature(fetch, _parameters)
+app.command("fetch", help="Download the weights of models before they are needed.")(fetch)
 
 
 @app.command()

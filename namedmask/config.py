@@ -304,6 +304,7 @@ def ordered(value: tuple[float, float]) -> tuple[float, float]:
 
 # pydantic's words -> ours
 MESSAGES = {
+    "Value error, ": "",
     "Input should be": "expected",
     "less than or equal to": "at most",
     "greater than or equal to": "at least",
@@ -484,14 +485,19 @@ def make_config(values: dict) -> RunConfig:
         raise UserError("wrong settings: " + "; ".join(lines)) from None
 
 
+def plain(message: str) -> str:
+    """A message of pydantic or typer in the words of ours."""
+    for long, short in MESSAGES.items():
+        message = message.replace(long, short)
+    return message
+
+
 def describe(where: Setting | str, error: Any) -> str:
     """A pydantic error in one line: the setting, what was expected, what came, and the nearest choice."""
     name = where.name if isinstance(where, Setting) else where
     if isinstance(where, Setting) and where.flag:
         name += f" ({where.flag})"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Field ")
-    for long, short in MESSAGES.items():
-        message = message.replace(long, short)
+    message = plain(error["msg"]).removeprefix("Field ")
     if error["type"] == "missing":
         return f"{name}: {message}"
     near = nearest(error["input"], where.choices) if isinstance(where, Setting) and where.choices else ""

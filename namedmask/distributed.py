@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from . import process
+from .errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,28 +149,69 @@ class Worker:
 
 
 def current() -> Worker:
-    """The worker that this process is, from the environment variables of torchrun or SLURM; else a single worker."""
+    """The worker that this process is, from the environment variables of torchrun or SLURM; else a single worker.
+
+    Raises:
+        UserError: If a variable is missing or has no valid value, or the main worker cannot be reached.
+    """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        rank, count, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-        host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        count = _number("WORLD_SIZE", 1)
+        rank, local = _number("RANK", 0, count - 1), _number("LOCAL_RANK", 0, default=0)
+        attempt = _number("TORCHELASTIC_RESTART_COUNT", 0, default=0)
+        if "TORCHELASTIC_RUN_ID" in env:
+            die_with(process.PARENT)
+        if count == 1:
+            return Worker(attempt=attempt)
+        host, port = _text("MASTER_ADDR"), _number("MASTER_PORT", 1, 65535)
         serve = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # only srun sets it: a batch script is no worker
-        rank, count, local = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
-        host = _first_slurm_host(env["SLURM_STEP_NODELIST"])
-        port = 20000 + int(env["SLURM_JOB_ID"]) % 20000
+    elif "SLURM_STEP_NUM_TASKS" in env and (count := _number("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        # Only srun sets it: a batch script is not a worker.
+        rank, local, attempt = _number("SLURM_PROCID", 0, count - 1), _number("SLURM_LOCALID", 0), 0
+        host = _first_slurm_host(_text("SLURM_STEP_NODELIST"))
+        port = 20000 + _number("SLURM_JOB_ID", 0) % 20000
         serve = rank == 0
     else:
         return Worker()
     from torch.distributed import TCPStore
 
-    store = TCPStore(host, port, count, serve, timedelta(minutes=5), wait_for_workers=False)
-    return Worker(rank, count, local, store, int(env.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    try:
+        store = TCPStore(host, port, count, serve, timedelta(minutes=5), wait_for_workers=False)
+    except (RuntimeError, ValueError) as error:  # torch's network errors are RuntimeErrors
+        raise UserError(f"worker {rank} of {count} has no connection to {host}:{port}: {first_line(error)}") from None
+    return Worker(rank, count, local, store, attempt)
+
+
+def _text(name: str) -> str:
+    """An environment variable of a launcher."""
+    if not os.environ.get(name):
+        starter, rank = ("srun", "SLURM_STEP_NUM_TASKS") if name.startswith("SLURM") else ("torchrun", "RANK")
+        raise UserError(
+            f"{rank} is set in the environment, but {name} is not: start all workers with {starter}, or unset {rank} "
+            "to run alone"
+        )
+    return os.environ[name]
+
+
+def _number(name: str, low: int, high: int = 2**31 - 1, default: int | None = None) -> int:
+    """An environment variable of a launcher that holds an integer from `low` to `high`."""
+    if default is not None and not os.environ.get(name):
+        return default
+    text = _text(name)
+    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+        raise UserError(
+            f"{name}={text!r} in the environment: expected an integer from {low} to {high}, as torchrun or srun sets "
+            "it; unset it to run alone"
+        )
+    return int(text)
 
 
 def _first_slurm_host(nodes: str) -> str:
-    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return hosts.stdout.split()[0]
+    try:
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return hosts.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(f"`scontrol show hostnames {nodes}` failed: {first_line(error)}") from None
 
 
 def count_gpus(requested: int | None, workers: int) -> int:
@@ -180,11 +222,15 @@ def count_gpus(requested: int | None, workers: int) -> int:
         workers: Number of processes on the CPU that the user requested.
 
     Raises:
-        UserError: If there are fewer GPUs than requested, or if both options were given.
+        UserError: If there are fewer GPUs than requested, more workers than make sense, or if both options were given.
     """
     import torch
 
+    from namedmask_kernels.threads import usable_cores
+
     available = torch.cuda.device_count()
+    if workers > (limit := max(16, 4 * usable_cores())):
+        raise UserError(f"--workers {workers}: use at most {limit} here; this process may use {usable_cores()} cores")
     if requested and workers > 1:
         raise UserError("give --gpus or --workers, not both: each GPU has its own worker")
     if requested is None:
@@ -208,6 +254,7 @@ def launch(arguments: Sequence[str], workers: int) -> None:
 
     Raises:
         UserError: If a worker died again after the last restart.
+        Interrupted: On Ctrl-C and SIGTERM, after all workers have ended.
     """
     import logging
 
@@ -215,8 +262,12 @@ def launch(arguments: Sequence[str], workers: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    from namedmask_kernels.threads import usable_cores
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):  # each has its own level
+            logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -227,11 +278,14 @@ def launch(arguments: Sequence[str], workers: int) -> None:
         max_restarts=MAX_RESTARTS,
         monitor_interval=0.1,
         start_method="spawn",
+        # Not SIGINT, on which it would send workers a SIGINT, too, and they would print tracebacks. Not SIGHUP, which
+        # nohup ignores.
+        signals_to_handle="SIGTERM",
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "namedmask.run", *arguments)
-    except SignalException:  # how the launcher reports Ctrl-C and SIGTERM; it has stopped the workers
-        raise KeyboardInterrupt from None
+        elastic_launch(config, sys.executable)("-m", "namedmask.run", str(os.getpid()), *arguments)
+    except SignalException as error:  # how the launcher reports SIGTERM; it has stopped the workers
+        raise process.Interrupted(error.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
@@ -241,8 +295,14 @@ def launch(arguments: Sequence[str], workers: int) -> None:
         ) from None
 
 
-def die_with_parent() -> None:
-    """Makes Linux kill this process when its parent dies, so that no worker outlives a run killed with kill -9."""
+def die_with(parent: int) -> None:
+    """Makes Linux kill this process when its parent dies, so that no worker outlives a launcher killed with kill -9.
+
+    Args:
+        parent: Process id of the launcher. If it is not the parent any more, it is dead already, and this process ends.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

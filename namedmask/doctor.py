@@ -8,9 +8,10 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
-from . import registry
+from . import hub, registry
+from .config import RunConfig
+from .stages import STAGES
 
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "triton", "xformers", "numpy", "scipy", "pillow")
 
@@ -18,9 +19,11 @@ PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "triton", "xforme
 def examine() -> Iterator[str]:
     """Yields the lines of the report. Computes nothing and downloads nothing."""
     import torch
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     from namedmask_kernels import backends
+    from namedmask_kernels.threads import usable_cores
+
+    from .threads import thread_count
 
     yield f"namedmask {version('namedmask')}, Python {platform.python_version()}, {platform.platform()}"
     for name in PACKAGES:
@@ -28,7 +31,7 @@ def examine() -> Iterator[str]:
             yield f"  {name} {version(name)}{_import_problem(name)}"
         except PackageNotFoundError:
             yield f"  {name}: not installed"
-    yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    yield f"cpu: {os.cpu_count()} cores, of which this process may use {usable_cores()}; {thread_count()} threads"
     if (native := backends.native()) is not None:
         yield f"  C++ kernels for {native.level()} (set NMK_LEVEL to choose another)"
     if not torch.cuda.is_available():
@@ -47,8 +50,10 @@ def examine() -> Iterator[str]:
     for plugin in registry.plugins():
         yield f"  {plugin.name} ({plugin.value})"
     yield "weights"
-    models = len(list(Path(HF_HUB_CACHE).glob("models--*")))
-    yield f"  downloaded by timm and open_clip to {HF_HUB_CACHE} (set HF_HOME to move it): {models} models"
+    for one in hub.needed(RunConfig(photos=""), STAGES):
+        yield f"  {one.what}: {one.cached() or 'not downloaded; `namedmask fetch` does it'}"
+    for cache in hub.caches():
+        yield f"  cache: {cache}"
     yield "  or passed as local files: --clip-weights, --backbone-weights, --encoder-weights, --detector-weights"
 
 

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from . import __version__, distributed
+from . import __version__, distributed, hub, process
 from .archive import read_archive
 from .config import RunConfig, make_config, merge, nest, to_toml
 from .distributed import Worker
-from .errors import UserError
+from .errors import UserError, explained
 from .files import TEMPORARY_PREFIX, atomic_write, remove_stale
 from .masks import read_errors, read_masks
 from .photos import PhotoSource
@@ -68,6 +68,7 @@ def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = Fals
             raise
         raise UserError(f"{error}; if the photos have moved, say where they are now (--photos)") from None
     _expect_categories(config, source, stages)
+    hub.require(hub.needed(config, _without_results(out, config, todo, overwrite)))
     removed = _made_from(todo) if overwrite else []
     for stage in (one for one in todo if one.sections):
         _expect_ours(out, stage, record)
@@ -100,6 +101,15 @@ def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = Fals
     with atomic_write(out / "run.toml") as file:
         file.write(to_toml(config, {name: stage.made_with for name, stage in record.stages.items()}).encode())
     return config
+
+
+def _without_results(out: Path, config: RunConfig, todo: Sequence[Stage], overwrite: bool) -> set[str]:
+    """Names of the stages that have all their work before them."""
+    names = {stage.name for stage in todo if overwrite or not stage.has_results(out)}
+    class_folders = not config.categories
+    if class_folders or "archive" in {stage.name for stage in todo} - names:
+        names.discard("index")  # the archive needs no embeddings, or exists
+    return names - {"archive"} if class_folders else names
 
 
 def _made_from(stages: Sequence[Stage]) -> list[Stage]:
@@ -199,6 +209,8 @@ def start(
         worker.barrier("settled")
         work(out, stages, worker, device)
         return True
+    if worker.count > 1:
+        print(f"worker 0 of {worker.count}; waiting for the others", flush=True)
     with locked(out):
         try:
             settle(out, given, stages, overwrite and worker.attempt == 0)
@@ -233,15 +245,17 @@ def _start_workers(out: Path, stages: Sequence[str], count: int, device: str) ->
         distributed.launch([str(out), device, *stages], count)
     except UserError:
         if failure.exists():  # a worker has said what is wrong, and a restart would not help
-            raise UserError(failure.read_text()) from None
+            raise UserError(failure.read_text(encoding="utf-8", errors="surrogateescape")) from None
         raise
 
 
 def work(out: Path, stages: Sequence[str], worker: Worker, device: str) -> None:
     """This worker's part of the stages. device: "cpu" or "cuda"."""
     from .progress import Progress
+    from .threads import limit_torch_threads
 
     try:
+        limit_torch_threads()
         device = worker.device(device)
         config = read_config(out)
         source = open_source(config.photos)
@@ -272,19 +286,20 @@ def remove(path: Path) -> None:
 
 
 def _main() -> None:
-    """A worker that `distributed.launch` has started: python -m namedmask.run OUT DEVICE STAGE..."""
-    distributed.die_with_parent()
-    out, device, *stages = sys.argv[1:]
+    """A worker that `distributed.launch` has started: python -m namedmask.run LAUNCHER OUT DEVICE STAGE..."""
+    launcher, out, device, *stages = sys.argv[1:]
+    distributed.die_with(int(launcher))
+    process.prepare()
     failure = Path(out) / ".failed"
     if failure.exists():  # what stopped one worker would stop this one too
         sys.exit(2)
     try:
         work(Path(out), stages, distributed.current(), device)
-    except UserError as error:
-        failure.write_text(str(error))
+    except Exception as error:
+        if not isinstance(why := explained(error), UserError):
+            raise
+        failure.write_text(str(why), encoding="utf-8", errors="surrogateescape")
         sys.exit(2)
-    except KeyboardInterrupt:  # the parent reports it
-        sys.exit(130)
 
 
 if __name__ == "__main__":

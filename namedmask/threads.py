@@ -8,20 +8,27 @@ of threads.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from .process import omp_num_threads
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def thread_count() -> int:
-    """Number of threads of this process: OMP_NUM_THREADS, which is set for multiple workers, or the number of cores."""
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    """Number of threads of this process: OMP_NUM_THREADS, which is set for multiple workers, or its usable cores.
+
+    Raises:
+        UserError: If OMP_NUM_THREADS is malformed.
+    """
+    from namedmask_kernels.threads import usable_cores
+
+    return omp_num_threads() or usable_cores()
 
 
 def map_ahead(
@@ -62,6 +69,13 @@ def use_one_torch_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def limit_torch_threads() -> None:
+    """Makes torch use at most `thread_count` threads. By itself it follows CPU affinity, but no CPU quota."""
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), thread_count()))
 
 
 @contextmanager

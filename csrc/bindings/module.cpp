@@ -20,6 +20,7 @@
 #include "namedmask/random_walk.h"
 #include "namedmask/spectral_clusters.h"
 #include "namedmask/vote_masks.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -51,6 +52,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   using namedmask::bindings::define;
   namespace cpu = namedmask::cpu;
 
+  m.def("thread_count", &cpu::thread_count);
+  m.def("limit_threads", &cpu::limit_threads);
   m.def("level", [] { return cpu::name(cpu::level()); });  // "portable", "avx2", "avx512" or "avx512_vnni"
 #ifdef NMK_WITH_CUDA
   m.def("has_cuda", [] { return true; });

@@ -12,6 +12,7 @@
 
 #include "attention_features_levels.h"
 #include "level.h"
+#include "threads.h"
 
 namespace namedmask::cpu {
 namespace {
@@ -104,7 +105,7 @@ void attention_features(const TensorView& qkv, const TensorView& offsets, const 
   const auto n_blocks = static_cast<int64_t>(blocks.size()), n_queries = static_cast<int64_t>(queries.size()),
              n_tapped = static_cast<int64_t>(tapped.size());
   const int64_t pieces = std::max(n_blocks, n_queries + n_tapped) + norm_pieces;
-  const int threads = static_cast<int>(std::clamp<int64_t>(pieces, 1, std::max(1, omp_get_max_threads())));
+  const int threads = static_cast<int>(std::clamp<int64_t>(pieces, 1, thread_count()));
   const int64_t floats = scratch_floats(rows ? longest : 0), block_floats = packed_floats(dim);
   const Floats scratch = aligned_floats(threads * floats), packed = aligned_floats(n_blocks * block_floats);
 

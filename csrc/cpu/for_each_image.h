@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "namedmask/tensor_view.h"
+#include "threads.h"
 
 namespace namedmask::cpu {
 
@@ -17,7 +18,7 @@ namespace namedmask::cpu {
 template <class F>
 void for_each_image(const RaggedShape& batch, F f, bool shared = false) {
   std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic) if (shared || batch.count > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(thread_count()) if (shared || batch.count > 1)
   for (int64_t b = 0; b < batch.count; ++b) {
     if (batch.begin(b) == batch.end(b)) continue;
     try {

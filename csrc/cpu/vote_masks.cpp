@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "level.h"
+#include "threads.h"
 #include "vote_masks_levels.h"
 
 namespace namedmask::cpu {
@@ -121,7 +122,7 @@ void vote_masks(const TensorView& masks, const TensorView& offsets, const Tensor
   const Election election{masks.as<uint8_t>(), batch,     n,           kept.as<uint8_t>(), reasons.as<uint8_t>(),
                           bits.get(),          at.data(), pairs.get(), kernels()};
   // With less work, waking threads costs more than it gains.
-#pragma omp parallel if (masks.shape[0] > kBytesForThreads)
+#pragma omp parallel num_threads(thread_count()) if (masks.shape[0] > kBytesForThreads)
   {
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < images * n; ++i) election.pack(i / n, i % n);

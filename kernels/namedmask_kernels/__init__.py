@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Fast batched operators that turn ViT features into masks. Requires only torch and numpy."""
 
+import os
+
 # Import torch before the extension, so that both share the libgomp that torch loads.
-import torch  # noqa: F401
+import torch
 
 from .attention_features import AttentionFeatures, attention_features
 from .backends import explain
@@ -15,6 +17,10 @@ from .ragged import Ragged
 from .random_walk import random_walk
 from .spectral_clusters import spectral_clusters
 from .vote_masks import Vote, vote_masks
+
+# A forked child has no copies of libgomp's threads, and torch would wait for them forever. The C++ kernels have a
+# handler of their own.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 __all__ = [
     "AttentionFeatures",

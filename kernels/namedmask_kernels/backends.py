@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from .ragged import Ragged
+from .threads import usable_cores
 
 # Fastest first: "auto" takes the first that can run. It never takes the reference, which is slow.
 ORDER = ("cuda", "triton", "cpu", "reference")
@@ -27,13 +29,19 @@ CUDA_WITH_TRITON: set[str] = set()
 
 @functools.cache
 def native() -> Any:
-    """The C++ extension `namedmask_kernels._native`, or None if it was not built (in a bare source tree)."""
+    """The C++ extension `namedmask_kernels._native`, or None if it was not built (in a bare source tree).
+
+    Unless OMP_NUM_THREADS is set, it uses at most `usable_cores` threads.
+    """
     try:
-        return importlib.import_module("namedmask_kernels._native")
+        extension = importlib.import_module("namedmask_kernels._native")
     except ModuleNotFoundError as error:
         if error.name != "namedmask_kernels._native":
             raise
         return None
+    if not os.environ.get("OMP_NUM_THREADS"):
+        extension.limit_threads(usable_cores())
+    return extension
 
 
 def obstacle(op: str, backend: str, device: torch.device) -> str | None:

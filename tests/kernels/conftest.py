@@ -23,6 +23,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported: kernels then run on the CPU
 
 
+if (native := backends.native()) is not None:
+    native.limit_threads(64)  # tests run on more threads than a container's CPU quota may allow
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the CPU, see emulator.py")
     # Tests pass NaN and infinity on purpose, and Triton's interpreter computes with numpy.

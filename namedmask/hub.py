@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+"""Published weights: which ones a run needs, where they are in the caches, and their download.
+
+Weights are looked for in the caches of huggingface_hub, torch.hub and open_clip first. Before a download, the server is
+asked for the file with a short time limit, so that without a network a command ends with one line in seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import shutil
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .config import RunConfig
+from .errors import UserError, first_line
+from .files import atomic_write
+
+ANSWER_WITHIN = 4.0  # seconds for all the server's answers together, name resolution included
+READ_TIMEOUT = 30.0  # seconds without data after which a download from a URL fails
+
+# Weights that huggingface_hub has in two formats: safetensors is preferred.
+SAFE_NAMES = {
+    "pytorch_model.bin": "model.safetensors",
+    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
+}
+
+
+class Published(NamedTuple):
+    """A published file of weights.
+
+    Attributes:
+        what: The model, for messages.
+        option: Option of the commands that takes a local file instead.
+        repository: Repository on the Hugging Face Hub, perhaps with @revision; "" for a file that has only a URL.
+        file: Its name in the repository.
+        url: Its address if it is in no repository.
+        folder: Cache of files from URLs.
+    """
+
+    what: str
+    option: str
+    repository: str = ""
+    file: str = ""
+    url: str = ""
+    folder: Path = Path()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the file in the repository, the preferred one first."""
+        safe = SAFE_NAMES.get(self.file, re.sub(r"\.(bin|pth|pt)$", ".safetensors", self.file))
+        return list(dict.fromkeys([safe, self.file]))
+
+    def address(self, name: str = "") -> str:
+        """The URL of the file, or of the one of `names`."""
+        if not self.repository:
+            return self.url
+        from huggingface_hub import hf_hub_url
+
+        repository, _, revision = self.repository.partition("@")
+        return hf_hub_url(repository, name or self.names[0], revision=revision or None)
+
+    @property
+    def download(self) -> Path:
+        """Where a file from a URL is stored."""
+        return self.folder / Path(urllib.parse.urlparse(self.url).path).name
+
+    def cached(self) -> Path | None:
+        """The file in the cache; None if it is not there."""
+        if not self.repository:
+            return self.download if self.download.is_file() else None
+        from huggingface_hub import try_to_load_from_cache
+
+        repository, _, revision = self.repository.partition("@")
+        for name in self.names:
+            if isinstance(found := try_to_load_from_cache(repository, name, revision=revision or None), str):
+                return Path(found)
+        return None
+
+
+def clip(model: str) -> Published | None:
+    """The published weights of a CLIP model, MODEL:PRETRAINED; None without PRETRAINED, as for models of plugins.
+
+    Raises:
+        UserError: If there are none of this name.
+    """
+    import open_clip
+
+    name, _, tag = model.partition(":")
+    if not tag:
+        return None
+    if not (cfg := open_clip.get_pretrained_cfg(name, tag)):
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none; see open_clip.list_pretrained()"
+        raise UserError(f"--clip-model {model}: open_clip has no {name!r} with weights {tag!r}; there are: {known}")
+    repository, _, file = cfg.get("hf_hub", "").rpartition("/")
+    what, folder = f"CLIP model {model}", Path("~/.cache/clip").expanduser()
+    if repository:
+        return Published(what, "--clip-weights", repository, file or "open_clip_pytorch_model.bin")
+    return Published(what, "--clip-weights", url=cfg["url"], folder=folder)
+
+
+def timm(name: str, kind: str) -> Published | None:
+    """The published weights of a timm model or of a name of `backbones.PUBLISHED`; None if it has none of the network.
+
+    Args:
+        name: Name of the model.
+        kind: "backbone" or "encoder"; `--KIND-weights` is the option that takes a file.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    import torch
+    from timm.models import get_pretrained_cfg
+
+    from .backbones import PUBLISHED, expect_model
+
+    what, option, folder = f"{kind} {name}", f"--{kind}-weights", Path(torch.hub.get_dir()) / "checkpoints"
+    if name in PUBLISHED:
+        return Published(what, option, url=PUBLISHED[name], folder=folder)
+    expect_model(name)
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or cfg.file or not (cfg.hf_hub_id or cfg.url):
+        return None
+    if cfg.hf_hub_id:
+        return Published(what, option, cfg.hf_hub_id, cfg.hf_hub_filename or "pytorch_model.bin")
+    return Published(what, option, url=str(cfg.url), folder=folder)
+
+
+def needed(config: RunConfig, stages: Collection[str]) -> list[Published]:
+    """The published weights that stages load, but for those that are given as local files.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    found: list[Published | None] = []
+    index, detector, saliency = config.index, config.detector, config.saliency
+    if {"index", "archive"} & set(stages) and not (index.embeddings or index.clip_weights):
+        found.append(clip(index.clip_model))
+    if "pseudolabel" in stages and detector.name != "selfmask":
+        entries = [(detector.backbone, detector.backbone_weights)]
+        entries += [(name, file) for name, _, file in (entry.partition("=") for entry in detector.more_backbones)]
+        found += [timm(name, "backbone") for name, file in entries if not file]
+    if "train-saliency" in stages and not (saliency.backbone_weights or saliency.init_checkpoint):
+        found.append(timm(saliency.backbone, "backbone"))
+    for stage, settings in (("experts", config.experts), ("train", config.segmenter)):
+        if stage in stages and not settings.encoder_weights:
+            found.append(timm(settings.encoder, "encoder"))
+    return list(dict.fromkeys(one for one in found if one is not None))
+
+
+def require(weights: Sequence[Published]) -> None:
+    """Downloads those of the weights that are not in the caches.
+
+    Raises:
+        UserError: If one cannot be downloaded. Names all that are missing, the address and what to do.
+    """
+    missing = [one for one in weights if one.cached() is None]
+    for number, one in enumerate(missing):
+        fetch(one, missing[number + 1 :])
+
+
+def fetch(one: Published, others: Sequence[Published] = ()) -> Path:
+    """The file of published weights, from the cache or downloaded into it.
+
+    Args:
+        one: The weights.
+        others: Further weights that are missing, for the error message.
+
+    Raises:
+        UserError: If it cannot be downloaded. Names the weights, the address and what to do.
+    """
+    if (path := one.cached()) is not None:
+        return path
+    try:
+        name = _within(ANSWER_WITHIN, lambda: _find(one))
+        print(f"downloading {one.what}: {one.address(name)}", flush=True)
+        return _download(one, name)
+    except Exception as error:  # hub, network and disk each have their own exceptions
+        missing = (one, *others)
+        models = " and ".join(other.what for other in missing)
+        server = urllib.parse.urlparse(one.address()).netloc or "the server"
+        files = " and ".join(f"{other.address()} for {other.option} FILE" for other in missing)
+        raise UserError(
+            f"no weights of {models} in the caches, and {server} does not give them ({_reason(error)}); where there is "
+            f"a network, run `namedmask fetch` and copy its caches, or download {files}"
+        ) from None
+
+
+def _within(seconds: float, function: Callable[[], str]) -> str:
+    """Calls a function that may take longer than the time limits of sockets, as name resolution does."""
+    results: list[str | Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    result = results[0] if results else TimeoutError(f"no answer within {seconds:g} s")
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _find(one: Published) -> str:
+    """Asks the server for the file; returns which of its names exists. Raises the network's exceptions."""
+    if not one.repository:
+        request = urllib.request.Request(one.url, method="HEAD")
+        with urllib.request.urlopen(request, timeout=ANSWER_WITHIN):
+            return ""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+    for name in one.names:
+        answer = get_session().head(one.address(name), headers=build_hf_headers(), timeout=ANSWER_WITHIN)
+        if answer.status_code < 400:
+            return name
+    raise FileNotFoundError(f"HTTP status {answer.status_code} for {one.address(name)}")
+
+
+def _download(one: Published, name: str) -> Path:
+    if one.repository:
+        from huggingface_hub import hf_hub_download
+
+        repository, _, revision = one.repository.partition("@")
+        with _quiet():
+            return Path(hf_hub_download(repository, name, revision=revision or None))
+    one.folder.mkdir(parents=True, exist_ok=True)
+    with urllib.request.urlopen(one.url, timeout=READ_TIMEOUT) as answer, atomic_write(one.download) as file:
+        shutil.copyfileobj(answer, file, 1 << 20)
+        if (size := answer.headers.get("Content-Length")) and file.tell() != int(size):
+            raise OSError(f"{file.tell()} of {size} bytes arrived")
+    return one.download
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides huggingface_hub's log of retries: the error that ends them says the same."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "reason", None)  # of urllib's errors
+    return first_line(reason if isinstance(reason, Exception) else error)
+
+
+def caches() -> list[str]:
+    """The folders of the caches, each with what moves it."""
+    import torch
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [
+        f"{HF_HUB_CACHE} (set HF_HOME to move it)",
+        f"{torch.hub.get_dir()}/checkpoints (set TORCH_HOME to move it)",
+    ]

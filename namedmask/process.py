@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""The process of a command: its signals, its output streams and OMP_NUM_THREADS. Imports only the standard library."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, TextIO
+
+from .errors import UserError
+
+PARENT = os.getppid()  # as early as possible: a parent that dies during the imports is noticed
+MAX_THREADS = 1024
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. No KeyboardInterrupt, which other packages catch."""
+
+    def __init__(self, signum: int = signal.SIGINT):
+        super().__init__(signum)
+        self.exit_code = 128 + signum
+        self.reason = "interrupted" if signum == signal.SIGINT else f"ended by {signal.Signals(signum).name}"
+
+
+def prepare() -> None:
+    """Prepares the process of a command or of a worker, before anything else is imported.
+
+    - Output that nobody reads any more (`| head`) is dropped and does not end a run.
+    - Characters that the terminal cannot show are printed as escapes such as \\xe9.
+    - torch's C++ code logs errors only: its warnings about sockets say nothing to the user of a command.
+
+    Raises:
+        UserError: If OMP_NUM_THREADS is malformed.
+    """
+    sys.stdout, sys.stderr = (_robust(stream) for stream in (sys.stdout, sys.stderr))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not os.environ.get("OMP_NUM_THREADS", "").strip():
+        os.environ.pop("OMP_NUM_THREADS", None)  # libgomp complains about an empty value
+    omp_num_threads()
+
+
+def handle_signals() -> None:
+    """Makes Ctrl-C and SIGTERM raise `Interrupted`; a second one ends the process at once.
+
+    During an import, where the exception could be lost or leave modules half-initialized, they print a line and end the
+    process. Signals that the parent ignores, as for background jobs, stay ignored.
+    """
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, _interrupt)
+
+
+def reset_signals() -> None:
+    """Undoes `handle_signals`: an exception while the interpreter exits would print a traceback."""
+    for signum in SIGNALS:
+        if signal.getsignal(signum) == _interrupt:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    reset_signals()
+    interrupted = Interrupted(signum)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"namedmask: {interrupted.reason}\n".encode())
+            os._exit(interrupted.exit_code)
+        frame = frame.f_back
+    raise interrupted
+
+
+def complain(message: object) -> None:
+    """Prints an error as one line on stderr. Control characters, such as of file names, are printed as escapes."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))
+    print(f"namedmask: {text}", file=sys.stderr)
+
+
+class _Output(io.FileIO):
+    """A file descriptor that drops its output from the first write on which a pipe or a terminal is gone."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return super().write(data)
+
+
+def _robust(stream: TextIO | None) -> TextIO:
+    if stream is None:  # closed by the parent
+        return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def omp_num_threads() -> int | None:
+    """OMP_NUM_THREADS, the first number of a list such as "4,2"; None if it is not set.
+
+    Raises:
+        UserError: If it is not a list of positive integers, or above MAX_THREADS.
+    """
+    text = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not text:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= MAX_THREADS for part in parts):
+        raise UserError(f"OMP_NUM_THREADS={text!r}: expected a number of threads from 1 to {MAX_THREADS}, or no value")
+    return int(parts[0])

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: MIT
+"""Published weights: which ones a run needs, the caches, downloads, and one line in seconds without a network."""
+
+import http.server
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from namedmask import cli, hub
+from namedmask.config import make_config
+from namedmask.doctor import examine
+from namedmask.errors import UserError
+from namedmask.hub import Published
+from namedmask.stages import STAGES
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Has /good, /cut (which ends before its length), /slow (which never answers), and nothing else."""
+
+    requests: list[str] = []  # noqa: RUF012
+
+    def do_HEAD(self):
+        self.answer(b"")
+
+    def do_GET(self):
+        self.answer(b"weights")
+
+    def answer(self, body: bytes):
+        self.requests.append(f"{self.command} {self.path}")
+        if self.path == "/slow":
+            time.sleep(1)
+            return
+        self.send_response(200 if self.path in ("/good", "/cut") else 404)
+        self.send_header("Content-Length", "9" if self.path == "/cut" else "7")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "ANSWER_WITHIN", 0.3)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))  # empty
+    Server.requests.clear()
+
+
+def from_url(url: str, folder: Path) -> Published:
+    return Published("backbone x", "--backbone-weights", url=url, folder=folder)
+
+
+def test_a_file_is_downloaded_once(server, tmp_path, capsys):
+    one = from_url(f"{server}/good", tmp_path / "cache")
+    assert one.cached() is None
+    assert hub.fetch(one).read_bytes() == b"weights" and hub.fetch(one) == one.cached() == tmp_path / "cache" / "good"
+    assert Server.requests == ["HEAD /good", "GET /good"]
+    assert capsys.readouterr().out == f"downloading backbone x: {server}/good\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("/none", "Not Found"), ("/cut", "7 of 9 bytes arrived"), ("/slow", "no answer within 0.3 s|timed out")],
+)
+def test_what_the_server_does_not_give_is_one_line(server, tmp_path, path, reason):
+    one, start = from_url(server + path, tmp_path), time.monotonic()
+    with pytest.raises(
+        UserError, match=rf"backbone x in the caches.*({reason}).*`namedmask fetch`.*--backbone-weights"
+    ) as info:
+        hub.fetch(one)
+    assert time.monotonic() - start < 0.9 and "\n" not in str(info.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slow_name_resolution_does_not_delay_the_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(1))
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"weights\.example does not give them \(no answer within 0\.3 s\)"):
+        hub.fetch(from_url("https://weights.example/a.pth", tmp_path))
+    assert time.monotonic() - start < 0.9
+
+
+def test_names_on_the_hub(server, tmp_path, monkeypatch):
+    """safetensors first, then the other format; all missing weights are named."""
+    clip = Published("CLIP model c", "--clip-weights", "org/c@v2", "open_clip_pytorch_model.bin")
+    vit = Published("backbone v", "--backbone-weights", "org/v", "pytorch_model.bin")
+    assert clip.address().endswith("org/c/resolve/v2/open_clip_model.safetensors")
+    assert vit.address().endswith("org/v/resolve/main/model.safetensors")
+    places = {"model.safetensors": "/none", "pytorch_model.bin": "/good"}
+    monkeypatch.setattr(Published, "address", lambda one, name="": server + places.get(name, f"/{one.repository}"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name, revision: f"{repository}/{name}")
+    assert hub.fetch(vit) == Path("org/v/pytorch_model.bin")
+    Server.requests.clear()
+    with pytest.raises(
+        UserError, match=r"CLIP model c and backbone v .*HTTP status 404.*--clip-weights.*--backbone-weights"
+    ):
+        hub.require([clip, vit])
+    assert len(Server.requests) == 2  # both names of the first file
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"\(HF_HUB_OFFLINE is set\)"):
+        hub.fetch(clip)
+
+
+def needed(stages=STAGES, **values) -> list[str]:
+    return [one.what for one in hub.needed(make_config({"photos": "", **values}), stages)]
+
+
+def test_the_settings_tell_which_weights_are_needed():
+    clip, vit, encoder = "CLIP model ViT-L-14-336:openai", "backbone vit_small_patch8_224.dino", "encoder resnet50.dino"
+    assert needed() == [clip, vit, encoder]
+    assert needed(["index"]) == needed(["archive"]) == [clip] and needed(["pseudolabel"]) == needed(
+        ["train-saliency"]
+    ) == [vit]
+    assert needed(["experts"]) == needed(["train"]) == [encoder] and needed(["report"]) == []
+    assert needed(["index"], index={"embeddings": "/e"}) == needed(["index"], index={"clip_weights": "/w"}) == []
+    assert needed(["index"], index={"clip_model": "namedmask-demo"}) == []  # of a plugin
+    assert needed(["pseudolabel"], detector={"backbone": "vit_namedmask_demo"}) == []
+    assert needed(["pseudolabel"], detector={"backbone_weights": "/w"}) == []
+    assert needed(["pseudolabel"], detector={"name": "selfmask"}) == []
+    votes = {"name": "cluster-vote", "more_backbones": ["vit_base_patch16_224.dino", "vit_small_patch16_224.dino=/w"]}
+    assert needed(["pseudolabel"], detector=votes) == [vit, "backbone vit_base_patch16_224.dino"]
+    assert needed(["train"], segmenter={"encoder": "resnet18.a1_in1k"}) == ["encoder resnet18.a1_in1k"]
+    for values, message in (
+        ({"index": {"clip_model": "ViT-B-32:nope"}}, "no 'ViT-B-32' with weights 'nope'; there are: openai"),
+        ({"detector": {"backbone": "vit_nope"}}, "'vit_nope' is no timm model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            needed(**values)
+
+
+def invoke(*words):
+    return CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
+
+
+def test_fetch_and_doctor(monkeypatch, tmp_path):
+    fetched = []
+    monkeypatch.setattr(hub, "fetch", lambda one: fetched.append(one.what) or tmp_path / "file")
+    result = invoke("fetch", "--backbone", "vit_base_patch16_224.dino", "--set", "index.embeddings=/e")
+    assert fetched == ["backbone vit_base_patch16_224.dino", "encoder resnet50.dino"]  # SelfMask's backbone is the same
+    assert result.stdout == "".join(f"{what}: {tmp_path / 'file'}\n" for what in fetched)
+    report = "\n".join(examine())
+    assert "CLIP model ViT-L-14-336:openai: not downloaded; `namedmask fetch` does it" in report
+    monkeypatch.setattr(Published, "cached", lambda one: tmp_path / one.file)
+    assert f"backbone vit_small_patch8_224.dino: {tmp_path / 'pytorch_model.bin'}" in "\n".join(examine())
+
+
+def test_a_run_looks_for_all_weights_before_any_work(monkeypatch, tmp_path):
+    """In a folder of class folders, no CLIP is needed; a run without weights leaves no results and no settings."""
+    from small_world import draw_photo
+
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        draw_photo(0, name).save(tmp_path / "photos" / name / "0.jpg")
+    monkeypatch.setattr(hub, "_find", lambda one: (_ for _ in ()).throw(OSError("no network")))
+    result = invoke("run", tmp_path / "photos", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "no weights of backbone vit_small_patch8_224.dino in the caches" in result.stderr
+    result = invoke("run", tmp_path / "photos", "--categories", "cat", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "no weights of CLIP model ViT-L-14-336:openai and backbone" in result.stderr
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name != ".lock"]
