@@ -34,6 +34,11 @@ def photo_budget() -> int:
     return int(min(share, max(MIN_CAP, CAP_PER_THREAD * threads)))
 
 
+def processing_budget() -> int:
+    """The part of `photo_budget` for photos that are decoded."""
+    return int(photo_budget() * (1 - DECODE_SHARE))
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes of memory that are available to this process, by /proc/meminfo and the limits of its control groups."""
     try:

@@ -62,6 +62,7 @@ _HEIC = "HEIC photo: install pillow-heif (pip install 'namedmask[heif]'), or con
 _AVIF = "AVIF photo: install pillow 11.3 or later, or convert it to JPEG"
 _UNPACK = "compressed archives cannot be read in place: unpack it into a folder or a plain .tar"
 
+_ARRAYS = {(dtype, 1) for dtype in ("bool", "uint8", "uint16", "int32", "float32")} | {("uint8", c) for c in (2, 3, 4)}
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -514,7 +515,7 @@ class _TarIndex(NamedTuple):
 class _TarIndexes:
     """A cache of the indexes of tars, least recently used ones first, for up to `limit` members in all.
 
-    It belongs to the module, so that sources stay cheap to pickle. Two threads may scan the same tar, which is harmless.
+    It belongs to the module, so that sources stay cheap to pickle. Two threads may scan the same tar; it is harmless.
     """
 
     def __init__(self, limit: int):
@@ -608,14 +609,41 @@ def _open_image(file: Any, name: str, max_pixels: int) -> Image.Image:
 
 def _decode(data: bytes, name: str, max_pixels: int) -> np.ndarray:
     with _open_image(io.BytesIO(data), name, max_pixels) as image:
-        image.load()
-        # After load: the EXIF of a PNG may follow the pixels, and Pillow itself rotates TIFFs while loading.
-        transpose = _UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(image if transpose is None else image.transpose(transpose))
-        width, height = rgb.size
-        # The buffer of a BytesIO is writable, and CPython does not copy the bytes because there is no other reference.
-        pixels = np.frombuffer(io.BytesIO(rgb.tobytes()).getbuffer(), np.uint8)
-        return pixels.reshape(height, width, 3)
+        return pixels_of(image)
+
+
+def pixels_of(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Converts an image of any kind by the rules of `PhotoSource.decode`: the pixels of a file, of Pillow's image of it
+    and of the array of that are the same, except that an array has no EXIF orientation and no palette.
+
+    Args:
+        image: Image of any mode of Pillow; or array [H, W], bool, uint8, uint16, int32 or float32, or [H, W, C], uint8,
+            with C = 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA).
+
+    Returns:
+        uint8 RGB [H, W, 3], C-contiguous; the array itself if it is that already.
+
+    Raises:
+        ValueError: If an array has another shape or dtype, or no pixels.
+        OSError: If the file of a lazy image is damaged. Pillow may raise other exceptions, too.
+    """
+    if isinstance(image, np.ndarray):
+        kind = (image.dtype.name, image.shape[2] if image.ndim == 3 else 1)
+        if not image.size or image.ndim not in (2, 3) or kind not in _ARRAYS:
+            shapes = "[H, W] or [H, W, 1 to 4], uint8, or [H, W], bool, uint16, int32 or float32"
+            raise ValueError(f"expected an image {shapes}, got {image.dtype} {list(image.shape)}")
+        if kind == ("uint8", 3):
+            return np.ascontiguousarray(image)
+        image = image.reshape(image.shape[:2]) if kind[1] == 1 else image
+        image = Image.fromarray(np.ascontiguousarray(image))
+    image.load()
+    # After load: the EXIF of a PNG may follow the pixels, and Pillow itself rotates TIFFs while loading.
+    transpose = _UPRIGHT.get(_orientation(image))
+    rgb = _to_rgb(image if transpose is None else image.transpose(transpose))
+    width, height = rgb.size
+    # The buffer of a BytesIO is writable, and CPython does not copy the bytes because there is no other reference.
+    pixels = np.frombuffer(io.BytesIO(rgb.tobytes()).getbuffer(), np.uint8)
+    return pixels.reshape(height, width, 3)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -630,7 +658,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
     elif image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from namedmask import photos
-from namedmask.photos import PhotoError, PhotoSource, decode_ahead
+from namedmask.photos import PhotoError, PhotoSource, decode_ahead, pixels_of
 
 
 def scene(height=24, width=40):
@@ -589,6 +589,54 @@ def test_exif_orientation_is_applied(tmp_path, kind, orientation):
     expected = SHOWN[orientation](scene())
     assert got.shape == expected.shape
     assert np.abs(got.astype(int) - expected).max() <= (8 if kind == "JPEG" else 0)
+
+
+MODES = {
+    "1": ["PNG"], "L": ["PNG", "BMP"], "LA": ["PNG"], "P": ["PNG", "GIF"], "RGB": ["PNG", "TIFF"], "RGBA": ["PNG", "TIFF"],
+    "CMYK": ["TIFF", "JPEG"], "YCbCr": ["TIFF"], "LAB": ["TIFF"], "I;16": ["PNG", "TIFF"], "I": ["TIFF"], "F": ["TIFF"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_in_gives_the_same_pixels(tmp_path, mode):
+    rgb = Image.fromarray(scene())
+    if mode in ("I;16", "I", "F"):
+        dtype, factor = {"I;16": (np.uint16, 257), "I": (np.int32, -1000), "F": (np.float32, 1 / 255)}[mode]
+        image = Image.fromarray((scene()[..., 0] * np.float64(factor)).astype(dtype))
+    elif mode == "LAB":
+        image = Image.fromarray(scene(), "RGB")
+        image = Image.merge("LAB", image.split())
+    else:
+        image = rgb.convert("L").convert("LA") if mode == "LA" else rgb.convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.fromarray(scene()[..., 0]))
+    for kind in MODES[mode]:
+        data = encoded(image, kind)
+        expected = decoded(tmp_path, data, "x.tif")
+        np.testing.assert_array_equal(pixels_of(Image.open(io.BytesIO(data))), expected)
+        array = np.asarray(Image.open(io.BytesIO(data)))
+        if mode not in ("P", "CMYK", "YCbCr", "LAB"):  # whose arrays do not say what they are
+            np.testing.assert_array_equal(pixels_of(array), expected)
+    if mode == "RGB":
+        assert pixels_of(scene()) is not None and np.array_equal(pixels_of(scene()), scene())
+        np.testing.assert_array_equal(pixels_of(scene()[::-1, ::2]), scene()[::-1, ::2])
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "HSV", "RGBX", "I;16B"])
+def test_modes_without_a_file_format(mode):
+    image = Image.fromarray(scene()[..., 0].astype(">u2")) if mode == "I;16B" else Image.fromarray(scene())
+    if mode in ("La", "PA"):
+        image = image.convert("L").convert("LA" if mode == "La" else "P")
+    if mode not in ("I;16B",):
+        image = (image.convert("RGBA") if mode == "RGBa" else image).convert(mode)
+    pixels = pixels_of(image)
+    assert pixels.shape == (24, 40, 3) and pixels.dtype == np.uint8
+
+
+def test_invalid_arrays_raise_value_error():
+    for array in (np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros(4), np.zeros((4, 4, 3))):
+        with pytest.raises(ValueError, match="expected an image"):
+            pixels_of(array)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
