@@ -6,6 +6,7 @@ the time.
 """
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,10 +24,12 @@ from namedmask.config import SegmenterTraining
 from namedmask.distributed import Worker
 from namedmask.masks import MaskRecord
 from namedmask.photos import PhotoSource
+from namedmask.progress import Progress
 from namedmask.segmenter.augment import IGNORE
 from namedmask.segmenter.deeplab import DeepLab, on_device
 from namedmask.segmenter.training import Sample, accumulate_gradients, batches
 from namedmask.threads import thread_count
+from namedmask.training import TrainingPhotos
 
 CLASSES, PHOTOS = 21, 2  # photos per step; its time is proportional to them
 
@@ -178,10 +181,11 @@ def test_data_pipeline(benchmark, world, quick):
     """Photos per second that are decoded, augmented and batched, compared with those that a training step processes."""
     source, samples = world
     settings = settings_of(quick)
+    used = TrainingPhotos(source, [sample.record for sample in samples], Path(source.path), Progress("", Worker()))
 
     def ours(steps: int) -> float:
         began = time.perf_counter()
-        for photos, labels in batches(source, samples, settings, Worker(), range(steps)):
+        for photos, labels in batches(used, samples, settings, Worker(), range(steps)):
             assert photos.shape[2:] == labels.shape[1:] == (settings.crop_size, settings.crop_size)
         return steps * settings.batch_size / (time.perf_counter() - began)
 

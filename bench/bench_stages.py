@@ -54,7 +54,7 @@ def rate(title, benchmark, call, photos, **facts):
 
 def test_decode(benchmark, world):
     source, names, _ = world
-    rate("decode, 480 x 640 JPEG", benchmark, lambda: list(decode_ahead(source.decode, names)), len(names))
+    rate("decode, 480 x 640 JPEG", benchmark, lambda: list(decode_ahead(source, names, source.decode)), len(names))
 
 
 def test_index(benchmark, tmp_path, quick):

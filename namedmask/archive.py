@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 
 from .errors import UserError
 from .files import atomic_write
+from .formats import BACKGROUND
 from .threads import kernels_on_one_thread, map_ahead
 
 if TYPE_CHECKING:
@@ -41,6 +43,30 @@ class Archive(NamedTuple):
 
     categories: list[str]  # in the order of the user
     photos: dict[str, list[Retrieved]]  # best first
+
+
+def expect_distinct(names: Iterable[str], where: str) -> None:
+    """Checks category names.
+
+    Args:
+        names: The names.
+        where: The option or folder that they are from, for the error.
+
+    Raises:
+        UserError: If a name is empty, the name of class 0, or equal to another one up to letter case and Unicode
+            normalization form, which file systems, CLIP and readers take for the same.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        if not key.strip():
+            raise UserError(f"{where}: a category has an empty name")
+        if key == BACKGROUND:
+            raise UserError(f"{where}: {name!r} is the name of class 0; choose another name")
+        if key in known:
+            how = "is listed twice" if known[key] == name else f"and {known[key]!r} differ only in case or Unicode form"
+            raise UserError(f"{where}: the name {name!r} {how}")
+        known[key] = name
 
 
 def prompts() -> list[str]:
@@ -188,6 +214,7 @@ def read_archive(path: Path) -> Archive:
     try:
         data = json.loads(path.read_bytes())
         photos = {c: [Retrieved(e["photo"], e.get("score")) for e in data["photos"][c]] for c in data["categories"]}
+        expect_distinct(data["categories"], str(path))
         return Archive(data["categories"], photos)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; create it with `namedmask archive`") from None

@@ -319,7 +319,7 @@ def segment(
         raise UserError(f"{out} holds the weights: choose another --out, as their files would be overwritten")
     with run.locked(out):
         if overwrite:
-            for name in ("masks", "overlays", "categories.json", "errors.jsonl"):
+            for name in ("masks", "overlays", "photos.jsonl", "categories.json", "errors.jsonl"):
                 run.remove(out / name)
         with Progress("segment", Worker()) as progress:
             made, failed = segment_photos(segmenter, weights, source, out, progress)

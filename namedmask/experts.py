@@ -11,8 +11,8 @@ mode "shared"    one network with an output layer per category, trained on all c
 
 OUT/experts/
   NAME.safetensors      network of a category, NAME percent-encoded; in the mode "shared" a single shared.safetensors
-  NAME/                 metrics.jsonl, tensorboard/ and, until the training is finished, checkpoint.pt (see
-                        `namedmask.training`)
+  NAME/                 metrics.jsonl, tensorboard/, *.errors.jsonl and, until the training is finished, checkpoint.pt
+                        (see `namedmask.training`)
 OUT/refining/           finished shards, until all are finished
 OUT/refined/00000.jsonl the records of masks/ with the experts' masks and scores; in the mode "separate" one category
                         per shard, in the mode "shared" sorted by photo. The folder appears when all are finished.
@@ -40,9 +40,9 @@ from .backbones import Encoder, untrained_encoder
 from .config import ExpertTraining
 from .distributed import Worker
 from .errors import UserError
-from .files import atomic_write, remove_stale
+from .files import atomic_write, fitted, remove_stale
 from .mask_counts import check_mask_counts, show_mask_counts
-from .masks import ErrorRecord, MaskRecord, errors_path, mask_score, read_masks, write_errors, write_shard
+from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path, mask_score, read_masks, write_errors, write_shard
 from .photos import Photo, PhotoError, PhotoSource
 from .progress import Progress
 from .segmenter.augment import IGNORE
@@ -137,8 +137,11 @@ class SharedExperts(DeepLab):
 
 
 def file_name(category: str) -> str:
-    """File name of a category, without a suffix. It is unique and never leads out of its folder."""
-    return quote(category, safe=" ").replace(".", "%2E")
+    """File name of a category, without a suffix. It is unique and never leads out of its folder.
+
+    Names that are too long, such as those of 30 Chinese characters, end with a digest.
+    """
+    return fitted(quote(category, safe=" ", errors="surrogatepass").replace(".", "%2E"), 200)
 
 
 def expert_samples(records: dict[str, list[MaskRecord]], names: Sequence[str]) -> list[Sample]:
@@ -346,7 +349,7 @@ def relabel(
             if isinstance(photo, PhotoError):
                 yield name, photo
             elif {record.size for record in by_photo[name]} != {photo.pixels.shape[:2]}:
-                yield name, PhotoError(name, "has changed since its mask was made: it has another size")
+                yield name, PhotoError(name, RESIZED)
             else:
                 yield name, records
 

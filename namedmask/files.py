@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Files that appear whole or not at all."""
 
+import errno
 import hashlib
 import os
 import secrets
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY_PREFIX = ".tmp-"
+MAX_NAME = 255  # bytes of a file name
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 
 
 @contextmanager
@@ -50,6 +53,20 @@ def remove_stale(folder: str | os.PathLike) -> None:
             shutil.rmtree(stale)
         else:
             stale.unlink(missing_ok=True)
+
+
+def name_digest(name: str) -> str:
+    """A short digest of any name, for file names that must be unique."""
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def fitted(name: str, length: int = MAX_NAME) -> str:
+    """`name` if it has at most `length` bytes, else its beginning, "~" and its `name_digest`."""
+    if len(name.encode("utf-8", "surrogatepass")) <= length:
+        return name
+    end = f"~{name_digest(name)}"
+    start = name.encode("utf-8", "surrogatepass")[: length - len(end)]
+    return start.decode("utf-8", "ignore") + end
 
 
 def absolute(path: str | os.PathLike) -> str:

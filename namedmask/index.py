@@ -178,7 +178,7 @@ class Clip:
                 rows = iter(embeddings.float().cpu().numpy())
             return [(name, photo if isinstance(photo, PhotoError) else next(rows)) for name, photo in batch]
 
-        loaded = decode_ahead(load, names)
+        loaded = decode_ahead(source, names, load)
         batches = iter(lambda: list(itertools.islice(loaded, CLIP_BATCH[self.device.split(":")[0]])), [])
         with kernels_on_one_thread(self.device) as threads:
             for batch in map_ahead(embed, batches, threads):

@@ -19,6 +19,8 @@ from pycocotools import mask as coco
 
 from namedmask.files import atomic_write
 
+RESIZED = "has changed since its mask was made: it has another size"  # the reason of an error
+
 _ERRORS_SUFFIX = ".errors.jsonl"
 _Record = TypeVar("_Record")
 
@@ -155,6 +157,10 @@ class ErrorRecord(NamedTuple):
     stage: str  # the stage in which it failed, such as "index"
     reason: str
 
+    def to_line(self) -> bytes:
+        """Returns a line of JSON, in ASCII."""
+        return json.dumps(self._asdict()).encode() + b"\n"
+
 
 def errors_path(shard: str | os.PathLike) -> Path:
     """Returns the path of the errors of a shard: `masks/00000.errors.jsonl` for `masks/00000.jsonl`."""
@@ -165,7 +171,7 @@ def write_errors(path: str | os.PathLike, errors: Iterable[ErrorRecord]) -> None
     """Writes the errors of a shard, even if there are none. Call it before the shard itself is written."""
     with atomic_write(path) as file:
         for error in errors:
-            file.write(json.dumps(error._asdict()).encode() + b"\n")
+            file.write(error.to_line())
 
 
 def read_errors(path: str | os.PathLike) -> Iterator[ErrorRecord]:

@@ -9,24 +9,40 @@ the source read another file.
 """
 
 import codecs
+import contextlib
 import functools
+import hashlib
 import io
+import json
 import logging
 import os
 import stat
 import tarfile
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
+from .memory import DECODE_SHARE, photo_budget
 from .threads import map_ahead, thread_count
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# HEIC and AVIF are read if Pillow can; `_can_read` says whether it can.
+PHOTO_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".heic", ".heif", ".hif", ".avif"),
+)
+# Photos that are listed as errors, so that nobody believes that they were used.
+UNREAD_SUFFIXES = (
+    *(".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".psd", ".exr", ".hdr", ".tga"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw", ".x3f", ".3fr"),
+)
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
+DECODING_BYTES = 16  # per pixel at the peak of decoding; measured: 10 (JPEG) to 18 (WebP)
 
 _Result = TypeVar("_Result")
 
@@ -41,8 +57,12 @@ _SIGNATURES = {
     b"GIF8": "GIF",
 }
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+_CONVERT = "format that is not read: convert it to JPEG or PNG"
+_HEIC = "HEIC photo: install pillow-heif (pip install 'namedmask[heif]'), or convert it to JPEG"
+_AVIF = "AVIF photo: install pillow 11.3 or later, or convert it to JPEG"
 _UNPACK = "compressed archives cannot be read in place: unpack it into a folder or a plain .tar"
 
+_ARRAYS = {(dtype, 1) for dtype in ("bool", "uint8", "uint16", "int32", "float32")} | {("uint8", c) for c in (2, 3, 4)}
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -85,23 +105,32 @@ class PhotoError(Exception):
         return f"{self.photo!r}: {self.reason}"
 
 
+class RepeatedPhotos(PhotoError):
+    """A note that a list names photos more than once. They are used once, so nothing is lost."""
+
+
 class PhotoSource:
     """The photos of a folder (with its subfolders), of a list file (`.txt`) or of one `.tar` shard.
 
     Names are `str`; bytes that are not UTF-8 are kept by surrogateescape, so `os.fsencode(name)` restores them.
 
     - Folder: the name of a photo is its path below the folder, with `/`. Photos are the files whose suffix is in
-      `PHOTO_SUFFIXES`, in upper or lower case. Entries with a leading dot and `__MACOSX` are skipped. Links to folders
-      are followed, except back into a folder that is being listed.
+      `PHOTO_SUFFIXES`, in upper or lower case. Entries with a leading dot, `__MACOSX`, and the masks and overlays that
+      `namedmask segment` has written are skipped. Links to folders are followed, except back into a folder that is
+      being listed.
     - List: one path per line, absolute or relative to the folder of the list. The name is the line as it is, with any
-      suffix. Blank lines are skipped; a path that is listed twice is yielded twice.
+      suffix. Blank lines are skipped. A path that is listed again is yielded once; its lines are counted in an error.
     - Tar (webdataset layout), as the source itself or inside a folder or a list: members are named
       `path/to/shard.tar/member.jpg` and selected like the files of a folder. Nothing is extracted: a member is a range
-      of bytes in the shard. If several members have the same name, the last one counts, as in tar.
+      of bytes in the shard. If several members have the same name, the last one counts, as in tar. Hard links to
+      earlier photos of the tar are resolved; symbolic links and sparse members are errors. Concatenated tars are read
+      to the end.
+
+    Photos in formats that cannot be read (`UNREAD_SUFFIXES`, and HEIC or AVIF without a decoder) are errors.
 
     The order is fixed: the entries of a folder, files and subfolders together, sorted by the bytes of their names; the
     lines of a list and the members of a tar in their own order. Only one folder (with its parents) or one tar is held
-    in memory.
+    in memory, and about 100 bytes per line of a list.
 
     A source is cheap to pickle, survives a fork and may be used from several threads.
 
@@ -130,15 +159,17 @@ class PhotoSource:
             raise ValueError(f"photos: {self.path!r} is not a folder, a .txt list or a .tar")
 
     def __iter__(self) -> Iterator[str]:
-        """Yields the names in order. Raises PhotoError at the first folder or shard that cannot be listed."""
+        """Yields the names in order. Raises PhotoError at the first photo, folder or shard that cannot be read."""
 
         def stop(error: PhotoError) -> None:
-            raise error
+            if not isinstance(error, RepeatedPhotos):
+                raise error
 
         return self.names(stop)
 
     def names(self, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
-        """Yields the names in order. Calls `on_error` for a folder or shard that cannot be listed, and continues."""
+        """Yields the names in order. Calls `on_error` for whatever cannot be read, as far as its name or the listing of
+        its folder or shard shows, and continues."""
         if self._kind == "folder":
             return self._folder_names(on_error)
         if self._kind == "tar":
@@ -184,32 +215,50 @@ class PhotoSource:
         Raises:
             PhotoError: If the file cannot be read.
         """
+        with self._opened(name) as (part, size):
+            if size > MAX_BYTES:
+                raise PhotoError(name, f"{size} bytes, more than the limit of {MAX_BYTES}")
+            data = part.read(size)
+        if len(data) < size:
+            raise PhotoError(name, f"truncated: {len(data)} of {size} bytes")
+        return data
+
+    def decoding_cost(self, name: str) -> int:
+        """Returns about how many bytes of memory `decode` takes at its peak. It reads only the header of the file.
+
+        Raises:
+            PhotoError: If the file cannot be read, or if `decode` would reject its header.
+        """
+        with self._opened(name) as (part, size):
+            try:
+                with _open_image(io.BufferedReader(part), name, self.max_pixels) as image:
+                    return size + image.width * image.height * DECODING_BYTES
+            except PhotoError:
+                raise
+            except Exception as error:  # broad on purpose, as in `decode`
+                part.seek(0)
+                raise PhotoError(name, _explain(error, part.read(40))) from error
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[tuple["_Part", int]]:
+        """Opens the file of a photo, or its part of a tar. All errors within the context are PhotoErrors."""
         path, member = self._locate(name)
         try:
             status = os.stat(path)
             # Before opening: opening a FIFO waits for a writer, and opening a device may have side effects.
             if not stat.S_ISREG(status.st_mode):
                 raise PhotoError(name, "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")
-            if member is None:
-                offset, size = 0, status.st_size
-            else:
-                offset, size = _find_member(path, status, member, name)
+            offset, size = (0, status.st_size) if member is None else _find_member(path, status, member, name)
             if size == 0:
                 raise PhotoError(name, "empty file")
-            if size > MAX_BYTES:
-                raise PhotoError(name, f"{size} bytes, more than the limit of {MAX_BYTES}")
             with open(path, "rb") as file:
-                file.seek(offset)
-                data = file.read(size)
+                yield _Part(file, offset, size), size
         except (FileNotFoundError, NotADirectoryError):
             raise PhotoError(name, "vanished") from None
         except OSError as error:
             raise PhotoError(name, f"cannot be read: {error.strerror or error}") from error
         except (ValueError, MemoryError) as error:  # ValueError: a name that no file can have (NUL, lone surrogates)
             raise PhotoError(name, f"cannot be read: {error or 'out of memory'}") from error
-        if len(data) < size:
-            raise PhotoError(name, f"truncated: {len(data)} of {size} bytes")
-        return data
 
     def exists(self, name: str) -> bool:
         """Whether there is a file, or a member of a tar, of this name. It may not be a readable photo."""
@@ -269,17 +318,31 @@ class PhotoSource:
                 yield from self._file_names(name, on_error)
 
     def _list_names(self, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
+        listed: set[bytes] = set()
+        repeats, example = 0, ""
         with open(self.path, "rb") as lines:
             for number, line in enumerate(lines):
                 line = line.removeprefix(codecs.BOM_UTF8 if number == 0 else b"").rstrip(b"\r\n")
-                if line.strip():
+                if not line.strip():
+                    continue
+                key = _same_path(os.path.join(os.fsencode(self._root), line))
+                if key in listed:
+                    repeats += 1
+                    example = example or os.fsdecode(line)
+                else:
+                    listed.add(key)
                     yield from self._file_names(os.fsdecode(line), on_error)
+        if repeats:
+            lines_repeat = "1 line repeats an earlier one" if repeats == 1 else f"{repeats} lines repeat earlier ones"
+            on_error(RepeatedPhotos(self.path, f"{lines_repeat}, such as {example!r}; each photo is used once"))
 
     def _file_names(self, name: str, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
         """The names of a file in a folder or a list: its own, or those of the members of a shard."""
         lower = name.lower()
         if lower.endswith(_COMPRESSED):
             on_error(PhotoError(name, _UNPACK))
+        elif problem := _unread(name):
+            on_error(PhotoError(name, problem))
         elif lower.endswith(".tar"):
             yield from self._tar_names(name, on_error)
         else:
@@ -291,12 +354,15 @@ class PhotoSource:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("not a regular file")
-            index = _index_tar(path, status.st_size, status.st_mtime_ns)
+            index = _tar_indexes.get(path, status)
         except (OSError, ValueError) as error:
             on_error(PhotoError(name, f"tar cannot be read: {getattr(error, 'strerror', None) or error}"))
             return
         for member in index.members:
-            yield f"{name}/{member}"
+            if problem := _unread(member):
+                on_error(PhotoError(f"{name}/{member}", problem))
+            else:
+                yield f"{name}/{member}"
         if index.problem:
             on_error(PhotoError(name, index.problem))
 
@@ -317,25 +383,75 @@ class PhotoSource:
         return os.path.join(self._root, name), None
 
 
-def decode_ahead(load: Callable[[str], _Result], names: Iterable[str]) -> Iterator[tuple[str, _Result | PhotoError]]:
-    """Loads photos in several threads ahead of the caller.
+def decode_ahead(
+    source: PhotoSource, names: Iterable[str], load: Callable[[str], _Result]
+) -> Iterator[tuple[str, _Result | PhotoError]]:
+    """Loads photos in several threads ahead of the caller, within `DECODE_SHARE` of `photo_budget`.
 
     Args:
-        load: Loads a photo by its name.
+        source: The photos.
         names: Names of the photos.
+        load: Loads a photo by its name: `source.decode`, or a function that calls it.
 
     Returns:
         An iterator over each name with the result of `load` or the PhotoError that it raised, in order. Other
         exceptions of `load` are raised.
     """
 
-    def load_or_error(name: str) -> tuple[str, _Result | PhotoError]:
+    def cost(name: str) -> tuple[str, int | PhotoError]:
+        try:
+            return name, source.decoding_cost(name)
+        except PhotoError as error:
+            return name, error
+
+    def load_or_error(item: tuple[str, int | PhotoError]) -> tuple[str, _Result | PhotoError]:
+        name, problem = item
+        if isinstance(problem, PhotoError):
+            return name, problem
         try:
             return name, load(name)
         except PhotoError as error:
             return name, error
 
-    return map_ahead(load_or_error, names, thread_count())
+    return map_ahead(
+        load_or_error,
+        map_ahead(cost, names, thread_count()),
+        thread_count(),
+        cost=lambda item: item[1] if isinstance(item[1], int) else 0,
+        limit=int(photo_budget() * DECODE_SHARE),
+    )
+
+
+class _Part(io.RawIOBase):
+    """A part of an open file, as a file for reading."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int):
+        self.file, self.offset, self.size = file, offset, size
+        self.file.seek(offset)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.file.tell() - self.offset
+
+    def seek(self, to: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.size}[whence]
+        return self.file.seek(self.offset + start + to) - self.offset
+
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, self.size - self.tell())
+        return self.file.readinto(memoryview(buffer)[:left])  # type: ignore[attr-defined]
+
+
+def _same_path(path: bytes) -> bytes:
+    """A digest that is equal for different spellings of a path."""
+    parts = [part for part in path.split(b"/") if part not in (b"", b".")]
+    path = os.path.realpath(path) if b".." in parts else b"/" + b"/".join(parts)
+    return hashlib.blake2b(path, digest_size=16).digest()
 
 
 def _is_hidden(name: str) -> bool:
@@ -350,9 +466,45 @@ def _list_folder(path: str) -> list[tuple[bytes, bool]]:
             if _is_hidden(entry.name):
                 continue
             is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-            if is_folder or entry.name.lower().endswith((*PHOTO_SUFFIXES, ".tar", *_COMPRESSED)):
+            if is_folder or entry.name.lower().endswith((*PHOTO_SUFFIXES, *UNREAD_SUFFIXES, ".tar", *_COMPRESSED)):
                 entries.append((os.fsencode(entry.name), is_folder))
+    if _is_segmented(path):
+        entries = [entry for entry in entries if entry not in ((b"masks", True), (b"overlays", True))]
     return sorted(entries)
+
+
+def _is_segmented(path: str) -> bool:
+    """Whether a folder is an output of `namedmask segment`, whose masks and overlays are no photos."""
+    try:
+        with open(os.path.join(path, "categories.json"), "rb") as file:
+            about = json.loads(file.read(1 << 24))
+        return isinstance(about, dict) and {"categories", "weights", "sha256", "precision"} <= about.keys()
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats that Pillow may open here."""
+    formats = _FORMATS
+    if features.check("avif"):
+        formats += ("AVIF",)
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener(thumbnails=False)
+        formats += ("HEIF",)
+    return formats
+
+
+def _unread(name: str) -> str | None:
+    """Why a file with this suffix cannot be read; None if it can."""
+    lower = name.lower()
+    if lower.endswith(UNREAD_SUFFIXES):
+        return _CONVERT
+    if lower.endswith((".heic", ".heif", ".hif")) and "HEIF" not in _formats():
+        return _HEIC
+    return _AVIF if lower.endswith(".avif") and "AVIF" not in _formats() else None
 
 
 class _TarIndex(NamedTuple):
@@ -360,31 +512,46 @@ class _TarIndex(NamedTuple):
     problem: str | None  # what is wrong with the tar itself
 
 
-# A cache of the module, so that sources stay cheap to pickle. Two threads may scan the same tar, which is harmless.
-@functools.lru_cache(maxsize=32)
-def _index_tar(path: str, size: int, mtime_ns: int) -> _TarIndex:
-    """Positions of the photos in a tar. `size` and `mtime_ns` are part of the cache key: a tar may be rewritten."""
+class _TarIndexes:
+    """A cache of the indexes of tars, least recently used ones first, for up to `limit` members in all.
+
+    It belongs to the module, so that sources stay cheap to pickle. Two threads may scan the same tar; it is harmless.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.members = limit, 0
+        self.indexes: OrderedDict[tuple[str, int, int], _TarIndex] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, path: str, status: os.stat_result) -> _TarIndex:
+        """The index of a tar. Its size and time are part of the key: a tar may be rewritten."""
+        key = path, status.st_size, status.st_mtime_ns
+        with self.lock:
+            if key in self.indexes:
+                self.indexes.move_to_end(key)
+                return self.indexes[key]
+        index = _index_tar(path, status.st_size)
+        with self.lock:
+            if key not in self.indexes:
+                self.indexes[key] = index
+                self.members += len(index.members) + 1
+            while self.members > self.limit and len(self.indexes) > 1:
+                self.members -= len(self.indexes.popitem(last=False)[1].members) + 1
+        return index
+
+
+_tar_indexes = _TarIndexes(1 << 19)  # about 250 bytes per member
+
+
+def _index_tar(path: str, size: int) -> _TarIndex:
+    """Positions of the photos in a tar."""
     members: dict[str, tuple[int, int] | None] = {}
     problem = None
     with open(path, "rb") as file:
         try:
-            # Names must not depend on the user's locale.
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-                reached = -1
-                while (member := tar.next()) is not None:
-                    if member.size < 0 or tar.offset <= reached:
-                        raise tarfile.ReadError("header points backwards")
-                    reached = tar.offset
-                    cast(Any, tar).members.clear()  # tarfile keeps every header that it has read
-                    hidden = any(_is_hidden(part) for part in member.name.split("/"))
-                    if member.isdir() or hidden or not member.name.lower().endswith(PHOTO_SUFFIXES):
-                        continue
-                    plain = member.isreg() and not member.issparse()
-                    members[member.name] = (member.offset_data, member.size) if plain else None
-                # tarfile stops silently at a damaged header: the end is real only if it is marked.
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"no header and no end mark at byte {tar.offset} of {size}")
+            start = _index_members(file, 0, members)
+            while start < size:
+                start = _index_members(file, start, members)
         except Exception as error:
             # Broad on purpose: for damaged or malicious bytes tarfile raises far more than its own errors
             # (OverflowError, RecursionError, ...). The members before the damage are kept.
@@ -392,8 +559,36 @@ def _index_tar(path: str, size: int, mtime_ns: int) -> _TarIndex:
     return _TarIndex(members, problem)
 
 
+def _index_members(file: BinaryIO, start: int, members: dict[str, tuple[int, int] | None]) -> int:
+    """Adds the photos of the tar that begins at `start`; returns where the next of several concatenated tars begins."""
+    file.seek(start)
+    # Names must not depend on the user's locale.
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        reached = -1
+        while (member := tar.next()) is not None:
+            if member.size < 0 or tar.offset <= reached:
+                raise tarfile.ReadError("header points backwards")
+            reached = tar.offset
+            cast(Any, tar).members.clear()  # tarfile keeps every header that it has read
+            hidden = any(_is_hidden(part) for part in member.name.split("/"))
+            if member.isdir() or hidden or not member.name.lower().endswith((*PHOTO_SUFFIXES, *UNREAD_SUFFIXES)):
+                continue
+            if member.isreg() and not member.issparse():
+                members[member.name] = member.offset_data, member.size
+            else:
+                members[member.name] = members.get(member.linkname) if member.islnk() else None
+        # tarfile stops silently at a damaged header: the end is real only if it is marked.
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no header and no end mark at byte {tar.offset}")
+    while block := file.read(tarfile.BLOCKSIZE):
+        if any(block):
+            return file.tell() - len(block)
+    return file.tell()
+
+
 def _find_member(path: str, status: os.stat_result, member: str, name: str) -> tuple[int, int]:
-    members = _index_tar(path, status.st_size, status.st_mtime_ns).members
+    members = _tar_indexes.get(path, status).members
     if member not in members:
         raise PhotoError(name, "vanished: no such photo in the tar")
     place = members[member]
@@ -402,20 +597,53 @@ def _find_member(path: str, status: os.stat_result, member: str, name: str) -> t
     return place
 
 
+def _open_image(file: Any, name: str, max_pixels: int) -> Image.Image:
+    """Reads the header of an image. Raises PhotoError if it has too many pixels."""
+    image = Image.open(file, formats=_formats())
+    width, height = image.size
+    if width * height > max_pixels:
+        megapixels, limit = width * height / 1e6, max_pixels / 1e6
+        raise PhotoError(name, f"{megapixels:.4g} megapixels, more than the limit of {limit:.4g}")
+    return image
+
+
 def _decode(data: bytes, name: str, max_pixels: int) -> np.ndarray:
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            megapixels, limit = width * height / 1e6, max_pixels / 1e6
-            raise PhotoError(name, f"{megapixels:.4g} megapixels, more than the limit of {limit:.4g}")
-        image.load()
-        # After load: the EXIF of a PNG may follow the pixels, and Pillow itself rotates TIFFs while loading.
-        transpose = _UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(image if transpose is None else image.transpose(transpose))
-        width, height = rgb.size
-        # The buffer of a BytesIO is writable, and CPython does not copy the bytes because there is no other reference.
-        pixels = np.frombuffer(io.BytesIO(rgb.tobytes()).getbuffer(), np.uint8)
-        return pixels.reshape(height, width, 3)
+    with _open_image(io.BytesIO(data), name, max_pixels) as image:
+        return pixels_of(image)
+
+
+def pixels_of(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Converts an image of any kind by the rules of `PhotoSource.decode`: the pixels of a file, of Pillow's image of it
+    and of the array of that are the same, except that an array has no EXIF orientation and no palette.
+
+    Args:
+        image: Image of any mode of Pillow; or array [H, W], bool, uint8, uint16, int32 or float32, or [H, W, C], uint8,
+            with C = 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA).
+
+    Returns:
+        uint8 RGB [H, W, 3], C-contiguous; the array itself if it is that already.
+
+    Raises:
+        ValueError: If an array has another shape or dtype, or no pixels.
+        OSError: If the file of a lazy image is damaged. Pillow may raise other exceptions, too.
+    """
+    if isinstance(image, np.ndarray):
+        kind = (image.dtype.name, image.shape[2] if image.ndim == 3 else 1)
+        if not image.size or image.ndim not in (2, 3) or kind not in _ARRAYS:
+            shapes = "[H, W] or [H, W, 1 to 4], uint8, or [H, W], bool, uint16, int32 or float32"
+            raise ValueError(f"expected an image {shapes}, got {image.dtype} {list(image.shape)}")
+        if kind == ("uint8", 3):
+            return np.ascontiguousarray(image)
+        image = image.reshape(image.shape[:2]) if kind[1] == 1 else image
+        image = Image.fromarray(np.ascontiguousarray(image))
+    image.load()
+    # After load: the EXIF of a PNG may follow the pixels, and Pillow itself rotates TIFFs while loading.
+    transpose = _UPRIGHT.get(_orientation(image))
+    rgb = _to_rgb(image if transpose is None else image.transpose(transpose))
+    width, height = rgb.size
+    # The buffer of a BytesIO is writable, and CPython does not copy the bytes because there is no other reference.
+    pixels = np.frombuffer(io.BytesIO(rgb.tobytes()).getbuffer(), np.uint8)
+    return pixels.reshape(height, width, 3)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -430,7 +658,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
     elif image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white
@@ -440,13 +668,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """Grayscale [h, w] of uint16, int32 or float32 -> uint8, by the rules of `PhotoSource.decode`."""
     if values.dtype.kind == "f":
-        values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-    low, high = values.min(), values.max()
-    if values.dtype.kind == "f" and low >= 0 and high <= 1:
-        return np.rint(values * 255).astype(np.uint8)
-    if values.dtype.kind != "f" and low >= 0 and high <= 0xFFFF:
-        return (values >> 8).astype(np.uint8)
-    return np.rint((values - float(low)) * (255 / (float(high) - float(low) or 1))).astype(np.uint8)
+        values = np.nan_to_num(values, posinf=0, neginf=0)
+    low, high = float(values.min()), float(values.max())
+    result = np.empty(values.shape, np.uint8)
+    for first in range(0, len(values), 256):  # temporary float64 arrays of a few rows only
+        rows = values[first : first + 256]
+        if values.dtype.kind == "f" and low >= 0 and high <= 1:
+            rows = np.rint(rows.astype(np.float64) * 255)
+        elif values.dtype.kind != "f" and low >= 0 and high <= 0xFFFF:
+            rows = rows >> 8
+        else:
+            rows = np.rint((rows.astype(np.float64) - low) * (255 / (high - low or 1)))
+        result[first : first + 256] = rows.astype(np.uint8)
+    return result
 
 
 def _explain(error: Exception, data: bytes) -> str:
@@ -457,6 +691,8 @@ def _explain(error: Exception, data: bytes) -> str:
         text = str(error) or type(error).__name__
         return f"truncated: {text}" if "truncated" in text.lower() else f"cannot be decoded: {text}"
     head = data[:40]
+    if head[4:8] == b"ftyp" and (problem := _unread(".avif" if head[8:11] == b"avi" else ".heic")):
+        return problem
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
         return f"not an image: text begins with {head.decode('ascii')!r}"
     for signature, kind in _SIGNATURES.items():

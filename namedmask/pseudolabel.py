@@ -21,6 +21,7 @@ from .archive import Archive
 from .config import RunConfig
 from .distributed import Worker
 from .masks import ErrorRecord, MaskRecord, errors_path, mask_score, write_errors, write_shard
+from .memory import BATCH_PIXELS, processing_budget
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .refine import Refiner
 from .saliency import Detection, make_detector
@@ -91,8 +92,13 @@ class Labeler:
             with self._timed("decode"):
                 return source.decode(name)
 
+        def cost(batch: list[tuple[str, Photo | PhotoError]]) -> int:
+            pixels = sum(photo.pixels.size // 3 for _, photo in batch if isinstance(photo, Photo))
+            return pixels * (self.detector.bytes_per_pixel + self.refiner.bytes_per_pixel)
+
         with kernels_on_one_thread(self.device) as threads:
-            yield from map_ahead(self._label_batch, self._batches(decode_ahead(decode, names)), threads)
+            batches = self._batches(decode_ahead(source, names, decode))
+            yield from map_ahead(self._label_batch, batches, threads, cost=cost, limit=processing_budget())
 
     def _label_batch(self, batch: list[tuple[str, Photo | PhotoError]]) -> list[tuple[str, Labeled | PhotoError]]:
         photos = [photo for _, photo in batch if isinstance(photo, Photo)]
@@ -120,14 +126,17 @@ class Labeler:
         self, decoded: Iterable[tuple[str, Photo | PhotoError]]
     ) -> Iterator[list[tuple[str, Photo | PhotoError]]]:
         batch: list[tuple[str, Photo | PhotoError]] = []
-        tokens = 0
+        tokens = pixels = 0
         for name, photo in decoded:
-            cost = self.detector.tokens(photo) if isinstance(photo, Photo) else 0
-            if batch and tokens + cost > self.detector.tokens_per_batch:
+            cost, size = 0, 0
+            if isinstance(photo, Photo):
+                cost, size = self.detector.tokens(photo), photo.pixels.size // 3
+            if batch and (tokens + cost > self.detector.tokens_per_batch or pixels + size > BATCH_PIXELS):
                 yield batch
-                batch, tokens = [], 0
+                batch, tokens, pixels = [], 0, 0
             batch.append((name, photo))
             tokens += cost
+            pixels += size
         if batch:
             yield batch
 

@@ -16,6 +16,8 @@ from .photos import Photo
 
 # Lengths in the settings are for photos with this short side, in pixels. They are scaled with the photo.
 SHORT_SIDE = 512
+# Memory that each method takes at its peak, in bytes per pixel; measured at 8 megapixels.
+BYTES_PER_PIXEL = {"none": 4, "bilateral": 32, "crf": 100, "pamr": 130}
 
 
 def keep_largest_component(targets: Ragged) -> Ragged:
@@ -37,6 +39,7 @@ class Refiner:
 
     def __init__(self, config: RefineConfig):
         self.config = config
+        self.bytes_per_pixel = BYTES_PER_PIXEL[config.name]
 
     def refine(self, photos: Sequence[Photo], targets: Sequence[Tensor]) -> list[Tensor]:
         """Refines one mask for each photo. Results do not depend on batch composition.

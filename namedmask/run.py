@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from . import __version__, distributed, hub, process
-from .archive import read_archive
+from .archive import expect_distinct, read_archive
 from .config import RunConfig, make_config, merge, nest, to_toml
 from .distributed import Worker
 from .errors import UserError, explained
@@ -99,7 +99,8 @@ def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = Fals
     record.photos = config.photos
     record.write(out)
     with atomic_write(out / "run.toml") as file:
-        file.write(to_toml(config, {name: stage.made_with for name, stage in record.stages.items()}).encode())
+        text = to_toml(config, {name: stage.made_with for name, stage in record.stages.items()})
+        file.write(text.encode(errors="backslashreplace"))  # names that are not UTF-8
     return config
 
 
@@ -122,8 +123,7 @@ def _made_from(stages: Sequence[Stage]) -> list[Stage]:
 def _expect_categories(config: RunConfig, source: PhotoSource, stages: Sequence[str]) -> None:
     if "archive" in stages and not config.categories and not Path(source.path).is_dir():
         raise UserError(f"{config.photos} is not a folder of class folders: pass --categories or --categories-file")
-    if duplicates := sorted({c for c in config.categories if config.categories.count(c) > 1}):
-        raise UserError(f"--categories: duplicate names: {', '.join(duplicates)}")
+    expect_distinct(config.categories, "--categories")
     if config.index.embeddings and config.index.clip_weights:
         raise UserError("pass --embeddings or --clip-weights, not both")
 

@@ -106,7 +106,7 @@ def _archive(ctx: Context) -> None:
 
 
 def _archive_of_class_folders(ctx: Context) -> Archive:
-    from .archive import Archive, Retrieved
+    from .archive import Archive, Retrieved, expect_distinct
     from .masks import ErrorRecord, errors_path, write_errors
 
     errors: list[ErrorRecord] = []
@@ -116,6 +116,7 @@ def _archive_of_class_folders(ctx: Context) -> Archive:
         raise UserError(str(error)) from None
     if not folders:
         raise UserError(f"there are no photos in the folders of {ctx.config.photos}")
+    expect_distinct(folders, ctx.config.photos)
     (ctx.out / "index").mkdir(exist_ok=True)
     write_errors(errors_path(ctx.out / "index" / "photos.jsonl"), errors)
     return Archive(list(folders), {name: [Retrieved(p, None) for p in photos] for name, photos in folders.items()})
@@ -143,13 +144,18 @@ def _pseudolabel(ctx: Context) -> None:
                 progress.advance(photos)
 
         pseudolabel(ctx.source, archive, folder, ctx.config, Worker(), ctx.device, advance)
-    _assemble_errors(ctx.out, "index", "masks")
+    _assemble_errors(ctx)
 
 
-def _assemble_errors(out: Path, *folders: str) -> None:
-    from .masks import assemble_errors
+def _assemble_errors(ctx: Context) -> None:
+    """Merges the errors of all stages into errors.jsonl, and notes how many photos this stage could not use."""
+    from .masks import assemble_errors, read_errors
 
-    assemble_errors(out / "errors.jsonl", [p for name in folders for p in sorted((out / name).glob("*.errors.jsonl"))])
+    path, folders = ctx.out / "errors.jsonl", ("index", "masks", "saliency", "refined", "experts/*", "segmenter")
+    assemble_errors(path, [p for name in folders for p in sorted(ctx.out.glob(f"{name}/*.errors.jsonl"))])
+    if failed := len({error.photo for error in read_errors(path) if error.stage == ctx.progress.stage}):
+        note = f"{failed} photo{'s' * (failed > 1)} could not be used, see errors.jsonl"
+        ctx.progress.note = "; ".join(filter(None, (ctx.progress.note, note)))
 
 
 def _expect_all_masks(ctx: Context, refined: bool = True) -> None:
@@ -172,6 +178,7 @@ def _train_saliency(ctx: Context) -> None:
 
     _expect_all_masks(ctx, refined=False)
     train_saliency(ctx.out, ctx.source, ctx.config.saliency, ctx.worker, ctx.device, ctx.progress)
+    _finish(ctx)
 
 
 def _experts(ctx: Context) -> None:
@@ -179,8 +186,14 @@ def _experts(ctx: Context) -> None:
 
     _expect_all_masks(ctx)
     train_experts(ctx.out, ctx.source, ctx.config.experts, ctx.worker, ctx.device, ctx.progress)
+    _finish(ctx)
+
+
+def _finish(ctx: Context) -> None:
+    """Reports the photos that a training could not use, when all workers have finished it."""
+    ctx.worker.barrier(f"{ctx.progress.stage} is finished")
     if ctx.worker.is_main:
-        _assemble_errors(ctx.out, "index", "masks", "refined")
+        _assemble_errors(ctx)
 
 
 def _train(ctx: Context) -> None:
@@ -188,6 +201,7 @@ def _train(ctx: Context) -> None:
 
     _expect_all_masks(ctx)
     train_segmenter(ctx.out, ctx.source, ctx.config.segmenter, ctx.worker, ctx.device, ctx.progress)
+    _finish(ctx)
 
 
 def _report(ctx: Context) -> None:

@@ -36,6 +36,8 @@ def map_ahead(
     items: Iterable[Item],
     threads: int,
     initializer: Callable[[], None] | None = None,
+    cost: Callable[[Item], int] | None = None,
+    limit: int = 0,
 ) -> Iterator[Result]:
     """Like `map`, but computes results in threads ahead of the caller, at most two per thread.
 
@@ -44,19 +46,26 @@ def map_ahead(
         items: The items.
         threads: Number of threads.
         initializer: Called once at the start of each thread.
+        cost: Cost of an item, such as its bytes; None: 0.
+        limit: Maximum total cost of the items whose results the caller has not finished with. An item that costs more
+            is processed alone.
 
     Yields:
         The result for each item, in order. An exception in `function` is raised where its result would be.
     """
     pool = ThreadPoolExecutor(threads, initializer=initializer)
-    pending: deque[Future[Result]] = deque()
+    pending: deque[tuple[Future[Result], int]] = deque()
+    used = 0
     try:
         for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
+            needed = cost(item) if cost else 0
+            while len(pending) >= 2 * threads or (pending and used + needed > limit > 0):
+                yield pending[0][0].result()
+                used -= pending.popleft()[1]
+            pending.append((pool.submit(function, item), needed))
+            used += needed
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
     finally:
         pool.shutdown(cancel_futures=True)  # the caller may stop early
 

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""What every training shares: its loop, its checkpoint, its metrics, and how it continues after an interruption.
+"""What every training shares: its loop, checkpoint and metrics, how it continues, and what it does without a photo.
 
 A training's folder:
   metrics.jsonl   the settings in the first line, then a line every LOG_EVERY steps with means since the last
   tensorboard/    the same for TensorBoard, if it is installed
   checkpoint.pt   the whole state, every SAVE_EVERY seconds and at the end
+  00000.errors.jsonl   photos that the first worker could not read, and so on
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,11 +28,17 @@ from torch.optim import Optimizer
 from .distributed import Worker
 from .errors import UserError
 from .files import atomic_write
+from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path
+from .memory import MemoryBudget
+from .photos import PhotoError, PhotoSource
 from .progress import Progress
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 60.0  # seconds
+BYTES_PER_PIXEL = 24  # of a photo in a training: decoding, or pixels, mask and labels
 NOTE_EVERY = 10  # steps; reading a loss makes the CPU wait for a GPU
+
+Result = TypeVar("Result")
 
 
 class TrainingState:
@@ -125,6 +135,63 @@ class TrainingState:
                 lines += [x for x in metrics.read_text().splitlines() if 0 < json.loads(x).get("step", 0) <= self.step]
             with atomic_write(metrics) as file:
                 file.write("".join(line + "\n" for line in lines).encode())
+
+
+class TrainingPhotos:
+    """The photos of a training. One that cannot be read any more is replaced by another one and reported.
+
+    The replacement depends on the photos alone, so that a training stays reproducible and independent of the number of
+    workers. It may be used from several threads.
+
+    Args:
+        source: The photos.
+        records: A mask for each training sample.
+        folder: Folder of the training, for the errors.
+        progress: Progress of the stage, in whose name errors are reported.
+    """
+
+    def __init__(self, source: PhotoSource, records: Sequence[MaskRecord], folder: Path, progress: Progress):
+        self.source, self.records, self.progress = source, records, progress
+        self.path = errors_path(folder / f"{progress.worker.rank:05}.jsonl")
+        self.unusable: set[str] = set()
+        self.budget, self.lock = MemoryBudget(), threading.Lock()
+
+    def use(self, numbers: Iterable[int], function: Callable[[int, np.ndarray], Result]) -> Result:
+        """Calls `function` with the first of the samples whose photo can be read.
+
+        Args:
+            numbers: Numbers of the samples, in order of preference.
+            function: Called with the number of the sample and its photo, uint8 [H, W, 3].
+
+        Returns:
+            The result of `function`.
+
+        Raises:
+            UserError: If no photo can be read.
+        """
+        for number in numbers:
+            record = self.records[number]
+            if record.photo in self.unusable:
+                continue
+            try:
+                with self.budget.hold(math.prod(record.size) * BYTES_PER_PIXEL):
+                    pixels = self.source.decode(record.photo).pixels
+                    if pixels.shape[:2] != record.size:
+                        raise PhotoError(record.photo, RESIZED)
+                    return function(number, pixels)
+            except PhotoError as error:
+                self._report(error)
+        raise UserError(
+            f"none of the photos of {record.category!r} can be read any more (the last one: {record.photo!r}): restore "
+            "them, or remove the category and its masks"
+        )
+
+    def _report(self, error: PhotoError) -> None:
+        with self.lock:
+            if error.photo not in self.unusable:
+                self.unusable.add(error.photo)
+                with self.path.open("ab") as file:
+                    file.write(ErrorRecord(error.photo, self.progress.stage, error.reason).to_line())
 
 
 def fit(

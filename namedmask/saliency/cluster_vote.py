@@ -31,6 +31,8 @@ class ClusterVoteDetector(Detector):
     The confidence is the mean IoU of the winner with the other voting candidates; 0 if there are none.
     """
 
+    bytes_per_pixel = 24
+
     def __init__(self, config: DetectorConfig, device: str):
         self.backbones = [
             load(name, weights, device=device, precision=config.precision)

@@ -144,6 +144,7 @@ class SelfMaskDetector(Detector):
         super().__init__(config, Encoder(self.network, torch.device(device), getattr(torch, config.precision)))
         sizes = [round(config.image_size * scale) for scale in config.scales]
         self.views = list(itertools.product(sizes, (False, True) if config.horizontal_flip else (False,)))
+        self.bytes_per_pixel = 24 + 12 * len(self.views)
 
     def tokens(self, photo: Photo) -> int:
         return sum(math.prod(self.backbone.grid(photo.pixels, size)) for size, _ in self.views)

@@ -16,9 +16,10 @@ batch; their losses and gradients are those of the whole batch, up to rounding.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from ..masks import MaskRecord, digest, read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
 from ..threads import map_ahead, thread_count
-from ..training import TrainingState, fit
+from ..training import TrainingPhotos, TrainingState, fit
 from .selfmask import UPSAMPLED, SelfMask
 from .selfmask import load as load_selfmask
 
@@ -94,9 +95,9 @@ def train_saliency(
         if worker.count > 1:
             shared = DistributedDataParallel(network, broadcast_buffers=False)
 
-        def step(photos: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        def step(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
             with precision:
-                masks, objectness = shared(photos)
+                masks, objectness = shared(images)
             dice, rank, pairs = losses(masks.float(), objectness.float(), targets)
             dice_loss = dice.mean()
             rank_loss = rank / worker.sum(pairs).clamp_min(1) * worker.count  # DDP takes the mean over the workers
@@ -106,7 +107,8 @@ def train_saliency(
             dice_last, ranking = worker.sum(last) / worker.count
             return {"dice": dice_last, "ranking": ranking}
 
-        remaining = batches(source, records, settings, network, worker, range(state.step, steps))
+        photos = TrainingPhotos(source, records, folder, progress)
+        remaining = batches(photos, settings, network, worker, range(state.step, steps))
         fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
     if worker.is_main:
         with atomic_write(path) as file:
@@ -122,7 +124,7 @@ def ranked_masks(folder: Path) -> list[MaskRecord]:
     return sorted(by_photo.values(), key=lambda record: (-record.score, record.photo))
 
 
-def training_count(records: list[MaskRecord], settings: SaliencyTraining) -> int:
+def training_count(records: Sequence[MaskRecord], settings: SaliencyTraining) -> int:
     """How many of the ranked masks are trained on."""
     return max(1, round(settings.keep_fraction * len(records)))
 
@@ -136,8 +138,7 @@ def initial_network(settings: SaliencyTraining) -> SelfMask:
 
 
 def batches(
-    source: PhotoSource,
-    records: list[MaskRecord],
+    photos: TrainingPhotos,
     settings: SaliencyTraining,
     network: SelfMask,
     worker: Worker,
@@ -145,9 +146,15 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This worker's part of the batch of each step.
 
+    A photo that cannot be read is replaced by the next one.
+
     Args:
-        records: the masks, best first. The fraction `settings.keep_fraction` of them is trained on, in a new order in
-            every epoch; the corners of all of them serve as new backgrounds.
+        photos: The photos with their masks, best first. The fraction `settings.keep_fraction` of them is trained on, in
+            a new order in every epoch; the corners of all of them serve as new backgrounds.
+        settings: Settings of the training.
+        network: The network, for the sizes and colors that it expects.
+        worker: This worker.
+        steps: Numbers of the steps.
 
     Yields:
         photos float32 [n, 3, S, S], normalized, and masks float32 [n, h, w] in [0, 1] at the decoder's resolution.
@@ -156,39 +163,44 @@ def batches(
     cfg = encoder.pretrained_cfg
     mean, std = torch.tensor(cfg["mean"]).view(3, 1, 1), torch.tensor(cfg["std"]).view(3, 1, 1)
     side = settings.crop_size // encoder.patch_embed.patch_size[0] * UPSAMPLED
-    trained = records[: training_count(records, settings)]
+    records = photos.records
+    trained = training_count(records, settings)
     orders: dict[int, np.ndarray] = {}
 
-    def decode(record: MaskRecord) -> Tensor:
-        return torch.from_numpy(source.decode(record.photo).pixels).permute(2, 0, 1)
+    def from_there(number: int, count: int) -> Iterator[int]:
+        return itertools.chain(range(number, count), range(number))
+
+    def view(pixels: np.ndarray, box: list[int], rng: np.random.Generator) -> Tensor:
+        return recolored(cropped(torch.from_numpy(pixels).permute(2, 0, 1), box, settings.crop_size), rng)
 
     def corner(rng: np.random.Generator) -> Tensor:
-        other = records[rng.integers(len(records))]
-        return recolored(cropped(decode(other), corner_box(*other.size, rng), settings.crop_size), rng)
+        numbers = from_there(int(rng.integers(len(records))), len(records))
+        return photos.use(numbers, lambda _, pixels: view(pixels, corner_box(*pixels.shape[:2], rng), rng))
 
     def sample(place: int) -> tuple[Tensor, Tensor]:
-        epoch, index = divmod(place, len(trained))
+        epoch, index = divmod(place, trained)
         if epoch not in orders:  # the same in every thread that gets here first
-            orders[epoch] = np.random.default_rng((settings.seed, 0, epoch)).permutation(len(trained))
-        record = trained[orders[epoch][index]]
+            orders[epoch] = np.random.default_rng((settings.seed, 0, epoch)).permutation(trained)
         rng = np.random.default_rng((settings.seed, 1, place))
-        mask = torch.from_numpy(record.mask())[None].float()
-        height, width = record.size
-        box = random_box(height, width, settings.scale, rng)
-        photo = recolored(cropped(decode(record), box, settings.crop_size), rng)
+
+        def make(number: int, pixels: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+            mask = torch.from_numpy(records[number].mask())[None].float()
+            box = random_box(*pixels.shape[:2], settings.scale, rng)
+            # Antialiased: a cell of the target is the fraction of it that the object covers.
+            return view(pixels, box, rng), cropped(mask, box, settings.crop_size), cropped(mask, box, side)
+
+        photo, mask, target = photos.use(from_there(int(orders[epoch][index]), trained), make)
         if rng.random() < settings.texture_prob:
-            photo = photo.lerp(corner(rng), cropped(mask, box, settings.crop_size) * rng.uniform(0.3, 0.9))
+            photo = photo.lerp(corner(rng), mask * rng.uniform(0.3, 0.9))
         if rng.random() < settings.paste_prob:
-            photo = corner(rng).lerp(photo, cropped(mask, box, settings.crop_size))
-        # Antialiased: a cell of the target is the fraction of it that the object covers.
-        target = cropped(mask, box, side)
+            photo = corner(rng).lerp(photo, mask)
         return (photo.flip(2), target.flip(2)) if rng.random() < 0.5 else (photo, target)
 
     places = (place for step in steps for place in worker.share(step * settings.batch_size, settings.batch_size))
     loaded = map_ahead(sample, places, thread_count())
     for _ in steps:
-        photos, masks = zip(*(next(loaded) for _ in range(settings.batch_size // worker.count)), strict=True)
-        yield (torch.stack(photos) - mean) / std, torch.cat(masks)
+        views, masks = zip(*(next(loaded) for _ in range(settings.batch_size // worker.count)), strict=True)
+        yield (torch.stack(views) - mean) / std, torch.cat(masks)
 
 
 def random_box(h: int, w: int, scale: tuple[float, float], rng: np.random.Generator) -> list[int]:

@@ -193,7 +193,7 @@ def save_segmenter(folder: Path, network: DeepLab, categories: Sequence[str], ma
     """
     about = {"categories": list(categories), "encoder": network.encoder, "masks": masks}
     with atomic_write(folder / "categories.json") as file:
-        file.write(json.dumps(about, indent=1, ensure_ascii=False).encode())
+        file.write(json.dumps(about, indent=1).encode())
     path = folder / "model.safetensors"
     with atomic_write(path) as file:
         file.write(save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))

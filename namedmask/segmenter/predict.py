@@ -17,17 +17,22 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..formats import BACKGROUND
-from ..photos import Photo, PhotoError, PhotoSource, decode_ahead
+from ..memory import BATCH_PIXELS, processing_budget
+from ..photos import Photo, PhotoError, PhotoSource, decode_ahead, pixels_of
 from ..threads import kernels_on_one_thread, map_ahead
 from .deeplab import DeepLab, load_segmenter, on_device
 
 GPU_BATCH = 8  # maximum number of photos, all of one size
+MAX_PIXELS = 1 << 21  # of the network's input; larger photos are reduced to it
 MAX_INTERPOLATED = 1 << 24  # maximum number of logits that are interpolated at once
+ROWS_AT_ONCE = 1 << 20  # pixels of a mask that are interpolated at once
+NETWORK_BYTES = 720  # per pixel of the input, at the peak of a ResNet-50 in float32; measured at 1 and 2 megapixels
+MASK_BYTES = 16  # per pixel of the photo: the photo, its mask, and what is made of both
 
 Key = TypeVar("Key")
 Prediction = tuple[str, Photo | PhotoError, Any]  # name, photo and result; or name, error and None
@@ -92,8 +97,8 @@ class Segmenter:
         On one machine, the result does not depend on the number of threads.
 
         Args:
-            image: RGB image, uint8 [H, W, 3], a PIL image, or a path. EXIF orientation of PIL images and files is
-                applied.
+            image: RGB image, uint8 [H, W, 3], any other image that `photos.pixels_of` takes, or a path. EXIF
+                orientation of PIL images and files is applied.
 
         Returns:
             The mask, at the size of the photo, and the names of the classes.
@@ -102,14 +107,15 @@ class Segmenter:
             PhotoError: If the file cannot be read.
             ValueError: If an array has another shape or dtype.
         """
-        if isinstance(image, Image.Image):
-            image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        elif not isinstance(image, np.ndarray):
-            folder, name = os.path.split(image)
-            image = PhotoSource(folder or ".").decode(name).pixels
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(f"Segmenter: expected a photo uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
-        return Segmentation(self.masks([image])[0], self.names)
+        if isinstance(image, (np.ndarray, Image.Image)):
+            pixels = pixels_of(image)
+        else:
+            folder, name = os.path.split(os.fsdecode(image))
+            try:
+                pixels = PhotoSource(folder or ".").decode(name).pixels
+            except ValueError:  # there is no such folder
+                raise PhotoError(os.fsdecode(image), "vanished") from None
+        return Segmentation(self.masks([pixels])[0], self.names)
 
     def masks(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Segments photos of one size.
@@ -122,19 +128,22 @@ class Segmenter:
         """
         height, width = images[0].shape[:2]
         masks = [upsampled_argmax(logits, height, width) for logits in self.coarse_logits(images)]
-        return [mask.to("cpu", torch.int32).numpy().astype(np.uint16) for mask in masks]
+        return [mask.cpu().numpy().astype(np.uint16) for mask in masks]
 
     @torch.inference_mode()
     def coarse_logits(self, images: Sequence[np.ndarray]) -> Tensor:
         """Logits at stride 4 of photos of one size.
 
+        Photos of more than `MAX_PIXELS` are reduced to that many, with antialiasing: 2 megapixels already take 1.5 GB
+        with a ResNet-50, and the network was trained on objects of a few hundred pixels.
+
         Args:
             images: n photos, uint8 [H, W, 3] each.
 
         Returns:
-            float32 [n, classes, ceil(H / 4), ceil(W / 4)].
+            float32 [n, classes, ceil(h / 4), ceil(w / 4)] for photos of h x w pixels after reduction.
         """
-        photos = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
+        photos = torch.from_numpy(np.stack([reduced(image) for image in images])).to(self.device).permute(0, 3, 1, 2)
         photos = ((photos.float() / 255 - self.mean) / self.std).to(self.dtype)
         if self.device.type == "cpu":
             photos = photos.contiguous()
@@ -173,9 +182,31 @@ class Segmenter:
             results = iter(predict(photos) if photos else ())
             return [(name, photo, next(results) if isinstance(photo, Photo) else None) for name, photo in batch]
 
+        def cost(batch: list[tuple[str, Photo | PhotoError]]) -> int:
+            pixels = [photo.pixels.size // 3 for _, photo in batch if isinstance(photo, Photo)]
+            return sum(MASK_BYTES * count + NETWORK_BYTES * min(count, MAX_PIXELS) for count in pixels)
+
         with kernels_on_one_thread(self.device.type) as threads:
             size = 1 if self.device.type == "cpu" else GPU_BATCH
-            yield from map_ahead(predict_batch, batches_by_size(decode_ahead(source.decode, names), size), threads)
+            batches = batches_by_size(decode_ahead(source, names, source.decode), size)
+            yield from map_ahead(predict_batch, batches, threads, cost=cost, limit=processing_budget())
+
+
+def reduced(image: np.ndarray) -> np.ndarray:
+    """Reduces a photo of more than `MAX_PIXELS` to about that many, keeping its aspect ratio.
+
+    Args:
+        image: Photo, uint8 [H, W, 3].
+
+    Returns:
+        The photo itself if it is small enough, else uint8 [h, w, 3], by Pillow's antialiased bicubic filter.
+    """
+    height, width = image.shape[:2]
+    scale = (MAX_PIXELS / (height * width)) ** 0.5
+    if scale >= 1:
+        return image
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    return np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
 def batches_by_size(
@@ -185,12 +216,13 @@ def batches_by_size(
 
     Args:
         photos: Photos or errors, with a key each.
-        batch_size: Maximum number of photos in a batch.
+        batch_size: Maximum number of photos in a batch. Several photos have at most `BATCH_PIXELS` together.
     """
     batch: list[tuple[Key, Photo | PhotoError]] = []
     shape: tuple[int, ...] = ()
+    most = batch_size
     for key, photo in photos:
-        if batch and (isinstance(photo, PhotoError) or photo.pixels.shape != shape or len(batch) == batch_size):
+        if batch and (isinstance(photo, PhotoError) or photo.pixels.shape != shape or len(batch) == most):
             yield batch
             batch = []
         if isinstance(photo, PhotoError):
@@ -198,6 +230,7 @@ def batches_by_size(
         else:
             batch.append((key, photo))
             shape = photo.pixels.shape
+            most = max(1, min(batch_size, BATCH_PIXELS // (shape[0] * shape[1])))
     if batch:
         yield batch
 
@@ -215,11 +248,21 @@ def upsampled_argmax(logits: Tensor, height: int, width: int) -> Tensor:
         width: Width of the result.
 
     Returns:
-        int64 [height, width].
+        int32 [height, width].
     """
     rows = _interpolation(logits.shape[1], height, logits.device)
     columns = _interpolation(logits.shape[2], width, logits.device)
     coarse = logits.argmax(0)
+    labels = torch.empty((height, width), dtype=torch.int32, device=logits.device)
+    size = max(1, ROWS_AT_ONCE // width)
+    for first in range(0, height, size):
+        part = _Interpolation(*(axis[first : first + size] for axis in rows))
+        labels[first : first + size] = _interpolated_argmax(logits, coarse, part, columns)
+    return labels
+
+
+def _interpolated_argmax(logits: Tensor, coarse: Tensor, rows: _Interpolation, columns: _Interpolation) -> Tensor:
+    """`upsampled_argmax` for some rows of the result, int64; `coarse` is the argmax of the logits."""
     corners = [coarse[y][:, x] for y in (rows.low, rows.high) for x in (columns.low, columns.high)]
     labels = corners[0]
     mixed = (corners[1] != labels) | (corners[2] != labels) | (corners[3] != labels)

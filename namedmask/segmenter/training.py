@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,10 +33,10 @@ from ..distributed import Worker
 from ..errors import UserError
 from ..mask_counts import check_mask_counts
 from ..masks import MaskRecord, best_masks, digest, read_masks
-from ..photos import PhotoError, PhotoSource
+from ..photos import PhotoSource
 from ..progress import Progress
 from ..threads import map_ahead, thread_count, use_one_torch_thread
-from ..training import TrainingState, fit
+from ..training import TrainingPhotos, TrainingState, fit
 from .augment import IGNORE, View, augment, copy_paste
 from .batch_norm import synchronize
 from .deeplab import DeepLab, on_device, save_segmenter
@@ -121,8 +122,8 @@ def train(
         The trained network, the same in every worker.
 
     Raises:
-        UserError: If the batch cannot be split evenly, if a photo is missing or has changed since its mask was made, or
-            if the checkpoint is of other settings or samples.
+        UserError: If the batch cannot be split evenly, if no photo of a category can be read any more, or if the
+            checkpoint is of other settings or samples.
     """
     if settings.batch_size % (worker.count * settings.grad_accum_steps):
         raise UserError(
@@ -159,7 +160,8 @@ def train(
         def step(photos: Tensor, labels: Tensor) -> dict[str, Tensor]:
             return {"loss": accumulate_gradients(network, parallel, photos, labels, settings, worker)}
 
-        remaining = batches(source, samples, settings, worker, range(state.step, settings.steps))
+        photos = TrainingPhotos(source, [sample.record for sample in samples], folder, progress)
+        remaining = batches(photos, samples, settings, worker, range(state.step, settings.steps))
         fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
     return network
 
@@ -201,14 +203,15 @@ def accumulate_gradients(
 
 
 def batches(
-    source: PhotoSource, samples: Sequence[Sample], settings: SegmenterTraining, worker: Worker, steps: range
+    photos: TrainingPhotos, samples: Sequence[Sample], settings: SegmenterTraining, worker: Worker, steps: range
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This worker's part of the batch of each step.
 
-    Every epoch has a new order of the samples. Pasted objects are from samples drawn uniformly at random.
+    Every epoch has a new order of the samples. Pasted objects are from samples drawn uniformly at random. A sample
+    whose photo cannot be read is replaced by the next one with the same label.
 
     Args:
-        source: The photos.
+        photos: The photos of the samples.
         samples: The training samples.
         settings: Settings of the training.
         worker: This worker.
@@ -222,40 +225,42 @@ def batches(
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((settings.seed, 0, epoch)).permutation(len(samples))
 
+    same_label: dict[int, list[int]] = {}
+    places = []  # of each sample among those with its label
+    for number, sample in enumerate(samples):
+        numbers_of_label = same_label.setdefault(sample.label, [])
+        places.append(len(numbers_of_label))
+        numbers_of_label.append(number)
+
+    def load_view(number: int, rng: np.random.Generator) -> View:
+        alike, place = same_label[samples[number].label], places[number]
+        candidates = itertools.chain(itertools.islice(alike, place, None), itertools.islice(alike, place))
+        return photos.use(candidates, lambda chosen, pixels: make_view(samples[chosen], pixels, settings, rng))
+
     def load(number: int) -> View:
         epoch, index = divmod(number, len(samples))
         rng = np.random.default_rng((settings.seed, 1, number))
-        view = load_view(source, samples[order(epoch)[index]], settings, rng)
+        view = load_view(order(epoch)[index], rng)
         count = rng.integers(settings.paste_objects[0], settings.paste_objects[1] + 1)
-        others = [load_view(source, samples[int(rng.integers(len(samples)))], settings, rng) for _ in range(count)]
-        copy_paste(view, others, rng)
+        copy_paste(view, [load_view(int(rng.integers(len(samples))), rng) for _ in range(count)], rng)
         return view
 
     numbers = (number for step in steps for number in worker.share(step * settings.batch_size, settings.batch_size))
     views = map_ahead(load, numbers, thread_count(), use_one_torch_thread)
     for _ in steps:
-        photos, labels = zip(*(next(views) for _ in range(settings.batch_size // worker.count)), strict=True)
-        yield torch.stack(photos), torch.stack(labels)
+        pixels, labels = zip(*(next(views) for _ in range(settings.batch_size // worker.count)), strict=True)
+        yield torch.stack(pixels), torch.stack(labels)
 
 
-def load_view(source: PhotoSource, sample: Sample, settings: SegmenterTraining, rng: np.random.Generator) -> View:
-    """Decodes and augments the photo of a sample.
+def make_view(sample: Sample, pixels: np.ndarray, settings: SegmenterTraining, rng: np.random.Generator) -> View:
+    """Augments the photo of a sample.
 
     Args:
-        source: The photos.
         sample: The training sample.
+        pixels: Its photo, uint8 [H, W, 3].
         settings: Settings of the augmentation.
         rng: Source of randomness.
-
-    Raises:
-        UserError: If the photo cannot be decoded, or has changed since its mask was made.
     """
-    try:
-        pixels = source.decode(sample.record.photo).pixels
-    except PhotoError as error:
-        raise UserError(f"a photo that has a mask cannot be used any more: {error}") from None
-    if pixels.shape[:2] != sample.record.size:
-        raise UserError(f"photo {sample.record.photo!r} has changed since its mask was made: it has another size")
     labels = np.where(sample.record.mask(), np.int32(sample.label), np.int32(sample.background))
     return augment(pixels, labels, settings, rng)
 

@@ -269,6 +269,18 @@ def test_file_names():
     assert [file_name(name) for name in ("traffic light", "hot/dog", "..", "a%2Fb")] == [
         "traffic light", "hot%2Fdog", "%2E%2E", "a%252Fb",
     ]  # fmt: skip
+    odd = [
+        "\u72d7" * 30,
+        "\u72d7" * 31,
+        "n" * 255,
+        "n" * 254 + "m",
+        os.fsdecode(b"caf\xe9"),
+        "caf\xe9",
+        "a\0",
+        "\ud800",
+    ]
+    files = [file_name(name) for name in odd]
+    assert len(set(files)) == len(odd) and all(name.isascii() and len(name) <= 200 for name in files)
 
 
 def test_samples_and_scores():

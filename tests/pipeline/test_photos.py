@@ -2,6 +2,7 @@
 """Photo sources and decoding: all layouts and modes, and damaged or malicious files."""
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from namedmask import photos
-from namedmask.photos import PhotoError, PhotoSource, decode_ahead
+from namedmask.photos import PhotoError, PhotoSource, decode_ahead, pixels_of
 
 
 def scene(height=24, width=40):
@@ -159,11 +160,15 @@ def test_list_keeps_its_lines(tmp_path):
     (tmp_path / "b.jpg").write_bytes(PNG)
     (tmp_path / "lists" / "odd").write_bytes(PNG)
     make_tar(tmp_path / "s.tar", {"m.jpg": PNG})
-    lines = ["../b.jpg", "", str(tmp_path / "b.jpg"), "  ", "odd", "../s.tar", "../b.jpg", "gone.jpg"]
+    lines = ["../b.jpg", "", str(tmp_path / "b.jpg"), "  ", "odd", "../s.tar", ".//odd", "../s.tar", "gone.jpg"]
     (tmp_path / "lists" / "l.txt").write_bytes("\r\n".join(lines).encode())
     source = PhotoSource(tmp_path / "lists" / "l.txt")
     names = list(source)
-    assert names == ["../b.jpg", str(tmp_path / "b.jpg"), "odd", "../s.tar/m.jpg", "../b.jpg", "gone.jpg"]
+    assert names == ["../b.jpg", "odd", "../s.tar/m.jpg", "gone.jpg"]
+    assert names_and_errors(source.path) == (
+        names,
+        [(source.path, f"3 lines repeat earlier ones, such as '{tmp_path}/b.jpg'; each photo is used once")],
+    )
     for name in names[:-1]:
         assert source.decode(name).pixels.shape == (24, 40, 3)
     assert reason(source, "gone.jpg") == "vanished"
@@ -270,6 +275,45 @@ def test_compressed_shards_in_a_folder_are_reported(tmp_path):
     assert names == ["b.jpg"] and photo == "a.tar.gz" and "plain .tar" in why
 
 
+def test_photos_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "_formats", lambda: photos._FORMATS)
+    for name in ("a.HEIC", "b.avif", "c.jxl", "d.CR2"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x1cftypheic" + bytes(100))
+    (tmp_path / "e.jpg").write_bytes((tmp_path / "a.HEIC").read_bytes())
+    make_tar(tmp_path / "s.tar", {"f.heic": PNG})
+    names, errors = names_and_errors(tmp_path)
+    assert names == ["e.jpg"] and [name for name, _ in errors] == ["a.HEIC", "b.avif", "c.jxl", "d.CR2", "s.tar/f.heic"]
+    assert "pillow-heif" in errors[0][1] and "pillow 11.3" in errors[1][1] and "convert" in errors[2][1]
+    assert "pillow-heif" in reason(PhotoSource(tmp_path), "e.jpg")
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
+def test_avif_and_heic_are_read_where_pillow_can(tmp_path, kind):
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif")
+    if kind not in photos._formats():
+        pytest.skip(f"Pillow has no {kind}")
+    name = {"AVIF": "a.avif", "HEIF": "a.heic"}[kind]
+    (tmp_path / name).write_bytes(encoded(scene(), kind, quality=95))
+    assert names_and_errors(tmp_path) == ([name], [])
+    pixels = PhotoSource(tmp_path).decode(name).pixels.astype(int)
+    assert abs(pixels - scene()).mean() < 3
+
+
+def test_own_masks_and_overlays_are_no_photos(tmp_path):
+    for name in ("a.jpg", "sub/masks/a.png", "masks/a.png", "overlays/a.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(PNG)
+    everything = list(PhotoSource(tmp_path))
+    (tmp_path / "categories.json").write_text('{"categories": []}')  # of something else
+    assert list(PhotoSource(tmp_path)) == everything
+    record = {"categories": [], "weights": "w", "sha256": "0", "precision": "float32"}
+    (tmp_path / "categories.json").write_text(json.dumps(record))
+    assert list(PhotoSource(tmp_path)) == ["a.jpg", "sub/masks/a.png"]
+    (tmp_path / "list.txt").write_text("masks/a.png")  # a list is taken at its word
+    assert list(PhotoSource(tmp_path / "list.txt")) == ["masks/a.png"]
+
+
 def test_class_folders(tmp_path):
     for name in ("dog/2.jpg", "dog/1.jpg", "cat/deep/x.jpg", "empty/notes.txt", "sea lion/s.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -347,7 +391,7 @@ def test_members_never_reach_outside_their_tar(tmp_path):
         assert reason(source, name) == "not a path inside the photo source"
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
 def test_links_and_special_members_are_errors(tmp_path, kind):
     def link(info):
         info.type, info.linkname = kind, "ok.jpg"
@@ -356,6 +400,27 @@ def test_links_and_special_members_are_errors(tmp_path, kind):
     source = PhotoSource(tmp_path / "s.tar")
     assert list(source) == ["s.tar/ok.jpg", "s.tar/link.jpg"]
     assert "never followed" in reason(source, "s.tar/link.jpg")
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_legal_forms_of_tars(tmp_path, format):
+    def hard_link(info):
+        info.type, info.linkname = tarfile.LNKTYPE, "a.jpg"
+
+    long = "d/" * 60 + "l" * (240 if format != tarfile.USTAR_FORMAT else 90) + ".jpg"
+    make_tar(tmp_path / "1.tar", {"a.jpg": PNG, "b.jpg": hard_link, long: JPEG}, format=format)
+    make_tar(tmp_path / "2.tar", {}, format=format)
+    make_tar(tmp_path / "3.tar", {"c.jpg": PNG, "a.jpg": JPEG}, format=format)
+    data = [(tmp_path / f"{i}.tar").read_bytes() for i in (1, 2, 3)]
+    (tmp_path / "all.tar").write_bytes(b"".join(data))
+    names, errors = names_and_errors(tmp_path / "all.tar")
+    assert names == ["all.tar/a.jpg", "all.tar/b.jpg", f"all.tar/{long}", "all.tar/c.jpg"] and not errors
+    source = PhotoSource(tmp_path / "all.tar")
+    assert [source.read(name) for name in names] == [JPEG, PNG, JPEG, PNG]  # as `cat` and `tar -x -i` have it
+    assert names_and_errors(tmp_path / "2.tar") == ([], [])
+    (tmp_path / "all.tar").write_bytes(data[0] + b"garbage" * 100)
+    names, [(_, why)] = names_and_errors(tmp_path / "all.tar")
+    assert len(names) == 3 and why.startswith("damaged tar")
 
 
 def test_last_member_of_the_same_name_counts(tmp_path):
@@ -437,11 +502,15 @@ def test_rewritten_tar_is_scanned_again(tmp_path):
 
 
 def test_tar_indexes_are_cached_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "_tar_indexes", photos._TarIndexes(16))
     for i in range(40):
         make_tar(tmp_path / f"{i:02}.tar", {"a.jpg": PNG})
     source = PhotoSource(tmp_path)
     names = list(source)
-    assert len(names) == 40 and photos._index_tar.cache_info().currsize <= 32
+    assert len(names) == 40
+    for name in names:
+        source.read(name)
+    assert photos._tar_indexes.members <= 16
     opened, open_tar = [], tarfile.open
     monkeypatch.setattr(tarfile, "open", lambda *a, **k: opened.append(1) or open_tar(*a, **k))
     for _ in range(3):
@@ -465,9 +534,9 @@ def test_decode_ahead_keeps_order_and_bounds_the_queue(tmp_path):
     for i in range(200):
         (tmp_path / f"{i:03}.png").write_bytes(b"" if i % 7 == 0 else encoded(np.full((3, 3, 3), i, np.uint8)))
     source, taken = PhotoSource(tmp_path), []
-    results = decode_ahead(source.decode, (taken.append(name) or name for name in source))
+    results = decode_ahead(source, (taken.append(name) or name for name in source), source.decode)
     for i, (name, photo) in enumerate(results):
-        assert name == f"{i:03}.png" and len(taken) <= i + 1 + 2 * (os.cpu_count() or 1)
+        assert name == f"{i:03}.png" and len(taken) <= i + 2 + 4 * (os.cpu_count() or 1)
         assert photo.reason == "empty file" if i % 7 == 0 else (photo.pixels == i).all()
     assert len(taken) == 200
 
@@ -475,7 +544,7 @@ def test_decode_ahead_keeps_order_and_bounds_the_queue(tmp_path):
         raise RuntimeError("internal error")
 
     with pytest.raises(RuntimeError):
-        list(decode_ahead(broken, ["a.jpg"]))
+        list(decode_ahead(source, ["001.png"], broken))
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------
@@ -520,6 +589,54 @@ def test_exif_orientation_is_applied(tmp_path, kind, orientation):
     expected = SHOWN[orientation](scene())
     assert got.shape == expected.shape
     assert np.abs(got.astype(int) - expected).max() <= (8 if kind == "JPEG" else 0)
+
+
+MODES = {
+    "1": ["PNG"], "L": ["PNG", "BMP"], "LA": ["PNG"], "P": ["PNG", "GIF"], "RGB": ["PNG", "TIFF"], "RGBA": ["PNG", "TIFF"],
+    "CMYK": ["TIFF", "JPEG"], "YCbCr": ["TIFF"], "LAB": ["TIFF"], "I;16": ["PNG", "TIFF"], "I": ["TIFF"], "F": ["TIFF"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_in_gives_the_same_pixels(tmp_path, mode):
+    rgb = Image.fromarray(scene())
+    if mode in ("I;16", "I", "F"):
+        dtype, factor = {"I;16": (np.uint16, 257), "I": (np.int32, -1000), "F": (np.float32, 1 / 255)}[mode]
+        image = Image.fromarray((scene()[..., 0] * np.float64(factor)).astype(dtype))
+    elif mode == "LAB":
+        image = Image.fromarray(scene(), "RGB")
+        image = Image.merge("LAB", image.split())
+    else:
+        image = rgb.convert("L").convert("LA") if mode == "LA" else rgb.convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.fromarray(scene()[..., 0]))
+    for kind in MODES[mode]:
+        data = encoded(image, kind)
+        expected = decoded(tmp_path, data, "x.tif")
+        np.testing.assert_array_equal(pixels_of(Image.open(io.BytesIO(data))), expected)
+        array = np.asarray(Image.open(io.BytesIO(data)))
+        if mode not in ("P", "CMYK", "YCbCr", "LAB"):  # whose arrays do not say what they are
+            np.testing.assert_array_equal(pixels_of(array), expected)
+    if mode == "RGB":
+        assert pixels_of(scene()) is not None and np.array_equal(pixels_of(scene()), scene())
+        np.testing.assert_array_equal(pixels_of(scene()[::-1, ::2]), scene()[::-1, ::2])
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "HSV", "RGBX", "I;16B"])
+def test_modes_without_a_file_format(mode):
+    image = Image.fromarray(scene()[..., 0].astype(">u2")) if mode == "I;16B" else Image.fromarray(scene())
+    if mode in ("La", "PA"):
+        image = image.convert("L").convert("LA" if mode == "La" else "P")
+    if mode not in ("I;16B",):
+        image = (image.convert("RGBA") if mode == "RGBa" else image).convert(mode)
+    pixels = pixels_of(image)
+    assert pixels.shape == (24, 40, 3) and pixels.dtype == np.uint8
+
+
+def test_invalid_arrays_raise_value_error():
+    for array in (np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros(4), np.zeros((4, 4, 3))):
+        with pytest.raises(ValueError, match="expected an image"):
+            pixels_of(array)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from namedmask.backbones import untrained_encoder
 from namedmask.formats import read_label_map, write_label_map
 from namedmask.masks import read_errors
 from namedmask.photos import Photo, PhotoError, PhotoSource
+from namedmask.segmenter import folder, predict
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
 from namedmask.segmenter.folder import overlay, stem
 from namedmask.segmenter.predict import Segmenter, batches_by_size, fold_batch_norms, upsampled_argmax
@@ -230,7 +234,6 @@ def test_segment_reports_errors_in_one_line(weights, tmp_path):
     assert_error("was made with other categories and weights", other, tmp_path / "photos")
     assert segment(other, tmp_path / "photos", "--out", out, "--overwrite").exit_code == 0
     draw_photo(0, "cat").save(tmp_path / "photos" / "cat0000.png")
-    assert_error("would both become cat0000.png", other, tmp_path / "photos")
     masks = tmp_path / "truth"
     masks.mkdir()
     write_label_map(masks / "cat0000.png", np.zeros((3, 3), int), 3)
@@ -257,6 +260,95 @@ def test_released_weights_require_names(tmp_path):
     assert Image.open(mask).mode == "I;16"
     segmenter = Segmenter.load(tmp_path / "released.pth", categories=names.read_text().splitlines(), encoder=TINY)
     np.testing.assert_array_equal(read_label_map(mask), segmenter(tmp_path / "photos" / "cat0000.jpg").mask)
+
+
+def test_large_photos_are_reduced(weights, monkeypatch):
+    segmenter, photo = Segmenter.load(weights), make_photo(120, 90)
+    whole = segmenter(photo).mask
+    monkeypatch.setattr(predict, "MAX_PIXELS", 120 * 90)
+    np.testing.assert_array_equal(segmenter(photo).mask, whole)  # at the limit, nothing changes
+    monkeypatch.setattr(predict, "MAX_PIXELS", 60 * 45)
+    small = np.array(Image.fromarray(photo).resize((45, 60), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(predict.reduced(photo), small)
+    assert_masks(segmenter(photo).mask, F.interpolate(segmenter.coarse_logits([small]), (120, 90), mode="bilinear")[0])
+    assert segmenter(make_photo(5000, 1)).mask.shape == (5000, 1)
+
+
+def test_masks_and_overlays_do_not_depend_on_the_size_of_blocks(monkeypatch):
+    logits = torch.randn(4, 11, 13)
+    mask, photo = upsampled_argmax(logits, 60, 50), make_photo(60, 50)
+    blended = overlay(photo, mask.numpy())
+    monkeypatch.setattr(predict, "ROWS_AT_ONCE", 7 * 50)
+    monkeypatch.setattr(folder, "ROWS", 7)
+    assert torch.equal(upsampled_argmax(logits, 60, 50), mask)
+    np.testing.assert_array_equal(overlay(photo, mask.numpy()), blended)
+
+
+def test_no_name_ends_a_run(weights, tmp_path):
+    """Every photo gets a mask of its own or a line of errors.jsonl, whatever its name."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    image = io.BytesIO()
+    draw_photo(0, "cat").save(image, "png")
+    names = [
+        "a.jpg",
+        "a.png/b.jpg",
+        "a.jpg.png",
+        "c.jpg",
+        "c.png",
+        os.fsdecode(b"caf\xe9.png"),
+        "..jpg.png",
+        "x" * 251 + ".png",
+    ]
+    for name in names:
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(image.getvalue())
+    members = ["n" * 300 + ".jpg", "/".join(["d" * 290, "e.jpg"]), "/".join(["deep"] * 900) + "/f.jpg", "A.jpg"]
+    with tarfile.open(photos / "s.tar", "w") as tar:
+        for member in members:
+            info = tarfile.TarInfo(member)
+            info.size = len(image.getvalue())
+            tar.addfile(info, io.BytesIO(image.getvalue()))
+    odd = [".", "/", "..", "a\0b.jpg", "sub/", "a.png", "..jpg", "y" * 255, "a.jpg"]
+    lines = [*names, "s.tar", *odd]
+    (photos / "list.txt").write_bytes(b"\n".join(map(os.fsencode, lines)))
+    done = segment(weights, photos / "list.txt", "--out", out)
+    assert done.exit_code == 0, done.output
+    record = {line["photo"]: line["mask"] for line in map(json.loads, (out / "photos.jsonl").open())}
+    assert len(set(record.values())) == len(record) == len(names) + len(members) + len(odd) - 1
+    made = {photo for photo, mask in record.items() if (out / mask).is_file()}
+    assert made == {*names, *(f"s.tar/{member}" for member in members)}
+    assert {e.photo for e in read_errors(out / "errors.jsonl") if e.stage == "segment"} == record.keys() - made
+    assert record["a.jpg"] == "masks/a.png" and record["c.jpg"] == "masks/c.png" and "~" in record["c.png"]
+    # A photo that is added later does not take the mask of another one.
+    (photos / "list.txt").write_bytes(b"c.gif\n" + (photos / "list.txt").read_bytes())
+    assert segment(weights, photos / "list.txt", "--out", out).exit_code == 0
+    again = {line["photo"]: line["mask"] for line in map(json.loads, (out / "photos.jsonl").open())}
+    assert again.pop("c.gif") not in record.values() and again == record
+
+
+def test_photo_wider_than_a_jpeg_can_be(weights, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (70000, 3)).save(tmp_path / "photos" / "wide.png")
+    done = segment(weights, tmp_path / "photos", "--out", tmp_path / "out")
+    assert done.exit_code == 0 and Image.open(tmp_path / "out" / "masks" / "wide.png").size == (70000, 3)
+
+
+def test_output_inside_the_photo_folder_is_not_segmented(weights, tmp_path):
+    draw_photos(tmp_path, 2)
+    for _ in range(2):
+        assert segment(weights, tmp_path, "--out", tmp_path / "out").exit_code == 0
+    assert segment(weights, tmp_path, "--out", tmp_path).exit_code == 0
+    assert len(list((tmp_path / "masks").rglob("*.png"))) == len(list((tmp_path / "out").rglob("*.png"))) == 2
+
+
+def test_categories_that_are_not_utf_8(tmp_path):
+    """As class folders may be."""
+    name = os.fsdecode(b"caf\xe9")
+    save_segmenter(tmp_path, tiny_network(), [name, "dog"])
+    draw_photos(tmp_path / "photos", 1)
+    assert Segmenter.load(tmp_path).names[1] == name
+    assert segment(tmp_path, tmp_path / "photos", "--out", tmp_path / "out").exit_code == 0
+    assert json.loads((tmp_path / "out" / "categories.json").read_text())["categories"] == [name, "dog"]
 
 
 def test_stem_stays_below_its_folder():

@@ -257,7 +257,7 @@ def test_no_valid_photo_exits_with_code_3(tmp_path, detector_options):
         (["--tau", "7"], "detector.tau (--tau): expected at most 1, got 7.0"),
         (["--set", "refine.name=pramr"], "'pamr' or 'none', got 'pramr'; did you mean 'pamr'?"),
         (["--categories", "cat,yak"], "has no text embedding of yak"),
-        (["--categories", "cat,cat"], "duplicate names: cat"),
+        (["--categories", "cat,cat"], "the name 'cat' is listed twice"),
         (["--categories", ","], "no category name was given"),
         (["--embeddings", "none.safetensors"], "none.safetensors"),
         (["--backbone", "vit_huge"], "'vit_huge' is no timm model"),

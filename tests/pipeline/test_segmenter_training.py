@@ -26,7 +26,7 @@ from namedmask.cli import app
 from namedmask.config import SegmenterTraining
 from namedmask.distributed import Worker
 from namedmask.errors import UserError
-from namedmask.masks import MaskRecord, write_shard
+from namedmask.masks import RESIZED, MaskRecord, read_errors, write_shard
 from namedmask.photos import PhotoSource
 from namedmask.progress import Progress
 from namedmask.record import read_config
@@ -34,6 +34,7 @@ from namedmask.segmenter import training as segmenter_training
 from namedmask.segmenter.augment import IGNORE
 from namedmask.segmenter.deeplab import DeepLab, load_segmenter
 from namedmask.segmenter.training import Sample, accumulate_gradients, batches, train
+from namedmask.training import TrainingPhotos
 
 ENCODER = "test_resnet"  # timm's, for tests
 COLORS = {"cat": (220, 60, 40), "dog": (40, 90, 220)}
@@ -232,6 +233,11 @@ def samples_of(out: Path) -> tuple[list[Sample], PhotoSource]:
     return samples, PhotoSource(out.parent / "photos")
 
 
+def photos_of(out: Path, samples: list[Sample], source: PhotoSource, worker: Worker | None = None) -> TrainingPhotos:
+    progress = Progress("train", worker or Worker())
+    return TrainingPhotos(source, [sample.record for sample in samples], out, progress)
+
+
 def test_options_of_the_command(run_of_discs, encoder_weights):
     options = {"--encoder": ENCODER, "--encoder-weights": encoder_weights, "--head-channels": 16, "--crop-size": 32,
                "--batch-size": 4, "--steps": 2, "--lr": 1e-3, "--encoder-lr": 0, "--precision": "bfloat16",
@@ -249,7 +255,7 @@ def test_options_of_the_command(run_of_discs, encoder_weights):
 
 def test_batches_depend_on_the_step_only_and_are_split_among_workers(run_of_discs, small):
     samples, source = samples_of(run_of_discs)
-    settings = SegmenterTraining(**small)
+    settings, source = SegmenterTraining(**small), photos_of(run_of_discs, samples, source)
     expected = list(batches(source, samples, settings, Worker(), range(6)))
     for (photos, labels), (again, labels_again) in zip(
         expected[3:], batches(source, samples, settings, Worker(), range(3, 6)), strict=True
@@ -364,12 +370,41 @@ def test_invalid_inputs_raise_user_error(run_of_discs, small):
         train_run(run_of_discs, small)
     Image.new("RGB", (9, 9)).save(run_of_discs.parent / "photos" / "cat" / "0.png")
     (run_of_discs.parent / "photos" / "cat" / "1.png").unlink()
-    for sample, message in ((samples[0], "has changed since its mask"), (samples[1], "cannot be used any more.*cat/1")):
-        with pytest.raises(UserError, match=message):
-            next(batches(source, [sample], settings, Worker(), range(1)))
+    for sample in samples[:2]:
+        with pytest.raises(UserError, match=f"none of the photos of 'cat' can be read any more.*{sample.record.photo}"):
+            next(batches(photos_of(run_of_discs, [sample], source), [sample], settings, Worker(), range(1)))
     (run_of_discs / "masks" / "00000.jsonl").write_text("")
     with pytest.raises(UserError, match="there are no masks"):
         train_run(run_of_discs, small)
+
+
+def test_unreadable_photos_are_replaced_and_reported(run_of_discs, small):
+    samples, source = samples_of(run_of_discs)
+    settings = SegmenterTraining(**small)
+    whole = photos_of(run_of_discs, samples, source)
+    before = list(batches(whole, samples, settings, Worker(), range(6)))
+    assert not whole.path.exists()
+    photos = run_of_discs.parent / "photos"
+    (photos / "cat" / "0.png").write_bytes(b"")
+    Image.new("RGB", (9, 9)).save(photos / "cat" / "1.png")
+    ours = photos_of(run_of_discs, samples, source)
+    expected = list(batches(ours, samples, settings, Worker(), range(6)))
+    assert any(not torch.equal(a[0], b[0]) for a, b in zip(before, expected, strict=True))
+    errors = [("cat/0.png", "train", "empty file"), ("cat/1.png", "train", RESIZED)]
+    assert sorted(read_errors(ours.path)) == errors
+    # The same for any number of workers, and for a resumed training, which knows nothing of the errors.
+    pair = [Worker(rank, 2) for rank in range(2)]
+    halves = [batches(photos_of(run_of_discs, samples, source, w), samples, settings, w, range(2, 6)) for w in pair]
+    for (pixels, labels), *parts in zip(expected[2:], *halves, strict=True):
+        assert torch.equal(pixels, torch.cat([part[0] for part in parts]))
+        assert torch.equal(labels, torch.cat([part[1] for part in parts]))
+    train_run(run_of_discs, {**small, "steps": 3})
+    assert (run_of_discs / "segmenter" / "model.safetensors").exists()
+    assert sorted(read_errors(run_of_discs / "errors.jsonl")) == errors
+    shutil.rmtree(run_of_discs / "segmenter")
+    shutil.rmtree(photos / "cat")
+    with pytest.raises(UserError, match="none of the photos of 'cat' can be read any more"):
+        train_run(run_of_discs, {**small, "steps": 3})
 
 
 def test_masks_of_experts_are_preferred(run_of_discs, small, monkeypatch):
