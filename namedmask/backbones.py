@@ -365,6 +365,17 @@ class Encoder(NamedTuple):
     std: tuple[float, ...]
 
 
+def padded(photos: Tensor, multiple: int) -> Tensor:
+    """Pads normalized photos [n, 3, H, W] at the bottom and right, to sides that are multiples of `multiple`.
+
+    The new pixels have the mean color. torch.export can trace it for unknown sizes.
+    """
+    if multiple == 1:
+        return photos
+    height, width = ((side + multiple - 1) // multiple * multiple for side in photos.shape[2:])
+    return F.pad(photos, (0, width - photos.shape[3], 0, height - photos.shape[2]))
+
+
 class TokenPyramid(nn.Module):
     """A ViT as an encoder: the tokens of its middle block, upsampled twofold, and those of its last block."""
 
@@ -375,11 +386,9 @@ class TokenPyramid(nn.Module):
         self.taken = [len(vit.blocks) // 2 - 1, len(vit.blocks) - 1]
 
     def forward(self, photos: Tensor) -> list[Tensor]:
-        sides = photos.shape[2:]
-        height, width = (-side % self.patch for side in sides)
-        padded = F.pad(photos, (0, width, 0, height))  # with the mean color, up to whole patches
-        middle, end = self.vit.forward_intermediates(padded, self.taken, norm=True, intermediates_only=True)
-        h, w = (-(-2 * side // self.patch) for side in sides)
+        whole = padded(photos, self.patch)
+        middle, end = self.vit.forward_intermediates(whole, self.taken, norm=True, intermediates_only=True)
+        h, w = ((2 * side + self.patch - 1) // self.patch for side in photos.shape[2:])
         return [F.interpolate(middle, scale_factor=2, mode="bilinear")[:, :, :h, :w], end]
 
 

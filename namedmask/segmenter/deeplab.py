@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import weights as stored
-from ..backbones import Encoder, untrained_encoder
+from ..backbones import Encoder, padded, untrained_encoder
 from ..errors import UserError
 from ..files import atomic_write
 from .augment import IGNORE
@@ -147,12 +147,12 @@ class DeepLab(nn.Module):
         Returns:
             [n, classes, ceil(H / 4), ceil(W / 4)].
         """
-        height, width = photos.shape[2:]
-        if self.multiple > 1:  # with the mean color
-            photos = F.pad(photos, (0, -width % self.multiple, 0, -height % self.multiple))
-        features = self.backbone(photos)
+        features = self.backbone(padded(photos, self.multiple))
         logits = self.classifier(*(features[index] for index in self.feature_indices))
-        return logits[:, :, : -(-height // 4), : -(-width // 4)] if self.multiple > 1 else logits
+        if self.multiple == 1:
+            return logits
+        height, width = photos.shape[2:]
+        return logits[:, :, : (height + 3) // 4, : (width + 3) // 4]
 
     def forward(self, photos: Tensor) -> Tensor:
         """Logits at full resolution.
