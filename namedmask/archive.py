@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -126,7 +127,8 @@ class _Best:
         self.entries = (torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0, dtype=torch.long))
 
     def offer(self, scores: torch.Tensor, photo: torch.Tensor) -> None:
-        """Adds a shard: scores float32 [n, names], photo numbers int64 [n]."""
+        """Adds a shard: scores float32 [n, names], photo numbers int64 [n]. Scores that are not finite never win."""
+        scores = scores.masked_fill(~scores.isfinite(), -math.inf)  # topk counts NaN as the largest
         candidate = scores > self.floor - STEP  # with a margin, because rounding moves a score by up to half a step
         if int(candidate.sum()) > 2 * self.count * len(self.floor):  # the first shards, while lists are short
             best = scores.T.contiguous().topk(min(self.count, len(photo)), sorted=False).values

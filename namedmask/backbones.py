@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from namedmask_kernels import Ragged
 
 from . import attention, registry
+from . import weights as stored
 from .errors import UserError
 
 # If the aspect ratio is larger, the photo is resized by its long side: otherwise, a strip of 1 x 10,000 patches would
@@ -106,6 +108,7 @@ class Backbone:
             ValueError: If a tap is unknown.
             UserError: If CLS attention is requested and the ViT has no CLS token.
             RuntimeError: If a photo requires a gradient.
+            FloatingPointError: If a feature of any photo is NaN or infinite.
         """
         if any(photo.requires_grad for photo in photos):
             raise RuntimeError("extract has no gradient; pass detached photos")
@@ -117,6 +120,8 @@ class Backbone:
             names = {name for block, name in requested.values() if block == number}
             tapped = self._block(number, batch, names, whole=number < last or "tokens" in names)
             features |= {(number, name): rows.float() for name, rows in tapped.items()}
+        if not all(rows.isfinite().all() for rows in features.values()):
+            raise FloatingPointError("the backbone's features are NaN or infinite")
         return {tap: Ragged.of_shapes(features[key], batch.shapes) for tap, key in requested.items()}
 
     def explain(self) -> str:
@@ -285,8 +290,9 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
     Args:
         name: A VisionTransformer or Eva of timm with fused QKV projections (DINO, DINOv2 with and without registers,
             DINOv3, ...), or a model of a plugin (see `registry`).
-        weights: A .safetensors file, or a .pth file that torch opens with weights_only=True. The tensors have timm's
-            names, or the authors' names if timm converts them. None: the published weights, which timm downloads.
+        weights: A .safetensors or .pth file (see `weights.read`). The tensors have timm's names, or the authors' names
+            if timm converts them, and may be nested as training codes write them (see `weights.load`). None: the
+            published weights, which are downloaded once.
         device: Device as torch names it.
         precision: "float32", or "bfloat16" for attention and, except on CPUs without AMX, for all other layers too (see
             `linear_dtype`).
@@ -294,20 +300,11 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
     Raises:
         UserError: If the model is unknown or not supported, or if its weights cannot be loaded; says what to do.
     """
-    import timm
-
     expect_model(name)
-    overlay: dict[str, Any] = {}
-    if weights is not None:
-        if not Path(weights).is_file():
-            raise UserError(f"--backbone-weights {weights}: there is no such file")
-        overlay = {"pretrained_cfg_overlay": {"file": weights, "hf_hub_id": None, "url": None, "custom_load": False}}
     try:
-        model: Vit = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True, **overlay)
+        model: Vit = _with_weights("backbone", name, weights, num_classes=0, dynamic_img_size=True)
     except TypeError:
         raise UserError(f"backbone {name!r} {_NO_VIT}") from None
-    except Exception as error:  # hub, network, file format and key mismatches each have their own exception
-        raise UserError(f"backbone {name!r}: {_why_no_weights(name, weights, error)}") from error
     attentions = [getattr(block, "attn", None) for block in getattr(model, "blocks", [])]
     fused = all(getattr(a, "qkv", None) is not None and getattr(a, "gate", None) is None for a in attentions)
     if not attentions or not fused or getattr(model, "rope_mixed", False):
@@ -354,6 +351,7 @@ class Encoder(NamedTuple):
         taken: Indices in that list: the last features of stride 4 and the last of all, of stride 8. For a ViT the
             strides are half its patch size and its patch size.
         channels: Channels C of the two.
+        multiple: The shapes of the features hold for sides that are multiples of it; `DeepLab` pads others.
         mean: Mean color that the network expects, for colors in [0, 1].
         std: Standard deviation of the colors that the network expects.
     """
@@ -362,8 +360,20 @@ class Encoder(NamedTuple):
     network: nn.Module
     taken: tuple[int, int]
     channels: tuple[int, int]
+    multiple: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+def padded(photos: Tensor, multiple: int) -> Tensor:
+    """Pads normalized photos [n, 3, H, W] at the bottom and right, to sides that are multiples of `multiple`.
+
+    The new pixels have the mean color. torch.export can trace it for unknown sizes.
+    """
+    if multiple == 1:
+        return photos
+    height, width = ((side + multiple - 1) // multiple * multiple for side in photos.shape[2:])
+    return F.pad(photos, (0, width - photos.shape[3], 0, height - photos.shape[2]))
 
 
 class TokenPyramid(nn.Module):
@@ -376,11 +386,9 @@ class TokenPyramid(nn.Module):
         self.taken = [len(vit.blocks) // 2 - 1, len(vit.blocks) - 1]
 
     def forward(self, photos: Tensor) -> list[Tensor]:
-        sides = photos.shape[2:]
-        height, width = (-side % self.patch for side in sides)
-        padded = F.pad(photos, (0, width, 0, height))  # with the mean color, up to whole patches
-        middle, end = self.vit.forward_intermediates(padded, self.taken, norm=True, intermediates_only=True)
-        h, w = (-(-2 * side // self.patch) for side in sides)
+        whole = padded(photos, self.patch)
+        middle, end = self.vit.forward_intermediates(whole, self.taken, norm=True, intermediates_only=True)
+        h, w = ((2 * side + self.patch - 1) // self.patch for side in photos.shape[2:])
         return [F.interpolate(middle, scale_factor=2, mode="bilinear")[:, :, :h, :w], end]
 
 
@@ -407,18 +415,47 @@ def untrained_encoder(name: str) -> Encoder:
     if architecture.startswith("vit_"):
         vit = untrained(architecture)
         cfg = vit.pretrained_cfg
-        channels = vit.embed_dim, vit.embed_dim
-        return Encoder(name, TokenPyramid(vit), (0, 1), channels, tuple(cfg["mean"]), tuple(cfg["std"]))
+        channels, pyramid = (vit.embed_dim, vit.embed_dim), TokenPyramid(vit)
+        multiple = _multiple(name, pyramid, (0, 1), (pyramid.patch / 2, pyramid.patch))
+        return Encoder(name, pyramid, (0, 1), channels, multiple, tuple(cfg["mean"]), tuple(cfg["std"]))
     try:
         network: Any = timm.create_model(architecture, pretrained=False, **_DENSE)
         strides, widths = network.feature_info.reduction(), network.feature_info.channels()
     except Exception as error:  # architectures that cannot be dilated raise different exceptions
-        raise UserError(f"encoder {name!r} {_NOT_DENSE} ({_first_line(error)})") from error
+        raise UserError(f"encoder {name!r} {_NOT_DENSE} ({stored.first_line(error)})") from error
     if 4 not in strides or strides[-1] != 8:
         raise UserError(f"encoder {name!r} {_NOT_DENSE} (its features have strides {strides})")
     taken = len(strides) - 1 - strides[::-1].index(4), len(strides) - 1
     channels, cfg = (widths[taken[0]], widths[taken[1]]), network.pretrained_cfg
-    return Encoder(name, network, taken, channels, tuple(cfg["mean"]), tuple(cfg["std"]))
+    multiple = _multiple(name, network, taken, (4, 8))
+    return Encoder(name, network, taken, channels, multiple, tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+@torch.inference_mode()
+def _multiple(name: str, network: nn.Module, taken: tuple[int, int], strides: tuple[float, float]) -> int:
+    """The `multiple` of an encoder, found on small photos of odd sizes, before a training is paid for.
+
+    Networks that round sizes down lose the last pixels of odd sizes, or fail where two branches meet.
+
+    Raises:
+        UserError: If the encoder cannot process photos of any size.
+    """
+    training, reason = network.training, ""
+    network.eval()
+    for multiple in (1, int(strides[1])):
+        try:
+            for sides in ((1, 1), (41, 45), (23, 70)):
+                padded = [-(-side // multiple) * multiple for side in sides]
+                features = network(torch.zeros(1, 3, *padded))
+                for index, stride in zip(taken, strides, strict=True):
+                    shape, expected = tuple(features[index].shape[2:]), tuple(math.ceil(x / stride) for x in padded)
+                    if shape != expected:
+                        raise ValueError(f"features {shape} of a photo {tuple(padded)}, expected {expected}")
+            network.train(training)
+            return multiple
+        except Exception as error:  # each architecture fails in its own way
+            reason = stored.first_line(error)
+    raise UserError(f"encoder {name!r} cannot process photos of any size ({reason}); choose a ResNet, ConvNeXt or ViT")
 
 
 def load_encoder(name: str, weights: str | None = None) -> Encoder:
@@ -426,90 +463,67 @@ def load_encoder(name: str, weights: str | None = None) -> Encoder:
 
     Args:
         name: As in `untrained_encoder`; "resnet50.dino" is DINO's ResNet-50.
-        weights: A .safetensors or .pth file with timm's names of tensors, which torchvision's and DINO's ResNets share.
-            The tensors of a classifier are ignored; all others must be in the file. If the file holds a SelfMask
-            network, its encoder is used. None: the published weights, which are downloaded once.
+        weights: A .safetensors or .pth file with timm's names of tensors, which torchvision's and DINO's ResNets share,
+            or the authors' if timm converts them. All tensors but those of a classifier must be in the file; other
+            parts of a checkpoint are ignored, so the file may hold a SelfMask network or a segmenter. None: the
+            published weights, which are downloaded once.
 
     Raises:
         UserError: If the encoder is unknown or its weights cannot be loaded; says what to do.
     """
-    import timm
-
     encoder = untrained_encoder(name)
     pyramid = encoder.network if isinstance(encoder.network, TokenPyramid) else None
     network: nn.Module = encoder.network if pyramid is None else pyramid.vit
-    try:
-        if weights is not None:
-            state = read_weights(weights, "--encoder-weights")
-            if "query_embed" in state:
-                state = {key.removeprefix("encoder."): tensor for key, tensor in state.items()}
-        elif name in PUBLISHED:
-            state = torch.hub.load_state_dict_from_url(PUBLISHED[name], map_location="cpu", weights_only=True)
-        else:
-            options = _DENSE if pyramid is None else {"num_classes": 0, "dynamic_img_size": True}
-            state = timm.create_model(name, pretrained=True, **options).state_dict()
-    except UserError:
-        raise
-    except Exception as error:  # hub, network and file format each have their own exceptions
-        raise UserError(f"encoder {name!r}: {_why_no_weights(name, None, error, 'encoder')}") from error
-    try:
-        network.load_state_dict(_fitting(state, network))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"--encoder-weights {weights} does not fit encoder {name!r}: {reason}") from None
+    options = _DENSE if pyramid is None else {"num_classes": 0, "dynamic_img_size": True}
+    local = weights is not None or name in PUBLISHED
+    with torch.random.fork_rng(devices=[], enabled=local):  # what is drawn next does not depend on the second network
+        model = _with_weights("encoder", name, weights, stored.parameters_and_statistics(network), **options)
+    network.load_state_dict(model.state_dict())
     return encoder
 
 
-def _fitting(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model that `network` has too, under its names: timm may write "stages_0" for "stages.0".
-
-    Adds BatchNorm's batch counters, which old files lack.
-    """
-    names = {name.replace(".", "_"): name for name in network.state_dict()}
-    counters = {name: tensor for name, tensor in network.state_dict().items() if name.endswith("num_batches_tracked")}
-    fitting = {flat: tensor for name, tensor in state.items() if (flat := name.replace(".", "_")) in names}
-    return counters | {names[flat]: tensor for flat, tensor in fitting.items()}
-
-
-def read_weights(path: str, option: str) -> dict[str, Tensor]:
-    """Reads the tensors of a .safetensors file, or of a file that torch opens with weights_only=True.
+def _with_weights(kind: str, name: str, file: str | None, needed: Sequence[str] | None = None, **options: Any) -> Any:
+    """A timm model with the weights of a file or, if it is None, with its published weights.
 
     Args:
-        path: The file.
-        option: Option of the command that takes the path, for the error message.
+        kind: "backbone" or "encoder"; `--KIND-weights` is the option that takes a file.
+        name: Name of the model.
+        file: The file.
+        needed: See `weights.load`.
+        options: Passed on to timm.
+    """
+
+    def source(cfg: dict[str, Any]) -> stored.Weights:
+        if file is not None:
+            return stored.read(file, f"--{kind}-weights")
+        return stored.read(published_weights(kind, name, cfg), "the published weights")
+
+    architecture = name.partition(".")[0] if name in PUBLISHED else name
+    return stored.timm_model(architecture, f"{kind} {name!r}", source, needed, **options)
+
+
+def published_weights(kind: str, name: str, cfg: dict[str, Any]) -> Path:
+    """The file with the published weights of a timm model or of a name of `PUBLISHED`; downloads it if necessary.
+
+    Args:
+        kind: "backbone" or "encoder", for the error message.
+        name: Name of the model.
+        cfg: Its pretrained_cfg.
 
     Raises:
-        UserError: If the file does not exist or cannot be read.
+        UserError: If it has no weights, or if they cannot be downloaded; says what to do.
     """
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise UserError(f"{option} {path}: there is no such file")
+    if cfg.get("file"):
+        return Path(cfg["file"])
+    repository = "" if name in PUBLISHED else cfg.get("hf_hub_id") or ""
+    file, url = cfg.get("hf_hub_filename") or "pytorch_model.bin", PUBLISHED.get(name) or cfg.get("url") or ""
+    if not repository and not url:
+        raise UserError(f"{kind} {name!r} has no published weights; pass --{kind}-weights FILE")
     try:
-        if path.endswith(".safetensors"):
-            return {name: tensor.float() for name, tensor in load_file(path).items()}
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has its own exceptions
-        raise UserError(f"{option} {path} cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _why_no_weights(name: str, weights: str | None, error: Exception, kind: str = "backbone") -> str:
-    """Why the weights could not be loaded, and what to do; `--KIND-weights` is the option that takes a file."""
-    if weights is not None:
-        return f"{weights} does not fit ({_first_line(error)})"
-    if name in PUBLISHED:
-        source = PUBLISHED[name]
-    else:
-        import timm
-
-        cfg = timm.models.get_pretrained_cfg(name)
-        hub = cfg.hf_hub_id if cfg is not None and cfg.hf_hub_id else "its authors' page"
-        source = f"model.safetensors from huggingface.co/{hub}"
-    return (
-        f"its weights could not be downloaded ({_first_line(error)}); on a machine with a network connection download "
-        f"{source} and pass it as --{kind}-weights FILE"
-    )
+        return stored.published(repository, file, url)
+    except Exception as error:  # hub and network have their own exceptions
+        place = f"{stored.SAFE_NAMES.get(file, file)} from huggingface.co/{repository}" if repository else url
+        raise UserError(
+            f"{kind} {name!r}: its weights could not be downloaded ({stored.first_line(error)}); on a machine with a "
+            f"network connection download {place} and pass it as --{kind}-weights FILE"
+        ) from error

@@ -32,9 +32,10 @@ from urllib.parse import quote
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from . import weights as stored
 from .archive import read_archive
 from .backbones import Encoder, untrained_encoder
 from .config import ExpertTraining
@@ -272,7 +273,7 @@ class _Experts:
         if worker.is_main:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         network = network_type(untrained_encoder(self.settings.encoder), classes, self.settings.head_channels)
-        network.load_state_dict(load_file(path))
+        stored.load(network, stored.read(path), f"the network of {name!r}")
         return network.eval().requires_grad_(False)
 
     def shard(self, number: int) -> Path:

@@ -12,11 +12,11 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from . import registry
+from . import registry, weights
 from .config import IndexConfig
 from .distributed import Worker
 from .errors import UserError
@@ -25,11 +25,20 @@ from .masks import ErrorRecord, errors_path, write_errors
 from .photos import PhotoError, PhotoSource, decode_ahead
 from .threads import kernels_on_one_thread, map_ahead
 
+if TYPE_CHECKING:
+    import torch
+
 CLIP_BATCH = {"cpu": 16, "cuda": 256}
 
 
 class Embedder(Protocol):
-    """Maps photos and category names to embeddings in the same space."""
+    """Maps photos and category names to embeddings in the same space.
+
+    Attributes:
+        about: The model, its weights and its preprocessing in words.
+    """
+
+    about: str
 
     def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
         """Yields each name with the photo's embedding, float32 [d] L2-normalized, or with the photo's error."""
@@ -72,7 +81,7 @@ def build_index(
     worker: Worker,
     device: str,
     advance: Callable[..., None],
-) -> None:
+) -> Embedder | None:
     """Embeds the photos of photos.jsonl, shard by shard. Existing shards are kept.
 
     Args:
@@ -82,6 +91,9 @@ def build_index(
         worker: This process, which claims its shards.
         device: Device as torch names it.
         advance: Called as `advance(photos, existing=...)` after each shard; `existing`: the shard existed already.
+
+    Returns:
+        The embedder; None if this worker had nothing to do.
 
     Raises:
         UserError: If the embedder cannot be created.
@@ -99,6 +111,7 @@ def build_index(
             at = first + size
             _embed_shard(embedder, source, batch, first, shard_path(folder, shard))
         advance(size, existing=exists)
+    return embedder
 
 
 def _embed_shard(embedder: Embedder, source: PhotoSource, names: list[str], first: int, path: Path) -> None:
@@ -133,7 +146,7 @@ class Clip:
         import open_clip
         import torch
 
-        name, _, pretrained = config.clip_model.partition(":")
+        name, _, tag = config.clip_model.partition(":")
         if name not in open_clip.list_models():
             registry.load_plugins()
         if name not in open_clip.list_models():
@@ -141,27 +154,47 @@ class Clip:
                 f"--clip-model {config.clip_model}: open_clip has no {name!r}; see open_clip.list_models()"
                 f"{registry.failure_note()}"
             )
-        weights = config.clip_weights or pretrained or registry.default_weights("clip", name)
-        if config.clip_weights and not Path(config.clip_weights).is_file():
-            raise UserError(f"--clip-weights {config.clip_weights}: there is no such file")
-        if not weights:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if tag and not open_clip.is_pretrained_cfg(name, tag):
+            raise UserError(
+                f"--clip-model {config.clip_model}: open_clip has no weights {tag!r} of {name}, only "
+                f"{', '.join(tags) or 'none'}; files are passed as --clip-weights FILE"
+            )
+        file = config.clip_weights or (None if tag else registry.default_weights("clip", name))
+        if not tag and not file:
             raise UserError(
                 f"--clip-model {config.clip_model} names no weights; pass MODEL:PRETRAINED or --clip-weights FILE"
             )
+        published = [open_clip.get_pretrained_cfg(name, one) for one in tags]
+        if not tag and published and all(_preprocessing(cfg) == _preprocessing(published[0]) for cfg in published):
+            tag = tags[0]
+
+        def source(cfg: dict[str, Any]) -> weights.Weights:
+            if file is not None:
+                return weights.read(file, "--clip-weights")
+            return weights.read(published_clip(config.clip_model, cfg), "the published weights")
+
+        quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
         torch.manual_seed(0)
         try:
-            model, _, self.preprocess = open_clip.create_model_and_transforms(
-                name, pretrained=weights, device=device, precision="fp32"
-            )
-        except Exception as error:  # hub, network, file format and key mismatches each have their own exception
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            model, self.preprocess = weights.clip_model(
+                name, f"CLIP model {name!r}", source,
+                pretrained=tag or file, device=device, precision="fp32", force_quick_gelu=quick_gelu,
+            )  # fmt: skip
+        except UserError:
+            raise
+        except Exception as error:  # models with parts of other libraries have their own exceptions
             raise UserError(
-                f"--clip-model {config.clip_model}: its weights could not be loaded ({reason}); download the model's "
-                "open_clip_pytorch_model.bin or model.safetensors and pass it as --clip-weights FILE, or pass "
-                "precomputed --embeddings FILE"
+                f"--clip-model {config.clip_model} cannot be created: {weights.first_line(error)}"
             ) from error
         self.model, self.device = model.eval(), device
         self.tokenizer = open_clip.get_tokenizer(name)
+        used = model.visual.preprocess_cfg
+        colors = ", ".join(f"{part} {[round(value, 3) for value in used[part]]}" for part in ("mean", "std"))
+        self.about = (
+            f"{name}: weights of {file or tag}, preprocessing of {tag or 'open_clip by default'} "
+            f"({used['interpolation']}, {used['resize_mode']}, {colors}{', QuickGELU' if quick_gelu else ''})"
+        )
 
     def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
         import torch
@@ -176,7 +209,9 @@ class Clip:
                 with torch.inference_mode():
                     embeddings = self.model.encode_image(torch.stack(photos).to(self.device), normalize=True)
                 rows = iter(embeddings.float().cpu().numpy())
-            return [(name, photo if isinstance(photo, PhotoError) else next(rows)) for name, photo in batch]
+            return [
+                (name, photo if isinstance(photo, PhotoError) else _usable(name, next(rows))) for name, photo in batch
+            ]
 
         loaded = decode_ahead(source, names, load)
         batches = iter(lambda: list(itertools.islice(loaded, CLIP_BATCH[self.device.split(":")[0]])), [])
@@ -192,8 +227,10 @@ class Clip:
             for name in names:
                 tokens = self.tokenizer([prompt.format(name) for prompt in prompts]).to(self.device)
                 mean = self.model.encode_text(tokens, normalize=True).float().mean(0)
-                rows.append(torch.nn.functional.normalize(mean, dim=0))
-        return torch.stack(rows).cpu().numpy()
+                rows.append(torch.nn.functional.normalize(mean, dim=0).cpu().numpy())
+                if not is_direction(rows[-1]):
+                    raise UserError(f"the CLIP model gives no finite embedding of the category {name!r}")
+        return np.stack(rows)
 
 
 class PrecomputedEmbeddings:
@@ -204,14 +241,12 @@ class PrecomputedEmbeddings:
     """
 
     def __init__(self, path: str):
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         names_path = Path(path).with_suffix(".json")
+        tensors = weights.read(path, "--embeddings").tree
         try:
-            tensors, lists = load_file(path), json.loads(names_path.read_bytes())
+            lists = json.loads(names_path.read_bytes())
             image, text, files, names = tensors["image"], tensors["text"], lists["image_files"], lists["names"]
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"--embeddings {path}: {error}") from None
         except KeyError as error:
             raise UserError(
@@ -219,16 +254,17 @@ class PrecomputedEmbeddings:
             ) from None
         if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
             raise UserError(
-                f"--embeddings {path}: expected image [n, d] and text [k, d], got {image.shape} and {text.shape}"
+                f"--embeddings {path}: expected image [n, d] and text [k, d], got {list(image.shape)} and "
+                f"{list(text.shape)}"
             )
         if len(files) != len(image) or len(names) != len(text):
             raise UserError(
                 f"--embeddings {path}: {len(image)} image and {len(text)} text rows, "
                 f"but {names_path.name} lists {len(files)} image_files and {len(names)} names"
             )
-        self.path = path
+        self.path, self.about = path, f"embeddings of {path}"
         self.image, self.rows = image, {file: row for row, file in enumerate(files)}
-        self.text, self.names = _normalized(text.astype(np.float32)), {name: row for row, name in enumerate(names)}
+        self.text, self.names = text, {name: row for row, name in enumerate(names)}
 
     def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
         for name in names:
@@ -236,14 +272,59 @@ class PrecomputedEmbeddings:
             if row is None:
                 yield name, PhotoError(name, f"{Path(self.path).name} has no embedding of this photo")
             else:
-                yield name, _normalized(self.image[row].astype(np.float32))
+                yield name, _usable(name, _normalized(self.image[row]), f" in {Path(self.path).name}")
 
     def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         if missing := [name for name in names if name not in self.names]:
             raise UserError(f"--embeddings {self.path} has no text embedding of {', '.join(missing)}")
-        return self.text[[self.names[name] for name in names]]
+        rows = [_normalized(self.text[self.names[name]]) for name in names]
+        if unusable := [name for name, row in zip(names, rows, strict=True) if not is_direction(row)]:
+            raise UserError(
+                f"--embeddings {self.path}: the text embedding of {', '.join(unusable)} is NaN, infinite or zero"
+            )
+        return np.stack(rows)
 
 
-def _normalized(rows: np.ndarray) -> np.ndarray:
-    """L2-normalized rows."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+def published_clip(model: str, cfg: dict[str, Any]) -> Path:
+    """The file with published weights of a CLIP model; downloads it if necessary.
+
+    Args:
+        model: Name of the model for the error message.
+        cfg: open_clip's settings of the weights.
+
+    Raises:
+        UserError: If they cannot be downloaded; says what to do.
+    """
+    repository, _, file = cfg.get("hf_hub", "").rpartition("/")
+    try:
+        return weights.published(
+            repository, file or "open_clip_pytorch_model.bin", cfg.get("url", ""), Path("~/.cache/clip").expanduser()
+        )
+    except Exception as error:  # hub and network have their own exceptions
+        place = f"huggingface.co/{repository}" if repository else cfg.get("url")
+        raise UserError(
+            f"--clip-model {model}: its weights could not be downloaded ({weights.first_line(error)}); download "
+            f"open_clip_model.safetensors or open_clip_pytorch_model.bin from {place} and pass it as --clip-weights "
+            "FILE, or pass precomputed --embeddings FILE"
+        ) from error
+
+
+def _preprocessing(cfg: dict[str, Any]) -> tuple[Any, ...]:
+    """What published weights require of the photos and of the network."""
+    return tuple(cfg.get(key) for key in ("mean", "std", "interpolation", "resize_mode")), bool(cfg.get("quick_gelu"))
+
+
+def is_direction(row: np.ndarray) -> bool:
+    """Whether an embedding [d] has a cosine similarity to others: it is finite and not zero."""
+    return bool(np.isfinite(row).all() and row.any())
+
+
+def _usable(name: str, row: np.ndarray, place: str = "") -> np.ndarray | PhotoError:
+    """The embedding of a photo, or an error if it has no direction."""
+    return row if is_direction(row) else PhotoError(name, f"its embedding{place} is NaN, infinite or zero")
+
+
+def _normalized(row: torch.Tensor) -> np.ndarray:
+    """An embedding [d] of any floating-point format, L2-normalized, float32."""
+    row = row.float().numpy()
+    return row / np.maximum(np.linalg.norm(row, axis=-1, keepdims=True), 1e-12)

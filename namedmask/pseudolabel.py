@@ -102,8 +102,14 @@ class Labeler:
 
     def _label_batch(self, batch: list[tuple[str, Photo | PhotoError]]) -> list[tuple[str, Labeled | PhotoError]]:
         photos = [photo for _, photo in batch if isinstance(photo, Photo)]
-        with self._timed("detect"):
-            detections = self.detector.detect(photos) if photos else []
+        try:
+            with self._timed("detect"):
+                detections = self.detector.detect(photos) if photos else []
+        except FloatingPointError as error:  # of one photo: the others are labeled without it
+            if len(batch) > 1:
+                return [label for one in batch for label in self._label_batch([one])]
+            name = batch[0][0]
+            return [(name, PhotoError(name, str(error)))]
         with self._timed("refine"):
             labeled = iter(self._refined(photos, detections))
         return [(name, photo if isinstance(photo, PhotoError) else next(labeled)) for name, photo in batch]

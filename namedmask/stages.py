@@ -75,7 +75,9 @@ def _index(ctx: Context) -> None:
             raise UserError(f"there are no photos in {ctx.config.photos}")
     ctx.worker.barrier("photos are listed")
     ctx.progress.total = sum(1 for _ in read_photos(folder))
-    build_index(ctx.source, folder, ctx.config.index, ctx.worker, ctx.device, ctx.progress.advance)
+    embedder = build_index(ctx.source, folder, ctx.config.index, ctx.worker, ctx.device, ctx.progress.advance)
+    if embedder is not None:
+        ctx.progress.note = embedder.about
     ctx.worker.barrier("photos are indexed")
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path
 from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
 from .progress import Progress
+from .weights import first_line, read
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 60.0  # seconds
@@ -64,6 +65,7 @@ class TrainingState:
         self.steps, self.worker = steps, worker
         self.step, self.photos = 0, 0
         self.sums: dict[str, Tensor] = {}  # of the values since the last line
+        self.unchecked: list[Tensor] = []  # sums of the losses of the latest steps
         self.board: Any = None
         self._restore()
 
@@ -88,14 +90,32 @@ class TrainingState:
         self.photos += photos
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value
+        self.unchecked.append(sum(values.values(), torch.zeros(())))
+        last = self.step == self.steps
+        if self.step % NOTE_EVERY == 0 or last or self.unchecked[-1].device.type == "cpu":
+            self._expect_finite_losses()
         if not self.worker.is_main:
             return
-        last = self.step == self.steps
         if self.step % LOG_EVERY == 0 or last:
             self._log()
         if last or time.monotonic() - self.saved >= SAVE_EVERY:
             self._save()
             self.saved = time.monotonic()
+
+    def _expect_finite_losses(self) -> None:
+        finite = torch.stack(self.unchecked).isfinite().tolist() if self.unchecked else []
+        if not all(finite):
+            self._fail(f"the loss of step {self.step - len(finite) + finite.index(False) + 1} is NaN or infinite")
+        self.unchecked = []
+
+    def _fail(self, reason: str) -> NoReturn:
+        """Raises UserError: the training has diverged."""
+        checkpoint = self.folder / "checkpoint.pt"
+        kept = f"; {checkpoint} is of an earlier step" if checkpoint.exists() else ""
+        raise UserError(
+            f"{self.folder}: {reason}. Lower --lr and --encoder-lr{', and start over with --overwrite' if kept else ''}"
+            f"{kept}"
+        )
 
     def _log(self) -> None:
         now = time.monotonic()
@@ -107,10 +127,15 @@ class TrainingState:
                 self.board.add_scalar(name, value, self.step)
             self.board.flush()
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step} | {name: round(value, 4) for name, value in line.items()}) + "\n")
+            rounded = {name: round(value, 4) for name, value in line.items()}
+            file.write(json.dumps({"step": self.step} | rounded, allow_nan=False) + "\n")
         self.logged, self.photos, self.sums = now, 0, {}
 
     def _save(self) -> None:
+        self._expect_finite_losses()
+        for name, tensor in self.network.state_dict().items():
+            if not tensor.isfinite().all():
+                self._fail(f"{name} is NaN or infinite after step {self.step}")
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
         with atomic_write(self.folder / "checkpoint.pt") as file:
             torch.save({**state, "sums": self.sums, "about": self.about}, file)
@@ -119,16 +144,21 @@ class TrainingState:
         """Loads the checkpoint, if there is one, and drops the metrics of later steps."""
         metrics, checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
         if checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            if state["about"] != self.about:
+            state = read(checkpoint).tree
+            try:
+                if state["about"] != self.about:
+                    raise UserError(
+                        f"{checkpoint} is of a training with other settings or masks; continue with those, or start "
+                        "over with --overwrite"
+                    )
+                self.network.load_state_dict(state["network"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                device = next(self.network.parameters()).device
+                self.step, self.sums = state["step"], {name: value.to(device) for name, value in state["sums"].items()}
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{checkpoint} is of a training with other settings or masks; continue with those, or start over "
-                    "with --overwrite"
-                )
-            self.network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            device = next(self.network.parameters()).device
-            self.step, self.sums = state["step"], {name: value.to(device) for name, value in state["sums"].items()}
+                    f"{checkpoint} is damaged ({first_line(error)}); delete it to start this training over"
+                ) from None
         if self.worker.is_main:
             lines = [json.dumps(self.about)]
             if self.step and metrics.exists():

@@ -50,7 +50,11 @@ class Detector(ABC):
 
     @abstractmethod
     def detect(self, photos: Sequence[Photo]) -> list[Detection]:
-        """Detects the object of each photo. Photos may have any sizes; results do not depend on batch composition."""
+        """Detects the object of each photo. Photos may have any sizes; results do not depend on batch composition.
+
+        Raises:
+            FloatingPointError: If the network gives NaN or infinite values for any photo.
+        """
 
 
 def make_detector(config: DetectorConfig, device: str) -> Detector:

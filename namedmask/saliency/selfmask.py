@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import registry
-from ..backbones import Backbone, Vit, read_weights, untrained
+from .. import weights as stored
+from ..backbones import Backbone, Vit, untrained
 from ..config import DetectorConfig
 from ..errors import UserError
 from ..photos import Photo
 from . import Detection, Detector
 
 UPSAMPLED = 2  # mask resolution: cells per side of a patch
+MAX_QUERIES = 1000  # of a file; each takes about a megabyte per photo
 
 
 class Objectness(nn.Module):
@@ -161,6 +164,8 @@ class SelfMaskDetector(Detector):
         for photo in photos:
             softs = [self._soft_mask(next(grids), flipped, photo.pixels.shape[:2]) for _, flipped in self.views]
             soft = torch.stack(softs).mean(0)
+            if not soft.isfinite().all():
+                raise FloatingPointError("the predicted mask is NaN or infinite")
             detections.append(Detection(soft.cpu(), certainty(soft) * agreement(softs)))
         return detections
 
@@ -195,14 +200,15 @@ def certainty(soft: Tensor) -> float:
     return float(dice * (4 * soft.sum().sqrt() / outline).clamp_max(1.0))
 
 
-def load(backbone: str, weights: str | None) -> SelfMask:
+def load(backbone: str, weights: str | None, option: str = "--detector-weights") -> SelfMask:
     """Loads a SelfMask network.
 
     Args:
         backbone: Name of the ViT that is its encoder.
         weights: A .safetensors or .pth file with the tensors of the whole network, encoder included, under the authors'
-            names. The numbers of queries and layers are those of the file. None: the default weights of a plugin (see
-            `registry`).
+            names. They may be nested as training codes write them (see `weights.load`). The numbers of queries and
+            layers are those of the file. None: the default weights of a plugin (see `registry`).
+        option: Option of the command that takes the file, for error messages.
 
     Raises:
         UserError: If there are no weights, or if they cannot be read or do not fit.
@@ -213,14 +219,35 @@ def load(backbone: str, weights: str | None) -> SelfMask:
             "--detector selfmask needs --detector-weights FILE, from `namedmask train-saliency` or the authors' "
             "checkpoint (github.com/NoelShin/selfmask)"
         )
-    state = read_weights(weights, "--detector-weights")
-    layers = 1 + max((int(name.split(".")[2]) for name in state if name.startswith("decoder.layers.")), default=-1)
-    if not layers or "query_embed" not in state:
-        raise UserError(f"--detector-weights {weights}: not a SelfMask network (no query_embed or decoder.layers)")
-    network = SelfMask(untrained(backbone), len(state["query_embed"]), layers)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"--detector-weights {weights} does not fit backbone {backbone!r}: {reason}") from None
+    found = stored.read(weights, option)
+    state = stored.candidates(found.tree, {"query_embed", "decoder_norm_weight", "decoder_norm_bias"})[0]
+    what = f"backbone {backbone!r}"
+    encoder = untrained(backbone)
+    queries, layers = _count(state, encoder, found.source, what)
+    network = SelfMask(encoder, queries, layers)
+    stored.load(network, stored.Weights(state, found.source), what)
     return network
+
+
+def _count(state: stored.State, encoder: Vit, source: str, what: str) -> tuple[int, int]:
+    """Numbers of queries and decoder layers of a file. No network is built before they agree with its tensors.
+
+    Raises:
+        UserError: If the file is no SelfMask network, or one of another width.
+    """
+    embedded = state.get("query_embed")
+    layers = {int(match[1]) for name in state if (match := re.match(r"decoder\.layers\.(\d{1,6})\.", name))}
+    if embedded is None or not layers:
+        raise UserError(f"{source}: not a SelfMask network (no query_embed or decoder.layers)")
+    width = encoder.embed_dim
+    if embedded.ndim != 2 or embedded.shape[1] != width or not 0 < len(embedded) <= MAX_QUERIES:
+        raise UserError(
+            f"{source} does not fit {what}: query_embed is {list(embedded.shape)}, expected 1 to {MAX_QUERIES} queries "
+            f"of {width} channels"
+        )
+    with torch.device("meta"):
+        layer = QueryLayer(width, encoder.blocks[0].attn.num_heads).state_dict()
+    for prefix in (f"decoder.layers.{number}." for number in range(len(layers))):
+        own = {prefix + name: tensor for name, tensor in layer.items()}
+        stored.expect(own, {name: t for name, t in state.items() if name.startswith(prefix)}, source, what)
+    return len(embedded), len(layers)

@@ -132,7 +132,7 @@ def training_count(records: Sequence[MaskRecord], settings: SaliencyTraining) ->
 def initial_network(settings: SaliencyTraining) -> SelfMask:
     """Where training starts: a SelfMask network, or a backbone as encoder and a decoder with random weights."""
     if settings.init_checkpoint is not None:
-        return load_selfmask(settings.backbone, settings.init_checkpoint)
+        return load_selfmask(settings.backbone, settings.init_checkpoint, "--init-checkpoint")
     encoder = load_backbone(settings.backbone, settings.backbone_weights).model.requires_grad_(True)
     return SelfMask(encoder, settings.num_queries, settings.decoder_layers)
 

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..backbones import Encoder, read_weights, untrained_encoder
+from .. import weights as stored
+from ..backbones import Encoder, padded, untrained_encoder
 from ..errors import UserError
 from ..files import atomic_write
 from .augment import IGNORE
@@ -118,7 +119,7 @@ class DeepLab(nn.Module):
     def __init__(self, encoder: Encoder, classes: int, head_channels: int = 256, encoder_bn_momentum: float = 0.01):
         super().__init__()
         self.encoder, self.classes, self.head_channels = encoder.name, classes, head_channels
-        self.backbone, self.feature_indices = encoder.network, encoder.taken
+        self.backbone, self.feature_indices, self.multiple = encoder.network, encoder.taken, encoder.multiple
         self.classifier = Head(encoder.channels, classes, head_channels)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(encoder, name)).view(3, 1, 1), persistent=False)
@@ -146,8 +147,12 @@ class DeepLab(nn.Module):
         Returns:
             [n, classes, ceil(H / 4), ceil(W / 4)].
         """
-        features = self.backbone(photos)
-        return self.classifier(*(features[index] for index in self.feature_indices))
+        features = self.backbone(padded(photos, self.multiple))
+        logits = self.classifier(*(features[index] for index in self.feature_indices))
+        if self.multiple == 1:
+            return logits
+        height, width = photos.shape[2:]
+        return logits[:, :, : (height + 3) // 4, : (width + 3) // 4]
 
     def forward(self, photos: Tensor) -> Tensor:
         """Logits at full resolution.
@@ -220,23 +225,37 @@ def load_segmenter(
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
-    state = read_weights(str(path), "the segmenter")
-    if (path.parent / "categories.json").exists():
-        about = json.loads((path.parent / "categories.json").read_text(encoding="utf-8"))
-        names, encoder = list(about["categories"]), about["encoder"]
+    found = stored.read(path)
+    about_path = path.parent / "categories.json"
+    if about_path.exists():
+        names, encoder = _read_about(about_path)
     elif categories is not None:
         names = list(categories)
     else:
-        raise UserError(f"{path.parent / 'categories.json'} is missing; pass --categories or --categories-file")
-    last = state.get("classifier.classifier.3.weight")  # [classes, head_channels, 1, 1]
-    if last is None:
-        raise UserError(f"{path}: not a DeepLabv3+ network (no classifier.classifier.3.weight)")
-    if len(last) != len(names) + 1:
-        raise UserError(f"{path} has {len(last)} classes, but {len(names)} categories and the background were given")
-    network = DeepLab(untrained_encoder(encoder), *last.shape[:2])
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"{path} does not fit encoder {encoder!r}: {reason}") from None
+        raise UserError(f"{about_path} is missing; pass --categories or --categories-file")
+    last = "classifier.classifier.3.weight"  # [classes, head_channels, 1, 1]
+    state = stored.candidates(found.tree, {stored.flat(last)})[0]
+    if last not in state or state[last].ndim != 4:
+        raise UserError(f"{path}: not a DeepLabv3+ network (no {last})")
+    classes, head_channels = state[last].shape[:2]
+    if classes != len(names) + 1:
+        raise UserError(f"{path} has {classes} classes, but {len(names)} categories and the background were given")
+    built, what = untrained_encoder(encoder), f"encoder {encoder!r}"
+    with torch.device("meta"):  # the number of channels is the file's: all shapes are compared before the head is built
+        head = nn.ModuleDict({"classifier": Head(built.channels, classes, max(16, head_channels))})
+    stored.expect(head.state_dict(), state, found.source, what, stored.parameters_and_statistics(head))
+    network = DeepLab(built, classes, head_channels)
+    stored.load(network, stored.Weights(state, found.source), what)
     return network.eval(), names
+
+
+def _read_about(path: Path) -> tuple[list[str], str]:
+    """The names of the categories and the encoder of a categories.json."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        names, encoder = about["categories"], about["encoder"]
+        if not isinstance(encoder, str) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise TypeError("categories must be a list of names, encoder a name")
+        return names, encoder
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); restore it beside the weights") from None
