@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .config import Setting, find_setting, merge, nest, read_settings, settings
-from .errors import UserError
+from .errors import NothingUsable, UserError
 from .files import absolute
 from .stages import STAGES
 
@@ -83,7 +83,7 @@ def command(function: Callable) -> Callable:
             if debug:
                 raise
             print(f"namedmask: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
+            raise typer.Exit(3 if isinstance(error, NothingUsable) else 2) from None
         except KeyboardInterrupt:
             again = "the same command without --overwrite" if options.get("overwrite") else "the same command again"
             print(f"namedmask: interrupted; run {again} to continue", file=sys.stderr)

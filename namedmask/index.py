@@ -19,9 +19,9 @@ import numpy as np
 from . import registry
 from .config import IndexConfig
 from .distributed import Worker
-from .errors import UserError
+from .errors import DamagedFile, UserError
 from .files import atomic_write
-from .masks import ErrorRecord, errors_path, write_errors
+from .masks import ErrorRecord, errors_path, parse_fields, read_lines, write_errors
 from .photos import PhotoError, PhotoSource, decode_ahead
 from .threads import kernels_on_one_thread, map_ahead
 
@@ -39,19 +39,45 @@ class Embedder(Protocol):
 
 
 def list_photos(source: PhotoSource, folder: Path) -> None:
-    """Writes photos.jsonl, and photos.errors.jsonl with the folders and shards that cannot be listed."""
+    """Writes photos.jsonl, and photos.errors.jsonl with the folders and shards that cannot be listed.
+
+    Raises:
+        UserError: If there are no photos. photos.jsonl is not written then.
+    """
     errors: list[ErrorRecord] = []
     with atomic_write(folder / "photos.jsonl") as file:
         for name in source.names(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason))):
             file.write(json.dumps({"photo": name}).encode() + b"\n")
+        if not file.tell():
+            raise UserError(f"there are no photos in {source.path}")
         write_errors(errors_path(folder / "photos.jsonl"), errors)
 
 
 def read_photos(folder: Path) -> Iterator[str]:
-    """Yields the names in photos.jsonl, in order."""
-    with (folder / "photos.jsonl").open("rb") as lines:
-        for line in lines:
-            yield json.loads(line)["photo"]
+    """Yields the names in photos.jsonl, in order. Raises DamagedFile if it is missing or at an invalid line."""
+    path = folder / "photos.jsonl"
+    try:
+        if not path.stat().st_size:
+            raise _damaged_list(folder, "it is empty")
+    except FileNotFoundError:
+        raise _damaged_list(folder, "it is missing") from None
+    return read_lines(path, _parse_photo, _remedy(folder))
+
+
+def _parse_photo(line: bytes) -> str:
+    name = parse_fields(line, ("photo",))["photo"]
+    if not isinstance(name, str):
+        raise ValueError(f"photo: expected a string, got {name!r}")
+    return name
+
+
+def _damaged_list(folder: Path, reason: str) -> DamagedFile:
+    return DamagedFile(folder / "photos.jsonl", reason, remedy=_remedy(folder))
+
+
+def _remedy(folder: Path) -> str:
+    """All shards of the index refer to the lines of photos.jsonl."""
+    return f"make the index again with `namedmask index --out {folder.parent} --overwrite`"
 
 
 def shard_path(folder: Path, shard: int) -> Path:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..backbones import Encoder, read_weights, untrained_encoder
-from ..errors import UserError
+from ..errors import DamagedFile, UserError
 from ..files import atomic_write
 from .augment import IGNORE
 
@@ -200,6 +200,22 @@ def save_segmenter(folder: Path, network: DeepLab, categories: Sequence[str], ma
     return path
 
 
+def read_about(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads the categories.json of a segmenter.
+
+    Raises:
+        DamagedFile: If it cannot be read or holds something else; ends with `remedy`.
+    """
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        names, encoder = about["categories"], about["encoder"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedFile(path, error, remedy=remedy) from None
+    if not isinstance(encoder, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DamagedFile(path, "categories: expected a list of names; encoder: expected a name", remedy=remedy)
+    return about
+
+
 def load_segmenter(
     path: str | Path, categories: Sequence[str] | None = None, encoder: str = "resnet50"
 ) -> tuple[DeepLab, list[str]]:
@@ -222,8 +238,9 @@ def load_segmenter(
         path = path / "model.safetensors"
     state = read_weights(str(path), "the segmenter")
     if (path.parent / "categories.json").exists():
-        about = json.loads((path.parent / "categories.json").read_text(encoding="utf-8"))
-        names, encoder = list(about["categories"]), about["encoder"]
+        remedy = "delete it and pass --categories or --categories-file, and --encoder"
+        about = read_about(path.parent / "categories.json", remedy)
+        names, encoder = about["categories"], about["encoder"]
     elif categories is not None:
         names = list(categories)
     else:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from ..backbones import load_encoder
 from ..config import SegmenterTraining
 from ..distributed import Worker
 from ..errors import UserError
+from ..files import make_folder
 from ..masks import MaskRecord, best_masks, digest, read_masks
 from ..photos import PhotoError, PhotoSource
 from ..progress import Progress
@@ -37,7 +37,7 @@ from ..threads import map_ahead, thread_count, use_one_torch_thread
 from ..training import TrainingState, fit
 from .augment import IGNORE, View, augment, copy_paste
 from .batch_norm import synchronize
-from .deeplab import DeepLab, on_device, save_segmenter
+from .deeplab import DeepLab, on_device, read_about, save_segmenter
 
 
 class Sample(NamedTuple):
@@ -67,7 +67,7 @@ def train_segmenter(
             `train` does.
     """
     folder = out / "segmenter"
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     categories = read_archive(out / "archive.json").categories
     masks = best_masks(out)
     records = [record for record in read_masks(masks) if record.area]
@@ -77,7 +77,8 @@ def train_segmenter(
         raise UserError(f"{masks} has masks of {', '.join(unknown)}, which {out / 'archive.json'} does not list")
     samples = [Sample(record, categories.index(record.category) + 1) for record in records]
     if (folder / "model.safetensors").exists():
-        if json.loads((folder / "categories.json").read_text(encoding="utf-8")).get("masks") != _digest(samples):
+        remedy = f"train it again with `namedmask train {out} --overwrite`"
+        if read_about(folder / "categories.json", remedy).get("masks") != _digest(samples):
             raise UserError(f"{folder} was trained on other masks than {masks} has now; start over with --overwrite")
         if worker.is_main:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -121,18 +122,8 @@ def train(
         UserError: If the batch cannot be split evenly, if a photo is missing or has changed since its mask was made, or
             if the checkpoint is of other settings or samples.
     """
-    if settings.batch_size % (worker.count * settings.grad_accum_steps):
-        raise UserError(
-            f"a batch of {settings.batch_size} cannot be split evenly among {worker.count} workers in "
-            f"{settings.grad_accum_steps} parts each; choose another --batch-size or --grad-accum-steps"
-        )
-    if settings.batch_size // settings.grad_accum_steps < 2:
-        raise UserError(
-            "BatchNorm needs two photos at a time: choose a larger --batch-size or a smaller --grad-accum-steps"
-        )
-    torch.manual_seed(settings.seed)
-    encoder = load_encoder(settings.encoder, settings.encoder_weights)
-    network = network_type(encoder, classes, settings.head_channels, settings.encoder_bn_momentum)
+    expect_even_batch(settings, worker.count)
+    network = initial_network(settings, classes, network_type)
     if worker.count > 1:
         synchronize(network, device)
     network = on_device(network, device).train()
@@ -159,6 +150,26 @@ def train(
         remaining = batches(source, samples, settings, worker, range(state.step, settings.steps))
         fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
     return network
+
+
+def expect_even_batch(settings: SegmenterTraining, workers: int) -> None:
+    """Raises UserError if a batch cannot be split evenly, or into parts of at least two photos."""
+    if settings.batch_size % (workers * settings.grad_accum_steps):
+        raise UserError(
+            f"a batch of {settings.batch_size} cannot be split evenly among {workers} workers in "
+            f"{settings.grad_accum_steps} parts each; choose another --batch-size or --grad-accum-steps"
+        )
+    if settings.batch_size // settings.grad_accum_steps < 2:
+        raise UserError(
+            "BatchNorm needs two photos at a time: choose a larger --batch-size or a smaller --grad-accum-steps"
+        )
+
+
+def initial_network(settings: SegmenterTraining, classes: int, network_type: type[DeepLab] = DeepLab) -> DeepLab:
+    """The network with which a training starts. Raises UserError if its encoder or weights cannot be loaded."""
+    torch.manual_seed(settings.seed)
+    encoder = load_encoder(settings.encoder, settings.encoder_weights)
+    return network_type(encoder, classes, settings.head_channels, settings.encoder_bn_momentum)
 
 
 def accumulate_gradients(
