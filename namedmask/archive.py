@@ -13,6 +13,7 @@ import numpy as np
 
 from .errors import DamagedFile, UserError
 from .files import atomic_write
+from .index import read_shard
 from .threads import kernels_on_one_thread, map_ahead
 
 if TYPE_CHECKING:
@@ -146,20 +147,9 @@ def read_shards(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     Raises:
         DamagedFile: If a shard cannot be read, or holds something else.
     """
-    from safetensors.numpy import load_file
-
     width, after = None, -1  # of the rows; the last photo of the shards before
     for path in sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name)):
-        try:
-            shard = load_file(path)
-            image, photo = shard["image"], shard["photo"]
-        except Exception as error:  # safetensors has its own exceptions
-            raise DamagedFile(path, error) from None
-        fits = (
-            image.dtype == np.float16 and photo.dtype == np.int64 and image.ndim == 2 and photo.shape == image.shape[:1]
-        )
-        if not fits or not np.isfinite(image).all():
-            raise DamagedFile(path, "expected finite image float16 [n, d] and photo int64 [n]")
+        image, photo = read_shard(path)
         if len(photo):
             width = width or image.shape[1]
             if image.shape[1] != width or photo[0] <= after or (np.diff(photo) <= 0).any():

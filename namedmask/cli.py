@@ -276,12 +276,8 @@ def segment(
     source = run.open_source(photos)
     if out.resolve() == (weights if weights.is_dir() else weights.parent).resolve():
         raise UserError(f"{out} holds the weights: choose another --out, as their files would be overwritten")
-    with run.locked(out):
-        if overwrite:
-            for name in ("masks", "overlays", "categories.json", "errors.jsonl"):
-                run.remove(out / name)
-        with Progress("segment", Worker()) as progress:
-            made, failed = segment_photos(segmenter, weights, source, out, progress)
+    with run.locked(out), Progress("segment", Worker()) as progress:
+        made, failed = segment_photos(segmenter, weights, source, out, progress, overwrite)
     print(f"masks and overlays are in {out}" + (f"; {failed} photos failed: {out / 'errors.jsonl'}" if failed else ""))
     if not made:
         raise typer.Exit(3)

@@ -57,6 +57,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     except OSError as error:
         raise write_error(path, error) from error
     raw = _File(descriptor, "wb")
+    raw.name = os.fspath(path)
     written = False  # whether the block has ended
     try:
         with io.BufferedWriter(raw) as file:

@@ -255,6 +255,13 @@ def parse_fields(line: str | bytes, keys: tuple[str, ...]) -> dict[str, Any]:
     return fields
 
 
+def parse_photo(line: bytes) -> str:
+    """The name in a line of photos.jsonl. Raises ValueError if it is something else."""
+    fields = parse_fields(line, ("photo",))
+    _expect(fields, "photo", "a string", isinstance(fields["photo"], str))
+    return fields["photo"]
+
+
 def _parse_error(line: bytes) -> ErrorRecord:
     fields = parse_fields(line, ErrorRecord._fields)
     for key in fields:

@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .config import RunConfig, Setting, make_config, nest, settings
 from .errors import DamagedFile, UserError
 from .files import atomic_write, sha256
@@ -105,7 +107,7 @@ def read_record(out: Path, file: str = FILE) -> RunRecord:
     path = out / file
     try:
         data = json.loads(path.read_bytes(), parse_constant=_no_constant)
-        replaced = data.get("replaced")
+        replaced = data["replaced"]
         record = _parse(data)
         nest(record.settings())  # an error if names collide
         record.replaced = _parse({"digests": {}, **replaced}) if replaced else None
@@ -173,6 +175,39 @@ def stage_record(config: RunConfig, sections: Sequence[str], digests: Digests) -
             names_and_digests = [[name, *(digests.of(one, path) if path else ())] for name, _, path in entries]
             result.files[one.name] = " ".join(itertools.chain(*names_and_digests)).strip()
     return result
+
+
+def expect_no_files(out: Path, names: Sequence[str], file: str = FILE) -> None:
+    """Raises UserError if one of the files or folders `names` exists, since the record `file` does not list it."""
+    for path in (out / name for name in names):
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path} is a link to {path.readlink()}, which does not exist; create it or remove the link"
+            )
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise UserError(
+                f"{path} exists and was not made by a run ({out / file} does not list it); move it away or choose "
+                "another --out"
+            )
+
+
+def made_with() -> dict[str, str]:
+    """Versions and device, for the record."""
+    import numpy
+    import PIL
+    import timm
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
+    return {
+        "namedmask": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "device": device,
+    }
 
 
 def _short(value: Any) -> str:

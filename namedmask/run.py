@@ -11,18 +11,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from . import __version__, distributed
+from . import distributed
 from .archive import read_archive
 from .config import RunConfig, make_config, merge, nest, to_toml
 from .distributed import Worker
-from .errors import UserError
+from .errors import NothingUsable, UserError
 from .files import (
     OLD,
     atomic_write,
@@ -36,7 +35,16 @@ from .files import (
 )
 from .masks import read_errors, read_masks
 from .photos import PhotoSource
-from .record import FILE, RunRecord, StageRecord, read_config, read_record, recorded_config, stage_record
+from .record import (
+    RunRecord,
+    StageRecord,
+    expect_no_files,
+    made_with,
+    read_config,
+    read_record,
+    recorded_config,
+    stage_record,
+)
 from .stages import STAGES, Context, Plan, Stage
 
 FILES = ("run.toml", "errors.jsonl", "report.html", "sheets.json")  # of a run, besides the outputs of its stages
@@ -69,7 +77,7 @@ def claim(out: Path, photos: str) -> None:
     """Makes `out` a run folder of these photos, unless it is one. Raises UserError if it has files of other origin."""
     record = read_record(out)
     if record.photos is None:
-        _expect_no_files(out, (*FILES, *(name for stage in STAGES.values() for name in stage.outputs)))
+        expect_no_files(out, (*FILES, *(name for stage in STAGES.values() for name in stage.outputs)))
         record.photos = photos
         record.write(out)
 
@@ -97,7 +105,7 @@ def settle(
     """
     record, todo = read_record(out), [STAGES[name] for name in stages]
     if record.photos is None:
-        _expect_no_files(out, FILES)
+        expect_no_files(out, FILES)
     for stage in STAGES.values():  # if a kill interrupted set_aside
         if record.replaced is None or stage.name not in record.replaced.stages:
             put_back_files(out, stage.own_files(out / OLD))
@@ -128,7 +136,7 @@ def settle(
             raise UserError(
                 f"{out / stage.outputs[0]} was made with other settings: {'; '.join(differences)} (leave these "
                 "options out to continue with the old ones, use another run folder, or make it again with these "
-                f"options and `namedmask {_command(stage, out)} --overwrite`, which keeps the results of earlier stages)"
+                f"options and `namedmask {_command(stage, out)} --overwrite`, which keeps what earlier stages made)"
             )
         if differences and not has_results:
             leftovers.append(stage)
@@ -223,22 +231,8 @@ def _expect_categories(config: RunConfig, source: PhotoSource, stages: Sequence[
 
 def _expect_ours(out: Path, stage: Stage, record: RunRecord) -> None:
     """Files that no run has recorded may be the user's: neither continued nor removed."""
-    for path in (out / name for name in stage.outputs):
-        if path.is_symlink() and not path.exists():
-            raise UserError(
-                f"{path} is a link to {path.readlink()}, which does not exist; create it or remove the link"
-            )
-    if stage.name not in record.stages:
-        _expect_no_files(out, stage.outputs)
-
-
-def _expect_no_files(out: Path, names: Sequence[str]) -> None:
-    for path in (out / name for name in names):
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise UserError(
-                f"{path} exists and was not made by a run ({out / FILE} does not list it); move it away or use "
-                "another run folder"
-            )
+    links = [name for name in stage.outputs if (out / name).is_symlink() and not (out / name).exists()]
+    expect_no_files(out, links if stage.name in record.stages else stage.outputs)
 
 
 def _expect_same_photos(out: Path, source: PhotoSource, record: RunRecord) -> None:
@@ -258,25 +252,6 @@ def _expect_same_photos(out: Path, source: PhotoSource, record: RunRecord) -> No
             f"{out} was made from the photos in {record.photos}, and {source.path} lacks most of them, such as "
             f"{missing[0]!r}: use another run folder, or start over with --overwrite"
         )
-
-
-def made_with() -> dict[str, str]:
-    """Versions and device, for the record."""
-    import numpy
-    import PIL
-    import timm
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
-    return {
-        "namedmask": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": numpy.__version__,
-        "pillow": PIL.__version__,
-        "device": device,
-    }
 
 
 def open_source(photos: str | os.PathLike) -> PhotoSource:
@@ -364,7 +339,8 @@ def _start_workers(out: Path, stages: Sequence[str], count: int, device: str) ->
         distributed.launch([str(out), device, *stages], count)
     except UserError:
         if failure.exists():  # a worker has said what is wrong, and a restart would not help
-            raise UserError(failure.read_text()) from None
+            code, _, reason = failure.read_text().partition(" ")
+            raise (NothingUsable if code == "3" else UserError)(reason or "a worker failed, see above") from None
         raise
 
 
@@ -401,7 +377,10 @@ def _main() -> None:
     try:
         work(Path(out), stages, distributed.current(), device)
     except UserError as error:
-        failure.write_text(str(error))
+        try:
+            failure.write_text(f"{3 if isinstance(error, NothingUsable) else 2} {error}")
+        except OSError:  # the disk is full
+            print(f"namedmask: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # the parent reports it
         sys.exit(130)
