@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .errors import UserError
+from .errors import DamagedFile, UserError
 from .files import atomic_write
 from .formats import BACKGROUND
+from .index import read_shard
 from .threads import kernels_on_one_thread, map_ahead
 
 if TYPE_CHECKING:
@@ -168,12 +169,20 @@ class _Best:
 
 
 def read_shards(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the shards of an index in order, as `top_photos` takes them."""
-    from safetensors.numpy import load_file
+    """Yields the shards of an index in order, as `top_photos` takes them.
 
+    Raises:
+        DamagedFile: If a shard cannot be read, or holds something else.
+    """
+    width, after = None, -1  # of the rows; the last photo of the shards before
     for path in sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name)):
-        shard = load_file(path)
-        yield shard["image"], shard["photo"]
+        image, photo = read_shard(path)
+        if len(photo):
+            width = width or image.shape[1]
+            if image.shape[1] != width or photo[0] <= after or (np.diff(photo) <= 0).any():
+                raise DamagedFile(path, "its rows do not continue those of the shards before")
+            after = int(photo[-1])
+        yield image, photo
 
 
 def search_index(
@@ -187,10 +196,29 @@ def search_index(
         text: Their embeddings, float32 [k, d], L2-normalized.
         count: Photos per category.
         names: Names of all photos of the index, in order.
+
+    Raises:
+        UserError: If a file of the index is damaged, or was made with another model than `text`.
     """
-    results = top_photos(read_shards(folder), text, count)
+
+    def shards() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for image, photo in read_shards(folder):
+            if len(photo) and image.shape[1] != text.shape[1]:
+                raise UserError(
+                    f"{folder}: embeddings have {image.shape[1]} dimensions, those of the names {text.shape[1]}; "
+                    f"make the index again with `namedmask index --out {folder.parent} --overwrite`"
+                )
+            yield image, photo
+
+    results = top_photos(shards(), text, count)
     retrieved = {photo for entries in results for photo, _ in entries}
     name_of = {number: name for number, name in enumerate(names) if number in retrieved}
+    if len(name_of) < len(retrieved):
+        raise DamagedFile(
+            folder / "photos.jsonl",
+            "it has fewer lines than the index has photos",
+            remedy=f"make the index again with `namedmask index --out {folder.parent} --overwrite`",
+        )
     return Archive(
         list(categories),
         {
@@ -215,10 +243,18 @@ def read_archive(path: Path) -> Archive:
     """
     try:
         data = json.loads(path.read_bytes())
-        photos = {c: [Retrieved(e["photo"], e.get("score")) for e in data["photos"][c]] for c in data["categories"]}
-        expect_distinct(data["categories"], str(path))
-        return Archive(data["categories"], photos)
+        categories = data["categories"]
+        photos = {c: [Retrieved(e["photo"], e.get("score")) for e in data["photos"][c]] for c in categories}
+        if not isinstance(categories, list):
+            raise ValueError("categories: expected a list of names")
+        for name, entries in photos.items():
+            for photo, score in entries:
+                fits = score is None or (type(score) in (int, float) and math.isfinite(score))
+                if not isinstance(name, str) or not isinstance(photo, str) or not fits:
+                    raise ValueError(f"category {name!r}: expected photos with scores, got {photo!r} with {score!r}")
+        expect_distinct(categories, str(path))
+        return Archive(categories, photos)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; create it with `namedmask archive`") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not an archive ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFile(path, f"this is not an archive ({type(error).__name__}: {error})") from None

@@ -21,7 +21,7 @@ import typer
 import typer.core
 
 from .config import Setting, find_setting, make_config, merge, nest, plain, read_settings, settings
-from .errors import UserError, explained
+from .errors import NothingUsable, UserError, explained
 from .files import absolute
 from .process import Interrupted, complain
 from .stages import STAGES
@@ -115,7 +115,7 @@ def command(function: Callable) -> Callable:
             if debug:
                 raise
             complain(error)
-            raise typer.Exit(2) from None
+            raise typer.Exit(3 if isinstance(error, NothingUsable) else 2) from None
         except (Interrupted, KeyboardInterrupt) as error:
             interrupted = error if isinstance(error, Interrupted) else Interrupted()
             again = "the same command without --overwrite" if options.get("overwrite") else "the same command again"
@@ -317,12 +317,8 @@ def segment(
     source = run.open_source(photos)
     if out.resolve() == (weights if weights.is_dir() else weights.parent).resolve():
         raise UserError(f"{out} holds the weights: choose another --out, as their files would be overwritten")
-    with run.locked(out):
-        if overwrite:
-            for name in ("masks", "overlays", "photos.jsonl", "categories.json", "errors.jsonl"):
-                run.remove(out / name)
-        with Progress("segment", Worker()) as progress:
-            made, failed = segment_photos(segmenter, weights, source, out, progress)
+    with run.locked(out), Progress("segment", Worker()) as progress:
+        made, failed = segment_photos(segmenter, weights, source, out, progress, overwrite)
     print(f"masks and overlays are in {out}" + (f"; {failed} photos failed: {out / 'errors.jsonl'}" if failed else ""))
     if not made:
         raise typer.Exit(3)

@@ -1,5 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""The exception that the commands print as a single line."""
+"""The exceptions that the commands print as a single line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# The stage that computes the files in a folder of a run, or a file of it, again.
+_STAGE_OF = {
+    "index": "index",
+    "archive.json": "archive",
+    "masks": "pseudolabel",
+    "detected": "pseudolabel",
+    "errors.jsonl": "pseudolabel",
+    "saliency": "train-saliency",
+    "experts": "experts",
+    "refining": "experts",
+    "refined": "experts",
+    "segmenter": "train",
+}
 
 
 class UserError(Exception):
@@ -25,3 +44,49 @@ def explained(error: Exception) -> Exception:
         f"out of memory ({first_line(error)}); lower --image-size, --crop-size, --batch-size or --workers (see "
         "Troubleshooting in the documentation)"
     )
+
+
+class NothingUsable(UserError):
+    """No photo could be used. The commands exit with code 3."""
+
+
+class DamagedFile(UserError, ValueError):
+    """A file with results cannot be used: it was cut off, overwritten or edited.
+
+    Args:
+        path: The file.
+        reason: What is wrong: an exception, or a phrase.
+        line: Number of the line, from 1.
+        remedy: What to do; default: delete the file and run the stage that writes it, if it is in a run folder.
+    """
+
+    def __init__(self, path: str | os.PathLike, reason: object, *, line: int | None = None, remedy: str = ""):
+        path = Path(path)
+        if isinstance(reason, BaseException):
+            first = (str(reason).splitlines() or [""])[0]
+            reason = first if type(reason) is ValueError else f"{type(reason).__name__}: {first}"
+        place = f"{path}:{line}" if line else f"{path}"
+        super().__init__(f"{place}: {reason}; the file is damaged: {remedy or _remedy(path)}")
+
+
+class WriteError(UserError, OSError):
+    """A file could not be written. `errno` is that of the cause."""
+
+
+def _remedy(path: Path) -> str:
+    for folder in (path, *path.parents):
+        if stage := _STAGE_OF.get(folder.name):
+            run = folder.parent
+            break
+    else:
+        return "delete it and make it again"
+    again = f"run `namedmask {stage} {run}` to make it again"
+    if stage == "index":
+        again = f"run `namedmask index --out {run}` to make it again"
+    shard = path.name.removesuffix(".errors.jsonl")
+    if path.name.endswith(".errors.jsonl") and shard.isdecimal():  # the shard is what the stage looks for
+        suffix = ".safetensors" if stage == "index" else ".jsonl"
+        return f"delete it and {path.with_name(shard + suffix)}, and {again}"
+    if folder.name == "detected":
+        return f"delete it and {run / 'masks' / path.name}, and {again}"
+    return f"delete it and {again}"

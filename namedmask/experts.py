@@ -35,15 +35,24 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from . import weights as stored
 from .archive import read_archive
 from .backbones import Encoder, untrained_encoder
 from .config import ExpertTraining
 from .distributed import Worker
-from .errors import UserError
-from .files import atomic_write, fitted, remove_stale
+from .errors import DamagedFile, UserError
+from .files import atomic_write, fitted, make_folder, remove_empty, remove_stale
 from .mask_counts import check_mask_counts, show_mask_counts
-from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path, mask_score, read_masks, write_errors, write_shard
+from .masks import (
+    RESIZED,
+    ErrorRecord,
+    MaskRecord,
+    errors_path,
+    is_refined,
+    mask_score,
+    read_masks,
+    write_errors,
+    write_shard,
+)
 from .photos import Photo, PhotoError, PhotoSource
 from .progress import Progress
 from .segmenter.augment import IGNORE
@@ -176,24 +185,53 @@ def train_experts(
         UserError: If a category has no usable mask (`check_mask_counts`), if a worker died, or as
             `segmenter.training.train` does.
     """
-    if (out / "refined").exists():
+    if is_refined(out) and not (out / "masks").is_dir():
         progress.note = "done before"
         return
     records: dict[str, list[MaskRecord]] = {name: [] for name in read_archive(out / "archive.json").categories}
     for record in read_masks(out / "masks"):
         records.setdefault(record.category, []).append(record)
+    experts = _Experts(out, source, settings, records, worker, device, progress)
+    if worker.is_main and is_refined(out):
+        names = [experts.shard(number).name for number in range(experts.shard_count())]
+        if not all((out / "refined" / name).exists() for name in names):  # one was deleted because it was damaged
+            _move_shards(out / "refined", out / "refining")
+    worker.barrier("experts continue or are done")
+    if is_refined(out):
+        progress.note = "done before"
+        return
     everything = [record for masks in records.values() for record in masks]
     check_mask_counts(list(records), everything, out / "masks", settings.allow_empty, worker)
     for folder in ("experts", "refining"):
-        (out / folder).mkdir(exist_ok=True)
-    experts = _Experts(out, source, settings, records, worker, device, progress)
-    shards = experts.train_shared() if settings.mode == SHARED else experts.train_separate()
+        make_folder(out / folder)
+    if settings.mode == SHARED:
+        experts.train_shared()
+    else:
+        experts.train_separate()
     worker.barrier("all photos are relabeled")
     if worker.is_main:
-        if not all(experts.shard(number).exists() for number in range(shards)):
+        if not all(experts.shard(number).exists() for number in range(experts.shard_count())):
             raise UserError("a worker died before it finished its shard; run the same command again to continue")
-        (out / "refining").rename(out / "refined")
+        _move_shards(out / "refining", out / "refined")
         show_mask_counts(list(records), read_masks(out / "refined"), out / "refined")
+
+
+def _move_shards(source: Path, target: Path) -> None:
+    """Moves a folder of shards. If it is killed, `is_refined` is false and `source` still has all shards.
+
+    Either may be a link to a folder, perhaps on another disk, and stays one.
+    """
+    if not source.is_symlink() and not target.is_symlink() and not (target.exists() and any(target.iterdir())):
+        source.rename(target)
+        return
+    make_folder(target)
+    paths = sorted(source.glob("*.jsonl"), reverse=True)  # the errors of a shard after it
+    for path in paths[::-1]:
+        with atomic_write(target / path.name) as file:
+            file.write(path.read_bytes())
+    for path in paths:
+        path.unlink()
+    remove_empty(source, source.parent)
 
 
 @dataclass
@@ -212,8 +250,16 @@ class _Experts:
         """Number of photos that a training processes."""
         return self.settings.steps * self.settings.batch_size
 
-    def train_separate(self) -> int:
-        """Trains one network per category and relabels; returns the number of shards."""
+    def shard_count(self) -> int:
+        return len(self._shared_shards() if self.settings.mode == SHARED else self.records)
+
+    def _shared_shards(self) -> list[list[MaskRecord]]:
+        """Sorted by photo, so that one forward pass serves all categories of a photo."""
+        records = sorted((record for masks in self.records.values() for record in masks), key=lambda r: r.photo)
+        return list(_shards(records, SHARD_SIZE))
+
+    def train_separate(self) -> None:
+        """Trains one network per category and relabels."""
         names = list(self.records)
         self.progress.total = len(names) * self.views + sum(map(len, self.records.values()))
         for number in self.worker.claim("experts", len(names)):
@@ -226,10 +272,9 @@ class _Experts:
             else:
                 self._write(number, records, [])
                 self.progress.advance(self.views + len(records), existing=True)
-        return len(names)
 
-    def train_shared(self) -> int:
-        """Trains one network for all categories and relabels; returns the number of shards."""
+    def train_shared(self) -> None:
+        """Trains one network for all categories and relabels."""
         names = list(self.records)
         self.progress.total = self.views + sum(map(len, self.records.values()))
         network = self._expert(SHARED, names, self.worker)
@@ -240,15 +285,12 @@ class _Experts:
         def logits(features: Tensor, name: str) -> Tensor:
             return layers.logits(features[None], indices[name])[0]
 
-        # Sorted by photo, so that one forward pass serves all categories of a photo.
-        records = sorted((record for masks in self.records.values() for record in masks), key=lambda r: r.photo)
-        shards = list(_shards(records, SHARD_SIZE))
+        shards = self._shared_shards()
         for number in self.worker.claim("experts", len(shards)):
             if self.shard(number).exists():
                 self.progress.advance(len(shards[number]), existing=True)
             else:
                 self._refine(number, shards[number], segmenter, logits)
-        return len(shards)
 
     def _expert(self, name: str, categories: list[str], worker: Worker) -> DeepLab:
         """Loads the network of a file. If there is none, all workers of `worker` train it first."""
@@ -259,7 +301,7 @@ class _Experts:
         if path.exists():
             self.progress.advance(self.views if worker.is_main else 0, existing=True)
         else:
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
             if worker.is_main:
                 remove_stale(folder)
             samples, progress = expert_samples(self.records, categories), _ExpertProgress(self.progress, name)
@@ -273,7 +315,10 @@ class _Experts:
         if worker.is_main:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         network = network_type(untrained_encoder(self.settings.encoder), classes, self.settings.head_channels)
-        stored.load(network, stored.read(path), f"the network of {name!r}")
+        try:
+            stored.load(network, stored.read(path), f"the network of {name!r}")
+        except UserError as error:
+            raise DamagedFile(path, error) from None
         return network.eval().requires_grad_(False)
 
     def shard(self, number: int) -> Path:

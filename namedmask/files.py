@@ -1,46 +1,104 @@
 # SPDX-License-Identifier: MIT
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and results that are kept until new ones replace them."""
 
+from __future__ import annotations
+
+import contextlib
 import errno
 import hashlib
+import io
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from .errors import UserError, WriteError
 
 TEMPORARY_PREFIX = ".tmp-"
 MAX_NAME = 255  # bytes of a file name
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
+OLD = ".replaced"  # in an output folder: the results that a command with --overwrite is replacing
+
+
+class _File(io.FileIO):
+    """A file that remembers the first error of a write, which torch and Pillow report as errors of their own."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def fileno(self) -> int:
+        """Not available: Pillow would write to the descriptor and lose the reason of an error."""
+        raise io.UnsupportedOperation("fileno")
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Opens a temporary binary file for writing and renames it to `path` when the block ends.
 
-    An existing file is replaced. If the block raises, `path` is unchanged. If the process is killed, a file whose name
-    begins with `TEMPORARY_PREFIX` remains in the folder; `remove_stale` deletes it. After the block, the file survives
-    a power failure.
+    An existing file is replaced; a symbolic link is replaced too, and its target is not touched. If the block raises,
+    `path` is unchanged. If the process is killed, a file whose name begins with `TEMPORARY_PREFIX` remains in the
+    folder; `remove_stale` deletes it. After the block, the file survives a power failure.
+
+    Raises:
+        WriteError: If the file cannot be written. It names the file and, if the disk is full, the disk.
     """
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
     try:
-        # "x" never overwrites a file. Unlike tempfile, which sets mode 0600, open gives the usual permissions.
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
+        # O_EXCL never opens an existing file. Unlike tempfile, which sets mode 0600, this gives the usual permissions.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise write_error(path, error) from error
+    raw = _File(descriptor, "wb")
+    raw.name = os.fspath(path)
+    written = False  # whether the block has ended
     try:
-        os.fsync(folder)  # the rename itself
+        with io.BufferedWriter(raw) as file:
+            yield file
+            written = True
+            file.flush()
+            os.fsync(descriptor)
+        temporary.replace(path)
+        with _directory(path.parent) as folder:
+            os.fsync(folder)  # the rename itself
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        cause = raw.error or (error if written and isinstance(error, OSError) else None)
+        if cause is None:
+            raise
+        raise write_error(path, cause) from error
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def write_error(path: str | os.PathLike, error: OSError) -> WriteError:
+    """The error to raise if `path` could not be written because of `error`."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        disk = Path(absolute(path)).parent
+        while not disk.is_mount():
+            disk = disk.parent
+        reason += f" (the disk mounted at {disk}); free some space and run the same command again"
+    result = WriteError(f"{os.fspath(path)} cannot be written: {reason}")
+    result.errno = error.errno
+    return result
 
 
 def remove_stale(folder: str | os.PathLike) -> None:
@@ -49,7 +107,7 @@ def remove_stale(folder: str | os.PathLike) -> None:
     It also removes those of active writers, so only the process that holds the lock of the folder may call it.
     """
     for stale in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
-        if stale.is_dir():
+        if stale.is_dir() and not stale.is_symlink():
             shutil.rmtree(stale)
         else:
             stale.unlink(missing_ok=True)
@@ -67,6 +125,73 @@ def fitted(name: str, length: int = MAX_NAME) -> str:
     end = f"~{name_digest(name)}"
     start = name.encode("utf-8", "surrogatepass")[: length - len(end)]
     return start.decode("utf-8", "ignore") + end
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder of results unless it exists; it may be a symbolic link to a folder.
+
+    Raises:
+        UserError: If it cannot be created, or is a link to nowhere.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        if path.is_symlink() and not path.exists():
+            target = path.readlink()
+            raise UserError(
+                f"{path} is a link to {target}, which does not exist; create it or remove the link"
+            ) from None
+        raise UserError(f"{path} is in the way: a folder is needed here; move it away") from None
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def set_aside(out: Path, files: Iterable[Path]) -> None:
+    """Moves files of the folder `out` to out/.replaced, and removes the folders that are empty then.
+
+    Links to folders stay. What lies behind a link on another disk cannot be moved and is deleted.
+    """
+    for path in files:
+        target = out / OLD / path.relative_to(out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.replace(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            path.unlink()
+        remove_empty(path.parent, out)
+
+
+def put_back_files(out: Path, files: Iterable[Path]) -> None:
+    """Moves files of out/.replaced back to where they were."""
+    for path in files:
+        target = out / path.relative_to(out / OLD)
+        make_folder(target.parent)
+        try:
+            path.replace(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.move(path, target)
+        remove_empty(path.parent, out)
+
+
+def remove_files(out: Path, files: Iterable[Path]) -> None:
+    """Removes files below the folder `out`, and the folders that are empty then. Links to folders stay."""
+    for path in files:
+        path.unlink(missing_ok=True)
+        remove_empty(path.parent, out)
+
+
+def remove_empty(folder: Path, out: Path) -> None:
+    """Removes a folder below `out` and those that contain it, as far as they are empty. Links to folders stay."""
+    while folder != out and not folder.is_symlink():
+        try:
+            folder.rmdir()
+        except OSError:  # not empty
+            return
+        folder = folder.parent
 
 
 def absolute(path: str | os.PathLike) -> str:

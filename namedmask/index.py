@@ -19,9 +19,9 @@ import numpy as np
 from . import registry, weights
 from .config import IndexConfig
 from .distributed import Worker
-from .errors import UserError
+from .errors import DamagedFile, UserError
 from .files import atomic_write
-from .masks import ErrorRecord, errors_path, write_errors
+from .masks import ErrorRecord, errors_path, parse_photo, read_lines, write_errors
 from .photos import PhotoError, PhotoSource, decode_ahead
 from .threads import kernels_on_one_thread, map_ahead
 
@@ -48,19 +48,38 @@ class Embedder(Protocol):
 
 
 def list_photos(source: PhotoSource, folder: Path) -> None:
-    """Writes photos.jsonl, and photos.errors.jsonl with the folders and shards that cannot be listed."""
+    """Writes photos.jsonl, and photos.errors.jsonl with the folders and shards that cannot be listed.
+
+    Raises:
+        UserError: If there are no photos. photos.jsonl is not written then.
+    """
     errors: list[ErrorRecord] = []
     with atomic_write(folder / "photos.jsonl") as file:
         for name in source.names(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason))):
             file.write(json.dumps({"photo": name}).encode() + b"\n")
+        if not file.tell():
+            raise UserError(f"there are no photos in {source.path}")
         write_errors(errors_path(folder / "photos.jsonl"), errors)
 
 
 def read_photos(folder: Path) -> Iterator[str]:
-    """Yields the names in photos.jsonl, in order."""
-    with (folder / "photos.jsonl").open("rb") as lines:
-        for line in lines:
-            yield json.loads(line)["photo"]
+    """Yields the names in photos.jsonl, in order. Raises DamagedFile if it is missing or at an invalid line."""
+    path = folder / "photos.jsonl"
+    try:
+        if not path.stat().st_size:
+            raise _damaged_list(folder, "it is empty")
+    except FileNotFoundError:
+        raise _damaged_list(folder, "it is missing") from None
+    return read_lines(path, parse_photo, _remedy(folder))
+
+
+def _damaged_list(folder: Path, reason: str) -> DamagedFile:
+    return DamagedFile(folder / "photos.jsonl", reason, remedy=_remedy(folder))
+
+
+def _remedy(folder: Path) -> str:
+    """All shards of the index refer to the lines of photos.jsonl."""
+    return f"make the index again with `namedmask index --out {folder.parent} --overwrite`"
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -69,9 +88,32 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def missing_shards(folder: Path, config: IndexConfig) -> list[int]:
-    """Returns the numbers of the shards that do not exist yet."""
+    """Returns the numbers of the shards that do not exist yet.
+
+    Raises:
+        DamagedFile: If photos.jsonl is damaged or has fewer lines than the shards have photos.
+    """
     count = sum(1 for _ in read_photos(folder))
-    return [s for s in range(-(-count // config.shard_size)) if not shard_path(folder, s).exists()]
+    shards = -(-count // config.shard_size)
+    last = shard_path(folder, shards - 1)
+    if shard_path(folder, shards).exists() or (last.exists() and max(read_shard(last)[1], default=0) >= count):
+        raise _damaged_list(folder, "it has fewer lines than the index has photos")
+    return [s for s in range(shards) if not shard_path(folder, s).exists()]
+
+
+def read_shard(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a shard: image float16 [n, d], photo int64 [n]. Raises DamagedFile if it is something else."""
+    from safetensors.numpy import load_file
+
+    try:
+        shard = load_file(path)
+        image, photo = shard["image"], shard["photo"]
+    except Exception as error:  # safetensors has its own exceptions
+        raise DamagedFile(path, error) from None
+    fits = image.dtype == np.float16 and photo.dtype == np.int64 and image.ndim == 2 and photo.shape == image.shape[:1]
+    if not fits or not np.isfinite(image).all():
+        raise DamagedFile(path, "expected finite image float16 [n, d] and photo int64 [n]")
+    return image, photo
 
 
 def build_index(

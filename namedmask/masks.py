@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from pycocotools import mask as coco
 
+from namedmask.errors import DamagedFile
 from namedmask.files import atomic_write
 
 RESIZED = "has changed since its mask was made: it has another size"  # the reason of an error
@@ -66,11 +67,15 @@ class MaskRecord:
 
     def mask(self) -> np.ndarray:
         """Decodes the mask, bool [height, width]. Raises ValueError if `rle`, `size` and `area` are inconsistent."""
+        self._check_rle()
         pixels = coco.decode({"size": list(self.size), "counts": self.rle.encode()})
-        # If the string is too short, pycocotools leaves the remaining pixels uninitialized.
-        if pixels.max() > 1 or np.count_nonzero(pixels) != self.area:
-            raise ValueError(f"mask of {self.photo!r}: rle does not fit size {self.size} and area {self.area}")
         return np.ascontiguousarray(pixels).view(bool)
+
+    def _check_rle(self) -> None:
+        """Raises ValueError if the run lengths do not fit; pycocotools would read beyond the end of the string."""
+        runs = _run_lengths(self.rle)
+        if runs is None or runs.min() < 0 or runs.sum() != math.prod(self.size) or runs[1::2].sum() != self.area:
+            raise ValueError(f"mask of {self.photo!r}: rle does not fit size {self.size} and area {self.area}")
 
     def to_json(self) -> str:
         """Returns one line of ASCII with the fields in order; `score` has 4 decimals, `category_score` 6."""
@@ -83,7 +88,7 @@ class MaskRecord:
     @classmethod
     def from_json(cls, line: str | bytes) -> "MaskRecord":
         """Parses a line. Raises ValueError with a message of one line if it is not a mask record."""
-        fields = _parse(line, cls.__slots__)
+        fields = parse_fields(line, cls.__slots__)
         for key in ("photo", "category", "rle"):
             _expect(fields, key, "a string", isinstance(fields[key], str))
         for key, length in (("size", 2), ("bbox", 4)):
@@ -93,7 +98,31 @@ class MaskRecord:
         _expect(fields, "score", "a number", _is_number(fields["score"]))
         score = fields["category_score"]
         _expect(fields, "category_score", "a number or null", score is None or _is_number(score))
-        return cls(**{**fields, "size": tuple(fields["size"]), "bbox": tuple(fields["bbox"])})
+        record = cls(**{**fields, "size": tuple(fields["size"]), "bbox": tuple(fields["bbox"])})
+        record._check_rle()
+        return record
+
+
+def _run_lengths(rle: str) -> np.ndarray | None:
+    """The run lengths in a COCO compressed string, int64, background first; None if it is not one.
+
+    A number has 5 bits per character, low bits first, with 32 added to all characters but its last. From the fourth
+    number on, the difference from the number two places before is stored.
+    """
+    digits = np.frombuffer(rle.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
+    if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        return None
+    last = np.flatnonzero(digits & 32 == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    length = last - first + 1
+    if length.max() > 7:  # more than a run length of 32 bits has
+        return None
+    place = np.arange(len(digits)) - np.repeat(first, length)
+    runs = np.add.reduceat((digits & 31) << 5 * place, first)
+    runs -= np.where(digits[last] & 16, 1 << 5 * length, 0)  # the sign
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
+    return runs
 
 
 def mask_score(mask: np.ndarray, confidence: float) -> float:
@@ -124,21 +153,28 @@ def write_shard(path: str | os.PathLike, records: Iterable[MaskRecord]) -> None:
 
 
 def read_shard(path: str | os.PathLike) -> Iterator[MaskRecord]:
-    """Yields the records of a shard. Raises ValueError with the file and the line number at an invalid line."""
-    return _read_lines(path, MaskRecord.from_json)
+    """Yields the records of a shard. Raises DamagedFile with the file and the line number at an invalid line."""
+    return read_lines(path, MaskRecord.from_json)
 
 
 def read_masks(folder: str | os.PathLike) -> Iterator[MaskRecord]:
-    """Yields the records of all shards of a folder, in the order of the shards."""
+    """Yields the records of all shards of a folder, in the order of the shards. Raises DamagedFile as `read_shard`."""
     shards = [path for path in Path(folder).glob("*.jsonl") if not path.name.endswith(_ERRORS_SUFFIX)]
     for shard in sorted(shards, key=lambda path: (len(path.name), path.name)):  # 99999 before 100000
+        if Path(folder).name == "masks" and not shard.stat().st_size and _has_no_errors(shard):
+            raise DamagedFile(shard, "it is empty, and no photo of it has failed")
         yield from read_shard(shard)
 
 
 def best_masks(out: str | os.PathLike) -> Path:
     """Returns the folder of the best masks of a run: the experts' if they have finished, else the detector's."""
-    refined = Path(out) / "refined"
-    return refined if refined.is_dir() else Path(out) / "masks"
+    return Path(out) / ("refined" if is_refined(out) else "masks")
+
+
+def is_refined(out: str | os.PathLike) -> bool:
+    """Returns whether the experts of a run have finished: their shards are in OUT/refined, none in OUT/refining."""
+    shards = next(Path(out, "refined").glob("*[0-9].jsonl"), None)
+    return shards is not None and next(Path(out, "refining").glob("*[0-9].jsonl"), None) is None
 
 
 def digest(records: Iterable[MaskRecord], labels: Sequence = ()) -> str:
@@ -167,6 +203,11 @@ def errors_path(shard: str | os.PathLike) -> Path:
     return Path(shard).with_suffix(_ERRORS_SUFFIX)
 
 
+def _has_no_errors(shard: Path) -> bool:
+    path = errors_path(shard)
+    return path.exists() and not path.stat().st_size
+
+
 def write_errors(path: str | os.PathLike, errors: Iterable[ErrorRecord]) -> None:
     """Writes the errors of a shard, even if there are none. Call it before the shard itself is written."""
     with atomic_write(path) as file:
@@ -175,8 +216,8 @@ def write_errors(path: str | os.PathLike, errors: Iterable[ErrorRecord]) -> None
 
 
 def read_errors(path: str | os.PathLike) -> Iterator[ErrorRecord]:
-    """Yields the errors in a file. Raises ValueError with the file and the line number at an invalid line."""
-    return _read_lines(path, _parse_error)
+    """Yields the errors in a file. Raises DamagedFile with the file and the line number at an invalid line."""
+    return read_lines(path, _parse_error)
 
 
 def assemble_errors(out: str | os.PathLike, parts: Iterable[str | os.PathLike]) -> None:
@@ -193,28 +234,42 @@ def assemble_errors(out: str | os.PathLike, parts: Iterable[str | os.PathLike]) 
     write_errors(out, sorted(errors, key=lambda error: error.stage))
 
 
-def _read_lines(path: str | os.PathLike, parse: Callable[[bytes], _Record]) -> Iterator[_Record]:
+def read_lines(path: str | os.PathLike, parse: Callable[[bytes], _Record], remedy: str = "") -> Iterator[_Record]:
+    """Yields `parse(line)` of all lines of a file.
+
+    Raises:
+        DamagedFile: At a line for which `parse` raises ValueError.
+    """
     with Path(path).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield parse(line)
+                record = parse(line)
             except ValueError as error:
-                raise ValueError(f"{os.fspath(path)}:{number}: {error}") from error
+                raise DamagedFile(path, error, line=number, remedy=remedy) from error
+            yield record
 
 
-def _parse(line: str | bytes, keys: tuple[str, ...]) -> dict[str, Any]:
+def parse_fields(line: str | bytes, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The object in a line of JSON that has these keys. Raises ValueError if it is something else."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-        raise ValueError(f"not a line of JSON: {error}") from error
+        raise ValueError(f"not a line of JSON: {error}") from None
     if not isinstance(fields, dict) or set(fields) != set(keys):
         actual = ", ".join(map(repr, fields)) if isinstance(fields, dict) else type(fields).__name__
         raise ValueError(f"expected an object with the keys {', '.join(keys)}; got {actual}")
     return fields
 
 
+def parse_photo(line: bytes) -> str:
+    """The name in a line of photos.jsonl. Raises ValueError if it is something else."""
+    fields = parse_fields(line, ("photo",))
+    _expect(fields, "photo", "a string", isinstance(fields["photo"], str))
+    return fields["photo"]
+
+
 def _parse_error(line: bytes) -> ErrorRecord:
-    fields = _parse(line, ErrorRecord._fields)
+    fields = parse_fields(line, ErrorRecord._fields)
     for key in fields:
         _expect(fields, key, "a string", isinstance(fields[key], str))
     return ErrorRecord(**fields)

@@ -20,6 +20,7 @@ import numpy as np
 from .archive import Archive
 from .config import RunConfig
 from .distributed import Worker
+from .files import make_folder
 from .masks import ErrorRecord, MaskRecord, errors_path, mask_score, write_errors, write_shard
 from .memory import BATCH_PIXELS, processing_budget
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
@@ -193,7 +194,7 @@ def pseudolabel(
             advance(len(batch))
         write_errors(errors_path(shard_path(folder, shard)), errors)
         if config.pseudolabel.keep_detected:  # before the masks, whose file marks the shard as finished
-            (folder.parent / "detected").mkdir(exist_ok=True)
+            make_folder(folder.parent / "detected")
             write_shard(shard_path(folder.parent / "detected", shard), detected)
         write_shard(shard_path(folder, shard), records)
     return labeler

@@ -4,30 +4,36 @@
     {"photos": "/data/photos",
      "stages": {"archive": {"settings": {"categories": ..., ...}, "upstream": {...}, "files": {...},
                             "made_with": {"torch": "2.10.0", "device": ..., ...}}, ...},
-     "digests": {"/weights/clip.safetensors": [size, mtime_ns, sha256], ...}}
+     "digests": {"/weights/clip.safetensors": [size, mtime_ns, sha256], ...},
+     "replaced": {"photos": ..., "stages": {...}}}
 
 photos:   where the photos were when the run was last used; stages know them by their names below that
 settings: those of the stage itself, by their dotted names
 upstream: those of earlier stages whose results it was made from
 files:    SHA-256 digests of the local files among them, which are compared instead of their paths
+replaced: photos and stages of the results in OUT/.replaced, while a command with --overwrite has not finished
 
-Only commands write it. run.toml shows the same settings to people and is never read back.
+Only commands write it. run.toml shows the same settings to people and is never read back. The output folder of
+`namedmask segment` has a record of the same form, segment.json.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .config import RunConfig, Setting, make_config, nest, settings
-from .errors import UserError
+from .errors import DamagedFile, UserError
 from .files import atomic_write, sha256
 
 FILE = "stages.json"
+REMEDY = "choose another --out, or restore the file from a copy"
 
 
 @dataclass
@@ -46,7 +52,7 @@ class StageRecord:
         """
         lines, before = [], {one.name: one.default for one in settings()} | self.upstream | self.settings
         for name, new in (other.upstream | other.settings).items():
-            old = before[name]
+            old = before.get(name)
             if name in self.files and name in other.files:
                 if self.files[name] != other.files[name]:
                     lines.append(f"{name}: {_short(old)} -> {_short(new)} (different content)")
@@ -81,6 +87,7 @@ class RunRecord:
     photos: str | None = None
     stages: dict[str, StageRecord] = field(default_factory=dict)
     digests: Digests = field(default_factory=Digests)
+    replaced: RunRecord | None = None
 
     def settings(self) -> dict[str, Any]:
         """The settings of all stages, by dotted names. Each stage's own ones count, not what later stages recorded."""
@@ -90,22 +97,45 @@ class RunRecord:
                 merged |= getattr(stage, part)
         return merged
 
-    def write(self, out: Path) -> None:
-        with atomic_write(out / FILE) as file:
-            file.write(json.dumps(asdict(self), indent=1).encode())
+    def write(self, out: Path, file: str = FILE) -> None:
+        with atomic_write(out / file) as f:
+            f.write(json.dumps(asdict(self), indent=1).encode())
 
 
-def read_record(out: Path) -> RunRecord:
-    """The record of a run folder, an empty one where there is none yet. Raises UserError if it is damaged."""
+def read_record(out: Path, file: str = FILE) -> RunRecord:
+    """The record of a folder, an empty one where there is none yet. Raises DamagedFile if it is damaged."""
+    path = out / file
     try:
-        data = json.loads((out / FILE).read_bytes())
-        stages = {name: StageRecord(**stage) for name, stage in data["stages"].items()}
-        digests = Digests({path: tuple(digest) for path, digest in data["digests"].items()})
-        return RunRecord(data["photos"], stages, digests)
+        data = json.loads(path.read_bytes(), parse_constant=_no_constant)
+        replaced = data["replaced"]
+        record = _parse(data)
+        nest(record.settings())  # an error if names collide
+        record.replaced = _parse({"digests": {}, **replaced}) if replaced else None
+        return record
     except FileNotFoundError:
         return RunRecord()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{out / FILE} is damaged ({type(error).__name__}: {error}); choose another --out") from None
+    except NotADirectoryError:
+        raise UserError(f"{out} is not a folder; choose another --out") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFile(path, error, remedy=REMEDY) from None
+
+
+def _parse(data: dict[str, Any]) -> RunRecord:
+    stages = {name: StageRecord(**stage) for name, stage in data["stages"].items()}
+    digests = Digests({path: tuple(digest) for path, digest in data["digests"].items()})
+    parts = [part for stage in stages.values() for part in vars(stage).values()]
+    texts = [text for stage in stages.values() for part in (stage.files, stage.made_with) for text in part.values()]
+    if not all(isinstance(part, dict) for part in parts) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("settings, upstream, files or made_with of a stage is of another type")
+    if not all(list(map(type, digest)) == [int, int, str] for digest in digests.values()):
+        raise ValueError("digests: expected [size, mtime_ns, sha256]")
+    if data["photos"] is not None and not isinstance(data["photos"], str):
+        raise ValueError("photos: expected a path")
+    return RunRecord(data["photos"], stages, digests)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def read_config(out: Path) -> RunConfig:
@@ -116,10 +146,15 @@ def read_config(out: Path) -> RunConfig:
     record = read_record(out)
     if record.photos is None:
         raise UserError(f"{out} is not a run folder ({FILE} is missing); `namedmask run PHOTOS --out {out}` starts one")
+    return recorded_config(out, record)
+
+
+def recorded_config(out: Path, record: RunRecord) -> RunConfig:
+    """The settings of a record, with defaults for the others. Raises DamagedFile if one does not fit."""
     try:
-        return make_config(nest({**record.settings(), "photos": record.photos}))
+        return make_config(nest({**record.settings(), "photos": record.photos or ""}))
     except UserError as error:
-        raise UserError(f"{out / FILE}: {error}") from None
+        raise DamagedFile(out / FILE, str(error), remedy=REMEDY) from None
 
 
 def stage_record(config: RunConfig, sections: Sequence[str], digests: Digests) -> StageRecord:
@@ -140,6 +175,39 @@ def stage_record(config: RunConfig, sections: Sequence[str], digests: Digests) -
             names_and_digests = [[name, *(digests.of(one, path) if path else ())] for name, _, path in entries]
             result.files[one.name] = " ".join(itertools.chain(*names_and_digests)).strip()
     return result
+
+
+def expect_no_files(out: Path, names: Sequence[str], file: str = FILE) -> None:
+    """Raises UserError if one of the files or folders `names` exists, since the record `file` does not list it."""
+    for path in (out / name for name in names):
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path} is a link to {path.readlink()}, which does not exist; create it or remove the link"
+            )
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise UserError(
+                f"{path} exists and was not made by a run ({out / file} does not list it); move it away or choose "
+                "another --out"
+            )
+
+
+def made_with() -> dict[str, str]:
+    """Versions and device, for the record."""
+    import numpy
+    import PIL
+    import timm
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
+    return {
+        "namedmask": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "device": device,
+    }
 
 
 def _short(value: Any) -> str:

@@ -27,7 +27,7 @@ from PIL import Image
 
 from .archive import read_archive
 from .config import to_toml
-from .errors import UserError
+from .errors import DamagedFile
 from .files import atomic_write
 from .masks import ErrorRecord, MaskRecord, best_masks, read_errors, read_masks
 from .photos import PhotoError, PhotoSource
@@ -76,14 +76,11 @@ def write_report(out: str | os.PathLike[str], sheets: Mapping[str, str] | None =
         with atomic_write(out / SHEETS) as file:
             file.write(json.dumps({"sheets": dict(sheets), "results": results_digest(out)}, indent=1).encode())
     config, masks = read_config(out), best_masks(out)
-    try:
-        archive = read_archive(out / "archive.json")
-        categories = {name: _Category(name, len(archive.photos[name])) for name in archive.categories}
-        photo_count = _collect(read_masks(masks), categories)
-        errors, error_count = _read_errors(out / "errors.jsonl")
-        pictures = _read_sheets(out)
-    except ValueError as error:
-        raise UserError(f"{error}: the run folder is damaged") from error
+    archive = read_archive(out / "archive.json")
+    categories = {name: _Category(name, len(archive.photos[name])) for name in archive.categories}
+    photo_count = _collect(read_masks(masks), categories)
+    errors, error_count = _read_errors(out / "errors.jsonl")
+    pictures = _read_sheets(out)
 
     # Merged or hand-edited runs may hold categories that the archive does not name. Now all of them are known.
     limit = _tiles_per_category(len(categories))
@@ -140,7 +137,7 @@ def results_digest(out: Path) -> str:
 def _read_sheets(out: Path) -> dict[str, Image.Image]:
     """The pictures recorded in sheets.json by caption; none if the results are not those that were recorded.
 
-    Raises ValueError if the file or a picture is damaged.
+    Raises DamagedFile if the file or a picture is damaged.
     """
     if not (out / SHEETS).exists():
         return {}
@@ -152,7 +149,8 @@ def _read_sheets(out: Path) -> dict[str, Image.Image]:
         paths = {caption: out / name for name, caption in sheets.items()}
         return {caption: Image.open(path).convert("RGB") for caption, path in paths.items() if path.exists()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{out / SHEETS} cannot be read ({type(error).__name__}: {error})") from error
+        remedy = "delete it; the report is written without these pictures"
+        raise DamagedFile(out / SHEETS, error, remedy=remedy) from None
 
 
 class _Category:

@@ -3,61 +3,113 @@
 
 run.toml  stages.json  index/  archive.json  masks/  errors.jsonl  saliency/  experts/  refined/  segmenter/
 report.html  (each described where it is made)
+.replaced/   what a command with --overwrite replaces, until it has finished
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
-import platform
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from . import __version__, distributed, hub, process
+from . import distributed, hub, process
 from .archive import expect_distinct, read_archive
 from .config import RunConfig, make_config, merge, nest, to_toml
 from .distributed import Worker
-from .errors import UserError, explained
-from .files import TEMPORARY_PREFIX, atomic_write, remove_stale
+from .errors import NothingUsable, UserError, explained
+from .files import (
+    OLD,
+    atomic_write,
+    make_folder,
+    put_back_files,
+    remove_empty,
+    remove_files,
+    remove_stale,
+    set_aside,
+    write_error,
+)
 from .masks import read_errors, read_masks
 from .photos import PhotoSource
-from .record import FILE, RunRecord, read_config, read_record, stage_record
-from .stages import STAGES, Context, Stage
+from .record import (
+    RunRecord,
+    StageRecord,
+    expect_no_files,
+    made_with,
+    read_config,
+    read_record,
+    recorded_config,
+    stage_record,
+)
+from .stages import STAGES, Context, Plan, Stage
 
+FILES = ("run.toml", "errors.jsonl", "report.html", "sheets.json")  # of a run, besides the outputs of its stages
 CHECKED_PHOTOS = 1000  # of a run whose photos have moved
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Holds the lock of a folder; a second process that asks for it gets a UserError. It ends with the process."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
+    make_folder(out)
+    path = out / ".lock"
+    try:
+        # Neither follows a link nor truncates: the file may be the user's.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise UserError(f"{path} is a symbolic link; remove it") from None
+        raise write_error(path, error) from error
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out} is in use by another run; wait for it or choose another --out") from None
         yield
+    finally:
+        os.close(descriptor)
 
 
-def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = False) -> RunConfig:
+def claim(out: Path, photos: str) -> None:
+    """Makes `out` a run folder of these photos, unless it is one. Raises UserError if it has files of other origin."""
+    record = read_record(out)
+    if record.photos is None:
+        expect_no_files(out, (*FILES, *(name for stage in STAGES.values() for name in stage.outputs)))
+        record.photos = photos
+        record.write(out)
+
+
+def settle(
+    out: Path, given: dict, stages: Sequence[str], overwrite: bool = False, workers: int | None = None
+) -> RunConfig:
     """Determines the settings of a run folder, records those of `stages` and writes run.toml.
 
     A setting is, in this order: the given one, if one of `stages` reads it; the one that the run has recorded; its
     default. While a stage has no results, its settings may change.
 
     Args:
-        given: nested settings. Those that none of `stages` reads are ignored.
-        stages: names of the stages that are to run.
-        overwrite: remove the results of `stages`, and those made from them, first.
+        out: The run folder.
+        given: Nested settings. Those that none of `stages` reads are ignored.
+        stages: Names of the stages that are to run.
+        overwrite: Move the results of `stages`, and those made from them, to OUT/.replaced. `finish` removes them,
+            `put_back` restores them.
+        workers: Number of processes that are about to run the stages, which are checked (`Stage.check`) unless they
+            are complete. None: the stages do not run now and are not checked.
 
     Raises:
-        UserError: existing results were made with other settings or other photos, or not by a run at all.
+        UserError: If existing results were made with other settings or other photos, or not by a run at all, or if a
+            check fails. Nothing is removed or recorded then.
     """
     record, todo = read_record(out), [STAGES[name] for name in stages]
+    if record.photos is None:
+        expect_no_files(out, FILES)
+    for stage in STAGES.values():  # if a kill interrupted set_aside
+        if record.replaced is None or stage.name not in record.replaced.stages:
+            put_back_files(out, stage.own_files(out / OLD))
+    recorded_config(out, record)
     sections = {section for stage in todo for section in stage.sections}
     recorded = nest({**record.settings(), "photos": record.photos})
     config = make_config(merge(recorded, {key: given[key] for key in given if key in sections | {"photos"}}))
@@ -68,56 +120,109 @@ def settle(out: Path, given: dict, stages: Sequence[str], overwrite: bool = Fals
             raise
         raise UserError(f"{error}; if the photos have moved, say where they are now (--photos)") from None
     _expect_categories(config, source, stages)
-    hub.require(hub.needed(config, _without_results(out, config, todo, overwrite)))
-    removed = _made_from(todo) if overwrite else []
+    replaced = _made_from(todo, record) if overwrite else []
+    leftovers: list[Stage] = []  # of attempts with other settings
+    settled = RunRecord(config.photos, dict(record.stages), record.digests, record.replaced)
     for stage in (one for one in todo if one.sections):
         _expect_ours(out, stage, record)
         old, has_results = record.stages.get(stage.name), stage.has_results(out)
         new = stage_record(config, stage.sections, record.digests)
         for earlier in stage.made_from:
-            if earlier in record.stages and (STAGES[earlier] in todo or STAGES[earlier].has_results(out)):
-                new.upstream |= record.stages[earlier].settings
-                new.files |= record.stages[earlier].files
+            if earlier in settled.stages and (STAGES[earlier] in todo or STAGES[earlier].has_results(out)):
+                new.upstream |= settled.stages[earlier].settings
+                new.files |= settled.stages[earlier].files
         differences = old.differences(new) if old else []
         if differences and has_results and not overwrite:
             raise UserError(
                 f"{out / stage.outputs[0]} was made with other settings: {'; '.join(differences)} (leave these "
-                "options out to continue with the old ones, use another run folder, or start over with --overwrite)"
+                "options out to continue with the old ones, use another run folder, or make it again with these "
+                f"options and `namedmask {_command(stage, out)} --overwrite`, which keeps what earlier stages made)"
             )
         if differences and not has_results:
-            removed.append(stage)  # what an attempt with other settings has left behind
+            leftovers.append(stage)
         new.made_with = old.made_with if old and has_results and not overwrite else made_with()
-        record.stages[stage.name] = new
+        settled.stages[stage.name] = new
     if record.photos not in (None, config.photos):
         if not any(stage.has_results(out) for stage in STAGES.values()):
-            removed.append(STAGES["index"])  # the list of the other photos
+            leftovers.append(STAGES["index"])  # the list of the other photos
         elif not (overwrite and ("index" if config.categories else "archive") in stages):
             _expect_same_photos(out, source, record)
-    for stage in removed:
-        for name in stage.outputs:
-            remove(out / name)
-    record.photos = config.photos
-    record.write(out)
+    if workers is not None:
+        plan = Plan(out, config, source, tuple(stages), workers)
+        ahead = [stage for stage in todo if stage in replaced or not stage.complete(out, config)]
+        loading = {stage.name for stage in ahead}
+        if "archive" in stages and not config.categories:  # class folders need no CLIP model
+            loading -= {"index", "archive"}
+        hub.require(hub.needed(config, loading))
+        for check in dict.fromkeys(stage.check for stage in ahead):
+            check(plan)
+    for stage in leftovers:
+        remove_files(out, stage.own_files(out))
+    for stage in replaced:
+        for folder in stage.outputs:
+            remove_stale(out / folder)
+        if record.replaced is not None and stage.name in record.replaced.stages:  # of an unfinished command
+            remove_files(out, stage.own_files(out))
+        else:
+            set_aside(out, stage.own_files(out))
+    for stage in replaced:
+        if record.replaced is None or stage.name not in record.replaced.stages:
+            settled.replaced = settled.replaced or RunRecord(record.photos)
+            settled.replaced.stages[stage.name] = record.stages.get(stage.name, StageRecord())
+    settled.write(out)
     with atomic_write(out / "run.toml") as file:
-        text = to_toml(config, {name: stage.made_with for name, stage in record.stages.items()})
+        text = to_toml(config, {name: stage.made_with for name, stage in settled.stages.items()})
         file.write(text.encode(errors="backslashreplace"))  # names that are not UTF-8
     return config
 
 
-def _without_results(out: Path, config: RunConfig, todo: Sequence[Stage], overwrite: bool) -> set[str]:
-    """Names of the stages that have all their work before them."""
-    names = {stage.name for stage in todo if overwrite or not stage.has_results(out)}
-    class_folders = not config.categories
-    if class_folders or "archive" in {stage.name for stage in todo} - names:
-        names.discard("index")  # the archive needs no embeddings, or exists
-    return names - {"archive"} if class_folders else names
+def finish(out: Path, stages: Sequence[str]) -> None:
+    """Removes the results in OUT/.replaced that `stages`, which have finished, replace."""
+    record = read_record(out)
+    if record.replaced is None:
+        return
+    for stage in _made_from([STAGES[name] for name in stages], record.replaced):
+        remove_files(out / OLD, stage.own_files(out / OLD))
+        record.replaced.stages.pop(stage.name, None)
+    if not record.replaced.stages:
+        record.replaced = None
+        remove_empty(out / OLD, out)
+    record.write(out)
 
 
-def _made_from(stages: Sequence[Stage]) -> list[Stage]:
-    """The stages and those made from their results, last ones first: if their removal is interrupted, what is left was
-    made from what is left."""
+def put_back(out: Path) -> bool:
+    """Restores the results in OUT/.replaced and their record, and removes what has been made since.
+
+    If it is killed, the next command continues it.
+
+    Returns:
+        Whether there were any.
+    """
+    record = read_record(out)
+    if record.replaced is None:
+        return False
+    stages = [STAGES[name] for name in record.replaced.stages]
+    for stage in stages:
+        remove_files(out, stage.own_files(out))
+    record.photos = record.replaced.photos
+    record.stages |= {name: stage for name, stage in record.replaced.stages.items() if stage.settings}
+    record.replaced = None
+    record.write(out)
+    for stage in stages:
+        put_back_files(out, stage.own_files(out / OLD))
+    return True
+
+
+def _command(stage: Stage, out: Path) -> str:
+    return f"{stage.name} --out {out}" if stage.name == "index" else f"{stage.name} {out}"
+
+
+def _made_from(stages: Sequence[Stage], record: RunRecord) -> list[Stage]:
+    """The stages and those made from their results, as far as they are recorded, last ones first: if the removal of
+    their results is interrupted, what is left was made from what is left."""
     names = {stage.name for stage in stages}
-    return [stage for stage in reversed(STAGES.values()) if stage in stages or not names.isdisjoint(stage.made_from)]
+    made = [stage for stage in reversed(STAGES.values()) if stage in stages or not names.isdisjoint(stage.made_from)]
+    return [stage for stage in made if stage.name in record.stages or not stage.sections]
 
 
 def _expect_categories(config: RunConfig, source: PhotoSource, stages: Sequence[str]) -> None:
@@ -130,13 +235,8 @@ def _expect_categories(config: RunConfig, source: PhotoSource, stages: Sequence[
 
 def _expect_ours(out: Path, stage: Stage, record: RunRecord) -> None:
     """Files that no run has recorded may be the user's: neither continued nor removed."""
-    if stage.name not in record.stages:
-        for path in (out / name for name in stage.outputs):
-            if path.is_file() or (path.is_dir() and any(path.iterdir())):
-                raise UserError(
-                    f"{path} exists and was not made by a run ({out / FILE} does not list it); move it away or use "
-                    "another run folder"
-                )
+    links = [name for name in stage.outputs if (out / name).is_symlink() and not (out / name).exists()]
+    expect_no_files(out, links if stage.name in record.stages else stage.outputs)
 
 
 def _expect_same_photos(out: Path, source: PhotoSource, record: RunRecord) -> None:
@@ -156,25 +256,6 @@ def _expect_same_photos(out: Path, source: PhotoSource, record: RunRecord) -> No
             f"{out} was made from the photos in {record.photos}, and {source.path} lacks most of them, such as "
             f"{missing[0]!r}: use another run folder, or start over with --overwrite"
         )
-
-
-def made_with() -> dict[str, str]:
-    """Versions and device, for the record."""
-    import numpy
-    import PIL
-    import timm
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
-    return {
-        "namedmask": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": numpy.__version__,
-        "pillow": PIL.__version__,
-        "device": device,
-    }
 
 
 def open_source(photos: str | os.PathLike) -> PhotoSource:
@@ -213,20 +294,39 @@ def start(
         print(f"worker 0 of {worker.count}; waiting for the others", flush=True)
     with locked(out):
         try:
-            settle(out, given, stages, overwrite and worker.attempt == 0)
+            settle(out, given, stages, overwrite and worker.attempt == 0, max(worker.count, workers, gpus))
         except UserError as error:
             worker.fail(str(error))
             raise
         worker.barrier("settled")
-        if worker.count > 1 or max(workers, gpus) == 1:
-            work(out, stages, worker, device)
-        else:
-            _start_workers(out, stages, gpus or workers, device)
-    has_masks = "pseudolabel" not in stages or _print_counts(out)
+        try:
+            if worker.count > 1 or max(workers, gpus) == 1:
+                work(out, stages, worker, device)
+            else:
+                _start_workers(out, stages, gpus or workers, device)
+            has_masks = "pseudolabel" not in stages or _print_counts(out)
+        except Exception as error:
+            if worker.count == 1:  # else the other workers may still write
+                _keep_replaced(out, error)
+            raise
+        if has_masks or not put_back(out):
+            finish(out, stages)
     for stage in stages:
         if STAGES[stage].done:
             print(STAGES[stage].done.format(out=out))
     return has_masks
+
+
+def _keep_replaced(out: Path, error: Exception) -> None:
+    """After an error, restores the results that were to be replaced, or says where they are if there are new ones."""
+    with contextlib.suppress(OSError):
+        replaced = read_record(out).replaced
+        if replaced is None:
+            return
+        if not any(STAGES[name].has_results(out) for name in replaced.stages):
+            put_back(out)
+        elif isinstance(error, UserError):
+            error.args = (f"{error}; until the command has finished, the earlier results are kept in {out / OLD}",)
 
 
 def _print_counts(out: Path) -> bool:
@@ -245,7 +345,8 @@ def _start_workers(out: Path, stages: Sequence[str], count: int, device: str) ->
         distributed.launch([str(out), device, *stages], count)
     except UserError:
         if failure.exists():  # a worker has said what is wrong, and a restart would not help
-            raise UserError(failure.read_text(encoding="utf-8", errors="surrogateescape")) from None
+            code, _, reason = failure.read_text(encoding="utf-8", errors="surrogateescape").partition(" ")
+            raise (NothingUsable if code == "3" else UserError)(reason or "a worker failed, see above") from None
         raise
 
 
@@ -274,17 +375,6 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str) -> None:
         raise
 
 
-def remove(path: Path) -> None:
-    """Removes a file or a folder. If it is killed half-way, nothing is left that looks complete."""
-    if path.exists():
-        doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-        path.rename(doomed)
-        if doomed.is_dir():
-            shutil.rmtree(doomed)
-        else:
-            doomed.unlink()
-
-
 def _main() -> None:
     """A worker that `distributed.launch` has started: python -m namedmask.run LAUNCHER OUT DEVICE STAGE..."""
     launcher, out, device, *stages = sys.argv[1:]
@@ -298,7 +388,11 @@ def _main() -> None:
     except Exception as error:
         if not isinstance(why := explained(error), UserError):
             raise
-        failure.write_text(str(why), encoding="utf-8", errors="surrogateescape")
+        try:
+            code = 3 if isinstance(why, NothingUsable) else 2
+            failure.write_text(f"{code} {why}", encoding="utf-8", errors="surrogateescape")
+        except OSError:  # the disk is full
+            process.complain(why)
         sys.exit(2)
 
 

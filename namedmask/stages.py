@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError
+from .errors import NothingUsable, UserError
+from .files import make_folder
 
 if TYPE_CHECKING:  # --help imports this module: what a stage needs is imported when it runs
     from .archive import Archive
-    from .config import RunConfig
+    from .config import RunConfig, SegmenterTraining
     from .distributed import Worker
+    from .masks import ErrorRecord
     from .photos import PhotoSource
     from .progress import Progress
 
@@ -37,14 +39,28 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a command is about to do: run `stages` in `workers` processes."""
+
+    out: Path
+    config: RunConfig
+    source: PhotoSource
+    stages: tuple[str, ...]
+    workers: int
+
+
+@dataclass(frozen=True)
 class Stage:
     """A step of the pipeline.
 
     name:      of its command
     summary:   its help text
     run:       every worker calls it; it continues from what is in the run folder
-    outputs:   files and folders in the run folder that it makes
+    files:     patterns of the files in the run folder that it makes, in the order in which --overwrite removes them
     finished:  patterns of files that hold results; while there are none, the settings may change
+    complete:  whether there is nothing left to do
+    check:     raises UserError if it cannot run, before any earlier result is removed: loads its models and looks for
+               what earlier stages make, unless they are among the stages of the plan
     sections:  of RunConfig, that it reads
     made_from: stages whose output goes into its own; when they are made again, so is it
     done:      what to print at the end, with {out} for the run folder
@@ -53,26 +69,62 @@ class Stage:
     name: str
     summary: str
     run: Callable[[Context], None]
-    outputs: tuple[str, ...]
+    files: tuple[str, ...]
     finished: tuple[str, ...]
+    complete: Callable[[Path, RunConfig], bool] = lambda out, config: False
+    check: Callable[[Plan], None] = lambda plan: None
     sections: tuple[str, ...] = ()
     made_from: tuple[str, ...] = ()
     done: str = ""
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The files and folders in the run folder that it makes."""
+        return tuple(dict.fromkeys(pattern.partition("/")[0] for pattern in self.files))
+
     def has_results(self, out: Path) -> bool:
         return any(next(out.glob(pattern), None) is not None for pattern in self.finished)
+
+    def own_files(self, out: Path) -> list[Path]:
+        """The files below `out` that it has made."""
+        return [path for pattern in self.files for path in sorted(out.glob(pattern))]
+
+
+def _expect_photos(plan: Plan) -> None:
+    if next(plan.source.names(lambda _: None), None) is None:
+        raise UserError(f"there are no photos in {plan.config.photos}")
+
+
+def _check_embedder(plan: Plan) -> None:
+    """Of the stages index and archive, which share the model."""
+    from .index import make_embedder
+
+    config, folder = plan.config, plan.out / "index"
+    if "archive" in plan.stages and not config.categories:
+        _class_folders(plan)
+        return
+    if "index" in plan.stages:
+        _expect_photos(plan)
+    elif not _has_all_embeddings(plan.out, config):
+        raise UserError(f"{folder} is not finished; run `namedmask index {config.photos} --out {plan.out}` first")
+    embedder = make_embedder(config.index, "cpu")
+    if "archive" in plan.stages and config.index.embeddings:
+        embedder.texts(config.categories, ())  # an error if one is missing
+
+
+def _has_all_embeddings(out: Path, config: RunConfig) -> bool:
+    from .index import missing_shards
+
+    return (out / "index" / "photos.jsonl").exists() and not missing_shards(out / "index", config.index)
 
 
 def _index(ctx: Context) -> None:
     from .index import build_index, list_photos, read_photos
 
     folder = ctx.out / "index"
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     if ctx.worker.is_main and not (folder / "photos.jsonl").exists():
         list_photos(ctx.source, folder)
-        if next(read_photos(folder), None) is None:
-            (folder / "photos.jsonl").unlink()
-            raise UserError(f"there are no photos in {ctx.config.photos}")
     ctx.worker.barrier("photos are listed")
     ctx.progress.total = sum(1 for _ in read_photos(folder))
     embedder = build_index(ctx.source, folder, ctx.config.index, ctx.worker, ctx.device, ctx.progress.advance)
@@ -83,7 +135,7 @@ def _index(ctx: Context) -> None:
 
 def _archive(ctx: Context) -> None:
     from .archive import prompts, search_index, write_archive
-    from .index import make_embedder, missing_shards, read_photos
+    from .index import make_embedder, read_photos
 
     path, config = ctx.out / "archive.json", ctx.config
     if not ctx.worker.is_main or path.exists():
@@ -92,13 +144,16 @@ def _archive(ctx: Context) -> None:
         write_archive(path, _archive_of_class_folders(ctx))
         return
     folder = ctx.out / "index"
-    if not (folder / "photos.jsonl").exists() or missing_shards(folder, config.index):
+    if not _has_all_embeddings(ctx.out, config):
         raise UserError(f"{folder} is not finished; run `namedmask index {config.photos} --out {ctx.out}` first")
     text = make_embedder(config.index, ctx.device).texts(config.categories, prompts())
     count = config.archive.photos_per_category
     archive = search_index(folder, config.categories, text, count, read_photos(folder))
     if not any(archive.photos.values()):
-        raise UserError(f"no photo in {config.photos} could be embedded; see {folder}/*.errors.jsonl")
+        assemble_run_errors(ctx.out)
+        for shard in folder.glob("*.safetensors"):  # an index without a row is no result: other settings may follow
+            shard.unlink()
+        raise NothingUsable(f"no photo in {config.photos} could be embedded; see {ctx.out / 'errors.jsonl'}")
     if len(config.categories) > 1 and len({frozenset(e.photo for e in one) for one in archive.photos.values()}) == 1:
         ctx.progress.note = (
             "every photo was retrieved for every category: set --photos-per-category to at most the number of photos "
@@ -107,21 +162,49 @@ def _archive(ctx: Context) -> None:
     write_archive(path, archive)
 
 
-def _archive_of_class_folders(ctx: Context) -> Archive:
-    from .archive import Archive, Retrieved, expect_distinct
-    from .masks import ErrorRecord, errors_path, write_errors
+def _class_folders(plan: Plan | Context, errors: list[ErrorRecord] | None = None) -> dict[str, list[str]]:
+    """The photos of each class folder. Raises UserError if there are none, or if two names are too similar."""
+    from .archive import expect_distinct
+    from .masks import ErrorRecord
 
-    errors: list[ErrorRecord] = []
+    errors = [] if errors is None else errors
     try:
-        folders = ctx.source.categories(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason)))
+        folders = plan.source.categories(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason)))
     except ValueError as error:
         raise UserError(str(error)) from None
     if not folders:
-        raise UserError(f"there are no photos in the folders of {ctx.config.photos}")
-    expect_distinct(folders, ctx.config.photos)
-    (ctx.out / "index").mkdir(exist_ok=True)
+        raise UserError(f"there are no photos in the folders of {plan.config.photos}")
+    expect_distinct(folders, plan.config.photos)
+    return folders
+
+
+def _archive_of_class_folders(ctx: Context) -> Archive:
+    from .archive import Archive, Retrieved
+    from .masks import errors_path, write_errors
+
+    errors: list[ErrorRecord] = []
+    folders = _class_folders(ctx, errors)
+    make_folder(ctx.out / "index")
     write_errors(errors_path(ctx.out / "index" / "photos.jsonl"), errors)
     return Archive(list(folders), {name: [Retrieved(p, None) for p in photos] for name, photos in folders.items()})
+
+
+def _check_pseudolabel(plan: Plan) -> None:
+    from .archive import read_archive
+    from .saliency import make_detector
+
+    if "archive" not in plan.stages:
+        read_archive(plan.out / "archive.json")
+    make_detector(plan.config.detector, "cpu")
+
+
+def _has_all_masks(out: Path, config: RunConfig) -> bool:
+    from .archive import read_archive
+    from .pseudolabel import missing_shards
+
+    if not (out / "archive.json").exists():
+        return False
+    return not missing_shards(read_archive(out / "archive.json"), out / "masks", config.pseudolabel.shard_size)
 
 
 def _pseudolabel(ctx: Context) -> None:
@@ -130,7 +213,7 @@ def _pseudolabel(ctx: Context) -> None:
     from .pseudolabel import pseudolabel, work_of
 
     archive, folder, progress = read_archive(ctx.out / "archive.json"), ctx.out / "masks", ctx.progress
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     progress.total = len(work_of(archive))
     labeler = pseudolabel(ctx.source, archive, folder, ctx.config, ctx.worker, ctx.device, progress.advance)
     if labeler is not None:
@@ -149,30 +232,46 @@ def _pseudolabel(ctx: Context) -> None:
     _assemble_errors(ctx)
 
 
-def _assemble_errors(ctx: Context) -> None:
-    """Merges the errors of all stages into errors.jsonl, and notes how many photos this stage could not use."""
-    from .masks import assemble_errors, read_errors
+def assemble_run_errors(out: Path) -> None:
+    """Writes OUT/errors.jsonl, the errors of all stages."""
+    from .masks import assemble_errors
 
-    path, folders = ctx.out / "errors.jsonl", ("index", "masks", "saliency", "refined", "experts/*", "segmenter")
-    assemble_errors(path, [p for name in folders for p in sorted(ctx.out.glob(f"{name}/*.errors.jsonl"))])
-    if failed := len({error.photo for error in read_errors(path) if error.stage == ctx.progress.stage}):
+    folders = ("index", "masks", "saliency", "refined", "experts/*", "segmenter")
+    assemble_errors(out / "errors.jsonl", [p for name in folders for p in sorted(out.glob(f"{name}/*.errors.jsonl"))])
+
+
+def _assemble_errors(ctx: Context) -> None:
+    """Writes OUT/errors.jsonl, and notes how many photos this stage could not use."""
+    from .masks import read_errors
+
+    assemble_run_errors(ctx.out)
+    errors = read_errors(ctx.out / "errors.jsonl")
+    if failed := len({error.photo for error in errors if error.stage == ctx.progress.stage}):
         note = f"{failed} photo{'s' * (failed > 1)} could not be used, see errors.jsonl"
         ctx.progress.note = "; ".join(filter(None, (ctx.progress.note, note)))
 
 
-def _expect_all_masks(ctx: Context, refined: bool = True) -> None:
+def _expect_all_masks(plan: Plan | Context, refined: bool = True) -> None:
     """Raises UserError if masks are missing: a training on a part of them would count as finished forever.
 
     refined: Whether the experts' masks, which are made of all masks, serve as well.
     """
     from .archive import read_archive
-    from .pseudolabel import missing_shards
+    from .masks import is_refined
 
-    if refined and (ctx.out / "refined").exists():
+    if refined and is_refined(plan.out):
         return
-    archive = read_archive(ctx.out / "archive.json")
-    if missing_shards(archive, ctx.out / "masks", ctx.config.pseudolabel.shard_size):
-        raise UserError(f"{ctx.out / 'masks'} is not finished; run `namedmask pseudolabel {ctx.out}` first")
+    read_archive(plan.out / "archive.json")
+    if not _has_all_masks(plan.out, plan.config):
+        raise UserError(f"{plan.out / 'masks'} is not finished; run `namedmask pseudolabel {plan.out}` first")
+
+
+def _check_saliency(plan: Plan) -> None:
+    from .saliency.selfmask_training import expect_even_batch, initial_network
+
+    _expect_all_masks(plan, refined=False)
+    expect_even_batch(plan.config.saliency, plan.workers)
+    initial_network(plan.config.saliency)
 
 
 def _train_saliency(ctx: Context) -> None:
@@ -181,6 +280,25 @@ def _train_saliency(ctx: Context) -> None:
     _expect_all_masks(ctx, refined=False)
     train_saliency(ctx.out, ctx.source, ctx.config.saliency, ctx.worker, ctx.device, ctx.progress)
     _finish(ctx)
+
+
+def _check_training(plan: Plan, settings: SegmenterTraining, workers: int) -> None:
+    from .segmenter.training import expect_even_batch, initial_network
+
+    expect_even_batch(settings, workers)
+    initial_network(settings, classes=2)
+
+
+def _check_experts(plan: Plan) -> None:
+    _expect_all_masks(plan, refined=False)
+    settings = plan.config.experts
+    _check_training(plan, settings, plan.workers if settings.mode == "shared" else 1)
+
+
+def _is_refined(out: Path, config: RunConfig) -> bool:
+    from .masks import is_refined
+
+    return is_refined(out)
 
 
 def _experts(ctx: Context) -> None:
@@ -198,6 +316,11 @@ def _finish(ctx: Context) -> None:
         _assemble_errors(ctx)
 
 
+def _check_train(plan: Plan) -> None:
+    _expect_all_masks(plan)
+    _check_training(plan, plan.config.segmenter, plan.workers)
+
+
 def _train(ctx: Context) -> None:
     from .segmenter.training import train_segmenter
 
@@ -213,6 +336,9 @@ def _report(ctx: Context) -> None:
         write_report(ctx.out)
 
 
+_SHARD = "[0-9][0-9][0-9][0-9]*[0-9]"
+_TRAINING = ("checkpoint.pt", "metrics.jsonl", f"{_SHARD}.errors.jsonl", "tensorboard/events.out.tfevents.*")
+
 STAGES = {
     stage.name: stage
     for stage in (
@@ -220,16 +346,20 @@ STAGES = {
             "index",
             "Compute CLIP image embeddings of all photos.",
             _index,
-            outputs=("index",),
+            files=(f"index/{_SHARD}.safetensors", "index/*.errors.jsonl", "index/photos.jsonl"),
             finished=("index/*.safetensors",),
+            complete=_has_all_embeddings,
+            check=_check_embedder,
             sections=("index",),
         ),
         Stage(
             "archive",
             "Retrieve the best photos of each category.",
             _archive,
-            outputs=("archive.json",),
+            files=("archive.json",),
             finished=("archive.json",),
+            complete=lambda out, _: (out / "archive.json").exists(),
+            check=_check_embedder,
             sections=("categories", "archive"),
             made_from=("index",),
         ),
@@ -237,8 +367,10 @@ STAGES = {
             "pseudolabel",
             "Compute a mask for every photo of an archive.",
             _pseudolabel,
-            outputs=("masks", "detected"),
+            files=(f"masks/{_SHARD}.jsonl", f"masks/{_SHARD}.errors.jsonl", f"detected/{_SHARD}.jsonl"),
             finished=("masks/*[0-9].jsonl",),
+            complete=_has_all_masks,
+            check=_check_pseudolabel,
             sections=("detector", "refine", "pseudolabel"),
             made_from=("index", "archive"),
         ),
@@ -246,8 +378,10 @@ STAGES = {
             "train-saliency",
             "Train a SelfMask network on a run's masks.",
             _train_saliency,
-            outputs=("saliency",),
+            files=("saliency/model.safetensors", *(f"saliency/{name}" for name in _TRAINING)),
             finished=("saliency/model.safetensors", "saliency/checkpoint.pt"),
+            complete=lambda out, _: (out / "saliency" / "model.safetensors").exists(),
+            check=_check_saliency,
             sections=("saliency",),
             # From no stage: the network stays useful when masks are made again, perhaps with its help.
             done="the SelfMask network is in {out}/saliency/model.safetensors",
@@ -256,13 +390,19 @@ STAGES = {
             "experts",
             "Train category experts, which relabel photos.",
             _experts,
-            outputs=("refined", "refining", "experts"),
+            files=(
+                *(f"{folder}/{_SHARD}{kind}.jsonl" for folder in ("refined", "refining") for kind in ("", ".errors")),
+                "experts/*.safetensors",
+                *(f"experts/*/{name}" for name in _TRAINING),
+            ),
             finished=(
                 "experts/*.safetensors",
                 "experts/*/checkpoint.pt",
                 "refining/*[0-9].jsonl",
                 "refined/*[0-9].jsonl",
             ),
+            complete=_is_refined,
+            check=_check_experts,
             sections=("experts",),
             made_from=("index", "archive", "pseudolabel"),
             done="the experts' masks are in {out}/refined",
@@ -271,8 +411,14 @@ STAGES = {
             "train",
             "Train a segmenter on the masks of a run.",
             _train,
-            outputs=("segmenter",),
+            files=(
+                "segmenter/model.safetensors",
+                "segmenter/categories.json",
+                *(f"segmenter/{name}" for name in _TRAINING),
+            ),
             finished=("segmenter/model.safetensors", "segmenter/checkpoint.pt"),
+            complete=lambda out, _: (out / "segmenter" / "model.safetensors").exists(),
+            check=_check_train,
             sections=("segmenter",),
             made_from=("index", "archive", "pseudolabel", "experts"),
             done="the segmenter is in {out}/segmenter",
@@ -281,7 +427,7 @@ STAGES = {
             "report",
             "Write the gallery of a run, report.html.",
             _report,
-            outputs=("report.html",),
+            files=("report.html",),
             finished=(),  # written again each time, of whatever the run has by then
             made_from=("index", "archive", "pseudolabel", "experts"),
             done="the gallery is {out}/report.html",

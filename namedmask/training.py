@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .distributed import Worker
-from .errors import UserError
-from .files import atomic_write
+from .errors import DamagedFile, UserError
+from .files import atomic_write, write_error
 from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path
 from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
 from .progress import Progress
-from .weights import first_line, read
+from .weights import read
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 60.0  # seconds
@@ -126,9 +126,14 @@ class TrainingState:
             for name, value in line.items():
                 self.board.add_scalar(name, value, self.step)
             self.board.flush()
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            rounded = {name: round(value, 4) for name, value in line.items()}
-            file.write(json.dumps({"step": self.step} | rounded, allow_nan=False) + "\n")
+        rounded = {name: round(value, 4) for name, value in line.items()}
+        text = json.dumps({"step": self.step} | rounded, allow_nan=False) + "\n"
+        path = self.folder / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(text)
+        except OSError as error:
+            raise write_error(path, error) from error
         self.logged, self.photos, self.sums = now, 0, {}
 
     def _save(self) -> None:
@@ -144,27 +149,46 @@ class TrainingState:
         """Loads the checkpoint, if there is one, and drops the metrics of later steps."""
         metrics, checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
         if checkpoint.exists():
-            state = read(checkpoint).tree
+            remedy = "delete it and run the same command again; this training starts over"
             try:
-                if state["about"] != self.about:
-                    raise UserError(
-                        f"{checkpoint} is of a training with other settings or masks; continue with those, or start "
-                        "over with --overwrite"
-                    )
-                self.network.load_state_dict(state["network"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                device = next(self.network.parameters()).device
-                self.step, self.sums = state["step"], {name: value.to(device) for name, value in state["sums"].items()}
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                state = read(checkpoint).tree
+                about = state["about"]
+            except (UserError, KeyError) as error:
+                raise DamagedFile(checkpoint, error, remedy=remedy) from None
+            if about != self.about:
                 raise UserError(
-                    f"{checkpoint} is damaged ({first_line(error)}); delete it to start this training over"
-                ) from None
+                    f"{checkpoint} is of a training with other settings or masks; continue with those, or start over "
+                    "with --overwrite"
+                )
+            try:
+                self._load(state)
+            except Exception as error:  # whatever a missing, superfluous or misshapen entry raises
+                raise DamagedFile(checkpoint, error, remedy=remedy) from None
         if self.worker.is_main:
             lines = [json.dumps(self.about)]
             if self.step and metrics.exists():
-                lines += [x for x in metrics.read_text().splitlines() if 0 < json.loads(x).get("step", 0) <= self.step]
+                lines += [line for line in metrics.read_text(errors="replace").splitlines() if self._is_past(line)]
             with atomic_write(metrics) as file:
                 file.write("".join(line + "\n" for line in lines).encode())
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        tensors = [*self.network.state_dict().values(), *state["sums"].values()]
+        tensors += [value for slots in self.optimizer.state.values() for value in slots.values()]
+        if not all(torch.isfinite(tensor).all() for tensor in tensors if isinstance(tensor, Tensor)):
+            raise ValueError("it has values that are not finite")
+        if type(state["step"]) is not int or not 0 < state["step"] <= self.steps:
+            raise ValueError(f"step: expected 1 to {self.steps}, got {state['step']!r}")
+        device = next(self.network.parameters()).device
+        self.step, self.sums = state["step"], {name: value.to(device) for name, value in state["sums"].items()}
+
+    def _is_past(self, line: str) -> bool:
+        """Whether a line of metrics.jsonl is of a finished step. A kill may have cut off the last line."""
+        try:
+            return 0 < json.loads(line).get("step", 0) <= self.step
+        except (ValueError, AttributeError, TypeError):
+            return False
 
 
 class TrainingPhotos:

@@ -21,8 +21,9 @@ from .. import run
 from ..config import DetectorConfig, RefineConfig
 from ..distributed import Worker, count_gpus
 from ..errors import UserError
-from ..files import TEMPORARY_PREFIX, atomic_write
+from ..files import atomic_write, make_folder
 from ..progress import Progress
+from ..record import expect_no_files, read_record
 from ..report import results_digest, write_report
 from ..threads import kernels_on_one_thread, map_ahead, thread_count
 from .models import CLIP_NAME, ENCODER_NAME, SELFMASK_WEIGHTS, VIT_NAME
@@ -125,6 +126,11 @@ def run_demo(
         "experts": EXPERTS | ({"steps": steps} if steps else {}),
         "segmenter": SEGMENTER | ({"steps": steps} if steps else {}),
     }
+    _expect_rendered(out / "photos", blocks * BLOCK)
+    with run.locked(out):
+        if read_record(out).photos is None:
+            expect_no_files(out, ("photos", FIGURES, *SHEETS))
+        run.claim(out, settings["photos"])
     if overwrite:
         (out / FIGURES).unlink(missing_ok=True)
     with timed("render"):
@@ -161,37 +167,36 @@ def read_figures(out: Path) -> dict | None:
     """The figures of an earlier demo in `out`; None if there are none, or if the results have changed since."""
     try:
         figures = json.loads((out / FIGURES).read_bytes())
-    except (OSError, ValueError):
+        return figures if figures["made_of"] == results_digest(out) else None
+    except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: scored again
         return None
-    return figures if figures.get("made_of") == results_digest(out) else None
 
 
 def render(folder: Path, seed: int, count: int, overwrite: bool) -> None:
-    """Renders the photos that are missing in `folder`.
-
-    Raises:
-        UserError: If the folder holds other files, so that the demo never changes photos of the user.
-    """
+    """Renders the photos that are missing in `folder`."""
     from PIL import Image
 
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [photo_name(number) for number in range(count)]
-    existing = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    if foreign := sorted(existing.difference(names)):
-        raise UserError(f"{folder} holds files that the demo has not rendered ({foreign[0]}); choose another --out")
+    make_folder(folder)
+    existing = {path.name for path in folder.iterdir()}
 
     def draw(number: int) -> None:
-        path = folder / names[number]
-        if overwrite or names[number] not in existing:
-            # The rename makes the photo appear whole or not at all; names with a leading dot are never read as photos.
-            temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-            Image.fromarray(index_photo(seed, number).image).save(temporary, "png", compress_level=1)
-            temporary.replace(path)
+        if overwrite or photo_name(number) not in existing:
+            # Names with a leading dot, as a kill may leave them, are never read as photos.
+            with atomic_write(folder / photo_name(number)) as file:
+                Image.fromarray(index_photo(seed, number).image).save(file, "png", compress_level=1)
 
     with Progress("render", Worker()) as progress:
         progress.total = count
         for _ in map_ahead(draw, range(count), thread_count()):
             progress.advance(1)
+
+
+def _expect_rendered(folder: Path, count: int) -> None:
+    """Raises UserError if the folder holds other files, so that the demo never changes photos of the user."""
+    names = {photo_name(number) for number in range(count)}
+    existing = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+    if foreign := sorted(existing.difference(names)):
+        raise UserError(f"{folder} holds files that the demo has not rendered ({foreign[0]}); choose another --out")
 
 
 def photo_name(number: int) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..distributed import Worker
-from ..errors import UserError
+from ..errors import DamagedFile, UserError
 from ..files import atomic_write
 from ..formats import BACKGROUND, read_label_map
 from ..progress import Progress, warn
@@ -75,14 +75,18 @@ def read_categories(folder: Path) -> list[str]:
         UserError: If the file is missing or damaged.
     """
     try:
-        return json.loads((folder / "categories.json").read_text(encoding="utf-8"))["categories"]
+        names = json.loads((folder / "categories.json").read_text(encoding="utf-8"))["categories"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("expected a list of names")
+        return names
     except FileNotFoundError:
         raise UserError(
             f"there is no categories.json in {folder}: pass the names of the classes without the background, one per "
             "line, with --categories-file FILE"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'categories.json'} cannot be read: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        remedy = "pass the names with --categories-file FILE"
+        raise DamagedFile(folder / "categories.json", error, remedy=remedy) from None
 
 
 def compare(
@@ -157,11 +161,18 @@ def evaluate_folders(
     Raises:
         UserError: If a prediction is missing, or as `compare` does.
     """
+    from ..segmenter.folder import RECORD, segmented_photos
+
     if categories is None:
         categories = read_categories(predictions)
+    segmented = None
     if (predictions / "masks").is_dir():  # the output of `namedmask segment`
+        if (predictions / RECORD).exists():
+            segmented = set(segmented_photos(predictions).values())
         predictions = predictions / "masks"
     predicted_paths, true_paths = label_maps(predictions), label_maps(truth)
+    if segmented is not None:  # files of other origin do not count
+        predicted_paths = {name: path for name, path in predicted_paths.items() if name in segmented}
     if missing := [name for name in true_paths if name not in predicted_paths]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{true_paths[missing[0]]}{more}: there is no mask of that name in {predictions}")

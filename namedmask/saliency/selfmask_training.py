@@ -34,8 +34,8 @@ from torchvision.transforms.v2 import functional as TF
 from ..backbones import load as load_backbone
 from ..config import SaliencyTraining
 from ..distributed import Worker
-from ..errors import UserError
-from ..files import atomic_write
+from ..errors import DamagedFile, UserError
+from ..files import atomic_write, make_folder
 from ..masks import MaskRecord, digest, read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
@@ -60,19 +60,14 @@ def train_saliency(
     """
     records = ranked_masks(out / "masks")
     folder, path = out / "saliency", out / "saliency" / "model.safetensors"
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     about = {"settings": settings.without_files(), "masks": digest(records)}
     if path.exists():
-        with (folder / "metrics.jsonl").open() as lines:
-            if json.loads(next(lines))["masks"] != about["masks"]:
-                raise UserError(f"{path} was trained on other masks than {out} has now; start over with --overwrite")
+        if _trained_masks(folder / "metrics.jsonl", out) != about["masks"]:
+            raise UserError(f"{path} was trained on other masks than {out} has now; start over with --overwrite")
         progress.note = "done before"
         return
-    if settings.batch_size % worker.count:
-        raise UserError(
-            f"a batch of {settings.batch_size} cannot be split evenly among {worker.count} workers; choose another "
-            "--batch-size"
-        )
+    expect_even_batch(settings, worker.count)
     torch.manual_seed(settings.seed)
     network = initial_network(settings).to(device).train()
     decoder = [p for n, p in network.named_parameters() if n.partition(".")[0] != "encoder"]
@@ -114,6 +109,25 @@ def train_saliency(
         with atomic_write(path) as file:
             file.write(save({name: value.contiguous() for name, value in network.state_dict().items()}))
         (folder / "checkpoint.pt").unlink()
+
+
+def expect_even_batch(settings: SaliencyTraining, workers: int) -> None:
+    """Raises UserError if a batch cannot be split evenly."""
+    if settings.batch_size % workers:
+        raise UserError(
+            f"a batch of {settings.batch_size} cannot be split evenly among {workers} workers; choose another "
+            "--batch-size"
+        )
+
+
+def _trained_masks(metrics: Path, out: Path) -> str:
+    """The digest in metrics.jsonl of the masks that a finished network was trained on."""
+    try:
+        with metrics.open("rb") as lines:
+            return json.loads(next(lines))["masks"]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
+        remedy = f"train the network again with `namedmask train-saliency {out} --overwrite`"
+        raise DamagedFile(metrics, error, remedy=remedy) from None
 
 
 def ranked_masks(folder: Path) -> list[MaskRecord]:

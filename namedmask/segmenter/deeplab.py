@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import weights as stored
 from ..backbones import Encoder, padded, untrained_encoder
-from ..errors import UserError
+from ..errors import DamagedFile, UserError
 from ..files import atomic_write
 from .augment import IGNORE
 
@@ -205,6 +205,22 @@ def save_segmenter(folder: Path, network: DeepLab, categories: Sequence[str], ma
     return path
 
 
+def read_about(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads the categories.json of a segmenter.
+
+    Raises:
+        DamagedFile: If it cannot be read or holds something else; ends with `remedy`.
+    """
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        names, encoder = about["categories"], about["encoder"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedFile(path, error, remedy=remedy) from None
+    if not isinstance(encoder, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DamagedFile(path, "categories: expected a list of names; encoder: expected a name", remedy=remedy)
+    return about
+
+
 def load_segmenter(
     path: str | Path, categories: Sequence[str] | None = None, encoder: str = "resnet50"
 ) -> tuple[DeepLab, list[str]]:
@@ -228,7 +244,8 @@ def load_segmenter(
     found = stored.read(path)
     about_path = path.parent / "categories.json"
     if about_path.exists():
-        names, encoder = _read_about(about_path)
+        about = read_about(about_path, "delete it and pass --categories or --categories-file, and --encoder")
+        names, encoder = about["categories"], about["encoder"]
     elif categories is not None:
         names = list(categories)
     else:
@@ -247,15 +264,3 @@ def load_segmenter(
     network = DeepLab(built, classes, head_channels)
     stored.load(network, stored.Weights(state, found.source), what)
     return network.eval(), names
-
-
-def _read_about(path: Path) -> tuple[list[str], str]:
-    """The names of the categories and the encoder of a categories.json."""
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        names, encoder = about["categories"], about["encoder"]
-        if not isinstance(encoder, str) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise TypeError("categories must be a list of names, encoder a name")
-        return names, encoder
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); restore it beside the weights") from None

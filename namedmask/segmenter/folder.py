@@ -2,33 +2,52 @@
 """`namedmask segment`: segments a folder, list file or tar of photos into label maps and overlays.
 
 OUT/
-  categories.json       names of classes 1, 2, ...; path and digest of the weights; precision
-  photos.jsonl          the mask of each photo: {"photo": name, "mask": "masks/NAME.png"}
+  segment.json          the record (see `record`): photos, weights with their digest, names, precision
+  photos.jsonl          the mask of each photo, {"photo": name, "mask": "masks/NAME.png"}; written before the first mask
+  categories.json       names of classes 1, 2, ...
   masks/NAME.png        the class of every pixel (`formats.write_label_map`); written after the overlay
   overlays/NAME.jpg     the photo with the mask's colors blended over it, objects outlined
   errors.jsonl          photos that could not be used, with the reason; written last
 
 NAME is the photo's name without its suffix; a digest is added if two photos would have the same NAME, and replaces what
-is too long for a file name. A photo whose mask exists is skipped.
+is too long for a file name. A photo whose mask exists is skipped. Files of other origin are neither used nor changed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from ..files import MAX_NAME, NAME_ERRORS, atomic_write, fitted, name_digest, remove_stale, sha256
+from ..files import (
+    MAX_NAME,
+    NAME_ERRORS,
+    OLD,
+    absolute,
+    atomic_write,
+    fitted,
+    make_folder,
+    name_digest,
+    put_back_files,
+    remove_files,
+    remove_stale,
+    set_aside,
+    sha256,
+)
 from ..formats import label_palette, write_label_map
-from ..masks import ErrorRecord, write_errors
+from ..masks import ErrorRecord, parse_fields, read_lines, write_errors
 from ..photos import Photo, PhotoError, PhotoSource
 from ..progress import Progress
+from ..record import RunRecord, StageRecord, expect_no_files, made_with, read_record
 from .predict import Segmenter
 
+RECORD = "segment.json"
+STAGE = "segment"  # in the record
+OUTPUTS = ("masks", "overlays", "photos.jsonl", "categories.json", "errors.jsonl")
 OVERLAY = 0.5  # opacity of the colors
 MAX_PATH = 3000  # bytes of NAME; Linux allows 4096 for the whole path
 JPEG_SIDE = 65500  # maximum side of a JPEG
@@ -36,7 +55,7 @@ ROWS = 256  # of an overlay that are computed at once
 
 
 def segment_photos(
-    segmenter: Segmenter, weights: Path, source: PhotoSource, out: Path, progress: Progress
+    segmenter: Segmenter, weights: Path, source: PhotoSource, out: Path, progress: Progress, overwrite: bool = False
 ) -> tuple[int, int]:
     """Segments the photos of `source` that have no mask in `out` yet.
 
@@ -46,38 +65,68 @@ def segment_photos(
         source: The photos.
         out: Output folder, of which the caller holds the lock.
         progress: Advances with every photo.
+        overwrite: Segment all photos again. The earlier results are in OUT/.replaced until all new ones exist, and are
+            restored if there is none.
 
     Returns:
         How many photos have masks, and how many could not be used.
 
     Raises:
-        UserError: If `out` was made with another segmenter, or if there are no photos.
+        UserError: If `out` was made with another segmenter or from other photos, or has files of other origin, or if
+            there are no photos. Nothing is changed then.
     """
-    _settle(out / "categories.json", segmenter, weights)
-    remove_stale(out)
-    for folder in (out / "masks", out / "overlays"):
-        for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-            remove_stale(path)
     errors: list[ErrorRecord] = []
     names = list(source.names(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason))))
     if not names and not errors:
         raise UserError(f"there are no photos in {source.path}")
     unlisted = len(errors)
-    masks = _name_masks(out / "photos.jsonl", names)
+    masks = _settle(out, segmenter, weights, source, names, overwrite)
     progress.total = len(names)
-    remaining = [name for name in names if not (out / "masks" / f"{masks[name]}.png").exists()]
+    remaining = [name for name in names if not _mask_path(out, masks[name]).exists()]
     progress.advance(len(names) - len(remaining), existing=True)
-    for batch in segmenter.segment(source, remaining):
-        for name, photo, mask in batch:
-            try:
-                if isinstance(photo, PhotoError):
-                    raise photo
-                _write(out, masks[name], photo, mask, len(segmenter.names))
-            except PhotoError as error:
-                errors.append(ErrorRecord(name, "segment", error.reason))
-        progress.advance(len(batch))
-    write_errors(out / "errors.jsonl", errors)
-    return len(names) + unlisted - len(errors), len(errors)
+    try:
+        for batch in segmenter.segment(source, remaining):
+            for name, photo, mask in batch:
+                try:
+                    if isinstance(photo, PhotoError):
+                        raise photo
+                    _write(out, masks[name], photo, mask, len(segmenter.names))
+                except PhotoError as error:
+                    errors.append(ErrorRecord(name, "segment", error.reason))
+            progress.advance(len(batch))
+        write_errors(out / "errors.jsonl", errors)
+    except Exception:
+        _finish(out, masks.values(), complete=False)
+        raise
+    made = len(names) + unlisted - len(errors)
+    _finish(out, masks.values(), complete=made > 0)
+    return made, len(errors)
+
+
+def segmented_photos(out: Path) -> dict[str, str]:
+    """The photos in photos.jsonl of the output folder `out` with the NAME of each. Raises DamagedFile."""
+    path = out / "photos.jsonl"
+    remedy = "segment the photos again with --overwrite, into another --out"
+    return dict(read_lines(path, _parse_photo, remedy)) if path.exists() else {}
+
+
+def _parse_photo(line: bytes) -> tuple[str, str]:
+    fields = parse_fields(line, ("photo", "mask"))
+    photo, mask = fields["photo"], fields["mask"]
+    if not isinstance(photo, str) or not isinstance(mask, str):
+        raise ValueError(f"expected two names, got {photo!r} and {mask!r}")
+    parts = PurePosixPath(mask).parts
+    if len(parts) < 2 or parts[0] != "masks" or ".." in parts or not mask.endswith(".png"):
+        raise ValueError(f"mask: expected masks/NAME.png, got {mask!r}")
+    return photo, mask.removeprefix("masks/").removesuffix(".png")
+
+
+def _mask_path(out: Path, name: str) -> Path:
+    return out / "masks" / f"{name}.png"
+
+
+def _overlay_path(out: Path, name: str) -> Path:
+    return out / "overlays" / f"{name}.jpg"
 
 
 def stem(name: str) -> str:
@@ -135,26 +184,6 @@ class MaskNames:
         return False
 
 
-def _name_masks(path: Path, names: list[str]) -> dict[str, str]:
-    """The names of the masks of photos. They are recorded in `path`, so that they stay when photos are added."""
-    masks: dict[str, str] = {}
-    if path.exists():
-        try:
-            for line in path.read_bytes().splitlines():
-                fields = json.loads(line)
-                masks[fields["photo"]] = fields["mask"].removeprefix("masks/").removesuffix(".png")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error!r}): start over with --overwrite") from None
-    assigner = MaskNames(masks)
-    for name in names:
-        if name not in masks:
-            masks[name] = assigner.assign(name)
-    with atomic_write(path) as file:
-        for name, mask in masks.items():
-            file.write(json.dumps({"photo": name, "mask": f"masks/{mask}.png"}).encode() + b"\n")
-    return masks
-
-
 def by_stem(names: Iterable[str]) -> dict[str, str]:
     """The names of photos by the names of their masks, in order.
 
@@ -193,42 +222,117 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def _write(out: Path, name: str, photo: Photo, mask: np.ndarray, classes: int) -> None:
     """Writes overlay and mask. Raises PhotoError if their files cannot have these names."""
-    overlay_path, mask_path = out / "overlays" / f"{name}.jpg", out / "masks" / f"{name}.png"
     image = Image.fromarray(overlay(photo.pixels, mask))
     image.thumbnail((JPEG_SIDE, JPEG_SIDE))
     try:
-        for path in (overlay_path, mask_path):
+        for path in (_overlay_path(out, name), _mask_path(out, name)):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(overlay_path) as file:
+        with atomic_write(_overlay_path(out, name)) as file:
             image.save(file, "jpeg", quality=88)
-        write_label_map(mask_path, mask, classes)
+        write_label_map(_mask_path(out, name), mask, classes)
     except OSError as error:
         if error.errno not in NAME_ERRORS:
             raise
-        raise PhotoError(photo.name, f"{mask_path} cannot be written: {error.strerror}") from error
+        raise PhotoError(photo.name, str(error)) from error
 
 
-def _settle(path: Path, segmenter: Segmenter, weights: Path) -> None:
-    """Writes categories.json. Raises UserError if an existing one is of another segmenter."""
-    weights_path = weights / "model.safetensors" if weights.is_dir() else weights
-    about = {
-        "categories": segmenter.names[1:],
-        "weights": str(weights_path.absolute()),
-        "sha256": sha256(weights_path),
-        "precision": str(segmenter.dtype)[6:],
-    }
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        labels = {"categories": "categories", "sha256": "weights", "precision": "precision"}
-        changed = [label for key, label in labels.items() if old.get(key) != about[key]]
-        if changed:
+def _settle(
+    out: Path, segmenter: Segmenter, weights: Path, source: PhotoSource, names: list[str], overwrite: bool
+) -> dict[str, str]:
+    """Checks that `out` is new, or was made with this segmenter from these photos; writes all but the masks.
+
+    Returns:
+        The names of the masks by photo.
+    """
+    record, photos = read_record(out, RECORD), absolute(source.path)
+    if record.replaced is None:  # if a kill interrupted set_aside
+        put_back_files(out, _files_below(out / OLD))
+    if not record.stages:
+        expect_no_files(out, OUTPUTS, RECORD)
+    weights = weights / "model.safetensors" if weights.is_dir() else weights
+    values = {"weights": absolute(weights), "categories": segmenter.names[1:]}
+    values |= {"encoder": segmenter.network.encoder, "precision": str(segmenter.dtype)[6:]}
+    new = StageRecord(values, files={"weights": sha256(weights)}, made_with=made_with())
+    known = segmented_photos(out)
+    own = _own_files(out, known.values())
+    has_results = any(_mask_path(out, mask).exists() for mask in known.values())
+    if old := record.stages.get(STAGE):
+        differences = old.differences(new)
+        if differences and has_results and not overwrite:
             raise UserError(
-                f"{path.parent} was made with other {' and '.join(changed)} (its weights: {old.get('weights')}): "
-                "choose another --out, or start over with --overwrite"
+                f"{out} was made with other settings: {'; '.join(differences)}; choose another --out, or start over "
+                "with --overwrite"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(json.dumps(about, indent=1).encode())
+        if record.photos != photos and has_results and not overwrite:
+            _expect_moved(out, record.photos or "", source, known)
+    masks = {} if overwrite else dict(known)
+    assigner = MaskNames(masks)
+    for name in names:
+        if name not in masks:
+            masks[name] = assigner.assign(name)
+    for name in names:
+        if known.get(name) == masks[name]:
+            continue
+        for path in (_mask_path(out, masks[name]), _overlay_path(out, masks[name])):
+            if path.exists():
+                raise UserError(
+                    f"{path} exists and was not made by `namedmask segment` ({out / 'photos.jsonl'} does not list "
+                    f"{name}); move it away or choose another --out"
+                )
+    remove_stale(out)
+    for folder in (out / "masks", out / "overlays"):
+        for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+            remove_stale(path)
+    settled = RunRecord(photos, {STAGE: new}, replaced=record.replaced)
+    if overwrite and has_results and record.replaced is None:
+        set_aside(out, own)
+        settled.replaced = RunRecord(record.photos, record.stages)
+    elif overwrite or not has_results:
+        remove_files(out, own)
+    make_folder(out)
+    settled.write(out, RECORD)
+    with atomic_write(out / "photos.jsonl") as file:
+        for name, mask in masks.items():
+            file.write(json.dumps({"photo": name, "mask": f"masks/{mask}.png"}).encode() + b"\n")
+    with atomic_write(out / "categories.json") as file:
+        file.write(json.dumps({"categories": segmenter.names[1:]}, indent=1).encode())
+    return masks
+
+
+def _expect_moved(out: Path, before: str, source: PhotoSource, known: Collection[str]) -> None:
+    """Masks may be continued where their photos have moved, but photos of other folders may have the same names."""
+    same = Path(before).exists() and Path(before).samefile(source.path)
+    missing = [name for name in known if not source.exists(name)]
+    if not same and (Path(before).exists() or len(missing) > len(known) / 2):
+        raise UserError(
+            f"{out} was made from the photos in {before}: choose another --out, or start over with --overwrite"
+        )
+
+
+def _finish(out: Path, masks: Collection[str], complete: bool) -> None:
+    """Removes the results that --overwrite has replaced; restores them if there are no new ones."""
+    record = read_record(out, RECORD)
+    if record.replaced is None:
+        return
+    if complete:
+        remove_files(out, _files_below(out / OLD))
+        record.replaced = None
+        record.write(out, RECORD)
+    elif not any(_mask_path(out, mask).exists() for mask in masks):
+        remove_files(out, _own_files(out, masks))
+        record.replaced.write(out, RECORD)
+        put_back_files(out, _files_below(out / OLD))
+
+
+def _own_files(out: Path, masks: Collection[str]) -> list[Path]:
+    """The existing files of `out` that segmenting the photos of these masks makes, the list of photos last."""
+    paths = [path for mask in masks for path in (_mask_path(out, mask), _overlay_path(out, mask))]
+    paths += [out / name for name in ("errors.jsonl", "categories.json", "photos.jsonl")]
+    return [path for path in paths if path.exists()]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def predictions(segmenter: Segmenter, source: PhotoSource, stems: set[str]) -> Iterator[tuple[str, np.ndarray]]:

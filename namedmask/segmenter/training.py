@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from ..backbones import load_encoder
 from ..config import SegmenterTraining
 from ..distributed import Worker
 from ..errors import UserError
+from ..files import make_folder
 from ..mask_counts import check_mask_counts
 from ..masks import MaskRecord, best_masks, digest, read_masks
 from ..photos import PhotoSource
@@ -39,7 +39,7 @@ from ..threads import map_ahead, thread_count, use_one_torch_thread
 from ..training import TrainingPhotos, TrainingState, fit
 from .augment import IGNORE, View, augment, copy_paste
 from .batch_norm import synchronize
-from .deeplab import DeepLab, on_device, save_segmenter
+from .deeplab import DeepLab, on_device, read_about, save_segmenter
 
 
 class Sample(NamedTuple):
@@ -69,7 +69,7 @@ def train_segmenter(
             trained on other masks than `out` has now, or as `train` does.
     """
     folder = out / "segmenter"
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     categories = read_archive(out / "archive.json").categories
     masks = best_masks(out)
     records = list(read_masks(masks))
@@ -80,7 +80,8 @@ def train_segmenter(
     label = {name: number for number, name in enumerate(categories, 1)}
     samples = [Sample(record, label[record.category]) for record in records if record.area]
     if (folder / "model.safetensors").exists():
-        if json.loads((folder / "categories.json").read_text(encoding="utf-8")).get("masks") != _digest(samples):
+        remedy = f"train it again with `namedmask train {out} --overwrite`"
+        if read_about(folder / "categories.json", remedy).get("masks") != _digest(samples):
             raise UserError(f"{folder} was trained on other masks than {masks} has now; start over with --overwrite")
         if worker.is_main:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -125,18 +126,8 @@ def train(
         UserError: If the batch cannot be split evenly, if no photo of a category can be read any more, or if the
             checkpoint is of other settings or samples.
     """
-    if settings.batch_size % (worker.count * settings.grad_accum_steps):
-        raise UserError(
-            f"a batch of {settings.batch_size} cannot be split evenly among {worker.count} workers in "
-            f"{settings.grad_accum_steps} parts each; choose another --batch-size or --grad-accum-steps"
-        )
-    if settings.batch_size // settings.grad_accum_steps < 2:
-        raise UserError(
-            "BatchNorm needs two photos at a time: choose a larger --batch-size or a smaller --grad-accum-steps"
-        )
-    torch.manual_seed(settings.seed)
-    encoder = load_encoder(settings.encoder, settings.encoder_weights)
-    network = network_type(encoder, classes, settings.head_channels, settings.encoder_bn_momentum)
+    expect_even_batch(settings, worker.count)
+    network = initial_network(settings, classes, network_type)
     if worker.count > 1:
         synchronize(network, device)
     network = on_device(network, device).train()
@@ -164,6 +155,26 @@ def train(
         remaining = batches(photos, samples, settings, worker, range(state.step, settings.steps))
         fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
     return network
+
+
+def expect_even_batch(settings: SegmenterTraining, workers: int) -> None:
+    """Raises UserError if a batch cannot be split evenly, or into parts of at least two photos."""
+    if settings.batch_size % (workers * settings.grad_accum_steps):
+        raise UserError(
+            f"a batch of {settings.batch_size} cannot be split evenly among {workers} workers in "
+            f"{settings.grad_accum_steps} parts each; choose another --batch-size or --grad-accum-steps"
+        )
+    if settings.batch_size // settings.grad_accum_steps < 2:
+        raise UserError(
+            "BatchNorm needs two photos at a time: choose a larger --batch-size or a smaller --grad-accum-steps"
+        )
+
+
+def initial_network(settings: SegmenterTraining, classes: int, network_type: type[DeepLab] = DeepLab) -> DeepLab:
+    """The network with which a training starts. Raises UserError if its encoder or weights cannot be loaded."""
+    torch.manual_seed(settings.seed)
+    encoder = load_encoder(settings.encoder, settings.encoder_weights)
+    return network_type(encoder, classes, settings.head_channels, settings.encoder_bn_momentum)
 
 
 def accumulate_gradients(

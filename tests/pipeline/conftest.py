@@ -31,13 +31,17 @@ def detector_options(backbone_weights) -> list[str]:
     return [*backbone, "--image-size", "96", "--features", "tokens", "--center-features"]
 
 
-@pytest.fixture
-def one_thread(monkeypatch) -> Iterator[None]:
+def run_on_one_thread() -> Iterator[None]:
     """Runs torch on one thread, here and in subprocesses: rounding depends on the number of threads."""
     import torch
 
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
+
+
+one_thread = pytest.fixture(run_on_one_thread)
+one_thread_in_module = pytest.fixture(scope="module")(run_on_one_thread)

@@ -231,7 +231,7 @@ def test_segment_reports_errors_in_one_line(weights, tmp_path):
     network = tiny_network()
     network.classifier.classifier[3].bias.data += 1
     save_segmenter(other, network, ["cat", "bird"])
-    assert_error("was made with other categories and weights", other, tmp_path / "photos")
+    assert_error("categories: ['cat', 'dog'] -> ['cat', 'bird']", other, tmp_path / "photos")
     assert segment(other, tmp_path / "photos", "--out", out, "--overwrite").exit_code == 0
     draw_photo(0, "cat").save(tmp_path / "photos" / "cat0000.png")
     masks = tmp_path / "truth"
@@ -242,7 +242,11 @@ def test_segment_reports_errors_in_one_line(weights, tmp_path):
     (tmp_path / "useless").mkdir()
     assert_error("there are no photos in", other, tmp_path / "useless", "--overwrite")
     (tmp_path / "useless" / "bad.jpg").write_text("no photo")
-    assert segment(other, tmp_path / "useless", "--out", out).exit_code == 3
+    assert segment(other, tmp_path / "useless", "--out", tmp_path / "out3").exit_code == 3
+    assert_error("was made from the photos in", other, tmp_path / "useless")
+    masks = {path: path.read_bytes() for path in (out / "masks").iterdir()}
+    assert segment(other, tmp_path / "useless", "--out", out, "--overwrite").exit_code == 3
+    assert {path: path.read_bytes() for path in (out / "masks").iterdir()} == masks  # nothing has replaced them
 
 
 def test_released_weights_require_names(tmp_path):

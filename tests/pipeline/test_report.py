@@ -197,6 +197,7 @@ def test_missing_photo_folder_is_reported_in_every_tile(run, tmp_path):
 def test_run_without_masks(tmp_path):
     write_run(tmp_path / "out", tmp_path, [], [], [])
     (tmp_path / "out" / "errors.jsonl").unlink()
+    (tmp_path / "out" / "masks" / "00000.errors.jsonl").unlink(missing_ok=True)
     assert "Mean score –" in " ".join(Page(report.write_report(tmp_path / "out")).text.split())
 
 
@@ -205,12 +206,12 @@ def test_run_without_masks(tmp_path):
     [
         ("archive.json", None, "archive.json is missing"),
         ("stages.json", None, "stages.json is missing"),
-        ("stages.json", "{}", "stages.json is damaged"),
-        ("archive.json", "[]", "archive.json is not an archive"),
-        ("archive.json", "{", "archive.json is not an archive"),
+        ("stages.json", "{}", "stages.json: "),
+        ("archive.json", "[]", "archive.json: this is not an archive"),
+        ("archive.json", "{", "archive.json: this is not an archive"),
         ("masks/00000.jsonl", "{}\n", "00000.jsonl:1: "),
         ("errors.jsonl", "{}\n", "errors.jsonl:1: "),
-        ("sheets.json", "{}\n", "sheets.json cannot be read"),
+        ("sheets.json", "{}\n", "sheets.json: "),
     ],
 )
 def test_damaged_run_raises_user_error(run, tmp_path, file, text, complaint):
@@ -242,7 +243,7 @@ def test_sheets_are_shown_until_the_results_change(run, tmp_path):
 def test_damaged_sheet_raises_user_error(run, tmp_path):
     out = shutil.copytree(run, tmp_path / "out")
     (out / "red.png").write_text("not a picture")
-    with pytest.raises(UserError, match=r"sheets.json cannot be read .*red.png.*: the run folder is damaged"):
+    with pytest.raises(UserError, match=r"sheets.json: .*red.png.*; the file is damaged: delete it"):
         report.write_report(out, {"red.png": "red"})
 
 

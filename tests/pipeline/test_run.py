@@ -280,7 +280,8 @@ def test_photos_without_embeddings_and_empty_folders(world, tmp_path):
     options, _ = world
     draw_photo(99, "cat").save(tmp_path / "stranger.jpg")
     result = invoke(tmp_path, *options[1:], "--out", tmp_path / "out")
-    assert result.exit_code == 2 and "no photo in" in result.stderr
+    assert result.exit_code == 3 and "no photo in" in result.stderr
+    assert [e.photo for e in read_errors(tmp_path / "out" / "errors.jsonl")] == ["stranger.jpg"]
     (tmp_path / "none").mkdir()
     result = invoke(tmp_path / "none", *options[1:], "--out", tmp_path / "out2")
     assert result.exit_code == 2 and "there are no photos in" in result.stderr
@@ -421,13 +422,8 @@ def test_photos_may_change_while_there_are_no_results(world, tmp_path):
     options, out = world
     (tmp_path / "others").mkdir()
     draw_photo(0, "cat").save(tmp_path / "others" / "other.jpg")
-    wrong = tmp_path / "wrong.safetensors"
-    wrong.write_bytes(b"not embeddings")
-    wrong.with_suffix(".json").touch()
-    index = options.index("--embeddings") + 1
-    mistaken = [tmp_path / "others", *options[1:index], wrong, *options[index + 1 :]]
-    assert invoke(*mistaken, "--out", tmp_path / "out").exit_code == 2
-    assert (tmp_path / "out" / "index" / "photos.jsonl").exists()
+    result = invoke(tmp_path / "others", *options[1:], "--out", tmp_path / "out")  # they have no embeddings
+    assert result.exit_code == 3 and (tmp_path / "out" / "index" / "photos.jsonl").exists()
     assert invoke(*options, "--out", tmp_path / "out").exit_code == 0
     assert masks_of(tmp_path / "out") == masks_of(out)
 
