@@ -89,9 +89,9 @@ Gpus = Annotated[
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Remove the results of this command and those made from them, and start over."),
+    typer.Option("--overwrite", help="Start over; replace the results of this command and those made from them."),
 ]
-OverwriteFolder = Annotated[bool, typer.Option("--overwrite", help="Remove the earlier results and start over.")]
+OverwriteFolder = Annotated[bool, typer.Option("--overwrite", help="Start over; replace the earlier results.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 WeightsArgument = Annotated[
     Path, typer.Argument(metavar="WEIGHTS", help="Segmenter folder, its model.safetensors, or NamedMask's .pth file.")
