@@ -343,7 +343,10 @@ def evaluate(
     ignore: Annotated[
         int | None,
         typer.Option(
-            "--ignore", help="Label in TRUTH to ignore. [default: 255, or 65535 if there are more than 255 classes]"
+            "--ignore",
+            min=0,
+            max=65535,
+            help="Label in TRUTH to ignore. [default: 255, or 65535 if there are more than 255 classes]",
         ),
     ] = None,
     red_green: Annotated[

@@ -89,13 +89,13 @@ class IndexConfig(Section):
     embeddings: Annotated[str | None, Unset, LocalFile(companions=(".json",))] = setting(
         None, "Precomputed embeddings, FILE.safetensors with FILE.json beside it, instead of a CLIP model."
     )
-    shard_size: int = setting(1024, "Photos per shard of the index.", flag=None, ge=1)
+    shard_size: int = setting(1024, "Photos per shard of the index.", flag=None, ge=1, le=1_000_000)
 
 
 class ArchiveConfig(Section):
     """The photos of each category."""
 
-    photos_per_category: int = setting(500, "Photos retrieved per category.", ge=1)
+    photos_per_category: int = setting(500, "Photos retrieved per category.", ge=1, le=10_000_000)
 
 
 class DetectorConfig(Section):
@@ -113,8 +113,8 @@ class DetectorConfig(Section):
     features: Literal["tokens", "keys"] = setting("keys", "Output of the last block to use as features.")
     center_features: bool = setting(False, "Subtract the mean feature of each photo. DINOv2 needs it.")
     tau: float = setting(0.2, "Cosine similarity above which two patches are connected.", ge=-1, le=1)
-    image_size: int = setting(448, "Short side of the backbone's input, in pixels.", ge=16)
-    scales: list[Annotated[float, Field(gt=0, le=4)]] = setting(
+    image_size: int = setting(448, "Short side of the backbone's input, in pixels.", ge=16, le=4096)
+    scales: list[Annotated[float, Field(ge=0.01, le=4)]] = setting(
         [1.0], "Test-time augmentation of selfmask: input sizes, relative to image_size.", min_length=1
     )
     horizontal_flip: bool = setting(False, "Test-time augmentation of selfmask: average with the flipped photo.")
@@ -131,7 +131,7 @@ class DetectorConfig(Section):
 class CrfConfig(Section):
     """Fully connected CRF, with its published weights and sigmas."""
 
-    iterations: int = setting(10, "Mean-field iterations.", flag=None, ge=1)
+    iterations: int = setting(10, "Mean-field iterations.", flag=None, ge=1, le=1000)
     confidence: float = setting(
         0.999,
         "Probability of the detected class in the unary term. The default erodes objects least.",
@@ -139,18 +139,22 @@ class CrfConfig(Section):
         gt=0.5,
         lt=1,
     )
-    gaussian_sigma: float = setting(3.0, "Spatial sigma of the smoothness kernel, in pixels.", flag=None, gt=0)
-    gaussian_weight: float = setting(3.0, "Weight of the smoothness kernel.", flag=None, ge=0)
-    bilateral_sigma: float = setting(80.0, "Spatial sigma of the appearance kernel, in pixels.", flag=None, gt=0)
-    color_sigma: float = setting(13.0, "Color sigma of the appearance kernel, of 255.", flag=None, gt=0)
-    bilateral_weight: float = setting(10.0, "Weight of the appearance kernel.", flag=None, ge=0)
+    gaussian_sigma: float = setting(
+        3.0, "Spatial sigma of the smoothness kernel, in pixels.", flag=None, ge=0.1, le=10_000
+    )
+    gaussian_weight: float = setting(3.0, "Weight of the smoothness kernel.", flag=None, ge=0, le=10_000)
+    bilateral_sigma: float = setting(
+        80.0, "Spatial sigma of the appearance kernel, in pixels.", flag=None, ge=0.1, le=10_000
+    )
+    color_sigma: float = setting(13.0, "Color sigma of the appearance kernel, of 255.", flag=None, ge=0.1, le=10_000)
+    bilateral_weight: float = setting(10.0, "Weight of the appearance kernel.", flag=None, ge=0, le=10_000)
 
 
 class PamrConfig(Section):
     """Pixel-adaptive mask refinement."""
 
-    iterations: int = setting(10, "Iterations.", flag=None, ge=1)
-    dilations: list[Annotated[int, Field(ge=1)]] = setting(
+    iterations: int = setting(10, "Iterations.", flag=None, ge=1, le=1000)
+    dilations: list[Annotated[int, Field(ge=1, le=1024)]] = setting(
         [1, 2, 4, 8, 12, 24], "Dilations of the 3 x 3 neighborhoods, in pixels.", flag=None, min_length=1, max_length=16
     )
 
@@ -164,10 +168,12 @@ class RefineConfig(Section):
     name: Literal["bilateral", "crf", "pamr", "none"] = setting("bilateral", "Mask refinement.", flag="--refine")
     largest_component: bool = setting(False, "Refine only the largest connected component of the detected mask.")
     fill_holes: bool = setting(False, "Fill holes in the refined mask.")
-    sigma_spatial: float = setting(16.0, "Spatial sigma of the bilateral solver, in pixels.", flag=None, gt=0)
-    sigma_luma: float = setting(16.0, "Luma sigma of the bilateral solver, of 255.", flag=None, ge=1)
-    sigma_chroma: float = setting(8.0, "Chroma sigma of the bilateral solver, of 255.", flag=None, ge=1)
-    smoothness: float = setting(256.0, "Weight of the bilateral solver's smoothness term.", flag=None, gt=0)
+    sigma_spatial: float = setting(
+        16.0, "Spatial sigma of the bilateral solver, in pixels.", flag=None, ge=0.1, le=10_000
+    )
+    sigma_luma: float = setting(16.0, "Luma sigma of the bilateral solver, of 255.", flag=None, ge=1, le=10_000)
+    sigma_chroma: float = setting(8.0, "Chroma sigma of the bilateral solver, of 255.", flag=None, ge=1, le=10_000)
+    smoothness: float = setting(256.0, "Weight of the bilateral solver's smoothness term.", flag=None, ge=1e-6, le=1e6)
     crf: CrfConfig = CrfConfig()
     pamr: PamrConfig = PamrConfig()
 
@@ -175,7 +181,7 @@ class RefineConfig(Section):
 class PseudolabelConfig(Section):
     """How masks are stored."""
 
-    shard_size: int = setting(64, "Photos per shard of masks.", flag=None, ge=1)
+    shard_size: int = setting(64, "Photos per shard of masks.", flag=None, ge=1, le=1_000_000)
     keep_detected: bool = setting(False, "Keep the masks before refinement, in OUT/detected.")
 
 
@@ -185,21 +191,21 @@ class SaliencyTraining(Section):
     backbone: str = setting("vit_small_patch8_224.dino", "Encoder, a ViT by its timm name.")
     backbone_weights: Weights = setting(None, "Local file with encoder weights, instead of timm's.")
     init_checkpoint: Weights = setting(None, "SelfMask network to start from, including its encoder.")
-    num_queries: int = setting(20, "Queries, that is mask proposals per photo.", ge=1)
-    decoder_layers: int = setting(6, "Layers of the decoder.", ge=1)
+    num_queries: int = setting(20, "Queries, that is mask proposals per photo.", ge=1, le=1000)
+    decoder_layers: int = setting(6, "Layers of the decoder.", ge=1, le=100)
     keep_fraction: float = setting(1.0, "Fraction of the masks to train on, best scores first.", gt=0, le=1)
     paste_prob: float = setting(0.0, "Probability of pasting the object onto another background.", ge=0, le=1)
     texture_prob: float = setting(0.0, "Probability of blending another photo's texture into the object.", ge=0, le=1)
-    crop_size: int = setting(224, "Side of the training crops, in pixels.", ge=16)
+    crop_size: int = setting(224, "Side of the training crops, in pixels.", ge=16, le=4096)
     scale: Range = setting((0.1, 1.0), "Area of a crop relative to the photo: low, high.")
-    batch_size: int = setting(8, "Photos per step, over all workers.", ge=1)
-    epochs: int = setting(12, "Passes over the masks.", ge=1)
-    steps: int = setting(0, "Training steps, instead of epochs if above 0.", ge=0)
-    lr: float = setting(6e-6, "Learning rate of the decoder.", gt=0)
-    encoder_lr: float = setting(6e-6, "Learning rate of the encoder.", gt=0)
-    weight_decay: float = setting(0.01, "Weight decay.", ge=0)
+    batch_size: int = setting(8, "Photos per step, over all workers.", ge=1, le=65536)
+    epochs: int = setting(12, "Passes over the masks.", ge=1, le=1_000_000)
+    steps: int = setting(0, "Training steps, instead of epochs if above 0.", ge=0, le=1_000_000_000)
+    lr: float = setting(6e-6, "Learning rate of the decoder.", gt=0, le=10)
+    encoder_lr: float = setting(6e-6, "Learning rate of the encoder.", gt=0, le=10)
+    weight_decay: float = setting(0.01, "Weight decay.", ge=0, le=10)
     precision: Precision = setting("float32", "Floating-point format of matrix products; weights stay float32.")
-    seed: int = setting(0, "Random seed.", ge=0)
+    seed: int = setting(0, "Random seed.", ge=0, le=2**32 - 1)
 
     @field_validator("scale")
     @classmethod
@@ -215,8 +221,8 @@ class SegmenterTraining(Section):
 
     encoder: str = setting("resnet50.dino", "Encoder: its timm name, or resnet50.dino for DINO's ResNet-50.")
     encoder_weights: Weights = setting(None, "Local file with encoder weights, instead of the published ones.")
-    head_channels: int = setting(256, "Channels of the segmentation head.", ge=16)
-    crop_size: int = setting(384, "Side of the training crops, in pixels.", ge=16)
+    head_channels: int = setting(256, "Channels of the segmentation head.", ge=16, le=8192)
+    crop_size: int = setting(384, "Side of the training crops, in pixels.", ge=16, le=4096)
     scale: Range = setting((0.1, 1.0), "Random resize factor of a photo: low, high.")
     flip_prob: float = setting(0.5, "Probability of a horizontal flip.", ge=0, le=1)
     color_jitter: Annotated[tuple[float, float, float, float], Field(strict=False)] = setting(
@@ -229,26 +235,33 @@ class SegmenterTraining(Section):
     paste_objects: Annotated[tuple[int, int], Field(strict=False)] = setting(
         (1, 2), "Objects of other photos pasted into a training photo: low, high."
     )
-    batch_size: int = setting(16, "Photos per step, over all workers.", ge=1)
-    grad_accum_steps: int = setting(1, "Parts into which a batch is split to save memory.", ge=1)
-    steps: int = setting(20_000, "Training steps.", ge=1)
-    lr: float = setting(5e-4, "Learning rate of the head.", gt=0)
-    encoder_lr: float = setting(5e-5, "Learning rate of the encoder.", ge=0)
+    batch_size: int = setting(16, "Photos per step, over all workers.", ge=1, le=65536)
+    grad_accum_steps: int = setting(1, "Parts into which a batch is split to save memory.", ge=1, le=65536)
+    steps: int = setting(20_000, "Training steps.", ge=1, le=1_000_000_000)
+    lr: float = setting(5e-4, "Learning rate of the head.", gt=0, le=10)
+    encoder_lr: float = setting(5e-5, "Learning rate of the encoder.", ge=0, le=10)
     encoder_bn_momentum: float = setting(
         0.01, "Momentum of the encoder's BatchNorm. Short trainings need more.", gt=0, le=1
     )
-    weight_decay: float = setting(2e-4, "Weight decay.", ge=0)
-    poly_power: float = setting(0.9, "Learning rates decay as (1 - step / steps) ** poly_power.", ge=0)
-    min_lr: float = setting(1e-6, "Lower bound of the learning rates.", ge=0)
+    weight_decay: float = setting(2e-4, "Weight decay.", ge=0, le=10)
+    poly_power: float = setting(0.9, "Learning rates decay as (1 - step / steps) ** poly_power.", ge=0, le=100)
+    min_lr: float = setting(1e-6, "Lower bound of the learning rates.", ge=0, le=10)
     precision: Precision = setting("float32", "Floating-point format of matrix products; weights stay float32.")
     allow_empty: bool = setting(False, "Train although categories have no usable mask, without them.")
-    seed: int = setting(0, "Random seed.", ge=0)
+    seed: int = setting(0, "Random seed.", ge=0, le=2**32 - 1)
 
     @field_validator("paste_objects")
     @classmethod
     def _paste_objects_is_ordered(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if not 0 <= value[0] <= value[1]:
-            raise ValueError("expected two numbers, low and high, from 0")
+        if not 0 <= value[0] <= value[1] <= 100:
+            raise ValueError("expected two numbers, low and high, from 0 to 100")
+        return value
+
+    @field_validator("color_jitter")
+    @classmethod
+    def _color_jitter_is_in_range(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 <= strength <= highest for strength, highest in zip(value, (10, 10, 10, 0.5), strict=True)):
+            raise ValueError("expected three numbers from 0 to 10 and one from 0 to 0.5")
         return value
 
     @field_validator("scale", "blur_sigma")
@@ -269,8 +282,8 @@ class ExpertTraining(SegmenterTraining):
     paste_objects: Annotated[tuple[int, int], Field(strict=False)] = setting(
         (0, 0), "Always 0, 0: an expert's photo shows one object.", flag=None
     )
-    batch_size: int = setting(8, "Photos per step.", ge=1)
-    steps: int = setting(5_000, "Steps of each training.", ge=1)
+    batch_size: int = setting(8, "Photos per step.", ge=1, le=65536)
+    steps: int = setting(5_000, "Steps of each training.", ge=1, le=1_000_000_000)
 
     @field_validator("paste_objects")
     @classmethod
@@ -296,9 +309,9 @@ class RunConfig(Section):
 
 
 def ordered(value: tuple[float, float]) -> tuple[float, float]:
-    """A range as it is; ValueError unless 0 < low <= high."""
-    if not 0 < value[0] <= value[1]:
-        raise ValueError("expected two positive numbers, low and high")
+    """A range as it is; ValueError unless 0.001 <= low <= high <= 100."""
+    if not 0.001 <= value[0] <= value[1] <= 100:
+        raise ValueError("expected two numbers, low and high, from 0.001 to 100")
     return value
 
 
@@ -368,9 +381,9 @@ class Setting(NamedTuple):
         for m in self.field.metadata:
             name = type(m).__name__
             if name in ("Gt", "Ge"):
-                text = f"{getattr(m, name.lower()):g}{signs[name]}{text}"
+                text = f"{getattr(m, name.lower())}{signs[name]}{text}"
             elif name in ("Lt", "Le"):
-                text = f"{text}{signs[name]}{getattr(m, name.lower()):g}"
+                text = f"{text}{signs[name]}{getattr(m, name.lower())}"
         return "" if text == "x" else text
 
     @property

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_RESTARTS = 3
+CONNECT_WITHIN = timedelta(minutes=5)  # workers of a cluster start at different times
 
 
 @dataclass(frozen=True)
@@ -168,15 +169,15 @@ def current() -> Worker:
     elif "SLURM_STEP_NUM_TASKS" in env and (count := _number("SLURM_STEP_NUM_TASKS", 1)) > 1:
         # Only srun sets it: a batch script is not a worker.
         rank, local, attempt = _number("SLURM_PROCID", 0, count - 1), _number("SLURM_LOCALID", 0), 0
-        host = _first_slurm_host(_text("SLURM_STEP_NODELIST"))
         port = 20000 + _number("SLURM_JOB_ID", 0) % 20000
+        host = _first_slurm_host(_text("SLURM_STEP_NODELIST"))
         serve = rank == 0
     else:
         return Worker()
     from torch.distributed import TCPStore
 
     try:
-        store = TCPStore(host, port, count, serve, timedelta(minutes=5), wait_for_workers=False)
+        store = TCPStore(host, port, count, serve, CONNECT_WITHIN, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:  # torch's network errors are RuntimeErrors
         raise UserError(f"worker {rank} of {count} has no connection to {host}:{port}: {first_line(error)}") from None
     return Worker(rank, count, local, store, attempt)

@@ -96,7 +96,7 @@ class _Output(io.FileIO):
 
 def _robust(stream: TextIO | None) -> TextIO:
     if stream is None:  # closed by the parent
-        return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: PTH123
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.flush()

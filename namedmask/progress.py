@@ -9,16 +9,25 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from .distributed import Worker
+from .process import complain
 
 if TYPE_CHECKING:
     from rich import progress as rich
+    from rich.console import Console
 
 LINE_EVERY = 10.0  # seconds between lines, if the output is not a terminal
 
 
 def warn(message: str) -> None:
-    """Prints a warning to stderr, above a progress bar that may be there."""
-    print(f"namedmask: warning: {message}", file=sys.stderr, flush=True)
+    """Prints a warning as one line on stderr."""
+    complain(f"warning: {message}")
+
+
+def plain_console() -> Console:
+    """A console of rich that prints text as it is. By default, names such as "[red]" would color what follows."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 class Progress:
@@ -69,12 +78,13 @@ class Progress:
 
         if self.bar is None:
             self.bar = rich.Progress(
-                rich.TextColumn("{task.description:12}"),
+                rich.TextColumn("{task.description:12}", markup=False),
                 rich.BarColumn(),
                 rich.MofNCompleteColumn(),
-                rich.TextColumn("{task.fields[rate]}"),
+                rich.TextColumn("{task.fields[rate]}", markup=False),
                 rich.TimeRemainingColumn(),
-                rich.TextColumn("{task.fields[note]}"),
+                rich.TextColumn("{task.fields[note]}", markup=False),
+                console=plain_console(),
             )
             self.bar.start()
             self.task = self.bar.add_task(self.stage, total=self.total, rate="", note="")

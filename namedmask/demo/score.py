@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from ..archive import read_archive
@@ -29,7 +28,7 @@ from ..distributed import Worker, count_gpus
 from ..errors import UserError
 from ..masks import read_masks
 from ..photos import PhotoSource
-from ..progress import Progress
+from ..progress import Progress, plain_console
 from ..record import read_config
 from ..threads import kernels_on_one_thread, map_ahead
 from .scenes import Scene, index_photo
@@ -178,7 +177,7 @@ def _print_table(title: str, figures: Mapping, columns: Mapping[str, str], rows:
         table.add_row(kind, *("" if value is None else f"{value:.3f}" for value in values))
     table.add_section()
     table.add_row("mean", *(f"{figures[key]['mean']:.3f}" for key in columns.values()), style="bold")
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _figure(per_category: Mapping[str, float]) -> dict:

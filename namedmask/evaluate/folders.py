@@ -15,7 +15,7 @@ from ..distributed import Worker
 from ..errors import DamagedFile, UserError
 from ..files import atomic_write
 from ..formats import BACKGROUND, read_label_map
-from ..progress import Progress, warn
+from ..progress import Progress, plain_console, warn
 from ..threads import map_ahead, thread_count
 from .metrics import Confusion
 
@@ -231,18 +231,17 @@ def write_json(path: Path, figures: dict) -> None:
 
 def print_table(figures: dict) -> None:
     """Prints the result of `as_json` as a table, in percent."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{figures['photos']} photos", title_justify="left")
     for column in ("class", "IoU %", "accuracy %"):
-        table.add_column(column, justify="left" if column == "class" else "right")
+        table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
     for name, iou in figures["iou"].items():
         table.add_row(name, _percent(iou), _percent(figures["accuracy"][name]))
     table.add_section()
     table.add_row("mean", _percent(figures["mean_iou"]), _percent(figures["mean_accuracy"]), style="bold")
     table.add_row("all pixels", _percent(figures["weighted_iou"]), _percent(figures["pixel_accuracy"]))
-    Console().print(table)
+    plain_console().print(table)
     print(
         f"mIoU {_percent(figures['mean_iou'])} %, pixel accuracy {_percent(figures['pixel_accuracy'])} %, "
         f"{_percent(figures['ignored_pixels'])} % of the pixels ignored"
@@ -250,4 +249,4 @@ def print_table(figures: dict) -> None:
 
 
 def _percent(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{100 * fraction:.1f}"
+    return "-" if fraction is None else f"{100 * fraction:.1f}"

@@ -128,7 +128,10 @@ def test_paths_of_files_become_absolute(tmp_path, monkeypatch):
             {"photos": "p", "archive": {"photos_per_category": 0}},
             "(--photos-per-category): expected at least 1, got 0",
         ),
-        ({"photos": "p", "saliency": {"scale": (1.0, 0.5)}}, "saliency.scale (--scale): expected two positive numbers"),
+        (
+            {"photos": "p", "saliency": {"scale": (1.0, 0.5)}},
+            "saliency.scale (--scale): expected two numbers, low and high, from 0.001 to 100",
+        ),
     ],
 )
 def test_wrong_settings_are_named_with_what_was_expected(values, message):
