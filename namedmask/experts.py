@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from . import weights as stored
 from .archive import read_archive
 from .backbones import Encoder, untrained_encoder
 from .config import ExpertTraining

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import json
 import logging
 import os
 import stat
@@ -40,6 +39,7 @@ UNREAD_SUFFIXES = (
     *(".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".psd", ".exr", ".hdr", ".tga"),
     *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw", ".x3f", ".3fr"),
 )
+SEGMENT_RECORD = "segment.json"  # in the output folders of `namedmask segment`
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
 DECODING_BYTES = 16  # per pixel at the peak of decoding; measured: 10 (JPEG) to 18 (WebP)
@@ -468,19 +468,9 @@ def _list_folder(path: str) -> list[tuple[bytes, bool]]:
             is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
             if is_folder or entry.name.lower().endswith((*PHOTO_SUFFIXES, *UNREAD_SUFFIXES, ".tar", *_COMPRESSED)):
                 entries.append((os.fsencode(entry.name), is_folder))
-    if _is_segmented(path):
+    if os.path.exists(os.path.join(path, SEGMENT_RECORD)):  # its masks and overlays are no photos
         entries = [entry for entry in entries if entry not in ((b"masks", True), (b"overlays", True))]
     return sorted(entries)
-
-
-def _is_segmented(path: str) -> bool:
-    """Whether a folder is an output of `namedmask segment`, whose masks and overlays are no photos."""
-    try:
-        with open(os.path.join(path, "categories.json"), "rb") as file:
-            about = json.loads(file.read(1 << 24))
-        return isinstance(about, dict) and {"categories", "weights", "sha256", "precision"} <= about.keys()
-    except (OSError, ValueError, RecursionError):
-        return False
 
 
 @functools.cache

@@ -161,13 +161,14 @@ def evaluate_folders(
     Raises:
         UserError: If a prediction is missing, or as `compare` does.
     """
-    from ..segmenter.folder import RECORD, segmented_photos
+    from ..photos import SEGMENT_RECORD
+    from ..segmenter.folder import segmented_photos
 
     if categories is None:
         categories = read_categories(predictions)
     segmented = None
     if (predictions / "masks").is_dir():  # the output of `namedmask segment`
-        if (predictions / RECORD).exists():
+        if (predictions / SEGMENT_RECORD).exists():
             segmented = set(segmented_photos(predictions).values())
         predictions = predictions / "masks"
     predicted_paths, true_paths = label_maps(predictions), label_maps(truth)

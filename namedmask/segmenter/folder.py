@@ -40,12 +40,11 @@ from ..files import (
 )
 from ..formats import label_palette, write_label_map
 from ..masks import ErrorRecord, parse_fields, read_lines, write_errors
-from ..photos import Photo, PhotoError, PhotoSource
+from ..photos import SEGMENT_RECORD, Photo, PhotoError, PhotoSource
 from ..progress import Progress
 from ..record import RunRecord, StageRecord, expect_no_files, made_with, read_record
 from .predict import Segmenter
 
-RECORD = "segment.json"
 STAGE = "segment"  # in the record
 OUTPUTS = ("masks", "overlays", "photos.jsonl", "categories.json", "errors.jsonl")
 OVERLAY = 0.5  # opacity of the colors
@@ -244,11 +243,11 @@ def _settle(
     Returns:
         The names of the masks by photo.
     """
-    record, photos = read_record(out, RECORD), absolute(source.path)
+    record, photos = read_record(out, SEGMENT_RECORD), absolute(source.path)
     if record.replaced is None:  # if a kill interrupted set_aside
         put_back_files(out, _files_below(out / OLD))
     if not record.stages:
-        expect_no_files(out, OUTPUTS, RECORD)
+        expect_no_files(out, OUTPUTS, SEGMENT_RECORD)
     weights = weights / "model.safetensors" if weights.is_dir() else weights
     values = {"weights": absolute(weights), "categories": segmenter.names[1:]}
     values |= {"encoder": segmenter.network.encoder, "precision": str(segmenter.dtype)[6:]}
@@ -290,7 +289,7 @@ def _settle(
     elif overwrite or not has_results:
         remove_files(out, own)
     make_folder(out)
-    settled.write(out, RECORD)
+    settled.write(out, SEGMENT_RECORD)
     with atomic_write(out / "photos.jsonl") as file:
         for name, mask in masks.items():
             file.write(json.dumps({"photo": name, "mask": f"masks/{mask}.png"}).encode() + b"\n")
@@ -311,16 +310,16 @@ def _expect_moved(out: Path, before: str, source: PhotoSource, known: Collection
 
 def _finish(out: Path, masks: Collection[str], complete: bool) -> None:
     """Removes the results that --overwrite has replaced; restores them if there are no new ones."""
-    record = read_record(out, RECORD)
+    record = read_record(out, SEGMENT_RECORD)
     if record.replaced is None:
         return
     if complete:
         remove_files(out, _files_below(out / OLD))
         record.replaced = None
-        record.write(out, RECORD)
+        record.write(out, SEGMENT_RECORD)
     elif not any(_mask_path(out, mask).exists() for mask in masks):
         remove_files(out, _own_files(out, masks))
-        record.replaced.write(out, RECORD)
+        record.replaced.write(out, SEGMENT_RECORD)
         put_back_files(out, _files_below(out / OLD))
 
 
