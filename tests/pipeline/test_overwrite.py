@@ -219,7 +219,7 @@ def test_failure_before_the_first_result_restores_the_old_ones(copy, stage, brok
 
     monkeypatch.setattr(broken, fail)
     result = command(stage, copy, "--overwrite")
-    assert result.exit_code == 2 and result.stderr == "namedmask: the disk is gone\n"
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1] == "namedmask: the disk is gone"
     left = files_of(copy)
     assert {name: left.get(name) for name in before if name not in ("stages.json", "run.toml")} == {
         name: data for name, data in before.items() if name not in ("stages.json", "run.toml")
@@ -239,7 +239,7 @@ def test_failure_after_the_first_result_keeps_both(copy, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("namedmask.segmenter.training.save_segmenter", fail)
         result = command("train", copy, "--seed", 1, "--overwrite")
-    assert f"the earlier results are kept in {copy / OLD}" in result.stderr and result.stderr.count("\n") == 1
+    assert f"the earlier results are kept in {copy / OLD}" in result.stderr.splitlines()[-1]
     name = "segmenter/model.safetensors"
     assert (copy / OLD / name).read_bytes() == before[name] and (copy / "segmenter" / "checkpoint.pt").exists()
     assert command("train", copy, "--seed", 1).exit_code == 0  # continues
