@@ -65,6 +65,7 @@ void Cosines::prepare_bytes(const float* features, int64_t n) {
 
 void Cosines::normalize(int64_t panel) {
   rows_.normalize(panel);
+  if (!rows_.finite()) return;  // NaN has no integer, and the image is rejected
   const int64_t first = panel * kPanel;
   if (products_ == Products::kInt8) {
     for (int64_t i = first; i < first + kPanel; ++i) kernels_.quantize_bytes(rows_.row(i), channels_, i, bytes_);

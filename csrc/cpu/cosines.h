@@ -27,7 +27,8 @@ class Cosines {
   int64_t padded() const { return rows_.padded(); }
   const float* row(int64_t i) const { return rows_.row(i); }
 
-  // Prepares one panel of tokens for products. Threads may share the panels; everything below requires all of them.
+  // Prepares one panel of tokens for products. Threads may share the panels; everything below requires all of them, and
+  // finite rows.
   void normalize(int64_t panel);
   bool finite() const { return rows_.finite(); }
   size_t bytes() const {

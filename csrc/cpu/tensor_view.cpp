@@ -33,13 +33,14 @@ std::string bracket(const Extents& extents, int n) {
 
 std::string describe(const TensorView& view) {
   return std::string(name(view.dtype)) + " " + bracket(view.shape, view.ndim) +
-         (view.device == Device::kCPU ? " on cpu" : " on cuda") + (view.contiguous() ? "" : ", not contiguous");
+         (view.device == Device::kCPU ? " on cpu" : " on cuda") + (view.contiguous() ? "" : ", not contiguous") +
+         (view.aligned() ? "" : ", not aligned to its elements");
 }
 
 void expect(const char* op, const char* argument, const TensorView& view, DType dtype,
             std::initializer_list<int64_t> shape, Device device) {
   bool ok = view.dtype == dtype && view.device == device && view.ndim == static_cast<int>(shape.size()) &&
-            view.contiguous() && (view.data != nullptr || view.size() == 0);
+            view.contiguous() && view.aligned() && (view.data != nullptr || view.size() == 0);
   const int64_t* want = shape.begin();
   for (int i = 0; ok && i < view.ndim; ++i) ok = want[i] < 0 || want[i] == view.shape[i];
   if (ok) return;

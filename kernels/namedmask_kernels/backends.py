@@ -109,7 +109,7 @@ def numpy_arguments(op: str, backend: str, *arguments: tuple[object, int, tuple[
     for array, channels, dtypes in arguments:
         if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
             return None
-        if array.ndim < 2 or array.dtype not in dtypes:
+        if array.ndim < 2 or array.dtype not in dtypes or not array.flags.aligned:
             return None
         size = size or array.shape[:2]
         if array.shape != ((*size, channels) if channels else size):

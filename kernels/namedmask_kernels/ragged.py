@@ -208,7 +208,7 @@ def as_tensor(op: str, name: str, value: object) -> Tensor:
         raise TypeError(f"{op}: {name} must not be a masked array; replace masked elements with .filled(value) first")
     # torch warns about read-only arrays such as np.asarray(pillow_image). The operators never write to their inputs,
     # but the warning would reach the user.
-    array = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+    array = np.require(value, value.dtype.newbyteorder("="), ("C_CONTIGUOUS", "ALIGNED"))
     try:
         return torch.from_numpy(array if array.flags.writeable else array.copy())
     except TypeError:

@@ -138,7 +138,7 @@ def test_every_output_is_written(backend, device, monkeypatch):
 @pytest.mark.parametrize("op", [nk.connected_components, nk.largest_component, nk.fill_holes])
 def test_invalid_arguments_raise(op):
     name = op.__name__
-    with pytest.raises(TypeError, match=f"{name}: mask must be bool, but is float32"):
+    with pytest.raises(TypeError, match=f"{name}: mask must be bool or uint8, but is float32"):
         op(torch.zeros(3, 3))
     with pytest.raises(ValueError, match=rf"{name}: mask must have 2 dimensions, but has shape \[3, 3, 3\]"):
         op(torch.zeros(3, 3, 3, dtype=torch.bool))

@@ -57,6 +57,9 @@ def test_shapes_and_dtypes_are_checked():
         native.fill_holes(flat.astype(np.float32), offsets, shapes, out)
     with pytest.raises(ValueError, match=r"fill_holes: out must be bool \[6\] on cpu, contiguous, but is bool \[5\]"):
         native.fill_holes(flat, offsets, shapes, out[:5])
+    unaligned = np.ndarray(2, np.int32, np.zeros(9, np.uint8)[1:].data)
+    with pytest.raises(ValueError, match=r"offsets must be int32 \[2\] .* but is int32 \[2\] on cpu, not aligned"):
+        native.fill_holes(flat, unaligned, shapes, out)
     with pytest.raises(ValueError, match="not contiguous"):
         native.fill_holes(np.zeros(12, bool)[::2], offsets, shapes, out)
     with pytest.raises(ValueError, match="offsets must run from 0 to the 6 rows, but run from 0 to 5"):

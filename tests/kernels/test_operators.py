@@ -275,7 +275,15 @@ def read_only(array):
     return array
 
 
+def unaligned(array):
+    """The array, one byte behind the start of a buffer."""
+    buffer = np.zeros(array.nbytes + 1, np.uint8)[1:]
+    buffer[:] = np.frombuffer(array.tobytes(), np.uint8)
+    return np.ndarray(array.shape, array.dtype, buffer.data)
+
+
 LAYOUTS = {
+    "unaligned": unaligned,
     "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
     "read-only": read_only,
     "negative strides": lambda array: array[::-1, ::-1].copy()[::-1, ::-1],

@@ -158,7 +158,7 @@ def test_instruction_levels(level, tmp_path, run_at_level):
 
 def test_invalid_arguments_raise():
     masks = blobs(3, 4, 5)
-    with pytest.raises(TypeError, match="vote_masks: masks must be bool, but is float32"):
+    with pytest.raises(TypeError, match="vote_masks: masks must be bool or uint8, but is float32"):
         nk.vote_masks(masks.float())
     with pytest.raises(TypeError, match=r"vote_masks: masks must be a numpy array, .* but is list"):
         nk.vote_masks([masks])

@@ -41,6 +41,20 @@ struct TensorView {
     return n;
   }
 
+  int64_t element_size() const {
+    switch (dtype) {
+      case DType::kBool:
+      case DType::kUInt8: return 1;
+      case DType::kFloat16:
+      case DType::kBFloat16: return 2;
+      case DType::kInt64:
+      case DType::kFloat64: return 8;
+      default: return 4;
+    }
+  }
+
+  bool aligned() const { return reinterpret_cast<uintptr_t>(data) % element_size() == 0; }
+
   bool contiguous() const {
     if (size() == 0) return true;  // with any strides
     int64_t expected = 1;
@@ -61,7 +75,7 @@ const char* name(DType dtype);
 std::string describe(const TensorView& view);  // "float32 [3, 4] on cpu"
 
 // Throws std::invalid_argument "OP: ARGUMENT must be DTYPE [shape] on cpu, contiguous, but is ..." unless the view
-// matches. A -1 in `shape` matches any extent.
+// matches and its elements are aligned. A -1 in `shape` matches any extent.
 void expect(const char* op, const char* argument, const TensorView& view, DType dtype,
             std::initializer_list<int64_t> shape, Device device = Device::kCPU);
 
