@@ -78,7 +78,7 @@ def _run(command: Callable[[], None]) -> None:
         process.complain(error)
         sys.exit(2)
     finally:
-        process.reset_signals()
+        process.end_handling()
 
 
 def _require_pipeline(command: str) -> None:

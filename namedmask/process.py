@@ -55,15 +55,15 @@ def handle_signals() -> None:
             signal.signal(signum, _interrupt)
 
 
-def reset_signals() -> None:
-    """Undoes `handle_signals`: an exception while the interpreter exits would print a traceback."""
+def end_handling(action: signal.Handlers = signal.SIG_IGN) -> None:
+    """Ends what `handle_signals` has begun. A finished command ignores signals while the interpreter exits."""
     for signum in SIGNALS:
         if signal.getsignal(signum) == _interrupt:
-            signal.signal(signum, signal.SIG_DFL)
+            signal.signal(signum, action)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    reset_signals()
+    end_handling(signal.SIG_DFL)
     interrupted = Interrupted(signum)
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

@@ -284,3 +284,18 @@ def test_running_out_of_memory_is_explained(tmp_path):
         assert isinstance(why := fail(allocate), UserError) and str(why).startswith("out of memory (")
     other = RuntimeError("shapes differ")
     assert explained(other) is other
+
+
+def test_a_finished_command_ignores_signals_while_the_interpreter_exits():
+    before = [signal.getsignal(signum) for signum in process.SIGNALS]
+    try:
+        process.handle_signals()
+        with pytest.raises(process.Interrupted) as info:
+            signal.raise_signal(signal.SIGTERM)
+        assert info.value.exit_code == 143 and signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends it
+        process.handle_signals()
+        process.end_handling()
+        assert all(signal.getsignal(signum) == signal.SIG_IGN for signum in process.SIGNALS)
+    finally:
+        for signum, handler in zip(process.SIGNALS, before, strict=True):
+            signal.signal(signum, handler)
