@@ -343,11 +343,11 @@ def published_clip(model: str, cfg: dict[str, Any]) -> Path:
             repository, file or "open_clip_pytorch_model.bin", cfg.get("url", ""), Path("~/.cache/clip").expanduser()
         )
     except Exception as error:  # hub and network have their own exceptions
-        place = f"huggingface.co/{repository}" if repository else cfg.get("url")
+        hub = f"open_clip_model.safetensors or open_clip_pytorch_model.bin from huggingface.co/{repository}"
         raise UserError(
             f"--clip-model {model}: its weights could not be downloaded ({weights.first_line(error)}); download "
-            f"open_clip_model.safetensors or open_clip_pytorch_model.bin from {place} and pass it as --clip-weights "
-            "FILE, or pass precomputed --embeddings FILE"
+            f"{hub if repository else cfg.get('url')} and pass it as --clip-weights FILE, or pass precomputed "
+            "--embeddings FILE"
         ) from error
 
 
@@ -368,5 +368,5 @@ def _usable(name: str, row: np.ndarray, place: str = "") -> np.ndarray | PhotoEr
 
 def _normalized(row: torch.Tensor) -> np.ndarray:
     """An embedding [d] of any floating-point format, L2-normalized, float32."""
-    row = row.float().numpy()
-    return row / np.maximum(np.linalg.norm(row, axis=-1, keepdims=True), 1e-12)
+    values = row.float().numpy()
+    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)

@@ -9,19 +9,24 @@ Metadata: names   JSON list of the names of the classes, the background first
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import pos_embed_sincos
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import atomic_write
+from ..weights import first_line, replaced
 from .predict import Segmenter
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+
+_timm_grid = pos_embed_sincos._build_grid
 
 OPSET = 18
 TOLERANCE = 1e-3  # maximum error of a logit, relative to the largest logit
@@ -71,22 +76,30 @@ def export_onnx(segmenter: Segmenter, path: Path) -> float:
         ) from None
     network = _Exported(segmenter).eval()
     # The sides of the example are unequal and not multiples of the strides, so that the exporter does not specialize.
-    program = torch.onnx.export(
-        network,
-        (torch.zeros(2, 3, 75, 101, dtype=torch.uint8),),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["photos"],
-        output_names=["labels", "logits"],
-        dynamic_shapes=({0: torch.export.Dim("n"), 2: torch.export.Dim("H"), 3: torch.export.Dim("W")},),
-        verbose=False,
-    )
-    assert program is not None
-    model = program.model_proto
-    onnx.helper.set_model_props(model, {"names": json.dumps(segmenter.names)})
-    onnx.checker.check_model(model)
-    data = model.SerializeToString()
-    worst = _difference(network, InferenceSession(data, providers=["CPUExecutionProvider"]))
+    try:
+        with replaced(pos_embed_sincos, "_build_grid", _grid):
+            program = torch.onnx.export(
+                network,
+                (torch.zeros(2, 3, 75, 101, dtype=torch.uint8),),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["photos"],
+                output_names=["labels", "logits"],
+                dynamic_shapes=({0: torch.export.Dim("n"), 2: torch.export.Dim("H"), 3: torch.export.Dim("W")},),
+                verbose=False,
+            )
+        assert program is not None
+        model = program.model_proto
+        onnx.helper.set_model_props(model, {"names": json.dumps(segmenter.names)})
+        onnx.checker.check_model(model)
+        data = model.SerializeToString()
+        worst = _difference(network, InferenceSession(data, providers=["CPUExecutionProvider"]))
+    except Exception as error:  # the exporter, onnx and onnxruntime have their own exceptions
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{path} was not written: encoder {segmenter.network.encoder!r} cannot be exported for photos of any size "
+            f"({first_line(cause)})"
+        ) from error
     if not worst <= TOLERANCE:
         raise UserError(
             f"{path} was not written: onnxruntime's logits differ from torch's by {worst:.2g} of the largest logit, "
@@ -95,6 +108,17 @@ def export_onnx(segmenter: Segmenter, path: Path) -> float:
     with atomic_write(path) as file:
         file.write(data)
     return worst
+
+
+def _grid(shape: Sequence[int], *arguments: Any, **options: Any) -> Tensor:
+    """timm's coordinates for rotary embeddings; its own for DINOv3 would fix the size of the photos."""
+    if options.get("grid_type") != "centered" or options.get("grid_indexing", "ij") != "ij":
+        return _timm_grid(shape, *arguments, **options)
+    sides = {"max": torch.sym_max(*shape), "min": torch.sym_min(*shape)}
+    side = sides.get(options.get("normalize_coords", "separate"))
+    offset = 0.5 + options.get("grid_offset", 0.0)
+    axes = [(torch.arange(n) + offset) / (n if side is None else side) for n in shape]
+    return 2 * torch.stack(torch.meshgrid(axes, indexing="ij"), -1) - 1
 
 
 @torch.inference_mode()

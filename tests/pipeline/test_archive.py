@@ -72,6 +72,24 @@ def test_scores_have_6_decimals():
     assert scores == [round(score, 6) for score in scores] and scores != [round(score, 5) for score in scores]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_embeddings_that_are_not_finite_do_not_change_the_others(value):
+    """Both while lists are short and when they are full; a text that is not finite has no photos."""
+    rng = np.random.default_rng(0)
+    image, numbers = unit(rng.standard_normal((1200, 8))), np.arange(1200)
+    text = unit(rng.standard_normal((3, 8)))
+    bad = np.array([0, 7, 250, 1100])
+    without = np.delete(image, bad, 0), np.delete(numbers, bad)
+    image[bad, rng.integers(8, size=4)] = value
+    for count in (5, 100):
+        expected = [[photo for photo, _ in one] for one in brute_force(*without, text, count)]
+        results = top_photos(in_shards(image, numbers, 300), text, count)
+        assert [[photo for photo, _ in one] for one in results] == expected
+    text[1] = value
+    results = top_photos(in_shards(image, numbers, 300), text, 100)
+    assert [[photo for photo, _ in one] for one in results] == [expected[0], [], expected[2]]
+
+
 def test_empty_shards():
     text = unit(np.ones((2, 4)))
     empty = (np.zeros((0, 0), np.float16), np.zeros(0, np.int64))

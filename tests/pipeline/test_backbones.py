@@ -172,6 +172,15 @@ def test_photos_with_gradients_raise_runtime_error():
         backbone.extract(photos, ["keys"])
 
 
+def test_features_that_are_not_finite_raise_an_error():
+    backbone = make(FAMILIES[0], depth=1)
+    photos = photos_for(backbone, (2, 2), (3, 2))
+    photos[1][0, 0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match="features are NaN or infinite"):
+        backbone.extract(photos, ["tokens"])
+    assert backbone.extract(photos[:1], ["tokens"])["tokens"].rows.isfinite().all()
+
+
 def test_unknown_taps_raise_value_error():
     backbone = make(FAMILIES[0])
     for tap in ("attention", "keys.3", "keys.-1", "keys.x", ""):

@@ -118,6 +118,44 @@ def test_unsuitable_encoders_raise_user_error():
         untrained_encoder("resnet51")
 
 
+FAMILIES = [
+    "resnet18", "resnet26d", "resnet50_clip.openai", "resnet_namedmask_demo", "resnetv2_50", "seresnet18",
+    "convnext_atto", "mobilenetv3_small_050", "regnetx_002", "vit_namedmask_demo", "vit_tiny_patch16_224",
+    "vit_small_patch14_reg4_dinov2.lvd142m", "vit_small_patch16_dinov3.lvd1689m",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_encoder_takes_photos_of_any_size(name):
+    """422 is the side at which networks that round sizes down fail: 422 / 4 is odd."""
+    network = DeepLab(untrained_encoder(name), 2, head_channels=16).eval()
+    with torch.inference_mode():
+        for height, width in ((1, 1), (7, 64), (40, 422)):
+            coarse = network.coarse_logits(torch.randn(1, 3, height, width))
+            fine = -(-height // 4), -(-width // 4)
+            if name.startswith("vit_"):
+                patch = network.backbone.patch
+                fine = -(-2 * height // patch), -(-2 * width // patch)
+            assert coarse.shape == (1, 2, *fine) and coarse.isfinite().all()
+
+
+def test_padding_changes_nothing_where_it_is_not_needed():
+    """Photos whose sides are multiples of the stride, and encoders that round sizes up."""
+    photos = {"resnet_namedmask_demo": torch.randn(1, 3, 40, 64), TINY: torch.randn(1, 3, 41, 63)}
+    for name, given in photos.items():
+        encoder = untrained_encoder(name)
+        network = DeepLab(encoder, 2, head_channels=16).eval()
+        features = encoder.network(given)
+        expected = network.classifier(*(features[index] for index in encoder.taken))
+        assert torch.equal(network.coarse_logits(given), expected)
+    assert encoder.multiple == 1 and untrained_encoder("resnet_namedmask_demo").multiple == 8
+
+
+def test_encoders_that_cannot_take_any_size_are_rejected_at_once():
+    with pytest.raises(UserError, match=r"'vit_small_r26_s32_224' cannot process photos of any size .*choose a ResNet"):
+        untrained_encoder("vit_small_r26_s32_224")
+
+
 @pytest.mark.parametrize("size", [(1, 1), (7, 90), (33, 34)])
 def test_logits_have_the_size_of_the_photo(size):
     network = DeepLab(untrained_encoder(TINY), 3, head_channels=16).eval()

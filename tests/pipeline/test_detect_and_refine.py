@@ -14,7 +14,7 @@ from namedmask.backbones import Backbone
 from namedmask.config import CrfConfig, DetectorConfig, PamrConfig, RefineConfig, make_config
 from namedmask.errors import UserError
 from namedmask.photos import Photo
-from namedmask.pseudolabel import mask_score
+from namedmask.pseudolabel import Labeler, mask_score
 from namedmask.refine import Refiner, fill_holes, keep_largest_component
 from namedmask.saliency.cluster_vote import COUNTS, ClusterVoteDetector, elect
 from namedmask.saliency.spectral import SpectralDetector, centered, separation
@@ -46,6 +46,26 @@ class ColorBackbone(Backbone):
 def detector(monkeypatch):
     monkeypatch.setattr("namedmask.saliency.spectral.load", lambda *a, **k: ColorBackbone())
     return SpectralDetector(DetectorConfig(center_features=True, image_size=192), "cpu")
+
+
+def test_a_photo_whose_features_are_not_finite_is_an_error_of_that_photo(monkeypatch):
+    """The other photos of its batch are labeled as without it."""
+
+    class Overflowing(ColorBackbone):
+        def extract(self, photos, taps):
+            if any(float(photo.mean()) > 0.9 for photo in photos):
+                raise FloatingPointError("the backbone's features are NaN or infinite")
+            return super().extract(photos, taps)
+
+    monkeypatch.setattr("namedmask.saliency.spectral.load", lambda *a, **k: Overflowing())
+    photo, _ = disc_photo()
+    white = Photo("white", np.full((96, 128, 3), 255, np.uint8))
+    labeler = Labeler(make_config({"photos": "", "detector": {"image_size": 64, "center_features": True}}), "cpu")
+    ((_, alone),) = labeler._label_batch([("disc", photo)])
+    labeled = dict(labeler._label_batch([("a", photo), ("white", white), ("b", photo)]))
+    assert list(labeled) == ["a", "white", "b"]
+    assert str(labeled["white"]) == "'white': the backbone's features are NaN or infinite"
+    assert all(np.array_equal(labeled[name].mask, alone.mask) for name in "ab")
 
 
 METHODS = ["bilateral", "crf", "pamr"]

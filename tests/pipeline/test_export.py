@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 from typer.testing import CliRunner
 
-from namedmask import cli
+from namedmask import backbones, cli
 from namedmask.backbones import untrained_encoder
 from namedmask.errors import UserError
 from namedmask.segmenter import export
@@ -44,6 +45,22 @@ def test_export_command(weights, tmp_path):
         assert (labels == np.stack(segmenter.masks(list(photos)))).mean() > 0.995
 
 
+@pytest.mark.parametrize("name", ["resnet_namedmask_demo", "vit_namedmask_demo", "vit_small_patch16_dinov3"])
+def test_every_kind_of_encoder_exports(name, tmp_path, monkeypatch):
+    """One that needs padding, a ViT with position embeddings, and one with rotary embeddings."""
+    if name == "vit_small_patch16_dinov3":
+        narrow = {"depth": 2, "embed_dim": 96, "num_heads": 3}
+        vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **narrow)
+        monkeypatch.setattr(backbones, "untrained", lambda _: vit)
+    torch.manual_seed(0)
+    segmenter = Segmenter(DeepLab(backbones.untrained_encoder(name), 2, head_channels=16), ["cat"])
+    export.export_onnx(segmenter, tmp_path / "model.onnx")
+    photos = np.random.default_rng(0).integers(0, 256, (1, 40, 211, 3), np.uint8)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (logits,) = session.run(["logits"], {"photos": photos.transpose(0, 3, 1, 2)})
+    np.testing.assert_allclose(logits, segmenter.coarse_logits(list(photos)), atol=1e-4)
+
+
 def test_model_that_differs_is_not_written(weights, tmp_path, monkeypatch):
     """The network is changed after the export, before the verification."""
     network, check = Segmenter.load(weights), export._difference
@@ -59,6 +76,15 @@ def test_model_that_differs_is_not_written(weights, tmp_path, monkeypatch):
     for path in (tmp_path, tmp_path / "none" / "model.onnx"):
         with pytest.raises(UserError, match="cannot be written"):
             export.export_onnx(network, path)
+
+
+def test_encoders_that_cannot_be_exported_are_named(weights, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("unsupported operator\nmore lines")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(UserError, match=r"'test_resnet' cannot be exported .*\(unsupported operator\)$"):
+        export.export_onnx(Segmenter.load(weights), tmp_path / "model.onnx")
 
 
 def test_missing_packages_raise_user_error(weights, tmp_path, monkeypatch):

@@ -187,6 +187,45 @@ def test_interrupted_training_resumes_on_a_gpu(run_of_discs, small, precision, m
     assert [line["step"] for line in rest] == [50, 100, 120] and rest[-1]["loss"] < 0.6 * rest[0]["loss"]
 
 
+@pytest.mark.parametrize("step", [0, 7])
+def test_training_stops_at_the_first_loss_that_is_not_finite(run_of_discs, small, monkeypatch, step):
+    """The last good checkpoint stays, metrics stay JSON, and other settings are possible while there is none."""
+    original, calls = DeepLab.loss, []
+
+    def diverging(self, logits, labels):
+        calls.append(original(self, logits, labels))
+        return calls[-1] * (torch.nan if len(calls) == step + 1 else 1)
+
+    folder = run_of_discs / "segmenter"
+    with monkeypatch.context() as patch:
+        patch.setattr(DeepLab, "loss", diverging)
+        patch.setattr(training, "SAVE_EVERY", 0)
+        patch.setattr(training, "LOG_EVERY", 1)
+        with pytest.raises(UserError, match=rf"segmenter: the loss of step {step + 1} is NaN or infinite\. Lower --lr"):
+            train_run(run_of_discs, {**small, "steps": 12})
+    assert len(calls) == step + 1 and not (folder / "model.safetensors").exists()
+    assert [line["step"] for line in lines(run_of_discs)[1:]] == list(range(1, step + 1))
+    if step:
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert state["step"] == step and all(tensor.isfinite().all() for tensor in state["network"].values())
+        train_run(run_of_discs, {})  # continues
+    else:
+        train_run(run_of_discs, {**small, "steps": 2, "lr": 1e-4})
+    assert (folder / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(run_of_discs, small, monkeypatch):
+    """An infinite gradient of a finite loss; the last step would be the finished network."""
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: self.param_groups[1]["params"][0].data.fill_(torch.inf))
+    with pytest.raises(
+        UserError, match=r"segmenter: classifier\..*weight is NaN or infinite after step 1\. Lower --lr"
+    ):
+        train_run(run_of_discs, {**small, "steps": 1})
+    assert not list((run_of_discs / "segmenter").glob("*.pt")) + list(
+        (run_of_discs / "segmenter").glob("*.safetensors")
+    )
+
+
 def test_checkpoint_of_other_masks_raises_user_error(run_of_discs, small, monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY", 0)
     samples, source = samples_of(run_of_discs)

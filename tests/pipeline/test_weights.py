@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: MIT
+"""Files of weights: checkpoints are unwrapped, what does not fit or is not plausible is named, nothing is executed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from namedmask import weights
+from namedmask.backbones import load, load_encoder, untrained, untrained_encoder
+from namedmask.config import IndexConfig
+from namedmask.distributed import Worker
+from namedmask.errors import UserError
+from namedmask.index import Clip, PrecomputedEmbeddings
+from namedmask.saliency import selfmask
+from namedmask.segmenter.deeplab import DeepLab, load_segmenter
+from namedmask.training import TrainingState
+
+VIT, CNN = "vit_namedmask_demo", "test_resnet"
+
+
+@pytest.fixture(scope="module")
+def state() -> weights.State:
+    torch.manual_seed(0)
+    return untrained(VIT).state_dict()
+
+
+@pytest.fixture(scope="module")
+def network() -> selfmask.SelfMask:
+    torch.manual_seed(0)
+    return selfmask.SelfMask(untrained(VIT), queries=2, layers=2)
+
+
+def prefixed(prefix: str, state: weights.State) -> weights.State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def zeros(state: weights.State) -> weights.State:
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+
+HEAD = {"head.mlp.0.weight": torch.zeros(3, 3)}
+WRITTEN = {
+    "plain": lambda s: s,
+    "with a classifier": lambda s: {**s, "head.weight": torch.zeros(5, 96), "head.bias": torch.zeros(5)},
+    "timm": lambda s: {"state_dict": zeros(s), "state_dict_ema": s, "args": argparse.Namespace(lr=1), "epoch": 3},
+    "MAE": lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{}]}},
+    "DINO": lambda s: {
+        "student": prefixed("module.backbone.", zeros(s)) | prefixed("module.", HEAD),
+        "teacher": prefixed("backbone.", s) | HEAD,
+        "args": argparse.Namespace(arch="vit"),
+    },
+    "DINOv2": lambda s: prefixed("student.backbone.", zeros(s)) | prefixed("teacher.backbone.", s),
+    "torch.compile and DDP": lambda s: {"state_dict": prefixed("_orig_mod.module.", s)},
+    "MoCo": lambda s: {"state_dict": prefixed("module.encoder_q.", s) | prefixed("module.encoder_k.", zeros(s))},
+    "Lightning": lambda s: {"state_dict": prefixed("model.encoder.", s), "hyper_parameters": {"lr": 0.1}},
+}
+
+
+@pytest.mark.parametrize("code", WRITTEN)
+def test_checkpoints_of_training_codes_are_unwrapped(code, state, tmp_path):
+    torch.save(WRITTEN[code](state), tmp_path / "checkpoint.pth")
+    loaded = load(VIT, str(tmp_path / "checkpoint.pth")).model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
+    encoder = load_encoder(VIT, str(tmp_path / "checkpoint.pth")).network.vit.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.items())
+
+
+def renamed(state: weights.State, old: str, new: str) -> weights.State:
+    return {name.replace(old, new): tensor for name, tensor in state.items() if old in name}
+
+
+MISFITS = {
+    "half of the blocks": (
+        lambda s: {name: tensor for name, tensor in s.items() if not name.startswith(("blocks.2.", "blocks.3."))},
+        r"it has 30 of 54 tensors; missing blocks\.2\.norm1\.weight, blocks\.2\.norm1\.bias, .* and 21 more$",
+    ),
+    "more blocks": (
+        lambda s: s | renamed(s, "blocks.3.", "blocks.4."),
+        r"54 of 54 .*unexpected blocks\.4\..* and 9 more$",
+    ),
+    "another width": (
+        lambda s: s | {"norm.bias": torch.zeros(5)},
+        r"norm\.bias is float32 \[5\], expected float32 \[96\]",
+    ),
+    "integers": (lambda s: s | {"norm.bias": torch.zeros(96, dtype=torch.int8)}, r"norm\.bias is int8 \[96\]"),
+    "other names": (
+        lambda s: {"a.b": torch.zeros(3)},
+        r"it has 0 of 54 tensors; missing .* and 51 more; unexpected a\.b$",
+    ),
+    "NaN": (
+        lambda s: s | {"norm.bias": torch.full((96,), torch.nan)},
+        r"is damaged: norm\.bias has values that are NaN",
+    ),
+    "infinity": (lambda s: s | {"norm.bias": torch.full((96,), 1e300, dtype=torch.float64)}, "norm.bias has values"),
+    "no tensors": (lambda s: [1, 2], "holds no named tensors"),
+    "strides of 0": (lambda s: s | {"x": torch.zeros(1).expand(10**6, 10**6)}, "its tensors claim .* far more than"),
+    "sparse": (lambda s: s | {"norm.bias": torch.zeros(96).to_sparse()}, r"norm\.bias is float32 \[96\]"),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_weights_that_do_not_fit_are_named_in_one_line(what, state, tmp_path):
+    make, message = MISFITS[what]
+    path = tmp_path / "weights.pth"
+    torch.save(make(state), path)
+    for option, function in (("--backbone-weights", load), ("--encoder-weights", load_encoder)):
+        with pytest.raises(UserError, match=message) as error:
+            function(VIT, str(path))
+        text = str(error.value)
+        assert text.startswith(f"{option} {path} ") and "\n" not in text and len(text) < 500
+
+
+def test_published_weights_are_checked_like_files(state, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    monkeypatch.setattr(weights, "published", lambda *_: path)
+    save_file(timm_state := untrained("vit_tiny_patch16_224").state_dict(), path)
+    loaded = load("vit_tiny_patch16_224.augreg_in21k").model.state_dict()
+    assert all(torch.equal(tensor, timm_state[name]) for name, tensor in loaded.items())
+    save_file(state, path)
+    for function in (load, load_encoder):
+        with pytest.raises(UserError, match=r"the published weights .*model\.safetensors does not fit .*missing"):
+            function("vit_tiny_patch16_224.augreg_in21k")
+
+
+def test_names_of_the_authors_are_converted(tmp_path):
+    """ConvNeXt with the names of its authors, and position embeddings of another grid."""
+    network = untrained_encoder("convnext_atto").network
+    convnext = {
+        name.replace("stages_0.blocks.0.conv_dw", "stages.0.0.dwconv"): tensor
+        for name, tensor in network.state_dict().items()
+    }
+    torch.save({"model": convnext}, tmp_path / "a.pth")
+    loaded = load_encoder("convnext_atto", str(tmp_path / "a.pth")).network.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in network.state_dict().items())
+    vit = untrained("vit_tiny_patch16_224").state_dict()
+    vit["pos_embed"] = torch.randn(1, 1 + 7 * 7, 192)
+    torch.save(vit, tmp_path / "b.pth")
+    assert load("vit_tiny_patch16_224", str(tmp_path / "b.pth")).model.pos_embed.shape == (1, 1 + 14 * 14, 192)
+
+
+class Payload:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def training_state(path: Path) -> TrainingState:
+    layer = torch.nn.Linear(2, 2)
+    return TrainingState(path.parent, {}, layer, torch.optim.Adam(layer.parameters()), 1, Worker())
+
+
+READERS = {
+    "--backbone-weights": lambda path: load(VIT, str(path)),
+    "--encoder-weights": lambda path: load_encoder(CNN, str(path)),
+    "--detector-weights": lambda path: selfmask.load(VIT, str(path)),
+    "--clip-weights": lambda path: Clip(IndexConfig(clip_model="namedmask-demo", clip_weights=str(path)), "cpu"),
+    "--embeddings": lambda path: PrecomputedEmbeddings(str(path)),
+    "a segmenter": lambda path: load_segmenter(path, ["a"], CNN),
+    "a checkpoint": training_state,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_no_file_is_executed(reader, tmp_path, state, network):
+    path, executed = tmp_path / "checkpoint.pt", tmp_path / "executed"
+    holder = {**state, **network.state_dict(), "network": state, "payload": Payload(executed)}
+    torch.save(holder, path)
+    zipped = path.read_bytes()
+    torch.save(holder, path, _use_new_zipfile_serialization=False)
+    legacy = path.read_bytes()
+    for data in (zipped, legacy, pickle.dumps(Payload(executed)), b"", b"version https://git-lfs.github.com/spec/v1\n"):
+        for file in (path, path.with_suffix(".safetensors") if reader != "a checkpoint" else path):
+            file.write_bytes(data)
+            with pytest.raises(UserError, match=r"checkpoint\.\w+ cannot be read: ") as error:
+                READERS[reader](file)
+            assert "weights_only" not in str(error.value) and not executed.exists()
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    layer = torch.nn.Linear(3, 3).state_dict()
+    for state in ({"about": {}}, {"about": {}, "network": layer}, {"about": {}, "network": 3}, {"network": layer}):
+        torch.save({"step": 1, "sums": {"loss": torch.zeros(1)}} | state, path)
+        with pytest.raises(UserError, match=r"checkpoint\.pt is damaged \(.*\); delete it to start"):
+            training_state(path)
+
+
+def test_timm_and_open_clip_get_tensors_alone(monkeypatch, state, tmp_path):
+    """Their own readers, some versions of which execute pickles, are never called."""
+    import open_clip
+    import timm
+
+    def fail(*_, **__):
+        pytest.fail("reads a file")
+
+    for module in (timm.models._builder, timm.models._helpers, open_clip.factory):
+        monkeypatch.setattr(module, "load_state_dict", fail)
+    save_file(state, tmp_path / "vit.safetensors")
+    load(VIT, str(tmp_path / "vit.safetensors"))
+    load(VIT)
+    load_encoder("resnet_namedmask_demo")
+    Clip(IndexConfig(clip_model="namedmask-demo"), "cpu")
+
+
+def test_selfmask_counts_are_compared_before_anything_is_built(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(selfmask, "SelfMask", lambda *_: pytest.fail("built"))
+    state, path = network.state_dict(), tmp_path / "selfmask.pth"
+    cases = {
+        "missing decoder.layers.2": state | {"decoder.layers.100000.x": torch.zeros(1)},
+        "missing decoder.layers.2.self_attn": state | {f"decoder.layers.{n}.x": torch.zeros(1) for n in range(5000)},
+        "query_embed is": state | {"query_embed": torch.zeros(100_000, 96)},
+        "query_embed is .*of 96 channels": state | {"query_embed": torch.zeros(2, 64)},
+        "not a SelfMask network": {f"decoder.layers.{'9' * 5000}.x": torch.zeros(1), "query_embed": torch.zeros(2, 96)},
+    }
+    for message, case in cases.items():
+        torch.save(case, path)
+        with pytest.raises(UserError, match=message) as error:
+            selfmask.load(VIT, str(path), "--init-checkpoint")
+        assert str(error.value).startswith(f"--init-checkpoint {path}") and len(str(error.value)) < 500
+
+
+def test_segmenter_counts_are_compared_before_anything_is_built(tmp_path, monkeypatch):
+    state, path = DeepLab(untrained_encoder(CNN), 3, 16).state_dict(), tmp_path / "model.safetensors"
+    last = "classifier.classifier.3.weight"
+
+    def given(changed: weights.State, **about) -> None:
+        save_file(state | changed, path)
+        about = {"categories": ["a", "b"], "encoder": CNN} | about
+        (tmp_path / "categories.json").write_text(json.dumps(about))
+
+    given({})
+    assert load_segmenter(tmp_path)[1] == ["a", "b"]
+    monkeypatch.setattr("namedmask.segmenter.deeplab.DeepLab", lambda *_: pytest.fail("built"))
+    for message, changed, about in (
+        (r"does not fit encoder .*classifier\.project", {last: torch.zeros(3, 1_000_000, 1, 1)}, {}),
+        (r"does not fit encoder .*classifier\.classifier\.3\.weight", {last: torch.zeros(3, 1, 1, 1)}, {}),
+        ("has 100000 classes, but 2 categories", {last: torch.zeros(100_000, 16, 1, 1)}, {}),
+        ("not a DeepLabv3", {last: torch.zeros(3)}, {}),
+        ("categories.json is damaged", {}, {"categories": 3}),
+        ("categories.json is damaged", {}, {"encoder": None}),
+        ("is no timm model", {}, {"encoder": "hf-hub:a/b"}),
+    ):
+        given(changed, **about)
+        with pytest.raises(UserError, match=message):
+            load_segmenter(tmp_path)
+
+
+@pytest.mark.parametrize("reader", ["--detector-weights", "--clip-weights", "a segmenter", "--encoder-weights"])
+def test_damaged_values_are_named_with_the_file(reader, network, tmp_path):
+    networks = {
+        "--detector-weights": lambda: network,
+        "--clip-weights": lambda: Clip(IndexConfig(clip_model="namedmask-demo"), "cpu").model,
+        "a segmenter": lambda: DeepLab(untrained_encoder(CNN), 2, 16),
+        "--encoder-weights": lambda: untrained_encoder(CNN).network,
+    }
+    state = {name: tensor.clone() for name, tensor in networks[reader]().state_dict().items()}
+    name = next(name for name, tensor in state.items() if tensor.ndim > 1)
+    state[name].flatten()[-1] = torch.inf
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=rf"a\.pth is damaged: {name} has values that are NaN or infinite$"):
+        READERS[reader](tmp_path / "a.pth")
+
+
+def test_published_preprocessing_is_kept_for_a_local_file(monkeypatch, tmp_path):
+    from open_clip import pretrained
+
+    model = Clip(IndexConfig(clip_model="namedmask-demo"), "cpu").model
+    file = str(tmp_path / "clip.pt")
+    torch.save({"epoch": 1, "state_dict": prefixed("module.", model.state_dict())}, file)
+    sig = {"url": "", "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+    tags = {"sig": sig | {"quick_gelu": True}, "other": {"url": ""}}
+    monkeypatch.setitem(pretrained._PRETRAINED, "namedmask-demo", tags)
+
+    def clip(name: str) -> Clip:
+        return Clip(IndexConfig(clip_model=name, clip_weights=file), "cpu")
+
+    named, unnamed = clip("namedmask-demo:sig"), clip("namedmask-demo")
+    cfg = named.model.visual.preprocess_cfg
+    assert all(tuple(cfg[key]) == sig[key] for key in ("mean", "std")) and cfg["resize_mode"] == "squash"
+    assert "Normalize(mean=(0.5, 0.5, 0.5)" in repr(named.preprocess) and "bilinear" in repr(named.preprocess)
+    assert "QuickGELU" in repr(named.model) and "QuickGELU" not in repr(unnamed.model)
+    assert f"weights of {file}, preprocessing of sig (bilinear, squash, mean [0.5, 0.5, 0.5]" in named.about
+    assert unnamed.model.visual.preprocess_cfg["interpolation"] == "bicubic" and "by default" in unnamed.about
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in named.model.state_dict().items())
+    del tags["other"]
+    assert clip("namedmask-demo").model.visual.preprocess_cfg == cfg  # all published weights agree
+    with pytest.raises(UserError, match="open_clip has no weights 'laion' of namedmask-demo, only sig"):
+        clip("namedmask-demo:laion")
+
+
+def write_embeddings(path: Path, image: torch.Tensor, text: torch.Tensor) -> PrecomputedEmbeddings:
+    save_file({"image": image, "text": text}, path)
+    files = [f"{number}.jpg" for number in range(len(image))]
+    path.with_suffix(".json").write_text(json.dumps({"image_files": files, "names": ["cat", "dog"][: len(text)]}))
+    return PrecomputedEmbeddings(str(path))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_embeddings_of_any_floating_point_format(dtype, tmp_path):
+    image, text = torch.randn(3, 8).to(dtype), torch.randn(2, 8).to(dtype)
+    embeddings = write_embeddings(tmp_path / "e.safetensors", image, text)
+    rows = [row for _, row in embeddings.images(None, ["2.jpg", "0.jpg"])]
+    expected = torch.nn.functional.normalize(image[[2, 0]].float(), dim=1)
+    np.testing.assert_allclose(np.stack(rows), expected, atol=1e-6)
+    expected = torch.nn.functional.normalize(text.float(), dim=1)
+    np.testing.assert_allclose(embeddings.texts(["cat", "dog"], []), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+def test_embeddings_without_a_direction_are_named(value, tmp_path):
+    image, text = torch.randn(3, 8), torch.randn(2, 8)
+    image[1], text[1] = value, value
+    embeddings = write_embeddings(tmp_path / "e.safetensors", image, text)
+    results = dict(embeddings.images(None, ["0.jpg", "1.jpg", "2.jpg"]))
+    assert results["1.jpg"].reason == "its embedding in e.safetensors is NaN, infinite or zero"
+    assert all(isinstance(results[name], np.ndarray) for name in ("0.jpg", "2.jpg"))
+    assert embeddings.texts(["cat"], []).shape == (1, 8)
+    with pytest.raises(UserError, match=r"e\.safetensors: the text embedding of dog is NaN, infinite or zero"):
+        embeddings.texts(["cat", "dog"], [])
