@@ -131,6 +131,20 @@ def _index(ctx: Context) -> None:
     if embedder is not None:
         ctx.progress.note = embedder.about
     ctx.worker.barrier("photos are indexed")
+    if ctx.worker.is_main:
+        _expect_an_embedding(ctx)
+
+
+def _expect_an_embedding(ctx: Context) -> None:
+    """Raises NothingUsable if no photo has an embedding. An index without one is no result: it is removed."""
+    from .archive import read_shards
+
+    folder = ctx.out / "index"
+    if not any(len(photo) for _, photo in read_shards(folder)):
+        assemble_run_errors(ctx.out)
+        for shard in folder.glob("*.safetensors"):
+            shard.unlink()
+        raise NothingUsable(f"no photo in {ctx.config.photos} could be embedded; see {ctx.out / 'errors.jsonl'}")
 
 
 def _archive(ctx: Context) -> None:
@@ -146,14 +160,10 @@ def _archive(ctx: Context) -> None:
     folder = ctx.out / "index"
     if not _has_all_embeddings(ctx.out, config):
         raise UserError(f"{folder} is not finished; run `namedmask index {config.photos} --out {ctx.out}` first")
+    _expect_an_embedding(ctx)
     text = make_embedder(config.index, ctx.device).texts(config.categories, prompts())
     count = config.archive.photos_per_category
     archive = search_index(folder, config.categories, text, count, read_photos(folder))
-    if not any(archive.photos.values()):
-        assemble_run_errors(ctx.out)
-        for shard in folder.glob("*.safetensors"):  # an index without a row is no result: other settings may follow
-            shard.unlink()
-        raise NothingUsable(f"no photo in {config.photos} could be embedded; see {ctx.out / 'errors.jsonl'}")
     if len(config.categories) > 1 and len({frozenset(e.photo for e in one) for one in archive.photos.values()}) == 1:
         ctx.progress.note = (
             "every photo was retrieved for every category: set --photos-per-category to at most the number of photos "

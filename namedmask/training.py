@@ -122,16 +122,17 @@ class TrainingState:
         count = (self.step - 1) % LOG_EVERY + 1
         line = {name: float(value) / count for name, value in self.sums.items()}
         line["photos_per_second"] = self.photos / (now - self.logged)
-        if self.board is not None:
-            for name, value in line.items():
-                self.board.add_scalar(name, value, self.step)
-            self.board.flush()
         rounded = {name: round(value, 4) for name, value in line.items()}
         text = json.dumps({"step": self.step} | rounded, allow_nan=False) + "\n"
         path = self.folder / "metrics.jsonl"
         try:
             with path.open("a") as file:
                 file.write(text)
+            if self.board is not None:
+                path = self.folder / "tensorboard"
+                for name, value in line.items():
+                    self.board.add_scalar(name, value, self.step)
+                self.board.flush()
         except OSError as error:
             raise write_error(path, error) from error
         self.logged, self.photos, self.sums = now, 0, {}

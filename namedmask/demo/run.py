@@ -115,7 +115,7 @@ def run_demo(
         yield
         seconds[stage] = round(time.perf_counter() - start, 1)
 
-    settings = {
+    settings: dict[str, Any] = {
         "photos": str((out / "photos").absolute()),
         "categories": list(KINDS),
         "index": {"clip_model": CLIP_NAME},

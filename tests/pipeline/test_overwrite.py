@@ -270,6 +270,17 @@ def test_kill_while_results_are_set_aside_loses_nothing(copy, monkeypatch):
         assert {name: left.get(name) for name in names} == {name: before[name] for name in names}
 
 
+def test_index_without_an_embedding_is_no_result(world, tmp_path):
+    _, words, _ = world
+    other = write_embeddings(tmp_path / "other.safetensors", ["cat_of_another_folder.jpg"])
+    for line in (["index", words[1], "--embeddings", other], swapped(words, "--embeddings", other)):
+        result = command(*line, "--out", tmp_path / "out")
+        assert result.exit_code == 3 and "no photo in" in result.stderr and result.stderr.count("\n") == 1
+        assert len((tmp_path / "out" / "errors.jsonl").read_text().splitlines()) == 4
+    assert command(*words, "--out", tmp_path / "out").exit_code == 0
+    assert files_of(tmp_path / "out")["masks/00000.jsonl"] == files_of(world[0])["masks/00000.jsonl"]
+
+
 def test_all_photos_failing_restores_the_old_masks(world, copy, tmp_path):
     before = files_of(copy)
     shutil.copytree(world[0].parent / "photos", tmp_path / "photos")
