@@ -42,6 +42,7 @@ UNREAD_SUFFIXES = (
 )
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
+MAX_ASPECT = 16
 DECODING_BYTES = 16  # per pixel at the peak of decoding; measured: 10 (JPEG) to 18 (WebP)
 
 _Result = TypeVar("_Result")
@@ -381,6 +382,14 @@ class PhotoSource:
         if ".." in untrusted or (self._kind != "txt" and name.startswith("/")):
             raise PhotoError(name, "not a path inside the photo source")
         return os.path.join(self._root, name), None
+
+
+def is_elongated(pixels: np.ndarray) -> bool:
+    """Whether a photo [H, W, 3] is more than `MAX_ASPECT` times as long as wide.
+
+    Resized by its short side, a line of single pixels would become an image of gigabytes.
+    """
+    return max(pixels.shape[:2]) > MAX_ASPECT * min(pixels.shape[:2])
 
 
 def decode_ahead(
