@@ -22,7 +22,7 @@ from .distributed import Worker
 from .errors import DamagedFile, UserError
 from .files import atomic_write
 from .masks import ErrorRecord, errors_path, parse_photo, read_lines, write_errors
-from .photos import PhotoError, PhotoSource, decode_ahead
+from .photos import MAX_ASPECT, PhotoError, PhotoSource, decode_ahead, is_elongated
 from .threads import kernels_on_one_thread, map_ahead
 
 if TYPE_CHECKING:
@@ -243,7 +243,12 @@ class Clip:
         from PIL import Image
 
         def load(name: str) -> torch.Tensor:
-            return self.preprocess(Image.fromarray(source.decode(name).pixels))
+            pixels = source.decode(name).pixels
+            if is_elongated(pixels):  # CLIP takes a square from the middle anyway
+                side = MAX_ASPECT * min(pixels.shape[:2])
+                top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
+                pixels = pixels[top : top + side, left : left + side]
+            return self.preprocess(Image.fromarray(pixels))
 
         def embed(batch: list[tuple[str, torch.Tensor | PhotoError]]) -> list[tuple[str, np.ndarray | PhotoError]]:
             photos = [photo for _, photo in batch if not isinstance(photo, PhotoError)]

@@ -23,21 +23,23 @@ from .distributed import Worker
 from .files import make_folder
 from .masks import ErrorRecord, MaskRecord, errors_path, mask_score, write_errors, write_shard
 from .memory import BATCH_PIXELS, processing_budget
-from .photos import Photo, PhotoError, PhotoSource, decode_ahead
+from .photos import Photo, PhotoError, PhotoSource, decode_ahead, is_elongated
 from .refine import Refiner
 from .saliency import Detection, make_detector
 from .threads import kernels_on_one_thread, map_ahead
+
+MAX_TOKENS = 1 << 16  # of an elongated photo: the time grows with their square
 
 Work = list[tuple[str, list[tuple[str, float | None]]]]  # per photo: its name, its categories with their scores
 
 
 def work_of(archive: Archive) -> Work:
     """The distinct photos of the archive with their categories, sorted by name, which groups the photos of a tar."""
-    work: dict[str, list[tuple[str, float | None]]] = {}
+    work: dict[str, dict[str, float | None]] = {}
     for category in archive.categories:
         for entry in archive.photos[category]:
-            work.setdefault(entry.photo, []).append((category, entry.score))
-    return sorted(work.items())
+            work.setdefault(entry.photo, {}).setdefault(category, entry.score)  # an archive may be written by hand
+    return sorted((photo, list(categories.items())) for photo, categories in work.items())
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -102,6 +104,14 @@ class Labeler:
             yield from map_ahead(self._label_batch, batches, threads, cost=cost, limit=processing_budget())
 
     def _label_batch(self, batch: list[tuple[str, Photo | PhotoError]]) -> list[tuple[str, Labeled | PhotoError]]:
+        try:
+            return self._label_photos(batch)
+        except ValueError as error:  # a photo that a kernel rejects: the others of the batch do without it
+            if len(batch) == 1:
+                return [(batch[0][0], PhotoError(batch[0][0], f"cannot be labeled: {error}"))]
+            return [labeled for one in batch for labeled in self._label_batch([one])]
+
+    def _label_photos(self, batch: list[tuple[str, Photo | PhotoError]]) -> list[tuple[str, Labeled | PhotoError]]:
         photos = [photo for _, photo in batch if isinstance(photo, Photo)]
         try:
             with self._timed("detect"):
@@ -134,10 +144,14 @@ class Labeler:
     ) -> Iterator[list[tuple[str, Photo | PhotoError]]]:
         batch: list[tuple[str, Photo | PhotoError]] = []
         tokens = pixels = 0
-        for name, photo in decoded:
-            cost, size = 0, 0
+        for name, result in decoded:
+            photo, cost, size = result, 0, 0
             if isinstance(photo, Photo):
                 cost, size = self.detector.tokens(photo), photo.pixels.size // 3
+                if cost > MAX_TOKENS and is_elongated(photo.pixels):
+                    height, width = photo.pixels.shape[:2]
+                    photo = PhotoError(name, f"too elongated: {width} x {height} pixels give {cost} patches; crop it")
+                    cost = size = 0
             if batch and (tokens + cost > self.detector.tokens_per_batch or pixels + size > BATCH_PIXELS):
                 yield batch
                 batch, tokens, pixels = [], 0, 0

@@ -30,6 +30,7 @@ from .config import to_toml
 from .errors import DamagedFile
 from .files import atomic_write
 from .masks import ErrorRecord, MaskRecord, best_masks, read_errors, read_masks
+from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
 from .record import read_config, read_record
 
@@ -40,7 +41,8 @@ SHEETS = "sheets.json"  # in the run folder
 
 _SIDE = 224  # pixels of the longer side of a thumbnail
 _BINS = 20
-_THREADS = 4  # each may hold a photo of 100 megapixels
+_THREADS = 4
+_BYTES_PER_PIXEL = 24  # of a photo while it is decoded, or reduced together with its mask
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # Any single color is invisible on some photo. Therefore the background is dimmed and the outline is black and white.
 _BACKGROUND, _OBJECT, _LIGHT, _DARK = range(4)
@@ -237,8 +239,12 @@ def _draw_all(photos: str, records: list[MaskRecord]) -> Iterator[_Tile]:
         problem = str(error)
         return (_Tile(record, problem=problem) for record in records)
 
+    budget = MemoryBudget()
+
     def draw(numbers: list[int]) -> list[_Tile]:
-        return _draw(source, [records[number] for number in numbers])
+        height, width = records[numbers[0]].size
+        with budget.hold(height * width * _BYTES_PER_PIXEL):
+            return _draw(source, [records[number] for number in numbers])
 
     tiles: dict[int, _Tile] = {}
     with ThreadPoolExecutor(_THREADS) as pool:

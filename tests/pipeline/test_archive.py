@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 import json
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from namedmask.archive import Archive, Retrieved, prompts, read_archive, top_photos, write_archive
+from namedmask.archive import Archive, Retrieved, expect_distinct, prompts, read_archive, top_photos, write_archive
 from namedmask.errors import UserError
+from namedmask.pseudolabel import work_of
 
 
 def unit(rows):
@@ -117,3 +119,33 @@ def test_damaged_archive_raises_user_error(tmp_path, text):
         read_archive(tmp_path / "archive.json")
     with pytest.raises(UserError, match="is missing; create it with"):
         read_archive(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat", "dog", "cat"], "the name 'cat' is listed twice"),
+        (["Cat", "dog", "cAT"], "'cAT' and 'Cat' differ only in case or Unicode form"),
+        (["caf\u00e9", "cafe\u0301"], "differ only in case or Unicode form"),
+        (["cat", "Background"], "'Background' is the name of class 0"),
+        (["cat", " "], "empty name"),
+    ],
+)
+def test_names_that_collide_raise_user_error(tmp_path, names, message):
+    with pytest.raises(UserError, match=f"--categories: .*{message}"):
+        expect_distinct(names, "--categories")
+    write_archive(tmp_path / "archive.json", Archive(names, {name: [] for name in names}))
+    with pytest.raises(UserError, match=r"archive.json: .*" + message):
+        read_archive(tmp_path / "archive.json")
+
+
+def test_many_names_are_checked_in_linear_time():
+    began = time.process_time()
+    expect_distinct([f"name {number}" for number in range(100_000)], "--categories")
+    assert time.process_time() - began < 5  # each with all others: an hour
+
+
+def test_photo_that_an_archive_lists_twice_is_one_photo():
+    entries = [Retrieved("a.jpg", 0.5), Retrieved("b.jpg", 0.4), Retrieved("a.jpg", 0.3)]
+    work = work_of(Archive(["cat", "dog"], {"cat": entries, "dog": entries[:1]}))
+    assert work == [("a.jpg", [("cat", 0.5), ("dog", 0.5)]), ("b.jpg", [("cat", 0.4)])]

@@ -592,8 +592,7 @@ def test_exif_orientation_is_applied(tmp_path, kind, orientation):
 
 
 MODES = {
-    "1": ["PNG"],
-    "L": ["PNG", "BMP"], "LA": ["PNG"], "P": ["PNG", "GIF"], "RGB": ["PNG", "TIFF"], "RGBA": ["PNG", "TIFF"],
+    "1": ["PNG"], "L": ["PNG", "BMP"], "LA": ["PNG"], "P": ["PNG", "GIF"], "RGB": ["PNG", "TIFF"], "RGBA": ["PNG"],
     "CMYK": ["TIFF", "JPEG"], "YCbCr": ["TIFF"], "LAB": ["TIFF"], "I;16": ["PNG", "TIFF"], "I": ["TIFF"], "F": ["TIFF"],
 }  # fmt: skip
 
