@@ -22,9 +22,10 @@ from .distributed import Worker
 from .errors import UserError
 from .files import atomic_write
 from .masks import ErrorRecord, errors_path, write_errors
-from .photos import MAX_ASPECT, PhotoError, PhotoSource, decode_ahead, is_elongated
+from .photos import PhotoError, PhotoSource, decode_ahead
 from .threads import kernels_on_one_thread, map_ahead
 
+MAX_ASPECT = 16  # of a photo that is resized for CLIP
 CLIP_BATCH = {"cpu": 16, "cuda": 256}
 
 
@@ -168,12 +169,7 @@ class Clip:
         from PIL import Image
 
         def load(name: str) -> torch.Tensor:
-            pixels = source.decode(name).pixels
-            if is_elongated(pixels):  # CLIP takes a square from the middle anyway
-                side = MAX_ASPECT * min(pixels.shape[:2])
-                top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
-                pixels = pixels[top : top + side, left : left + side]
-            return self.preprocess(Image.fromarray(pixels))
+            return self.preprocess(Image.fromarray(middle(source.decode(name).pixels)))
 
         def embed(batch: list[tuple[str, torch.Tensor | PhotoError]]) -> list[tuple[str, np.ndarray | PhotoError]]:
             photos = [photo for _, photo in batch if not isinstance(photo, PhotoError)]
@@ -247,6 +243,16 @@ class PrecomputedEmbeddings:
         if missing := [name for name in names if name not in self.names]:
             raise UserError(f"--embeddings {self.path} has no text embedding of {', '.join(missing)}")
         return self.text[[self.names[name] for name in names]]
+
+
+def middle(pixels: np.ndarray) -> np.ndarray:
+    """The middle of a photo [H, W, 3] that is more than `MAX_ASPECT` times as long as wide, else all of it.
+
+    CLIP takes a square from the middle, but resizes the photo first: a line of single pixels would become gigabytes.
+    """
+    side = MAX_ASPECT * min(pixels.shape[:2])
+    top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side]
 
 
 def _normalized(rows: np.ndarray) -> np.ndarray:

@@ -42,7 +42,6 @@ UNREAD_SUFFIXES = (
 )
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
-MAX_ASPECT = 16
 DECODING_BYTES = 16  # per pixel at the peak of decoding; measured: 10 (JPEG) to 18 (WebP)
 
 _Result = TypeVar("_Result")
@@ -384,14 +383,6 @@ class PhotoSource:
         return os.path.join(self._root, name), None
 
 
-def is_elongated(pixels: np.ndarray) -> bool:
-    """Whether a photo [H, W, 3] is more than `MAX_ASPECT` times as long as wide.
-
-    Resized by its short side, a line of single pixels would become an image of gigabytes.
-    """
-    return max(pixels.shape[:2]) > MAX_ASPECT * min(pixels.shape[:2])
-
-
 def decode_ahead(
     source: PhotoSource, names: Iterable[str], load: Callable[[str], _Result]
 ) -> Iterator[tuple[str, _Result | PhotoError]]:
@@ -495,7 +486,7 @@ def _is_segmented(path: str) -> bool:
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """The formats that Pillow may open here."""
-    formats = _FORMATS
+    formats: tuple[str, ...] = _FORMATS
     if features.check("avif"):
         formats += ("AVIF",)
     with contextlib.suppress(ImportError):
