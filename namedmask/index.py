@@ -22,12 +22,13 @@ from .distributed import Worker
 from .errors import DamagedFile, UserError
 from .files import atomic_write
 from .masks import ErrorRecord, errors_path, parse_photo, read_lines, write_errors
-from .photos import MAX_ASPECT, PhotoError, PhotoSource, decode_ahead, is_elongated
+from .photos import PhotoError, PhotoSource, decode_ahead
 from .threads import kernels_on_one_thread, map_ahead
 
 if TYPE_CHECKING:
     import torch
 
+MAX_ASPECT = 16  # of a photo that is resized for CLIP
 CLIP_BATCH = {"cpu": 16, "cuda": 256}
 
 
@@ -243,12 +244,7 @@ class Clip:
         from PIL import Image
 
         def load(name: str) -> torch.Tensor:
-            pixels = source.decode(name).pixels
-            if is_elongated(pixels):  # CLIP takes a square from the middle anyway
-                side = MAX_ASPECT * min(pixels.shape[:2])
-                top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
-                pixels = pixels[top : top + side, left : left + side]
-            return self.preprocess(Image.fromarray(pixels))
+            return self.preprocess(Image.fromarray(middle(source.decode(name).pixels)))
 
         def embed(batch: list[tuple[str, torch.Tensor | PhotoError]]) -> list[tuple[str, np.ndarray | PhotoError]]:
             photos = [photo for _, photo in batch if not isinstance(photo, PhotoError)]
@@ -330,6 +326,16 @@ class PrecomputedEmbeddings:
                 f"--embeddings {self.path}: the text embedding of {', '.join(unusable)} is NaN, infinite or zero"
             )
         return np.stack(rows)
+
+
+def middle(pixels: np.ndarray) -> np.ndarray:
+    """The middle of a photo [H, W, 3] that is more than `MAX_ASPECT` times as long as wide, else all of it.
+
+    CLIP takes a square from the middle, but resizes the photo first: a line of single pixels would become gigabytes.
+    """
+    side = MAX_ASPECT * min(pixels.shape[:2])
+    top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side]
 
 
 def published_clip(model: str, cfg: dict[str, Any]) -> Path:

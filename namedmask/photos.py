@@ -42,7 +42,6 @@ UNREAD_SUFFIXES = (
 SEGMENT_RECORD = "segment.json"  # in the output folders of `namedmask segment`
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
-MAX_ASPECT = 16
 DECODING_BYTES = 16  # per pixel at the peak of decoding; measured: 10 (JPEG) to 18 (WebP)
 
 _Result = TypeVar("_Result")
@@ -382,14 +381,6 @@ class PhotoSource:
         if ".." in untrusted or (self._kind != "txt" and name.startswith("/")):
             raise PhotoError(name, "not a path inside the photo source")
         return os.path.join(self._root, name), None
-
-
-def is_elongated(pixels: np.ndarray) -> bool:
-    """Whether a photo [H, W, 3] is more than `MAX_ASPECT` times as long as wide.
-
-    Resized by its short side, a line of single pixels would become an image of gigabytes.
-    """
-    return max(pixels.shape[:2]) > MAX_ASPECT * min(pixels.shape[:2])
 
 
 def decode_ahead(

@@ -23,12 +23,10 @@ from .distributed import Worker
 from .files import make_folder
 from .masks import ErrorRecord, MaskRecord, errors_path, mask_score, write_errors, write_shard
 from .memory import BATCH_PIXELS, processing_budget
-from .photos import Photo, PhotoError, PhotoSource, decode_ahead, is_elongated
+from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .refine import Refiner
 from .saliency import Detection, make_detector
 from .threads import kernels_on_one_thread, map_ahead
-
-MAX_TOKENS = 1 << 16  # of an elongated photo: the time grows with their square
 
 Work = list[tuple[str, list[tuple[str, float | None]]]]  # per photo: its name, its categories with their scores
 
@@ -144,14 +142,10 @@ class Labeler:
     ) -> Iterator[list[tuple[str, Photo | PhotoError]]]:
         batch: list[tuple[str, Photo | PhotoError]] = []
         tokens = pixels = 0
-        for name, result in decoded:
-            photo, cost, size = result, 0, 0
+        for name, photo in decoded:
+            cost, size = 0, 0
             if isinstance(photo, Photo):
                 cost, size = self.detector.tokens(photo), photo.pixels.size // 3
-                if cost > MAX_TOKENS and is_elongated(photo.pixels):
-                    height, width = photo.pixels.shape[:2]
-                    photo = PhotoError(name, f"too elongated: {width} x {height} pixels give {cost} patches; crop it")
-                    cost = size = 0
             if batch and (tokens + cost > self.detector.tokens_per_batch or pixels + size > BATCH_PIXELS):
                 yield batch
                 batch, tokens, pixels = [], 0, 0

@@ -6,7 +6,8 @@
 Small valid files of all formats and modes are mutated: truncated, with flipped bits, erased or repeated ranges,
 spliced with another file, with huge sizes in their headers, with a wrong suffix. The files, some of them in a tar, are
 listed, labeled (a tiny ViT with random weights, all refiners in turn) and segmented (a tiny network with random
-weights) in this process. A photo is lost if it has neither a mask nor a line of errors; a crash is an exception that ends a stage.
+weights) in this process. A photo is lost if it has neither a mask nor a line of errors; a crash is an exception that
+ends a stage.
 """
 
 import argparse
@@ -193,9 +194,8 @@ def main() -> None:
         segmenter = Segmenter.load(root / "weights")
         for part, first in enumerate(range(0, options.count, FOLDER)):
             photos, out = root / f"photos{part}", root / f"out{part}"
-            mutations += write_photos(
-                photos, min(FOLDER, options.count - first), random.Random(f"{options.seed} {part}")
-            )
+            count = min(FOLDER, options.count - first)
+            mutations += write_photos(photos, count, random.Random(f"{options.seed} {part}"))
             detector = {"backbone": BACKBONE, "backbone_weights": str(root / "vit.safetensors"), "image_size": 64}
             config = make_config(
                 {"photos": str(photos), "detector": detector, "refine": {"name": REFINERS[part % len(REFINERS)]}}

@@ -189,7 +189,7 @@ def batches(
 
     def corner(rng: np.random.Generator) -> Tensor:
         numbers = from_there(int(rng.integers(len(records))), len(records))
-        return photos.use(numbers, lambda _, pixels: view(pixels, corner_box(pixels.shape[0], pixels.shape[1], rng), rng))
+        return photos.use(numbers, lambda number, pixels: view(pixels, corner_box(*records[number].size, rng), rng))
 
     def sample(place: int) -> tuple[Tensor, Tensor]:
         epoch, index = divmod(place, trained)
@@ -199,7 +199,7 @@ def batches(
 
         def make(number: int, pixels: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
             mask = torch.from_numpy(records[number].mask())[None].float()
-            box = random_box(pixels.shape[0], pixels.shape[1], settings.scale, rng)
+            box = random_box(*records[number].size, settings.scale, rng)
             # Antialiased: a cell of the target is the fraction of it that the object covers.
             return view(pixels, box, rng), cropped(mask, box, settings.crop_size), cropped(mask, box, side)
 

@@ -15,7 +15,7 @@ from namedmask.archive import prompts, read_archive
 from namedmask.config import IndexConfig
 from namedmask.demo.run import render
 from namedmask.errors import UserError
-from namedmask.index import Clip, read_photos
+from namedmask.index import Clip, middle, read_photos
 from namedmask.masks import read_errors
 from namedmask.run import start
 
@@ -131,3 +131,11 @@ def test_clip_without_weights_raises_before_it_is_built(monkeypatch):
         Clip(IndexConfig(clip_model="ViT-B-32"), "cpu")
     with pytest.raises(UserError, match="open_clip has no 'ViT-B-33'"):
         Clip(IndexConfig(clip_model="ViT-B-33:openai"), "cpu")
+
+
+def test_long_photos_are_cropped_before_they_are_resized():
+    line = np.arange(1000 * 3, dtype=np.uint16).reshape(1, 1000, 3)
+    np.testing.assert_array_equal(middle(line), line[:, 492:508])
+    np.testing.assert_array_equal(middle(line.transpose(1, 0, 2)), line.transpose(1, 0, 2)[492:508])
+    photo = np.zeros((10, 160, 3), np.uint8)
+    assert middle(photo).shape == photo.shape
