@@ -16,7 +16,6 @@ import difflib
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +25,9 @@ from torch import Tensor, nn
 
 from namedmask_kernels import Ragged
 
-from . import attention, registry
+from . import attention, hub, registry
 from . import weights as stored
-from .errors import UserError
+from .errors import UserError, first_line
 
 # If the aspect ratio is larger, the photo is resized by its long side: otherwise, a strip of 1 x 10,000 patches would
 # cost as much as twenty photos.
@@ -422,7 +421,7 @@ def untrained_encoder(name: str) -> Encoder:
         network: Any = timm.create_model(architecture, pretrained=False, **_DENSE)
         strides, widths = network.feature_info.reduction(), network.feature_info.channels()
     except Exception as error:  # architectures that cannot be dilated raise different exceptions
-        raise UserError(f"encoder {name!r} {_NOT_DENSE} ({stored.first_line(error)})") from error
+        raise UserError(f"encoder {name!r} {_NOT_DENSE} ({first_line(error)})") from error
     if 4 not in strides or strides[-1] != 8:
         raise UserError(f"encoder {name!r} {_NOT_DENSE} (its features have strides {strides})")
     taken = len(strides) - 1 - strides[::-1].index(4), len(strides) - 1
@@ -454,7 +453,7 @@ def _multiple(name: str, network: nn.Module, taken: tuple[int, int], strides: tu
             network.train(training)
             return multiple
         except Exception as error:  # each architecture fails in its own way
-            reason = stored.first_line(error)
+            reason = first_line(error)
     raise UserError(f"encoder {name!r} cannot process photos of any size ({reason}); choose a ResNet, ConvNeXt or ViT")
 
 
@@ -496,34 +495,11 @@ def _with_weights(kind: str, name: str, file: str | None, needed: Sequence[str] 
     def source(cfg: dict[str, Any]) -> stored.Weights:
         if file is not None:
             return stored.read(file, f"--{kind}-weights")
-        return stored.read(published_weights(kind, name, cfg), "the published weights")
+        if cfg.get("file"):  # of a plugin
+            return stored.read(cfg["file"])
+        if (published := hub.timm(name, kind)) is None:
+            raise UserError(f"{kind} {name!r} has no published weights; pass --{kind}-weights FILE")
+        return stored.read(hub.fetch(published), "the published weights")
 
     architecture = name.partition(".")[0] if name in PUBLISHED else name
     return stored.timm_model(architecture, f"{kind} {name!r}", source, needed, **options)
-
-
-def published_weights(kind: str, name: str, cfg: dict[str, Any]) -> Path:
-    """The file with the published weights of a timm model or of a name of `PUBLISHED`; downloads it if necessary.
-
-    Args:
-        kind: "backbone" or "encoder", for the error message.
-        name: Name of the model.
-        cfg: Its pretrained_cfg.
-
-    Raises:
-        UserError: If it has no weights, or if they cannot be downloaded; says what to do.
-    """
-    if cfg.get("file"):
-        return Path(cfg["file"])
-    repository = "" if name in PUBLISHED else cfg.get("hf_hub_id") or ""
-    file, url = cfg.get("hf_hub_filename") or "pytorch_model.bin", PUBLISHED.get(name) or cfg.get("url") or ""
-    if not repository and not url:
-        raise UserError(f"{kind} {name!r} has no published weights; pass --{kind}-weights FILE")
-    try:
-        return stored.published(repository, file, url)
-    except Exception as error:  # hub and network have their own exceptions
-        place = f"{stored.SAFE_NAMES.get(file, file)} from huggingface.co/{repository}" if repository else url
-        raise UserError(
-            f"{kind} {name!r}: its weights could not be downloaded ({stored.first_line(error)}); on a machine with a "
-            f"network connection download {place} and pass it as --{kind}-weights FILE"
-        ) from error

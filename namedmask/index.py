@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from . import registry, weights
+from . import hub, registry, weights
 from .config import IndexConfig
 from .distributed import Worker
-from .errors import DamagedFile, UserError
+from .errors import DamagedFile, UserError, first_line
 from .files import atomic_write
 from .masks import ErrorRecord, errors_path, parse_photo, read_lines, write_errors
 from .photos import PhotoError, PhotoSource, decode_ahead
@@ -215,7 +215,9 @@ class Clip:
         def source(cfg: dict[str, Any]) -> weights.Weights:
             if file is not None:
                 return weights.read(file, "--clip-weights")
-            return weights.read(published_clip(config.clip_model, cfg), "the published weights")
+            download = hub.clip(config.clip_model)
+            assert download is not None  # it has a tag
+            return weights.read(hub.fetch(download), "the published weights")
 
         quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
         torch.manual_seed(0)
@@ -227,9 +229,7 @@ class Clip:
         except UserError:
             raise
         except Exception as error:  # models with parts of other libraries have their own exceptions
-            raise UserError(
-                f"--clip-model {config.clip_model} cannot be created: {weights.first_line(error)}"
-            ) from error
+            raise UserError(f"--clip-model {config.clip_model} cannot be created: {first_line(error)}") from error
         self.model, self.device = model.eval(), device
         self.tokenizer = open_clip.get_tokenizer(name)
         used = model.visual.preprocess_cfg
@@ -336,30 +336,6 @@ def middle(pixels: np.ndarray) -> np.ndarray:
     side = MAX_ASPECT * min(pixels.shape[:2])
     top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
     return pixels[top : top + side, left : left + side]
-
-
-def published_clip(model: str, cfg: dict[str, Any]) -> Path:
-    """The file with published weights of a CLIP model; downloads it if necessary.
-
-    Args:
-        model: Name of the model for the error message.
-        cfg: open_clip's settings of the weights.
-
-    Raises:
-        UserError: If they cannot be downloaded; says what to do.
-    """
-    repository, _, file = cfg.get("hf_hub", "").rpartition("/")
-    try:
-        return weights.published(
-            repository, file or "open_clip_pytorch_model.bin", cfg.get("url", ""), Path("~/.cache/clip").expanduser()
-        )
-    except Exception as error:  # hub and network have their own exceptions
-        hub = f"open_clip_model.safetensors or open_clip_pytorch_model.bin from huggingface.co/{repository}"
-        raise UserError(
-            f"--clip-model {model}: its weights could not be downloaded ({weights.first_line(error)}); download "
-            f"{hub if repository else cfg.get('url')} and pass it as --clip-weights FILE, or pass precomputed "
-            "--embeddings FILE"
-        ) from error
 
 
 def _preprocessing(cfg: dict[str, Any]) -> tuple[Any, ...]:

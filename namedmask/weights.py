@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import re
 import threading
-import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 State = dict[str, Tensor]
 Converter = Callable[..., Mapping[str, Tensor]]  # (tensors, network) -> tensors under the network's names
@@ -34,10 +33,6 @@ AVERAGED = re.compile(r"(?<![a-z])(teacher|ema)(?![a-z])", re.IGNORECASE)  # of 
 MAX_CANDIDATES = 16
 
 HEADS = ("head", "head_dist", "fc", "fc_norm", "classifier", "attn_pool")  # of timm's models; not used here
-SAFE_NAMES = {
-    "pytorch_model.bin": "model.safetensors",
-    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
-}
 
 
 class Weights(NamedTuple):
@@ -270,11 +265,6 @@ def _some(names: Sequence[str], count: int = 3) -> str:
     return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in names[:count]) + more
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error, or its type if it says nothing."""
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
-
-
 # -- timm and open_clip ------------------------------------------------------------------------------------------------
 
 _replacing = threading.RLock()
@@ -366,39 +356,3 @@ def clip_model(name: str, what: str, source: Callable[[Any], Weights], **options
     with replaced(factory, "download_pretrained", settle), replaced(factory, "load_checkpoint", load_checkpoint):
         model, _, preprocess = open_clip.create_model_and_transforms(name, **options)
     return model, preprocess
-
-
-def published(repository: str = "", file: str = "", url: str = "", folder: Path | None = None) -> Path:
-    """Finds a file of published weights in the caches, or downloads it. Nothing else reaches for the network.
-
-    Args:
-        repository: Repository on the Hugging Face Hub; "" for a file that has only a URL.
-        file: Its name there. A safetensors file beside it is preferred.
-        url: Where the file is otherwise.
-        folder: Cache for files from URLs; None: that of torch.hub.
-
-    Raises:
-        Exception: If the file is in no cache and cannot be downloaded; the hub and the network have their own.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
-
-    if not repository:
-        path = (folder or Path(torch.hub.get_dir()) / "checkpoints") / Path(urllib.parse.urlparse(url).path).name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
-        return path
-    repository, _, revision = repository.partition("@")
-    files = [SAFE_NAMES.get(file, re.sub(r"\.(bin|pth|pt)$", ".safetensors", file)), file]
-    for local in (True, False):
-        for number, name in enumerate(files):
-            try:
-                return Path(hf_hub_download(repository, name, revision=revision or None, local_files_only=local))
-            except LocalEntryNotFoundError:
-                if not local:
-                    raise
-            except EntryNotFoundError:
-                if number == len(files) - 1:
-                    raise
-    raise AssertionError

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from timm.layers import pos_embed_sincos
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import atomic_write
-from ..weights import first_line, replaced
+from ..weights import replaced
 from .predict import Segmenter
 
 if TYPE_CHECKING:

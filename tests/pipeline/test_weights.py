@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from namedmask import weights
+from namedmask import hub, weights
 from namedmask.backbones import load, load_encoder, untrained, untrained_encoder
 from namedmask.config import IndexConfig
 from namedmask.distributed import Worker
@@ -121,7 +121,7 @@ def test_weights_that_do_not_fit_are_named_in_one_line(what, state, tmp_path):
 
 def test_published_weights_are_checked_like_files(state, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    monkeypatch.setattr(weights, "published", lambda *_: path)
+    monkeypatch.setattr(hub, "fetch", lambda _: path)
     save_file(timm_state := untrained("vit_tiny_patch16_224").state_dict(), path)
     loaded = load("vit_tiny_patch16_224.augreg_in21k").model.state_dict()
     assert all(torch.equal(tensor, timm_state[name]) for name, tensor in loaded.items())
