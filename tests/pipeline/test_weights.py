@@ -192,7 +192,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
     layer = torch.nn.Linear(3, 3).state_dict()
     for state in ({"about": {}}, {"about": {}, "network": layer}, {"about": {}, "network": 3}, {"network": layer}):
         torch.save({"step": 1, "sums": {"loss": torch.zeros(1)}} | state, path)
-        with pytest.raises(UserError, match=r"checkpoint\.pt is damaged \(.*\); delete it to start"):
+        with pytest.raises(UserError, match=r"checkpoint\.pt: .*the file is damaged: delete it and run"):
             training_state(path)
 
 
