@@ -21,7 +21,7 @@ from namedmask.backbones import untrained
 from namedmask.cli import app
 from namedmask.config import DetectorConfig, SaliencyTraining
 from namedmask.errors import UserError
-from namedmask.masks import MaskRecord, read_shard, write_shard
+from namedmask.masks import MaskRecord, read_errors, read_shard, write_shard
 from namedmask.photos import Photo
 from namedmask.saliency import make_detector, selfmask_training
 from namedmask.saliency.selfmask import SelfMask, agreement
@@ -223,6 +223,19 @@ def test_two_workers_and_bfloat16(run_of_discs, one_thread):
     assert all(tensor.isfinite().all() for tensor in low.values()) and any(
         (low[name] != tensor).any() for name, tensor in single.items()
     )
+
+
+def test_unreadable_photos_are_replaced_and_reported(run_of_discs):
+    photos = run_of_discs.parent / "photos" / "disc"
+    (photos / "1.png").write_bytes(b"")
+    expected = train_saliency(run_of_discs, steps=2).read_bytes()
+    [error] = read_errors(run_of_discs / "errors.jsonl")
+    assert error[:2] == ("disc/1.png", "train-saliency")
+    assert train_saliency(run_of_discs, overwrite=True, steps=2).read_bytes() == expected
+    for path in photos.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="none of the photos of 'disc' can be read any more"):
+        train_saliency(run_of_discs, overwrite=True, steps=2)
 
 
 def test_concurrent_training_in_one_folder_raises(run_of_discs):
