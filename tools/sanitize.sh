@@ -25,7 +25,7 @@ python -c "import namedmask_kernels as nk; assert nk.backends.native().__file__.
 
 files=()
 for file in tests/kernels/test_*.py; do
-  case $file in *triton* | *emulator* | *test_native.py) ;; *) files+=("$file") ;; esac
+  case $file in *triton* | *emulator*) ;; *) files+=("$file") ;; esac
 done
 # Not: references, kernels in the emulator, subprocesses, and torch.compile, whose compiler is not what is tested.
 select='not reference and not cuda and not triton and not required and not compile and not opcheck and not level'

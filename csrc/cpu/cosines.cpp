@@ -57,7 +57,7 @@ void Cosines::prepare_bytes(const float* features, int64_t n) {
   }
   center_square_ = 0;
   for (int64_t c = 0; c < channels_; ++c) {
-    const auto mean = static_cast<float>(lengths > 0 ? sum[c] / lengths : 0);
+    const auto mean = static_cast<float>(lengths > 0 && lengths < INFINITY ? sum[c] / lengths : 0);
     bytes_.center[c] = mean;
     center_square_ += static_cast<double>(mean) * mean;
   }

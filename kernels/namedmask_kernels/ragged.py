@@ -290,9 +290,8 @@ def as_float(op: str, name: str, value: object) -> float:
 
 
 @torch.library.custom_op("namedmask_kernels::same_shapes", mutates_args=())
-def _same_shapes(
-    one: Tensor, other: Tensor, op: str, one_name: str, other_name: str
-) -> Tensor:  # for expect_same_grids under torch.compile, which cannot branch on the values of a tensor
+def _same_shapes(one: Tensor, other: Tensor, op: str, one_name: str, other_name: str) -> Tensor:
+    """The comparison of `expect_same_grids` under torch.compile, which cannot branch on the values of a tensor."""
     if one.shape != other.shape or not torch.equal(one, other):
         raise _different_grids(op, one_name, other_name, one.tolist()[:4], other.tolist()[:4])
     return other.clone()
