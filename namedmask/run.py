@@ -148,12 +148,11 @@ def settle(
         elif not (overwrite and ("index" if config.categories else "archive") in stages):
             _expect_same_photos(out, source, record)
     if workers is not None:
-        plan = Plan(out, config, source, tuple(stages), workers)
         ahead = [stage for stage in todo if stage in replaced or not stage.complete(out, config)]
         loading = {stage.name for stage in ahead}
         if "archive" in stages and not config.categories:  # class folders need no CLIP model
             loading -= {"index", "archive"}
-        hub.require(hub.needed(config, loading))
+        plan = Plan(out, config, source, tuple(stages), workers, tuple(hub.needed(config, loading)))
         for check in dict.fromkeys(stage.check for stage in ahead):
             check(plan)
     for stage in leftovers:

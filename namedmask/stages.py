@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # --help imports this module: what a stage needs is imported 
     from .archive import Archive
     from .config import RunConfig, SegmenterTraining
     from .distributed import Worker
+    from .hub import Published
     from .masks import ErrorRecord
     from .photos import PhotoSource
     from .progress import Progress
@@ -40,13 +41,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command is about to do: run `stages` in `workers` processes."""
+    """What a command is about to do: run `stages` in `workers` processes, with these published weights."""
 
     out: Path
     config: RunConfig
     source: PhotoSource
     stages: tuple[str, ...]
     workers: int
+    weights: tuple[Published, ...]
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def _expect_photos(plan: Plan) -> None:
 
 def _check_embedder(plan: Plan) -> None:
     """Of the stages index and archive, which share the model."""
+    from .hub import require
     from .index import make_embedder
 
     config, folder = plan.config, plan.out / "index"
@@ -107,6 +110,7 @@ def _check_embedder(plan: Plan) -> None:
         _expect_photos(plan)
     elif not _has_all_embeddings(plan.out, config):
         raise UserError(f"{folder} is not finished; run `namedmask index {config.photos} --out {plan.out}` first")
+    require(plan.weights)
     embedder = make_embedder(config.index, "cpu")
     if "archive" in plan.stages and config.index.embeddings:
         embedder.texts(config.categories, ())  # an error if one is missing
@@ -201,10 +205,12 @@ def _archive_of_class_folders(ctx: Context) -> Archive:
 
 def _check_pseudolabel(plan: Plan) -> None:
     from .archive import read_archive
+    from .hub import require
     from .saliency import make_detector
 
     if "archive" not in plan.stages:
         read_archive(plan.out / "archive.json")
+    require(plan.weights)
     make_detector(plan.config.detector, "cpu")
 
 
@@ -277,10 +283,12 @@ def _expect_all_masks(plan: Plan | Context, refined: bool = True) -> None:
 
 
 def _check_saliency(plan: Plan) -> None:
+    from .hub import require
     from .saliency.selfmask_training import expect_even_batch, initial_network
 
     _expect_all_masks(plan, refined=False)
     expect_even_batch(plan.config.saliency, plan.workers)
+    require(plan.weights)
     initial_network(plan.config.saliency)
 
 
@@ -293,9 +301,11 @@ def _train_saliency(ctx: Context) -> None:
 
 
 def _check_training(plan: Plan, settings: SegmenterTraining, workers: int) -> None:
+    from .hub import require
     from .segmenter.training import expect_even_batch, initial_network
 
     expect_even_batch(settings, workers)
+    require(plan.weights)
     initial_network(settings, classes=2)
 
 

@@ -170,7 +170,7 @@ def test_crf_unary_is_the_mask_with_the_confidence_of_the_settings(monkeypatch):
     ("settings", "message"),
     [
         ({"crf": {"confidence": 0.5}}, "refine.crf.confidence: expected above 0.5, got 0.5"),
-        ({"crf": {"bilateral_sigma": 0.0}}, "refine.crf.bilateral_sigma: expected above 0, got 0.0"),
+        ({"crf": {"bilateral_sigma": 0.0}}, "refine.crf.bilateral_sigma: expected at least 0.1, got 0.0"),
         ({"crf": {"iterations": 0}}, "refine.crf.iterations: expected at least 1, got 0"),
         ({"crf": {"weight": 3.0}}, "there is no setting 'refine.crf.weight'"),
         ({"pamr": {"iterations": -2}}, "refine.pamr.iterations: expected at least 1, got -2"),

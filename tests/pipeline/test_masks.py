@@ -148,7 +148,11 @@ def test_score_is_the_confidence_times_the_free_fraction_of_the_border():
 
 def test_best_masks_are_those_of_the_experts_once_they_exist(tmp_path):
     assert best_masks(tmp_path) == best_masks(str(tmp_path)) == tmp_path / "masks"
-    (tmp_path / "refined").mkdir()
+    for folder in ("refined", "refining"):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "00000.jsonl", [])
+    assert best_masks(tmp_path) == tmp_path / "masks"
+    (tmp_path / "refining" / "00000.jsonl").unlink()
     assert best_masks(tmp_path) == tmp_path / "refined"
 
 

@@ -2,7 +2,6 @@
 """Photo sources and decoding: all layouts and modes, and damaged or malicious files."""
 
 import io
-import json
 import os
 import pickle
 import shutil
@@ -307,8 +306,7 @@ def test_own_masks_and_overlays_are_no_photos(tmp_path):
     everything = list(PhotoSource(tmp_path))
     (tmp_path / "categories.json").write_text('{"categories": []}')  # of something else
     assert list(PhotoSource(tmp_path)) == everything
-    record = {"categories": [], "weights": "w", "sha256": "0", "precision": "float32"}
-    (tmp_path / "categories.json").write_text(json.dumps(record))
+    (tmp_path / "segment.json").write_text("{}")
     assert list(PhotoSource(tmp_path)) == ["a.jpg", "sub/masks/a.png"]
     (tmp_path / "list.txt").write_text("masks/a.png")  # a list is taken at its word
     assert list(PhotoSource(tmp_path / "list.txt")) == ["masks/a.png"]
@@ -796,7 +794,7 @@ def test_first_frame_of_animations(tmp_path, kind):
 def test_files_that_are_not_photos_say_so(tmp_path):
     assert rejection(tmp_path, b"") == "empty file"
     assert rejection(tmp_path, b"<html>\n<title>404") == r"not an image: text begins with '<html>\n<title>404'"
-    assert "begins with bytes 00 00 00 20 66" in rejection(tmp_path, b"\0\0\0 ftypheic" + bytes(50))
+    assert "begins with bytes 00 00 00 20 66" in rejection(tmp_path, b"\0\0\0 ftypisom" + bytes(50))
     # Formats that Pillow could open, but that run interpreters or are not photos, are rejected.
     assert "not an image" in rejection(tmp_path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     assert "not an image" in rejection(tmp_path, encoded(scene(), "PPM"))
