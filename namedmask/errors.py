@@ -63,8 +63,8 @@ class DamagedFile(UserError, ValueError):
     def __init__(self, path: str | os.PathLike, reason: object, *, line: int | None = None, remedy: str = ""):
         path = Path(path)
         if isinstance(reason, BaseException):
-            first = (str(reason).splitlines() or [""])[0]
-            reason = first if type(reason) is ValueError else f"{type(reason).__name__}: {first}"
+            first = (str(reason).splitlines() or [""])[0].removeprefix(f"{path} ")
+            reason = first if type(reason) in (ValueError, UserError) else f"{type(reason).__name__}: {first}"
         place = f"{path}:{line}" if line else f"{path}"
         super().__init__(f"{place}: {reason}; the file is damaged: {remedy or _remedy(path)}")
 

@@ -56,6 +56,8 @@ _SIGNATURES = {
     b"MM\0*": "TIFF",
     b"GIF8": "GIF",
 }
+# The beginning of the brand in a container of HEIC, AVIF or videos.
+_BRANDS = {b"avi": ".avif", b"hei": ".heic", b"hev": ".heic", b"mif": ".heic", b"msf": ".heic"}
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 _CONVERT = "format that is not read: convert it to JPEG or PNG"
 _HEIC = "HEIC photo: install pillow-heif (pip install 'namedmask[heif]'), or convert it to JPEG"
@@ -681,7 +683,7 @@ def _explain(error: Exception, data: bytes) -> str:
         text = str(error) or type(error).__name__
         return f"truncated: {text}" if "truncated" in text.lower() else f"cannot be decoded: {text}"
     head = data[:40]
-    if head[4:8] == b"ftyp" and (problem := _unread(".avif" if head[8:11] == b"avi" else ".heic")):
+    if head[4:8] == b"ftyp" and (suffix := _BRANDS.get(head[8:11])) and (problem := _unread(suffix)):
         return problem
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
         return f"not an image: text begins with {head.decode('ascii')!r}"

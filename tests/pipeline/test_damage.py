@@ -33,6 +33,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
+def errors(result) -> list[str]:
+    """The lines on stderr of a command that are not warnings."""
+    return [line for line in result.stderr.splitlines() if not line.startswith("namedmask: warning: ")]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, detector_options, backbone_weights, one_thread_in_module):
     """A finished run with all stages, and what segment has made with its segmenter: run folder, words of `run`."""
@@ -158,7 +163,7 @@ def test_damaged_file_is_named_with_the_remedy(world, copy, file, monkeypatch):
             result = command(*(photos if word == "PHOTOS" else word for word in words.split()))
             at = f"{file}, {damage}, {words}: {result.stderr}"
             assert result.exit_code == 2, at
-            assert path.name in result.stderr and result.stderr.count("\n") == 1, at
+            assert path.name in result.stderr and len(errors(result)) == 1, at
             remedies = ("delete", "again", "--overwrite", "choose", "pass", "cannot be read")
             assert any(remedy in result.stderr for remedy in remedies), at
             left = files_of(copy.parent)
@@ -244,7 +249,7 @@ def test_damaged_checkpoint_is_named(copy, monkeypatch):
         else:
             torch.save(content, path)
         result = command("train", copy)
-        assert result.exit_code == 2 and str(path) in result.stderr and result.stderr.count("\n") == 1, result.output
+        assert result.exit_code == 2 and str(path) in result.stderr and len(errors(result)) == 1, result.output
         assert "delete it and run the same command again" in result.stderr
 
 
@@ -264,7 +269,7 @@ def test_weights_that_are_not_finite_are_an_error_of_the_file(copy):
     save_file({name: tensor * torch.nan for name, tensor in load_file(path).items()}, path)
     (copy / "refined" / "00001.jsonl").unlink()
     result = command("experts", copy)
-    assert result.exit_code == 2 and f"{path}: it has values that are not finite" in result.stderr
+    assert result.exit_code == 2 and "values that are NaN or infinite" in errors(result)[-1]
 
 
 # -- full disks ------------------------------------------------------------------------------------------------------
@@ -320,7 +325,7 @@ def test_full_disk_in_any_stage_is_one_line_with_the_file(world, copy, words, na
     before = files_of(copy.parent)
     photos = str(world[0].parent / "photos")
     result = command(*(photos if w == "PHOTOS" else w.replace("OUT", str(copy)) for w in words.split()))
-    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert result.exit_code == 2 and len(errors(result)) == 1, result.output
     assert f"{name} cannot be written: No space left on device" in result.stderr
     left = files_of(copy.parent)
     assert not [path for path in left if ".tmp-" in path]
