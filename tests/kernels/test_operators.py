@@ -19,6 +19,12 @@ from namedmask_kernels import Ragged, backends
 
 SECTIONS = ("Args:", "Returns:", "Raises:", "Cost:", "Determinism:", "Source:", "Examples:")
 
+
+def label(value) -> str:
+    """The id of a parameter, which must not depend on addresses: xdist compares the ids of its workers."""
+    return getattr(value, "__name__", str(value))
+
+
 operators = pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
 
 
@@ -380,7 +386,7 @@ FLOATS = {
     nk.random_walk: ("sharpness",),
 }
 integers = pytest.mark.parametrize(
-    ("op", "name"), [(op, name) for op, names in INTEGERS.items() for name in names], ids=str
+    ("op", "name"), [(op, name) for op, names in INTEGERS.items() for name in names], ids=label
 )
 
 
@@ -410,7 +416,7 @@ def test_invalid_integers_are_rejected_before_anything_is_allocated(op, name):
             op(*arguments_without(op, name), **{name: [value] if name == "dilations" else value})
 
 
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in FLOATS.items() for name in names], ids=str)
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in FLOATS.items() for name in names], ids=label)
 def test_numbers_of_any_type_are_accepted_and_others_rejected(op, name):
     count = {"gaussian": 2, "bilateral": 3}.get(name)
     for value in (np.float32(0.5), np.int64(1), torch.tensor(0.5), 1) if name != "eps" else (np.float32(0.5),):
