@@ -103,6 +103,7 @@ class Bench:
     def __init__(self, work: Path) -> None:
         self.source, self.build = work / "source", work / "build"
         self.limits: dict[tuple[str, ...], float | None] = {}
+        self.output = ""  # of the last tests
         for path in (ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*.*")):
             copy = self.source / path.relative_to(ROOT)
             if not copy.exists() or copy.read_bytes() != path.read_bytes():  # others need no compilation
@@ -126,7 +127,7 @@ class Bench:
             self.limits[tests] = None
             built, begin = self.compiles(), time.monotonic()  # the extension may still have the last mutant
             if not built or not self.passes(tests):
-                raise SystemExit(f"{' '.join(tests)}: fails without a change")
+                raise SystemExit(f"{self.output}\n{' '.join(tests)}: fails without a change")
             self.limits[tests] = 30 + 4 * (time.monotonic() - begin)
 
     def passes(self, tests: tuple[str, ...]) -> bool:
@@ -136,6 +137,7 @@ class Bench:
             done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, timeout=limit)
         except subprocess.TimeoutExpired:
             return False
+        self.output = done.stdout.decode()
         return done.returncode == 0
 
     def write(self, mutant: Mutant, line: str) -> None:
