@@ -260,7 +260,7 @@ class PhotoSource:
         except OSError as error:
             raise PhotoError(name, f"cannot be read: {error.strerror or error}") from error
         except (ValueError, MemoryError) as error:  # ValueError: a name that no file can have (NUL, lone surrogates)
-            raise PhotoError(name, f"cannot be read: {error or 'out of memory'}") from error
+            raise PhotoError(name, f"cannot be read: {str(error) or 'out of memory'}") from error
 
     def exists(self, name: str) -> bool:
         """Whether there is a file, or a member of a tar, of this name. It may not be a readable photo."""

@@ -108,6 +108,8 @@ def code_only(source: str) -> str:
     """The syntax tree without what has no effect when it runs: annotations, docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant(None)
         for field in ("annotation", "returns"):
             if hasattr(node, field) and not isinstance(node, ast.AnnAssign):
                 setattr(node, field, None)
@@ -153,7 +155,11 @@ def given(path: Path) -> list[tuple[str, str]]:
             print(f"does not apply any more: {mutant['file']}:{mutant['line']}: {mutant['from']}")
             continue
         at = min(places, key=lambda n: abs(n + 1 - mutant["line"]))
+        original = "".join(lines)
         lines[at] = lines[at].replace(mutant["from"], mutant["to"], 1)
+        if code_only("".join(lines)) == code_only(original):
+            print(f"does not apply any more: {mutant['file']}:{mutant['line']}: {mutant['from']}")
+            continue
         drawn.append((mutant["file"], "".join(lines)))
     return drawn
 

@@ -91,6 +91,26 @@ def test_ranks_from_the_environment_of_slurm(monkeypatch, tmp_path):
     assert sorted([*main.claim("stage", 1), *second.claim("stage", 1)]) == [0]
 
 
+@pytest.mark.parametrize(("rank", "agent", "serves"), [(0, None, True), (0, "True", False), (1, None, False)])
+def test_the_main_worker_serves_the_store_unless_torchrun_does(monkeypatch, rank, agent, serves):
+    stores = []
+    monkeypatch.setattr("torch.distributed.TCPStore", lambda *arguments, **_: stores.append(arguments))
+    for key, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1234}.items():
+        monkeypatch.setenv(key, str(value))
+    if agent:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+    distributed.current()
+    assert stores[0][:4] == ("localhost", 1234, 2, serves)
+
+
+@pytest.mark.parametrize("key", ["RANK", "WORLD_SIZE"])
+def test_one_of_torchruns_variables_alone_means_nothing(monkeypatch, key):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(key, "3")
+    assert distributed.current() == Worker()
+
+
 def test_single_worker_without_environment_variables(monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(key, raising=False)

@@ -728,6 +728,20 @@ def test_grayscale_and_bilevel(tmp_path):
 WIDE = (np.arange(24 * 40).reshape(24, 40) * 68).astype(np.uint16)  # 0 ... 65212
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [[0, 128, 255]]),
+        (np.array([[0.5, 0.75, 1.0]], np.float32), [[128, 191, 255]]),
+        (np.array([[0.0, 1.0, 2.0]], np.float32), [[0, 128, 255]]),
+        (np.array([[256, 0x8000, 0xFFFF]], np.int32), [[1, 128, 255]]),
+        (np.array([[256, 0x8000, 0x10000]], np.int32), [[0, 127, 255]]),
+    ],
+)
+def test_grayscale_up_to_1_or_16_bits_keeps_its_scale(values, expected):
+    assert photos._to_8_bits(values).tolist() == expected
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_grayscale_keeps_its_high_byte(tmp_path, kind):
     got = decoded(tmp_path, encoded(WIDE, kind, exif=with_orientation(6)))
@@ -791,7 +805,28 @@ def test_first_frame_of_animations(tmp_path, kind):
 # ---- malicious files -------------------------------------------------------------------------------------------------
 
 
+def test_files_of_the_largest_size_are_read(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(PNG)
+    monkeypatch.setattr(photos, "MAX_BYTES", len(PNG))
+    assert PhotoSource(tmp_path).read("a.png") == PNG
+    monkeypatch.setattr(photos, "MAX_BYTES", len(PNG) - 1)
+    with pytest.raises(PhotoError, match=f"{len(PNG)} bytes, more than the limit of {len(PNG) - 1}"):
+        PhotoSource(tmp_path).read("a.png")
+
+
+def test_a_photo_that_does_not_fit_into_memory_says_so(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(PNG)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(photos._Part, "read", fail)
+    with pytest.raises(PhotoError, match="cannot be read: out of memory"):
+        PhotoSource(tmp_path).read("a.png")
+
+
 def test_files_that_are_not_photos_say_so(tmp_path):
+    assert "begins with bytes 61 7f" in rejection(tmp_path, b"a\x7f" * 20)
     assert rejection(tmp_path, b"") == "empty file"
     assert rejection(tmp_path, b"<html>\n<title>404") == r"not an image: text begins with '<html>\n<title>404'"
     assert "begins with bytes 00 00 00 20 66" in rejection(tmp_path, b"\0\0\0 ftypisom" + bytes(50))

@@ -299,6 +299,26 @@ def test_published_preprocessing_is_kept_for_a_local_file(monkeypatch, tmp_path)
         clip("namedmask-demo:laion")
 
 
+@pytest.mark.parametrize(
+    ("image", "text", "files", "names", "message"),
+    [
+        ((8,), (2, 4), 8, 2, r"expected image \[n, d\] and text \[k, d\], got \[8\] and \[2, 4\]"),
+        ((2, 2, 4), (2, 4), 2, 2, "expected image"),
+        ((3, 4), (4,), 3, 4, "expected image"),
+        ((3, 4), (2, 5), 3, 2, "expected image"),
+        ((3, 4), (2, 4), 2, 2, "3 image and 2 text rows, .* lists 2 image_files and 2 names"),
+        ((3, 4), (2, 4), 3, 3, "lists 3 image_files and 3 names"),
+    ],
+)
+def test_embeddings_must_fit_their_lists(tmp_path, image, text, files, names, message):
+    path = tmp_path / "e.safetensors"
+    save_file({"image": torch.ones(image), "text": torch.ones(text)}, path)
+    lists = {"image_files": [f"{n}.jpg" for n in range(files)], "names": [f"name {n}" for n in range(names)]}
+    path.with_suffix(".json").write_text(json.dumps(lists))
+    with pytest.raises(UserError, match=message):
+        PrecomputedEmbeddings(str(path))
+
+
 def write_embeddings(path: Path, image: torch.Tensor, text: torch.Tensor) -> PrecomputedEmbeddings:
     save_file({"image": image, "text": text}, path)
     files = [f"{number}.jpg" for number in range(len(image))]
