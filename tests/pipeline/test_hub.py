@@ -101,6 +101,7 @@ def test_names_on_the_hub(server, tmp_path, monkeypatch):
     assert vit.address().endswith("org/v/resolve/main/model.safetensors")
     places = {"model.safetensors": "/none", "pytorch_model.bin": "/good"}
     monkeypatch.setattr(Published, "address", lambda one, name="": server + places.get(name, f"/{one.repository}"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name, revision: f"{repository}/{name}")
     assert hub.fetch(vit) == Path("org/v/pytorch_model.bin")
     Server.requests.clear()

@@ -35,9 +35,9 @@ namedmask.doctor.examine = wait
 sys.argv = ["namedmask", "doctor"]
 __main__.main()
 """
-# Ctrl-C while namedmask.__main__ imports its first module.
+# Ctrl-C while namedmask.__main__ imports its first module after `__future__` and `sys`.
 EARLY = """
-import sys, namedmask
+import __future__, sys, namedmask
 class Raising:
     def find_spec(*_):
         raise KeyboardInterrupt
