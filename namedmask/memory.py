@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from namedmask_kernels.threads import cgroup_folders, usable_cores
+
 from .threads import thread_count
 
 MIN_CAP = 4 << 30  # bytes
@@ -26,11 +28,11 @@ DECODE_SHARE = 0.25  # of the budget; the rest is for what follows
 def photo_budget() -> int:
     """Bytes that the photos in flight in this process may take.
 
-    It is half of the available memory, in proportion to the cores that this process uses, and at most 384 MiB per
-    thread or 4 GiB, whichever is more.
+    It is half of the available memory, in proportion to the threads of this process per usable core, and at most
+    384 MiB per thread or 4 GiB, whichever is more.
     """
     threads = thread_count()
-    share = available_memory() / 2 * min(1.0, threads / (os.cpu_count() or 1))
+    share = available_memory() / 2 * min(1.0, threads / usable_cores())
     return int(min(share, max(MIN_CAP, CAP_PER_THREAD * threads)))
 
 
@@ -46,32 +48,21 @@ def available_memory(root: Path = Path("/")) -> int:
         available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(0, min([available, *_cgroup_limits(root)]))
+    return max(0, min([available, *(left for folder in cgroup_folders("memory", root) for left in _left(folder))]))
 
 
-def _cgroup_limits(root: Path) -> Iterator[int]:
-    """What each control group of this process, of version 1 or 2, leaves to it."""
+def _left(folder: Path) -> Iterator[int]:
+    """What a cgroup leaves to its processes, if it has a limit."""
+    if (folder / "memory.max").exists():
+        limit, usage, reclaimable = "memory.max", "memory.current", "inactive_file"
+    else:
+        limit, usage, reclaimable = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
     try:
-        entries = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-    except OSError:
+        most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        yield most - used + int(stat.get(reclaimable, 0))
+    except (OSError, ValueError):  # no limit at this level
         return
-    for _, controllers, path in entries:
-        if controllers == "":
-            base, limit, usage, reclaimable = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base, reclaimable = root / "sys/fs/cgroup/memory", "total_inactive_file"
-            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        # In a container the path may be that of the host; the limit of the container is then in `base`.
-        group = Path(path.lstrip("/"))
-        for folder in {base / group, *(base / parent for parent in group.parents)}:
-            try:
-                most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                yield most - used + int(stat.get(reclaimable, 0))
-            except (OSError, ValueError):  # no such group, or "max"
-                continue
 
 
 class MemoryBudget:

@@ -16,27 +16,34 @@ def usable_cores(root: str | os.PathLike[str] = "/") -> int:
         root: Folder with `proc` and `sys`.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([cores, *map(math.ceil, _quotas(Path(root)))]))
+    quotas = (quota for folder in cgroup_folders("cpu", Path(root)) for quota in _quota(folder))
+    return max(1, min([cores, *map(math.ceil, quotas)]))
 
 
-def _quotas(root: Path) -> Iterator[float]:
-    """The CPU quotas, in cores, of this process's cgroup and of all cgroups around it, of version 1 and 2."""
+def cgroup_folders(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """The folders of this process's cgroups that have a controller, and of all cgroups around them; version 1 and 2.
+
+    Args:
+        controller: Its name, such as "cpu" or "memory".
+        root: Folder with `proc` and `sys`.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup" / controllers
         for folder in (group := mount / path.lstrip("/"), *group.parents):
-            yield from _quota(folder)
+            yield folder
             if folder == mount:  # a container sees its own cgroup here, whatever path it reads
                 break
 
 
 def _quota(folder: Path) -> Iterator[float]:
+    """The CPU quota of a cgroup in cores, if it has one."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()
