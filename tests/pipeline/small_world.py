@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Synthetic photos and embeddings for tests of the pipeline."""
+"""Synthetic photos, embeddings and small runs for tests of the pipeline."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+ENCODER = "test_resnet"  # timm's, for tests
 COLORS = {"cat": (200, 60, 40), "dog": (40, 90, 200)}
 
 
@@ -46,3 +47,38 @@ def write_embeddings(path: Path, names: list[str]) -> Path:
     save_file({"image": image.astype(np.float16), "text": text.astype(np.float16)}, path)
     path.with_suffix(".json").write_text(json.dumps({"image_files": names, "names": list(COLORS)}))
     return path
+
+
+def command(*words):
+    """Runs `namedmask WORDS...` in this process; returns the result of typer's CliRunner."""
+    from typer.testing import CliRunner
+
+    from namedmask import cli
+
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The contents of all files below a folder, but for the lock."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def small_run(root: Path, photos: int, detector_options: list[str]) -> tuple[list, list]:
+    """Draws photos below `root`, half of them of each category, and writes embeddings and weights of an encoder.
+
+    Returns:
+        The words of `run` without --out, and options of `experts` and `train`; each takes a second.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from namedmask.backbones import untrained_encoder
+    from namedmask.segmenter.deeplab import DeepLab
+
+    embeddings = write_embeddings(root / "embeddings.safetensors", draw_photos(root / "photos", photos))
+    torch.manual_seed(0)
+    save_file(DeepLab(untrained_encoder(ENCODER), 2, 16).backbone.state_dict(), root / "encoder.safetensors")
+    words = ["run", root / "photos", "--categories", "cat,dog", "--embeddings", embeddings, *detector_options]
+    training = ["--crop-size", 32, "--batch-size", 2, "--steps", 8, "--lr", 1e-2, "--encoder", ENCODER]
+    training += ["--encoder-weights", root / "encoder.safetensors", "--head-channels", 16]
+    return [*words, "--photos-per-category", photos // 2], training

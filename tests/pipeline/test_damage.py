@@ -12,25 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from namedmask import cli, files
-from namedmask.backbones import untrained_encoder
+from namedmask import files
 from namedmask.errors import UserError, WriteError
 from namedmask.files import atomic_write
-from namedmask.segmenter.deeplab import DeepLab
-from small_world import draw_photos, write_embeddings
+from small_world import command, files_of, small_run
 
 RECORDS = ("out/stages.json", "out/run.toml", "segmented/segment.json")
-ENCODER = "test_resnet"  # timm's, for tests
-
-
-def command(*words):
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def errors(result) -> list[str]:
@@ -43,33 +31,15 @@ def world(tmp_path_factory, detector_options, backbone_weights, one_thread_in_mo
     """A finished run with all stages, and what segment has made with its segmenter: run folder, words of `run`."""
     root = tmp_path_factory.mktemp("world")
     out = root / "out"
-    names = draw_photos(root / "photos", 6)
-    embeddings = write_embeddings(root / "embeddings.safetensors", names)
-    torch.manual_seed(0)
-    save_file(DeepLab(untrained_encoder(ENCODER), 2, 16).backbone.state_dict(), root / "encoder.safetensors")
-    words = ["run", root / "photos", "--categories", "cat,dog", "--embeddings", embeddings, *detector_options]
-    words += ["--photos-per-category", 3]
+    words, training = small_run(root, 6, detector_options)
     small = ["--crop-size", 32, "--batch-size", 2, "--steps", 1]
-    encoder = [
-        *small,
-        "--lr",
-        1e-2,
-        "--steps",
-        8,
-        "--encoder",
-        ENCODER,
-        "--encoder-weights",
-        root / "encoder.safetensors",
-        "--head-channels",
-        16,
-    ]
     backbone = ["--backbone", "vit_tiny_patch16_224", "--backbone-weights", backbone_weights]
     decoder = ["--num-queries", 2, "--decoder-layers", 1]
     for line in (
         [*words, "--out", out],
         ["train-saliency", out, *small, *backbone, *decoder],
-        ["experts", out, *encoder],
-        ["train", out, *encoder, "--allow-empty"],
+        ["experts", out, *training],
+        ["train", out, *training, "--allow-empty"],
         ["segment", out / "segmenter", root / "photos", "--out", root / "segmented"],
     ):
         result = command(*line)

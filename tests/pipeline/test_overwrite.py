@@ -12,39 +12,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from namedmask import cli, run
+from namedmask import run
 from namedmask.backbones import untrained_encoder
 from namedmask.errors import UserError
 from namedmask.files import OLD
 from namedmask.record import read_record
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
-from small_world import draw_photo, draw_photos, write_embeddings
-
-ENCODER = "test_resnet"  # timm's, for tests
-
-
-def command(*words):
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+from small_world import ENCODER, command, draw_photo, draw_photos, files_of, small_run, write_embeddings
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, detector_options, backbone_weights, one_thread_in_module):
     """A run with masks, experts and a segmenter: run folder, words of `run`, words of the trainings."""
     root = tmp_path_factory.mktemp("world")
-    names = draw_photos(root / "photos", 4)
-    embeddings = write_embeddings(root / "embeddings.safetensors", names)
-    torch.manual_seed(0)
-    save_file(DeepLab(untrained_encoder(ENCODER), 2, 16).backbone.state_dict(), root / "encoder.safetensors")
-    words = ["run", root / "photos", "--categories", "cat,dog", "--embeddings", embeddings, *detector_options]
-    words += ["--photos-per-category", 2]
-    training = ["--crop-size", 32, "--batch-size", 2, "--steps", 8, "--lr", 1e-2, "--encoder", ENCODER]
-    training += ["--encoder-weights", root / "encoder.safetensors", "--head-channels", 16]
+    words, training = small_run(root, 4, detector_options)
     out = root / "out"
     for line in ([*words, "--out", out], ["experts", out, *training], ["train", out, *training]):
         result = command(*line)
@@ -140,6 +122,7 @@ MISTAKES = [
     ("pseudolabel", "--backbone", "resnet18"),
     ("pseudolabel", "--backbone-weights", "missing.safetensors"),
     ("pseudolabel", "--backbone-weights", "wrong.safetensors"),
+    ("pseudolabel", "--backbone-weights", "misfit.safetensors"),
     ("pseudolabel", "--detector", "selfmask"),
     ("pseudolabel", "--photos", "empty"),
     ("experts", "--encoder", "resnet5"),
