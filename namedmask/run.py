@@ -104,10 +104,11 @@ def settle(
             check fails. Nothing is removed or recorded then.
     """
     record, todo = read_record(out), [STAGES[name] for name in stages]
+    aside = record.replaced.stages if record.replaced else {}  # of an unfinished command
     if record.photos is None:
         expect_no_files(out, FILES)
-    for stage in STAGES.values():  # if a kill interrupted set_aside
-        if record.replaced is None or stage.name not in record.replaced.stages:
+    for stage in STAGES.values():
+        if stage.name not in aside:  # a kill interrupted set_aside
             put_back_files(out, stage.own_files(out / OLD))
     recorded_config(out, record)
     sections = {section for stage in todo for section in stage.sections}
@@ -149,23 +150,16 @@ def settle(
             _expect_same_photos(out, source, record)
     if workers is not None:
         ahead = [stage for stage in todo if stage in replaced or not stage.complete(out, config)]
-        loading = {stage.name for stage in ahead}
-        if "archive" in stages and not config.categories:  # class folders need no CLIP model
-            loading -= {"index", "archive"}
-        plan = Plan(out, config, source, tuple(stages), workers, tuple(hub.needed(config, loading)))
-        for check in dict.fromkeys(stage.check for stage in ahead):
-            check(plan)
+        _check(out, config, source, stages, workers, ahead)
     for stage in leftovers:
         remove_files(out, stage.own_files(out))
     for stage in replaced:
         for folder in stage.outputs:
             remove_stale(out / folder)
-        if record.replaced is not None and stage.name in record.replaced.stages:  # of an unfinished command
+        if stage.name in aside:
             remove_files(out, stage.own_files(out))
         else:
             set_aside(out, stage.own_files(out))
-    for stage in replaced:
-        if record.replaced is None or stage.name not in record.replaced.stages:
             settled.replaced = settled.replaced or RunRecord(record.photos)
             settled.replaced.stages[stage.name] = record.stages.get(stage.name, StageRecord())
     settled.write(out)
@@ -173,6 +167,18 @@ def settle(
         text = to_toml(config, {name: stage.made_with for name, stage in settled.stages.items()})
         file.write(text.encode(errors="backslashreplace"))  # names that are not UTF-8
     return config
+
+
+def _check(
+    out: Path, config: RunConfig, source: PhotoSource, stages: Sequence[str], workers: int, ahead: Sequence[Stage]
+) -> None:
+    """Raises UserError if one of `stages` that has work `ahead` cannot run."""
+    loading = {stage.name for stage in ahead}
+    if "archive" in stages and not config.categories:  # class folders need no CLIP model
+        loading -= {"index", "archive"}
+    plan = Plan(out, config, source, tuple(stages), workers, tuple(hub.needed(config, loading)))
+    for check in dict.fromkeys(stage.check for stage in ahead):
+        check(plan)
 
 
 def finish(out: Path, stages: Sequence[str]) -> None:
