@@ -96,8 +96,11 @@ def clip(model: str) -> Published | None:
     if not tag:
         return None
     if not (cfg := open_clip.get_pretrained_cfg(name, tag)):
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none; see open_clip.list_pretrained()"
-        raise UserError(f"--clip-model {model}: open_clip has no {name!r} with weights {tag!r}; there are: {known}")
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise UserError(
+            f"--clip-model {model}: open_clip has no weights {tag!r} of {name}, only {known}; files are passed as "
+            "--clip-weights FILE"
+        )
     repository, _, file = cfg.get("hf_hub", "").rpartition("/")
     what, folder = f"CLIP model {model}", Path("~/.cache/clip").expanduser()
     if repository:

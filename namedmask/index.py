@@ -197,26 +197,20 @@ class Clip:
                 f"--clip-model {config.clip_model}: open_clip has no {name!r}; see open_clip.list_models()"
                 f"{registry.failure_note()}"
             )
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if tag and not open_clip.is_pretrained_cfg(name, tag):
-            raise UserError(
-                f"--clip-model {config.clip_model}: open_clip has no weights {tag!r} of {name}, only "
-                f"{', '.join(tags) or 'none'}; files are passed as --clip-weights FILE"
-            )
+        download = hub.clip(config.clip_model)  # None without a tag
         file = config.clip_weights or (None if tag else registry.default_weights("clip", name))
         if not tag and not file:
             raise UserError(
                 f"--clip-model {config.clip_model} names no weights; pass MODEL:PRETRAINED or --clip-weights FILE"
             )
+        tags = open_clip.list_pretrained_tags_by_model(name)
         published = [open_clip.get_pretrained_cfg(name, one) for one in tags]
         if not tag and published and all(_preprocessing(cfg) == _preprocessing(published[0]) for cfg in published):
             tag = tags[0]
 
         def source(cfg: dict[str, Any]) -> weights.Weights:
-            if file is not None:
-                return weights.read(file, "--clip-weights")
-            download = hub.clip(config.clip_model)
-            assert download is not None  # it has a tag
+            if file is not None or download is None:
+                return weights.read(str(file), "--clip-weights")
             return weights.read(hub.fetch(download), "the published weights")
 
         quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))

@@ -29,7 +29,7 @@ from PIL import Image, features
 from .memory import DECODE_SHARE, photo_budget
 from .threads import map_ahead, thread_count
 
-# HEIC and AVIF are read if Pillow can; `_can_read` says whether it can.
+# HEIC and AVIF are read if Pillow can, see `_formats`.
 PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     *(".heic", ".heif", ".hif", ".avif"),

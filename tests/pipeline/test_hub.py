@@ -135,7 +135,7 @@ def test_the_settings_tell_which_weights_are_needed():
     assert needed(["pseudolabel"], detector=votes) == [vit, "backbone vit_base_patch16_224.dino"]
     assert needed(["train"], segmenter={"encoder": "resnet18.a1_in1k"}) == ["encoder resnet18.a1_in1k"]
     for values, message in (
-        ({"index": {"clip_model": "ViT-B-32:nope"}}, "no 'ViT-B-32' with weights 'nope'; there are: openai"),
+        ({"index": {"clip_model": "ViT-B-32:nope"}}, "no weights 'nope' of ViT-B-32, only openai"),
         ({"detector": {"backbone": "vit_nope"}}, "'vit_nope' is no timm model"),
     ):
         with pytest.raises(UserError, match=message):
