@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from namedmask_kernels.threads import cgroup_folders, usable_cores
-
 from .threads import thread_count
 
 MIN_CAP = 4 << 30  # bytes
@@ -31,6 +29,8 @@ def photo_budget() -> int:
     It is half of the available memory, in proportion to the threads of this process per usable core, and at most
     384 MiB per thread or 4 GiB, whichever is more.
     """
+    from namedmask_kernels.threads import usable_cores
+
     threads = thread_count()
     share = available_memory() / 2 * min(1.0, threads / usable_cores())
     return int(min(share, max(MIN_CAP, CAP_PER_THREAD * threads)))
@@ -43,6 +43,8 @@ def processing_budget() -> int:
 
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes of memory that are available to this process, by /proc/meminfo and the limits of its control groups."""
+    from namedmask_kernels.threads import cgroup_folders
+
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

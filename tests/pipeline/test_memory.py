@@ -51,7 +51,7 @@ def test_available_memory_respects_control_groups(tmp_path):
 
 
 def test_budget_follows_memory_and_threads(monkeypatch):
-    monkeypatch.setattr("namedmask.memory.usable_cores", lambda: 16)
+    monkeypatch.setattr("namedmask_kernels.threads.usable_cores", lambda: 16)
     for threads, available, budget in ((16, 64 << 30, 6 << 30), (16, 8 << 30, 4 << 30), (4, 16 << 30, 2 << 30)):
         monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
         monkeypatch.setattr("namedmask.memory.available_memory", lambda available=available: available)
