@@ -84,7 +84,7 @@ def setting(default: Any, description: str, *, flag: str | None = "", **limits: 
 class IndexConfig(Section):
     """Image embeddings of all photos. Not needed for class folders."""
 
-    clip_model: str = setting("ViT-L-14-336:openai", "CLIP model, as open_clip's MODEL:PRETRAINED.")
+    clip_model: str = setting("ViT-L-14-336-quickgelu:openai", "CLIP model, as open_clip's MODEL:PRETRAINED.")
     clip_weights: Weights = setting(None, "Local file with CLIP weights, instead of PRETRAINED's.")
     embeddings: Annotated[str | None, Unset, LocalFile(companions=(".json",))] = setting(
         None, "Precomputed embeddings, FILE.safetensors with FILE.json beside it, instead of a CLIP model."

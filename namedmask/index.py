@@ -2,7 +2,8 @@
 """The index: image embeddings of all photos in shards, by a CLIP model of open_clip or from precomputed embeddings.
 
 index/photos.jsonl          names of the photos in order; the number of a photo is its line, from 0
-index/00000.safetensors     image float16 [n, d], rows L2-normalized; photo int64 [n], numbers of the photos, ascending
+index/00000.safetensors     image float16 [n, d], rows L2-normalized; photo int64 [n], numbers of the photos, ascending;
+                            metadata {"protocol": activation and preprocessing of the CLIP model}
 index/00000.errors.jsonl    photos of the shard without a row, with the reason
 """
 
@@ -37,9 +38,11 @@ class Embedder(Protocol):
 
     Attributes:
         about: The model, its weights and its preprocessing in words.
+        protocol: What the embeddings depend on besides photos and weights: activation and preprocessing. "" if unknown.
     """
 
     about: str
+    protocol: str
 
     def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
         """Yields each name with the photo's embedding, float32 [d] L2-normalized, or with the photo's error."""
@@ -139,7 +142,7 @@ def build_index(
         The embedder; None if this worker had nothing to do.
 
     Raises:
-        UserError: If the embedder cannot be created.
+        UserError: If the embedder cannot be created, or if existing shards are of another protocol.
     """
     count = sum(1 for _ in read_photos(folder))
     shards = -(-count // config.shard_size)
@@ -149,7 +152,9 @@ def build_index(
         first, size = shard * config.shard_size, min(config.shard_size, count - shard * config.shard_size)
         exists = shard_path(folder, shard).exists()
         if not exists:
-            embedder = embedder or make_embedder(config, device)
+            if embedder is None:
+                embedder = make_embedder(config, device)
+                expect_protocol(folder, embedder)
             batch = list(itertools.islice(names, first - at, first - at + size))
             at = first + size
             _embed_shard(embedder, source, batch, first, shard_path(folder, shard))
@@ -170,7 +175,25 @@ def _embed_shard(embedder: Embedder, source: PhotoSource, names: list[str], firs
     image = np.stack(rows) if rows else np.zeros((0, 0), np.float16)
     write_errors(errors_path(path), errors)
     with atomic_write(path) as file:
-        file.write(save({"image": image, "photo": np.array(numbers, np.int64)}))
+        tensors = {"image": image, "photo": np.array(numbers, np.int64)}
+        file.write(save(tensors, {"protocol": embedder.protocol} if embedder.protocol else None))
+
+
+def expect_protocol(folder: Path, embedder: Embedder) -> None:
+    """Raises UserError if the shards of an index are of another protocol than an embedder's."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "np") as file:
+                used = (file.metadata() or {}).get("protocol", "")
+        except (OSError, SafetensorError) as error:
+            raise DamagedFile(path, error) from None
+        if used != embedder.protocol:
+            raise UserError(
+                f"{path} was computed with {used or 'an unknown activation and preprocessing'}, but the model has "
+                f"{embedder.protocol or 'none'}: their embeddings cannot be compared; {_remedy(folder)}"
+            )
 
 
 def make_embedder(config: IndexConfig, device: str) -> Embedder:
@@ -203,17 +226,14 @@ class Clip:
             raise UserError(
                 f"--clip-model {config.clip_model} names no weights; pass MODEL:PRETRAINED or --clip-weights FILE"
             )
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        published = [open_clip.get_pretrained_cfg(name, one) for one in tags]
-        if not tag and published and all(_preprocessing(cfg) == _preprocessing(published[0]) for cfg in published):
-            tag = tags[0]
+        tag = tag or _implied_tag(name, config.clip_model)
+        quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
 
         def source(cfg: dict[str, Any]) -> weights.Weights:
             if file is not None or download is None:
                 return weights.read(str(file), "--clip-weights")
             return weights.read(hub.fetch(download), "the published weights")
 
-        quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
         torch.manual_seed(0)
         try:
             model, self.preprocess = weights.clip_model(
@@ -226,11 +246,14 @@ class Clip:
             raise UserError(f"--clip-model {config.clip_model} cannot be created: {first_line(error)}") from error
         self.model, self.device = model.eval(), device
         self.tokenizer = open_clip.get_tokenizer(name)
+        activation = _activation(model)
+        if quick_gelu and activation != "QuickGELU":
+            raise UserError(f"--clip-model {config.clip_model}: its weights need QuickGELU, but it has {activation}")
         used = model.visual.preprocess_cfg
         colors = ", ".join(f"{part} {[round(value, 3) for value in used[part]]}" for part in ("mean", "std"))
+        self.protocol = f"{activation}, {used['interpolation']}, {used['resize_mode']}, {colors}"
         self.about = (
-            f"{name}: weights of {file or tag}, preprocessing of {tag or 'open_clip by default'} "
-            f"({used['interpolation']}, {used['resize_mode']}, {colors}{', QuickGELU' if quick_gelu else ''})"
+            f"{name}: weights of {file or tag}, preprocessing of {tag or 'open_clip by default'} ({self.protocol})"
         )
 
     def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
@@ -299,7 +322,7 @@ class PrecomputedEmbeddings:
                 f"--embeddings {path}: {len(image)} image and {len(text)} text rows, "
                 f"but {names_path.name} lists {len(files)} image_files and {len(names)} names"
             )
-        self.path, self.about = path, f"embeddings of {path}"
+        self.path, self.about, self.protocol = path, f"embeddings of {path}", ""
         self.image, self.rows = image, {file: row for row, file in enumerate(files)}
         self.text, self.names = text, {name: row for row, name in enumerate(names)}
 
@@ -332,9 +355,38 @@ def middle(pixels: np.ndarray) -> np.ndarray:
     return pixels[top : top + side, left : left + side]
 
 
+def _implied_tag(name: str, model: str) -> str:
+    """The tag of published weights whose activation and preprocessing a file of weights without a tag has.
+
+    Returns:
+        One of the tags of the model `name`, if they all have the same ones; "" if there is none.
+
+    Raises:
+        UserError: If they differ. `model` is what the user gave.
+    """
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    kinds = {_preprocessing(open_clip.get_pretrained_cfg(name, tag)): tag for tag in reversed(tags)}
+    if len(kinds) > 1:
+        raise UserError(
+            f"--clip-model {model} --clip-weights FILE: the published weights of {name} differ in activation or "
+            f"preprocessing; name those that the file's are like: {', '.join(f'{name}:{tag}' for tag in tags)}"
+        )
+    return next(iter(kinds.values()), "")
+
+
 def _preprocessing(cfg: dict[str, Any]) -> tuple[Any, ...]:
     """What published weights require of the photos and of the network."""
-    return tuple(cfg.get(key) for key in ("mean", "std", "interpolation", "resize_mode")), bool(cfg.get("quick_gelu"))
+    parts = [cfg.get(key) for key in ("mean", "std", "interpolation", "resize_mode")]
+    return *(tuple(part) if isinstance(part, list) else part for part in parts), bool(cfg.get("quick_gelu"))
+
+
+def _activation(model: torch.nn.Module) -> str:
+    """The activation of the transformers of a CLIP model."""
+    from open_clip.transformer import QuickGELU
+
+    return "QuickGELU" if any(isinstance(module, QuickGELU) for module in model.modules()) else "GELU"
 
 
 def is_direction(row: np.ndarray) -> bool:

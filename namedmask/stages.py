@@ -153,7 +153,7 @@ def _expect_an_embedding(ctx: Context) -> None:
 
 def _archive(ctx: Context) -> None:
     from .archive import prompts, search_index, write_archive
-    from .index import make_embedder, read_photos
+    from .index import expect_protocol, make_embedder, read_photos
 
     path, config = ctx.out / "archive.json", ctx.config
     if not ctx.worker.is_main or path.exists():
@@ -165,7 +165,9 @@ def _archive(ctx: Context) -> None:
     if not _has_all_embeddings(ctx.out, config):
         raise UserError(f"{folder} is not finished; run `namedmask index {config.photos} --out {ctx.out}` first")
     _expect_an_embedding(ctx)
-    text = make_embedder(config.index, ctx.device).texts(config.categories, prompts())
+    embedder = make_embedder(config.index, ctx.device)
+    expect_protocol(folder, embedder)
+    text = embedder.texts(config.categories, prompts())
     count = config.archive.photos_per_category
     archive = search_index(folder, config.categories, text, count, read_photos(folder))
     if len(config.categories) > 1 and len({frozenset(e.photo for e in one) for one in archive.photos.values()}) == 1:

@@ -120,7 +120,11 @@ def needed(stages=STAGES, **values) -> list[str]:
 
 
 def test_the_settings_tell_which_weights_are_needed():
-    clip, vit, encoder = "CLIP model ViT-L-14-336:openai", "backbone vit_small_patch8_224.dino", "encoder resnet50.dino"
+    clip, vit, encoder = (
+        "CLIP model ViT-L-14-336-quickgelu:openai",
+        "backbone vit_small_patch8_224.dino",
+        "encoder resnet50.dino",
+    )
     assert needed() == [clip, vit, encoder]
     assert needed(["index"]) == needed(["archive"]) == [clip] and needed(["pseudolabel"]) == needed(
         ["train-saliency"]
@@ -153,7 +157,7 @@ def test_fetch_and_doctor(monkeypatch, tmp_path):
     assert fetched == ["backbone vit_base_patch16_224.dino", "encoder resnet50.dino"]  # SelfMask's backbone is the same
     assert result.stdout == "".join(f"{what}: {tmp_path / 'file'}\n" for what in fetched)
     report = "\n".join(examine())
-    assert "CLIP model ViT-L-14-336:openai: not downloaded; `namedmask fetch` does it" in report
+    assert "CLIP model ViT-L-14-336-quickgelu:openai: not downloaded; `namedmask fetch` does it" in report
     monkeypatch.setattr(Published, "cached", lambda one: tmp_path / one.file)
     assert f"backbone vit_small_patch8_224.dino: {tmp_path / 'pytorch_model.bin'}" in "\n".join(examine())
 
@@ -170,5 +174,7 @@ def test_a_run_looks_for_all_weights_before_any_work(monkeypatch, tmp_path):
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "no weights of backbone vit_small_patch8_224.dino in the caches" in result.stderr
     result = invoke("run", tmp_path / "photos", "--categories", "cat", "--out", tmp_path / "out")
-    assert result.exit_code == 2 and "no weights of CLIP model ViT-L-14-336:openai and backbone" in result.stderr
+    assert (
+        result.exit_code == 2 and "no weights of CLIP model ViT-L-14-336-quickgelu:openai and backbone" in result.stderr
+    )
     assert not [path for path in (tmp_path / "out").iterdir() if path.name != ".lock"]

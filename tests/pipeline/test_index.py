@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -104,6 +105,20 @@ def test_archive_scores_are_cosines(world, clip):
         best = np.argsort(-scores[:, k], kind="stable")[:5]
         assert [entry.photo for entry in archive.photos[category]] == [names[photo[row]] for row in best]
         np.testing.assert_allclose([e.score for e in archive.photos[category]], scores[best, k], atol=2e-6)
+
+
+def test_index_with_another_activation_is_rejected(world, tmp_path, clip, monkeypatch):
+    folder, out = world
+    copy = tmp_path / "run"
+    shutil.copytree(out, copy)
+    monkeypatch.setattr("namedmask.index._activation", lambda model: "QuickGELU")
+    message = r"00000.safetensors was computed with GELU, .*, but the model has QuickGELU, .*--overwrite"
+    (copy / "archive.json").unlink()
+    with pytest.raises(UserError, match=message):
+        run(folder, copy, "archive")
+    shards(copy)[1].unlink()
+    with pytest.raises(UserError, match=message):
+        run(folder, copy, "index")
 
 
 def test_only_a_missing_shard_is_computed_again(world):

@@ -285,18 +285,50 @@ def test_published_preprocessing_is_kept_for_a_local_file(monkeypatch, tmp_path)
     def clip(name: str) -> Clip:
         return Clip(IndexConfig(clip_model=name, clip_weights=file), "cpu")
 
-    named, unnamed = clip("namedmask-demo:sig"), clip("namedmask-demo")
+    named = clip("namedmask-demo:sig")
     cfg = named.model.visual.preprocess_cfg
     assert all(tuple(cfg[key]) == sig[key] for key in ("mean", "std")) and cfg["resize_mode"] == "squash"
     assert "Normalize(mean=(0.5, 0.5, 0.5)" in repr(named.preprocess) and "bilinear" in repr(named.preprocess)
-    assert "QuickGELU" in repr(named.model) and "QuickGELU" not in repr(unnamed.model)
-    assert f"weights of {file}, preprocessing of sig (bilinear, squash, mean [0.5, 0.5, 0.5]" in named.about
-    assert unnamed.model.visual.preprocess_cfg["interpolation"] == "bicubic" and "by default" in unnamed.about
+    assert f"weights of {file}, preprocessing of sig (QuickGELU, bilinear, squash, mean [0.5, 0.5, 0.5]" in named.about
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in named.model.state_dict().items())
+    with pytest.raises(UserError, match=r"differ in activation or preprocessing; .* namedmask-demo:sig, namedmask-d"):
+        clip("namedmask-demo")
     del tags["other"]
     assert clip("namedmask-demo").model.visual.preprocess_cfg == cfg  # all published weights agree
     with pytest.raises(UserError, match="open_clip has no weights 'laion' of namedmask-demo, only sig"):
         clip("namedmask-demo:laion")
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+@pytest.mark.parametrize("way", ["tag", "tag and file", "file"])
+def test_the_activation_of_the_published_weights_runs(monkeypatch, tmp_path, way, quick_gelu):
+    from open_clip import pretrained
+
+    model = Clip(IndexConfig(clip_model="namedmask-demo"), "cpu").model
+    file = tmp_path / "clip.pt"
+    torch.save(model.state_dict(), file)
+    tags = {"openai": {"hf_hub": "some/where/clip.pt", "quick_gelu": quick_gelu}}
+    monkeypatch.setitem(pretrained._PRETRAINED, "namedmask-demo", tags)
+    monkeypatch.setattr("namedmask.hub.fetch", lambda published: file)
+    name = "namedmask-demo" if way == "file" else "namedmask-demo:openai"
+    clip = Clip(IndexConfig(clip_model=name, clip_weights=None if way == "tag" else str(file)), "cpu")
+    seen = {}
+    for part, module in clip.model.named_modules():
+        if part.endswith("gelu"):
+            module.register_forward_hook(lambda _, x, y, part=part: seen.update({part: (x[0], y)}))
+    clip.texts(["cat"], ["a {}"])
+    assert seen
+    for x, y in seen.values():
+        expected = x * torch.sigmoid(1.702 * x) if quick_gelu else torch.nn.functional.gelu(x)
+        torch.testing.assert_close(y, expected)
+    assert ("QuickGELU" in clip.protocol) == quick_gelu
+
+
+def test_the_default_clip_has_the_activation_of_its_weights():
+    import open_clip
+
+    name, _, tag = IndexConfig().clip_model.partition(":")
+    assert open_clip.get_pretrained_cfg(name, tag)["quick_gelu"] and open_clip.get_model_config(name)["quick_gelu"]
 
 
 @pytest.mark.parametrize(
