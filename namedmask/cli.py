@@ -76,6 +76,15 @@ Categories = Annotated[
     typer.Option("--categories", metavar="NAME,...", help="Category names in class order, for weights without them."),
 ]
 CategoriesFile = Annotated[Path | None, typer.Option("--categories-file", help="File with one category name per line.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset", metavar="NAME", help="Settings of a published experiment; `namedmask presets` lists them."
+    ),
+]
+PresetNames = Annotated[
+    str | None, typer.Option("--preset", metavar="NAME", help="Category names of a preset, for weights without them.")
+]
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings in the format of a run's run.toml.")
 ]
@@ -150,6 +159,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
         out: Path,
         photos: Path | None = None,
         categories_file: Path | None = None,
+        preset: str | None = None,
         config: Path | None = None,
         set_: list[str] | None = None,
         workers: int = 1,
@@ -167,6 +177,12 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
             if options.get("categories") is not None:
                 raise UserError("pass --categories or --categories-file, not both")
             given["categories"] = read_names(categories_file)
+        if preset is not None:
+            from . import presets
+
+            given = merge(presets.preset(preset), given)
+            if "archive" in stages and presets.needs_names(preset) and not _categories(given, out):
+                raise UserError(f"--preset {preset}: pass its category names as --categories-file FILE, in class order")
         if not takes_photos:  # a file's photos are those of the run that it comes from
             given.pop("photos", None)
         if photos is not None:
@@ -184,11 +200,19 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
             parameters["categories_file"] = CategoriesFile, None
     if not takes_photos:
         parameters["photos"] = MovedPhotos, None
-    parameters |= {"config": (Config, None), "set_": (Set, None), "workers": (Workers, 1), "gpus": (Gpus, None)}
+    parameters |= {"preset": (Preset, None), "config": (Config, None), "set_": (Set, None)}
+    parameters |= {"workers": (Workers, 1), "gpus": (Gpus, None)}
     parameters |= {"overwrite": (Overwrite, False), "debug": (Debug, False)}
     wrapper = command(run_stages)
     _give_signature(wrapper, parameters)
     return wrapper
+
+
+def _categories(given: dict, out: Path) -> Any:
+    """The category names of a run: the given ones, or those that it has recorded."""
+    from .record import read_record
+
+    return given.get("categories") or read_record(out).settings().get("categories")
 
 
 def _give_signature(function: Callable, parameters: dict[str, tuple[Any, Any]]) -> None:
@@ -273,17 +297,22 @@ def report(out: RunFolder, debug: Debug = False) -> None:
 # -- other commands --------------------------------------------------------------------------------------------------
 
 
-def _names(categories: str | None, file: Path | None) -> list[str] | None:
-    """Names from --categories or --categories-file, for commands that are no stages."""
-    if categories is not None and file is not None:
-        raise UserError("pass --categories or --categories-file, not both")
+def _names(categories: str | None, file: Path | None, preset: str | None) -> list[str] | None:
+    """Names from --categories, --categories-file or --preset, for commands that are no stages."""
+    if sum(given is not None for given in (categories, file, preset)) > 1:
+        raise UserError("pass --categories, --categories-file or --preset, only one of them")
     if categories is not None:
         return find_setting("categories").parse(categories)
+    if preset is not None:
+        from . import presets
+
+        if (names := presets.preset(preset).get("categories")) is None:
+            raise UserError(f"--preset {preset} has no category names: pass them as --categories-file FILE instead")
+        return names
     return None if file is None else read_names(file)
 
 
-def _load_segmenter(weights: Path, categories: str | None, file: Path | None, encoder: str, precision: str):
-    names = _names(categories, file)
+def _load_segmenter(weights: Path, names: list[str] | None, encoder: str, precision: str):
     from .distributed import count_gpus
     from .segmenter.predict import Segmenter
 
@@ -299,6 +328,7 @@ def segment(
     out: Annotated[Path, typer.Option("--out", help="Folder for masks and overlays; continued if it exists.")],
     categories: Categories = None,
     categories_file: CategoriesFile = None,
+    preset: PresetNames = None,
     encoder: EncoderName = "resnet50",
     precision: PrecisionName = "float32",
     overwrite: OverwriteFolder = False,
@@ -308,7 +338,7 @@ def segment(
 
     Writes a label map and an overlay per photo, on a GPU if there is one. Run it again to continue.
     """
-    segmenter = _load_segmenter(weights, categories, categories_file, encoder, precision)
+    segmenter = _load_segmenter(weights, _names(categories, categories_file, preset), encoder, precision)
     from . import run
     from .distributed import Worker
     from .progress import Progress
@@ -339,6 +369,7 @@ def evaluate(
     ] = None,
     categories: Categories = None,
     categories_file: CategoriesFile = None,
+    preset: PresetNames = None,
     encoder: EncoderName = "resnet50",
     ignore: Annotated[
         int | None,
@@ -361,13 +392,13 @@ def evaluate(
     """
     from .evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
 
+    names = _names(categories, categories_file, preset)
     if photos is None:
-        names = _names(categories, categories_file)
         figures = evaluate_folders(predictions, truth, names, ignore, red_green)
     else:
         from .run import open_source
 
-        segmenter = _load_segmenter(predictions, categories, categories_file, encoder, "float32")
+        segmenter = _load_segmenter(predictions, names, encoder, "float32")
         figures = evaluate_segmenter(segmenter, open_source(photos), truth, ignore, red_green)
     if json_file is not None:  # before anything is printed: whatever happens to the output, the figures are there
         write_json(json_file, figures)
@@ -381,6 +412,7 @@ def export(
     onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="File to write.")],
     categories: Categories = None,
     categories_file: CategoriesFile = None,
+    preset: PresetNames = None,
     encoder: EncoderName = "resnet50",
     debug: Debug = False,
 ) -> None:
@@ -391,7 +423,8 @@ def export(
     from .segmenter.export import export_onnx
     from .segmenter.predict import Segmenter
 
-    segmenter = Segmenter.load(weights, categories=_names(categories, categories_file), encoder=encoder)
+    names = _names(categories, categories_file, preset)
+    segmenter = Segmenter.load(weights, categories=names, encoder=encoder)
     worst = export_onnx(segmenter, onnx)
     print(f"{onnx}: onnxruntime's logits differ from torch's by at most {worst:.1g} of the largest")
 
@@ -435,6 +468,25 @@ _parameters: dict[str, tuple[Any, Any]] = {_variable(one): (_option(one), None) 
 _parameters |= {"config": (Config, None), "set_": (Set, None), "debug": (Debug, False)}
 _give_signature(fetch, _parameters)
 app.command("fetch", help="Download the weights of models before they are needed.")(fetch)
+
+
+@app.command("presets")
+@command
+def list_presets(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Preset to show, in the format of --config.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """List the presets, settings of published experiments, or show one."""
+    from .archive import prompts
+    from .presets import PRESETS, describe
+
+    if name is not None:
+        print(describe(name, prompts()))
+        return
+    for preset, (text, _) in PRESETS.items():
+        print(f"{preset:<28} {text}")
 
 
 @app.command()

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""Presets: the settings of published experiments, complete, so that they stay what they are if a default changes.
+
+categories.json holds the names of the benchmarks' categories in class order, as NamedMask gives them to CLIP. For COCO
+it is not certain that the released weights have this order; a wrong order would show in the first evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import tomli_w
+
+from ..config import nearest
+from ..errors import UserError
+
+SELFMASK = {
+    "detector": {
+        "name": "selfmask",
+        "backbone": "vit_small_patch8_224.dino",
+        "image_size": 512,
+        "interpolation": "bilinear",
+        "patch_fit": "pad",
+        "scales": [1.0],
+        "horizontal_flip": False,
+    },
+    "refine": {
+        "name": "bilateral",
+        "size": "detector",
+        "largest_component": False,
+        "fill_holes": False,
+        "sigma_spatial": 16.0,
+        "sigma_luma": 16.0,
+        "sigma_chroma": 8.0,
+        "smoothness": 256.0,
+    },
+}
+
+DEEPLAB = {
+    "encoder": "resnet50.dino",
+    "head_channels": 256,
+    "dropout": 0.1,
+    "crop_size": 384,
+    "scale": [0.1, 1.0],
+    "flip_prob": 0.5,
+    "color_jitter": [0.8, 0.8, 0.8, 0.2],
+    "color_jitter_prob": 0.8,
+    "grayscale_prob": 0.2,
+    "blur_prob": 0.5,
+    "blur_sigma": [0.1, 2.0],
+    "empty_masks": "background",
+    "grad_accum_steps": 1,
+    "lr": 5e-4,
+    "encoder_lr": 5e-5,
+    "encoder_bn_momentum": 0.01,
+    "weight_decay": 2e-4,
+    "poly_power": 0.9,
+    "min_lr": 1e-6,
+}
+
+NAMEDMASK = {
+    "index": {"clip_model": "ViT-L-14-336-quickgelu:openai"},
+    "archive": {"photos_per_category": 500},
+    **SELFMASK,
+    "experts": {**DEEPLAB, "mode": "separate", "batch_size": 8, "steps": 5_000},
+    "segmenter": {**DEEPLAB, "paste_objects": [0, 1], "batch_size": 16, "steps": 20_000},
+}
+
+# Name of each preset -> what it is, and the benchmark of its categories.
+PRESETS = {
+    "namedmask-voc2012": ("NamedMask on PASCAL VOC 2012", "voc2012"),
+    "namedmask-coco": ("NamedMask on COCO 2017", "coco2017"),
+    "namedmask-coca": ("NamedMask on CoCA", "coca"),
+    "namedmask-cityscapes-object": ("NamedMask on Cityscapes' objects", "cityscapes-object"),
+    **{
+        f"namedmask-imagenet-s{count}": (f"NamedMask on ImageNet-S{count}", f"imagenet-s{count}")
+        for count in (50, 300, 919)
+    },
+    "selfmask": ("inference of SelfMask with the bilateral solver", None),
+}
+
+
+@functools.cache
+def benchmarks() -> dict[str, dict[str, Any]]:
+    """What is known of each benchmark's categories: `names`, and `label_ids` where labels are not 1, 2, ..."""
+    return json.loads((files(__package__) / "categories.json").read_text(encoding="utf-8"))
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The nested settings of a preset, with its category names unless `needs_names`.
+
+    Raises:
+        UserError: If there is no preset of this name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"--preset {name}: there is no such preset{nearest(name, PRESETS)} (see `namedmask presets`)")
+    _, benchmark = PRESETS[name]
+    if benchmark is None:
+        return copy.deepcopy(SELFMASK)
+    categories = {} if needs_names(name) else {"categories": benchmarks()[benchmark]["names"]}
+    return copy.deepcopy({**categories, **NAMEDMASK})
+
+
+def describe(name: str, prompts: Sequence[str]) -> str:
+    """A preset in the format of run.toml.
+
+    Args:
+        name: Name of the preset.
+        prompts: The prompts, which no setting changes, for a comment.
+
+    Raises:
+        UserError: If there is no preset of this name.
+    """
+    settings = preset(name)
+    notes = [PRESETS[name][0]]
+    if needs_names(name):
+        notes.append("category names: --categories-file FILE, in class order")
+    if "archive" in settings:
+        notes.append(f"{len(prompts)} prompts per category, such as {prompts[0].format('NAME')!r}")
+    notes.append("weights of SelfMask: --detector-weights FILE")
+    return "".join(f"# {note}\n" for note in notes) + "\n" + tomli_w.dumps(settings)
+
+
+def needs_names(name: str) -> bool:
+    """Whether the category names of a preset must be given: those of ImageNet-S come with the data set."""
+    benchmark = PRESETS[name][1]
+    return benchmark is not None and benchmark not in benchmarks()
