@@ -162,10 +162,14 @@ def test_opcheck():
 
 
 def test_explain():
-    text = nk.explain(nk.fill_holes, torch.zeros(3, 3, dtype=torch.bool))
-    assert text.splitlines()[0] == "fill_holes on cpu: cpu"
-    assert "cuda: the tensors are on cpu, not on a CUDA device" in text
-    assert "triton: fill_holes has no triton implementation" in text
+    assert nk.explain(nk.fill_holes, torch.zeros(3, 3, dtype=torch.bool)).splitlines() == [
+        "fill_holes on cpu: cpu",
+        "  cuda: the tensors are on cpu, not on a CUDA device",
+        "  triton: fill_holes has no triton implementation",
+        "  reference: can run, but is slow",
+    ]
+    lines = nk.explain(nk.fill_holes, torch.zeros(3, 3, dtype=torch.bool), backend="reference").splitlines()
+    assert lines[0] == "fill_holes on cpu: reference (as requested)" and "  cpu: can run" in lines
 
 
 def test_instruction_levels_agree_with_scipy(tmp_path):

@@ -1,13 +1,27 @@
 # SPDX-License-Identifier: MIT
 import json
+import re
 import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
-from namedmask.archive import Archive, Retrieved, expect_distinct, prompts, read_archive, top_photos, write_archive
+from namedmask.archive import (
+    Archive,
+    Retrieved,
+    _Best,
+    expect_distinct,
+    prompts,
+    read_archive,
+    read_shards,
+    search_index,
+    top_photos,
+    write_archive,
+)
 from namedmask.errors import UserError
 from namedmask.pseudolabel import work_of
 
@@ -149,3 +163,41 @@ def test_photo_that_an_archive_lists_twice_is_one_photo():
     entries = [Retrieved("a.jpg", 0.5), Retrieved("b.jpg", 0.4), Retrieved("a.jpg", 0.3)]
     work = work_of(Archive(["cat", "dog"], {"cat": entries, "dog": entries[:1]}))
     assert work == [("a.jpg", [("cat", 0.5), ("dog", 0.5)]), ("b.jpg", [("cat", 0.4)])]
+
+
+def test_candidates_are_few_and_merged_in_large_groups(monkeypatch):
+    """A search is fast because almost no photo of the later shards becomes a candidate."""
+    generator, merges, merge = torch.Generator().manual_seed(0), [], _Best._merge
+    monkeypatch.setattr(_Best, "_merge", lambda self: (merges.append(self.pending_rows), merge(self)))
+    best = _Best(3, 5)
+    best.offer(torch.rand(50, 3, generator=generator), torch.arange(50))
+    assert best.pending_rows == 15 and not merges  # the best 5 of each name
+    for shard in range(1, 200):
+        best.offer(torch.rand(50, 3, generator=generator), torch.arange(50 * shard, 50 * shard + 50))
+    assert 3 <= len(merges) <= 8 and all(60 < rows < 80 for rows in merges)
+
+
+def write_shard(path, photos, width=4):
+    path.parent.mkdir(exist_ok=True)
+    image = unit(np.random.default_rng(0).normal(size=(len(photos), width))).astype(np.float16)
+    save_file({"image": image, "photo": np.array(photos, np.int64)}, path)
+
+
+@pytest.mark.parametrize(
+    ("photos", "width"), [([2, 5], 4), ([1, 4], 4), ([3, 3], 4), ([5, 4, 6], 4), ([5, 6], 5)], ids=str
+)
+def test_shards_that_do_not_continue_are_damaged(tmp_path, photos, width):
+    write_shard(tmp_path / "00000.safetensors", [0, 2])
+    write_shard(tmp_path / "00001.safetensors", [])
+    write_shard(tmp_path / "00002.safetensors", photos, width)
+    with pytest.raises(UserError, match=r"00002.safetensors: its rows do not continue"):
+        list(read_shards(tmp_path))
+    write_shard(tmp_path / "00002.safetensors", [3, 7, 8])
+    assert [list(numbers) for _, numbers in read_shards(tmp_path)] == [[0, 2], [], [3, 7, 8]]
+
+
+def test_embeddings_of_another_width_are_named(tmp_path):
+    write_shard(tmp_path / "index" / "00000.safetensors", [0, 2, 3])
+    message = f"{tmp_path / 'index'}: embeddings have 4 dimensions, those of the names 6; "
+    with pytest.raises(UserError, match=re.escape(message)):
+        search_index(tmp_path / "index", ["a"], np.eye(1, 6, dtype=np.float32), 5, iter("abcd"))

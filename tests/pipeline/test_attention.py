@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from namedmask import attention
+from namedmask_kernels import backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -60,3 +61,8 @@ def test_table_has_existing_libraries_and_levels():
     for (kind, _), fastest in attention.TABLE.items():
         assert fastest.library in attention.LIBRARIES
         assert kind.split()[1] in ("avx2", "avx512", "avx512_vnni") or kind.startswith("cuda sm_")
+
+
+def test_device_classes():
+    assert attention.device_class(CPU) == f"cpu {backends.native().level()}"
+    assert attention.device_class(torch.device("meta")) == "meta"
