@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from namedmask import cli, config
-from namedmask.errors import UserError
+from namedmask.errors import NothingUsable, UserError
+from namedmask.process import Interrupted
 from namedmask.stages import STAGES
 
 SETTINGS = list(config.settings())
@@ -180,3 +181,43 @@ def test_run_toml_resets_what_its_run_has_not_set(tmp_path):
     merged = config.make_config(config.merge(recorded, file))
     assert merged.detector.weights is None and merged.index.embeddings is None
     assert config.find_setting("detector.weights").parse("") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pseudolabel", "x", "--tua", "1"], "(see `namedmask pseudolabel --help`)"),
+        (["segmnet"], "(see `namedmask --help`)"),
+    ],
+)
+def test_errors_of_the_command_line_name_the_command(words, message):
+    result = CliRunner().invoke(cli.app, words, prog_name="namedmask")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("a file is missing"), 2, "a file is missing"),
+        (NothingUsable("no photo"), 3, "no photo"),
+        (OSError(13, "Permission denied", "x"), 2, "Permission denied"),
+        (RuntimeError("odd"), 1, "RuntimeError: odd (--debug shows where)"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to continue"),
+        (Interrupted(15), 143, "ended by SIGTERM; run the same command again to continue"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_error_has_one_line_and_an_exit_code(error, code, message, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("namedmask.doctor.examine", fail)
+    result = invoke("doctor")
+    assert result.exit_code == code and result.stderr.count("\n") == 1 and message in result.stderr
+
+
+def test_switches_can_be_turned_off(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr("namedmask.run.start", lambda out, values, *_: given.update(values) or True)
+    assert invoke("pseudolabel", tmp_path, "--no-fill-holes", "--largest-component").exit_code == 0
+    assert given == {"refine": {"fill_holes": False, "largest_component": True}}
