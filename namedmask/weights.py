@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import threading
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,6 +67,11 @@ def read(path: str | Path, option: str = "") -> Weights:
             head = file.read(9)
         if head[8:] == b"{":  # after the length of safetensors' JSON header
             tree: Any = load_file(path)
+        elif _is_torchscript(path):
+            raise UserError(
+                f"{source} is a TorchScript program, as OpenAI's files of CLIP are; if you trust it, save its tensors: "
+                "torch.save(torch.jit.load(FILE).state_dict(), OTHER)"
+            )
         elif head.startswith((b"PK", b"\x80")):
             with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training, in many checkpoints
                 tree = torch.load(path, map_location="cpu", weights_only=True)
@@ -85,6 +91,14 @@ def read(path: str | Path, option: str = "") -> Weights:
     return Weights(tree, source)
 
 
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # not a zip file, or a damaged one
+        return False
+
+
 def _why_unreadable(path: Path, error: Exception) -> str:
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -98,7 +112,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         )
     line = first_line(error)
     if "weights_only" in line or line.startswith("Weights only"):  # torch advises to switch the protection off
-        return "it is damaged, or holds a TorchScript program or Python objects, not only tensors"
+        return "it is damaged, or holds Python objects, not only tensors"
     return line
 
 

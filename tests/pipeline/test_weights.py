@@ -187,6 +187,15 @@ def test_no_file_is_executed(reader, tmp_path, state, network):
             assert "weights_only" not in str(error.value) and not executed.exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated.*")
+@pytest.mark.parametrize("reader", [reader for reader in READERS if reader != "a checkpoint"])
+def test_torchscript_is_named_with_the_way_out(reader, tmp_path):
+    layer = torch.jit.script(torch.nn.Linear(2, 2))
+    torch.jit.save(layer, tmp_path / "clip.pt")
+    with pytest.raises(UserError, match=r"clip\.pt is a TorchScript program, .* torch.save\(torch.jit.load"):
+        READERS[reader](tmp_path / "clip.pt")
+
+
 def test_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "checkpoint.pt"
     layer = torch.nn.Linear(3, 3).state_dict()
