@@ -173,8 +173,7 @@ def read_imagenet_s(root: Path, split: str | None, classes: int) -> Split:
 
 def read_saliency(root: Path, split: str | None, bases: tuple[str, ...], photos: str, masks: str) -> Split:
     """A saliency benchmark: a folder of photos and a folder of masks of 0 and 255 with the same names."""
-    photo_folder = _base(root, photos, "", *bases) / photos
-    mask_folder = _base(root, masks, "", *bases) / masks
+    photo_folder, mask_folder = (_base(root, name, *bases) / name for name in (photos, masks))
     truth = {name: Truth(str(path), partial(read_mask, path)) for name, path in _files(mask_folder, (".png",)).items()}
     return _paired(photo_folder, _names_by_stem(photo_folder), truth)
 
@@ -183,21 +182,28 @@ def read_saliency(root: Path, split: str | None, bases: tuple[str, ...], photos:
 
 
 def read_gray(path: Path) -> np.ndarray:
-    """Reads a PNG as gray values, uint8 [H, W]. Raises UserError if it cannot be read."""
+    """Reads the gray values of a PNG, uint8 [H, W].
+
+    Raises:
+        UserError: If it cannot be read, if it has colors or 16 bits, or if it holds 0 and 1 alone.
+    """
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            return np.asarray(image.convert("L"))
+            wide = image.mode.startswith("I")
+            rgb = np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a PNG: {error}") from None
+    gray = rgb[..., 0]
+    if wide or (rgb != gray[..., None]).any():
+        raise UserError(f"{path} is a picture of colors or 16 bits; expected gray values from 0 to 255")
+    if gray.max(initial=0) == 1:
+        raise UserError(f"{path} holds 0 and 1; expected gray values from 0 to 255")
+    return gray
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Reads a binary mask of 0 and 255, bool [H, W]. Raises UserError if it has other values only."""
-    gray = read_gray(path)
-    mask = gray > MASK_THRESHOLD
-    if gray.any() and not mask.any():
-        raise UserError(f"{path} holds gray values up to {gray.max()}; expected a mask of 0 and 255")
-    return mask
+    """Reads a binary mask of 0 and 255, bool [H, W]. Raises UserError as `read_gray` does."""
+    return read_gray(path) > MASK_THRESHOLD
 
 
 def _png(path: Path, red_green: bool = False) -> Truth:
@@ -384,9 +390,11 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
     "imagenet-s50": _imagenet_s(50, 752, f"NamedMask 47.5 mIoU {_RELEASED} and in the paper, on the test split"),
     "imagenet-s300": _imagenet_s(300, 4097, f"NamedMask 33.1 mIoU {_RELEASED}, on the test split"),
     "imagenet-s919": _imagenet_s(919, 12419, f"NamedMask 23.1 mIoU {_RELEASED}, 22.9 in the paper, on the test split"),
-    "ecssd": _saliency(("ECSSD",), ("images", "ground_truth_mask"), 1000, (0.646, 0.781, 0.818)),
-    "duts-te": _saliency(("DUTS-TE", "DUTS/DUTS-TE"), ("DUTS-TE-Image", "DUTS-TE-Mask"), 5019, (0.466, 0.626, 0.660)),
+    "ecssd": _saliency(("", "ECSSD"), ("images", "ground_truth_mask"), 1000, (0.646, 0.781, 0.818)),
+    "duts-te": _saliency(
+        ("", "DUTS-TE", "DUTS/DUTS-TE"), ("DUTS-TE-Image", "DUTS-TE-Mask"), 5019, (0.466, 0.626, 0.660)
+    ),
     "dut-omron": _saliency(
-        ("DUT-OMRON", "DUT_OMRON"), ("DUT-OMRON-image", "pixelwiseGT-new-PNG"), 5168, (0.403, 0.582, 0.655)
+        ("", "DUT-OMRON", "DUT_OMRON"), ("DUT-OMRON-image", "pixelwiseGT-new-PNG"), 5168, (0.403, 0.582, 0.655)
     ),
 }

@@ -252,11 +252,11 @@ def write_json(path: Path, figures: dict) -> None:
         file.write(json.dumps(figures, indent=1).encode() + b"\n")
 
 
-def print_table(figures: dict) -> None:
-    """Prints the result of `as_json` as a table, in percent."""
+def print_table(figures: dict, of: str = "") -> None:
+    """Prints the result of `as_json` as a table, in percent; `of` says which photos they are."""
     from rich.table import Table
 
-    table = Table(title=f"{figures['photos']} photos", title_justify="left")
+    table = Table(title=f"{figures['photos']} photos{of}", title_justify="left")
     for column in ("class", "IoU %", "accuracy %"):
         table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
     for name, iou in figures["iou"].items():

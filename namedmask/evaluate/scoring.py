@@ -78,6 +78,8 @@ def evaluate_benchmark(
     about = BENCHMARKS[benchmark]
     if split is not None and about.split is None:
         raise UserError(f"--split {split}: {benchmark} has only one split; leave the option out")
+    if names is not None and not about.classes:
+        raise UserError(f"leave out --categories and --categories-file: {benchmark} has no categories")
     if isinstance(predictions, RunConfig) and about.classes:
         raise UserError(
             f"--detector is for ecssd, duts-te and dut-omron: a detector does not name what {benchmark} asks"
@@ -104,12 +106,13 @@ def evaluate_benchmark(
 
 def print_benchmark(figures: dict) -> None:
     """Prints the result of `evaluate_benchmark` as a table, in percent, with the published figures below it."""
+    of = f" of {figures['benchmark']}" + (f", split {figures['split']}" if figures["split"] else "")
     if "mean_iou" in figures:
-        print_table(figures)
+        print_table(figures, of)
     else:
         from rich.table import Table
 
-        table = Table(title=f"{figures['photos']} photos of {figures['benchmark']}", title_justify="left")
+        table = Table(title=f"{figures['photos']} photos{of}", title_justify="left")
         columns = {"iou": "IoU", "pixel_accuracy": "pixel accuracy", "max_f_beta": "max F-beta"}
         columns |= {"s_measure": "S-measure", "mean_absolute_error": "MAE"}
         for title in columns.values():
@@ -164,7 +167,10 @@ class PhotoMatcher:
     """Finds photos of a benchmark by the names that they have elsewhere.
 
     Two names match if they agree in all their folders from the end, as far as the shorter one goes; suffixes such as
-    .jpg do not count.
+    .jpg do not count. Of several names for a photo, the one that agrees in most folders counts.
+
+    Attributes:
+        matches: By photo of the benchmark: the number of folders that agree, and the name elsewhere.
 
     Args:
         folder: Folder of the photos of the benchmark.
@@ -172,30 +178,42 @@ class PhotoMatcher:
     """
 
     def __init__(self, folder: Path, names: Iterable[str]):
-        self.above = _parts(folder.absolute().as_posix())
-        self.by_last: dict[str, list[tuple[list[str], str]]] = {}
+        self.folder = folder
+        self.matches: dict[str, tuple[int, str]] = {}
+        above = _parts(folder.absolute().as_posix())
+        self.by_last: dict[str, list[tuple[list[str], int, str]]] = {}
         for name in names:
             parts = _parts(_without_suffix(name))
-            self.by_last.setdefault(parts[-1], []).append((parts, name))
+            self.by_last.setdefault(parts[-1], []).append(([*above, *parts], len(parts), name))
 
-    def find(self, name: str) -> tuple[int, str] | None:
-        """Returns the length of the agreement in folders, and the photo of the benchmark; None if there is none.
+    def add(self, name: str) -> str | None:
+        """Adds a name from elsewhere; returns the photo of the benchmark, or None if there is none.
 
         Raises:
-            UserError: If several photos match equally well.
+            UserError: If several photos match equally well, or if another name matches the photo equally well.
         """
         parts = _parts(_without_suffix(name))
-        matches = []
-        for own, photo in self.by_last.get(parts[-1] if parts else "", ()):
-            shared = _shared_end([*self.above, *own], parts)
-            if shared >= min(len(own), len(parts)):
-                matches.append((shared, photo))
-        matches.sort(reverse=True)
-        if len(matches) > 1 and matches[0][0] == matches[1][0]:
+        found = []
+        for path, own, photo in self.by_last.get(parts[-1] if parts else "", ()):
+            shared = _shared_end(path, parts)
+            if shared >= min(own, len(parts)):
+                found.append((shared, photo))
+        if not found:
+            return None
+        found.sort(reverse=True)
+        (shared, photo), *others = found
+        if others and others[0][0] == shared:
             raise UserError(
-                f"{name!r} may be {matches[1][1]} or {matches[0][1]} of the benchmark: names must include the folders"
+                f"{name!r} may be {others[0][1]} or {photo} of the benchmark: names must include the folders"
             )
-        return matches[0] if matches else None
+        known, other = self.matches.get(photo, (0, ""))
+        if shared == known and other != name:
+            raise UserError(
+                f"{other!r} and {name!r} may both be {self.folder / photo}: score the photos of the benchmark apart"
+            )
+        if shared > known:
+            self.matches[photo] = shared, name
+        return photo
 
 
 def _without_suffix(name: str) -> str:
@@ -229,26 +247,18 @@ def _records_folder(path: Path) -> Path | None:
 def _matched_records(folder: Path, data: Split) -> tuple[dict[str, list[MaskRecord]], str]:
     """The masks of a run that belong to photos of a benchmark, by photo, and a note that says how many."""
     matcher = PhotoMatcher(data.photos, data.truth)
-    best: dict[str, tuple[int, str]] = {}  # photo of the benchmark -> agreement, photo of the run
-    records: dict[str, list[MaskRecord]] = {}
+    records: dict[str, list[MaskRecord]] = {}  # by the name of the photo in the run
     others: set[str] = set()
     for record in read_masks(folder):
-        found = matcher.find(record.photo)
-        if found is None:
+        if record.photo in records or matcher.add(record.photo) is not None:
+            records.setdefault(record.photo, []).append(record)
+        else:
             others.add(record.photo)
-            continue
-        shared, photo = found
-        rank, own = best.get(photo, (0, ""))
-        if own != record.photo and shared == rank:
-            raise UserError(f"{own!r} and {record.photo!r} of {folder} may both be {data.photos / photo}")
-        if own == record.photo:
-            records[photo].append(record)
-        elif shared > rank:
-            best[photo], records[photo] = (shared, record.photo), [record]
-    note = f"{len(records)} of {len(data.truth)} photos have masks in {folder}, {len(others)} others are not scored"
+    matched = f"{len(matcher.matches)} of {len(data.truth)} photos"
+    note = f"{matched} have masks in {folder}, {len(others)} others are not scored"
     if not records:
         raise UserError(f"{note}: no photo, such as {next(iter(others), '')!r}, has the name of one in {data.photos}")
-    return dict(sorted(records.items())), note
+    return {photo: records[name] for photo, (_, name) in sorted(matcher.matches.items())}, note
 
 
 def _png_files(folder: Path, data: Split) -> dict[str, Path]:
@@ -260,12 +270,13 @@ def _png_files(folder: Path, data: Split) -> dict[str, Path]:
         raise UserError(
             f"{folder} holds neither a segmenter (model.safetensors), nor masks of a run (masks/*.jsonl), nor PNG files"
         )
-    matcher = PhotoMatcher(data.photos, data.truth)
-    files = {found[1]: path for name, path in label_maps(masks).items() if (found := matcher.find(name))}
-    if missing := [name for name in data.truth if name not in files]:
+    matcher, files = PhotoMatcher(data.photos, data.truth), label_maps(masks)
+    for name in files:
+        matcher.add(name)
+    if missing := [name for name in data.truth if name not in matcher.matches]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{data.photos / missing[0]}{more}: there is no mask of that name in {masks}")
-    return {name: files[name] for name in data.truth}
+    return {photo: files[matcher.matches[photo][1]] for photo in data.truth}
 
 
 def _score_labels(
