@@ -76,6 +76,17 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# The inverse for arrays.
+_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: np.rot90,
+    7: lambda pixels: np.rot90(pixels, 2).T,
+    8: lambda pixels: np.rot90(pixels, -1),
+}
+
 # Pillow's warnings about unusual photos must not disturb the progress bar. `warnings.catch_warnings` around each decode
 # is no solution: it swaps global state, and several threads decode. (The line that libtiff itself prints for a damaged
 # TIFF cannot be silenced from here.)
@@ -639,6 +650,27 @@ def pixels_of(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarr
     # The buffer of a BytesIO is writable, and CPython does not copy the bytes because there is no other reference.
     pixels = np.frombuffer(io.BytesIO(rgb.tobytes()).getbuffer(), np.uint8)
     return pixels.reshape(height, width, 3)
+
+
+def as_stored(path: str | os.PathLike[str], pixels: np.ndarray) -> np.ndarray:
+    """Turns an array of an upright photo, such as its mask, to the orientation in which its file stores the pixels.
+
+    Args:
+        path: The photo. Only its header is read.
+        pixels: Array [H, W].
+
+    Returns:
+        A view of the array, [H, W] or [W, H].
+
+    Raises:
+        PhotoError: If the file is not an image.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            orientation = _orientation(image)
+    except Exception as error:  # broad on purpose, as in `decode`
+        raise PhotoError(os.fsdecode(path), _explain(error, b"")) from error
+    return _STORED[orientation](pixels) if orientation in _STORED else pixels
 
 
 def _orientation(image: Image.Image) -> int:

@@ -25,6 +25,7 @@ from ..photos import PHOTO_SUFFIXES
 from . import BenchmarkName
 from .folders import Truth
 
+MAX_COORDINATE = 1e5  # of a polygon; pycocotools takes memory in proportion to its length
 MASK_THRESHOLD = 127  # pixels of a binary mask above this gray value are object
 
 
@@ -94,7 +95,7 @@ def read_voc(root: Path, split: str | None) -> Split:
     _expect_split(split, sorted(path.stem for path in lists.glob("*.txt")), lists)
     path = lists / f"{split}.txt"
     try:
-        names = path.read_text(encoding="utf-8").split()
+        names = path.read_text(encoding="utf-8-sig").split()
     except (OSError, ValueError) as error:
         raise DamagedFile(path, error, remedy="unpack the archive of the benchmark again") from None
     photos, labels = _folder(base, "JPEGImages"), _folder(base, "SegmentationClass")
@@ -156,7 +157,10 @@ def read_cityscapes(root: Path, split: str | None) -> Split:
 
 def read_imagenet_s(root: Path, split: str | None, classes: int) -> Split:
     """ImageNet-S: photos in validation/WNID, labels in validation-segmentation/WNID, as R + 256 G."""
-    base = _base(root, "validation", "", f"ImageNetS{classes}")
+    own = f"ImageNetS{classes}"
+    base = _base(root, "validation", "", own)
+    if base.name.startswith("ImageNetS") and base.name != own:
+        raise UserError(f"--root {root}: {base.name} is another benchmark; expected {own}")
     if split == "test":
         raise UserError(
             "--split test: the labels of ImageNet-S's test photos are not public, its server scores them; evaluate on "
@@ -230,6 +234,8 @@ def _instances(path: Path) -> dict[str, Truth]:
         categories = {category["id"]: str(category["name"]) for category in content["categories"]}
         instances: dict[int, list[tuple[int, Any, int]]] = {image["id"]: [] for image in content["images"]}
         for one in content["annotations"]:
+            if one["image_id"] not in instances:
+                raise ValueError(f"annotation {one['id']} is of image {one['image_id']}, which is not listed")
             name = categories[one["category_id"]]
             if key_of(name) not in label_of:
                 raise UserError(f"{path}: {name!r} is not one of the 80 categories of COCO")
@@ -266,8 +272,8 @@ def _rasterized(segmentation: Any, height: int, width: int) -> np.ndarray:
             raise ValueError("expected lists of x and y")
         # A polygon of less than three points covers nothing; pycocotools would take two points for a box.
         polygons = [np.asarray(polygon, float).tolist() for polygon in segmentation if len(polygon) >= 6]
-        if not np.isfinite([value for polygon in polygons for value in polygon]).all():
-            raise ValueError("expected finite coordinates")
+        if not all(abs(value) <= MAX_COORDINATE for polygon in polygons for value in polygon):
+            raise ValueError("a polygon has coordinates far outside the photo")
         if not polygons:
             return np.zeros((height, width), bool)
         return coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).view(bool)

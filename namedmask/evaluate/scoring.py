@@ -19,7 +19,7 @@ from ..distributed import Worker
 from ..errors import UserError
 from ..formats import BACKGROUND, read_label_map
 from ..masks import MaskRecord, best_masks, read_masks
-from ..photos import PHOTO_SUFFIXES, PhotoError, PhotoSource
+from ..photos import PHOTO_SUFFIXES, SEGMENT_RECORD, PhotoError, PhotoSource, as_stored
 from ..progress import Progress, plain_console, warn
 from ..threads import map_ahead, thread_count
 from .benchmarks import BENCHMARKS, Split, category_names, key_of, read_gray
@@ -127,7 +127,7 @@ def print_benchmark(figures: dict) -> None:
 def _report_unpaired(data: Split) -> None:
     for paths, what in ((data.without_truth, "photos without ground truth"), (data.without_photo, "missing photos")):
         if paths:
-            warn(f"{len(paths)} {what} are left out, such as {paths[0]}")
+            warn(f"{what}: {len(paths)}, such as {paths[0]}; they are left out")
 
 
 # -- names and photos ------------------------------------------------------------------------------------------------
@@ -304,12 +304,14 @@ def _score_labels(
         archive = folder.parent / "archive.json"
         own = read_archive(archive).categories if archive.exists() else None
         own = own or sorted({record.category for group in records.values() for record in group})
-        photos, pairs = list(records), _painted(records, own)
+        photos, pairs = list(records), _as_stored(data, _painted(records, own))
     else:
         files = _png_files(predictions, data)
         if (predictions / "categories.json").exists():
             own = read_categories(predictions)
         pairs = ((name, read_label_map(path)) for name, path in files.items())
+        if (predictions / SEGMENT_RECORD).exists():
+            pairs = _as_stored(data, pairs)
     if known is None:  # ImageNet-S: names come with the predictions, in the order of the ids
         known = own or data.categories or [f"class {label}" for label in range(1, about.classes + 1)]
         if len(known) != about.classes:
@@ -358,7 +360,7 @@ def _score_saliency(
         )
     elif folder := _records_folder(predictions):
         records, note = _matched_records(folder, data)
-        photos, pairs = list(records), _united(records)
+        photos, pairs = list(records), _as_stored(data, _united(records))
     else:
         files = _png_files(predictions, data)
         pairs = ((name, read_gray(path) / 255) for name, path in files.items())
@@ -377,6 +379,15 @@ def _score_saliency(
             scores.add(result)
             progress.advance(1)
     return {"photos": scores.photos, **scores.means()}, note
+
+
+def _as_stored(data: Split, pairs: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Turns masks of upright photos to the orientation of the ground truth."""
+    for name, labels in pairs:
+        try:
+            yield name, as_stored(data.photos / name, labels)
+        except PhotoError as error:
+            raise UserError(f"{error.photo}: {error.reason}") from None
 
 
 def _united(records: dict[str, list[MaskRecord]]) -> Iterator[tuple[str, np.ndarray]]:

@@ -129,6 +129,13 @@ def save(folder, winner, names):
     return folder
 
 
+def rotate(photo, orientation):
+    """Sets the orientation in which viewers show a photo. The labels are those of the stored pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(photo).save(photo, exif=exif)
+
+
 def test_every_benchmark_has_a_miniature():
     assert list(get_args(BenchmarkName)) == list(BENCHMARKS) == list(miniatures.WRITERS)
 
@@ -162,10 +169,7 @@ def test_released_weights_need_no_names_and_photos_are_not_rotated(tmp_path):
     """Everything is a person: 6 of 41 counted pixels are."""
     root = miniatures.write("voc2012", tmp_path)
     torch.save(constant_network(21, 15).state_dict(), tmp_path / "namedmask.pth")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees in viewers; labels are those of the stored pixels
-    photo = root / "VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg"
-    Image.open(photo).save(photo, exif=exif)
+    rotate(root / "VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg", 6)
     words = [tmp_path / "namedmask.pth", "--encoder", ENCODER, "--benchmark", "voc2012", "--root", root]
     figures, _ = figures_of(tmp_path, *words)
     assert figures["iou"]["person"] == pytest.approx(6 / 41, abs=1e-6)
@@ -209,6 +213,9 @@ def test_names_of_imagenet_s(tmp_path):
     assert figures["iou"]["n10000006"] == pytest.approx(8 / 40, abs=1e-6)
     save(tmp_path / "two", 2, ["cat", "dog"])
     expect_error("has 2 categories, imagenet-s50 has 50", tmp_path / "two", *words)
+    expect_error(
+        "ImageNetS50 is another benchmark; expected ImageNetS300", tmp_path, "--benchmark", "imagenet-s300", *words[2:]
+    )
     (root / "ImageNetS50/validation/n10000003").rmdir()
     expect_error("pass --categories or --categories-file", tmp_path / "released.pth", *words)
 
@@ -253,6 +260,25 @@ def test_masks_of_a_run(tmp_path):
     )
     alien = run_of(tmp_path / "alien", ("2007_000033.jpg", "unicorn", 0.8, [0]))
     expect_error("has 'unicorn', not a category", alien, "--benchmark", "voc2012", "--root", root)
+
+
+def test_masks_of_rotated_photos(tmp_path):
+    """A run and `segment` have masks of the upright photo, here 6 x 4 for the 4 x 6 pixels in the file."""
+    root = miniatures.write("voc2012", tmp_path)
+    photos = root / "VOCdevkit/VOC2012/JPEGImages"
+    rotate(photos / "2007_000033.jpg", 6)
+    words = ["--benchmark", "voc2012", "--root", root]
+    upright = np.zeros((6, 4), bool)
+    upright[2:4, 1:] = True  # the first three rows of columns 2 and 3 in the file: the whole plane
+    (tmp_path / "run/masks").mkdir(parents=True)
+    record = MaskRecord.from_mask("2007_000033.jpg", upright, "aeroplane", 0.5, 0.5)
+    write_shard(tmp_path / "run/masks/00000.jsonl", [record])
+    figures, _ = figures_of(tmp_path, tmp_path / "run", *words)
+    assert figures["mean_iou"] == 1
+    save(tmp_path / "own", 15, category_names("voc2012"))
+    assert command("segment", tmp_path / "own", photos, "--out", tmp_path / "out").exit_code == 0
+    figures, _ = figures_of(tmp_path, tmp_path / "out", *words)
+    assert figures["iou"]["person"] == pytest.approx(6 / 41, abs=1e-6)
 
 
 def test_photo_names_match_from_their_end():
@@ -316,14 +342,14 @@ def test_photos_and_truth_without_counterpart_are_counted_and_named(tmp_path):
     (root / "image/Accordion/51499.jpg").rename(root / "image/Accordion/2.jpg")
     figures, done = figures_of(tmp_path, masks, "--benchmark", "coca", "--root", root)
     assert figures["photos"] == 2 and figures["photos_without_truth"] == figures["truth_without_photo"] == 1
-    assert "1 photos without ground truth are left out, such as " in done.stderr and "Accordion/2.jpg" in done.stderr
-    assert "1 missing photos are left out, such as " in done.stderr and "Accordion/51499.png" in done.stderr
+    assert "photos without ground truth: 1, such as " in done.stderr and "Accordion/2.jpg" in done.stderr
+    assert "missing photos: 1, such as " in done.stderr and "Accordion/51499.png" in done.stderr
 
     root = miniatures.write("voc2012", tmp_path)
     masks = write_predictions("voc2012", tmp_path / "predictions")
     (root / "VOCdevkit/VOC2012/JPEGImages/2007_000042.jpg").unlink()
     _, done = figures_of(tmp_path, masks, "--benchmark", "voc2012", "--root", root)
-    assert "1 missing photos are left out, such as " in done.stderr and "2007_000042.jpg" in done.stderr
+    assert "missing photos: 1, such as " in done.stderr and "2007_000042.jpg" in done.stderr
 
 
 def test_splits(tmp_path):
@@ -361,7 +387,8 @@ def test_damaged_files_are_named(tmp_path):
             ({"size": [4, 6], "counts": [4]}, "its run lengths do not fit its size"),
             ({"size": [4, 6], "counts": "d"}, "its run lengths do not fit its size"),
             ([[0, 0, 1]], "expected lists of x and y"),
-            ([[0, 0, 1, 1, float("inf"), 0]], "expected finite coordinates"),
+            ([[0, 0, 1, 1, float("inf"), 0]], "coordinates far outside the photo"),
+            ([[0, 0, 1, 1, 1e9, 0]], "coordinates far outside the photo"),
             ("abc", "damaged"),
         )
     ):
@@ -369,6 +396,9 @@ def test_damaged_files_are_named(tmp_path):
         words = damaged(tmp_path / f"3{number}", "coco2017", path, json.dumps(content).encode())
         expect_error("000000000139.jpg: the segmentation of annotation 1 is damaged", masks, *words)
         expect_error(message, masks, *words)
+    content["annotations"][1]["image_id"] = 7
+    words = damaged(tmp_path / "6", "coco2017", path, json.dumps(content).encode())
+    expect_error("annotation 2 is of image 7, which is not listed", masks, *words)
     content["categories"][0]["name"] = "wall"
     words = damaged(tmp_path / "4", "coco2017", path, json.dumps(content).encode())
     expect_error("'wall' is not one of the 80 categories", masks, *words)
