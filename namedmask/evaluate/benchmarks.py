@@ -293,7 +293,7 @@ def _rasterized(segmentation: Any, height: int, width: int) -> np.ndarray:
 def _base(root: Path, wanted: str, *bases: str, other: str = "") -> Path:
     """The first of the folders `bases` below the root that holds the folder `wanted` (or `other`)."""
     if not root.is_dir():
-        raise UserError(f"--root {root} is not a folder")
+        raise UserError(f"--root {root} is not a folder; unpack the archives of the benchmark into one")
     for base in bases:
         if any((root / base / name).is_dir() for name in (wanted, other) if name):
             return root / base

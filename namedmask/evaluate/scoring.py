@@ -256,8 +256,10 @@ def _matched_records(folder: Path, data: Split) -> tuple[dict[str, list[MaskReco
             others.add(record.photo)
     matched = f"{len(matcher.matches)} of {len(data.truth)} photos"
     note = f"{matched} have masks in {folder}, {len(others)} others are not scored"
+    if not records and not others:
+        raise UserError(f"there are no masks in {folder}")
     if not records:
-        raise UserError(f"{note}: no photo, such as {next(iter(others), '')!r}, has the name of one in {data.photos}")
+        raise UserError(f"{note}: no photo, such as {next(iter(others))!r}, has the name of one in {data.photos}")
     return {photo: records[name] for photo, (_, name) in sorted(matcher.matches.items())}, note
 
 
@@ -309,7 +311,7 @@ def _score_labels(
         files = _png_files(predictions, data)
         if (predictions / "categories.json").exists():
             own = read_categories(predictions)
-        pairs = ((name, read_label_map(path)) for name, path in files.items())
+        pairs = _label_maps(files, about.classes if own is None else len(own))
         if (predictions / SEGMENT_RECORD).exists():
             pairs = _as_stored(data, pairs)
     if known is None:  # ImageNet-S: names come with the predictions, in the order of the ids
@@ -330,6 +332,14 @@ def _score_labels(
             f"none of {len(truth)} photos has a pixel of a category in its ground truth, such as {no_object[0]}"
         )
     return as_json(confusion, [BACKGROUND, *known], len(truth)), note
+
+
+def _label_maps(files: dict[str, Path], classes: int) -> Iterator[tuple[str, np.ndarray]]:
+    for name, path in files.items():
+        labels = read_label_map(path)
+        if labels.max(initial=0) > classes:
+            raise UserError(f"{path} has the id {labels.max()}: classes are 0 to {classes}")
+        yield name, labels
 
 
 def _painted(records: dict[str, list[MaskRecord]], categories: list[str]) -> Iterator[tuple[str, np.ndarray]]:

@@ -249,6 +249,7 @@ def test_masks_of_a_run(tmp_path):
 
     other = run_of(tmp_path / "other", ("holidays.jpg", "person", 0.8, [0]))
     expect_error("0 of 2 photos have masks in", other, "--benchmark", "voc2012", "--root", root)
+    expect_error("there are no masks in", run_of(tmp_path / "empty"), "--benchmark", "voc2012", "--root", root)
     twice = run_of(tmp_path / "twice", *((f"{at}/2007_000033.jpg", "person", 0.8, [0]) for at in "ab"))
     expect_error(
         "'a/2007_000033.jpg' and 'b/2007_000033.jpg' may both be", twice, "--benchmark", "voc2012", "--root", root
@@ -413,6 +414,8 @@ def test_sizes_and_masks_that_do_not_fit(tmp_path):
     masks = write_predictions("voc2012", tmp_path / "masks")
     write_label_map(masks / "2007_000033.png", np.zeros((6, 4), int), 21)
     expect_error("2007_000033.png: the prediction is 6 x 4, the truth 4 x 6", masks, *words)
+    write_label_map(masks / "2007_000033.png", np.full((4, 6), 22), 23)
+    expect_error("masks/2007_000033.png has the id 22: classes are 0 to 20", masks, *words)
     (masks / "2007_000033.png").unlink()
     expect_error("JPEGImages/2007_000033.jpg: there is no mask of that name in", masks, *words)
     shutil.rmtree(masks)
