@@ -303,9 +303,7 @@ def _score_labels(
         pairs = masks_of(segmenter, PhotoSource(data.photos, upright=False), photos)
     elif folder := _records_folder(predictions):
         records, note = _matched_records(folder, data)
-        archive = folder.parent / "archive.json"
-        own = read_archive(archive).categories if archive.exists() else None
-        own = own or sorted({record.category for group in records.values() for record in group})
+        own = _categories_of(folder.parent / "archive.json", records, known)
         photos, pairs = list(records), _as_stored(data, _painted(records, own))
     else:
         files = _png_files(predictions, data)
@@ -332,6 +330,16 @@ def _score_labels(
             f"none of {len(truth)} photos has a pixel of a category in its ground truth, such as {no_object[0]}"
         )
     return as_json(confusion, [BACKGROUND, *known], len(truth)), note
+
+
+def _categories_of(path: Path, records: dict[str, list[MaskRecord]], known: list[str] | None) -> list[str]:
+    """The categories of a run, without those that neither the benchmark nor its photos have."""
+    used = {record.category for group in records.values() for record in group}
+    if not path.exists():
+        return sorted(used)
+    categories = read_archive(path).categories
+    keys = set(map(key_of, known or categories))
+    return [name for name in categories if name in used or key_of(name) in keys]
 
 
 def _label_maps(files: dict[str, Path], classes: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from namedmask.archive import Archive, write_archive
 from namedmask.backbones import untrained_encoder
 from namedmask.config import make_config
 from namedmask.evaluate import BenchmarkName, saliency
@@ -246,6 +247,12 @@ def test_masks_of_a_run(tmp_path):
         ious = {name: iou for name, iou in figures["iou"].items() if iou is not None}
         assert ious == pytest.approx({"background": 8 / 15, "aeroplane": 6 / 8, "person": 0}, abs=1e-6)
         assert f"1 of 2 photos have masks in {run / 'masks'}, 1 others are not scored" in done.stdout
+
+    # Categories of other photos do not matter.
+    photos = {"person": [], "unicorn": [], "aeroplane": []}
+    write_archive(run / "archive.json", Archive(list(photos), photos))
+    again, done = figures_of(tmp_path, run, "--benchmark", "voc2012", "--root", root)
+    assert again["iou"] == figures["iou"] and "no class for 18 of 20" in done.stderr
 
     other = run_of(tmp_path / "other", ("holidays.jpg", "person", 0.8, [0]))
     expect_error("0 of 2 photos have masks in", other, "--benchmark", "voc2012", "--root", root)
