@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ import typer.core
 
 from .config import Setting, find_setting, make_config, merge, nest, plain, read_settings, settings
 from .errors import NothingUsable, UserError, explained
+from .evaluate import BenchmarkName
 from .files import absolute
 from .process import Interrupted, complain
 from .stages import STAGES
@@ -83,7 +84,8 @@ Preset = Annotated[
     ),
 ]
 PresetNames = Annotated[
-    str | None, typer.Option("--preset", metavar="NAME", help="Category names of a preset, for weights without them.")
+    str | None,
+    typer.Option("--preset", metavar="NAME", help="Preset with the category names, for weights without them."),
 ]
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings in the format of a run's run.toml.")
@@ -312,12 +314,16 @@ def _names(categories: str | None, file: Path | None, preset: str | None) -> lis
     return None if file is None else read_names(file)
 
 
-def _load_segmenter(weights: Path, names: list[str] | None, encoder: str, precision: str):
+def _device() -> str:
     from .distributed import count_gpus
+
+    return "cuda" if count_gpus(None, 1) else "cpu"
+
+
+def _load_segmenter(weights: Path, names: list[str] | None, encoder: str, precision: str):
     from .segmenter.predict import Segmenter
 
-    device = "cuda" if count_gpus(None, 1) else "cpu"
-    return Segmenter.load(weights, categories=names, encoder=encoder, device=device, precision=precision)
+    return Segmenter.load(weights, categories=names, encoder=encoder, device=_device(), precision=precision)
 
 
 @app.command()
@@ -354,18 +360,31 @@ def segment(
         raise typer.Exit(3)
 
 
-@app.command()
-@command
-def evaluate(
+DETECTION = ("detector", "refine")  # sections of the settings that `evaluate` reads
+DETECTION_FLAGS = {_variable(one): one for one in settings() if one.flag and one.name.split(".")[0] in DETECTION}
+
+
+def _evaluate(
     predictions: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            metavar="PREDICTIONS", help="Folder of PNG masks, the OUT of `segment`, or WEIGHTS with --photos."
+            metavar="PREDICTIONS",
+            help="Folder of PNG masks, or the OUT of `segment`; WEIGHTS with --photos; any of these, WEIGHTS or a run "
+            "with --benchmark.",
         ),
-    ],
-    truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="Folder of PNG masks with the same names.")],
+    ] = None,
+    truth: Annotated[
+        Path | None, typer.Argument(metavar="TRUTH", help="Folder of PNG masks with the same names.")
+    ] = None,
     photos: Annotated[
         Path | None, typer.Option("--photos", help="Photos to segment; PREDICTIONS are the weights of a segmenter.")
+    ] = None,
+    benchmark: Annotated[
+        BenchmarkName | None, typer.Option("--benchmark", help="Public benchmark, instead of TRUTH; requires --root.")
+    ] = None,
+    root: Annotated[Path | None, typer.Option("--root", help="Folder in which the benchmark was unpacked.")] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Split of the benchmark. [default: the published one, such as val]")
     ] = None,
     categories: Categories = None,
     categories_file: CategoriesFile = None,
@@ -384,25 +403,69 @@ def evaluate(
         bool, typer.Option("--red-green", help="TRUTH holds labels as R + 256 G and ignores 1000, as in ImageNet-S.")
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE.")] = None,
-    debug: Debug = False,
+    config: Config = None,
+    set_: Set = None,
+    **options: str | None,
 ) -> None:
     """Evaluate masks: IoU and pixel accuracy.
 
     Prints the IoU of each class, the mIoU and the pixel accuracy. Label 0 is the background, label k the k-th category.
+    With --benchmark, it reads a public benchmark as it was unpacked. The benchmarks of salient objects also score a
+    detector, without PREDICTIONS: --detector and the options that follow it.
     """
     from .evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
 
+    given = {DETECTION_FLAGS[name]: text for name, text in options.items() if text is not None}
+    values = given_settings(list(DETECTION), config, set_ or [], given)
+    if preset is not None and predictions is None:
+        from . import presets
+
+        values = merge({section: presets.preset(preset)[section] for section in DETECTION}, values)
+        preset = None
     names = _names(categories, categories_file, preset)
-    if photos is None:
+
+    def load(fallback: list[str] | None) -> Any:
+        assert predictions is not None
+        return _load_segmenter(predictions, fallback, encoder, "float32")
+
+    if benchmark is not None:
+        from .evaluate.scoring import evaluate_benchmark, print_benchmark
+
+        taken = {"TRUTH": truth, "--photos": photos, "--ignore": ignore, "--red-green": red_green or None}
+        if wrong := [name for name, value in taken.items() if value is not None]:
+            raise UserError(f"leave out {', '.join(wrong)}: --benchmark {benchmark} has its own")
+        if root is None:
+            raise UserError(f"pass the folder of {benchmark} with --root DIR")
+        if predictions is None and "name" not in values.get("detector", {}):
+            raise UserError("pass PREDICTIONS, or --detector for a benchmark of salient objects")
+        if predictions is not None and values:
+            raise UserError("pass PREDICTIONS or a detector with its settings, not both")
+        source = predictions or make_config({"photos": absolute(root), **values})
+        figures = evaluate_benchmark(benchmark, root, split, source, names, load, _device())
+    elif predictions is None or truth is None:
+        raise UserError("pass PREDICTIONS and TRUTH, or a --benchmark")
+    elif wrong := [name for name, value in (("--root", root), ("--split", split), ("a detector", values)) if value]:
+        raise UserError(f"{wrong[0]} requires --benchmark")
+    elif photos is None:
         figures = evaluate_folders(predictions, truth, names, ignore, red_green)
     else:
         from .run import open_source
 
-        segmenter = _load_segmenter(predictions, names, encoder, "float32")
-        figures = evaluate_segmenter(segmenter, open_source(photos), truth, ignore, red_green)
+        figures = evaluate_segmenter(load(names), open_source(photos), truth, ignore, red_green)
     if json_file is not None:  # before anything is printed: whatever happens to the output, the figures are there
         write_json(json_file, figures)
-    print_table(figures)
+    print_table(figures) if benchmark is None else print_benchmark(figures)
+
+
+evaluate = command(_evaluate)
+_parameters: dict[str, tuple[Any, Any]] = {
+    name: (one.annotation, one.default)
+    for name, one in signature(_evaluate, eval_str=True).parameters.items()
+    if one.kind is not Parameter.VAR_KEYWORD
+}
+_parameters |= {name: (_option(one), None) for name, one in DETECTION_FLAGS.items()}
+_give_signature(evaluate, {**_parameters, "debug": (Debug, False)})
+app.command("evaluate")(evaluate)
 
 
 @app.command()
@@ -464,7 +527,7 @@ def _fetch(config: Path | None = None, set_: list[str] | None = None, **options:
 
 
 fetch = command(_fetch)
-_parameters: dict[str, tuple[Any, Any]] = {_variable(one): (_option(one), None) for one in map(find_setting, FETCHED)}
+_parameters = {_variable(one): (_option(one), None) for one in map(find_setting, FETCHED)}
 _parameters |= {"config": (Config, None), "set_": (Set, None), "debug": (Debug, False)}
 _give_signature(fetch, _parameters)
 app.command("fetch", help="Download the weights of models before they are needed.")(fetch)

@@ -76,6 +76,17 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# The inverse for arrays.
+_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: np.rot90,
+    7: lambda pixels: np.rot90(pixels, 2).T,
+    8: lambda pixels: np.rot90(pixels, -1),
+}
+
 # Pillow's warnings about unusual photos must not disturb the progress bar. `warnings.catch_warnings` around each decode
 # is no solution: it swaps global state, and several threads decode. (The line that libtiff itself prints for a damaged
 # TIFF cannot be silenced from here.)
@@ -140,14 +151,16 @@ class PhotoSource:
         path: The folder, list file or tar.
         max_pixels: Photos with more pixels are rejected before they are decoded. Pillow's own limit of 179 million
             pixels always applies.
+        upright: Apply the EXIF orientation of photos. Benchmarks label the pixels as they are stored.
 
     Raises:
         ValueError: If `path` is none of the three.
     """
 
-    def __init__(self, path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS):
+    def __init__(self, path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, upright: bool = True):
         self.path = os.fsdecode(path)
         self.max_pixels = max_pixels
+        self.upright = upright
         lower = self.path.lower()
         if os.path.isdir(self.path):
             self._kind, self._root = "folder", self.path
@@ -284,7 +297,7 @@ class PhotoSource:
         """
         data = self.read(name)
         try:
-            return Photo(name, _decode(data, name, self.max_pixels))
+            return Photo(name, _decode(data, name, self.max_pixels, self.upright))
         except PhotoError:
             raise
         except Exception as error:
@@ -599,18 +612,19 @@ def _open_image(file: Any, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def _decode(data: bytes, name: str, max_pixels: int) -> np.ndarray:
+def _decode(data: bytes, name: str, max_pixels: int, upright: bool) -> np.ndarray:
     with _open_image(io.BytesIO(data), name, max_pixels) as image:
-        return pixels_of(image)
+        return pixels_of(image, upright)
 
 
-def pixels_of(image: Image.Image | np.ndarray) -> np.ndarray:
+def pixels_of(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
     """Converts an image of any kind by the rules of `PhotoSource.decode`: the pixels of a file, of Pillow's image of it
     and of the array of that are the same, except that an array has no EXIF orientation and no palette.
 
     Args:
         image: Image of any mode of Pillow; or array [H, W], bool, uint8, uint16, int32 or float32, or [H, W, C], uint8,
             with C = 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA).
+        upright: Apply the EXIF orientation.
 
     Returns:
         uint8 RGB [H, W, 3], C-contiguous; the array itself if it is that already.
@@ -630,12 +644,33 @@ def pixels_of(image: Image.Image | np.ndarray) -> np.ndarray:
         image = Image.fromarray(np.ascontiguousarray(image))
     image.load()
     # After load: the EXIF of a PNG may follow the pixels, and Pillow itself rotates TIFFs while loading.
-    transpose = _UPRIGHT.get(_orientation(image))
+    transpose = _UPRIGHT.get(_orientation(image)) if upright else None
     rgb = _to_rgb(image if transpose is None else image.transpose(transpose))
     width, height = rgb.size
     # The buffer of a BytesIO is writable, and CPython does not copy the bytes because there is no other reference.
     pixels = np.frombuffer(io.BytesIO(rgb.tobytes()).getbuffer(), np.uint8)
     return pixels.reshape(height, width, 3)
+
+
+def as_stored(path: str | os.PathLike[str], pixels: np.ndarray) -> np.ndarray:
+    """Turns an array of an upright photo, such as its mask, to the orientation in which its file stores the pixels.
+
+    Args:
+        path: The photo. Only its header is read.
+        pixels: Array [H, W].
+
+    Returns:
+        A view of the array, [H, W] or [W, H].
+
+    Raises:
+        PhotoError: If the file is not an image.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            orientation = _orientation(image)
+    except Exception as error:  # broad on purpose, as in `decode`
+        raise PhotoError(os.fsdecode(path), _explain(error, b"")) from error
+    return _STORED[orientation](pixels) if orientation in _STORED else pixels
 
 
 def _orientation(image: Image.Image) -> int:

@@ -60,7 +60,10 @@ TESTS = {
     "namedmask/segmenter/folder.py": ["pipeline/test_predict"],
     "namedmask/segmenter/training.py": ["pipeline/test_segmenter_training"],
     "namedmask/training.py": ["pipeline/test_segmenter_training", "pipeline/test_selfmask"],
+    "namedmask/evaluate/benchmarks.py": ["pipeline/test_benchmarks"],
     "namedmask/evaluate/folders.py": ["pipeline/test_metrics", "pipeline/test_predict"],
+    "namedmask/evaluate/saliency.py": ["pipeline/test_benchmarks"],
+    "namedmask/evaluate/scoring.py": ["pipeline/test_benchmarks"],
 }
 # The demo's figures are pinned as a whole; references are what tests compare with; Triton needs a GPU.
 LEFT_OUT = ("namedmask/demo/", "kernels/namedmask_kernels/reference/", "kernels/namedmask_kernels/triton/")

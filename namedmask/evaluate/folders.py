@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
 IGNORED = 255  # the ignored id, unless it is a class
 IGNORED_RED_GREEN = 1000  # in color files of ImageNet-S
 IGNORED_16_BIT = 0xFFFF  # if 255 is a class
+
+
+class Truth(NamedTuple):
+    """Ground truth of a photo.
+
+    Attributes:
+        where: The file, and the place in it if it holds several, for messages.
+        read: Returns the integer labels [H, W]. Raises UserError, or ValueError if `where` is to be added.
+    """
+
+    where: str
+    read: Callable[[], np.ndarray]
 
 
 def label_maps(folder: Path) -> dict[str, Path]:
@@ -89,47 +102,55 @@ def read_categories(folder: Path) -> list[str]:
         raise DamagedFile(folder / "categories.json", error, remedy=remedy) from None
 
 
-def compare(
-    predicted: Iterator[tuple[str, np.ndarray]],
-    truth: dict[str, Path],
-    categories: Sequence[str],
-    ignore: int | None,
-    red_green: bool,
-) -> dict:
+def compare(predicted: Iterator[tuple[str, np.ndarray]], truth: Mapping[str, Truth], confusion: Confusion) -> list[str]:
     """Compares predictions with the ground truth.
 
     Args:
         predicted: Yields every name of `truth` with predicted labels [H, W].
-        truth: Files of the ground truth by name.
-        categories: Names of classes 1, 2, ...
-        ignore: Ignored id of the ground truth; None: `default_ignore`.
-        red_green: Whether the ground truth consists of color files of ImageNet-S.
+        truth: Ground truth by name.
+        confusion: The counts are added to it.
 
     Returns:
-        The metrics, see `as_json`.
+        Which ground truth has no pixel of a category.
 
     Raises:
-        UserError: If a file cannot be read, if sizes differ, if an id is not a class, or if no file of the ground truth
-            shows a category. Files that do not show any are counted in a warning.
+        UserError: If a file cannot be read, if sizes differ, or if an id is not a class.
     """
-    confusion = new_confusion(categories, ignore, red_green)
 
-    def count(prediction: tuple[str, np.ndarray]) -> tuple[Path, np.ndarray]:
+    def count(prediction: tuple[str, np.ndarray]) -> tuple[str, np.ndarray]:
         name, labels = prediction
         try:
-            return truth[name], confusion.count(labels, read_label_map(truth[name], red_green))
+            return truth[name].where, confusion.count(labels, truth[name].read())
         except ValueError as error:
-            raise UserError(f"{truth[name]}: {error}") from None
+            raise UserError(f"{truth[name].where}: {error}") from None
 
-    no_object: list[Path] = []
+    no_object: list[str] = []
     with Progress("evaluate", Worker()) as progress:
         progress.total = len(truth)
-        for path, counts in map_ahead(count, predicted, thread_count()):
+        for where, counts in map_ahead(count, predicted, thread_count()):
             confusion.counts += counts
             if not counts[1:-1].any():
-                no_object.append(path)
+                no_object.append(where)
             progress.advance(1)
-    if no_object:
+    return no_object
+
+
+def _compare_folders(
+    predicted: Iterator[tuple[str, np.ndarray]],
+    paths: Mapping[str, Path],
+    categories: Sequence[str],
+    ignore: int | None,
+    red_green: bool,
+) -> dict:
+    """Compares predictions with the files of a folder.
+
+    Raises:
+        UserError: As `compare` does, or if no file of the ground truth shows a category. Files that do not show any are
+            counted in a warning.
+    """
+    confusion = new_confusion(categories, ignore, red_green)
+    truth = {name: Truth(str(path), partial(read_label_map, path, red_green)) for name, path in paths.items()}
+    if no_object := compare(predicted, truth, confusion):
         found = (
             f"{len(no_object)} of {len(truth)} files of the ground truth have no pixel of a category, such as "
             f"{no_object[0]}; {confusion.ignored:.1%} of all pixels have the ignored label {confusion.ignore}"
@@ -159,7 +180,7 @@ def evaluate_folders(
         The metrics, see `as_json`.
 
     Raises:
-        UserError: If a prediction is missing, or as `compare` does.
+        UserError: If a prediction is missing, or as `_compare_folders` does.
     """
     from ..photos import SEGMENT_RECORD
     from ..segmenter.folder import segmented_photos
@@ -178,7 +199,7 @@ def evaluate_folders(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{true_paths[missing[0]]}{more}: there is no mask of that name in {predictions}")
     predicted = ((name, read_label_map(predicted_paths[name])) for name in true_paths)
-    return compare(predicted, true_paths, categories, ignore, red_green)
+    return _compare_folders(predicted, true_paths, categories, ignore, red_green)
 
 
 def evaluate_segmenter(
@@ -197,12 +218,13 @@ def evaluate_segmenter(
         The metrics, see `as_json`.
 
     Raises:
-        UserError: If a photo is missing, or as `compare` does.
+        UserError: If a photo is missing, or as `_compare_folders` does.
     """
     from ..segmenter.folder import predictions
 
     true_paths = label_maps(truth)
-    return compare(predictions(segmenter, source, set(true_paths)), true_paths, segmenter.names[1:], ignore, red_green)
+    predicted = predictions(segmenter, source, set(true_paths))
+    return _compare_folders(predicted, true_paths, segmenter.names[1:], ignore, red_green)
 
 
 def as_json(confusion: Confusion, classes: Sequence[str], photos: int) -> dict:
@@ -230,24 +252,25 @@ def write_json(path: Path, figures: dict) -> None:
         file.write(json.dumps(figures, indent=1).encode() + b"\n")
 
 
-def print_table(figures: dict) -> None:
-    """Prints the result of `as_json` as a table, in percent."""
+def print_table(figures: dict, of: str = "") -> None:
+    """Prints the result of `as_json` as a table, in percent; `of` says which photos they are."""
     from rich.table import Table
 
-    table = Table(title=f"{figures['photos']} photos", title_justify="left")
+    table = Table(title=f"{figures['photos']} photos{of}", title_justify="left")
     for column in ("class", "IoU %", "accuracy %"):
         table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
     for name, iou in figures["iou"].items():
-        table.add_row(name, _percent(iou), _percent(figures["accuracy"][name]))
+        table.add_row(name, percent(iou), percent(figures["accuracy"][name]))
     table.add_section()
-    table.add_row("mean", _percent(figures["mean_iou"]), _percent(figures["mean_accuracy"]), style="bold")
-    table.add_row("all pixels", _percent(figures["weighted_iou"]), _percent(figures["pixel_accuracy"]))
+    table.add_row("mean", percent(figures["mean_iou"]), percent(figures["mean_accuracy"]), style="bold")
+    table.add_row("all pixels", percent(figures["weighted_iou"]), percent(figures["pixel_accuracy"]))
     plain_console().print(table)
     print(
-        f"mIoU {_percent(figures['mean_iou'])} %, pixel accuracy {_percent(figures['pixel_accuracy'])} %, "
-        f"{_percent(figures['ignored_pixels'])} % of the pixels ignored"
+        f"mIoU {percent(figures['mean_iou'])} %, pixel accuracy {percent(figures['pixel_accuracy'])} %, "
+        f"{percent(figures['ignored_pixels'])} % of the pixels ignored"
     )
 
 
-def _percent(fraction: float | None) -> str:
+def percent(fraction: float | None) -> str:
+    """Formats a fraction in percent, with one decimal."""
     return "-" if fraction is None else f"{100 * fraction:.1f}"

@@ -354,8 +354,14 @@ def predictions(segmenter: Segmenter, source: PhotoSource, stems: set[str]) -> I
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         why = f" ({errors[0]})" if errors else ""
         raise UserError(f"there is no photo called {missing[0]}{more} in {source.path}{why}")
-    for batch in segmenter.segment(source, sorted(names.values())):
+    for name, mask in masks_of(segmenter, source, sorted(names.values())):
+        yield stem(name), mask
+
+
+def masks_of(segmenter: Segmenter, source: PhotoSource, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the names of photos with their masks, uint16 [H, W]. Raises UserError if a photo cannot be used."""
+    for batch in segmenter.segment(source, names):
         for name, photo, mask in batch:
             if isinstance(photo, PhotoError):
                 raise UserError(f"{Path(source.path) / name}: {photo.reason}")
-            yield stem(name), mask
+            yield name, mask

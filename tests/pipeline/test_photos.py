@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from namedmask import photos
-from namedmask.photos import PhotoError, PhotoSource, decode_ahead, pixels_of
+from namedmask.photos import PhotoError, PhotoSource, as_stored, decode_ahead, pixels_of
 
 
 def scene(height=24, width=40):
@@ -635,6 +635,18 @@ def test_invalid_arrays_raise_value_error():
     for array in (np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros(4), np.zeros((4, 4, 3))):
         with pytest.raises(ValueError, match="expected an image"):
             pixels_of(array)
+
+
+@pytest.mark.parametrize("orientation", [*range(10)])
+def test_masks_are_turned_to_the_stored_orientation(tmp_path, orientation):
+    (tmp_path / "x.jpg").write_bytes(encoded(scene(), "JPEG", exif=with_orientation(orientation)))
+    stored = PhotoSource(tmp_path, upright=False).decode("x.jpg").pixels[..., 0]
+    upright = PhotoSource(tmp_path).decode("x.jpg").pixels[..., 0]
+    assert stored.shape == (24, 40)
+    np.testing.assert_array_equal(as_stored(tmp_path / "x.jpg", upright), stored)
+    (tmp_path / "x.jpg").write_bytes(b"text")
+    with pytest.raises(PhotoError):
+        as_stored(tmp_path / "x.jpg", upright)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: MIT
+"""Readers of public benchmarks, in the folders in which their archives unpack.
+
+A reader takes the root folder and the name of a split and returns a `Split`: the photos, and a function per photo that
+reads its ground truth. Only names are held in memory, except for COCO, whose annotations are one JSON file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..errors import DamagedFile, UserError
+from ..formats import read_label_map
+from ..photos import PHOTO_SUFFIXES
+from . import BenchmarkName
+from .folders import Truth
+
+MAX_COORDINATE = 1e5  # of a polygon; pycocotools takes memory in proportion to its length
+MASK_THRESHOLD = 127  # pixels of a binary mask above this gray value are object
+
+
+class Split(NamedTuple):
+    """The photos of a benchmark that have ground truth.
+
+    Attributes:
+        photos: Folder of the photos.
+        truth: Ground truth by the name of the photo, its path below `photos` with "/".
+        without_truth: Photos that have no ground truth.
+        without_photo: Ground truth whose photo is missing.
+        categories: Names of classes 1, 2, ... that the folders give; None if the benchmark has a list of its own.
+    """
+
+    photos: Path
+    truth: dict[str, Truth]
+    without_truth: list[str]
+    without_photo: list[str]
+    categories: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark.
+
+    Attributes:
+        read: Returns a split. Raises UserError, which names what is missing.
+        photos: Number of photos of the published protocol.
+        published: Published figures, in one line.
+        split: The split that is evaluated by default; None if there is only one.
+        classes: Number of categories; 0 for binary masks of salient objects.
+        ignore: The ignored id of the ground truth.
+    """
+
+    read: Callable[[Path, str | None], Split]
+    photos: int
+    published: str
+    split: str | None = None
+    classes: int = 0
+    ignore: int | None = None
+
+
+@cache
+def _presets() -> dict[str, dict[str, Any]]:
+    file = resources.files("namedmask").joinpath("presets/categories.json")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def category_names(benchmark: str) -> list[str] | None:
+    """Returns the names of classes 1, 2, ... of a benchmark; None for ImageNet-S and for saliency benchmarks."""
+    preset = _presets().get(benchmark)
+    return None if preset is None else list(preset["names"])
+
+
+def key_of(name: str) -> str:
+    """Returns a name without letter case, spaces and punctuation: "TV/monitor" and "tvmonitor" are the same name."""
+    return "".join(filter(str.isalnum, name.casefold()))
+
+
+# -- the layouts -----------------------------------------------------------------------------------------------------
+
+
+def read_voc(root: Path, split: str | None) -> Split:
+    """VOC2012: lists in ImageSets/Segmentation, photos in JPEGImages, indexed PNGs in SegmentationClass."""
+    base = _base(root, "ImageSets/Segmentation", "", "VOC2012", "VOCdevkit/VOC2012")
+    lists = base / "ImageSets" / "Segmentation"
+    _expect_split(split, sorted(path.stem for path in lists.glob("*.txt")), lists)
+    path = lists / f"{split}.txt"
+    try:
+        names = path.read_text(encoding="utf-8-sig").split()
+    except (OSError, ValueError) as error:
+        raise DamagedFile(path, error, remedy="unpack the archive of the benchmark again") from None
+    photos, labels = _folder(base, "JPEGImages"), _folder(base, "SegmentationClass")
+    paths = {name: labels / f"{name}.png" for name in names}
+    truth = {name: _png(path) for name, path in paths.items() if path.exists()}
+    return _paired(photos, {name: f"{name}.jpg" for name in names}, truth)
+
+
+def read_coco(root: Path, split: str | None) -> Split:
+    """COCO 2017: photos in val2017 or images/val2017, instances in annotations/instances_val2017.json."""
+    annotations = _base(root, "annotations", "", "coco", "COCO", "coco2017") / "annotations"
+    base, prefix, year = annotations.parent, "instances_", "2017"
+    _expect_split(
+        split,
+        sorted(path.stem[len(prefix) : -len(year)] for path in annotations.glob(f"{prefix}*{year}.json")),
+        annotations,
+        f"{prefix}{split}{year}.json",
+    )
+    photos = _folder(base, f"{split}{year}", f"images/{split}{year}")
+    path = annotations / f"{prefix}{split}{year}.json"
+    on_disk = {entry.name: entry.name for entry in os.scandir(photos) if _is_photo(entry.name)}
+    return _paired(photos, on_disk, _instances(path))
+
+
+def read_coca(root: Path, split: str | None) -> Split:
+    """CoCA: photos in image/CATEGORY, masks of 0 and 255 in binary/CATEGORY; the folder is the class."""
+    base = _base(root, "image", "", "CoCA", "coca", other="images")
+    photos = _folder(base, "image", "images")
+    masks = _folder(base, "binary", "gt", "gts", "mask", "masks")
+    names = category_names("coca") or []
+    classes = {key_of(name): number for number, name in enumerate(names, 1)}
+    truth = {}
+    for name, path in _files(masks, (".png",)).items():
+        folder = name.rpartition("/")[0]
+        if key_of(folder) not in classes:
+            raise UserError(f"{path}: {folder!r} is not a category of CoCA, such as {names[3]!r}")
+        truth[name] = Truth(str(path), partial(_read_class_mask, path, classes[key_of(folder)]))
+    return _paired(photos, _names_by_stem(photos), truth)
+
+
+def read_cityscapes(root: Path, split: str | None) -> Split:
+    """Cityscapes: leftImg8bit/SPLIT/CITY/*_leftImg8bit.png and gtFine/SPLIT/CITY/*_gtFine_labelIds.png."""
+    base = _base(root, "leftImg8bit", "", "cityscapes", "Cityscapes")
+    _expect_split(split, _subfolders(base / "leftImg8bit"), base / "leftImg8bit")
+    photos, labels = _folder(base, f"leftImg8bit/{split}"), _folder(base, f"gtFine/{split}")
+    table = np.zeros(256, np.uint8)
+    table[_presets()["cityscapes-object"]["label_ids"]] = np.arange(1, 15)
+    suffix = "_gtFine_labelIds"
+    truth = {
+        name.removesuffix(suffix): Truth(str(path), partial(_read_mapped, path, table))
+        for name, path in _files(labels, (".png",)).items()
+        if name.endswith(suffix)
+    }
+    if not truth:
+        raise UserError(f"there are no CITY/*{suffix}.png in {labels}: they come with gtFine_trainvaltest.zip")
+    names = {stem.removesuffix("_leftImg8bit"): name for stem, name in _names_by_stem(photos).items()}
+    return _paired(photos, names, truth)
+
+
+def read_imagenet_s(root: Path, split: str | None, classes: int) -> Split:
+    """ImageNet-S: photos in validation/WNID, labels in validation-segmentation/WNID, as R + 256 G."""
+    own = f"ImageNetS{classes}"
+    base = _base(root, "validation", "", own)
+    if base.name.startswith("ImageNetS") and base.name != own:
+        raise UserError(f"--root {root}: {base.name} is another benchmark; expected {own}")
+    if split == "test":
+        raise UserError(
+            "--split test: the labels of ImageNet-S's test photos are not public, its server scores them; evaluate on "
+            "--split val"
+        )
+    folders = {"val": "validation", "train-semi": "train-semi"}
+    _expect_split(split, [name for name, folder in folders.items() if (base / folder).is_dir()], base)
+    folder = folders[split or "val"]
+    photos, labels = _folder(base, folder), _folder(base, f"{folder}-segmentation")
+    truth = {name: _png(path, red_green=True) for name, path in _files(labels, (".png",)).items()}
+    wordnet_ids = _subfolders(photos)
+    return _paired(photos, _names_by_stem(photos), truth, wordnet_ids if len(wordnet_ids) == classes else None)
+
+
+def read_saliency(root: Path, split: str | None, bases: tuple[str, ...], photos: str, masks: str) -> Split:
+    """A saliency benchmark: a folder of photos and a folder of masks of 0 and 255 with the same names."""
+    photo_folder, mask_folder = (_base(root, name, *bases) / name for name in (photos, masks))
+    truth = {name: Truth(str(path), partial(read_mask, path)) for name, path in _files(mask_folder, (".png",)).items()}
+    return _paired(photo_folder, _names_by_stem(photo_folder), truth)
+
+
+# -- ground truth ----------------------------------------------------------------------------------------------------
+
+
+def read_gray(path: Path) -> np.ndarray:
+    """Reads the gray values of a PNG, uint8 [H, W].
+
+    Raises:
+        UserError: If it cannot be read, if it has colors or 16 bits, or if it holds 0 and 1 alone.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            wide = image.mode.startswith("I")
+            rgb = np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a PNG: {error}") from None
+    gray = rgb[..., 0]
+    if wide or (rgb != gray[..., None]).any():
+        raise UserError(f"{path} is a picture of colors or 16 bits; expected gray values from 0 to 255")
+    if gray.max(initial=0) == 1:
+        raise UserError(f"{path} holds 0 and 1; expected gray values from 0 to 255")
+    return gray
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Reads a binary mask of 0 and 255, bool [H, W]. Raises UserError as `read_gray` does."""
+    return read_gray(path) > MASK_THRESHOLD
+
+
+def _png(path: Path, red_green: bool = False) -> Truth:
+    return Truth(str(path), partial(read_label_map, path, red_green))
+
+
+def _read_class_mask(path: Path, label: int) -> np.ndarray:
+    return read_mask(path) * np.uint8(label)
+
+
+def _read_mapped(path: Path, table: np.ndarray) -> np.ndarray:
+    labels = read_label_map(path)
+    if labels.dtype != np.uint8:
+        raise UserError(f"{path} holds 16-bit ids, not labelIds of Cityscapes")
+    return table[labels]
+
+
+def _instances(path: Path) -> dict[str, Truth]:
+    """Reads a COCO file of instances: the ground truth by the file name of the photo."""
+    remedy = "unpack annotations_trainval2017.zip again"
+    label_of = {key_of(name): label for label, name in enumerate(category_names("coco2017") or [], 1)}
+    try:
+        content = json.loads(path.read_bytes())
+        categories = {category["id"]: str(category["name"]) for category in content["categories"]}
+        instances: dict[int, list[tuple[int, Any, int]]] = {image["id"]: [] for image in content["images"]}
+        for one in content["annotations"]:
+            if one["image_id"] not in instances:
+                raise ValueError(f"annotation {one['id']} is of image {one['image_id']}, which is not listed")
+            name = categories[one["category_id"]]
+            if key_of(name) not in label_of:
+                raise UserError(f"{path}: {name!r} is not one of the 80 categories of COCO")
+            instances[one["image_id"]].append((label_of[key_of(name)], one["segmentation"], one["id"]))
+        truth = {}
+        for image in content["images"]:
+            size = int(image["height"]), int(image["width"])
+            where = f"{path}: {image['file_name']}"
+            truth[str(image["file_name"])] = Truth(where, partial(_paint, size, instances[image["id"]]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedFile(path, error, remedy=remedy) from None
+    return truth
+
+
+def _paint(size: tuple[int, int], instances: Iterable[tuple[int, Any, int]]) -> np.ndarray:
+    """Paints instances (label, segmentation, id) in the order of the file, later ones over earlier ones."""
+    labels = np.zeros(size, np.uint8)
+    for label, segmentation, number in instances:
+        try:
+            labels[_rasterized(segmentation, *size)] = label
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise ValueError(f"the segmentation of annotation {number} is damaged: {error}") from None
+    return labels
+
+
+def _rasterized(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """The mask of a segmentation, which is a list of polygons, or an RLE with a list or a string of counts."""
+    from pycocotools import mask as coco
+
+    from ..masks import run_lengths
+
+    if isinstance(segmentation, list):
+        if not all(isinstance(polygon, list) and len(polygon) % 2 == 0 for polygon in segmentation):
+            raise ValueError("expected lists of x and y")
+        # A polygon of less than three points covers nothing; pycocotools would take two points for a box.
+        polygons = [np.asarray(polygon, float).tolist() for polygon in segmentation if len(polygon) >= 6]
+        if not all(abs(value) <= MAX_COORDINATE for polygon in polygons for value in polygon):
+            raise ValueError("a polygon has coordinates far outside the photo")
+        if not polygons:
+            return np.zeros((height, width), bool)
+        return coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).view(bool)
+    counts = segmentation["counts"]
+    if list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"its size is {segmentation['size']}, that of its photo [{height}, {width}]")
+    runs = run_lengths(counts) if isinstance(counts, str) else np.asarray(counts, np.int64)
+    if runs is None or runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError("its run lengths do not fit its size")
+    pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return pixels.reshape(width, height).T
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _base(root: Path, wanted: str, *bases: str, other: str = "") -> Path:
+    """The first of the folders `bases` below the root that holds the folder `wanted` (or `other`)."""
+    if not root.is_dir():
+        raise UserError(f"--root {root} is not a folder; unpack the archives of the benchmark into one")
+    for base in bases:
+        if any((root / base / name).is_dir() for name in (wanted, other) if name):
+            return root / base
+    also = f", nor in {', '.join(base for base in bases if base)}" if any(bases) else ""
+    raise UserError(f"--root {root}: there is no folder {wanted} in it{also}")
+
+
+def _folder(base: Path, *names: str) -> Path:
+    """The first of the folders that exists."""
+    for name in names:
+        if (base / name).is_dir():
+            return base / name
+    raise UserError(f"there is no folder {base / names[0]}" + "".join(f", nor {base / name}" for name in names[1:]))
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _expect_split(split: str | None, existing: list[str], where: Path, file: str = "") -> None:
+    if split not in existing:
+        found = f"there are {', '.join(existing)}" if existing else f"expected {file or split}"
+        raise UserError(f"--split {split}: there is no such split in {where}; {found}")
+
+
+def _is_photo(name: str) -> bool:
+    return name.lower().endswith(PHOTO_SUFFIXES) and not name.startswith(".")
+
+
+def _files(folder: Path, suffixes: tuple[str, ...] = PHOTO_SUFFIXES) -> dict[str, Path]:
+    """The files below a folder by their names without suffix, sorted."""
+    paths = (
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if _is_photo(name)
+    )
+    found = sorted(path for path in paths if path.suffix.lower() in suffixes)
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+
+
+def _names_by_stem(folder: Path) -> dict[str, str]:
+    return {stem: path.relative_to(folder).as_posix() for stem, path in _files(folder).items()}
+
+
+def _paired(
+    folder: Path, photos: Mapping[str, str], truth: Mapping[str, Truth], categories: list[str] | None = None
+) -> Split:
+    """Pairs photos (names below `folder`) with ground truth of the same key."""
+    pairs, without_truth = {}, []
+    without_photo = [one.where for key, one in truth.items() if key not in photos]
+    for key, name in photos.items():
+        if not (folder / name).exists():
+            without_photo.append(str(folder / name))
+        elif key in truth:
+            pairs[name] = truth[key]
+        else:
+            without_truth.append(str(folder / name))
+    if not pairs:
+        found = f"{len(without_truth)} photos without, {len(without_photo)} files of ground truth without photo"
+        example = next((f", such as {path}" for path in (*without_truth, *without_photo)), "")
+        raise UserError(f"there is no photo with ground truth in {folder} ({found}{example})")
+    return Split(folder, dict(sorted(pairs.items())), without_truth, without_photo, categories)
+
+
+def _imagenet_s(classes: int, photos: int, published: str) -> Benchmark:
+    return Benchmark(partial(read_imagenet_s, classes=classes), photos, published, "val", classes, ignore=1000)
+
+
+def _saliency(
+    bases: tuple[str, ...], folders: tuple[str, str], photos: int, ious: tuple[float, float, float]
+) -> Benchmark:
+    voted, network, solved = ious
+    published = (
+        f"SelfMask IoU {network:.3f}, with the bilateral solver {solved:.3f}; cluster voting's pseudo-masks {voted:.3f}"
+    )
+    return Benchmark(partial(read_saliency, bases=bases, photos=folders[0], masks=folders[1]), photos, published)
+
+
+_RELEASED = "with the authors' released weights"
+
+BENCHMARKS: dict[BenchmarkName, Benchmark] = {
+    "voc2012": Benchmark(
+        read_voc,
+        1449,
+        f"NamedMask 59.3 mIoU (89.2 pixel accuracy) {_RELEASED}, 59.2 in the paper",
+        "val",
+        20,
+        255,
+    ),
+    "coco2017": Benchmark(
+        read_coco, 5000, f"NamedMask 27.7 mIoU (76.4 pixel accuracy) {_RELEASED}, 28.4 in the paper", "val", 80
+    ),
+    "coca": Benchmark(
+        read_coca, 1295, f"NamedMask 27.4 mIoU (82.0 pixel accuracy) {_RELEASED}, 27.3 in the paper", classes=80
+    ),
+    "cityscapes-object": Benchmark(
+        read_cityscapes, 500, f"NamedMask 18.2 mIoU (93.0 pixel accuracy) {_RELEASED}, 18.2 in the paper", "val", 14
+    ),
+    "imagenet-s50": _imagenet_s(50, 752, f"NamedMask 47.5 mIoU {_RELEASED} and in the paper, on the test split"),
+    "imagenet-s300": _imagenet_s(300, 4097, f"NamedMask 33.1 mIoU {_RELEASED}, on the test split"),
+    "imagenet-s919": _imagenet_s(919, 12419, f"NamedMask 23.1 mIoU {_RELEASED}, 22.9 in the paper, on the test split"),
+    "ecssd": _saliency(("", "ECSSD"), ("images", "ground_truth_mask"), 1000, (0.646, 0.781, 0.818)),
+    "duts-te": _saliency(
+        ("", "DUTS-TE", "DUTS/DUTS-TE"), ("DUTS-TE-Image", "DUTS-TE-Mask"), 5019, (0.466, 0.626, 0.660)
+    ),
+    "dut-omron": _saliency(
+        ("", "DUT-OMRON", "DUT_OMRON"), ("DUT-OMRON-image", "pixelwiseGT-new-PNG"), 5168, (0.403, 0.582, 0.655)
+    ),
+}

@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: MIT
+"""Scores predictions on a benchmark: of a segmenter, of a run, of a folder of PNGs, or of a detector.
+
+A benchmark's names and ids are fixed. The classes of a segmenter or run are assigned to them by name; PNG files without
+names, and weights without names, have the ids of the benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ..archive import read_archive
+from ..config import RunConfig
+from ..distributed import Worker
+from ..errors import UserError
+from ..formats import BACKGROUND, read_label_map
+from ..masks import MaskRecord, best_masks, read_masks
+from ..photos import PHOTO_SUFFIXES, SEGMENT_RECORD, PhotoError, PhotoSource, as_stored
+from ..progress import Progress, plain_console, warn
+from ..threads import map_ahead, thread_count
+from .benchmarks import BENCHMARKS, Split, category_names, key_of, read_gray
+from .folders import Confusion, as_json, compare, label_maps, print_table, read_categories
+from .saliency import SaliencyScores
+
+if TYPE_CHECKING:
+    from ..segmenter.predict import Segmenter
+    from . import BenchmarkName
+
+SHOWN = 3  # names that a message lists
+
+
+class Predictions(NamedTuple):
+    """Predictions for photos of a benchmark.
+
+    Attributes:
+        names: Names of the photos that have one.
+        pairs: Yields each of these names with its prediction [H, W], in order.
+        note: Where they come from and how many there are, in one line.
+    """
+
+    names: list[str]
+    pairs: Iterator[tuple[str, np.ndarray]]
+    note: str = ""
+
+
+def evaluate_benchmark(
+    benchmark: BenchmarkName,
+    root: Path,
+    split: str | None,
+    predictions: Path | RunConfig,
+    names: list[str] | None,
+    load: Callable[[list[str] | None], Segmenter],
+    device: str,
+) -> dict:
+    """Scores predictions on a benchmark.
+
+    Args:
+        benchmark: Name of the benchmark.
+        root: Its folder.
+        split: Name of the split; None: that of the published protocol.
+        predictions: Weights or folder of a segmenter; a run, or a folder of its masks; a folder of PNG files, or the
+            output of `namedmask segment`. For saliency benchmarks, also the settings of a detector and a refiner.
+        names: Names of classes 1, 2, ... of the benchmark, instead of the published ones.
+        load: Loads the segmenter; its argument are the names of its classes if its weights have none.
+        device: Device of the detector, as torch names it.
+
+    Returns:
+        The metrics (`as_json`, or `SaliencyScores.means`), with the benchmark, the split, the published figures and the
+        numbers of photos without counterpart.
+
+    Raises:
+        UserError: If files are missing or damaged, if nothing matches, or if names do not belong to the benchmark.
+    """
+    about = BENCHMARKS[benchmark]
+    if split is not None and about.split is None:
+        raise UserError(f"--split {split}: {benchmark} has only one split; leave the option out")
+    if names is not None and not about.classes:
+        raise UserError(f"leave out --categories and --categories-file: {benchmark} has no categories")
+    if isinstance(predictions, RunConfig) and about.classes:
+        raise UserError(
+            f"--detector is for ecssd, duts-te and dut-omron: a detector does not name what {benchmark} asks"
+        )
+    data = about.read(root, split or about.split)
+    _report_unpaired(data)
+    if about.classes:
+        assert isinstance(predictions, Path)
+        figures, note = _score_labels(benchmark, data, predictions, names, load)
+    else:
+        figures, note = _score_saliency(benchmark, data, predictions, device)
+    if split in (None, about.split) and figures["photos"] != about.photos:
+        warn(f"{figures['photos']} photos were scored; the benchmark has {about.photos}")
+    return {
+        "benchmark": benchmark,
+        "split": split or about.split,
+        **figures,
+        "photos_without_truth": len(data.without_truth),
+        "truth_without_photo": len(data.without_photo),
+        "predictions": note,
+        "published": about.published,
+    }
+
+
+def print_benchmark(figures: dict) -> None:
+    """Prints the result of `evaluate_benchmark` as a table, in percent, with the published figures below it."""
+    of = f" of {figures['benchmark']}" + (f", split {figures['split']}" if figures["split"] else "")
+    if "mean_iou" in figures:
+        print_table(figures, of)
+    else:
+        from rich.table import Table
+
+        table = Table(title=f"{figures['photos']} photos{of}", title_justify="left")
+        columns = {"iou": "IoU", "pixel_accuracy": "pixel accuracy", "max_f_beta": "max F-beta"}
+        columns |= {"s_measure": "S-measure", "mean_absolute_error": "MAE"}
+        for title in columns.values():
+            table.add_column(title, justify="right")
+        table.add_row(*(f"{figures[name]:.3f}" for name in columns))
+        plain_console().print(table)
+    if figures["predictions"]:
+        print(figures["predictions"])
+    print(f"published: {figures['published']}")
+
+
+def _report_unpaired(data: Split) -> None:
+    for paths, what in ((data.without_truth, "photos without ground truth"), (data.without_photo, "missing photos")):
+        if paths:
+            warn(f"{what}: {len(paths)}, such as {paths[0]}; they are left out")
+
+
+# -- names and photos ------------------------------------------------------------------------------------------------
+
+
+def class_table(own: Sequence[str], names: Sequence[str], what: str) -> np.ndarray:
+    """Assigns classes to those of a benchmark by name, up to letter case and punctuation.
+
+    Args:
+        own: Names of classes 1, 2, ... of a segmenter or run.
+        names: Names of classes 1, 2, ... of the benchmark.
+        what: Where `own` is from, for messages.
+
+    Returns:
+        The class of the benchmark for each class, uint16 [len(own) + 1]; 0 stays 0.
+
+    Raises:
+        UserError: If a name is not one of the benchmark.
+    """
+    label_of = {key_of(name): label for label, name in enumerate(names, 1)}
+    if unknown := [name for name in own if key_of(name) not in label_of]:
+        raise UserError(
+            f"{what} has {_some(unknown)}, not a category of the benchmark; if it has other names for the {len(names)} "
+            f"categories, pass them with --categories-file in the benchmark's order ({_some(names)})"
+        )
+    if missing := [name for name in names if key_of(name) not in set(map(key_of, own))]:
+        warn(f"{what} has no class for {len(missing)} of {len(names)} categories, counted as missed: {_some(missing)}")
+    return np.array([0, *(label_of[key_of(name)] for name in own)], np.uint16)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + more
+
+
+class PhotoMatcher:
+    """Finds photos of a benchmark by the names that they have elsewhere.
+
+    Two names match if they agree in all their folders from the end, as far as the shorter one goes; suffixes such as
+    .jpg do not count. Of several names for a photo, the one that agrees in most folders counts.
+
+    Attributes:
+        matches: By photo of the benchmark: the number of folders that agree, and the name elsewhere.
+
+    Args:
+        folder: Folder of the photos of the benchmark.
+        names: Their names, below it.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]):
+        self.folder = folder
+        self.matches: dict[str, tuple[int, str]] = {}
+        above = _parts(folder.absolute().as_posix())
+        self.by_last: dict[str, list[tuple[list[str], int, str]]] = {}
+        for name in names:
+            parts = _parts(_without_suffix(name))
+            self.by_last.setdefault(parts[-1], []).append(([*above, *parts], len(parts), name))
+
+    def add(self, name: str) -> str | None:
+        """Adds a name from elsewhere; returns the photo of the benchmark, or None if there is none.
+
+        Raises:
+            UserError: If several photos match equally well, or if another name matches the photo equally well.
+        """
+        parts = _parts(_without_suffix(name))
+        found = []
+        for path, own, photo in self.by_last.get(parts[-1] if parts else "", ()):
+            shared = _shared_end(path, parts)
+            if shared >= min(own, len(parts)):
+                found.append((shared, photo))
+        if not found:
+            return None
+        found.sort(reverse=True)
+        (shared, photo), *others = found
+        if others and others[0][0] == shared:
+            raise UserError(
+                f"{name!r} may be {others[0][1]} or {photo} of the benchmark: names must include the folders"
+            )
+        known, other = self.matches.get(photo, (0, ""))
+        if shared == known and other != name:
+            raise UserError(
+                f"{other!r} and {name!r} may both be {self.folder / photo}: score the photos of the benchmark apart"
+            )
+        if shared > known:
+            self.matches[photo] = shared, name
+        return photo
+
+
+def _without_suffix(name: str) -> str:
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and f".{suffix}".lower() in PHOTO_SUFFIXES else name
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
+def _shared_end(a: list[str], b: list[str]) -> int:
+    count = 0
+    while count < min(len(a), len(b)) and a[-1 - count] == b[-1 - count]:
+        count += 1
+    return count
+
+
+# -- predictions -----------------------------------------------------------------------------------------------------
+
+
+def _is_weights(path: Path) -> bool:
+    return path.is_file() or (path / "model.safetensors").exists()
+
+
+def _records_folder(path: Path) -> Path | None:
+    """The folder of the masks of a run, if `path` is a run or such a folder."""
+    return next((folder for folder in (best_masks(path), path) if next(folder.glob("*[0-9].jsonl"), None)), None)
+
+
+def _matched_records(folder: Path, data: Split) -> tuple[dict[str, list[MaskRecord]], str]:
+    """The masks of a run that belong to photos of a benchmark, by photo, and a note that says how many."""
+    matcher = PhotoMatcher(data.photos, data.truth)
+    records: dict[str, list[MaskRecord]] = {}  # by the name of the photo in the run
+    others: set[str] = set()
+    for record in read_masks(folder):
+        if record.photo in records or matcher.add(record.photo) is not None:
+            records.setdefault(record.photo, []).append(record)
+        else:
+            others.add(record.photo)
+    matched = f"{len(matcher.matches)} of {len(data.truth)} photos"
+    note = f"{matched} have masks in {folder}, {len(others)} others are not scored"
+    if not records and not others:
+        raise UserError(f"there are no masks in {folder}")
+    if not records:
+        raise UserError(f"{note}: no photo, such as {next(iter(others))!r}, has the name of one in {data.photos}")
+    return {photo: records[name] for photo, (_, name) in sorted(matcher.matches.items())}, note
+
+
+def _png_files(folder: Path, data: Split) -> dict[str, Path]:
+    """The PNG file of each photo of a benchmark."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist")
+    masks = folder / "masks" if (folder / "masks").is_dir() else folder
+    if not any(masks.rglob("*.png")):
+        raise UserError(
+            f"{folder} holds neither a segmenter (model.safetensors), nor masks of a run (masks/*.jsonl), nor PNG files"
+        )
+    matcher, files = PhotoMatcher(data.photos, data.truth), label_maps(masks)
+    for name in files:
+        matcher.add(name)
+    if missing := [name for name in data.truth if name not in matcher.matches]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{data.photos / missing[0]}{more}: there is no mask of that name in {masks}")
+    return {photo: files[matcher.matches[photo][1]] for photo in data.truth}
+
+
+def _score_labels(
+    benchmark: BenchmarkName,
+    data: Split,
+    predictions: Path,
+    names: list[str] | None,
+    load: Callable[[list[str] | None], Segmenter],
+) -> tuple[dict, str]:
+    """Scores label maps; returns figures and a note."""
+    about = BENCHMARKS[benchmark]
+    if names is not None and len(names) != about.classes:
+        raise UserError(f"{len(names)} category names were given; {benchmark} has {about.classes} categories")
+    known = names or category_names(benchmark)
+    own: list[str] | None = None  # names of the classes of the predictions
+    note, photos = "", list(data.truth)
+    if _is_weights(predictions):
+        from ..segmenter.folder import masks_of
+
+        segmenter = load(known or data.categories)
+        own = segmenter.names[1:]
+        pairs = masks_of(segmenter, PhotoSource(data.photos, upright=False), photos)
+    elif folder := _records_folder(predictions):
+        records, note = _matched_records(folder, data)
+        own = _categories_of(folder.parent / "archive.json", records, known)
+        photos, pairs = list(records), _as_stored(data, _painted(records, own))
+    else:
+        files = _png_files(predictions, data)
+        if (predictions / "categories.json").exists():
+            own = read_categories(predictions)
+        pairs = _label_maps(files, about.classes if own is None else len(own))
+        if (predictions / SEGMENT_RECORD).exists():
+            pairs = _as_stored(data, pairs)
+    if known is None:  # ImageNet-S: names come with the predictions, in the order of the ids
+        known = own or data.categories or [f"class {label}" for label in range(1, about.classes + 1)]
+        if len(known) != about.classes:
+            raise UserError(
+                f"{predictions} has {len(known)} categories, {benchmark} has {about.classes}: pass the names of the "
+                "benchmark, in the order of its ids, with --categories-file"
+            )
+    if own is not None and list(map(key_of, own)) != list(map(key_of, known)):
+        table = class_table(own, known, str(predictions))
+        pairs = ((name, table[labels]) for name, labels in pairs)
+    confusion = Confusion(about.classes + 1, about.ignore)
+    truth = {name: data.truth[name] for name in photos}
+    no_object = compare(pairs, truth, confusion)
+    if len(no_object) == len(truth):
+        raise UserError(
+            f"none of {len(truth)} photos has a pixel of a category in its ground truth, such as {no_object[0]}"
+        )
+    return as_json(confusion, [BACKGROUND, *known], len(truth)), note
+
+
+def _categories_of(path: Path, records: dict[str, list[MaskRecord]], known: list[str] | None) -> list[str]:
+    """The categories of a run, without those that neither the benchmark nor its photos have."""
+    used = {record.category for group in records.values() for record in group}
+    if not path.exists():
+        return sorted(used)
+    categories = read_archive(path).categories
+    keys = set(map(key_of, known or categories))
+    return [name for name in categories if name in used or key_of(name) in keys]
+
+
+def _label_maps(files: dict[str, Path], classes: int) -> Iterator[tuple[str, np.ndarray]]:
+    for name, path in files.items():
+        labels = read_label_map(path)
+        if labels.max(initial=0) > classes:
+            raise UserError(f"{path} has the id {labels.max()}: classes are 0 to {classes}")
+        yield name, labels
+
+
+def _painted(records: dict[str, list[MaskRecord]], categories: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Paints the masks of each photo, so that the category with the highest score is on top."""
+    label_of = {name: label for label, name in enumerate(categories, 1)}
+    for name, group in records.items():
+        labels = np.zeros(group[0].size, np.uint16)
+        for record in sorted(group, key=lambda record: record.category_score or 0):
+            if record.category not in label_of:
+                raise UserError(
+                    f"the category {record.category!r} of {record.photo!r} is not in archive.json of its run"
+                )
+            labels[record.mask()] = label_of[record.category]
+        yield name, labels
+
+
+def _score_saliency(
+    benchmark: BenchmarkName, data: Split, predictions: Path | RunConfig, device: str
+) -> tuple[dict, str]:
+    """Scores masks of objects; returns figures and a note."""
+    note, photos = "", list(data.truth)
+    if isinstance(predictions, RunConfig):
+        pairs = _detected(predictions, data, device)
+        note = f"detector {predictions.detector.name}, refinement {predictions.refine.name}"
+    elif _is_weights(predictions):
+        raise UserError(
+            f"{predictions}: {benchmark} scores masks of objects: pass a run, a folder of PNG files or --detector"
+        )
+    elif folder := _records_folder(predictions):
+        records, note = _matched_records(folder, data)
+        photos, pairs = list(records), _as_stored(data, _united(records))
+    else:
+        files = _png_files(predictions, data)
+        pairs = ((name, read_gray(path) / 255) for name, path in files.items())
+    scores = SaliencyScores()
+
+    def score(pair: tuple[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        name, prediction = pair
+        try:
+            return scores.score(prediction, data.truth[name].read())
+        except ValueError as error:
+            raise UserError(f"{data.truth[name].where}: {error}") from None
+
+    with Progress("evaluate", Worker()) as progress:
+        progress.total = len(photos)
+        for result in map_ahead(score, pairs, thread_count()):
+            scores.add(result)
+            progress.advance(1)
+    return {"photos": scores.photos, **scores.means()}, note
+
+
+def _as_stored(data: Split, pairs: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Turns masks of upright photos to the orientation of the ground truth."""
+    for name, labels in pairs:
+        try:
+            yield name, as_stored(data.photos / name, labels)
+        except PhotoError as error:
+            raise UserError(f"{error.photo}: {error.reason}") from None
+
+
+def _united(records: dict[str, list[MaskRecord]]) -> Iterator[tuple[str, np.ndarray]]:
+    for name, group in records.items():
+        yield name, np.logical_or.reduce([record.mask() for record in group])
+
+
+def _detected(config: RunConfig, data: Split, device: str) -> Iterator[tuple[str, np.ndarray]]:
+    from ..pseudolabel import Labeler
+
+    for batch in Labeler(config, device).label(PhotoSource(data.photos, upright=False), data.truth):
+        for name, label in batch:
+            if isinstance(label, PhotoError):
+                raise UserError(f"{data.photos / name}: {label.reason}")
+            yield name, label.mask
