@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from namedmask.config import IndexConfig
 from namedmask.errors import UserError
 from namedmask.index import Clip
 from namedmask.saliency.selfmask import SelfMask
-from namedmask.segmenter.deeplab import DeepLab, load_segmenter, save_segmenter
+from namedmask.segmenter.deeplab import DeepLab, load_segmenter, on_device, save_segmenter
 
 TINY = "test_resnet"  # timm's, for tests
 
@@ -108,6 +109,20 @@ def test_demo_encoder_equals_its_clip():
     with torch.inference_mode():
         fine = tower.layer1(tower.stem(photos))
         assert torch.equal(encoder.network.eval()(photos)[encoder.taken[0]], fine)
+
+
+def test_photos_are_normalized_as_the_encoder_expects():
+    network = DeepLab(untrained_encoder(TINY), 2, 16)
+    photos = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(timm.create_model(TINY).pretrained_cfg[key]) for key in ("mean", "std"))
+    expected = (torch.tensor([0, 128 / 255, 1]) - mean) / std
+    torch.testing.assert_close(network.normalized(photos).flatten(), expected)
+
+
+def test_layout_on_the_cpu_is_channels_first():
+    network = DeepLab(untrained_encoder(TINY), 2, 16).to(memory_format=torch.channels_last)
+    weight = on_device(network, "cpu").backbone.conv1.weight
+    assert weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_unsuitable_encoders_raise_user_error():

@@ -9,7 +9,6 @@ import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -338,54 +337,3 @@ def test_the_default_clip_has_the_activation_of_its_weights():
 
     name, _, tag = IndexConfig().clip_model.partition(":")
     assert open_clip.get_pretrained_cfg(name, tag)["quick_gelu"] and open_clip.get_model_config(name)["quick_gelu"]
-
-
-@pytest.mark.parametrize(
-    ("image", "text", "files", "names", "message"),
-    [
-        ((8,), (2, 4), 8, 2, r"expected image \[n, d\] and text \[k, d\], got \[8\] and \[2, 4\]"),
-        ((2, 2, 4), (2, 4), 2, 2, "expected image"),
-        ((3, 4), (4,), 3, 4, "expected image"),
-        ((3, 4), (2, 5), 3, 2, "expected image"),
-        ((3, 4), (2, 4), 2, 2, "3 image and 2 text rows, .* lists 2 image_files and 2 names"),
-        ((3, 4), (2, 4), 3, 3, "lists 3 image_files and 3 names"),
-    ],
-)
-def test_embeddings_must_fit_their_lists(tmp_path, image, text, files, names, message):
-    path = tmp_path / "e.safetensors"
-    save_file({"image": torch.ones(image), "text": torch.ones(text)}, path)
-    lists = {"image_files": [f"{n}.jpg" for n in range(files)], "names": [f"name {n}" for n in range(names)]}
-    path.with_suffix(".json").write_text(json.dumps(lists))
-    with pytest.raises(UserError, match=message):
-        PrecomputedEmbeddings(str(path))
-
-
-def write_embeddings(path: Path, image: torch.Tensor, text: torch.Tensor) -> PrecomputedEmbeddings:
-    save_file({"image": image, "text": text}, path)
-    files = [f"{number}.jpg" for number in range(len(image))]
-    path.with_suffix(".json").write_text(json.dumps({"image_files": files, "names": ["cat", "dog"][: len(text)]}))
-    return PrecomputedEmbeddings(str(path))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_embeddings_of_any_floating_point_format(dtype, tmp_path):
-    image, text = torch.randn(3, 8).to(dtype), torch.randn(2, 8).to(dtype)
-    embeddings = write_embeddings(tmp_path / "e.safetensors", image, text)
-    rows = [row for _, row in embeddings.images(None, ["2.jpg", "0.jpg"])]
-    expected = torch.nn.functional.normalize(image[[2, 0]].float(), dim=1)
-    np.testing.assert_allclose(np.stack(rows), expected, atol=1e-6)
-    expected = torch.nn.functional.normalize(text.float(), dim=1)
-    np.testing.assert_allclose(embeddings.texts(["cat", "dog"], []), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
-def test_embeddings_without_a_direction_are_named(value, tmp_path):
-    image, text = torch.randn(3, 8), torch.randn(2, 8)
-    image[1], text[1] = value, value
-    embeddings = write_embeddings(tmp_path / "e.safetensors", image, text)
-    results = dict(embeddings.images(None, ["0.jpg", "1.jpg", "2.jpg"]))
-    assert results["1.jpg"].reason == "its embedding in e.safetensors is NaN, infinite or zero"
-    assert all(isinstance(results[name], np.ndarray) for name in ("0.jpg", "2.jpg"))
-    assert embeddings.texts(["cat"], []).shape == (1, 8)
-    with pytest.raises(UserError, match=r"e\.safetensors: the text embedding of dog is NaN, infinite or zero"):
-        embeddings.texts(["cat", "dog"], [])
