@@ -402,4 +402,5 @@ def _usable(name: str, row: np.ndarray, place: str = "") -> np.ndarray | PhotoEr
 def _normalized(row: torch.Tensor) -> np.ndarray:
     """An embedding [d] of any floating-point format, L2-normalized, float32."""
     values = row.float().numpy()
-    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
+    with np.errstate(invalid="ignore"):  # rows that are not finite are errors of their own
+        return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
