@@ -245,13 +245,17 @@ class SegmenterTraining(Section):
     blur_prob: float = setting(0.5, "Probability of Gaussian blur.", ge=0, le=1)
     blur_sigma: Range = setting((0.1, 2.0), "Sigma of the blur in pixels: low, high.")
     paste_objects: Annotated[tuple[int, int], Field(strict=False)] = setting(
-        (1, 2), "Objects of other photos pasted into a training photo: low, high."
+        (0, 1), "Objects of other photos pasted into a training photo: low, high."
+    )
+    empty_masks: Literal["background", "skip"] = setting(
+        "background", "Photos with an empty mask: train on them as background, or leave them out."
     )
     batch_size: int = setting(16, "Photos per step, over all workers.", ge=1, le=65536)
     grad_accum_steps: int = setting(1, "Parts into which a batch is split to save memory.", ge=1, le=65536)
     steps: int = setting(20_000, "Training steps.", ge=1, le=1_000_000_000)
     lr: float = setting(5e-4, "Learning rate of the head.", gt=0, le=10)
     encoder_lr: float = setting(5e-5, "Learning rate of the encoder.", ge=0, le=10)
+    dropout: float = setting(0.1, "Dropout after the projection of the pyramid pooling (ASPP).", ge=0, lt=1)
     encoder_bn_momentum: float = setting(
         0.01, "Momentum of the encoder's BatchNorm. Short trainings need more.", gt=0, le=1
     )

@@ -9,9 +9,9 @@ A detector without learning errs differently on every photo; a network that has 
 what they share. `keep_fraction` trains on the masks with the best scores alone. These tend to be of easy photos, which
 `paste_prob` compensates for: it pastes their objects onto the backgrounds of all other photos.
 
-The defaults are those of the paper. A photo is squeezed to a square, shrunk, recolored and blurred as in the training of
-a segmenter, and placed at a uniformly random position in the view; the rest of the network's input is 0. The loss of a
-photo is the sum of the Dice losses of all queries and decoder layers, at the size of the view, and of the ranking
+The defaults are those of the paper. A photo is squeezed to a square, shrunk, recolored and blurred as in the training
+of a segmenter, and placed at a uniformly random position in the view; the rest of the network's input is 0. The loss of
+a photo is the sum of the Dice losses of all queries and decoder layers, at the size of the view, and of the ranking
 losses of their objectness; that of a batch is the mean over its photos. `views`, `loss`, `warmup_steps` and
 `clip_grad_norm` select what short trainings on few photos need.
 
