@@ -220,9 +220,7 @@ class SaliencyTraining(Section):
     @field_validator("scale")
     @classmethod
     def _scale_is_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0.001 <= value[0] <= value[1] <= 1:
-            raise ValueError("expected two numbers, low and high, from 0.001 to 1")
-        return value
+        return ordered(value, 1)
 
 
 class SegmenterTraining(Section):
@@ -324,10 +322,10 @@ class RunConfig(Section):
     segmenter: SegmenterTraining = SegmenterTraining()
 
 
-def ordered(value: tuple[float, float]) -> tuple[float, float]:
-    """A range as it is; ValueError unless 0.001 <= low <= high <= 100."""
-    if not 0.001 <= value[0] <= value[1] <= 100:
-        raise ValueError("expected two numbers, low and high, from 0.001 to 100")
+def ordered(value: tuple[float, float], highest: int = 100) -> tuple[float, float]:
+    """Returns a range unchanged. Raises ValueError unless 0.001 <= low <= high <= highest."""
+    if not 0.001 <= value[0] <= value[1] <= highest:
+        raise ValueError(f"expected two numbers, low and high, from 0.001 to {highest}")
     return value
 
 

@@ -156,11 +156,22 @@ def training_count(records: Sequence[MaskRecord], settings: SaliencyTraining) ->
 
 
 def initial_network(settings: SaliencyTraining) -> SelfMask:
-    """Where training starts: a SelfMask network, or a backbone as encoder and a decoder with random weights."""
+    """Where training starts: a SelfMask network, or a backbone as encoder and a decoder with random weights.
+
+    Raises:
+        UserError: If weights cannot be loaded, or if views are not a whole number of patches.
+    """
     if settings.init_checkpoint is not None:
-        return load_selfmask(settings.backbone, settings.init_checkpoint, "--init-checkpoint")
-    encoder = load_backbone(settings.backbone, settings.backbone_weights).model.requires_grad_(True)
-    return SelfMask(encoder, settings.num_queries, settings.decoder_layers)
+        network = load_selfmask(settings.backbone, settings.init_checkpoint, "--init-checkpoint")
+    else:
+        encoder = load_backbone(settings.backbone, settings.backbone_weights).model.requires_grad_(True)
+        network = SelfMask(encoder, settings.num_queries, settings.decoder_layers)
+    patch_embed: Any = network.encoder.patch_embed
+    if settings.crop_size % (patch := patch_embed.patch_size[0]):
+        raise UserError(
+            f"--crop-size {settings.crop_size}: expected a multiple of {patch}, the patch size of {settings.backbone!r}"
+        )
+    return network
 
 
 def batches(

@@ -251,9 +251,11 @@ def test_concurrent_training_in_one_folder_raises(run_of_discs):
     assert CliRunner().invoke(app, ["train-saliency", str(missing)]).exit_code == 2 and not missing.exists()
 
 
-def test_training_without_masks_raises_user_error(run_of_discs):
+def test_wrong_views_or_no_masks_raise_user_error(run_of_discs):
     shard = run_of_discs / "masks" / "00000.jsonl"
     write_shard(shard, [])
+    with pytest.raises(UserError, match=f"--crop-size 50: expected a multiple of 8, the patch size of '{TINY}'"):
+        train_saliency(run_of_discs, crop_size=50)
     with pytest.raises(UserError, match="there are no masks"):
         train_saliency(run_of_discs)
     shard.unlink()
