@@ -302,11 +302,12 @@ def losses(masks: Tensor, objectness: Tensor, targets: Tensor, kind: str) -> tup
     soft = masks.sigmoid()
     if kind == "sum":
         upsampled = F.interpolate(soft.flatten(0, 1), targets.shape[1:], mode="bilinear")
-        soft, objectness, penalty = upsampled.unflatten(0, soft.shape[:2]), objectness.sigmoid(), F.relu
+        soft, score = upsampled.unflatten(0, soft.shape[:2]), objectness.sigmoid()
+        rank = F.relu(score[..., :, None] - score[..., None, :])
     else:
-        targets, penalty = F.interpolate(targets[:, None], soft.shape[-2:], mode="area")[:, 0], F.softplus
+        targets = F.interpolate(targets[:, None], soft.shape[-2:], mode="area")[:, 0]
+        rank = F.softplus(objectness[..., :, None] - objectness[..., None, :])
     overlap = torch.einsum("lnqhw,nhw->lnq", soft, targets)
     dice = 1 - (2 * overlap + 1) / (soft.sum((-2, -1)) + targets.sum((-2, -1))[:, None] + 1)
     worse = dice.detach()[..., :, None] > dice.detach()[..., None, :]
-    rank = penalty(objectness[..., :, None] - objectness[..., None, :])
     return dice, (rank * worse).sum(), worse.sum()
