@@ -140,7 +140,8 @@ class Plain(Dataset):
         photo = v2.functional.resize(photo, shape)
         labels = v2.functional.resize(labels, shape, v2.InterpolationMode.NEAREST)
         down, right = (max(0, size - side) for side in shape)
-        padding = [right // 2, down // 2, right - right // 2, down - down // 2]
+        left, top = (int(torch.randint(side + 1, ())) for side in (right, down))
+        padding = [left, top, right - left, down - top]
         mean = [round(c) for c in np.asarray(photo).mean((0, 1))]
         photo, labels = v2.functional.pad(photo, padding, mean), v2.functional.pad(labels, padding, IGNORE)
         top, left = (int(torch.randint(side - size + 1, ())) for side in (photo.height, photo.width))

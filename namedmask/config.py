@@ -186,7 +186,7 @@ class PseudolabelConfig(Section):
 
 
 class SaliencyTraining(Section):
-    """A SelfMask network, trained on the masks of a run. Sizes, epochs and learning rates are the SelfMask paper's."""
+    """A SelfMask network, trained on the masks of a run with the SelfMask paper's settings."""
 
     backbone: str = setting("vit_small_patch8_224.dino", "Encoder, a ViT by its timm name.")
     backbone_weights: Weights = setting(None, "Local file with encoder weights, instead of timm's.")
@@ -196,13 +196,23 @@ class SaliencyTraining(Section):
     keep_fraction: float = setting(1.0, "Fraction of the masks to train on, best scores first.", gt=0, le=1)
     paste_prob: float = setting(0.0, "Probability of pasting the object onto another background.", ge=0, le=1)
     texture_prob: float = setting(0.0, "Probability of blending another photo's texture into the object.", ge=0, le=1)
-    crop_size: int = setting(224, "Side of the training crops, in pixels.", ge=16, le=4096)
-    scale: Range = setting((0.1, 1.0), "Area of a crop relative to the photo: low, high.")
+    views: Literal["shrink", "crop"] = setting(
+        "shrink", "Training views: photos squeezed to a square, shrunk and padded; or square crops of photos."
+    )
+    crop_size: int = setting(224, "Side of the training views, in pixels.", ge=16, le=4096)
+    scale: Range = setting(
+        (0.1, 1.0), "Side of a shrunk photo relative to the view, or area of a crop relative to the photo: low, high."
+    )
+    loss: Literal["sum", "mean"] = setting(
+        "sum", "Sums of the losses at the size of the view, or smoothed means at the resolution of the mask."
+    )
     batch_size: int = setting(8, "Photos per step, over all workers.", ge=1, le=65536)
     epochs: int = setting(12, "Passes over the masks.", ge=1, le=1_000_000)
     steps: int = setting(0, "Training steps, instead of epochs if above 0.", ge=0, le=1_000_000_000)
     lr: float = setting(6e-6, "Learning rate of the decoder.", gt=0, le=10)
     encoder_lr: float = setting(6e-6, "Learning rate of the encoder.", gt=0, le=10)
+    warmup_steps: int = setting(0, "Steps in which the learning rates rise linearly.", ge=0, le=1_000_000_000)
+    clip_grad_norm: float = setting(0.0, "Maximum norm of the gradients; 0 to disable clipping.", ge=0, le=1e6)
     weight_decay: float = setting(0.01, "Weight decay.", ge=0, le=10)
     precision: Precision = setting("float32", "Floating-point format of matrix products; weights stay float32.")
     seed: int = setting(0, "Random seed.", ge=0, le=2**32 - 1)
@@ -210,7 +220,7 @@ class SaliencyTraining(Section):
     @field_validator("scale")
     @classmethod
     def _scale_is_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        return ordered(value)
+        return ordered(value, 1)
 
 
 class SegmenterTraining(Section):
@@ -233,13 +243,17 @@ class SegmenterTraining(Section):
     blur_prob: float = setting(0.5, "Probability of Gaussian blur.", ge=0, le=1)
     blur_sigma: Range = setting((0.1, 2.0), "Sigma of the blur in pixels: low, high.")
     paste_objects: Annotated[tuple[int, int], Field(strict=False)] = setting(
-        (1, 2), "Objects of other photos pasted into a training photo: low, high."
+        (0, 1), "Objects of other photos pasted into a training photo: low, high."
+    )
+    empty_masks: Literal["background", "skip"] = setting(
+        "background", "Photos with an empty mask: train on them as background, or leave them out."
     )
     batch_size: int = setting(16, "Photos per step, over all workers.", ge=1, le=65536)
     grad_accum_steps: int = setting(1, "Parts into which a batch is split to save memory.", ge=1, le=65536)
     steps: int = setting(20_000, "Training steps.", ge=1, le=1_000_000_000)
     lr: float = setting(5e-4, "Learning rate of the head.", gt=0, le=10)
     encoder_lr: float = setting(5e-5, "Learning rate of the encoder.", ge=0, le=10)
+    dropout: float = setting(0.1, "Dropout after the projection of the pyramid pooling (ASPP).", ge=0, lt=1)
     encoder_bn_momentum: float = setting(
         0.01, "Momentum of the encoder's BatchNorm. Short trainings need more.", gt=0, le=1
     )
@@ -308,10 +322,10 @@ class RunConfig(Section):
     segmenter: SegmenterTraining = SegmenterTraining()
 
 
-def ordered(value: tuple[float, float]) -> tuple[float, float]:
-    """A range as it is; ValueError unless 0.001 <= low <= high <= 100."""
-    if not 0.001 <= value[0] <= value[1] <= 100:
-        raise ValueError("expected two numbers, low and high, from 0.001 to 100")
+def ordered(value: tuple[float, float], highest: int = 100) -> tuple[float, float]:
+    """Returns a range unchanged. Raises ValueError unless 0.001 <= low <= high <= highest."""
+    if not 0.001 <= value[0] <= value[1] <= highest:
+        raise ValueError(f"expected two numbers, low and high, from 0.001 to {highest}")
     return value
 
 

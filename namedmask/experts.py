@@ -18,9 +18,9 @@ OUT/refined/00000.jsonl the records of masks/ with the experts' masks and scores
                         per shard, in the mode "shared" sorted by photo. The folder appears when all are finished.
 
 A photo that was retrieved for two categories has two records, one from each expert. If an expert predicts no object,
-the record has an empty mask and the score 0, like that of a detector: the photo does not show the category, and no
-training uses it. A category whose masks are all empty is an error, or with `allow_empty` has no expert and keeps its
-records.
+the record has an empty mask and the score 0, like that of a detector: the photo does not show the category. Trainings
+use such photos as background, or leave them out if `empty_masks` is "skip". A category whose masks are all empty is an
+error, or with `allow_empty` has no expert and keeps its records.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from .progress import Progress
 from .segmenter.augment import IGNORE
 from .segmenter.deeplab import DeepLab
 from .segmenter.predict import Segmenter, upsampled_argmax
-from .segmenter.training import Sample, train
+from .segmenter.training import Sample, train, training_records
 
 SHARED = "shared"
 SHARD_SIZE = 64  # minimum number of records in a shard of the mode "shared", except for the last
@@ -106,10 +106,18 @@ class SharedExperts(DeepLab):
         categories: Number of categories.
         head_channels: Channels of the head.
         encoder_bn_momentum: Momentum of the encoder's BatchNorm statistics.
+        dropout: Probability of dropout after the ASPP projection, in training mode.
     """
 
-    def __init__(self, encoder: Encoder, categories: int, head_channels: int, encoder_bn_momentum: float = 0.01):
-        super().__init__(encoder, categories, head_channels, encoder_bn_momentum)
+    def __init__(
+        self,
+        encoder: Encoder,
+        categories: int,
+        head_channels: int,
+        encoder_bn_momentum: float = 0.01,
+        dropout: float = 0.1,
+    ):
+        super().__init__(encoder, categories, head_channels, encoder_bn_momentum, dropout)
         self.classifier.classifier[-1] = CategoryLayers(head_channels, categories)
 
     @property
@@ -155,21 +163,24 @@ def file_name(category: str) -> str:
     return fitted(quote(category, safe=" ", errors="surrogatepass").replace(".", "%2E"), 200)
 
 
-def expert_samples(records: dict[str, list[MaskRecord]], names: Sequence[str]) -> list[Sample]:
+def expert_samples(
+    records: dict[str, list[MaskRecord]], names: Sequence[str], settings: ExpertTraining
+) -> list[Sample]:
     """The training samples of experts.
 
     Args:
         records: Masks by category.
         names: Categories of the experts that share a network.
+        settings: Settings of the training.
 
     Returns:
-        All non-empty masks. Of the k-th category, background has the label 2 k and the object 2 k + 1.
+        The masks of each category that `training_records` selects. Of the k-th category, background has the label 2 k
+        and the object 2 k + 1.
     """
     return [
         Sample(record, 2 * index + 1, 2 * index)
         for index, name in enumerate(names)
-        for record in records[name]
-        if record.area
+        for record in training_records(records[name], settings)
     ]
 
 
@@ -281,9 +292,12 @@ class _Experts:
         network = self._expert(SHARED, names, self.worker)
         assert isinstance(network, SharedExperts)
         layers, segmenter = network.layers, Segmenter(network, names, self.device)
+        trained = {name for name, masks in self.records.items() if any(record.area for record in masks)}
         indices = {name: torch.tensor([index], device=segmenter.device) for index, name in enumerate(names)}
 
         def logits(features: Tensor, name: str) -> Tensor:
+            if name not in trained:  # its masks stay empty
+                return features.new_full(features.shape[1:], -torch.inf)
             return layers.logits(features[None], indices[name])[0]
 
         shards = self._shared_shards()
@@ -305,7 +319,8 @@ class _Experts:
             make_folder(folder)
             if worker.is_main:
                 remove_stale(folder)
-            samples, progress = expert_samples(self.records, categories), _ExpertProgress(self.progress, name)
+            samples = expert_samples(self.records, categories, self.settings)
+            progress = _ExpertProgress(self.progress, name)
             network = train(
                 self.source, samples, classes, folder, self.settings, worker, self.device, progress, network_type
             )

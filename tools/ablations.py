@@ -39,9 +39,12 @@ BASE = {
     "refine": True,
     "experts": "shared",
     "photos": 50,
-    "paste_objects": (1, 2),
+    "paste_objects": (0, 1),
+    "dropout": 0.1,
+    "empty_masks": "background",
     "crop_size": demo.SEGMENTER["crop_size"],
 }
+SEGMENTER = ("paste_objects", "dropout", "empty_masks", "crop_size")  # what a row sets of the segmenter's training
 ROWS = {
     "base": {},
     "spectral detector": {"detector": "spectral"},
@@ -52,7 +55,9 @@ ROWS = {
     "an expert network a kind": {"experts": "separate"},
     "no copy-paste": {"paste_objects": (0, 0)},
     "1 object pasted": {"paste_objects": (1, 1)},
-    "1 to 3 objects pasted": {"paste_objects": (1, 3)},
+    "1 to 2 objects pasted": {"paste_objects": (1, 2)},
+    "no dropout": {"dropout": 0.0},
+    "photos with empty masks left out": {"empty_masks": "skip"},
     "views of 160 pixels": {"crop_size": 160},
     "views of 160 pixels, no copy-paste": {"crop_size": 160, "paste_objects": (0, 0)},
     "views of 160 pixels, no experts": {"crop_size": 160, "experts": None},
@@ -77,7 +82,7 @@ def settings(folder: Path, row: dict) -> dict:
         "detector": demo.SPECTRAL if row["detector"] == "spectral" else demo.DETECTOR,
         "refine": demo.REFINE if row["refine"] else {"name": "none"},
         "experts": experts,
-        "segmenter": demo.SEGMENTER | {"paste_objects": row["paste_objects"], "crop_size": row["crop_size"]},
+        "segmenter": demo.SEGMENTER | {name: row[name] for name in SEGMENTER},
     }
 
 

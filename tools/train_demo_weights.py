@@ -628,8 +628,8 @@ def train_selfmask(arguments: argparse.Namespace) -> None:
         training = {
             "backbone": VIT_NAME, "init_checkpoint": weights, "num_queries": 10, "decoder_layers": 3,
             "keep_fraction": keep, "paste_prob": arguments.paste, "texture_prob": arguments.texture, "steps": steps,
-            "crop_size": 112, "scale": (0.25, 1.0), "batch_size": 20, "lr": 8e-4, "encoder_lr": 3e-4,
-            "weight_decay": 0.02,
+            "views": "crop", "crop_size": 112, "scale": (0.25, 1.0), "loss": "mean", "batch_size": 20, "lr": 8e-4,
+            "encoder_lr": 3e-4, "warmup_steps": 50, "clip_grad_norm": 1.0, "weight_decay": 0.02,
         }  # fmt: skip
         given = {"photos": str(photos.parent.absolute()), "detector": detector, "refine": REFINE, "saliency": training}
         run.start(out, given, ["archive", "pseudolabel", "train-saliency"], gpus=0)

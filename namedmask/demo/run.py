@@ -61,7 +61,7 @@ REFINE: dict[str, Any] = {
 COARSE = REFINE | {"sigma_spatial": 26.0, "sigma_chroma": 6.0, "smoothness": 256.0}
 
 # Short trainings on small photos from the demo's own encoders: less downscaling and higher learning rates than in the
-# paper.
+# paper. Dropout, random positions and the use of photos with empty masks are the paper's.
 LEARNING = {
     "head_channels": 64,
     "crop_size": 96,

@@ -9,6 +9,12 @@ A detector without learning errs differently on every photo; a network that has 
 what they share. `keep_fraction` trains on the masks with the best scores alone. These tend to be of easy photos, which
 `paste_prob` compensates for: it pastes their objects onto the backgrounds of all other photos.
 
+The defaults are those of the paper. A photo is squeezed to a square, shrunk, recolored and blurred as in the training
+of a segmenter, and placed at a uniformly random position in the view; the rest of the network's input is 0. The loss of
+a photo is the sum of the Dice losses of all queries and decoder layers, at the size of the view, and of the ranking
+losses of their objectness; that of a batch is the mean over its photos. `views`, `loss`, `warmup_steps` and
+`clip_grad_norm` select what short trainings on few photos need.
+
 Every step derives its photos and their augmentation from the seed and the step number. On the CPU, an interrupted
 training therefore ends with weights that are bit-identical to those of one that was not. Several workers share each
 batch; their losses and gradients are those of the whole batch, up to rounding.
@@ -32,19 +38,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
 
 from ..backbones import load as load_backbone
-from ..config import SaliencyTraining
+from ..config import SaliencyTraining, SegmenterTraining
 from ..distributed import Worker
 from ..errors import DamagedFile, UserError
 from ..files import atomic_write, make_folder
 from ..masks import MaskRecord, digest, read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
+from ..segmenter.augment import recolored
 from ..threads import map_ahead, thread_count
 from ..training import TrainingPhotos, TrainingState, fit
-from .selfmask import UPSAMPLED, SelfMask
+from .selfmask import SelfMask
 from .selfmask import load as load_selfmask
 
-WARM_UP = 50  # steps until the learning rate is reached
+NEAREST = TF.InterpolationMode.NEAREST_EXACT
+COLORS = SegmenterTraining()  # how shrunk photos are recolored and blurred
 
 
 def train_saliency(
@@ -83,7 +91,7 @@ def train_saliency(
     precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bfloat16")
 
     def learning_rate(step: int, highest: float) -> float:
-        return highest * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps) ** 0.9
+        return highest * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (1 - step / steps) ** 0.9
 
     with worker.collective(device), TrainingState(folder, about, network, optimizer, steps, worker) as state:
         shared: nn.Module = network
@@ -93,11 +101,15 @@ def train_saliency(
         def step(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
             with precision:
                 masks, objectness = shared(images)
-            dice, rank, pairs = losses(masks.float(), objectness.float(), targets)
-            dice_loss = dice.mean()
-            rank_loss = rank / worker.sum(pairs).clamp_min(1) * worker.count  # DDP takes the mean over the workers
+            dice, rank, pairs = losses(masks.float(), objectness.float(), targets, settings.loss)
+            if settings.loss == "sum":
+                dice_loss, rank_loss = dice.sum() / len(images), rank / len(images)
+            else:
+                dice_loss = dice.mean()
+                rank_loss = rank / worker.sum(pairs).clamp_min(1) * worker.count  # DDP takes the mean over the workers
             (dice_loss + rank_loss).backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            if settings.clip_grad_norm:
+                torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip_grad_norm)
             last = torch.stack([dice[-1].mean().detach(), rank_loss.detach()])
             dice_last, ranking = worker.sum(last) / worker.count
             return {"dice": dice_last, "ranking": ranking}
@@ -144,11 +156,22 @@ def training_count(records: Sequence[MaskRecord], settings: SaliencyTraining) ->
 
 
 def initial_network(settings: SaliencyTraining) -> SelfMask:
-    """Where training starts: a SelfMask network, or a backbone as encoder and a decoder with random weights."""
+    """Where training starts: a SelfMask network, or a backbone as encoder and a decoder with random weights.
+
+    Raises:
+        UserError: If weights cannot be loaded, or if views are not a whole number of patches.
+    """
     if settings.init_checkpoint is not None:
-        return load_selfmask(settings.backbone, settings.init_checkpoint, "--init-checkpoint")
-    encoder = load_backbone(settings.backbone, settings.backbone_weights).model.requires_grad_(True)
-    return SelfMask(encoder, settings.num_queries, settings.decoder_layers)
+        network = load_selfmask(settings.backbone, settings.init_checkpoint, "--init-checkpoint")
+    else:
+        encoder = load_backbone(settings.backbone, settings.backbone_weights).model.requires_grad_(True)
+        network = SelfMask(encoder, settings.num_queries, settings.decoder_layers)
+    patch_embed: Any = network.encoder.patch_embed
+    if settings.crop_size % (patch := patch_embed.patch_size[0]):
+        raise UserError(
+            f"--crop-size {settings.crop_size}: expected a multiple of {patch}, the patch size of {settings.backbone!r}"
+        )
+    return network
 
 
 def batches(
@@ -166,17 +189,17 @@ def batches(
         photos: The photos with their masks, best first. The fraction `settings.keep_fraction` of them is trained on, in
             a new order in every epoch; the corners of all of them serve as new backgrounds.
         settings: Settings of the training.
-        network: The network, for the sizes and colors that it expects.
+        network: The network, for the colors that it expects.
         worker: This worker.
         steps: Numbers of the steps.
 
     Yields:
-        photos float32 [n, 3, S, S], normalized, and masks float32 [n, h, w] in [0, 1] at the decoder's resolution.
+        photos float32 [n, 3, S, S], normalized, and masks float32 [n, S, S] in [0, 1], with S = `settings.crop_size`.
     """
     encoder: Any = network.encoder
     cfg = encoder.pretrained_cfg
     mean, std = torch.tensor(cfg["mean"]).view(3, 1, 1), torch.tensor(cfg["std"]).view(3, 1, 1)
-    side = settings.crop_size // encoder.patch_embed.patch_size[0] * UPSAMPLED
+    size = settings.crop_size
     records = photos.records
     trained = training_count(records, settings)
     orders: dict[int, np.ndarray] = {}
@@ -184,12 +207,21 @@ def batches(
     def from_there(number: int, count: int) -> Iterator[int]:
         return itertools.chain(range(number, count), range(number))
 
-    def view(pixels: np.ndarray, box: list[int], rng: np.random.Generator) -> Tensor:
-        return recolored(cropped(torch.from_numpy(pixels).permute(2, 0, 1), box, settings.crop_size), rng)
+    def crop(pixels: np.ndarray, box: list[int], rng: np.random.Generator) -> Tensor:
+        return (relit(cropped(torch.from_numpy(pixels).permute(2, 0, 1), box, size), rng) - mean) / std
+
+    def shrunk(pixels: np.ndarray, mask: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        side = max(1, round(size * rng.uniform(*settings.scale)))
+        top, left = (int(rng.integers(size - side + 1)) for _ in range(2))
+        photo = TF.resize(torch.from_numpy(pixels).permute(2, 0, 1), [side, side], antialias=True).float() / 255
+        view, target = torch.zeros(3, size, size), torch.zeros(1, size, size)
+        view[:, top : top + side, left : left + side] = (recolored(photo, COLORS, rng) - mean) / std
+        target[:, top : top + side, left : left + side] = TF.resize(mask, [side, side], NEAREST)
+        return view, target
 
     def corner(rng: np.random.Generator) -> Tensor:
         numbers = from_there(int(rng.integers(len(records))), len(records))
-        return photos.use(numbers, lambda number, pixels: view(pixels, corner_box(*records[number].size, rng), rng))
+        return photos.use(numbers, lambda number, pixels: crop(pixels, corner_box(*records[number].size, rng), rng))
 
     def sample(place: int) -> tuple[Tensor, Tensor]:
         epoch, index = divmod(place, trained)
@@ -197,24 +229,25 @@ def batches(
             orders[epoch] = np.random.default_rng((settings.seed, 0, epoch)).permutation(trained)
         rng = np.random.default_rng((settings.seed, 1, place))
 
-        def make(number: int, pixels: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        def make(number: int, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
             mask = torch.from_numpy(records[number].mask())[None].float()
+            if settings.views == "shrink":
+                return shrunk(pixels, mask, rng)
             box = random_box(*records[number].size, settings.scale, rng)
-            # Antialiased: a cell of the target is the fraction of it that the object covers.
-            return view(pixels, box, rng), cropped(mask, box, settings.crop_size), cropped(mask, box, side)
+            return crop(pixels, box, rng), cropped(mask, box, size)
 
-        photo, mask, target = photos.use(from_there(int(orders[epoch][index]), trained), make)
+        photo, mask = photos.use(from_there(int(orders[epoch][index]), trained), make)
         if rng.random() < settings.texture_prob:
             photo = photo.lerp(corner(rng), mask * rng.uniform(0.3, 0.9))
         if rng.random() < settings.paste_prob:
             photo = corner(rng).lerp(photo, mask)
-        return (photo.flip(2), target.flip(2)) if rng.random() < 0.5 else (photo, target)
+        return (photo.flip(2), mask.flip(2)) if rng.random() < 0.5 else (photo, mask)
 
     places = (place for step in steps for place in worker.share(step * settings.batch_size, settings.batch_size))
     loaded = map_ahead(sample, places, thread_count())
     for _ in steps:
         views, masks = zip(*(next(loaded) for _ in range(settings.batch_size // worker.count)), strict=True)
-        yield (torch.stack(views) - mean) / std, torch.cat(masks)
+        yield torch.stack(views), torch.cat(masks)
 
 
 def random_box(h: int, w: int, scale: tuple[float, float], rng: np.random.Generator) -> list[int]:
@@ -234,7 +267,7 @@ def cropped(image: Tensor, box: list[int], side: int) -> Tensor:
     return TF.resized_crop(image, *box, [side, side], TF.InterpolationMode.BILINEAR, antialias=True)
 
 
-def recolored(photo: Tensor, rng: np.random.Generator) -> Tensor:
+def relit(photo: Tensor, rng: np.random.Generator) -> Tensor:
     """A photo uint8 [3, h, w] in other light and colors, sometimes gray: float32 [3, h, w] in [0, 1].
 
     Saturation and hue are one matrix on RGB, a rotation about the gray axis: a tenth of the time of a way through HSV.
@@ -249,23 +282,32 @@ def recolored(photo: Tensor, rng: np.random.Generator) -> Tensor:
     return pixels.clamp(0, 1).view(photo.shape)
 
 
-def losses(masks: Tensor, objectness: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def losses(masks: Tensor, objectness: Tensor, targets: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """Dice losses and the ranking loss of SelfMask.
 
-    Of two queries the one with the lower Dice loss should have the higher objectness: the ranking loss is the softplus
-    of the difference.
+    Of two queries of a photo and layer, the one with the lower Dice loss should have the higher objectness.
 
     Args:
         masks: logits [layers, n, Q, h, w].
         objectness: logits [layers, n, Q].
-        targets: [n, h, w] in [0, 1].
+        targets: [n, S, S] in [0, 1].
+        kind: "sum", as published: soft masks are upsampled to the size of the targets. The ranking loss of a pair of
+            queries is the difference of their objectness as probabilities, if that of the worse one is higher, else 0.
+            "mean": targets are averaged to the size of the masks. The ranking loss is the softplus of the difference of
+            the objectness logits.
 
     Returns:
         Dice losses [layers, n, Q], the sum of the ranking losses of all pairs of queries, and the number of pairs.
     """
-    soft, target = masks.sigmoid(), targets[:, None]
-    overlap = (soft * target).sum((-2, -1))
-    dice = 1 - (2 * overlap + 1) / (soft.sum((-2, -1)) + target.sum((-2, -1)) + 1)
+    soft = masks.sigmoid()
+    if kind == "sum":
+        upsampled = F.interpolate(soft.flatten(0, 1), targets.shape[1:], mode="bilinear")
+        soft, score = upsampled.unflatten(0, soft.shape[:2]), objectness.sigmoid()
+        rank = F.relu(score[..., :, None] - score[..., None, :])
+    else:
+        targets = F.interpolate(targets[:, None], soft.shape[-2:], mode="area")[:, 0]
+        rank = F.softplus(objectness[..., :, None] - objectness[..., None, :])
+    overlap = torch.einsum("lnqhw,nhw->lnq", soft, targets)
+    dice = 1 - (2 * overlap + 1) / (soft.sum((-2, -1)) + targets.sum((-2, -1))[:, None] + 1)
     worse = dice.detach()[..., :, None] > dice.detach()[..., None, :]
-    rank = F.softplus(objectness[..., :, None] - objectness[..., None, :])
     return dice, (rank * worse).sum(), worse.sum()

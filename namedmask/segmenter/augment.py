@@ -45,8 +45,9 @@ def augment(pixels: np.ndarray, labels: np.ndarray, settings: SegmenterTraining,
     """Randomly scales, crops, flips, recolors and blurs a photo.
 
     The scale factor is drawn from `settings.scale`. If a scaled side is longer than the view, a window at a uniformly
-    random position is cropped from it (only the window is resized). If it is shorter, it is padded evenly at both ends,
-    with the mean color and IGNORE.
+    random position is cropped from it (only the window is resized). If it is shorter, the photo is placed at a
+    uniformly random position and padded with its mean color and IGNORE. The positions along the two sides are
+    independent.
 
     Args:
         pixels: Photo, uint8 [H, W, 3].
@@ -71,13 +72,27 @@ def augment(pixels: np.ndarray, labels: np.ndarray, settings: SegmenterTraining,
     padded[y, x] = resized
     if rng.random() < settings.flip_prob:
         view, padded = view.flip(2), padded.flip(1)
+    return View(recolored(view, settings, rng).mul(255).round_().clamp_(0, 255).to(torch.uint8), padded)
+
+
+def recolored(photo: Tensor, settings: SegmenterTraining, rng: np.random.Generator) -> Tensor:
+    """Randomly changes the colors of a photo, makes it gray, and blurs it, each with its own probability.
+
+    Args:
+        photo: float32 [3, h, w] in [0, 1].
+        settings: Strengths and probabilities.
+        rng: Source of randomness.
+
+    Returns:
+        float32 [3, h, w].
+    """
     if rng.random() < settings.color_jitter_prob:
-        view = color_jitter(view, settings.color_jitter, rng)
+        photo = color_jitter(photo, settings.color_jitter, rng)
     if rng.random() < settings.grayscale_prob:
-        view = torch.einsum("c,chw->hw", LUMA, view).expand(3, -1, -1)
+        photo = torch.einsum("c,chw->hw", LUMA, photo).expand(3, -1, -1)
     if rng.random() < settings.blur_prob:
-        view = gaussian_blur(view, rng.uniform(*settings.blur_sigma))
-    return View(view.mul(255).round_().clamp_(0, 255).to(torch.uint8), padded)
+        photo = gaussian_blur(photo, rng.uniform(*settings.blur_sigma))
+    return photo
 
 
 class _Window(NamedTuple):
@@ -92,7 +107,7 @@ class _Window(NamedTuple):
 def _random_window(side: int, scale: float, size: int, rng: np.random.Generator) -> _Window:
     scaled = max(1, round(scale * side))
     if scaled <= size:
-        return _Window(0, side, scaled, (size - scaled) // 2)
+        return _Window(0, side, scaled, int(rng.integers(size - scaled + 1)))
     length = min(side, max(1, round(size / scale)))
     return _Window(int(rng.integers(side - length + 1)), length, size, 0)
 

@@ -62,33 +62,67 @@ class SeparableConv(nn.Module):
         return self.body(x)
 
 
+class SampleDropout(nn.Module):
+    """Dropout whose mask for a sample depends on nothing but the seed of that sample.
+
+    A training that derives the seeds from the numbers of its samples gets the same masks after an interruption, and
+    whichever worker or part of a batch a sample is in. Masks on a GPU differ from those on the CPU. Setting the seeds
+    does not make the CPU wait for a GPU.
+
+    Args:
+        probability: Probability that an element is set to 0; the others are scaled to keep the mean.
+
+    Attributes:
+        seeds: Seed of each sample of the next batch, integers in [0, 2**64). None: masks come from torch's global
+            generator, as in nn.Dropout.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+        self.seeds: Sequence[int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, ...] -> [n, ...]; in eval mode, x itself. Raises ValueError if there are not n seeds."""
+        if not self.training or not self.probability or self.seeds is None:
+            return F.dropout(x, self.probability, self.training)
+        if len(self.seeds) != len(x):
+            raise ValueError(f"SampleDropout: {len(self.seeds)} seeds for a batch of {len(x)}")
+        kept, generator = torch.empty(x.shape, device=x.device), torch.Generator(x.device)
+        for sample, seed in zip(kept, self.seeds, strict=True):
+            sample.bernoulli_(1 - self.probability, generator=generator.manual_seed(seed))
+        return x * kept.div_(1 - self.probability).to(x.dtype)
+
+
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: [n, in_channels, h, w] -> [n, out_channels, h, w].
 
-    Concatenates a 1 x 1 convolution, separable convolutions of several dilations, and the global average.
+    Concatenates a 1 x 1 convolution, separable convolutions of several dilations, and the global average; projects them
+    and applies dropout.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float):
         super().__init__()
         pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, out_channels))
         branches = [conv_bn_relu(in_channels, out_channels, dilation) for dilation in DILATIONS]
         self.convs = nn.ModuleList([conv_bn_relu(in_channels, out_channels), *branches, pooled])
         self.project = conv_bn_relu(len(self.convs) * out_channels, out_channels)
+        self.dropout = SampleDropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         features = [conv(x) for conv in self.convs]
         features[-1] = features[-1].expand_as(features[0])
-        return self.project(torch.cat(features, 1))
+        return self.dropout(self.project(torch.cat(features, 1)))
 
 
 class Head(nn.Module):
     """Decoder: features of strides 4 and 8 -> logits of stride 4."""
 
-    def __init__(self, in_channels: tuple[int, int], classes: int, channels: int):
+    def __init__(self, in_channels: tuple[int, int], classes: int, channels: int, dropout: float = 0.1):
         super().__init__()
         fine_channels = 3 * channels // 16  # few, so that they do not outweigh the ASPP features
         self.project = conv_bn_relu(in_channels[0], fine_channels)
-        self.aspp = ASPP(in_channels[1], channels)
+        self.aspp = ASPP(in_channels[1], channels, dropout)
         self.classifier = nn.Sequential(
             *conv_bn_relu(fine_channels + channels, channels, dilation=1), nn.Conv2d(channels, classes, 1)
         )
@@ -111,16 +145,24 @@ class DeepLab(nn.Module):
         head_channels: Channels of the head, at least 16. The paper has 256; a small encoder needs fewer.
         encoder_bn_momentum: Momentum of the encoder's BatchNorm statistics. It is low, because the photos of a small
             archive should change them only slowly.
+        dropout: Probability of dropout after the ASPP projection, in training mode.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: Encoder, classes: int, head_channels: int = 256, encoder_bn_momentum: float = 0.01):
+    def __init__(
+        self,
+        encoder: Encoder,
+        classes: int,
+        head_channels: int = 256,
+        encoder_bn_momentum: float = 0.01,
+        dropout: float = 0.1,
+    ):
         super().__init__()
         self.encoder, self.classes, self.head_channels = encoder.name, classes, head_channels
         self.backbone, self.feature_indices, self.multiple = encoder.network, encoder.taken, encoder.multiple
-        self.classifier = Head(encoder.channels, classes, head_channels)
+        self.classifier = Head(encoder.channels, classes, head_channels, dropout)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(encoder, name)).view(3, 1, 1), persistent=False)
         for module in self.backbone.modules():

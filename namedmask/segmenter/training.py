@@ -5,10 +5,10 @@ OUT/segmenter/
   model.safetensors, categories.json   the network (see `deeplab`), written last
   metrics.jsonl, tensorboard/, checkpoint.pt   see `namedmask.training`; the checkpoint is removed at the end
 
-Every step derives its photos and their augmentation from the seed and the step number. On the CPU, an interrupted
-training therefore ends with weights that are bit-identical to those of one that was not; on a GPU, some of torch's
-gradients are not reproducible. Several workers share each batch; BatchNorm and the loss are those of the whole batch,
-so that the result does not depend on the number of workers, up to rounding.
+Every step derives its photos, their augmentation and their dropout from the seed and the step number. On the CPU, an
+interrupted training therefore ends with weights that are bit-identical to those of one that was not; on a GPU, some of
+torch's gradients are not reproducible. Several workers share each batch; BatchNorm and the loss are those of the whole
+batch, so that the result does not depend on the number of workers, up to rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ from .deeplab import DeepLab, on_device, read_about, save_segmenter
 
 
 class Sample(NamedTuple):
-    """A training sample: a photo with the mask of one object.
+    """A training sample: a photo with the mask of one object, which may be empty.
 
     Attributes:
         record: The mask and the name of the photo.
@@ -78,7 +78,7 @@ def train_segmenter(
     if unknown := sorted({record.category for record in records} - set(categories)):
         raise UserError(f"{masks} has masks of {', '.join(unknown)}, which {out / 'archive.json'} does not list")
     label = {name: number for number, name in enumerate(categories, 1)}
-    samples = [Sample(record, label[record.category]) for record in records if record.area]
+    samples = [Sample(record, label[record.category]) for record in training_records(records, settings)]
     if (folder / "model.safetensors").exists():
         remedy = f"train it again with `namedmask train {out} --overwrite`"
         if read_about(folder / "categories.json", remedy).get("masks") != _digest(samples):
@@ -93,6 +93,17 @@ def train_segmenter(
     if worker.is_main:
         save_segmenter(folder, network, categories, _digest(samples))
         (folder / "checkpoint.pt").unlink()
+
+
+def training_records(records: Iterable[MaskRecord], settings: SegmenterTraining) -> list[MaskRecord]:
+    """The masks to train on, in order: all masks of the categories that have a mask that is not empty.
+
+    Photos with an empty mask are background photos, or are left out if `settings.empty_masks` is "skip".
+    """
+    records = list(records)
+    usable = {record.category for record in records if record.area}
+    keep_empty = settings.empty_masks == "background"
+    return [record for record in records if record.area or (keep_empty and record.category in usable)]
 
 
 def train(
@@ -149,7 +160,8 @@ def train(
         parallel = DistributedDataParallel(network, broadcast_buffers=False) if worker.count > 1 else None
 
         def step(photos: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return {"loss": accumulate_gradients(network, parallel, photos, labels, settings, worker)}
+            first = worker.share(state.step * settings.batch_size, settings.batch_size).start
+            return {"loss": accumulate_gradients(network, parallel, photos, labels, settings, worker, first)}
 
         photos = TrainingPhotos(source, [sample.record for sample in samples], folder, progress)
         remaining = batches(photos, samples, settings, worker, range(state.step, settings.steps))
@@ -174,7 +186,7 @@ def initial_network(settings: SegmenterTraining, classes: int, network_type: typ
     """The network with which a training starts. Raises UserError if its encoder or weights cannot be loaded."""
     torch.manual_seed(settings.seed)
     encoder = load_encoder(settings.encoder, settings.encoder_weights)
-    return network_type(encoder, classes, settings.head_channels, settings.encoder_bn_momentum)
+    return network_type(encoder, classes, settings.head_channels, settings.encoder_bn_momentum, settings.dropout)
 
 
 def accumulate_gradients(
@@ -184,6 +196,7 @@ def accumulate_gradients(
     labels: Tensor,
     settings: SegmenterTraining,
     worker: Worker,
+    first: int = 0,
 ) -> Tensor:
     """Computes the gradients of a batch in `settings.grad_accum_steps` parts, which have separate BatchNorm statistics.
 
@@ -194,6 +207,8 @@ def accumulate_gradients(
         labels: Its labels, int32 [n, S, S].
         settings: Settings of the training.
         worker: This worker.
+        first: Number of the first photo among all photos of the training. Dropout of a photo depends on its number and
+            `settings.seed` only.
 
     Returns:
         The mean loss over the labeled pixels of all workers, float32 scalar.
@@ -204,6 +219,9 @@ def accumulate_gradients(
     total = torch.zeros((), device=photos.device)
     for number, (photos_part, labels_part) in enumerate(parts, 1):
         is_last = number == len(parts)  # gradients are averaged over the workers once, with the last part
+        numbers = range(first, first + len(photos_part))
+        first = numbers.stop
+        network.classifier.aspp.dropout.seeds = [dropout_seed(settings.seed, number) for number in numbers]
         with parallel.no_sync() if parallel is not None and not is_last else contextlib.nullcontext():
             with precision:
                 logits = (network if parallel is None else parallel)(network.normalized(photos_part))
@@ -213,13 +231,18 @@ def accumulate_gradients(
     return worker.sum(total)
 
 
+def dropout_seed(seed: int, number: int) -> int:
+    """Seed of the dropout of a photo, from the seed of the training and the number of the photo in it."""
+    return int(np.random.SeedSequence((seed, 2, number)).generate_state(1, np.uint64)[0])
+
+
 def batches(
     photos: TrainingPhotos, samples: Sequence[Sample], settings: SegmenterTraining, worker: Worker, steps: range
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This worker's part of the batch of each step.
 
-    Every epoch has a new order of the samples. Pasted objects are from samples drawn uniformly at random. A sample
-    whose photo cannot be read is replaced by the next one with the same label.
+    Every epoch has a new order of the samples. Pasted objects are from samples drawn uniformly at random from those
+    with a mask that is not empty. A sample whose photo cannot be read is replaced by the next one with the same label.
 
     Args:
         photos: The photos of the samples.
@@ -236,6 +259,7 @@ def batches(
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((settings.seed, 0, epoch)).permutation(len(samples))
 
+    with_object = [number for number, sample in enumerate(samples) if sample.record.area]
     same_label: dict[int, list[int]] = {}
     places = []  # of each sample among those with its label
     for number, sample in enumerate(samples):
@@ -253,7 +277,7 @@ def batches(
         rng = np.random.default_rng((settings.seed, 1, number))
         view = load_view(order(epoch)[index], rng)
         count = rng.integers(settings.paste_objects[0], settings.paste_objects[1] + 1)
-        copy_paste(view, [load_view(int(rng.integers(len(samples))), rng) for _ in range(count)], rng)
+        copy_paste(view, [load_view(with_object[int(rng.integers(len(with_object)))], rng) for _ in range(count)], rng)
         return view
 
     numbers = (number for step in steps for number in worker.share(step * settings.batch_size, settings.batch_size))

@@ -105,10 +105,17 @@ def test_photo_and_labels_stay_aligned(h, w):
         white, gray = view.photo[0] > 250, view.photo[0] < 65
         labeled = view.labels != IGNORE
         assert (view.labels[white & labeled] == 300).all() and (view.labels[gray & labeled] == 0).all()
-        rows, columns = labeled.any(1), labeled.any(0)
-        for side in (rows, columns):  # padding is even at both ends
-            ends = int(side.int().argmax()), int(side.flip(0).int().argmax())
-            assert ends[1] - ends[0] in (0, 1)
+
+
+def test_padded_photos_are_placed_uniformly():
+    """Each of the 3 x 4 positions is equally likely: rows and columns are drawn independently."""
+    settings = SegmenterTraining(crop_size=16, scale=(1.0, 1.0), **PLAIN)
+    pixels, labels = np.zeros((14, 13, 3), np.uint8), np.zeros((14, 13), np.int32)
+    counts, rng = np.zeros((3, 4)), np.random.default_rng(0)
+    for _ in range(1200):
+        rows, columns = (augment(pixels, labels, settings, rng).labels != IGNORE).nonzero().amin(0).tolist()
+        counts[rows, columns] += 1
+    assert ((counts - 100) ** 2 / 100).sum() < 31.3  # the 99.9% quantile of chi-squared with 11 degrees of freedom
 
 
 def test_padding_has_the_mean_color():
@@ -117,9 +124,9 @@ def test_padding_has_the_mean_color():
     view = augment(
         pixels, np.zeros((20, 30), np.int32), SegmenterTraining(crop_size=64, scale=(1.0, 1.0), **PLAIN), rng
     )
-    padding = view.photo[:, view.labels == IGNORE].unique(dim=1)[:, 0]
+    [padding] = view.photo[:, view.labels == IGNORE].unique(dim=1).T
     np.testing.assert_allclose(padding, pixels.mean((0, 1)), atol=0.6)
-    np.testing.assert_array_equal(view.photo[:, 22:42, 17:47].permute(1, 2, 0), pixels)
+    np.testing.assert_array_equal(view.photo[:, view.labels == 0].T, pixels.reshape(-1, 3))
 
 
 def test_crops_are_drawn_at_all_positions():

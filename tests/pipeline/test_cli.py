@@ -131,7 +131,7 @@ def test_paths_of_files_become_absolute(tmp_path, monkeypatch):
         ),
         (
             {"photos": "p", "saliency": {"scale": (1.0, 0.5)}},
-            "saliency.scale (--scale): expected two numbers, low and high, from 0.001 to 100",
+            "saliency.scale (--scale): expected two numbers, low and high, from 0.001 to 1, got",
         ),
     ],
 )

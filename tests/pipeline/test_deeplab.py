@@ -16,7 +16,7 @@ from namedmask.config import IndexConfig
 from namedmask.errors import UserError
 from namedmask.index import Clip
 from namedmask.saliency.selfmask import SelfMask
-from namedmask.segmenter.deeplab import DeepLab, load_segmenter, on_device, save_segmenter
+from namedmask.segmenter.deeplab import DeepLab, SampleDropout, load_segmenter, on_device, save_segmenter
 
 TINY = "test_resnet"  # timm's, for tests
 
@@ -39,6 +39,40 @@ def test_dilations_are_those_of_output_stride_8():
 def test_names_of_tensors_equal_the_authors(authors_network):
     assert shapes(authors_network) == json.loads((GOLDEN / "deeplabv3plus_resnet50_keys.json").read_text())
     assert shapes(authors_network.backbone) == json.loads((GOLDEN / "dino_resnet50_keys.json").read_text())
+
+
+def test_dropout_of_a_sample_depends_on_its_seed_only():
+    dropout = SampleDropout(0.25)
+    x = torch.rand(4, 8, 16, 16) + 1
+    dropout.seeds = [5, 6, 2**64 - 1, 5]
+    first = dropout(x)
+    torch.rand(3)
+    assert torch.equal(dropout(x), first)  # torch's generator plays no part
+    assert torch.equal(first[0] == 0, first[3] == 0) and not torch.equal(first[0] == 0, first[1] == 0)
+    torch.testing.assert_close(first[first != 0], x[first != 0] / 0.75)
+    assert float((first == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+    dropout.seeds = [2**64 - 1, 6]
+    assert torch.equal(dropout(x[[2, 1]]), first[[2, 1]])
+    low = dropout(x[[2, 1]].bfloat16())
+    assert low.dtype == torch.bfloat16 and torch.equal(low == 0, first[[2, 1]] == 0)
+    with pytest.raises(ValueError, match="2 seeds for a batch of 4"):
+        dropout(x)
+    assert torch.equal(dropout.eval()(x), x) and torch.equal(SampleDropout(0.0)(x), x)
+
+
+def test_dropout_follows_the_projection_of_aspp():
+    torch.manual_seed(0)
+    network = DeepLab(untrained_encoder(TINY), 2, 16, dropout=0.5).eval()
+    photos, projected = torch.rand(1, 3, 64, 64), []
+    network.classifier.aspp.project.register_forward_hook(lambda module, args, output: projected.append(output))
+    network.classifier.aspp.register_forward_hook(lambda module, args, output: projected.append(output))
+    plain = network(photos)
+    assert torch.equal(*projected)  # none in eval mode
+    network.classifier.aspp.dropout.train()
+    assert not torch.equal(network(photos), plain)
+    kept = projected[3] != 0
+    torch.testing.assert_close(projected[3][kept], 2 * projected[2][kept])
+    assert 0.4 < float(kept[projected[2] != 0].float().mean()) < 0.6
 
 
 def test_forward_equals_the_authors(authors_network):

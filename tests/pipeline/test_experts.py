@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from namedmask import cli, run
 from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained_encoder
-from namedmask.config import make_config
+from namedmask.config import ExpertTraining, make_config
 from namedmask.errors import UserError
 from namedmask.experts import SharedExperts, certainty, expert_samples, file_name
 from namedmask.masks import MaskRecord, best_masks, mask_score, read_errors, read_masks, read_shard, write_shard
@@ -221,6 +221,11 @@ def test_empty_masks_and_missing_photos(world, tmp_path, capsys):
     refined = list(read_masks(out / "refined"))
     assert [r for r in refined if r.category == "hot/dog"] == [r for r in mixed if r.category == "hot/dog"]
     assert not (out / "experts" / "hot%2Fdog.safetensors").exists()
+    shared = copy_of(out, tmp_path / "shared")
+    (shared / "stages.json").write_text((original / "stages.json").read_text())
+    start(shared, {**settings, "mode": "shared", "steps": 2, "allow_empty": True})
+    kept = [r for r in read_masks(shared / "refined") if r.category == "hot/dog"]
+    assert kept == [r for r in mixed if r.category == "hot/dog"]
     # An expert that always predicts background makes empty masks with the score 0.
     path = out / "experts" / "cat.safetensors"
     state = load_file(path)
@@ -245,7 +250,7 @@ def test_empty_masks_and_missing_photos(world, tmp_path, capsys):
 
 def test_shared_loss_trains_only_the_output_layer_of_the_category():
     torch.manual_seed(0)
-    network = SharedExperts(untrained_encoder(ENCODER), 3, 16)
+    network = SharedExperts(untrained_encoder(ENCODER), 3, 16, dropout=0.0)
     labels = torch.randint(0, 2, (2, 24, 32), dtype=torch.int32)
     labels[:, :5] = IGNORE
     labels[0][labels[0] >= 0] += 4  # of category 2: 4 and 5
@@ -286,8 +291,14 @@ def test_file_names():
 def test_samples_and_scores():
     masks = {"empty": np.zeros((4, 6), bool), "full": np.ones((4, 6), bool)}
     records = {c: [MaskRecord.from_mask(name, m, c, None, 0) for name, m in masks.items()] for c in "xy"}
-    samples = [(s.record.photo, s.record.category, s.label, s.background) for s in expert_samples(records, ["x", "y"])]
-    assert samples == [("full", "x", 1, 0), ("full", "y", 3, 2)]
+    records["z"] = records["x"][:1]  # a category of empty masks
+
+    def samples(empty_masks):
+        found = expert_samples(records, list(records), ExpertTraining(empty_masks=empty_masks))
+        return [(s.record.photo, s.record.category, s.label, s.background) for s in found]
+
+    assert samples("skip") == [("full", "x", 1, 0), ("full", "y", 3, 2)]
+    assert samples("background") == [(name, *rest) for _, *rest in samples("skip") for name in ("empty", "full")]
     soft = torch.zeros(4, 6)
     assert certainty(soft) == 0.0
     soft[1:3, 1:3] = 1.0

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from namedmask.segmenter.training import Sample, accumulate_gradients, batches, 
 from namedmask.training import TrainingPhotos
 
 ENCODER = "test_resnet"  # timm's, for tests
+PLAIN = {"flip_prob": 0.0, "color_jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
 COLORS = {"cat": (220, 60, 40), "dog": (40, 90, 220)}
 
 
@@ -311,6 +313,75 @@ def test_batches_depend_on_the_step_only_and_are_split_among_workers(run_of_disc
         assert all(len(view[view > 0].unique()) == 1 for view in labels)
 
 
+def test_views_show_at_most_one_object_of_another_photo(run_of_discs, small):
+    """By default 0 or 1 object is pasted, with equal odds, from any photo."""
+    samples, source = samples_of(run_of_discs)
+    samples = [sample._replace(label=number) for number, sample in enumerate(samples, 1)]  # to tell them apart
+    photos, steps = photos_of(run_of_discs, samples, source), range(150)
+
+    def views(**changed):
+        settings = SegmenterTraining(**small, **PLAIN, **changed)
+        return torch.cat([labels for _, labels in batches(photos, samples, settings, Worker(), steps)])
+
+    plain, default = views(paste_objects=(0, 0)), views()
+    pasted = Counter()
+    for own, view in zip(plain, default, strict=True):
+        others = set(view.unique().tolist()) - {IGNORE, 0, int(own.max())}
+        assert len(others) <= 1
+        pasted.update(others)
+    # 600 views: in half of them an object, of which one in 16 has the label of the photo
+    assert pasted.total() == pytest.approx(600 * 0.5 * 15 / 16, abs=35) and len(pasted) == 16
+    assert max(pasted.values()) < 3 * min(pasted.values())
+    share = [float((labels > 0).float().mean()) for labels in (plain, default, views(paste_objects=(1, 1)))]
+    assert 1.35 < share[1] / share[0] < 1.55 and 1.7 < share[2] / share[0] < 2
+
+
+def with_empty_masks(samples: list[Sample], photos: set[str]) -> list[Sample]:
+    """The samples with the masks of some photos replaced by empty ones."""
+    empty = lambda r: MaskRecord.from_mask(r.photo, np.zeros(r.size, bool), r.category, None, 0.0)  # noqa: E731
+    return [s._replace(record=empty(s.record)) if s.record.photo in photos else s for s in samples]
+
+
+def test_photos_with_empty_masks_are_background(run_of_discs, small):
+    samples, source = samples_of(run_of_discs)
+    samples = with_empty_masks(samples, {sample.record.photo for sample in samples[1:]})
+    photos = photos_of(run_of_discs, samples, source)
+
+    def views(**changed):
+        settings = SegmenterTraining(**{**small, "scale": (0.5, 0.6)}, **PLAIN, **changed)  # whole photos
+        return torch.cat([labels for _, labels in batches(photos, samples, settings, Worker(), range(4))])
+
+    plain = views(paste_objects=(0, 0))
+    assert sum((view > 0).any() for view in plain) == 1  # 16 views, an epoch
+    assert all((view == 0).any() for view in plain)
+    assert all((view == 1).any() for view in views(paste_objects=(1, 1)))  # never an object of an empty mask
+
+
+def test_empty_masks_are_trained_on_or_left_out(run_of_discs, small, monkeypatch):
+    used = []
+
+    def stop(source, samples, *rest):
+        used[:] = samples
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(segmenter_training, "train", stop)
+    samples, record_before = samples_of(run_of_discs)[0], (run_of_discs / "stages.json").read_text()
+    shard = run_of_discs / "masks" / "00000.jsonl"
+    cats = {sample.record.photo for sample in samples[:8]}
+    for empty, changed, expected in (
+        ({"cat/1.png", "dog/5.png"}, {}, 16),
+        ({"cat/1.png", "dog/5.png"}, {"empty_masks": "skip"}, 14),
+        (cats, {"allow_empty": True}, 8),  # the category is left out
+    ):
+        write_shard(shard, [sample.record for sample in with_empty_masks(samples, empty)])
+        with pytest.raises(KeyboardInterrupt):
+            train_run(run_of_discs, {**small, **changed})
+        assert len(used) == expected and {sample.label for sample in used} == ({2} if expected == 8 else {1, 2})
+        (run_of_discs / "stages.json").write_text(record_before)
+    with pytest.raises(UserError, match="'cat' has no usable mask"):
+        train_run(run_of_discs, small)
+
+
 def test_training_of_an_expert(run_of_discs, small):
     samples, source = samples_of(run_of_discs)
     settings = SegmenterTraining(**{**small, "paste_objects": (0, 0), "batch_size": 2}, steps=3)
@@ -364,14 +435,32 @@ def test_gradient_accumulation_equals_the_whole_batch():
     network = DeepLab(
         untrained_encoder(ENCODER), 4, 16
     ).eval()  # in training, BatchNorm statistics are those of each part
-    grads = []
-    for parts in (1, 2, 4):
+    network.classifier.aspp.dropout.train()
+
+    def step(first=8, seed=0, **changed):
         network.zero_grad()
-        settings = SegmenterTraining(grad_accum_steps=parts)
-        loss = accumulate_gradients(network, None, batch["photos"], batch["labels"], settings, Worker())
-        grads.append(torch.cat([loss.view(1), *(p.grad.flatten() for p in network.parameters())]))
-    for other in grads[1:]:
-        torch.testing.assert_close(other, grads[0], atol=1e-5, rtol=1e-4)
+        settings = SegmenterTraining(seed=seed, **changed)
+        loss = accumulate_gradients(network, None, batch["photos"], batch["labels"], settings, Worker(), first)
+        return torch.cat([loss.view(1), *(p.grad.flatten() for p in network.parameters())])
+
+    whole = step()
+    for parts in (2, 4):
+        torch.testing.assert_close(step(grad_accum_steps=parts), whole, atol=1e-5, rtol=1e-4)
+    # Dropout depends on the seed and on the numbers of the photos, and is off in eval mode.
+    losses = [float(step(**changed)[0]) for changed in ({}, {"first": 12}, {"seed": 1})]
+    network.eval()
+    losses.append(float(step()[0]))
+    assert losses[0] == float(whole[0]) and len(set(losses)) == 4
+    assert losses[3] == float(step(first=12)[0])
+
+
+def test_dropout_is_a_setting(run_of_discs, small):
+    losses = []
+    for dropout in ({}, {"dropout": 0.1}, {"dropout": 0.0}):
+        train_run(run_of_discs, {**small, **dropout, "steps": 2})
+        losses.append(lines(run_of_discs)[-1]["loss"])
+        shutil.rmtree(run_of_discs / "segmenter")
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_bfloat16_is_close_to_float32_with_more_than_255_classes():

@@ -30,7 +30,9 @@ def step(batch: dict, worker: distributed.Worker) -> dict[str, torch.Tensor]:
     parallel = DistributedDataParallel(network, broadcast_buffers=False) if worker.count > 1 else None
     part = worker.share(0, len(batch["photos"]))
     photos, labels = (batch[name][part.start : part.stop] for name in ("photos", "labels"))
-    loss = accumulate_gradients(network, parallel, photos, labels, SegmenterTraining(**batch["settings"]), worker)
+    loss = accumulate_gradients(
+        network, parallel, photos, labels, SegmenterTraining(**batch["settings"]), worker, part.start
+    )
     statistics = {name: value for name, value in network.named_buffers() if "running" in name or "num_" in name}
     return {"loss": loss} | {name: p.grad for name, p in network.named_parameters()} | statistics
 
