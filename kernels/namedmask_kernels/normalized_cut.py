@@ -183,7 +183,7 @@ def _cut_cuda(
             seeds = on_device[3]
             labels, counts = foreground.new_empty(len(features), dtype=torch.int32), torch.empty_like(seeds)
             scratch = labels.new_empty(2 * len(features) + 4 * len(shapes))
-            native.connected_components(partition, offsets, shapes, labels, counts, scratch, stream)
+            native.connected_components(partition, offsets, shapes, labels, counts, scratch, 4, stream)
             tokens, begins = (x.to(features.device) for x in (offsets.diff(), offsets[:-1]))
             seeded = labels[(begins + seeds).clamp(0, len(features) - 1)]
             seeded = seeded.repeat_interleave(tokens, output_size=len(features))
