@@ -102,11 +102,12 @@ def bilateral_solver(
         tensor(4800)
     """
     weight = _number("smoothness", smoothness, "finite and at least 0", lambda x: 0 <= x < math.inf)
-    per_pixel = isinstance(confidence, Ragged) or getattr(confidence, "ndim", 0) > 0
+    per_pixel = isinstance(confidence, Ragged) or (isinstance(confidence, Array) and confidence.ndim > 0)
     if per_pixel:
         weights = 1.0, min(weight, MOST_EXTREME)
     else:
-        weights = _in_range(_number("confidence", confidence, "above 0 and at most 1", lambda x: 0 < x <= 1), weight)
+        number = _number("confidence", cast(float, confidence), "above 0 and at most 1", lambda x: 0 < x <= 1)
+        weights = _in_range(number, weight)
     sigmas = [
         _number(name, sigma, "finite and at least 1", lambda x: 1 <= x < math.inf)
         for name, sigma in (

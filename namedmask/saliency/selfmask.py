@@ -156,9 +156,9 @@ class SelfMaskDetector(Detector):
     def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
         prepared = []
         for photo in photos:
-            for size, flipped in self.views:
+            for image_size, flipped in self.views:
                 pixels = np.ascontiguousarray(photo.pixels[:, ::-1]) if flipped else photo.pixels
-                prepared.append(self.backbone.prepare(pixels, size))
+                prepared.append(self.backbone.prepare(pixels, image_size))
         grids = iter(self.backbone.extract(prepared, ["tokens"])["tokens"].grids())
         detections = []
         for photo, size in zip(photos, sizes or photo_sizes(photos), strict=True):

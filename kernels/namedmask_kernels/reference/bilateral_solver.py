@@ -109,6 +109,8 @@ def bilateral_solver(
     mass = np.bincount(vertex).astype(np.float64)
     m, n = bistochastize(edges, mass)
     values = target.ravel().astype(np.float64)
+    weight: np.ndarray
+    b: np.ndarray
     if isinstance(confidence, np.ndarray):
         per_pixel = confidence.ravel().astype(np.float64)
         weight, b = np.bincount(vertex, per_pixel), np.bincount(vertex, per_pixel * values)

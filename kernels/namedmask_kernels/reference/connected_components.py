@@ -7,13 +7,14 @@ from collections import deque
 
 import numpy as np
 
-NEIGHBORS = {4: ((-1, 0), (1, 0), (0, -1), (0, 1))}  # connectivity -> steps in y and x
-NEIGHBORS[8] = (*NEIGHBORS[4], (-1, -1), (-1, 1), (1, -1), (1, 1))
+SIDES = ((-1, 0), (1, 0), (0, -1), (0, 1))  # steps in y and x
+CORNERS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
 
 
 def connected_components(mask: np.ndarray, connectivity: int = 4) -> np.ndarray:
     """mask bool [h, w] -> labels int32 [h, w]: 1, 2, ... in raster order of the first pixel."""
     h, w = mask.shape
+    steps = SIDES if connectivity == 4 else SIDES + CORNERS
     labels = np.zeros((h, w), np.int32)
     count = 0
     for start in zip(*np.nonzero(mask), strict=True):
@@ -24,7 +25,7 @@ def connected_components(mask: np.ndarray, connectivity: int = 4) -> np.ndarray:
         queue = deque([start])
         while queue:
             y, x = queue.popleft()
-            for v, u in ((y + dy, x + dx) for dy, dx in NEIGHBORS[connectivity]):
+            for v, u in ((y + dy, x + dx) for dy, dx in steps):
                 if 0 <= v < h and 0 <= u < w and mask[v, u] and not labels[v, u]:
                     labels[v, u] = count
                     queue.append((v, u))
