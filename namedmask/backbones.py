@@ -16,7 +16,7 @@ import difflib
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,10 @@ from .errors import UserError, first_line
 
 # If the aspect ratio is larger, the photo is resized by its long side: otherwise, a strip of 1 x 10,000 patches would
 # cost as much as twenty photos.
-MAX_ASPECT = 4.0
+MAX_ASPECT = 4
+
+Interpolation = Literal["bicubic", "bilinear"]
+PatchFit = Literal["stretch", "pad"]
 
 TAPS = ("tokens", "keys", "queries", "values", "cls_attention")
 
@@ -48,7 +51,15 @@ Vit = Any  # a VisionTransformer or Eva of timm, or one of its modules, whose at
 class Backbone:
     """A ViT for photos of any shapes; created by `load`."""
 
-    def __init__(self, model: Vit, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: Vit,
+        device: torch.device,
+        dtype: torch.dtype,
+        interpolation: Interpolation = "bicubic",
+        patch_fit: PatchFit = "stretch",
+    ):
+        self.interpolation, self.patch_fit = interpolation, patch_fit
         self.device, self.attention_dtype, self.dtype = device, dtype, linear_dtype(device, dtype)
         self.model: Vit = model.eval().requires_grad_(False).to(device, self.dtype)
         self.library = attention.choose(device, dtype)
@@ -59,29 +70,39 @@ class Backbone:
         self.std = torch.tensor(cfg["std"], device=device).view(3, 1, 1)
         self.position_tokens = functools.lru_cache(maxsize=64)(self._position_tokens)
 
-    def grid(self, pixels: np.ndarray, image_size: int) -> tuple[int, int]:
-        """Rows and columns of patches for a photo [H, W, 3] that is resized to a short side of `image_size` pixels."""
+    def fit(self, pixels: np.ndarray, image_size: int) -> Fit:
+        """How a photo [H, W, 3] fits into patches if it is resized to a short side of `image_size` pixels."""
         sides = pixels.shape[:2]
-        scale = min(image_size / min(sides), MAX_ASPECT * image_size / max(sides)) / self.patch
-        h, w = (max(1, round(side * scale)) for side in sides)
-        return h, w
+        if self.patch_fit == "stretch":
+            scale = min(image_size / min(sides), MAX_ASPECT * image_size / max(sides)) / self.patch
+            h, w = (max(1, round(side * scale)) for side in sides)
+            return Fit((h * self.patch, w * self.patch), (h, w), self.patch)
+        # Rounded down, as torchvision does; in integers, so that the short side is exact.
+        size, side = min((image_size, min(sides)), (MAX_ASPECT * image_size, max(sides)), key=lambda x: x[0] / x[1])
+        h, w = (max(1, other * size // side) for other in sides)
+        return Fit((h, w), (-(-h // self.patch), -(-w // self.patch)), self.patch)
+
+    def resize(self, pixels: np.ndarray, image_size: int) -> Tensor:
+        """Resizes a photo, uint8 [H, W, 3], to the size of `fit`; uint8 [3, h, w] on the device (antialiased)."""
+        from torchvision.transforms.v2 import functional as TF
+
+        photo = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)
+        size = list(self.fit(pixels, image_size).size)
+        return TF.resize(photo, size, TF.InterpolationMode(self.interpolation), antialias=True)
 
     def prepare(self, pixels: np.ndarray, image_size: int) -> Tensor:
-        """Resizes and normalizes a photo.
+        """Resizes, normalizes and, if `patch_fit` is "pad", pads a photo.
 
         Args:
             pixels: uint8 [H, W, 3].
-            image_size: Short side in pixels; the aspect ratio is kept up to a patch.
+            image_size: Short side in pixels. The aspect ratio is kept, up to a patch if `patch_fit` is "stretch".
 
         Returns:
-            [3, h, w] on the device, where h and w are multiples of the patch size (bicubic, antialiased).
+            [3, h, w] on the device, where h and w are multiples of the patch size. Padding, at the bottom and right, is
+            0 in the normalized photo, which is the mean color.
         """
-        from torchvision.transforms.v2 import functional as TF
-
-        h, w = self.grid(pixels, image_size)
-        photo = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)
-        photo = TF.resize(photo, [h * self.patch, w * self.patch], TF.InterpolationMode.BICUBIC, antialias=True)
-        return ((photo.float() / 255 - self.mean) / self.std).to(self.dtype)
+        photo = self.resize(pixels, image_size)
+        return padded(((photo.float() / 255 - self.mean) / self.std).to(self.dtype)[None], self.patch)[0]
 
     @torch.inference_mode()
     def extract(self, photos: Sequence[Tensor], taps: Sequence[str]) -> dict[str, Ragged]:
@@ -233,6 +254,29 @@ class Backbone:
         return torch.cat(weights)
 
 
+class Fit(NamedTuple):
+    """How a resized photo lies on the patches of a backbone.
+
+    Attributes:
+        size: Height and width of the resized photo, in pixels.
+        grid: Rows and columns of patches. The last ones may reach beyond the photo, into its padding.
+        patch: Side of a patch, in pixels.
+    """
+
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    patch: int
+
+    def without_padding(self, values: Tensor, mode: str = "bilinear") -> Tensor:
+        """Values on the patches or parts of them, [n, C, k * rows, k * columns], at the pixels of the resized photo,
+        [n, C, h, w]; unchanged if there is no padding.
+        """
+        whole = (self.grid[0] * self.patch, self.grid[1] * self.patch)
+        if whole == self.size:
+            return values
+        return F.interpolate(values, whole, mode=mode)[..., : self.size[0], : self.size[1]]
+
+
 class _Batch(NamedTuple):
     """The packed tokens of several photos; `rows` includes the padding of the last chunk."""
 
@@ -283,7 +327,15 @@ def _project(attn: Vit, x: Tensor, parts: Sequence[str]) -> dict[str, Tensor]:
     return {part: norms[part](y) if part in norms else y for part, y in projected.items()}
 
 
-def load(name: str, weights: str | None = None, *, device: str = "cpu", precision: str = "float32") -> Backbone:
+def load(
+    name: str,
+    weights: str | None = None,
+    *,
+    device: str = "cpu",
+    precision: str = "float32",
+    interpolation: Interpolation = "bicubic",
+    patch_fit: PatchFit = "stretch",
+) -> Backbone:
     """Loads a timm ViT by name.
 
     Args:
@@ -295,6 +347,9 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
         device: Device as torch names it.
         precision: "float32", or "bfloat16" for attention and, except on CPUs without AMX, for all other layers too (see
             `linear_dtype`).
+        interpolation: "bicubic" or "bilinear": how `Backbone.prepare` resizes photos.
+        patch_fit: How resized photos fit into whole patches: "stretch" changes their sides to multiples of the patch
+            size, "pad" keeps the aspect ratio and pads them with zeros.
 
     Raises:
         UserError: If the model is unknown or not supported, or if its weights cannot be loaded; says what to do.
@@ -308,7 +363,7 @@ def load(name: str, weights: str | None = None, *, device: str = "cpu", precisio
     fused = all(getattr(a, "qkv", None) is not None and getattr(a, "gate", None) is None for a in attentions)
     if not attentions or not fused or getattr(model, "rope_mixed", False):
         raise UserError(f"backbone {name!r} {_NO_VIT}")
-    return Backbone(model, torch.device(device), getattr(torch, precision))
+    return Backbone(model, torch.device(device), getattr(torch, precision), interpolation, patch_fit)
 
 
 def expect_model(name: str) -> None:

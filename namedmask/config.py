@@ -114,6 +114,12 @@ class DetectorConfig(Section):
     center_features: bool = setting(False, "Subtract the mean feature of each photo. DINOv2 needs it.")
     tau: float = setting(0.2, "Cosine similarity above which two patches are connected.", ge=-1, le=1)
     image_size: int = setting(448, "Short side of the backbone's input, in pixels.", ge=16, le=4096)
+    interpolation: Literal["bicubic", "bilinear"] = setting(
+        "bicubic", "Interpolation of the photo to image_size, with antialiasing."
+    )
+    patch_fit: Literal["stretch", "pad"] = setting(
+        "stretch", "Stretch the resized photo to whole patches, or pad it with the mean color at the bottom and right."
+    )
     scales: list[Annotated[float, Field(ge=0.01, le=4)]] = setting(
         [1.0], "Test-time augmentation of selfmask: input sizes, relative to image_size.", min_length=1
     )
@@ -166,6 +172,12 @@ class RefineConfig(Section):
     """
 
     name: Literal["bilateral", "crf", "pamr", "none"] = setting("bilateral", "Mask refinement.", flag="--refine")
+    size: Literal["photo", "detector"] = setting(
+        "photo",
+        "Size at which masks are refined: the photo's, or that of the detector's input, followed by a nearest-neighbor "
+        "resize to the photo.",
+        flag="--refine-size",
+    )
     largest_component: bool = setting(False, "Refine only the largest connected component of the detected mask.")
     fill_holes: bool = setting(False, "Fill holes in the refined mask.")
     sigma_spatial: float = setting(

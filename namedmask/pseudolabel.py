@@ -7,6 +7,7 @@ a shard depend only on its photos and the settings, not on which worker computed
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,8 @@ from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
 
 from .archive import Archive
 from .config import RunConfig
@@ -25,7 +28,7 @@ from .masks import ErrorRecord, MaskRecord, errors_path, mask_score, write_error
 from .memory import BATCH_PIXELS, processing_budget
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .refine import Refiner
-from .saliency import Detection, make_detector
+from .saliency import Detection, make_detector, photo_sizes
 from .threads import kernels_on_one_thread, map_ahead
 
 Work = list[tuple[str, list[tuple[str, float | None]]]]  # per photo: its name, its categories with their scores
@@ -64,6 +67,14 @@ class Labeled(NamedTuple):
     detected: np.ndarray
 
 
+def at_size_of(photo: Photo, mask: Tensor) -> np.ndarray:
+    """A mask, bool [h, w], as bool [H, W] at the size of the photo: the nearest pixel by the centers of pixels."""
+    size = photo.pixels.shape[:2]
+    if mask.shape == size:
+        return mask.numpy()
+    return F.interpolate(mask[None, None].byte(), size, mode="nearest-exact")[0, 0].bool().numpy()
+
+
 class Labeler:
     """Detector and refiner of a run. On the CPU, each thread processes its own batches.
 
@@ -73,6 +84,7 @@ class Labeler:
 
     def __init__(self, config: RunConfig, device: str):
         self.detector = make_detector(config.detector, device)
+        self.at_photo_size = config.refine.size == "photo"
         self.refiner = Refiner(config.refine)
         self.device = device
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -94,8 +106,11 @@ class Labeler:
                 return source.decode(name)
 
         def cost(batch: list[tuple[str, Photo | PhotoError]]) -> int:
-            pixels = sum(photo.pixels.size // 3 for _, photo in batch if isinstance(photo, Photo))
-            return pixels * (self.detector.bytes_per_pixel + self.refiner.bytes_per_pixel)
+            photos = [photo for _, photo in batch if isinstance(photo, Photo)]
+            refined = sum(math.prod(self._size(photo)) for photo in photos)
+            return (
+                sum(map(self._pixels, photos)) * self.detector.bytes_per_pixel + refined * self.refiner.bytes_per_pixel
+            )
 
         with kernels_on_one_thread(self.device) as threads:
             batches = self._batches(decode_ahead(source, names, decode))
@@ -113,7 +128,8 @@ class Labeler:
         photos = [photo for _, photo in batch if isinstance(photo, Photo)]
         try:
             with self._timed("detect"):
-                detections = self.detector.detect(photos) if photos else []
+                sizes = [self._size(photo) for photo in photos]
+                detections = self.detector.detect(photos, sizes) if photos else []
         except FloatingPointError as error:  # of one photo: the others are labeled without it
             if len(batch) > 1:
                 return [label for one in batch for label in self._label_batch([one])]
@@ -124,11 +140,20 @@ class Labeler:
         return [(name, photo if isinstance(photo, PhotoError) else next(labeled)) for name, photo in batch]
 
     def _refined(self, photos: list[Photo], detections: list[Detection]) -> list[Labeled]:
-        softs = self.refiner.refine(photos, [detection.mask for detection in detections])
-        masks = [(soft > 0.5).numpy() for soft in softs]
+        resized = photos if self.at_photo_size else [self.detector.resize(photo) for photo in photos]
+        softs = self.refiner.refine(resized, [detection.mask for detection in detections])
+        masks = [at_size_of(photo, soft > 0.5) for photo, soft in zip(photos, softs, strict=True)]
         scores = [mask_score(mask, detection.confidence) for mask, detection in zip(masks, detections, strict=True)]
-        detected = [(detection.mask > 0.5).numpy() for detection in detections]
+        detected = [at_size_of(photo, d.mask > 0.5) for photo, d in zip(photos, detections, strict=True)]
         return [Labeled(*fields) for fields in zip(masks, scores, detected, strict=True)]
+
+    def _size(self, photo: Photo) -> tuple[int, int]:
+        """Height and width at which the mask of a photo is detected and refined."""
+        return photo_sizes([photo])[0] if self.at_photo_size else self.detector.size(photo)
+
+    def _pixels(self, photo: Photo) -> int:
+        """Number of pixels of a photo or of its mask before it is resized, whichever is more."""
+        return max(photo.pixels.size // 3, math.prod(self._size(photo)))
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
@@ -145,7 +170,7 @@ class Labeler:
         for name, photo in decoded:
             cost, size = 0, 0
             if isinstance(photo, Photo):
-                cost, size = self.detector.tokens(photo), photo.pixels.size // 3
+                cost, size = self.detector.tokens(photo), self._pixels(photo)
             if batch and (tokens + cost > self.detector.tokens_per_batch or pixels + size > BATCH_PIXELS):
                 yield batch
                 batch, tokens, pixels = [], 0, 0

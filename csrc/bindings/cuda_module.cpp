@@ -11,15 +11,15 @@
 namespace namedmask::bindings {
 
 void define_cuda(pybind11::module_ m) {
-  define(
-      m, "bilateral_solver",
-      [](const TensorView& target, const TensorView& image, const TensorView& offsets, const TensorView& shapes,
-         const TensorView& out, const TensorView& workspace, double confidence, double sigma_spatial, double sigma_luma,
-         double sigma_chroma, double smoothness, int64_t iterations, double tolerance, Stream stream) {
-        cuda::bilateral_solver(target, image, offsets, shapes, out, workspace,
-                               {confidence, sigma_spatial, sigma_luma, sigma_chroma, smoothness, iterations, tolerance},
-                               stream);
-      });
+  define(m, "bilateral_solver",
+         [](const TensorView& target, const TensorView& image, const TensorView& confidences, const TensorView& offsets,
+            const TensorView& shapes, const TensorView& out, const TensorView& workspace, double confidence,
+            double sigma_spatial, double sigma_luma, double sigma_chroma, double smoothness, int64_t iterations,
+            double tolerance, Stream stream) {
+           cuda::bilateral_solver(
+               target, image, confidences, offsets, shapes, out, workspace,
+               {confidence, sigma_spatial, sigma_luma, sigma_chroma, smoothness, iterations, tolerance}, stream);
+         });
   define(m, "connected_components", &cuda::connected_components);
   define(m, "component_stats", &cuda::component_stats);
   define(m, "largest_component", &cuda::largest_component);

@@ -64,11 +64,11 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
 
   define(m, "attention_features", &cpu::attention_features);
   define(m, "bilateral_solver",
-         [](const TensorView& target, const TensorView& image, const TensorView& offsets, const TensorView& shapes,
-            const TensorView& out, double confidence, double sigma_spatial, double sigma_luma, double sigma_chroma,
-            double smoothness, int64_t iterations, double tolerance) {
+         [](const TensorView& target, const TensorView& image, const TensorView& confidences, const TensorView& offsets,
+            const TensorView& shapes, const TensorView& out, double confidence, double sigma_spatial, double sigma_luma,
+            double sigma_chroma, double smoothness, int64_t iterations, double tolerance) {
            cpu::bilateral_solver(
-               target, image, offsets, shapes, out,
+               target, image, confidences, offsets, shapes, out,
                {confidence, sigma_spatial, sigma_luma, sigma_chroma, smoothness, iterations, tolerance});
          });
   define(m, "connected_components", &cpu::connected_components);

@@ -22,6 +22,9 @@ inline void expect_cells(const BilateralSettings& settings) {
   }
 }
 
+// The least weight of a cell in the solver's equations: cells may have no confidence, but the diagonal must not be 0.
+constexpr float kLeastWeight = 1e-30f;
+
 // The key of a color: steps[0] * luma cell + steps[1] * blue cell + steps[2] * red cell + offset. Every axis has a
 // spare cell that stays empty, so that a step over an edge does not wrap around; the smallest key minus any step is not
 // negative.

@@ -37,18 +37,19 @@ std::vector<int32_t> cell_starts(int64_t pixels, double sigma) {
   return first;
 }
 
-// Sum of the target and number of pixels, in one vector.
+// Sum of the target and number of pixels, or with a confidence per pixel, sums of confidence * target and confidence,
+// in one vector.
 typedef double Sum __attribute__((vector_size(16)));
 
 class Solver {
  public:
-  // Returns false if the target is not finite.
-  bool run(const float* target, const uint8_t* image, int64_t h, int64_t w, const BilateralSettings& settings,
-           float* out) {
+  // Returns false if the target is not finite. `confidence` is null if all pixels have that of the settings.
+  bool run(const float* target, const uint8_t* image, const float* confidence, int64_t h, int64_t w,
+           const BilateralSettings& settings, float* out) {
     prepare(settings);
-    build(target, image, h, w);
+    build(target, image, confidence, h, w);
     arrange();
-    if (!fill()) return false;
+    if (!fill(confidence != nullptr)) return false;
     kernels().solve(system_);
     for (int32_t v = 0; v < count_; ++v) values_[v] = system_.value[place_[v]];
     for (int32_t v = 0; scale_ != 1 && v < count_; ++v) values_[v] = unscaled(values_[v], scale_);
@@ -59,8 +60,8 @@ class Solver {
 
   size_t bytes() const {
     return table_.bytes() + vertex_of_pixel_.bytes() + keys_.bytes() + key_.bytes() + degree_.bytes() +
-           joined_.bytes() + sums_.bytes() + lanes_.bytes() + local_.bytes() + place_.bytes() + at_.bytes() +
-           widths_.bytes() + neighbors_.bytes() + floats_.bytes() + values_.bytes();
+           joined_.bytes() + pixels_.bytes() + sums_.bytes() + lanes_.bytes() + local_.bytes() + place_.bytes() +
+           at_.bytes() + widths_.bytes() + neighbors_.bytes() + floats_.bytes() + values_.bytes();
   }
 
  private:
@@ -73,7 +74,7 @@ class Solver {
   }
 
   // Finds the vertices with their keys, sums and neighbors, and fills vertex_of_pixel_.
-  void build(const float* target, const uint8_t* image, int64_t h, int64_t w) {
+  void build(const float* target, const uint8_t* image, const float* confidence, int64_t h, int64_t w) {
     const std::vector<int32_t> ys = cell_starts(h, settings_.sigma_spatial);
     const std::vector<int32_t> xs = cell_starts(w, settings_.sigma_spatial);
     const size_t columns = xs.size() - 1;
@@ -88,7 +89,11 @@ class Solver {
       for (size_t cx = 0; cx < columns; ++cx) {
         const int32_t first = current[cx] = count_;
         reserve_vertices(rows * (xs[cx + 1] - xs[cx]));
-        splat(target + start, vertex_of_pixel_.data() + start, rows, w, xs[cx], xs[cx + 1]);
+        if (confidence) {
+          splat<true>(target + start, confidence + start, vertex_of_pixel_.data() + start, rows, w, xs[cx], xs[cx + 1]);
+        } else {
+          splat<false>(target + start, nullptr, vertex_of_pixel_.data() + start, rows, w, xs[cx], xs[cx + 1]);
+        }
         connect(first);
         if (cx > 0) connect(first, current[cx - 1], first);
         if (cy > 0) connect(first, above[cx], above[cx + 1]);
@@ -105,14 +110,16 @@ class Solver {
     degree_.reserve(most);
     joined_.reserve(kDirections * most);
     sums_.reserve(most);
+    pixels_.reserve(most);
     lanes_.reserve(kSums * pixels);
     local_.reserve(pixels);
   }
 
   // Adds up one cell, pixels [begin, end) of `rows` rows. The table then holds its vertices, numbered from 1. Not
   // inlined: the loops would run out of registers.
-  [[gnu::noinline]] void splat(const float* target, int32_t* vertex_of_pixel, int64_t rows, int64_t w, int32_t begin,
-                               int32_t end) {
+  template <bool kConfidence>
+  [[gnu::noinline]] void splat(const float* target, const float* confidence, int32_t* vertex_of_pixel, int64_t rows,
+                               int64_t w, int32_t begin, int32_t end) {
     int32_t* const table = table_.data();
     int32_t* const key_of = key_.data() + count_;
     int32_t* local = local_.data();
@@ -134,13 +141,21 @@ class Solver {
     Sum* const lanes = lanes_.data();
     const int32_t first = count_;
     std::fill_n(lanes, kSums * count, Sum{});
+    if constexpr (kConfidence) std::fill_n(pixels_.data() + first, count, 0);
     local = local_.data();
     for (int64_t y = 0; y < rows; ++y, target += w, vertex_of_pixel += w) {
       for (int32_t x = begin; x < end; ++x, ++local) {
         vertex_of_pixel[x] = first + *local;
         // Neighboring pixels often share a vertex: alternating between several sums avoids waiting for each addition.
-        lanes[kSums * *local + (x & (kSums - 1))] += Sum{target[x], 1.0};
+        Sum& sum = lanes[kSums * *local + (x & (kSums - 1))];
+        if constexpr (kConfidence) {
+          sum += Sum{double{confidence[x]} * target[x], confidence[x]};
+          ++pixels_[first + *local];
+        } else {
+          sum += Sum{target[x], 1.0};
+        }
       }
+      if constexpr (kConfidence) confidence += w;
     }
     for (int32_t v = 0; v < count; ++v) {
       const Sum* sum = lanes + kSums * v;
@@ -208,26 +223,32 @@ class Solver {
 
   // Fills the rest of the system. Returns false if a sum is not finite; a sum of finite targets cannot overflow a
   // double.
-  bool fill() {
+  bool fill(bool has_confidences) {
     const size_t stride = system_.count + kSlice;
-    floats_.reserve(stride * (2 + std::size(system_.scratch)));
+    floats_.reserve(stride * (3 + std::size(system_.scratch)));
     values_.reserve(count_);
     float* array = floats_.data();
     float* const mass = array;
+    float* const weight = array += stride;
     float* const value = system_.value = array += stride;
     for (float*& scratch : system_.scratch) scratch = array += stride;
     for (float* end = mass + system_.count; end <= array + system_.count; end += stride) std::fill_n(end, kSlice, 0.0f);
     bool finite = true;
+    const float confidence = static_cast<float>(settings_.confidence);
+    Sum total = {};
+    for (int32_t v = 0; has_confidences && v < count_; ++v) total += sums_[v];
+    const double mean = total[1] > 0 ? total[0] / total[1] : 0;
     for (int64_t i = 0; i < system_.count; ++i) {
       const Sum sum = i < count_ ? sums_[at_[i]] : Sum{0, 1};
       finite = finite && std::isfinite(sum[0]);
-      mass[i] = static_cast<float>(sum[1]);
-      value[i] = static_cast<float>(sum[0] / sum[1]);
+      mass[i] = has_confidences && i < count_ ? static_cast<float>(pixels_[at_[i]]) : static_cast<float>(sum[1]);
+      weight[i] = has_confidences ? std::max(static_cast<float>(sum[1]), kLeastWeight) : confidence * mass[i];
+      value[i] = static_cast<float>(sum[1] > 0 ? sum[0] / sum[1] : mean);
     }
     scale_ = scale_of(finite ? largest_finite(value, system_.count) : 0);
     for (int64_t i = 0; scale_ != 1 && i < system_.count; ++i) value[i] *= scale_;
     system_.mass = mass;
-    system_.confidence = settings_.confidence;
+    system_.weight = weight;
     system_.smoothness = settings_.smoothness;
     system_.tolerance = settings_.tolerance;
     system_.iterations = settings_.iterations;
@@ -246,6 +267,7 @@ class Solver {
   int32_t count_ = 0;             // vertices, ordered by cell:
   Buffer<int32_t> key_, degree_;  // degree: number of neighbors
   Buffer<int32_t> joined_;        // neighbors, [count, kDirections]
+  Buffer<int32_t> pixels_;        // number of pixels, with a confidence per pixel
   Buffer<Sum> sums_;
   Buffer<int32_t> place_, at_;  // vertex -> its index in the system, and back
   Buffer<int32_t> widths_, neighbors_;
@@ -256,17 +278,22 @@ class Solver {
 
 }  // namespace
 
-void bilateral_solver(const TensorView& target, const TensorView& image, const TensorView& offsets,
-                      const TensorView& shapes, const TensorView& out, const BilateralSettings& settings) {
+void bilateral_solver(const TensorView& target, const TensorView& image, const TensorView& confidence,
+                      const TensorView& offsets, const TensorView& shapes, const TensorView& out,
+                      const BilateralSettings& settings) {
   const char* op = "bilateral_solver";
   expect(op, "target", target, DType::kFloat32, {-1});
   expect(op, "image", image, DType::kUInt8, {target.shape[0], 3});
+  const bool has_confidences = confidence.shape[0] != 0;
+  expect(op, "confidence", confidence, DType::kFloat32, {has_confidences ? target.shape[0] : 0});
   expect(op, "out", out, DType::kFloat32, {target.shape[0]});
   const RaggedShape batch = expect_ragged(op, offsets, shapes, target.shape[0]);
   expect_cells(settings);
   for_each_finite_image<Solver>(op, "target", batch, [&](int64_t b, Solver& solver) {
-    return solver.run(target.as<float>() + batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b), batch.height(b),
-                      batch.width(b), settings, out.as<float>() + batch.begin(b));
+    const int64_t begin = batch.begin(b);
+    return solver.run(target.as<float>() + begin, image.as<uint8_t>() + 3 * begin,
+                      has_confidences ? confidence.as<float>() + begin : nullptr, batch.height(b), batch.width(b),
+                      settings, out.as<float>() + begin);
   });
 }
 

@@ -48,7 +48,7 @@ inline void for_each_slice(const BilateralSystem& s, Term term, F f) {
 }
 
 // With n from bistochastization the system is  (weight + smoothness * L) x = weight * mean,  where L is the Laplacian
-// of the graph with edge weights n_i * n_j, and weight = confidence * mass. Scaled by the square root of its diagonal D
+// of the graph with edge weights n_i * n_j. Scaled by the square root of its diagonal D
 // it becomes  (1 - w N w) u = ...  with the 0/1 neighbor matrix N and w = n * sqrt(smoothness / D). This includes the
 // Jacobi preconditioner, and an iteration accesses the fewest arrays. u is the change of the means, so rounding affects
 // only the change, and a constant target has a residual of exactly 0.
@@ -61,7 +61,7 @@ void solve(const BilateralSystem& system) {
   float* const product = s.scratch[4];  // of the matrix and the direction
   float* const change = s.scratch[5];
   float* const weighted = s.scratch[6];  // w * direction, read by neighbors
-  const float smoothness = static_cast<float>(s.smoothness), confidence = static_cast<float>(s.confidence);
+  const float smoothness = static_cast<float>(s.smoothness);
 
   float* n = product;
   float* next = change;
@@ -77,7 +77,7 @@ void solve(const BilateralSystem& system) {
     next = swap;
   }
   for_each_slice(s, neighbor_n, [&](int64_t i, Floats8 sum) {
-    store(diagonal + i, smoothness * load<Floats8>(n + i) * sum + confidence * load<Floats8>(s.mass + i));
+    store(diagonal + i, smoothness * load<Floats8>(n + i) * sum + load<Floats8>(s.weight + i));
   });
 
   Dot target_norm, residual_norm, rho_sum;
@@ -87,8 +87,7 @@ void solve(const BilateralSystem& system) {
         return gather(n, index) * (gather(s.value, index) - load<Floats8>(s.value + i));
       },
       [&](int64_t i, Floats8 sum) {
-        const Floats8 d = load<Floats8>(diagonal + i),
-                      b = confidence * load<Floats8>(s.mass + i) * load<Floats8>(s.value + i);
+        const Floats8 d = load<Floats8>(diagonal + i), b = load<Floats8>(s.weight + i) * load<Floats8>(s.value + i);
         const Floats8 plain = smoothness * load<Floats8>(n + i) * sum, r = plain / square_root(d);
         store(residual + i, r);
         target_norm.add(b, b);

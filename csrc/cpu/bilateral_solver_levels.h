@@ -16,7 +16,7 @@ struct ColorTable : ColorGrid {
 
 // The grid as a system of equations. Vertices are in slices of kSlice, sorted by descending number of neighbors, so
 // that the vertices of a slice have (nearly) the same number; `count` is a multiple of kSlice. The last slice may be
-// padded with vertices without neighbors, of mass 1 and mean 0. Every array has one more slice of zeros.
+// padded with vertices without neighbors, of mass 1, any weight and mean 0. Every array has one more slice of zeros.
 struct BilateralSystem {
   static constexpr int kSlice = 8;
 
@@ -24,9 +24,10 @@ struct BilateralSystem {
   const int32_t* widths;     // [count / kSlice]: neighbors per vertex of a slice
   const int32_t* neighbors;  // per slice [width, kSlice]; a missing neighbor is `count`
   const float* mass;         // number of pixels in a cell
-  float* value;              // in: mean of the target in a cell; out: the solution
+  const float* weight;       // sum of their confidences, above 0
+  float* value;              // in: weighted mean of the target in a cell; out: the solution
   float* scratch[7];
-  double confidence, smoothness, tolerance;
+  double smoothness, tolerance;
   int64_t iterations;
 };
 

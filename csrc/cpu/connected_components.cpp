@@ -25,19 +25,19 @@ class Labeler {
  public:
   // Splits mask [h, w] into runs of pixels equal to `value`, assigns provisional labels, and merges those of touching
   // runs.
-  void join(const uint8_t* mask, int64_t h, int64_t w, bool value) {
+  void join(const uint8_t* mask, int64_t h, int64_t w, bool value, int64_t connectivity) {
     runs_.height = h;
     runs_.width = w;
     runs_.words = w / 64 + 1;
     runs_.bits = bits_.reserve(h * runs_.words);
     runs_.first = first_.reserve(h + 1);
-    runs_.ends = ends_.reserve(2 * (w / 2 + 1 + Runs::kPadding));
+    runs_.ends = ends_.reserve(4 * (w / 2 + 1 + Runs::kPadding));
     kernels().scan(mask, value, runs_);
     const size_t count = runs_.first[h];
     runs_.label = label_.reserve(count + 2 * Runs::kPadding) + Runs::kPadding;
     runs_.parent = parent_.reserve(count);
     runs_.top = top_.reserve(count);
-    labels_ = kernels().join(runs_);
+    labels_ = connectivity == 8 ? kernels().join_eight(runs_) : kernels().join(runs_);
   }
 
   // After join: numbers the components 1, 2, ... in raster order of their first pixels, labels the runs and computes
@@ -134,15 +134,16 @@ ComponentStats stats_of(const Labeler& labeler, int32_t count) {
 }  // namespace
 
 ComponentStats connected_components(const TensorView& mask, const TensorView& offsets, const TensorView& shapes,
-                                    const TensorView& labels, const TensorView& first) {
+                                    const TensorView& labels, const TensorView& first, int64_t connectivity) {
   const char* op = "connected_components";
   expect(op, "mask", mask, DType::kBool, {-1});
   const RaggedShape batch = expect_ragged(op, offsets, shapes, mask.shape[0]);
   expect(op, "labels", labels, DType::kInt32, {mask.shape[0]});
   expect(op, "first", first, DType::kInt32, {batch.count + 1});
+  expect_connectivity(op, connectivity);
   std::vector<ComponentStats> found(batch.count);
   for_each_image<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
-    labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true);
+    labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true, connectivity);
     found[b] = stats_of(labeler, labeler.measure());
     labeler.paint(labels.as<int32_t>() + batch.begin(b));
   });
@@ -161,11 +162,12 @@ ComponentStats connected_components(const TensorView& mask, const TensorView& of
 }
 
 void largest_component(const TensorView& mask, const TensorView& offsets, const TensorView& shapes,
-                       const TensorView& out) {
+                       const TensorView& out, int64_t connectivity) {
   check_masks("largest_component", mask, out);
+  expect_connectivity("largest_component", connectivity);
   const RaggedShape batch = expect_ragged("largest_component", offsets, shapes, mask.shape[0]);
   for_each_image<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
-    labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true);
+    labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), true, connectivity);
     const int32_t count = labeler.measure();
     int32_t best = 0;  // background, with area 0
     for (int32_t c = 1; c <= count; ++c) {
@@ -175,11 +177,13 @@ void largest_component(const TensorView& mask, const TensorView& offsets, const 
   });
 }
 
-void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& out) {
+void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& out,
+                int64_t connectivity) {
   check_masks("fill_holes", mask, out);
+  expect_connectivity("fill_holes", connectivity);
   const RaggedShape batch = expect_ragged("fill_holes", offsets, shapes, mask.shape[0]);
   for_each_image<Labeler>(batch, [&](int64_t b, Labeler& labeler) {
-    labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), false);
+    labeler.join(mask.as<uint8_t>() + batch.begin(b), batch.height(b), batch.width(b), false, connectivity);
     labeler.drop_border(out.as<uint8_t>() + batch.begin(b));
   });
 }

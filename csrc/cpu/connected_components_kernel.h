@@ -222,20 +222,51 @@ inline int32_t* positions(uint64_t bits, int32_t from, int32_t* out) {
   return end;
 }
 
+// The first column of each run of a row, and the column after the last.
+inline void columns(const uint64_t* row, int64_t words, int32_t* begin, int32_t* end) {
+  Edges edges;
+  for (int64_t i = 0; i < words; ++i) {
+    uint64_t begins, ends;
+    edges.next(row[i], begins, ends);
+    begin = positions(begins, static_cast<int32_t>(64 * i), begin);
+    end = positions(ends, static_cast<int32_t>(64 * i), end);
+  }
+}
+
+int32_t join_eight(const Runs& runs) {
+  int32_t* const parent = runs.parent;
+  const int64_t most = runs.width / 2 + 1 + Runs::kPadding;
+  int32_t count = 0, above_runs = 0;
+  for (int64_t y = 0; y < runs.height; ++y) {
+    int32_t *const begin = runs.ends + y % 2 * 2 * most, *const end = begin + most;
+    const int32_t *const above_begin = runs.ends + (y + 1) % 2 * 2 * most, *const above_end = above_begin + most;
+    columns(runs.bits + y * runs.words, runs.words, begin, end);
+    int32_t* const own = runs.label + runs.first[y];
+    const int32_t* const above = own - above_runs;
+    const int32_t own_runs = runs.first[y + 1] - runs.first[y];
+    for (int32_t k = 0, a = 0; k < own_runs; ++k) {
+      while (a < above_runs && above_end[a] < begin[k]) ++a;
+      int32_t touched = a;
+      if (a < above_runs && above_begin[a] <= end[k]) {
+        own[k] = parent[above[touched++]];
+        for (; touched < above_runs && above_begin[touched] <= end[k]; ++touched) unite(parent, own[k], above[touched]);
+        a = touched - 1;  // may touch the next run, too
+      } else {
+        own[k] = parent[count] = count;
+        runs.top[count++] = static_cast<int32_t>(y);
+      }
+    }
+    above_runs = own_runs;
+  }
+  return count;
+}
+
 typedef int32_t I4 __attribute__((vector_size(16), aligned(4), may_alias));
 
 void measure(const int32_t* final, const Runs& runs, Extent* extents) {
   const int64_t most = runs.width / 2 + 1 + Runs::kPadding;
-  const uint64_t* bits = runs.bits;
   for (int64_t y = 0; y < runs.height; ++y) {
-    int32_t *begin = runs.ends, *end = runs.ends + most;
-    Edges edges;
-    for (int64_t i = 0; i < runs.words; ++i) {
-      uint64_t begins, ends;
-      edges.next(*bits++, begins, ends);
-      begin = positions(begins, static_cast<int32_t>(64 * i), begin);
-      end = positions(ends, static_cast<int32_t>(64 * i), end);
-    }
+    columns(runs.bits + y * runs.words, runs.words, runs.ends, runs.ends + most);
     int32_t* const labels = runs.label + runs.first[y];
     const int32_t count = runs.first[y + 1] - runs.first[y];
     for (int32_t k = 0; k < count; ++k) {
@@ -359,7 +390,7 @@ void keep(const uint8_t* keep, const Runs& runs, bool invert, uint8_t* out) {
   }
 }
 
-constexpr ComponentKernels kKernels = {scan, join, measure, paint, keep};
+constexpr ComponentKernels kKernels = {scan, join, join_eight, measure, paint, keep};
 
 }  // namespace
 }  // namespace namedmask::cpu

@@ -17,7 +17,7 @@ struct Runs {
   int32_t* label;   // of each run; readable for kPadding more on either side
   int32_t* parent;  // [runs] union-find over labels: a root is its own parent, others have a smaller parent
   int32_t* top;     // [runs] the first row of a label
-  int32_t* ends;    // scratch [2, width / 2 + 1 + kPadding]
+  int32_t* ends;    // scratch [4, width / 2 + 1 + kPadding]
 
   static constexpr int kPadding = 16;
 };
@@ -34,6 +34,8 @@ struct ComponentKernels {
   // Assigns provisional labels 0, 1, ...: a new label, in raster order, to a run that touches no run of the row above.
   // Merges labels that meet and returns their number. A component's smallest label is that of its first run.
   int32_t (*join)(const Runs& runs);
+  // The same for 8-connectivity.
+  int32_t (*join_eight)(const Runs& runs);
   // Replaces each run's label by final[label] and adds the run to extents[final[label]].
   void (*measure)(const int32_t* final, const Runs& runs, Extent* extents);
   // out = the label of each pixel's run, 0 outside runs.

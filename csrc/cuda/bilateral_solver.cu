@@ -32,9 +32,11 @@ typedef unsigned long long Fixed;  // two's complement; unsigned, as atomicAdd r
 // The scratch memory of a call: arrays over all pixels P; an image's part has room for its vertices. The solver reuses
 // the memory in which the grid was built.
 struct Workspace {
-  Workspace(const TensorView& workspace, int64_t pixels, int64_t images) {
+  Workspace(const TensorView& workspace, int64_t pixels, int64_t images, bool has_confidences) {
     auto* next = workspace.as<int32_t>();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
+    auto* const sum_of_confidences = reinterpret_cast<Fixed*>(take(2 * pixels));
+    weights = has_confidences ? sum_of_confidences : nullptr;
     int32_t* const shared = take(7 * pixels);
     sums = reinterpret_cast<Fixed*>(shared);
     table = shared + 2 * pixels;
@@ -62,8 +64,9 @@ struct Workspace {
   // Throughout:
   int32_t* vertex_of_pixel;  // [P]; until the vertices are numbered, the pixel's slot
   int32_t* neighbors;        // [image: kDirections, vertices]; kNone: none
+  Fixed* weights;            // [P]: sum of the confidences of a vertex; null: all pixels have the same
   int32_t* mass;             // [P]: number of pixels of a vertex
-  float* value;              // [P]: mean target of a vertex, finally the solution
+  float* value;              // [P]: weighted mean target of a vertex, finally the solution
   int32_t* counts;           // [B]: number of vertices
   unsigned* extremes;        // [B]: bits of the largest |target|
   int32_t* chunk_first;      // number of vertices in the chunks before this one
@@ -87,10 +90,13 @@ __device__ double fixed_scale(unsigned extreme, int32_t pixels) {
   return ldexp(1.0, 62 - exponent - (32 - __clz(pixels)));
 }
 
+// The factor that converts confidences, or back.
+__device__ double weight_scale(int32_t pixels) { return fixed_scale(__float_as_uint(1.0f), pixels); }
+
 // Reads 7 bytes per pixel and writes 24; about 60 operations in double.
 __global__ void __launch_bounds__(kChunk)
     key_pixels(const __grid_constant__ Images images, const __grid_constant__ ColorGrid grid, const float* target,
-               const uint8_t* rgb, const __grid_constant__ Workspace work) {
+               const uint8_t* rgb, const float* confidence, const __grid_constant__ Workspace work) {
   const Image image = my_image(images, images.chunks);
   const int32_t pixel = image.chunk_item();
   unsigned extreme = 0;
@@ -101,6 +107,10 @@ __global__ void __launch_bounds__(kChunk)
     work.sums[at] = 0;
     work.mass[at] = 0;
     extreme = __float_as_uint(target[at]) & 0x7fffffff;
+    if (work.weights) {
+      work.weights[at] = 0;
+      if (!(confidence[at] >= 0 && confidence[at] <= 1)) extreme = kInfinity;
+    }
   }
   extreme = warp_reduce(extreme, Most());
   unsigned* const greatest = &work.extremes[image.index];
@@ -132,8 +142,8 @@ __global__ void __launch_bounds__(kChunk)
 }
 
 // Two atomics per pixel, about 17 per address.
-__global__ void __launch_bounds__(kChunk)
-    splat(const __grid_constant__ Images images, const float* target, const __grid_constant__ Workspace work) {
+__global__ void __launch_bounds__(kChunk) splat(const __grid_constant__ Images images, const float* target,
+                                                const float* confidence, const __grid_constant__ Workspace work) {
   const Image image = my_image(images, images.chunks);
   const int32_t pixel = image.chunk_item();
   if (pixel >= image.pixels()) return;
@@ -146,8 +156,13 @@ __global__ void __launch_bounds__(kChunk)
   atomicAdd(&work.mass[image.begin + vertex], 1);
   const unsigned extreme = work.extremes[image.index];
   if (extreme >= kInfinity) return;
-  const int64_t fixed = llrint(target[at] * fixed_scale(extreme, image.pixels()));
+  const double own = work.weights ? double{confidence[at]} : 1.0;
+  const int64_t fixed = llrint(own * target[at] * fixed_scale(extreme, image.pixels()));
   atomicAdd(&work.sums[image.begin + vertex], static_cast<Fixed>(fixed));
+  if (work.weights) {
+    const int64_t weight = llrint(own * weight_scale(image.pixels()));
+    atomicAdd(&work.weights[image.begin + vertex], static_cast<Fixed>(weight));
+  }
 }
 
 __global__ void __launch_bounds__(kChunk, 1)
@@ -160,7 +175,10 @@ __global__ void __launch_bounds__(kChunk, 1)
   const unsigned extreme = work.extremes[image.index];
   const double sum = static_cast<double>(static_cast<int64_t>(work.sums[at])) / fixed_scale(extreme, image.pixels());
   const float scale = scale_of(__uint_as_float(extreme));
-  work.value[at] = extreme < kInfinity ? static_cast<float>(sum / work.mass[at]) * scale : NAN;
+  const double weight =
+      work.weights ? static_cast<double>(work.weights[at]) / weight_scale(image.pixels()) : work.mass[at];
+  const float mean = weight > 0 ? static_cast<float>(sum / weight) : 0;  // `solve` sets it without a weight
+  work.value[at] = extreme < kInfinity ? mean * scale : NAN;
 
   const FirstTable<int32_t> table = table_of(image, work);
   const int32_t pixel = work.first[at], key = table.keys[pixel];
@@ -222,6 +240,21 @@ __global__ void __launch_bounds__(kSolverThreads)
     return sum;
   };
 
+  const Fixed* const weights = work.weights ? work.weights + begin : nullptr;
+  const double unit = weight_scale(images.height[blockIdx.x] * images.width[blockIdx.x]);
+  if (weights) {  // vertices without confidence start at the image's mean
+    double totals[2] = {};
+    for_each_vertex([&](int32_t v) {
+      const double weight = static_cast<double>(weights[v]) / unit;
+      totals[0] += weight * value[v];
+      totals[1] += weight;
+    });
+    block_reduce<kSolverThreads / 32>(totals, Sum());
+    const auto mean = static_cast<float>(totals[1] > 0 ? totals[0] / totals[1] : totals[0]);
+    for_each_vertex([&](int32_t v) {
+      if (weights[v] == 0) value[v] += mean;  // from 0; NaN stays
+    });
+  }
   float *n = product, *next = change;
   for_each_vertex([&](int32_t v) { n[v] = 1; });
   for (int round = 0; round < 10; ++round) {
@@ -237,7 +270,9 @@ __global__ void __launch_bounds__(kSolverThreads)
   __syncthreads();
   double sums[3] = {};
   for_each_vertex([&](int32_t v) {
-    const float own = n[v], mean = value[v], weight = confidence * static_cast<float>(mass[v]);
+    const float own = n[v], mean = value[v],
+                weight = weights ? fmaxf(static_cast<float>(static_cast<double>(weights[v]) / unit), kLeastWeight)
+                                 : confidence * static_cast<float>(mass[v]);
     float around = 0;
     const float pull = over_neighbors(v, [&](int32_t near) {
       around += n[near];
@@ -303,23 +338,25 @@ __global__ void __launch_bounds__(kChunk)
 
 }  // namespace
 
-void bilateral_solver(const TensorView& target, const TensorView& image, const TensorView& offsets,
-                      const TensorView& shapes, const TensorView& out, const TensorView& workspace,
-                      const BilateralSettings& settings, Stream stream) {
+void bilateral_solver(const TensorView& target, const TensorView& image, const TensorView& confidence,
+                      const TensorView& offsets, const TensorView& shapes, const TensorView& out,
+                      const TensorView& workspace, const BilateralSettings& settings, Stream stream) {
   const char* op = "bilateral_solver";
   expect(op, "target", target, DType::kFloat32, {-1}, Device::kCUDA);
   const int64_t pixels = target.shape[0];
   expect(op, "image", image, DType::kUInt8, {pixels, 3}, Device::kCUDA);
+  const bool has_confidences = confidence.shape[0] != 0;
+  expect(op, "confidence", confidence, DType::kFloat32, {has_confidences ? pixels : 0}, Device::kCUDA);
   expect(op, "out", out, DType::kFloat32, {pixels}, Device::kCUDA);
   const RaggedShape batch = expect_ragged(op, offsets, shapes, pixels);
-  expect(op, "workspace", workspace, DType::kInt32, {21 * pixels + 3 * batch.count}, Device::kCUDA);
+  expect(op, "workspace", workspace, DType::kInt32, {23 * pixels + 3 * batch.count}, Device::kCUDA);
   expect_cells(settings);
   for (int64_t b = 0; b < batch.count; ++b) {
     if (batch.height(b) * batch.width(b) > INT32_MAX / 2) {
       throw std::invalid_argument("bilateral_solver: image " + std::to_string(b) + " has more than 2^30 pixels");
     }
   }
-  const Workspace work(workspace, pixels, batch.count);
+  const Workspace work(workspace, pixels, batch.count, has_confidences);
   const ColorGrid grid(settings);
   const double sigma = settings.sigma_spatial;
   const Solver solver = {settings.confidence, settings.smoothness, settings.tolerance, settings.iterations};
@@ -327,11 +364,12 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
   check(cudaMemsetAsync(work.extremes, 0, sizeof(*work.extremes) * batch.count,
                         static_cast<cudaStream_t>(stream.handle)));
   for_each_group(batch, [&](const Images& images, int64_t chunks) {
-    launch(key_pixels, chunks, kChunk, stream, images, grid, target.as<float>(), image.as<uint8_t>(), work);
+    launch(key_pixels, chunks, kChunk, stream, images, grid, target.as<float>(), image.as<uint8_t>(),
+           confidence.as<float>(), work);
     launch(insert_pixels, chunks, kChunk, stream, images, sigma, work);
     launch(rank_vertices, chunks, kChunk, stream, images, work);
     launch(add_ranks, images.count, 32, stream, images, work.chunk_first, work.counts);
-    launch(splat, chunks, kChunk, stream, images, target.as<float>(), work);
+    launch(splat, chunks, kChunk, stream, images, target.as<float>(), confidence.as<float>(), work);
     launch(join_vertices, chunks, kChunk, stream, images, grid, sigma, work);
     launch(solve, images.count, kSolverThreads, stream, images, solver, work);
     launch(slice, chunks, kChunk, stream, images, work, out.as<float>());

@@ -63,7 +63,9 @@ __device__ void unite(int32_t* nodes, int32_t a, int32_t b) {
   }
 }
 
-// Labels pixels equal to `value` within each tile; a node's parent is its tile component's first pixel.
+// Labels pixels equal to `value` within each tile; a node's parent is its tile component's first pixel. `kEight`: with
+// 8-connectivity.
+template <bool kEight>
 __global__ void label_tiles(const __grid_constant__ TiledImages images, const uint8_t* mask, bool value,
                             int32_t* all_nodes) {
   __shared__ int32_t tile[kTile * kTile];
@@ -84,6 +86,11 @@ __global__ void label_tiles(const __grid_constant__ TiledImages images, const ui
   for (int32_t r = warp == 0 ? kTileWarps : warp; r < kTile; r += kTileWarps) {
     const int32_t here = r * kTile + lane;
     if (run_begins(words[r] & words[r - 1]) >> lane & 1) unite(tile, here, here - kTile);
+    if constexpr (kEight) {  // diagonal neighbors that have no other neighbor in common
+      const unsigned own = words[r], above = words[r - 1], alone = own & ~above;
+      if ((alone & above << 1 & ~(own << 1)) >> lane & 1) unite(tile, here, here - kTile - 1);
+      if ((alone & above >> 1 & ~(own >> 1)) >> lane & 1) unite(tile, here, here - kTile + 1);
+    }
   }
   __syncthreads();
   for (int32_t r = warp; r < kTile; r += kTileWarps) {
@@ -97,7 +104,8 @@ __global__ void label_tiles(const __grid_constant__ TiledImages images, const ui
 }
 
 // Merges across the upper (threadIdx.y == 0) and the left (1) side of each tile. With `outside`, also merges nodes at
-// the image border with node 0, which includes the lower (2) and the right side (3).
+// the image border with node 0, which includes the lower (2) and the right side (3). `kEight`: with 8-connectivity.
+template <bool kEight>
 __global__ void unite_tiles(const __grid_constant__ TiledImages images, bool outside, int32_t* all_nodes) {
   const Image image = my_image(images, images.tiles);
   int32_t* nodes = nodes_of(image, all_nodes);
@@ -120,6 +128,12 @@ __global__ void unite_tiles(const __grid_constant__ TiledImages images, bool out
     return nodes[here - back] != kUnlabeled && (border || nodes[there - back] != kUnlabeled);
   };
   if (contact(0) && (i == 0 || !contact(along_row ? 1 : w))) unite(nodes, here, there);
+  if constexpr (kEight) {
+    if (border || nodes[here] == kUnlabeled || nodes[there] != kUnlabeled) return;
+    const int32_t place = along_row ? x : y, step = along_row ? 1 : w;
+    if (place > 0 && nodes[there - step] != kUnlabeled) unite(nodes, here, there - step);
+    if (place + 1 < (along_row ? w : h) && nodes[there + step] != kUnlabeled) unite(nodes, here, there + step);
+  }
 }
 
 // Sets the parent of every node to its root, ranks the roots of each chunk 0, 1, ... in raster order and counts them.
@@ -255,6 +269,16 @@ __global__ void finish_boxes(int32_t n, int32_t* boxes) {
 
 const dim3 kTileThreads(kTile, kTileWarps);
 
+// Merges the pixels equal to `value` of each component, and with `outside` those at the image border with node 0.
+void label(const TiledImages& images, int64_t tiles, const TensorView& mask, bool value, bool outside,
+           int64_t connectivity, int32_t* nodes, Stream stream) {
+  const bool eight = connectivity == 8;
+  launch(eight ? label_tiles<true> : label_tiles<false>, tiles, kTileThreads, stream, images, mask.as<uint8_t>(), value,
+         nodes);
+  launch(eight ? unite_tiles<true> : unite_tiles<false>, tiles, dim3(kTile, outside ? 4 : 2), stream, images, outside,
+         nodes);
+}
+
 // Calls f(images, tiles, chunks) for groups of images that fit one launch.
 template <class F>
 void for_each_tiled_group(const RaggedShape& batch, F f) {
@@ -286,17 +310,17 @@ void check_masks(const char* op, const TensorView& mask, const TensorView& out) 
 
 void connected_components(const TensorView& mask, const TensorView& offsets, const TensorView& shapes,
                           const TensorView& labels, const TensorView& counts, const TensorView& workspace,
-                          Stream stream) {
+                          int64_t connectivity, Stream stream) {
   const char* op = "connected_components";
   expect(op, "mask", mask, DType::kBool, {-1}, Device::kCUDA);
   const RaggedShape batch = expect_ragged(op, offsets, shapes, mask.shape[0]);
   expect(op, "labels", labels, DType::kInt32, {mask.shape[0]}, Device::kCUDA);
   expect(op, "counts", counts, DType::kInt32, {batch.count}, Device::kCUDA);
+  expect_connectivity(op, connectivity);
   const Workspace work(op, workspace, mask.shape[0], batch.count);
   const OnDevice device(mask);
   for_each_tiled_group(batch, [&](const TiledImages& images, int64_t tiles, int64_t chunks) {
-    launch(label_tiles, tiles, kTileThreads, stream, images, mask.as<uint8_t>(), true, work.nodes);
-    launch(unite_tiles, tiles, dim3(kTile, 2), stream, images, false, work.nodes);
+    label(images, tiles, mask, true, false, connectivity, work.nodes, stream);
     launch(rank_roots, chunks, kChunk, stream, images, work.nodes, work.second);
     launch(add_ranks, images.count, 32, stream, images, work.second, counts.as<int32_t>());
     launch(paint, chunks, kChunk, stream, images, work.second, work.nodes, labels.as<int32_t>());
@@ -323,9 +347,10 @@ void component_stats(const TensorView& labels, const TensorView& offsets, const 
 }
 
 void largest_component(const TensorView& mask, const TensorView& offsets, const TensorView& shapes,
-                       const TensorView& out, const TensorView& workspace, Stream stream) {
+                       const TensorView& out, const TensorView& workspace, int64_t connectivity, Stream stream) {
   const char* op = "largest_component";
   check_masks(op, mask, out);
+  expect_connectivity(op, connectivity);
   const RaggedShape batch = expect_ragged(op, offsets, shapes, mask.shape[0]);
   const Workspace work(op, workspace, mask.shape[0], batch.count);
   const OnDevice device(mask);
@@ -333,8 +358,7 @@ void largest_component(const TensorView& mask, const TensorView& offsets, const 
   check(cudaMemsetAsync(work.best, 0, sizeof(*work.best) * batch.count, handle));
   check(cudaMemsetAsync(work.second, 0, sizeof(*work.second) * (mask.shape[0] + batch.count), handle));
   for_each_tiled_group(batch, [&](const TiledImages& images, int64_t tiles, int64_t chunks) {
-    launch(label_tiles, tiles, kTileThreads, stream, images, mask.as<uint8_t>(), true, work.nodes);
-    launch(unite_tiles, tiles, dim3(kTile, 2), stream, images, false, work.nodes);
+    label(images, tiles, mask, true, false, connectivity, work.nodes, stream);
     launch(add_areas, tiles, kTileThreads, stream, images, work.nodes, work.second);
     launch(pick_largest, chunks, kChunk, stream, images, work.nodes, work.second, work.best);
     launch(keep_largest, chunks, kChunk, stream, images, work.nodes, work.best, out.as<uint8_t>());
@@ -342,15 +366,15 @@ void largest_component(const TensorView& mask, const TensorView& offsets, const 
 }
 
 void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& out,
-                const TensorView& workspace, Stream stream) {
+                const TensorView& workspace, int64_t connectivity, Stream stream) {
   const char* op = "fill_holes";
   check_masks(op, mask, out);
+  expect_connectivity(op, connectivity);
   const RaggedShape batch = expect_ragged(op, offsets, shapes, mask.shape[0]);
   const Workspace work(op, workspace, mask.shape[0], batch.count);
   const OnDevice device(mask);
   for_each_tiled_group(batch, [&](const TiledImages& images, int64_t tiles, int64_t chunks) {
-    launch(label_tiles, tiles, kTileThreads, stream, images, mask.as<uint8_t>(), false, work.nodes);
-    launch(unite_tiles, tiles, dim3(kTile, 4), stream, images, true, work.nodes);
+    label(images, tiles, mask, false, true, connectivity, work.nodes, stream);
     launch(keep_inside, chunks, kChunk, stream, images, work.nodes, out.as<uint8_t>());
   });
 }

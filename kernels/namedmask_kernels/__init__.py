@@ -11,6 +11,7 @@ from .backends import explain
 from .bilateral_solver import bilateral_solver
 from .connected_components import Components, connected_components, fill_holes, largest_component
 from .dense_crf import dense_crf
+from .mask_cut import MaskCut, mask_cut
 from .normalized_cut import NormalizedCut, normalized_cut
 from .pamr import pamr
 from .ragged import Ragged
@@ -25,6 +26,7 @@ os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 __all__ = [
     "AttentionFeatures",
     "Components",
+    "MaskCut",
     "NormalizedCut",
     "Ragged",
     "Vote",
@@ -35,6 +37,7 @@ __all__ = [
     "explain",
     "fill_holes",
     "largest_component",
+    "mask_cut",
     "normalized_cut",
     "pamr",
     "random_walk",

@@ -23,6 +23,8 @@ from .ragged import (
     expect_finite,
     expect_image,
     expect_int,
+    expect_same_grids,
+    image_of_row,
     pack_numpy,
 )
 from .reference import bilateral_solver as reference
@@ -35,7 +37,7 @@ def bilateral_solver(
     target: Batch,
     image: Ragged | Array,
     *,
-    confidence: float = 0.999,
+    confidence: float | Ragged | Array = 0.999,
     sigma_spatial: float = 16,
     sigma_luma: float = 16,
     sigma_chroma: float = 8,
@@ -50,12 +52,15 @@ def bilateral_solver(
         target: Floating point or bool [H, W] (numpy or torch), or Ragged with rows [P]. Usually a mask from 0 to 1, but
             any finite values are allowed; computed in float32.
         image: uint8 RGB [H, W, 3], or Ragged with rows [P, 3], with the height and width of `target`.
-        confidence: Confidence in the target, above 0 and at most 1, the same for every pixel.
+        confidence: Confidence in the target: a number above 0 and at most 1 for every pixel; or an image from 0 to 1,
+            floating point or bool, with the height and width of `target`. The solution in cells of the grid without
+            any confidence comes from their neighbors alone; an image without any confidence gives 0.
         sigma_spatial: Side of the bilateral grid's cells in pixels, at least 1. Pixels of one cell get one value.
         sigma_luma: Side of the cells in luma, in levels of full-range BT.601 YCbCr (0 to 255), at least 1.
         sigma_chroma: Side of the cells in the two chroma channels, likewise.
         smoothness: Weight of the smoothness term against the data term, at least 0. Only its ratio to `confidence`
-            matters; ratios above 2^40 (1e12) count as 2^40, where float32 no longer sees the data term.
+            matters; ratios (or with a confidence image, weights) above 2^40 (1e12) count as 2^40, where float32 no
+            longer sees the data term.
         iterations: Maximum number of conjugate gradient iterations. The default is the published one; images require
             about 140 iterations to converge, and after 25 the result is within 0.02 of the solution.
         tolerance: Stops when the norm of the residual is at most this fraction of the right-hand side's.
@@ -67,18 +72,19 @@ def bilateral_solver(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If shapes or devices do not match, a parameter is out of range, the target is not finite (the
-            message names the image), or the backend cannot run. The CUDA version does not wait for the GPU to check the
-            target: the result of an image whose target is not finite is NaN.
+        ValueError: If shapes or devices do not match, a parameter is out of range, the target is not finite or a
+            confidence image not from 0 to 1 (the message names the image), or the backend cannot run. The CUDA version
+            does not wait for the GPU to check these two: the result of such an image is NaN.
 
     Accuracy:
         The reference computes in float64, the other backends in float32. For targets from 0 to 1 they agree within
-        about 2e-8 * smoothness / confidence (1e-5 by default).
+        about 2e-8 * smoothness / confidence (1e-5 by default), where that of a confidence image is its mean over a
+        connected region of the grid. A GPU rounds confidences to multiples of 2^-61 times the number of pixels.
 
     Cost:
         About 4 ms on one CPU core for an image of 512 x 683; the images of a Ragged batch are distributed over torch's
         threads. On an H100, 0.05 ms per image in a batch of 64, but 3 ms for a single image, since the solver runs one
-        thread block per image. The CUDA version allocates 84 bytes per pixel.
+        thread block per image. The CUDA version allocates 92 bytes per pixel.
 
     Determinism:
         On the CPU, bit-identical for any batch, number of threads and instruction set. On a GPU, bit-identical on every
@@ -95,10 +101,13 @@ def bilateral_solver(
         >>> (bilateral_solver(rough, image) > 0.5).sum()  # the bright rectangle
         tensor(4800)
     """
-    weights = _in_range(
-        _number("confidence", confidence, "above 0 and at most 1", lambda x: 0 < x <= 1),
-        _number("smoothness", smoothness, "finite and at least 0", lambda x: 0 <= x < math.inf),
-    )
+    weight = _number("smoothness", smoothness, "finite and at least 0", lambda x: 0 <= x < math.inf)
+    per_pixel = isinstance(confidence, Ragged) or (isinstance(confidence, Array) and confidence.ndim > 0)
+    if per_pixel:
+        weights = 1.0, min(weight, MOST_EXTREME)
+    else:
+        number = _number("confidence", cast(float, confidence), "above 0 and at most 1", lambda x: 0 < x <= 1)
+        weights = _in_range(number, weight)
     sigmas = [
         _number(name, sigma, "finite and at least 1", lambda x: 1 <= x < math.inf)
         for name, sigma in (
@@ -110,16 +119,26 @@ def bilateral_solver(
     steps = expect_int(NAME, "iterations", iterations)
     enough = _number("tolerance", tolerance, "finite and at least 0", lambda x: 0 <= x < math.inf)
     settings = weights[0], *sigmas, weights[1], steps, enough
-    arrays = backends.numpy_arguments(NAME, backend, (target, 0, (np.float32, np.bool_)), (image, 3, (np.uint8,)))
+    soft = np.float32, np.bool_
+    maps = ((confidence, 0, soft),) if per_pixel else ()
+    arrays = backends.numpy_arguments(NAME, backend, (target, 0, soft), (image, 3, (np.uint8,)), *maps)
     if arrays:
         out = np.empty(arrays[0].shape, np.float32)
-        grids = pack_numpy(arrays[0].astype(np.float32, copy=False), arrays[1])
-        backends.native().bilateral_solver(*grids, out.reshape(-1), *settings)
+        own = arrays[2].astype(np.float32, copy=False).reshape(-1) if per_pixel else _NO_MAP
+        if not ((own >= 0) & (own <= 1)).all():
+            raise _not_a_fraction(0)
+        *grids, offsets, shapes = pack_numpy(arrays[0].astype(np.float32, copy=False), arrays[1])
+        backends.native().bilateral_solver(*grids, own, offsets, shapes, out.reshape(-1), *settings)
         return cast(Batch, out)
     packed = arrange(NAME, "target", target, 0, *FLOATING, torch.bool)
     pixels = expect_image(NAME, image, packed)
     rows = packed.rows.to(torch.float32).contiguous()
-    return packed.restore(_solve(rows, pixels, packed.offsets, packed.shapes, *settings, backend))
+    confidences = rows.new_empty(0)
+    if per_pixel:
+        values = arrange(NAME, "confidence", cast(Array, confidence), 0, *FLOATING, torch.bool)
+        expect_same_grids(NAME, values, packed)
+        confidences = values.rows.to(torch.float32).contiguous()
+    return packed.restore(_solve(rows, pixels, confidences, packed.offsets, packed.shapes, *settings, backend))
 
 
 def _number(name: str, value: float, expected: str, valid: Callable[[float], bool]) -> float:
@@ -137,14 +156,47 @@ def _in_range(confidence: float, smoothness: float) -> tuple[float, float]:
     return max(confidence / larger, 1 / MOST_EXTREME), smoothness / larger
 
 
-def _solve_reference(target: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings: float) -> Tensor:
+def _not_a_fraction(image: int) -> ValueError:
+    return ValueError(f"{NAME}: confidence must be from 0 to 1, but image {image} holds other values")
+
+
+def _expect_fractions(confidences: Tensor, offsets: Tensor) -> None:
+    valid = (confidences >= 0) & (confidences <= 1)
+    if not valid.all():
+        raise _not_a_fraction(image_of_row(int(valid.byte().argmin()), offsets))
+
+
+_NO_MAP = np.empty(0, np.float32)
+
+# -- backends: every implementation takes the arguments of the schema below and returns its results ------------------
+# `confidences` is [P], or [0] if `confidence` holds for all pixels.
+
+
+def _solve_reference(
+    target: Tensor, image: Tensor, confidences: Tensor, offsets: Tensor, shapes: Tensor, *settings: float
+) -> Tensor:
     expect_finite(NAME, "target", target.isfinite(), offsets)
-    return per_image(reference.bilateral_solver, numpy=True)(target, image, offsets, shapes, *settings)
+    run = per_image(reference.bilateral_solver, numpy=True)
+    if not len(confidences):
+        return run(target, image, offsets, shapes, *settings)
+    _expect_fractions(confidences, offsets)
+    return run(target, image, confidences, offsets, shapes, *settings[1:])
+
+
+def _solve_cpu(
+    target: Tensor, image: Tensor, confidences: Tensor, offsets: Tensor, shapes: Tensor, *settings: float
+) -> Tensor:
+    _expect_fractions(confidences, offsets)
+    out = torch.empty_like(target)
+    backends.native().bilateral_solver(target, image, confidences, offsets, shapes, out, *settings)
+    return out
 
 
 _solve = register(
-    f"{NAME}(Tensor target, Tensor image, Tensor offsets, Tensor shapes, float confidence, float sigma_spatial, "
-    "float sigma_luma, float sigma_chroma, float smoothness, int iterations, float tolerance) -> Tensor",
+    f"{NAME}(Tensor target, Tensor image, Tensor confidences, Tensor offsets, Tensor shapes, float confidence, "
+    "float sigma_spatial, float sigma_luma, float sigma_chroma, float smoothness, int iterations, float tolerance) "
+    "-> Tensor",
     reference=_solve_reference,
-    cuda_workspace=lambda pixels, images: 21 * pixels + 3 * images,
+    cpu=_solve_cpu,
+    cuda_workspace=lambda pixels, images: 23 * pixels + 3 * images,
 )

@@ -103,23 +103,12 @@ def normalized_cut(
         torch.Size([28, 37])
     """
     packed = arrange(NAME, "features", features, 1, *FLOATING, batches=True)
-    numbers = []
-    for name, value, low, high, expected in (
-        ("tau", tau, -sys.float_info.max, math.inf, "finite"),
-        ("eps", eps, 1e-60, 1, "at least 1e-60 and below 1"),
-        ("tolerance", tolerance, math.ulp(0), math.inf, "above 0 and finite"),
-    ):
-        number = as_float(NAME, name, value)
-        if not low <= number < high:
-            raise ValueError(f"{NAME}: {name} must be {expected}, but is {value}")
-        numbers.append(number)
-    steps = expect_int(NAME, "max_iterations", max_iterations, 1)
+    settings = expect_settings(NAME, tau, eps, tolerance, max_iterations)
     vector, value, residual, iterations, partition, seed, foreground = _cut(
         packed.rows.to(torch.float32).contiguous(),
         packed.offsets,
         packed.shapes,
-        *numbers,
-        steps,
+        *settings,
         backend,
     )
     if isinstance(features, np.ndarray):
@@ -127,6 +116,28 @@ def normalized_cut(
     return NormalizedCut(
         packed.restore(vector), value, residual, iterations, packed.restore(partition), seed, packed.restore(foreground)
     )
+
+
+def expect_settings(
+    op: str, tau: float, eps: float, tolerance: float, max_iterations: int, least_tau: float = -sys.float_info.max
+) -> tuple[float, float, float, int]:
+    """Returns the settings of a cut as numbers.
+
+    Raises:
+        TypeError: If one is not a number, or `max_iterations` not an integer.
+        ValueError: If one is out of range.
+    """
+    numbers = []
+    for name, value, low, high, expected in (
+        ("tau", tau, least_tau, math.inf, "finite and at least 0" if least_tau == 0 else "finite"),
+        ("eps", eps, 1e-60, 1, "at least 1e-60 and below 1"),
+        ("tolerance", tolerance, math.ulp(0), math.inf, "above 0 and finite"),
+    ):
+        number = as_float(op, name, value)
+        if not low <= number < high:
+            raise ValueError(f"{op}: {name} must be {expected}, but is {value}")
+        numbers.append(number)
+    return numbers[0], numbers[1], numbers[2], expect_int(op, "max_iterations", max_iterations, 1)
 
 
 # -- backends: every implementation takes the arguments of the schema below and returns its results ------------------
@@ -183,7 +194,7 @@ def _cut_cuda(
             seeds = on_device[3]
             labels, counts = foreground.new_empty(len(features), dtype=torch.int32), torch.empty_like(seeds)
             scratch = labels.new_empty(2 * len(features) + 4 * len(shapes))
-            native.connected_components(partition, offsets, shapes, labels, counts, scratch, stream)
+            native.connected_components(partition, offsets, shapes, labels, counts, scratch, 4, stream)
             tokens, begins = (x.to(features.device) for x in (offsets.diff(), offsets[:-1]))
             seeded = labels[(begins + seeds).clamp(0, len(features) - 1)]
             seeded = seeded.repeat_interleave(tokens, output_size=len(features))

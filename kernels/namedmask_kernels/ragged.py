@@ -351,7 +351,12 @@ def expect_finite(op: str, name: str, finite: Tensor, offsets: Tensor, first: in
     """
     if not finite.all():
         row = int(finite.flatten(1).all(1).byte().argmin()) if finite.ndim > 1 else int(finite.byte().argmin())
-        raise not_finite(op, name, first + int(torch.searchsorted(offsets, row, right=True)) - 1)
+        raise not_finite(op, name, first + image_of_row(row, offsets))
+
+
+def image_of_row(row: int, offsets: Tensor) -> int:
+    """The image that a row of a packed batch belongs to, by offsets int32 [B + 1] on the CPU."""
+    return int(torch.searchsorted(offsets, row, right=True)) - 1
 
 
 def not_finite(op: str, name: str, image: int) -> ValueError:

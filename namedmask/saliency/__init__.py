@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class Detection(NamedTuple):
     """The object of a photo.
 
     Attributes:
-        mask: float32 [H, W] in [0, 1] at the size of the photo; above 0.5 is object.
+        mask: float32 [H, W] in [0, 1] at the requested size; above 0.5 is object.
         confidence: How clearly the detector separates the object from the background, in [0, 1]. Each detector
             documents its measure.
     """
@@ -34,7 +35,7 @@ class Detector(ABC):
 
     Attributes:
         tokens_per_batch: Maximum number of tokens in a batch.
-        bytes_per_pixel: Memory that a photo and its masks take at the peak, in bytes per pixel; measured.
+        bytes_per_pixel: Memory that a photo and its masks take at the peak, in bytes per pixel of the larger; measured.
     """
 
     bytes_per_pixel = 12
@@ -45,16 +46,43 @@ class Detector(ABC):
 
     def tokens(self, photo: Photo) -> int:
         """Returns the number of tokens that the photo will have, the measure of its cost."""
-        h, w = self.backbone.grid(photo.pixels, self.config.image_size)
-        return h * w
+        return math.prod(self.backbone.fit(photo.pixels, self.config.image_size).grid)
+
+    def size(self, photo: Photo) -> tuple[int, int]:
+        """Returns the height and width of the photo as the backbone sees it, without padding."""
+        return self.backbone.fit(photo.pixels, self.config.image_size).size
+
+    def resize(self, photo: Photo) -> Photo:
+        """Resizes a photo to `size`."""
+        pixels = self.backbone.resize(photo.pixels, self.config.image_size)
+        return Photo(photo.name, pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
     @abstractmethod
-    def detect(self, photos: Sequence[Photo]) -> list[Detection]:
+    def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
         """Detects the object of each photo. Photos may have any sizes; results do not depend on batch composition.
+
+        Args:
+            photos: The photos.
+            sizes: Height and width of each mask; those of the photos by default.
 
         Raises:
             FloatingPointError: If the network gives NaN or infinite values for any photo.
         """
+
+
+def photo_sizes(photos: Sequence[Photo]) -> list[tuple[int, int]]:
+    """The height and width of each photo."""
+    return [(photo.pixels.shape[0], photo.pixels.shape[1]) for photo in photos]
+
+
+def backbone_options(config: DetectorConfig, device: str) -> dict[str, Any]:
+    """The settings of a detector that `backbones.load` takes for each of its backbones."""
+    return {
+        "device": device,
+        "precision": config.precision,
+        "interpolation": config.interpolation,
+        "patch_fit": config.patch_fit,
+    }
 
 
 def make_detector(config: DetectorConfig, device: str) -> Detector:

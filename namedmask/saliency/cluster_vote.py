@@ -16,10 +16,10 @@ from torch import Tensor
 
 from namedmask_kernels import spectral_clusters, vote_masks
 
-from ..backbones import load
+from ..backbones import Fit, load
 from ..config import DetectorConfig
 from ..photos import Photo
-from . import Detection, Detector
+from . import Detection, Detector, backbone_options, photo_sizes
 from .spectral import centered
 
 COUNTS = (2, 3, 4)  # numbers of clusters; every cluster is a candidate
@@ -35,7 +35,7 @@ class ClusterVoteDetector(Detector):
 
     def __init__(self, config: DetectorConfig, device: str):
         self.backbones = [
-            load(name, weights, device=device, precision=config.precision)
+            load(name, weights, **backbone_options(config, device))
             for name, weights in (
                 (config.backbone, config.backbone_weights),
                 *map(_split_weights, config.more_backbones),
@@ -44,7 +44,7 @@ class ClusterVoteDetector(Detector):
         finest = min(self.backbones, key=lambda backbone: backbone.patch)  # its tokens dominate the cost
         super().__init__(config, finest)
 
-    def detect(self, photos: Sequence[Photo]) -> list[Detection]:
+    def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
         labels: list[list[Tensor]] = [[] for _ in photos]  # for each photo, int32 [h, w, 3] from each backbone
         for backbone in self.backbones:
             prepared = [backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
@@ -55,24 +55,31 @@ class ClusterVoteDetector(Detector):
                 features = centered(features)
             for photo_labels, grid in zip(labels, spectral_clusters(features, COUNTS).grids(), strict=True):
                 photo_labels.append(grid)
-        return [elect(photo_labels, photo.pixels.shape[:2]) for photo_labels, photo in zip(labels, photos, strict=True)]
+        return [
+            elect(photo_labels, [b.fit(photo.pixels, self.config.image_size) for b in self.backbones], size)
+            for photo_labels, photo, size in zip(labels, photos, sizes or photo_sizes(photos), strict=True)
+        ]
 
 
-def elect(labels: Sequence[Tensor], size: tuple[int, ...]) -> Detection:
+def elect(labels: Sequence[Tensor], fits: Sequence[Fit], size: tuple[int, ...]) -> Detection:
     """Votes among all clusters of a photo.
 
     Args:
         labels: Cluster labels from each backbone, int32 [h, w, len(COUNTS)].
-        size: Height and width of the photo.
+        fits: How the photo lies on the patches of each backbone.
+        size: Height and width of the mask, at which the clusters are compared.
     """
     columns = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))  # 0 0 1 1 1 2 2 2 2
     clusters = torch.cat([torch.arange(k) for k in COUNTS])  # 0 1 0 1 2 0 1 2 3
     tokens = [(grid[..., columns] == clusters).permute(2, 0, 1) for grid in labels]  # bool [9, h, w] each
-    candidates = [F.interpolate(x[None].byte(), size, mode="nearest-exact")[0].bool() for x in tokens]
+    candidates = [
+        F.interpolate(fit.without_padding(x[None].byte(), "nearest-exact"), size, mode="nearest-exact")[0].bool()
+        for x, fit in zip(tokens, fits, strict=True)
+    ]
     vote = vote_masks(torch.cat(candidates))
     backbone, cluster = divmod(int(vote.winner), len(clusters))
-    winner = tokens[backbone][cluster]
-    mask = F.interpolate(winner[None, None].float(), size, mode="bilinear")[0, 0]
+    winner = fits[backbone].without_padding(tokens[backbone][cluster][None, None].float())
+    mask = F.interpolate(winner, size, mode="bilinear")[0, 0]
     others = int(vote.kept.sum()) - 1
     agreement = (float(vote.scores[vote.winner]) - 1) / others if others else 0.0
     return Detection(mask, min(max(agreement, 0.0), 1.0))

@@ -24,7 +24,7 @@ from ..backbones import Backbone, Vit, untrained
 from ..config import DetectorConfig
 from ..errors import UserError
 from ..photos import Photo
-from . import Detection, Detector
+from . import Detection, Detector, backbone_options, photo_sizes
 
 UPSAMPLED = 2  # mask resolution: cells per side of a patch
 MAX_QUERIES = 1000  # of a file; each takes about a megabyte per photo
@@ -127,8 +127,8 @@ class SelfMask(nn.Module):
 class Encoder(Backbone):
     """The encoder of a SelfMask network as a `Backbone`."""
 
-    def __init__(self, network: SelfMask, device: torch.device, dtype: torch.dtype):
-        super().__init__(network.encoder, device, dtype)
+    def __init__(self, network: SelfMask, device: str, precision: str, **options: Any):
+        super().__init__(network.encoder, torch.device(device), getattr(torch, precision), **options)
         self.network = network
 
     def _position_tokens(self, h: int, w: int) -> tuple[Tensor, None]:
@@ -144,36 +144,38 @@ class SelfMaskDetector(Detector):
 
     def __init__(self, config: DetectorConfig, device: str):
         self.network = load(config.backbone, config.weights).to(device).eval().requires_grad_(False)
-        super().__init__(config, Encoder(self.network, torch.device(device), getattr(torch, config.precision)))
+        super().__init__(config, Encoder(self.network, **backbone_options(config, device)))
         sizes = [round(config.image_size * scale) for scale in config.scales]
         self.views = list(itertools.product(sizes, (False, True) if config.horizontal_flip else (False,)))
         self.bytes_per_pixel = 24 + 12 * len(self.views)
 
     def tokens(self, photo: Photo) -> int:
-        return sum(math.prod(self.backbone.grid(photo.pixels, size)) for size, _ in self.views)
+        return sum(math.prod(self.backbone.fit(photo.pixels, size).grid) for size, _ in self.views)
 
     @torch.inference_mode()
-    def detect(self, photos: Sequence[Photo]) -> list[Detection]:
+    def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
         prepared = []
         for photo in photos:
-            for size, flipped in self.views:
+            for image_size, flipped in self.views:
                 pixels = np.ascontiguousarray(photo.pixels[:, ::-1]) if flipped else photo.pixels
-                prepared.append(self.backbone.prepare(pixels, size))
+                prepared.append(self.backbone.prepare(pixels, image_size))
         grids = iter(self.backbone.extract(prepared, ["tokens"])["tokens"].grids())
         detections = []
-        for photo in photos:
-            softs = [self._soft_mask(next(grids), flipped, photo.pixels.shape[:2]) for _, flipped in self.views]
+        for photo, size in zip(photos, sizes or photo_sizes(photos), strict=True):
+            softs = []
+            for image_size, flipped in self.views:
+                soft = self.backbone.fit(photo.pixels, image_size).without_padding(self._soft_mask(next(grids)))
+                softs.append(F.interpolate(soft.flip(3) if flipped else soft, size, mode="bilinear")[0, 0])
             soft = torch.stack(softs).mean(0)
             if not soft.isfinite().all():
                 raise FloatingPointError("the predicted mask is NaN or infinite")
             detections.append(Detection(soft.cpu(), certainty(soft) * agreement(softs)))
         return detections
 
-    def _soft_mask(self, tokens: Tensor, flipped: bool, size: tuple[int, ...]) -> Tensor:
-        """The soft mask of one view, from its tokens [h, w, C], at the size and orientation of the photo [H, W]."""
+    def _soft_mask(self, tokens: Tensor) -> Tensor:
+        """The soft mask [1, 1, 2h, 2w] of one view, from its tokens [h, w, C]."""
         masks, objectness = self.network.decode(tokens.flatten(0, 1)[None], *tokens.shape[:2])
-        soft = masks[-1, 0, objectness[-1, 0].argmax()].sigmoid()  # [2h, 2w]
-        return F.interpolate((soft.flip(1) if flipped else soft)[None, None], size, mode="bilinear")[0, 0]
+        return masks[-1, :, objectness[-1, 0].argmax()].sigmoid()[None]
 
 
 def agreement(softs: Sequence[Tensor]) -> float:

@@ -17,7 +17,7 @@ from namedmask_kernels import Ragged, normalized_cut
 from ..backbones import load
 from ..config import DetectorConfig
 from ..photos import Photo
-from . import Detection, Detector
+from . import Detection, Detector, backbone_options, photo_sizes
 
 
 def centered(features: Ragged) -> Ragged:
@@ -32,11 +32,9 @@ class SpectralDetector(Detector):
     """
 
     def __init__(self, config: DetectorConfig, device: str):
-        super().__init__(
-            config, load(config.backbone, config.backbone_weights, device=device, precision=config.precision)
-        )
+        super().__init__(config, load(config.backbone, config.backbone_weights, **backbone_options(config, device)))
 
-    def detect(self, photos: Sequence[Photo]) -> list[Detection]:
+    def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
         prepared = [self.backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
         features = self.backbone.extract(prepared, [self.config.features])[self.config.features]
         # On the CPU, where the refiners run, too.
@@ -45,13 +43,14 @@ class SpectralDetector(Detector):
             features = centered(features)
         cut = normalized_cut(features, tau=self.config.tau)
         assert isinstance(cut.foreground, Ragged) and isinstance(cut.vector, Ragged)
-        return [
-            Detection(
-                F.interpolate(grid[None, None].float(), photo.pixels.shape[:2], mode="bilinear")[0, 0],
-                separation(vector, grid),
-            )
-            for grid, vector, photo in zip(cut.foreground.grids(), cut.vector.grids(), photos, strict=True)
-        ]
+        detections = []
+        for photo, size, grid, vector in zip(
+            photos, sizes or photo_sizes(photos), cut.foreground.grids(), cut.vector.grids(), strict=True
+        ):
+            fit = self.backbone.fit(photo.pixels, self.config.image_size)
+            mask = F.interpolate(fit.without_padding(grid[None, None].float()), size, mode="bilinear")[0, 0]
+            detections.append(Detection(mask, separation(vector, grid)))
+        return detections
 
 
 def separation(vector: Tensor, foreground: Tensor) -> float:

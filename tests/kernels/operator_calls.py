@@ -19,6 +19,7 @@ CALLS = {
     nk.dense_crf: (SOFT.softmax(-1), IMAGE),
     nk.fill_holes: (MASK,),
     nk.largest_component: (MASK,),
+    nk.mask_cut: (FEATURES,),
     nk.normalized_cut: (FEATURES,),
     nk.pamr: (SOFT, IMAGE),
     nk.random_walk: (SOFT, FEATURES),

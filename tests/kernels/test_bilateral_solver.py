@@ -203,8 +203,10 @@ image = rng.integers(0, 99, (90 * 71, 3)).astype(np.uint8)
 image[:2000] = image[:2000, :1]
 target, out = rng.random(len(image), np.float32), np.empty(len(image), np.float32)
 shape = np.array([0, len(image)], np.int32), np.array([[90, 71]], np.int32)
-native.bilateral_solver(target, image, *shape, out, 0.999, 16.0, 20.5, 8.0, 256.0, 25, 1e-5)
-print(native.level(), out.tobytes().hex())
+native.bilateral_solver(target, image, np.empty(0, np.float32), *shape, out, 0.999, 16.0, 20.5, 8.0, 256.0, 25, 1e-5)
+result, confidence = out.tobytes(), rng.random(len(image), np.float32)
+native.bilateral_solver(target, image, confidence, *shape, out, 1.0, 16.0, 20.5, 8.0, 256.0, 25, 1e-5)
+print(native.level(), (result + out.tobytes()).hex())
 """
 
     def run(level):
@@ -212,7 +214,7 @@ print(native.level(), out.tobytes().hex())
         return subprocess.run(command, env=os.environ | {"NMK_LEVEL": level}, capture_output=True, text=True)
 
     level, expected = run("portable").stdout.split()
-    assert level == "portable" and len(expected) == 90 * 71 * 8
+    assert level == "portable" and len(expected) == 2 * 90 * 71 * 8
     for other in ("avx2", "avx512"):
         done = run(other)
         if done.returncode == 0:
@@ -304,6 +306,138 @@ def test_invalid_arguments_raise():
 def test_opcheck():
     target, image = map(torch.from_numpy, random_sample(2, 12, 9))
     batch = Ragged.pack([target])
-    arguments = (batch.rows, Ragged.pack([image]).rows, batch.offsets, batch.shapes)
+    arguments = (batch.rows, Ragged.pack([image]).rows, torch.rand(len(batch.rows)), batch.offsets, batch.shapes)
     op = torch.ops.namedmask_kernels.bilateral_solver
     torch.library.opcheck(op, (*arguments, 0.999, 16.0, 16.0, 8.0, 256.0, 25, 1e-5, "cpu"))
+
+
+def random_confidence(seed, h, w):
+    """Confidence from 0 to 1: noise, with a rectangle and scattered pixels of 0."""
+    rng = np.random.default_rng(seed)
+    confidence = rng.random((h, w), np.float32) * (rng.random((h, w)) < 0.7)
+    confidence[h // 4 : h // 2, w // 5 : w // 2] = 0
+    return confidence.astype(np.float32)
+
+
+def test_confidence_image_equals_scipy():
+    """The reference in float64 against sparse matrices and a direct solver."""
+    (target, image), confidence = random_sample(4, 60, 80), random_confidence(4, 60, 80)
+    sizes, smoothness = (4, 100, 260), 100.0
+    vertex, edges = reference.grid(reference.cells(image, *sizes))
+    rows, columns = (np.concatenate(ends) for ends in zip(*edges, strict=True))
+    mass, weights = np.bincount(vertex).astype(float), np.bincount(vertex, confidence.ravel())
+    assert (weights == 0).sum() > 10
+    upper = sparse.coo_array((np.ones(len(rows)), (rows, columns)), (len(mass), len(mass)))
+    adjacent = (upper + upper.T).tocsr()
+    scale = np.ones(len(mass))
+    for _ in range(10):
+        scale = np.sqrt(scale * mass / (10 * scale + adjacent @ scale))
+    links = sparse.diags_array(scale) @ adjacent @ sparse.diags_array(scale)
+    system = smoothness * (sparse.diags_array(links.sum(1)) - links) + sparse.diags_array(weights)
+    right = np.bincount(vertex, (confidence.astype(float) * target).ravel())
+    expected = sparse.linalg.spsolve(system.tocsc(), right)[vertex].reshape(target.shape)
+    names = dict(zip(("sigma_spatial", "sigma_luma", "sigma_chroma"), sizes, strict=True))
+    exactly = {"smoothness": smoothness, "iterations": 5000, "tolerance": 1e-13}
+    result = exact(target, image, confidence=confidence, **names, **exactly)
+    np.testing.assert_allclose(result, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(97, 131), (64, 48), (1, 300), (300, 1), (17, 16), (1, 1)])
+@pytest.mark.parametrize(("sigmas", "smoothness"), [((16, 16, 8), 256.0), ((7.3, 5.5, 3.25), 256.0), ((1, 1, 1), 1.0)])
+def test_confidence_image_equals_reference(backend, device, shape, sigmas, smoothness):
+    (target, image), confidence = random_sample(3, *shape), random_confidence(3, *shape)
+    parameters = dict(zip(("sigma_spatial", "sigma_luma", "sigma_chroma"), sigmas, strict=True))
+    parameters["smoothness"] = smoothness
+    result = solve(target, image, backend, device, confidence=torch.from_numpy(confidence).to(device), **parameters)
+    expected = exact(target, image, confidence=confidence, **parameters)
+    np.testing.assert_allclose(result, expected, atol=5e-4)  # in regions with little confidence
+    assert np.abs(result - expected).mean() < 2e-5
+
+
+def test_constant_confidence_image_equals_the_number(backend, device):
+    target, image = random_sample(5, 70, 90)
+    for value in (1.0, 0.25):
+        confidence = torch.full(target.shape, value, device=device)
+        result = solve(target, image, backend, device, confidence=confidence)
+        np.testing.assert_allclose(result, solve(target, image, backend, device, confidence=value), atol=1e-6)
+
+
+def test_pixels_without_confidence_have_no_influence(backend, device):
+    (target, image), confidence = random_sample(6, 60, 80), random_confidence(6, 60, 80)
+    other = np.where(confidence == 0, 7.0, target).astype(np.float32)
+    confidence = torch.from_numpy(confidence).to(device)
+    first, second = (solve(t, image, backend, device, confidence=confidence) for t in (target, other))
+    np.testing.assert_allclose(first, second, atol=1e-6)
+    constant = solve(np.full_like(target, 0.75), image, backend, device, confidence=confidence)
+    np.testing.assert_allclose(constant, 0.75, atol=1e-6)
+    nothing = solve(target, image, backend, device, confidence=torch.zeros_like(confidence))
+    assert not nothing.any()
+    unsmoothed = solve(target, image, backend, device, confidence=confidence, smoothness=0.0)
+    assert np.isfinite(unsmoothed).all()
+
+
+def test_confidence_images_of_a_batch(backend, device):
+    shapes = [(40, 70), (1, 1), (0, 4), (33, 50)]
+    samples = [(*random_sample(s, h, w), random_confidence(s, h, w)) for s, (h, w) in enumerate(shapes)]
+    columns = [[torch.from_numpy(array).to(device) for array in column] for column in zip(*samples, strict=True)]
+    targets, images, confidences = map(Ragged.pack, columns)
+    batch = nk.bilateral_solver(targets, images, confidence=confidences, backend=backend)
+    for target, image, confidence, result in zip(*columns, batch.grids(), strict=True):
+        assert torch.equal(result, nk.bilateral_solver(target, image, confidence=confidence, backend=backend))
+    empty = Ragged.of_shapes(torch.zeros(0, device=device), [])
+    image = empty.with_rows(torch.zeros(0, 3, dtype=torch.uint8, device=device))
+    assert nk.bilateral_solver(empty, image, confidence=empty, backend=backend).rows.shape == (0,)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.5])
+def test_confidence_outside_of_0_to_1_raises_with_the_image(backend, device, value):
+    samples = [(*random_sample(s, 20, 30), random_confidence(s, 20, 30)) for s in range(3)]
+    samples[1][2][7, 9] = value
+    targets, images, confidence = (
+        Ragged.pack([torch.from_numpy(array).to(device) for array in column]) for column in zip(*samples, strict=True)
+    )
+    if backend == "cuda":  # it does not wait for the GPU
+        result = nk.bilateral_solver(targets, images, confidence=confidence, backend=backend)
+        assert [grid.isfinite().all().item() for grid in result.grids()] == [True, False, True]
+        return
+    with pytest.raises(ValueError, match="bilateral_solver: confidence must be from 0 to 1, but image 1 holds other"):
+        nk.bilateral_solver(targets, images, confidence=confidence, backend=backend)
+
+
+def test_confidence_images_of_any_kind():
+    (target, image), confidence = random_sample(7, 40, 50), random_confidence(7, 40, 50)
+    expected = nk.bilateral_solver(
+        torch.from_numpy(target), torch.from_numpy(image), confidence=torch.from_numpy(confidence)
+    )
+    for kind in (confidence, confidence.astype(np.float64), np.asfortranarray(confidence)):
+        result = nk.bilateral_solver(target, image, confidence=kind)
+        assert isinstance(result, np.ndarray) and np.array_equal(result, expected.numpy())
+    known = confidence > 0.5
+    binary = nk.bilateral_solver(target, image, confidence=known.astype(np.float32))
+    assert np.array_equal(nk.bilateral_solver(target, image, confidence=known), binary)
+    for bad, kind, message in [
+        (confidence.T, ValueError, "confidence and target must have the same height and width"),
+        (confidence[0], ValueError, r"confidence must have 2 dimensions, but has shape \[50\]"),
+        (confidence.astype(int), TypeError, "confidence must be float32 or .* but is int64"),
+        ([0.5], TypeError, r"confidence must be a number, but is \[0.5\]"),
+        (confidence + 1, ValueError, "confidence must be from 0 to 1, but image 0 holds other values"),
+    ]:
+        with pytest.raises(kind, match=f"bilateral_solver: {message}"):
+            nk.bilateral_solver(target, image, confidence=bad)
+
+
+@pytest.mark.parametrize("number", [1e-45, 1e-30, 1e-9])
+def test_extreme_confidences_give_finite_results(backend, device, number):
+    (target, image), confidence = random_sample(8, 30, 40), random_confidence(8, 30, 40)
+    for values in (confidence * np.float32(number), np.where(confidence > 0.8, confidence, number).astype(np.float32)):
+        for smoothness in (0.0, 1e-30, 256.0, 1e300):
+            options = {"confidence": torch.from_numpy(values).to(device), "smoothness": smoothness}
+            result = solve(target, image, backend, device, **options)
+            assert np.isfinite(result).all()
+
+
+def test_torch_compile_with_a_confidence_image():
+    target, image, confidence = map(torch.from_numpy, (*random_sample(9, 12, 17), random_confidence(9, 12, 17)))
+    compiled = torch.compile(nk.bilateral_solver, fullgraph=True, backend="eager")
+    expected = nk.bilateral_solver(target, image, confidence=confidence)
+    assert torch.equal(compiled(target, image, confidence=confidence), expected)

@@ -14,6 +14,8 @@ import namedmask_kernels as nk
 from namedmask_kernels import Ragged, backends
 
 BACKENDS = ["cpu", "cuda", "reference"]
+STRUCTURES = {4: None, 8: np.ones((3, 3))}  # scipy's, by connectivity
+connectivities = pytest.mark.parametrize("connectivity", STRUCTURES)
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=70))
 
 
@@ -22,11 +24,12 @@ def random_masks(seed, shapes, density=0.6):
     return [rng.random(shape) < density for shape in shapes]
 
 
-@settings(max_examples=60, deadline=None)
+@connectivities
+@settings(max_examples=30, deadline=None)
 @given(mask=MASKS)
-def test_labels_equal_scipy(backend, device, mask):
-    expected, count = ndimage.label(mask)
-    result = nk.connected_components(torch.from_numpy(mask).to(device), backend=backend)
+def test_labels_equal_scipy(backend, device, connectivity, mask):
+    expected, count = ndimage.label(mask, STRUCTURES[connectivity])
+    result = nk.connected_components(torch.from_numpy(mask).to(device), connectivity=connectivity, backend=backend)
     assert all(x.dtype == torch.int32 and x.device.type == device for x in result)
     result = nk.Components(*(x.cpu().numpy() for x in result))
     np.testing.assert_array_equal(result.labels, expected)
@@ -37,14 +40,16 @@ def test_labels_equal_scipy(backend, device, mask):
     np.testing.assert_array_equal(result.offsets, [0, count])
 
 
-@settings(max_examples=60, deadline=None)
+@connectivities
+@settings(max_examples=30, deadline=None)
 @given(mask=MASKS)
-def test_largest_component_and_fill_holes_equal_scipy(backend, device, mask):
-    labels, count = ndimage.label(mask)
+def test_largest_component_and_fill_holes_equal_scipy(backend, device, connectivity, mask):
+    labels, count = ndimage.label(mask, STRUCTURES[connectivity])
     largest = labels == np.bincount(labels.ravel(), minlength=1)[1:].argmax() + 1 if count else np.zeros_like(mask)
-    tensor = torch.from_numpy(mask).to(device)
-    np.testing.assert_array_equal(nk.largest_component(tensor, backend=backend).cpu(), largest)
-    np.testing.assert_array_equal(nk.fill_holes(tensor, backend=backend).cpu(), ndimage.binary_fill_holes(mask))
+    filled = ndimage.binary_fill_holes(mask, STRUCTURES[connectivity])
+    tensor, options = torch.from_numpy(mask).to(device), {"connectivity": connectivity, "backend": backend}
+    np.testing.assert_array_equal(nk.largest_component(tensor, **options).cpu(), largest)
+    np.testing.assert_array_equal(nk.fill_holes(tensor, **options).cpu(), filled)
 
 
 def test_numpy_in_numpy_out():
@@ -72,13 +77,31 @@ def test_numpy_arrays_of_any_layout(shape, monkeypatch):
             np.testing.assert_array_equal(op(array), op(tensor).numpy())
 
 
+@connectivities
 @pytest.mark.parametrize("shape", [(480, 480), (1, 1000), (1000, 1), (65, 129), (333, 64)])
-@pytest.mark.parametrize("density", [0.05, 0.59, 0.95])
-def test_large_masks_equal_scipy(backend, device, shape, density):
+@pytest.mark.parametrize("density", [0.4, 0.59, 0.95])
+def test_large_masks_equal_scipy(backend, device, connectivity, shape, density):
     (mask,) = random_masks(7, [shape], density)
+    structure, options = STRUCTURES[connectivity], {"connectivity": connectivity, "backend": backend}
     tensor = torch.from_numpy(mask).to(device)
-    np.testing.assert_array_equal(nk.connected_components(tensor, backend=backend).labels.cpu(), ndimage.label(mask)[0])
-    np.testing.assert_array_equal(nk.fill_holes(tensor, backend=backend).cpu(), ndimage.binary_fill_holes(mask))
+    labels = nk.connected_components(tensor, **options).labels
+    np.testing.assert_array_equal(labels.cpu(), ndimage.label(mask, structure)[0])
+    filled = nk.fill_holes(tensor, **options)
+    np.testing.assert_array_equal(filled.cpu(), ndimage.binary_fill_holes(mask, structure))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_diagonals(backend, device, flip):
+    """A diagonal line across tiles and words is one component of connectivity 8, and a ring that it closes leaks."""
+    line = torch.eye(130, dtype=torch.bool, device=device)
+    line = line.flip(1) if flip else line
+    assert len(nk.connected_components(line, backend=backend).areas) == 130
+    result = nk.connected_components(line, connectivity=8, backend=backend)
+    assert result.areas.tolist() == [130] and torch.equal(result.labels.bool(), line)
+    ring = torch.tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]], dtype=torch.bool, device=device)
+    assert nk.fill_holes(ring, backend=backend)[1, 1]
+    assert torch.equal(nk.fill_holes(ring, connectivity=8, backend=backend), ring)
+    assert nk.largest_component(ring, connectivity=8, backend=backend).sum() == 4
 
 
 def test_spiral_is_one_component(backend, device):
@@ -95,19 +118,21 @@ def test_spiral_is_one_component(backend, device):
     np.testing.assert_array_equal(result.labels.cpu(), ndimage.label(mask)[0])
 
 
-def test_results_do_not_depend_on_batch_composition(backend, device):
+@connectivities
+def test_results_do_not_depend_on_batch_composition(backend, device, connectivity):
     shapes = [(5, 7), (1, 1), (33, 65), (0, 4), (64, 64), (9, 0)]
     masks = [torch.from_numpy(m).to(device) for m in random_masks(3, shapes)]
     batch = Ragged.pack(masks)
-    result = nk.connected_components(batch, backend=backend)
+    options = {"connectivity": connectivity, "backend": backend}
+    result = nk.connected_components(batch, **options)
     for b, (mask, labels) in enumerate(zip(masks, result.labels.grids(), strict=True)):
-        alone = nk.connected_components(mask, backend=backend)
+        alone = nk.connected_components(mask, **options)
         own = slice(int(result.offsets[b]), int(result.offsets[b + 1]))
         assert torch.equal(labels, alone.labels)
         assert torch.equal(result.areas[own], alone.areas) and torch.equal(result.boxes[own], alone.boxes)
     for op in (nk.largest_component, nk.fill_holes):
-        for mask, out in zip(masks, op(batch, backend=backend).grids(), strict=True):
-            assert torch.equal(out, op(mask, backend=backend))
+        for mask, out in zip(masks, op(batch, **options).grids(), strict=True):
+            assert torch.equal(out, op(mask, **options))
 
 
 def test_empty_batch(backend, device):
@@ -150,15 +175,22 @@ def test_invalid_arguments_raise(op):
     wrong = Ragged(rows, torch.tensor([0, 6], dtype=torch.int32), torch.tensor([[2, 2]], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"image 0 has shape 2 x 2 but owns rows 0 to 6"):
         op(wrong)
+    for value in (6, 1, 0, -4, True):
+        with pytest.raises(ValueError, match=f"{name}: connectivity must be "):
+            op(torch.zeros(3, 3, dtype=torch.bool), connectivity=value)
+    for value in (4.0, "8", None):
+        with pytest.raises(TypeError, match=f"{name}: connectivity must be an integer, but is "):
+            op(torch.zeros(3, 3, dtype=torch.bool), connectivity=value)
+    op(torch.zeros(3, 3, dtype=torch.bool), connectivity=np.int64(8))
 
 
 def test_opcheck():
     (mask,) = random_masks(2, [(6, 9)])
     batch = Ragged.pack([torch.from_numpy(mask)])
     ops = torch.ops.namedmask_kernels
-    torch.library.opcheck(ops.connected_components, (*batch, "cpu"))
-    torch.library.opcheck(ops.largest_component, (*batch, "cpu"))
-    torch.library.opcheck(ops.fill_holes, (*batch, "cpu"))
+    torch.library.opcheck(ops.connected_components, (*batch, 8, "cpu"))
+    torch.library.opcheck(ops.largest_component, (*batch, 8, "cpu"))
+    torch.library.opcheck(ops.fill_holes, (*batch, 8, "cpu"))
 
 
 def test_explain():
@@ -181,22 +213,23 @@ spec = importlib.util.spec_from_file_location("namedmask_kernels._native", sys.a
 native = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native)
 result = [native.level()]
-for mask in np.load(sys.argv[2]).values():
+for connectivity, mask in ((c, m) for m in np.load(sys.argv[2]).values() for c in (4, 8)):
     shape = np.array([0, mask.size], np.int32), np.array([mask.shape], np.int32)
     labels, first = np.empty(mask.size, np.int32), np.empty(2, np.int32)
-    areas, boxes = native.connected_components(mask.ravel(), *shape, labels, first)
+    areas, boxes = native.connected_components(mask.ravel(), *shape, labels, first, connectivity)
     outs = [np.empty(mask.size, bool) for _ in range(2)]
-    native.largest_component(mask.ravel(), *shape, outs[0])
-    native.fill_holes(mask.ravel(), *shape, outs[1])
+    native.largest_component(mask.ravel(), *shape, outs[0], connectivity)
+    native.fill_holes(mask.ravel(), *shape, outs[1], connectivity)
     result += [x.tobytes().hex() for x in (labels, areas, boxes, *outs)]
 print(*result, sep=",")
 """
     masks = [*random_masks(9, [(40, 130), (33, 63), (33, 64), (20, 65), (9, 7)]), np.ones((3, 128), bool)]
     np.savez(tmp_path / "masks.npz", *masks)
     expected = []
-    for mask in masks:
-        result = nk.connected_components(mask, backend="reference")
-        outs = [op(mask, backend="reference") for op in (nk.largest_component, nk.fill_holes)]
+    for connectivity, mask in ((c, m) for m in masks for c in (4, 8)):
+        options = {"connectivity": connectivity, "backend": "reference"}
+        result = nk.connected_components(mask, **options)
+        outs = [op(mask, **options) for op in (nk.largest_component, nk.fill_holes)]
         expected += [np.ascontiguousarray(x).tobytes().hex() for x in (*result[:3], *outs)]
 
     for level in ("portable", "avx2", "avx512"):

@@ -366,6 +366,7 @@ INTEGERS = {
     nk.attention_features: {"tap_rows": 0},
     nk.bilateral_solver: {"iterations": 0},
     nk.dense_crf: {"iterations": 0},
+    nk.mask_cut: {"objects": 1, "max_iterations": 1},
     nk.normalized_cut: {"max_iterations": 1},
     nk.pamr: {"iterations": 0, "dilations": 1},
     nk.random_walk: {"steps": 0},
@@ -382,6 +383,7 @@ FLOATS = {
         "tolerance",
     ),
     nk.dense_crf: ("gaussian", "bilateral"),
+    nk.mask_cut: ("tau", "eps", "tolerance"),
     nk.normalized_cut: ("tau", "eps", "tolerance"),
     nk.random_walk: ("sharpness",),
 }

@@ -194,7 +194,7 @@ def test_unknown_taps_raise_value_error():
 
 def test_grid_keeps_the_aspect_ratio_up_to_a_patch_and_bounds_strips():
     backbone = make("vit_small_patch16_224.dino", depth=1)
-    size = lambda h, w: backbone.grid(np.empty((h, w, 3), np.uint8), 448)  # noqa: E731
+    size = lambda h, w: backbone.fit(np.empty((h, w, 3), np.uint8), 448).grid  # noqa: E731
     assert size(480, 640) == (28, 37)
     assert size(640, 480) == (37, 28)
     assert size(1, 1) == (28, 28)

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from scipy import ndimage
+from torchvision.transforms import functional as TF
 
 import namedmask_kernels
-from namedmask.backbones import Backbone
+from namedmask.backbones import Backbone, Fit
 from namedmask.config import CrfConfig, DetectorConfig, PamrConfig, RefineConfig, make_config
 from namedmask.errors import UserError
 from namedmask.photos import Photo
-from namedmask.pseudolabel import Labeler, mask_score
+from namedmask.pseudolabel import Labeler, at_size_of, mask_score
 from namedmask.refine import Refiner, fill_holes, keep_largest_component
 from namedmask.saliency.cluster_vote import COUNTS, ClusterVoteDetector, elect
 from namedmask.saliency.spectral import SpectralDetector, centered, separation
@@ -229,7 +231,7 @@ def test_confidence_is_the_mean_iou_with_the_other_voters():
     masks = [labels[..., c] == k for c, count in enumerate(COUNTS) for k in range(count)]
     ious = [float((masks[winner] & masks[k]).sum() / (masks[winner] | masks[k]).sum()) for k in others]
     assert COUNTS == (2, 3, 4) and len(others) >= 2
-    detection = elect([labels], (1, 60))
+    detection = elect([labels], [Fit((8, 480), (1, 60), 8)], (1, 60))
     assert detection.confidence == pytest.approx(sum(ious) / len(ious)) and 0 < detection.confidence < 1
     assert torch.equal(detection.mask > 0.5, masks[winner])
 
@@ -272,6 +274,65 @@ def test_winner_is_the_cluster_shared_by_all_counts():
     y, x = torch.meshgrid(torch.arange(12), torch.arange(12), indexing="ij")
     three, four = (x > 5).int(), (x > 5).int() + (y > 9).int()
     labels = torch.stack([square.int(), torch.where(square, 2, three), torch.where(square, 3, four)], 2).int()
-    detection = elect([labels], (24, 36))
+    detection = elect([labels], [Fit((96, 96), (12, 12), 8)], (24, 36))
     expected = square.repeat_interleave(2, 0).repeat_interleave(3, 1)
     assert ((detection.mask > 0.5) == expected).float().mean() > 0.97 and 0 < detection.confidence <= 1
+
+
+PADDED = {"image_size": 100, "interpolation": "bilinear", "patch_fit": "pad"}
+
+
+def test_size_of_a_padded_photo():
+    """The sizes are torchvision's; the last patches reach beyond the photo, whose pixels are not stretched."""
+    backbone = ColorBackbone()
+    backbone.interpolation, backbone.patch_fit = "bilinear", "pad"
+    rng = np.random.default_rng(0)
+    for shape in ((97, 131), (131, 97), (375, 500), (33, 90), (1, 1), (1, 4), (3, 2)):
+        pixels = rng.integers(0, 256, (*shape, 3), np.uint8)
+        expected = TF.resize(Image.fromarray(pixels), 100, TF.InterpolationMode.BILINEAR)
+        fit, photo = backbone.fit(pixels, 100), backbone.resize(pixels, 100)
+        assert fit.size == expected.size[::-1] and fit.grid == tuple(-(-side // 8) for side in fit.size)
+        difference = photo.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)
+        assert np.abs(difference).max() <= 1
+        prepared = backbone.prepare(pixels, 100)
+        assert prepared.shape[1:] == tuple(8 * side for side in fit.grid)
+        assert not prepared[:, fit.size[0] :].any() and not prepared[:, :, fit.size[1] :].any()
+    assert backbone.fit(np.empty((10, 4000, 3), np.uint8), 100).size == (1, 400)
+
+
+def test_values_on_patches_at_the_pixels_of_a_padded_photo():
+    values = torch.arange(6.0).reshape(1, 1, 2, 3)
+    whole = torch.nn.functional.interpolate(values, (16, 24), mode="bilinear")
+    assert torch.equal(Fit((13, 20), (2, 3), 8).without_padding(values), whole[..., :13, :20])
+    assert Fit((16, 24), (2, 3), 8).without_padding(values) is values
+
+
+@pytest.mark.parametrize("size", ["photo", "detector"])
+@pytest.mark.parametrize("name", ["spectral", "cluster-vote"])
+def test_padded_photos_and_refinement_at_the_size_of_the_detector(monkeypatch, name, size):
+    """The settings hold for all detectors; results do not depend on batch composition."""
+
+    def load(*arguments, interpolation, patch_fit, **others):
+        backbone = ColorBackbone()
+        backbone.interpolation, backbone.patch_fit = interpolation, patch_fit
+        return backbone
+
+    monkeypatch.setattr(f"namedmask.saliency.{name.replace('-', '_')}.load", load)
+    settings = {"detector": {**PADDED, "name": name, "center_features": True}, "refine": {"size": size}}
+    labeler = Labeler(make_config({"photos": "", **settings}), "cpu")
+    photos = [disc_photo(h, w) for h, w in ((96, 128), (203, 171), (90, 121))]
+    batch = [(str(number), photo) for number, (photo, _) in enumerate(photos)]
+    for item, (_, together), (photo, truth) in zip(batch, labeler._label_batch(batch), photos, strict=True):
+        ((_, alone),) = labeler._label_batch([item])
+        assert np.array_equal(alone.mask, together.mask) and alone.score == together.score
+        assert together.mask.shape == together.detected.shape == truth.shape
+        assert (together.mask & truth).sum() / (together.mask | truth).sum() > 0.9
+        expected = (100, 133) if size == "detector" and truth.shape == (96, 128) else labeler._size(photo)
+        assert labeler._size(photo) == expected and labeler._pixels(photo) >= max(truth.size, np.prod(expected))
+
+
+def test_nearest_pixel_of_a_mask_is_that_of_pillow():
+    mask = torch.from_numpy(np.random.default_rng(3).random((31, 47)) > 0.5)
+    for size in ((31, 47), (64, 93), (20, 17), (1, 1)):
+        expected = Image.fromarray(mask.numpy().astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)
+        assert np.array_equal(at_size_of(Photo("", np.empty((*size, 3), np.uint8)), mask), np.asarray(expected) > 0)

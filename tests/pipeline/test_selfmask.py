@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision.transforms import functional as TF
 from typer.testing import CliRunner
 
 from golden import GOLDEN, fill_weights
@@ -20,14 +21,17 @@ from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained
 from namedmask.cli import app
 from namedmask.config import DetectorConfig, SaliencyTraining, make_config
+from namedmask.demo.scenes import index_photo
 from namedmask.distributed import Worker
 from namedmask.errors import UserError
 from namedmask.masks import MaskRecord, read_errors, read_shard, write_shard
 from namedmask.photos import Photo, PhotoSource
 from namedmask.progress import Progress
+from namedmask.pseudolabel import Labeler
 from namedmask.saliency import make_detector, selfmask_training
 from namedmask.saliency.selfmask import SelfMask, agreement
 from namedmask.saliency.selfmask_training import batches, losses, ranked_masks, training_count
+from namedmask_kernels.reference.bilateral_solver import bilateral_solver
 
 TINY = "vit_namedmask_demo"
 
@@ -100,6 +104,45 @@ def test_time_augmentation_averages_views(tmp_path):
     torch.testing.assert_close(original.mask, torch.stack(masks).mean(0), atol=1e-5, rtol=0)
     torch.testing.assert_close(flipped.mask.flip(1), original.mask, atol=1e-5, rtol=0)
     assert detector.tokens(photo) == 2 * sum(single.tokens(photo) for single in singles)
+
+
+PUBLISHED = {
+    "detector": {"name": "selfmask", "image_size": 512, "interpolation": "bilinear", "patch_fit": "pad"},
+    "refine": {"name": "bilateral", "size": "detector"},
+}
+
+
+def published_mask(network: SelfMask, mean: torch.Tensor, std: torch.Tensor, photo: np.ndarray) -> np.ndarray:
+    """The published inference, step by step; bool [H, W] at the size of the photo."""
+    image = TF.resize(Image.fromarray(photo), 512, TF.InterpolationMode.BILINEAR)
+    pixels = ((TF.to_tensor(image) - mean) / std)[None]
+    h, w = pixels.shape[2:]
+    with torch.inference_mode():
+        masks, objectness = network(F.pad(pixels, (0, -w % 8, 0, -h % 8)))
+    soft = F.interpolate(masks[-1].sigmoid(), scale_factor=4, mode="bilinear")[0, objectness[-1, 0].argmax(), :h, :w]
+    binary = (soft > 0.5).double().numpy()
+    refined = bilateral_solver(binary, np.asarray(image), 0.999, 16, 16, 8, 256, 25, 1e-5) > 0.5
+    return np.asarray(Image.fromarray(refined).resize(photo.shape[1::-1], Image.Resampling.NEAREST))
+
+
+def photos_of_odd_sizes() -> list[np.ndarray]:
+    real = Path("/work/shared/photos/eval/000000000139.jpg")
+    photos = [Image.fromarray(index_photo(7, 0).image).resize((97, 131))]
+    photos.append(Image.open(real) if real.exists() else Image.fromarray(index_photo(7, 1).image).resize((811, 613)))
+    return [np.array(photo.convert("RGB")) for photo in photos]
+
+
+def test_published_inference():
+    """Masks of photos of odd sizes, labeled in one batch, equal those of the published steps."""
+    detector = PUBLISHED["detector"] | {"backbone": TINY}
+    labeler = Labeler(make_config({"photos": "", **PUBLISHED, "detector": detector}), "cpu")
+    photos, backbone = photos_of_odd_sizes(), labeler.detector.backbone
+    for photo, (_, labeled) in zip(
+        photos, labeler._label_batch([("", Photo("", photo)) for photo in photos]), strict=True
+    ):
+        expected = published_mask(labeler.detector.network, backbone.mean, backbone.std, photo)
+        union = (labeled.mask | expected).sum()
+        assert 0.01 < expected.mean() < 0.99 and (labeled.mask & expected).sum() >= 0.998 * union
 
 
 def test_agreement_is_the_mean_iou_of_all_pairs():

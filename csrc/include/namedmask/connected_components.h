@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
-// Connected components of binary masks, 4-connectivity. A packed batch of masks of any sizes.
+// Connected components of binary masks, 4- or 8-connectivity. A packed batch of masks of any sizes.
 //
 // Arrays     mask bool [P] (bytes 0 or 1), one image after another in raster order; offsets int32 [B + 1] and shapes
 //            int32 [B, 2] as in RaggedShape. All contiguous; the caller allocates outputs, which are fully written.
 //            Areas are int32 [N] in pixels and boxes int32 [N, 4] as x, y, width, height, for the N components of all
 //            images, ordered by image and label.
 // Labels     per image 1, 2, ... in raster order of each component's first pixel; 0 is background.
+// Settings   connectivity is 4 (neighbors share a side) or 8 (or a corner). That of fill_holes is the background's.
 // Empty      an empty batch, images of 0 x n pixels and masks without foreground are allowed and have no components.
 // Aliasing   outputs must not overlap the mask.
 // Threads    OpenMP over images; results do not depend on the number of threads or on batch composition.
@@ -13,6 +14,8 @@
 //            keeps for its next call (64 MB at most). CUDA: five launches per 64 images, three for fill_holes.
 #pragma once
 
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "namedmask/tensor_view.h"
@@ -23,18 +26,25 @@ struct ComponentStats {
   std::vector<int32_t> areas, boxes;  // [N], [N, 4]
 };
 
+inline void expect_connectivity(const char* op, int64_t connectivity) {
+  if (connectivity == 4 || connectivity == 8) return;
+  throw std::invalid_argument(std::string(op) + ": connectivity must be 4 or 8, but is " +
+                              std::to_string(connectivity));
+}
+
 namespace cpu {
 
 // labels int32 [P]; first int32 [B + 1]: image b has the components first[b] .. first[b + 1] of the N.
 ComponentStats connected_components(const TensorView& mask, const TensorView& offsets, const TensorView& shapes,
-                                    const TensorView& labels, const TensorView& first);
+                                    const TensorView& labels, const TensorView& first, int64_t connectivity);
 
 // out bool [P]: the component with the most pixels (among equals, the smallest label); all false without components.
 void largest_component(const TensorView& mask, const TensorView& offsets, const TensorView& shapes,
-                       const TensorView& out);
+                       const TensorView& out, int64_t connectivity);
 
-// out bool [P]: the mask plus every background pixel that no 4-connected background path connects to the image border.
-void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& out);
+// out bool [P]: the mask plus every background pixel that no connected background path joins to the image border.
+void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& out,
+                int64_t connectivity);
 
 }  // namespace cpu
 
@@ -46,17 +56,17 @@ namespace cuda {
 // labels int32 [P]; counts int32 [B]: the number of components of each image.
 void connected_components(const TensorView& mask, const TensorView& offsets, const TensorView& shapes,
                           const TensorView& labels, const TensorView& counts, const TensorView& workspace,
-                          Stream stream);
+                          int64_t connectivity, Stream stream);
 
 // labels and counts come from connected_components.
 void component_stats(const TensorView& labels, const TensorView& offsets, const TensorView& shapes,
                      const TensorView& counts, const TensorView& areas, const TensorView& boxes, Stream stream);
 
 void largest_component(const TensorView& mask, const TensorView& offsets, const TensorView& shapes,
-                       const TensorView& out, const TensorView& workspace, Stream stream);
+                       const TensorView& out, const TensorView& workspace, int64_t connectivity, Stream stream);
 
 void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& out,
-                const TensorView& workspace, Stream stream);
+                const TensorView& workspace, int64_t connectivity, Stream stream);
 
 }  // namespace cuda
 }  // namespace namedmask

@@ -94,7 +94,7 @@ def conjugate_gradients(
 def bilateral_solver(
     target: np.ndarray,
     image: np.ndarray,
-    confidence: float,
+    confidence: float | np.ndarray,
     sigma_spatial: float,
     sigma_luma: float,
     sigma_chroma: float,
@@ -102,19 +102,27 @@ def bilateral_solver(
     iterations: int,
     tolerance: float,
 ) -> np.ndarray:
-    """target float [h, w], image uint8 [h, w, 3] -> float64 [h, w]."""
+    """target float [h, w], image uint8 [h, w, 3], confidence a number or float [h, w] -> float64 [h, w]."""
     if target.size == 0:
         return np.zeros(target.shape)
     vertex, edges = grid(cells(image, sigma_spatial, sigma_luma, sigma_chroma))
     mass = np.bincount(vertex).astype(np.float64)
     m, n = bistochastize(edges, mass)
-    weight = confidence * mass
-    b = confidence * np.bincount(vertex, target.ravel().astype(np.float64))
+    values = target.ravel().astype(np.float64)
+    weight: np.ndarray
+    b: np.ndarray
+    if isinstance(confidence, np.ndarray):
+        per_pixel = confidence.ravel().astype(np.float64)
+        weight, b = np.bincount(vertex, per_pixel), np.bincount(vertex, per_pixel * values)
+    else:
+        weight, b = confidence * mass, confidence * np.bincount(vertex, values)
+    mean = b.sum() / weight.sum() if weight.any() else 0.0
+    start = np.divide(b, weight, out=np.full_like(b, mean), where=weight > 0)
 
     def multiply(x: np.ndarray) -> np.ndarray:
         return smoothness * (m * x - n * (10 * n * x + neighbor_sums(edges, n * x))) + weight * x
 
     diagonal = np.maximum(smoothness * (m - 10 * n * n) + weight, DIAGONAL_FLOOR)
-    solution = conjugate_gradients(multiply, b, b / weight, diagonal, iterations, tolerance)
+    solution = conjugate_gradients(multiply, b, start, diagonal, iterations, tolerance)
     largest = np.finfo(np.float32).max  # the solution may exceed the target's range
     return solution.clip(-largest, largest)[vertex].reshape(target.shape)

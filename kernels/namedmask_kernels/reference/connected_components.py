@@ -7,10 +7,14 @@ from collections import deque
 
 import numpy as np
 
+SIDES = ((-1, 0), (1, 0), (0, -1), (0, 1))  # steps in y and x
+CORNERS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
 
-def connected_components(mask: np.ndarray) -> np.ndarray:
-    """mask bool [h, w] -> labels int32 [h, w]: 1, 2, ... in raster order of the first pixel, 4-connectivity."""
+
+def connected_components(mask: np.ndarray, connectivity: int = 4) -> np.ndarray:
+    """mask bool [h, w] -> labels int32 [h, w]: 1, 2, ... in raster order of the first pixel."""
     h, w = mask.shape
+    steps = SIDES if connectivity == 4 else SIDES + CORNERS
     labels = np.zeros((h, w), np.int32)
     count = 0
     for start in zip(*np.nonzero(mask), strict=True):
@@ -21,7 +25,7 @@ def connected_components(mask: np.ndarray) -> np.ndarray:
         queue = deque([start])
         while queue:
             y, x = queue.popleft()
-            for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+            for v, u in ((y + dy, x + dx) for dy, dx in steps):
                 if 0 <= v < h and 0 <= u < w and mask[v, u] and not labels[v, u]:
                     labels[v, u] = count
                     queue.append((v, u))
@@ -39,15 +43,15 @@ def component_stats(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return areas, boxes
 
 
-def largest_component(mask: np.ndarray) -> np.ndarray:
+def largest_component(mask: np.ndarray, connectivity: int) -> np.ndarray:
     """mask bool [h, w] -> bool [h, w]: its largest component; of several equally large, the first in raster order."""
-    labels = connected_components(mask)
+    labels = connected_components(mask, connectivity)
     areas, _ = component_stats(labels)
     return labels == areas.argmax() + 1 if len(areas) else np.zeros_like(mask)
 
 
-def fill_holes(mask: np.ndarray) -> np.ndarray:
-    """mask bool [h, w] -> bool [h, w]: the mask and the background that no 4-connected path joins to the border."""
-    labels = connected_components(~mask)
+def fill_holes(mask: np.ndarray, connectivity: int) -> np.ndarray:
+    """mask bool [h, w] -> bool [h, w]: the mask and the background that no connected path joins to the border."""
+    labels = connected_components(~mask, connectivity)
     border = np.concatenate([labels[:1].ravel(), labels[-1:].ravel(), labels[:, :1].ravel(), labels[:, -1:].ravel()])
     return ~np.isin(labels, border[border > 0])
