@@ -414,6 +414,86 @@ def demo(
     run_demo(out, overwrite=overwrite)
 
 
+import_app = typer.Typer(cls=Commands, no_args_is_help=True, context_settings=HELP, **PLAIN)
+app.add_typer(
+    import_app, name="import", help="Import archives, masks, experts and embeddings that were made elsewhere."
+)
+ImportOut = Annotated[Path, typer.Option("--out", help="Run folder.")]
+
+
+@import_app.command("archive")
+@command
+def import_archive(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="JSON {name: [path, ...]}, or JSON or CSV: name, photo, score."),
+    ],
+    photos: Annotated[Path, typer.Option("--photos", help="Folder, list file (.txt) or .tar of the photos.")],
+    out: Out = Path("run"),
+    categories: Annotated[
+        str | None, typer.Option("--categories", metavar="NAME,...", help="Categories to import, in class order.")
+    ] = None,
+    categories_file: CategoriesFile = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Import the photos of each category.
+
+    Paths of another machine are matched with the photos by their ends. Continue with `namedmask pseudolabel`.
+    """
+    from .imports.archive import import_archive
+
+    archive = import_archive(file, photos, out, _names(categories, categories_file), overwrite)
+    count = sum(map(len, archive.photos.values()))
+    print(f"{count:,} photos of {len(archive.categories)} categories are in {out / 'archive.json'}")
+
+
+@import_app.command("masks")
+@command
+def import_masks(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER|FILE", help="Folder of JSON files, a COCO RLE each, or one JSON file."),
+    ],
+    out: ImportOut,
+    photos: Annotated[
+        Path | None, typer.Option("--photos", help="Photos of a new run without archive, or where they are now.")
+    ] = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Import masks of the photos of a run.
+
+    Continue with `namedmask experts`, `train` or `train-saliency`.
+    """
+    from .imports.masks import import_masks
+
+    count, _ = import_masks(path, out, photos, overwrite)
+    print(f"{count:,} masks are in {out / 'masks'}")
+
+
+@import_app.command("experts")
+@command
+def import_experts(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER|FILE", help="Folder of expert_CATEGORY.pt, or a JSON or CSV map."),
+    ],
+    out: ImportOut,
+    encoder: EncoderName = "resnet50",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Import category experts.
+
+    `namedmask experts` then relabels the photos of the run with them and trains nothing.
+    """
+    from .imports.experts import import_experts
+
+    files = import_experts(path, out, encoder, overwrite)
+    print(f"{len(files)} networks are in {out / 'experts'}; `namedmask experts {out}` relabels with them")
+
+
 FETCHED = ("index.clip_model", "detector.name", "detector.backbone", "detector.more_backbones", "segmenter.encoder")
 
 

@@ -73,7 +73,7 @@ class MaskRecord:
 
     def _check_rle(self) -> None:
         """Raises ValueError if the run lengths do not fit; pycocotools would read beyond the end of the string."""
-        runs = _run_lengths(self.rle)
+        runs = run_lengths(self.rle)
         if runs is None or runs.min() < 0 or runs.sum() != math.prod(self.size) or runs[1::2].sum() != self.area:
             raise ValueError(f"mask of {self.photo!r}: rle does not fit size {self.size} and area {self.area}")
 
@@ -103,7 +103,7 @@ class MaskRecord:
         return record
 
 
-def _run_lengths(rle: str) -> np.ndarray | None:
+def run_lengths(rle: str) -> np.ndarray | None:
     """The run lengths in a COCO compressed string, int64, background first; None if it is not one.
 
     A number has 5 bits per character, low bits first, with 32 added to all characters but its last. From the fourth

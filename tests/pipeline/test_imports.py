@@ -1,0 +1,480 @@
+# SPDX-License-Identifier: MIT
+"""`namedmask import`: archives, masks, experts and embeddings in the forms in which others write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco
+
+from namedmask.archive import read_archive
+from namedmask.backbones import untrained_encoder
+from namedmask.imports import match_photos
+from namedmask.imports.masks import decode_rle
+from namedmask.masks import read_errors, read_masks
+from namedmask.record import read_record
+from namedmask.segmenter.deeplab import DeepLab
+from small_world import ENCODER, command, draw_photo, files_of
+
+THEIRS = "/scratch/shared/ILSVRC2012/train"  # where the photos were on another machine
+
+
+def succeed(*words) -> str:
+    done = command(*words)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def fail(*words) -> str:
+    """The one line of a command that must fail as a mistake of the user."""
+    done = command(*words)
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1, done.output
+    return done.stderr
+
+
+def write_json(path: Path, data) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Two photos of each category in class folders with names of WordNet, and one with a name that is not ASCII."""
+    root = tmp_path_factory.mktemp("imports") / "photos"
+    for folder, category in (("n01", "cat"), ("n02", "dog")):
+        (root / folder).mkdir(parents=True)
+        for number in range(2):
+            draw_photo(number, category, (40 + number, 30)).save(root / folder / f"{folder}_{number}.JPEG")
+    draw_photo(2, "cat", (40, 30)).save(root / "n01" / "Käse.JPEG")
+    return root
+
+
+AUTHORS = {
+    "dog": [f"{THEIRS}/n02/n02_1.JPEG", f"{THEIRS}/n02/n02_0.JPEG"],
+    "cat": [f"{THEIRS}/n01/n01_0.JPEG", f"{THEIRS}/n01/Käse.JPEG", f"{THEIRS}/n01/n01_1.JPEG"],
+}
+
+
+def entries(out: Path) -> dict[str, list]:
+    return {
+        name: [tuple(entry) for entry in found] for name, found in read_archive(out / "archive.json").photos.items()
+    }
+
+
+# -- archives --------------------------------------------------------------------------------------------------------
+
+
+def test_authors_archive_becomes_a_run(photos, tmp_path, detector_options):
+    file, out = write_json(tmp_path / "voc2012_category_to_p_images_n500.json", AUTHORS), tmp_path / "run"
+    assert "5 photos of 2 categories" in succeed("import", "archive", file, "--photos", photos, "--out", out)
+    archive = read_archive(out / "archive.json")
+    assert archive.categories == ["dog", "cat"]
+    assert [entry.photo for entry in archive.photos["cat"]] == ["n01/n01_0.JPEG", "n01/Käse.JPEG", "n01/n01_1.JPEG"]
+    assert read_record(out).stages["archive"].made_with["imported"] == str(file)
+    assert "imported" in (out / "run.toml").read_text()
+    succeed("pseudolabel", out, *detector_options)
+    assert len(list(read_masks(out / "masks"))) == 5
+    succeed("run", "--out", out)  # neither an index nor a CLIP model is needed
+    assert (out / "report.html").exists()
+
+
+def test_categories_choose_and_order(photos, tmp_path):
+    file = write_json(tmp_path / "archive.json", AUTHORS)
+    output = succeed("import", "archive", file, "--photos", photos, "--out", tmp_path / "a", "--categories", "cat")
+    assert list(entries(tmp_path / "a")) == ["cat"] and "'dog'" in output
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    succeed("import", "archive", file, "--photos", photos, "--out", tmp_path / "b", "--categories-file", names)
+    assert list(entries(tmp_path / "b")) == ["cat", "dog"]
+    message = fail("import", "archive", file, "--photos", photos, "--out", tmp_path / "c", "--categories", "cow")
+    assert "no photos of 'cow'" in message and not (tmp_path / "c").exists()
+
+
+LISTS = {
+    "a.csv": "name,photo,score\ncat,n01/n01_0.JPEG,0.25\ncat,n01/n01_1.JPEG,0.5\n",
+    "b.csv": "\ufeffPhoto,Category,Score\r\nn01_0.JPEG,cat,0.25\r\nn01_1.JPEG,cat,0.5\r\n",
+    "c.json": json.dumps([{"name": "cat", "photo": f"n01/n01_{n}.JPEG", "score": s} for n, s in ((0, 0.25), (1, 0.5))]),
+    "d.json": json.dumps([{"category": "cat", "photo": f"n01_{n}.JPEG", "score": s} for n, s in ((1, 0.5), (0, 0.25))]),
+    "e.json": json.dumps(
+        {
+            "categories": ["cat"],
+            "photos": {"cat": [{"photo": f"n01/n01_{n}.JPEG", "score": n / 4 + 0.25} for n in (0, 1)]},
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_ones_own(name, photos, tmp_path):
+    (tmp_path / name).write_text(LISTS[name], encoding="utf-8")
+    succeed("import", "archive", tmp_path / name, "--photos", photos, "--out", tmp_path / "run")
+    assert entries(tmp_path / "run") == {"cat": [("n01/n01_1.JPEG", 0.5), ("n01/n01_0.JPEG", 0.25)]}
+
+
+def test_csv_without_scores_keeps_its_order_and_photos_may_repeat(photos, tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "name,photo\ncat,n01_1.JPEG\ndog,n01_1.JPEG\ncat,n01_0.JPEG\ncat,./n01/n01_1.JPEG\n"
+    )
+    succeed("import", "archive", tmp_path / "a.csv", "--photos", photos, "--out", tmp_path / "run")
+    assert entries(tmp_path / "run") == {
+        "cat": [("n01/n01_1.JPEG", None), ("n01/n01_0.JPEG", None)],
+        "dog": [("n01/n01_1.JPEG", None)],
+    }
+
+
+def test_photos_that_are_not_found_are_listed(photos, tmp_path):
+    file = write_json(tmp_path / "a.json", {**AUTHORS, "cat": [*AUTHORS["cat"], f"{THEIRS}/n09/x.JPEG"]})
+    output = succeed("import", "archive", file, "--photos", photos, "--out", tmp_path / "run")
+    assert "1 of 6 photos were not found" in output
+    (error,) = read_errors(tmp_path / "run" / "errors.jsonl")
+    assert error == (f"{THEIRS}/n09/x.JPEG", "archive", "there is no such photo")
+    write_json(file, {**AUTHORS, "cow": [f"{THEIRS}/n09/x.JPEG"]})
+    message = fail("import", "archive", file, "--photos", photos, "--out", tmp_path / "new")
+    assert "'cow'" in message and "x.JPEG" in message and not (tmp_path / "new").exists()
+
+
+def test_paths_match_the_photos_with_the_longest_common_end():
+    names = ["a/1.jpg", "b/1.jpg", "b/2.jpg", "3.jpg", "deep/b/4.jpg", "deep/c/4.jpg"]
+    paths = {
+        "/x/a/1.jpg": "a/1.jpg",
+        "b//./1.jpg": "b/1.jpg",
+        "1.jpg": None,  # several
+        "c/1.jpg": None,  # in another folder
+        "2.jpg": "b/2.jpg",
+        "/x/y/3.jpg": "3.jpg",
+        "b/4.jpg": "deep/b/4.jpg",
+        "/train/deep/c/4.jpg": "deep/c/4.jpg",
+        "": None,
+    }
+    matched, reasons = match_photos(paths.keys(), names, "/data/train")
+    assert matched == {path: name for path, name in paths.items() if name}
+    assert reasons.keys() == paths.keys() - matched.keys()
+    # Of two folders that look alike the one with the name of the photos' folder is meant; of two others none.
+    assert match_photos(["/x/train/a/1.jpg", "/x/val/a/1.jpg"], names, "/data/train")[0].keys() == {"/x/train/a/1.jpg"}
+    assert not match_photos(["/x/test/a/1.jpg", "/x/val/a/1.jpg"], names, "/data/train")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "", "Expecting value"),
+        ("a.json", "[" * 100_000, "nested"),
+        ("a.json", "[]", "lists no photos"),
+        ("a.json", '{"cat": []}', "lists no photos"),
+        ("a.json", '{"cat": "n01_0.JPEG"}', "expected {category"),
+        ("a.json", '{"cat": [7]}', "category 'cat', entry 0"),
+        ("a.json", '{"cat": [["n01_0.JPEG"]]}', "category 'cat', entry 0"),
+        ("a.json", '{"cat": ["n01_0.JPEG"], "cat": ["n01_1.JPEG"]}', "'cat' occurs twice"),
+        ("a.json", '{"cat": ["n01_0.JPEG"], "Cat": ["n01_1.JPEG"]}', "differ only in case"),
+        ("a.json", '{"background": ["n01_0.JPEG"]}', "name of class 0"),
+        ("a.json", '[{"name": "cat", "photo": "n01_0.JPEG", "score": NaN}]', "NaN"),
+        ("a.json", '[{"name": "cat", "photo": "n01_0.JPEG", "score": 1e999}]', "finite score"),
+        ("a.json", '[{"name": "cat", "photo": "n01_0.JPEG", "score": 1%s}]' % ("0" * 400), "finite score"),
+        ("a.json", '[{"name": "cat"}]', "entry 0"),
+        ("a.csv", "", "expected a header"),
+        ("a.csv", "a,b\n1,2\n", "expected a header"),
+        ("a.csv", "name,photo,score\ncat,n01_0.JPEG,nan\n", "line 2"),
+        ("a.csv", "name,photo\ncat,n01,_0.JPEG\n", "more cells"),
+        ("a.csv", "name,photo\ncat\n", "line 2"),
+        ("a.csv", "name,photo\n", "lists no photos"),
+    ],
+)
+def test_damaged_lists_are_one_line(name, content, message, photos, tmp_path):
+    (tmp_path / name).write_text(content)
+    error = fail("import", "archive", tmp_path / name, "--photos", photos, "--out", tmp_path / "run")
+    assert message in error and name in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_are_named(photos, tmp_path):
+    assert "no such file" in fail(
+        "import", "archive", tmp_path / "a.json", "--photos", photos, "--out", tmp_path / "run"
+    )
+    file = write_json(tmp_path / "a.json", AUTHORS)
+    assert "does not exist" in fail("import", "archive", file, "--photos", tmp_path / "none", "--out", tmp_path / "run")
+    (tmp_path / "b.csv").write_bytes(b"name,photo\n\xff\xfe,\x00\n")
+    assert "b.csv" in fail("import", "archive", tmp_path / "b.csv", "--photos", photos, "--out", tmp_path / "run")
+
+
+def test_results_are_replaced_with_overwrite_alone(photos, tmp_path):
+    file, out = write_json(tmp_path / "a.json", AUTHORS), tmp_path / "run"
+    words = ["import", "archive", file, "--photos", photos, "--out", out]
+    succeed(*words)
+    (out / "notes.txt").write_text("mine")
+    before = files_of(out)
+    assert "--overwrite" in fail(*words)
+    assert "were imported from" in fail("archive", out, "--photos-per-category", 3)
+    write_json(file, {"cat": ["n09/x.JPEG"]})
+    fail(*words, "--overwrite")
+    assert files_of(out) == before
+    write_json(file, {"cat": AUTHORS["cat"]})
+    succeed(*words, "--overwrite")
+    assert list(entries(out)) == ["cat"] and (out / "notes.txt").exists() and not (out / ".replaced").exists()
+
+
+# -- masks -----------------------------------------------------------------------------------------------------------
+
+
+def rle(mask: np.ndarray, compressed: bool = True) -> dict:
+    """A mask as pycocotools writes it, or with its run lengths as a list."""
+    encoded = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    if compressed:
+        return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
+    values = np.concatenate([[0], mask.T.ravel(), [2]])
+    starts = np.flatnonzero(np.diff(values))
+    runs = np.diff(np.concatenate([[0], starts]))
+    return {"size": list(mask.shape), "counts": [int(run) for run in runs]}
+
+
+def mask_of(path: Path, shift: int = 0) -> np.ndarray:
+    width, height = Image.open(path).size
+    mask = np.zeros((height, width), bool)
+    mask[5 + shift : 20, 10:25] = True
+    return mask
+
+
+@pytest.fixture
+def run(photos, tmp_path) -> Path:
+    out = tmp_path / "run"
+    succeed("import", "archive", write_json(tmp_path / "a.json", AUTHORS), "--photos", photos, "--out", out)
+    return out
+
+
+def masks_in(out: Path) -> dict[tuple[str, str], np.ndarray]:
+    return {(record.photo, record.category): record.mask() for record in read_masks(out / "masks")}
+
+
+@pytest.mark.parametrize("layout", ["folder", "nested folder", "file", "folders of categories"])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_masks_in_every_layout(layout, compressed, photos, run, tmp_path):
+    names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.JPEG"))
+    given = {name: rle(mask_of(photos / name), compressed) for name in names}
+    source = tmp_path / "masks"
+    if layout == "file":
+        source = write_json(tmp_path / "swav_mocov2_dino_p16_k234.json", given)
+    for name, value in given.items():
+        stem, category = Path(name).stem, {"n01": "CAT", "n02": "dog"}[name[:3]]
+        path = {"folder": stem, "nested folder": f"x/{name[:3]}/{stem}", "folders of categories": f"{category}/{stem}"}
+        if layout != "file":
+            write_json(source / f"{path[layout]}.json", value)
+    assert "5 masks" in succeed("import", "masks", source, "--out", run)
+    masks = masks_in(run)
+    assert masks.keys() == {(name, {"n01": "cat", "n02": "dog"}[name[:3]]) for name in names}
+    assert all(np.array_equal(mask, mask_of(photos / name)) for (name, _), mask in masks.items())
+    record = next(read_masks(run / "masks"))
+    assert record.area == 15 * 15 and record.bbox == (10, 5, 15, 15) and 0 < record.score <= 1
+    assert read_record(run).stages["pseudolabel"].made_with["imported"] == str(source)
+
+
+def test_a_photo_of_two_categories_has_a_mask_per_folder(photos, tmp_path):
+    archive = {"cat": ["n01/n01_0.JPEG"], "dining table": ["n01/n01_0.JPEG"], "dog": ["n01/n01_0.JPEG"]}
+    out = tmp_path / "run"
+    succeed("import", "archive", write_json(tmp_path / "a.json", archive), "--photos", photos, "--out", out)
+    path = photos / "n01/n01_0.JPEG"
+    write_json(tmp_path / "m/n01_0.json", rle(mask_of(path)))
+    write_json(tmp_path / "m/dining_table/n01_0.json", rle(mask_of(path, 3)))
+    succeed("import", "masks", tmp_path / "m", "--out", out)
+    masks = {category: mask for (_, category), mask in masks_in(out).items()}
+    assert np.array_equal(masks["cat"], mask_of(path)) and np.array_equal(masks["dog"], mask_of(path))
+    assert np.array_equal(masks["dining table"], mask_of(path, 3))
+
+
+def test_imported_masks_train_and_are_not_mixed_with_others(photos, run, tmp_path, detector_options):
+    for path in photos.rglob("*.JPEG"):
+        write_json(tmp_path / "m" / f"{path.stem}.json", rle(mask_of(path)))
+    succeed("import", "masks", tmp_path / "m", "--out", run)
+    before = files_of(run)
+    for words in (["pseudolabel", run], ["pseudolabel", run, *detector_options], ["run", "--out", run]):
+        assert "were imported from" in fail(*words)
+    assert "--overwrite" in fail("import", "masks", tmp_path / "m", "--out", run)
+    assert files_of(run) == before
+    training = ["--encoder", ENCODER, "--encoder-weights", encoder_weights(tmp_path), "--head-channels", 16]
+    training += ["--crop-size", 16, "--batch-size", 2, "--steps", 1]
+    succeed("train", run, *training)
+    assert (run / "segmenter" / "model.safetensors").exists()
+    succeed("pseudolabel", run, *detector_options, "--overwrite")
+    assert "imported" not in read_record(run).stages["pseudolabel"].made_with
+    assert not (run / "segmenter").exists()
+
+
+def encoder_weights(folder: Path) -> Path:
+    torch.save(DeepLab(untrained_encoder(ENCODER), 2, 16).backbone.state_dict(), folder / "encoder.pth")
+    return folder / "encoder.pth"
+
+
+def test_masks_without_an_archive_start_a_run_of_one_category(photos, tmp_path):
+    names = ["n01/n01_0.JPEG", "n02/n02_1.JPEG"]
+    file = write_json(tmp_path / "duts.json", {name: rle(mask_of(photos / name)) for name in names})
+    assert "--photos" in fail("import", "masks", file, "--out", tmp_path / "run")
+    succeed("import", "masks", file, "--photos", photos, "--out", tmp_path / "run")
+    assert list(masks_in(tmp_path / "run")) == [(name, "object") for name in names]
+    assert {"archive", "pseudolabel"} <= read_record(tmp_path / "run").stages.keys()
+
+
+DAMAGED = {
+    "no object": [],
+    "no counts": {"size": [30, 40]},
+    "text": {"size": "30x40", "counts": "0"},
+    "other size": {"size": [31, 40], "counts": [1240]},
+    "turned": {"size": [40, 30], "counts": [1200]},
+    "huge": {"size": [10**9, 10**9], "counts": [10**18]},
+    "huge run": {"size": [30, 40], "counts": [10**30]},
+    "negative": {"size": [30, 40], "counts": [1300, -100]},
+    "short": {"size": [30, 40], "counts": [1199]},
+    "empty": {"size": [30, 40], "counts": []},
+    "not a string of COCO": {"size": [30, 40], "counts": "\u00ff\u0000"},
+    "cut off": {"size": [30, 40], "counts": "oooooooooooo"},
+    "float": {"size": [30.0, 40.0], "counts": [1200]},
+    "bool": {"size": [30, 40], "counts": [True, 1199]},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_masks_raise_value_error(damage):
+    with pytest.raises(ValueError, match=r"expected|upright"):
+        decode_rle(DAMAGED[damage], (30, 40))
+
+
+def test_damaged_masks_are_listed_with_their_files(photos, run, tmp_path):
+    write_json(tmp_path / "m/n01_0.json", rle(mask_of(photos / "n01/n01_0.JPEG")))
+    write_json(tmp_path / "m/n01_1.json", DAMAGED["turned"])
+    (tmp_path / "m/n02_0.json").write_text('{"size": [30')
+    write_json(tmp_path / "m/n09_9.json", DAMAGED["short"])
+    output = succeed("import", "masks", tmp_path / "m", "--out", run)
+    assert "4 of 5 photos have no mask" in output and "1 of 4 masks are of no photo" in output
+    reasons = {error.photo: error.reason for error in read_errors(run / "errors.jsonl")}
+    assert set(reasons) == {"n01/n01_1.JPEG", "n01/Käse.JPEG", "n02/n02_0.JPEG", "n02/n02_1.JPEG"}
+    assert "n01_1.json" in reasons["n01/n01_1.JPEG"] and "40 x 30" in reasons["n01/n01_1.JPEG"]
+    assert "n02_0.json" in reasons["n02/n02_0.JPEG"] and "has no mask" in reasons["n02/n02_1.JPEG"]
+
+
+def test_sizes_are_those_of_the_upright_photo(tmp_path):
+    (tmp_path / "photos").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    draw_photo(0, "cat", (40, 30)).save(tmp_path / "photos/cat.jpg", exif=exif)
+    turned = np.zeros((40, 30), bool)
+    turned[:20] = True
+    file = write_json(tmp_path / "m.json", {"cat": rle(turned.T)})
+    words = ["import", "masks", file, "--photos", tmp_path / "photos", "--out", tmp_path / "run"]
+    assert "EXIF" in fail(*words) and not (tmp_path / "run").exists()
+    write_json(file, {"cat": rle(turned)})
+    succeed(*words)
+    assert np.array_equal(masks_in(tmp_path / "run")["cat.jpg", "object"], turned)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "7", '{"size": [30, 40], "counts": [1200]}', "{", '{"n01_0": 1}'])
+def test_files_without_masks_are_named(content, run, tmp_path):
+    before = files_of(run)
+    (tmp_path / "m.json").write_text(content)
+    assert "m.json" in fail("import", "masks", tmp_path / "m.json", "--out", run)
+    (tmp_path / "empty").mkdir()
+    assert "holds no masks" in fail("import", "masks", tmp_path / "empty", "--out", run)
+    assert files_of(run) == before
+
+
+def test_several_masks_of_a_photo_are_named(run, photos, tmp_path):
+    for name in ("n01/n01_0", "n01_0"):
+        write_json(tmp_path / "m" / f"{name}.json", rle(mask_of(photos / "n01/n01_0.JPEG")))
+    assert "several masks of 'n01/n01_0.JPEG'" in fail("import", "masks", tmp_path / "m", "--out", run)
+
+
+# -- experts ---------------------------------------------------------------------------------------------------------
+
+
+def write_expert(path: Path, channels: int = 16, classes: int = 2, object_bias: float = 5.0) -> Path:
+    """An expert that predicts the object everywhere, or nowhere if the bias is negative."""
+    torch.manual_seed(0)
+    network = DeepLab(untrained_encoder(ENCODER), classes, channels).eval()
+    last = network.classifier.classifier[-1]
+    torch.nn.init.zeros_(last.weight)
+    last.bias.data = torch.tensor([0.0, object_bias, *[0.0] * (classes - 2)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": {f"module.{key}": value for key, value in network.state_dict().items()}}, path,
+               _use_new_zipfile_serialization=False)  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def labeled(run, photos, tmp_path) -> Path:
+    """A run whose masks of dogs are all empty."""
+    for path in photos.rglob("*.JPEG"):
+        mask = mask_of(path)
+        write_json(tmp_path / "m" / f"{path.stem}.json", rle(mask if path.name[1:3] != "02" else mask & False))
+    succeed("import", "masks", tmp_path / "m", "--out", run)
+    return run
+
+
+def test_imported_experts_relabel_without_training(labeled, tmp_path):
+    write_expert(tmp_path / "e/expert_cat.pt")
+    write_expert(tmp_path / "e/expert_Dog.pth", object_bias=-5)
+    write_expert(tmp_path / "e/expert_cow.pt")
+    words = ["import", "experts", tmp_path / "e", "--out", labeled, "--encoder", ENCODER]
+    output = succeed(*words)
+    assert "2 networks" in output and "'expert_cow.pt'" in output
+    assert "--overwrite" in fail(*words)
+    for option in (["--steps", 7], ["--encoder", "resnet18"], ["--allow-empty"], ["--mode", "shared"]):
+        assert "were imported from" in fail("experts", labeled, *option)
+    succeed("experts", labeled)  # although dogs have no usable mask, and DINO's weights are not at hand
+    areas = {(r.photo, r.category): r.area / (r.size[0] * r.size[1]) for r in read_masks(labeled / "refined")}
+    assert {area for (_, category), area in areas.items() if category == "cat"} == {1}
+    assert {area for (_, category), area in areas.items() if category == "dog"} == {0}
+    record = read_record(labeled).stages["experts"]
+    assert record.made_with["imported"] == str(tmp_path / "e") and record.settings["experts.encoder"] == ENCODER
+    assert "experts.steps" not in record.settings
+    assert not list((labeled / "experts").glob("*/*"))  # of a training
+
+
+def test_missing_imported_network_is_not_trained(labeled, tmp_path):
+    for name in ("cat", "dog"):
+        write_expert(tmp_path / f"e/{name}.pt")
+    succeed("import", "experts", tmp_path / "e", "--out", labeled, "--encoder", ENCODER)
+    (labeled / "experts" / "dog.safetensors").unlink()
+    assert "'dog'" in fail("experts", labeled)
+    succeed("import", "experts", tmp_path / "e", "--out", labeled, "--encoder", ENCODER, "--overwrite")
+    succeed("experts", labeled)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_experts_are_mapped_by_a_file(kind, labeled, tmp_path):
+    for name in ("first", "second"):
+        write_expert(tmp_path / f"e/{name}.pt")
+    file = tmp_path / "e" / f"map.{kind}"
+    if kind == "json":
+        write_json(file, {"cat": "first.pt", "dog": "second.pt"})
+    else:
+        file.write_text("category,file\ncat,first.pt\ndog,second.pt\n")
+    succeed("import", "experts", file, "--out", labeled, "--encoder", ENCODER)
+    assert "'cat'" in fail("import", "experts", tmp_path / "e", "--out", labeled, "--encoder", ENCODER)
+
+
+def test_unsuitable_experts_change_nothing(labeled, run, tmp_path):
+    before = files_of(labeled)
+    words = ["import", "experts", tmp_path / "e", "--out", labeled, "--encoder", ENCODER]
+    write_expert(tmp_path / "e/expert_cat.pt")
+    write_expert(tmp_path / "e/expert_puppy.pt")
+    message = fail(*words)
+    assert "'dog'" in message and "'expert_puppy.pt'" in message
+    write_expert(tmp_path / "e/dog.pt", classes=3)
+    assert "has 3 classes" in fail(*words)
+    write_expert(tmp_path / "e/dog.pt", channels=32)
+    assert "differ in the channels" in fail(*words)
+    write_expert(tmp_path / "e/dog.pt")
+    write_expert(tmp_path / "e/expert_dog.pt")
+    assert "several networks of 'dog'" in fail(*words)
+    (tmp_path / "e/expert_dog.pt").write_text("no network")
+    (tmp_path / "e/dog.pt").unlink()
+    assert "expert_dog.pt cannot be read" in fail(*words)
+    assert "not a run folder" in fail("import", "experts", tmp_path / "e", "--out", tmp_path / "none")
+    assert files_of(labeled) == before and not (tmp_path / "none").exists()
+
+
+def test_experts_need_masks(run, tmp_path):
+    write_expert(tmp_path / "e/expert_cat.pt")
+    assert "has no masks" in fail("import", "experts", tmp_path / "e", "--out", run, "--encoder", ENCODER)
