@@ -494,6 +494,55 @@ def import_experts(
     print(f"{len(files)} networks are in {out / 'experts'}; `namedmask experts {out}` relabels with them")
 
 
+def _import_embeddings(
+    path: Path,
+    out: Path,
+    photos: Path | None = None,
+    categories: str | None = None,
+    categories_file: Path | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    **options: str | None,
+) -> None:
+    from .imports.embeddings import import_embeddings
+
+    clip = {one: options[_variable(one)] for one in map(find_setting, CLIP) if options.get(_variable(one))}
+    config = make_config({"photos": "", **given_settings(["index"], None, [], clip)})
+    names = _names(categories, categories_file) or []
+    count = import_embeddings(path, out, photos, names, config.index, allow_pickle, overwrite)
+    texts = f"{len(names)} categories" if names else "no category; pass --categories to add their text embeddings"
+    print(f"{out}: embeddings of {count:,} photos and {texts}")
+
+
+CLIP = ("index.clip_model", "index.clip_weights")
+_embeddings = command(_import_embeddings)
+_parameters: dict[str, tuple[Any, Any]] = {
+    "path": (
+        Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="{photo: vector}, or clip-retrieval's output.")],
+        Parameter.empty,
+    ),
+    "out": (Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="File to write.")], Parameter.empty),
+    "photos": (
+        Annotated[Path | None, typer.Option("--photos", help="Folder, list file (.txt) or .tar of the photos.")],
+        None,
+    ),
+    "categories": (
+        Annotated[str | None, typer.Option("--categories", metavar="NAME,...", help="Names to embed with CLIP.")],
+        None,
+    ),
+    "categories_file": (CategoriesFile, None),
+    **{_variable(one): (_option(one), None) for one in map(find_setting, CLIP)},
+    "allow_pickle": (
+        Annotated[bool, typer.Option("--allow-pickle", help="Load a pickle. Only arrays and tensors are accepted.")],
+        False,
+    ),
+    "overwrite": (Annotated[bool, typer.Option("--overwrite", help="Replace the file.")], False),
+    "debug": (Debug, False),
+}
+_give_signature(_embeddings, _parameters)
+import_app.command("embeddings", help="Convert image embeddings for --embeddings.")(_embeddings)
+
+
 FETCHED = ("index.clip_model", "detector.name", "detector.backbone", "detector.more_backbones", "segmenter.encoder")
 
 
@@ -511,7 +560,7 @@ def _fetch(config: Path | None = None, set_: list[str] | None = None, **options:
 
 
 fetch = command(_fetch)
-_parameters: dict[str, tuple[Any, Any]] = {_variable(one): (_option(one), None) for one in map(find_setting, FETCHED)}
+_parameters = {_variable(one): (_option(one), None) for one in map(find_setting, FETCHED)}
 _parameters |= {"config": (Config, None), "set_": (Set, None), "debug": (Debug, False)}
 _give_signature(fetch, _parameters)
 app.command("fetch", help="Download the weights of models before they are needed.")(fetch)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,15 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco
+from safetensors.numpy import load_file, save_file
 
 from namedmask.archive import read_archive
 from namedmask.backbones import untrained_encoder
 from namedmask.imports import match_photos
 from namedmask.imports.masks import decode_rle
+from namedmask.index import PrecomputedEmbeddings
 from namedmask.masks import read_errors, read_masks
+from namedmask.photos import PhotoError, PhotoSource
 from namedmask.record import read_record
 from namedmask.segmenter.deeplab import DeepLab
 from small_world import ENCODER, command, draw_photo, files_of
@@ -478,3 +483,167 @@ def test_unsuitable_experts_change_nothing(labeled, run, tmp_path):
 def test_experts_need_masks(run, tmp_path):
     write_expert(tmp_path / "e/expert_cat.pt")
     assert "has no masks" in fail("import", "experts", tmp_path / "e", "--out", run, "--encoder", ENCODER)
+
+
+# -- embeddings ------------------------------------------------------------------------------------------------------
+
+NAMES = ["n01_0.JPEG", "n02_1.JPEG", "Käse.JPEG"]  # file names alone, as in the authors' pickle
+
+
+def vectors(kind: str) -> dict:
+    rows = np.eye(3, 8, dtype=np.float16 if "16" in kind else np.float32)
+    if "torch" in kind:
+        return {name: torch.from_numpy(row)[None] for name, row in zip(NAMES, rows, strict=True)}
+    return dict(zip(NAMES, rows, strict=True))
+
+
+def write_vectors(path: Path, kind: str) -> Path:
+    if kind == "safetensors":
+        save_file(vectors(kind), path)
+    elif kind.startswith("torch.save"):
+        torch.save(vectors(kind), path, _use_new_zipfile_serialization="old" not in kind)
+    else:
+        path.write_bytes(pickle.dumps(vectors(kind), int(kind[-1])))
+    return path
+
+
+def embedded(out: Path, photos: Path) -> dict[str, np.ndarray]:
+    """The embeddings of the photos as the index gets them."""
+    found = PrecomputedEmbeddings(str(out)).images(PhotoSource(photos), sorted(PhotoSource(photos)))
+    return {name: row for name, row in found if not isinstance(row, PhotoError)}
+
+
+@pytest.mark.parametrize(
+    "kind", ["numpy16 0", "numpy 2", "numpy16 5", "torch 4", "torch16 2", "torch.save", "torch.save old", "safetensors"]
+)
+def test_embeddings_in_every_form(kind, photos, tmp_path):
+    source, out = write_vectors(tmp_path / "embeddings.pkl", kind), tmp_path / "e.safetensors"
+    words = ["import", "embeddings", source, "--photos", photos, "--out", out]
+    if kind[-1].isdigit():
+        assert "--allow-pickle" in fail(*words) and not out.exists()
+        words.append("--allow-pickle")
+    assert "3 photos and no category" in succeed(*words)
+    rows = embedded(out, photos)
+    assert rows.keys() == {"n01/n01_0.JPEG", "n01/Käse.JPEG", "n02/n02_1.JPEG"}
+    assert np.array_equal(rows["n01/Käse.JPEG"], np.eye(8)[2])
+    assert load_file(out)["image"].dtype == (np.float16 if "16" in kind else np.float32)
+
+
+class Payload:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "executed")
+
+
+@pytest.mark.parametrize("place", ["value", "key", "object array"])
+def test_no_pickle_is_executed(place, photos, tmp_path):
+    payload = Payload(tmp_path / "executed")
+    data = {"value": {"a": payload}, "key": [payload], "object array": {"a": np.array([payload], object)}}
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps(data[place]))
+    words = ["import", "embeddings", tmp_path / "e.pkl", "--photos", photos, "--out", tmp_path / "e.safetensors"]
+    assert "--allow-pickle" in fail(*words)
+    assert "neither an array nor a tensor" in fail(*words, "--allow-pickle")
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "e.safetensors").exists()
+
+
+ROW = np.ones(4, np.float32)
+UNSUITABLE = {
+    "list": ([ROW], "expected {photo: vector}"),
+    "empty": ({}, "it is empty"),
+    "names": ({7: ROW}, "names of photos"),
+    "whole numbers": ({"n01_0.JPEG": np.ones(4, np.int64)}, "int64 [4]"),
+    "whole numbers of torch": ({"n01_0.JPEG": torch.ones(4, dtype=torch.int64)}, "torch.int64 [4]"),
+    "matrix": ({"n01_0.JPEG": np.ones((2, 4), np.float32)}, "float32 [2, 4]"),
+    "number": ({"n01_0.JPEG": np.array(1.0)}, "float64 []"),
+    "no value": ({"n01_0.JPEG": np.ones(0)}, "float64 [0]"),
+    "text": ({"n01_0.JPEG": "vector"}, "got str"),
+    "two widths": ({"n01_0.JPEG": ROW, "n01_1.JPEG": ROW[:3]}, "'n01_1.JPEG' has 3 dimensions"),
+    "NaN": ({"n01_0.JPEG": ROW * np.nan}, "'n01_0.JPEG'"),
+    "other photos": ({"n09_0.JPEG": ROW}, "none of its 1 photos"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSUITABLE)
+def test_unsuitable_embeddings_are_named(kind, photos, tmp_path):
+    data, message = UNSUITABLE[kind]
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps(data))
+    words = ["--photos", photos, "--out", tmp_path / "e.safetensors", "--allow-pickle"]
+    assert message in fail("import", "embeddings", tmp_path / "e.pkl", *words)
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps(data)[:-3])
+    assert "e.pkl" in fail("import", "embeddings", tmp_path / "e.pkl", *words)
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_vectors_without_a_direction_are_left_out(photos, tmp_path):
+    data = {"n01_0.JPEG": ROW, "n01_1.JPEG": ROW * np.inf, "n02_0.JPEG": ROW * 0, "n02_1.JPEG": np.full(4, 1e300)}
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps(data))
+    out = tmp_path / "e.safetensors"
+    output = succeed("import", "embeddings", tmp_path / "e.pkl", "--photos", photos, "--out", out, "--allow-pickle")
+    assert "3 embeddings are NaN, infinite or zero" in output and "'n01_1.JPEG'" in output
+    assert list(embedded(out, photos)) == ["n01/n01_0.JPEG"]
+
+
+def clip_retrieval(folder: Path, column: str = "image_path", rows: int = 2) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for part in ("img_emb", "metadata"):
+        (folder / part).mkdir(parents=True)
+    image = np.eye(3, 8, dtype=np.float16)
+    for number, (first, last) in enumerate(((0, 2), (2, 3))):
+        np.save(folder / "img_emb" / f"img_emb_{number}.npy", image[first:last])
+        table = pyarrow.table({column: [f"/data/{name}" for name in NAMES[first:last]][:rows]})
+        parquet.write_table(table, folder / "metadata" / f"metadata_{number}.parquet")
+    return folder
+
+
+def test_output_of_clip_retrieval(photos, tmp_path, monkeypatch):
+    folder, out = clip_retrieval(tmp_path / "output"), tmp_path / "e.safetensors"
+    flat = tmp_path / "photos"
+    flat.mkdir()
+    for name in NAMES:
+        (flat / name).write_bytes((photos / name[:3] / name if name[0] == "n" else photos / "n01" / name).read_bytes())
+    words = ["import", "embeddings", folder, "--photos", flat, "--out", out]
+    succeed(*words)
+    rows = embedded(out, flat)
+    assert rows.keys() == set(NAMES) and np.array_equal(rows["Käse.JPEG"], np.eye(8)[2])
+    before = files_of(tmp_path)
+    assert "exists; --overwrite replaces it" in fail(*words)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert "namedmask[parquet]" in fail(*words, "--overwrite")
+    assert files_of(tmp_path) == before
+    monkeypatch.undo()
+    succeed(*words, "--overwrite")
+
+
+def test_incomplete_output_of_clip_retrieval_is_named(photos, tmp_path):
+    out = ["--photos", photos, "--out", tmp_path / "e.safetensors"]
+    assert "no column image_path" in fail("import", "embeddings", clip_retrieval(tmp_path / "a", "caption"), *out)
+    assert "has 1 rows" in fail("import", "embeddings", clip_retrieval(tmp_path / "b", rows=1), *out)
+    folder = clip_retrieval(tmp_path / "c")
+    (folder / "metadata" / "metadata_1.parquet").unlink()
+    assert "as many" in fail("import", "embeddings", folder, *out)
+    (folder / "metadata" / "metadata_1.parquet").write_bytes(b"PAR1")
+    assert "cannot be imported" in fail("import", "embeddings", folder, *out)
+    np.save(folder / "img_emb" / "img_emb_0.npy", np.array([print]), allow_pickle=True)
+    assert "cannot be imported" in fail("import", "embeddings", folder, *out)
+
+
+def test_imported_embeddings_with_names_make_an_archive(photos, tmp_path, detector_options):
+    """The text embeddings are those of the CLIP model that is given."""
+    row = np.arange(64, dtype=np.float32) - 31
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps({"n01_0.JPEG": row, "n02_1.JPEG": -row}))
+    out = tmp_path / "e.safetensors"
+    words = ["import", "embeddings", tmp_path / "e.pkl", "--photos", photos, "--out", out, "--allow-pickle"]
+    words += ["--clip-model", "namedmask-demo"]
+    assert "2 photos and 2 categories" in succeed(*words, "--categories", "cat,dog")
+    run = ["run", photos, "--embeddings", out, "--photos-per-category", 2, *detector_options, "--out", tmp_path / "run"]
+    succeed(*run, "--categories", "dog,cat")
+    assert {entry[0] for entry in entries(tmp_path / "run")["cat"]} == {"n01/n01_0.JPEG", "n02/n02_1.JPEG"}
+    succeed(*words, "--overwrite")
+    message = fail(*run[:-1], tmp_path / "other", "--categories", "cat")
+    assert "has no text embedding of cat" in message
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps({"n01_0.JPEG": ROW}))
+    assert "embeddings of 4 dimensions" in fail(*words, "--categories", "cat", "--overwrite")
