@@ -7,6 +7,7 @@ them, and records in `made_with` what they were imported from.
 
 from __future__ import annotations
 
+import functools
 import json
 import unicodedata
 from bisect import bisect_left
@@ -86,8 +87,19 @@ def some(names: Sequence[object]) -> str:
     return ", ".join(repr(name) for name in names[:SHOWN]) + more
 
 
-def category_key(name: str) -> str:
-    """What the name of a category and that of its file have in common: letters and digits, in lower case."""
+def category_of(name: str, categories: Collection[str]) -> str | None:
+    """The category for which a file or folder is named; None if there is none, or if several match equally well.
+
+    Upper and lower case, spaces and punctuation may differ, and the name may be percent-encoded.
+    """
+    if name in categories:
+        return name
+    found = [category for category in categories if _letters(category) == _letters(name) != ""]
+    return found[0] if len(found) == 1 else None
+
+
+@functools.lru_cache(1 << 16)
+def _letters(name: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFC", unquote(name)).casefold() if c.isalnum())
 
 

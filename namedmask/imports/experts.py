@@ -18,7 +18,7 @@ from ..record import read_config
 from ..run import locked
 from ..segmenter.deeplab import network_of
 from ..stages import STAGES
-from . import category_key, imported_results, read_json, some, unreadable
+from . import category_of, imported_results, read_json, some, unreadable
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 PREFIX = "expert_"  # of the authors' files
@@ -75,29 +75,25 @@ def _files(path: Path, categories: list[str]) -> tuple[dict[str, Path], list[str
         listed = _listed(path)
         if absent := [name for name in categories if name not in listed]:
             raise UserError(f"{path} names no network of {some(absent)}; it names {some(list(listed))}")
-        others = [name for name in listed if name not in categories]
-        return {name: path.parent / listed[name] for name in categories}, others
+        return {name: path.parent / listed[name] for name in categories}, [n for n in listed if n not in categories]
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    keys = {file: category_key(file.stem.removeprefix(PREFIX)) for file in files}
-    by_key = {category_key(name): name for name in categories}
-    if "" in by_key or len(by_key) < len(categories):
-        raise UserError(f"the names of the categories do not tell files apart; map them in a JSON file {HOW_TO_MAP}")
     found: dict[str, Path] = {}
-    for file, key in keys.items():
-        if (name := by_key.get(key)) in found:
+    others: list[str] = []
+    for file in files:
+        name = category_of(file.stem, categories) or category_of(file.stem.removeprefix(PREFIX), categories)
+        if name in found:
             raise UserError(f"{path} has several networks of {name!r}: {found[name].name} and {file.name}")
-        if name is not None:
+        if name is None:
+            others.append(file.name)
+        else:
             found[name] = file
-    others = [file.name for file, key in keys.items() if key not in by_key]
     if absent := [name for name in categories if name not in found]:
         rest = f"; files that match no category: {some(others)}" if others else ""
         raise UserError(
-            f"{path} has no network of {some(absent)} (expert_CATEGORY.pt){rest}; map them in a JSON file {HOW_TO_MAP}"
+            f"{path} has no network of {some(absent)} (expert_CATEGORY.pt){rest}; to map other file names, pass a JSON "
+            'file {"category": "file"} instead of the folder'
         )
     return {name: found[name] for name in categories}, others
-
-
-HOW_TO_MAP = '{"category": "file"} and pass it instead of the folder'
 
 
 def _listed(path: Path) -> dict[str, str]:

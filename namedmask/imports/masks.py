@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..progress import warn
 from ..pseudolabel import Work, shard_path, work_of
 from ..record import read_config, read_record
 from ..run import locked, open_source
-from . import category_key, imported_results, match_photos, read_json, some, unreadable
+from . import category_of, imported_results, match_photos, read_json, some, unreadable
 
 OBJECT = "object"  # the category of masks that are imported without an archive
 
@@ -143,18 +144,19 @@ class _Masks:
         for name, categories in work:
             for category, _ in categories:
                 photos[category].append(name)
-        folders: dict[str, dict[str, str]] = {category_key(category): {} for category in photos}
+        folders: dict[str, dict[str, str]] = {category: {} for category in photos}
         if self.values is None:
+            of_folder = functools.cache(lambda folder: category_of(folder, photos.keys()))
             for key in self.keys:
                 folder, _, below = key.partition("/")
-                if below and (own := folders.get(category_key(folder))) is not None:
-                    own[below] = key
+                if below and (own_category := of_folder(folder)) is not None:
+                    folders[own_category][below] = key
         below_folders = {key for own in folders.values() for key in own.values()}
         others = {key: key for key in self.keys if key not in below_folders}
         general = self._match(others, [name for name, _ in work], root)
         found = {(name, c): general[name] for name, categories in work if name in general for c, _ in categories}
         for category, names in photos.items():
-            own = folders[category_key(category)]
+            own = folders[category]
             whole = self._match({key: key for key in own.values()}, names, root)  # in class folders like the photos
             special = self._match(own, names, root) | whole
             found |= {(name, category): key for name, key in special.items()}
@@ -206,9 +208,7 @@ def decode_rle(value: Any, size: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"size: expected [height, width], got {given!r:.60}")
     if tuple(given) != tuple(size):
         turned = "; it was made of the photo without its EXIF orientation" if tuple(given) == tuple(size[::-1]) else ""
-        raise ValueError(
-            f"the mask is {given[0]} x {given[1]}, the upright photo {size[0]} x {size[1]} (height x width){turned}"
-        )
+        raise ValueError(f"the mask is {given!r:.60}, the upright photo {list(size)} (height, width){turned}")
     pixels = size[0] * size[1]
     if isinstance(counts, str):
         runs = run_lengths(counts)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from namedmask.archive import read_archive
 from namedmask.backbones import untrained_encoder
-from namedmask.imports import match_photos
+from namedmask.imports import category_of, match_photos
 from namedmask.imports.masks import decode_rle
 from namedmask.index import PrecomputedEmbeddings
 from namedmask.masks import read_errors, read_masks
@@ -223,6 +223,15 @@ def test_results_are_replaced_with_overwrite_alone(photos, tmp_path):
     assert list(entries(out)) == ["cat"] and (out / "notes.txt").exists() and not (out / ".replaced").exists()
 
 
+def test_files_are_named_for_categories():
+    categories = ["tv/monitor", "dining table", "t-shirt", "tshirt", "Käse", "+", "-"]
+    expected = {
+        "tv_monitor": "tv/monitor", "tv%2Fmonitor": "tv/monitor", "Dining Table": "dining table", "tshirt": "tshirt",
+        "T-Shirt": None, "Ka\u0308se": "Käse", "+": "+", "~": None, "dog": None,
+    }  # fmt: skip
+    assert {name: category_of(name, categories) for name in expected} == expected
+
+
 # -- masks -----------------------------------------------------------------------------------------------------------
 
 
@@ -355,7 +364,7 @@ def test_damaged_masks_are_listed_with_their_files(photos, run, tmp_path):
     assert "4 of 5 photos have no mask" in output and "1 of 4 masks are of no photo" in output
     reasons = {error.photo: error.reason for error in read_errors(run / "errors.jsonl")}
     assert set(reasons) == {"n01/n01_1.JPEG", "n01/Käse.JPEG", "n02/n02_0.JPEG", "n02/n02_1.JPEG"}
-    assert "n01_1.json" in reasons["n01/n01_1.JPEG"] and "40 x 30" in reasons["n01/n01_1.JPEG"]
+    assert "n01_1.json" in reasons["n01/n01_1.JPEG"] and "[40, 30]" in reasons["n01/n01_1.JPEG"]
     assert "n02_0.json" in reasons["n02/n02_0.JPEG"] and "has no mask" in reasons["n02/n02_1.JPEG"]
 
 
