@@ -275,7 +275,7 @@ class _Experts:
     @property
     def views(self) -> int:
         """Number of photos that a training processes."""
-        return self.settings.steps * self.settings.batch_size
+        return 0 if self.imported else self.settings.steps * self.settings.batch_size
 
     def shard_count(self) -> int:
         return len(self._shared_shards() if self.settings.mode == SHARED else self.records)

@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 from safetensors.numpy import load_file, save_file
 
 from namedmask.archive import read_archive
-from namedmask.backbones import untrained_encoder
+from namedmask.backbones import untrained, untrained_encoder
 from namedmask.imports import category_of, match_photos
 from namedmask.imports.masks import decode_rle
 from namedmask.index import PrecomputedEmbeddings
@@ -312,6 +312,7 @@ def test_imported_masks_train_and_are_not_mixed_with_others(photos, run, tmp_pat
     training += ["--crop-size", 16, "--batch-size", 2, "--steps", 1]
     succeed("train", run, *training)
     assert (run / "segmenter" / "model.safetensors").exists()
+    succeed("report", run)
     succeed("pseudolabel", run, *detector_options, "--overwrite")
     assert "imported" not in read_record(run).stages["pseudolabel"].made_with
     assert not (run / "segmenter").exists()
@@ -329,6 +330,11 @@ def test_masks_without_an_archive_start_a_run_of_one_category(photos, tmp_path):
     succeed("import", "masks", file, "--photos", photos, "--out", tmp_path / "run")
     assert list(masks_in(tmp_path / "run")) == [(name, "object") for name in names]
     assert {"archive", "pseudolabel"} <= read_record(tmp_path / "run").stages.keys()
+    torch.save(untrained("test_vit").state_dict(), tmp_path / "vit.pth")
+    training = ["--backbone", "test_vit", "--backbone-weights", tmp_path / "vit.pth", "--num-queries", 2]
+    training += ["--decoder-layers", 1, "--crop-size", 32, "--batch-size", 2, "--steps", 1]
+    succeed("train-saliency", tmp_path / "run", *training)
+    assert (tmp_path / "run" / "saliency" / "model.safetensors").exists()
 
 
 DAMAGED = {
@@ -455,17 +461,24 @@ def test_missing_imported_network_is_not_trained(labeled, tmp_path):
     succeed("experts", labeled)
 
 
-@pytest.mark.parametrize("kind", ["json", "csv"])
-def test_experts_are_mapped_by_a_file(kind, labeled, tmp_path):
-    for name in ("first", "second"):
-        write_expert(tmp_path / f"e/{name}.pt")
-    file = tmp_path / "e" / f"map.{kind}"
-    if kind == "json":
-        write_json(file, {"cat": "first.pt", "dog": "second.pt"})
-    else:
-        file.write_text("category,file\ncat,first.pt\ndog,second.pt\n")
-    succeed("import", "experts", file, "--out", labeled, "--encoder", ENCODER)
-    assert "'cat'" in fail("import", "experts", tmp_path / "e", "--out", labeled, "--encoder", ENCODER)
+def test_experts_are_mapped_by_a_file(labeled, tmp_path):
+    for number, name in enumerate(("first", "second")):
+        write_expert(tmp_path / f"e/{name}.pt", object_bias=number)
+    folder, words = tmp_path / "e", ["--out", labeled, "--encoder", ENCODER]
+    succeed("import", "experts", write_json(folder / "map.json", {"cat": "first.pt", "dog": "second.pt"}), *words)
+    networks = {path.stem: path.read_bytes() for path in (labeled / "experts").iterdir()}
+    (folder / "map.csv").write_text("category,file\ncat,second.pt\ndog,first.pt\n")
+    succeed("import", "experts", folder / "map.csv", *words, "--overwrite")
+    swapped = {path.stem: path.read_bytes() for path in (labeled / "experts").iterdir()}
+    assert swapped == {"cat": networks["dog"], "dog": networks["cat"]} and networks["cat"] != networks["dog"]
+    message = fail("import", "experts", folder, *words)
+    assert "'cat'" in message and "'first.pt'" in message
+    write_json(folder / "map.json", {"cat": "first.pt"})
+    assert "no network of 'dog'" in fail("import", "experts", folder / "map.json", *words)
+    write_json(folder / "map.json", {"cat": "first.pt", "dog": "third.pt"})
+    assert "third.pt: there is no such file" in fail("import", "experts", folder / "map.json", *words)
+    (folder / "map.csv").write_text("category,file\ncat\n")
+    assert "expected {category: file}" in fail("import", "experts", folder / "map.csv", *words)
 
 
 def test_unsuitable_experts_change_nothing(labeled, run, tmp_path):
