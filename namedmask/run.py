@@ -173,7 +173,7 @@ def settle(
     if record.photos not in (None, config.photos):
         if not any(stage.has_results(out) for stage in STAGES.values()):
             leftovers.append(STAGES["index"])  # the list of the other photos
-        elif not (overwrite and ("index" if config.categories else "archive") in stages):
+        elif not (overwrite and ("index" if STAGES["index"].has_results(out) else "archive") in stages):
             _expect_same_photos(out, source, record)
     if workers is not None:
         ahead = [stage for stage in todo if stage in replaced or not stage.complete(out, config)]

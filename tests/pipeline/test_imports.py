@@ -221,6 +221,11 @@ def test_results_are_replaced_with_overwrite_alone(photos, tmp_path):
     write_json(file, {"cat": AUTHORS["cat"]})
     succeed(*words, "--overwrite")
     assert list(entries(out)) == ["cat"] and (out / "notes.txt").exists() and not (out / ".replaced").exists()
+    write_json(file, {"cat": ["0.jpg"]})
+    (tmp_path / "others").mkdir()
+    draw_photo(0, "cat").save(tmp_path / "others" / "0.jpg")
+    succeed("import", "archive", file, "--photos", tmp_path / "others", "--out", out, "--overwrite")
+    assert entries(out) == {"cat": [("0.jpg", None)]}
 
 
 def test_files_are_named_for_categories():
@@ -316,6 +321,24 @@ def test_imported_masks_train_and_are_not_mixed_with_others(photos, run, tmp_pat
     succeed("pseudolabel", run, *detector_options, "--overwrite")
     assert "imported" not in read_record(run).stages["pseudolabel"].made_with
     assert not (run / "segmenter").exists()
+
+
+def test_a_failure_restores_what_was_to_be_replaced(photos, run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for path in photos.rglob("*.JPEG"):
+        write_json(tmp_path / "m" / f"{path.stem}.json", rle(mask_of(path)))
+    words = ["import", "masks", tmp_path / "m", "--out", run]
+    with monkeypatch.context() as patch:
+        patch.setattr("namedmask.imports.masks.write_shard", full)
+        assert "No space" in fail(*words)
+    assert not (run / "masks").exists()
+    succeed(*words)
+    before = {name: data for name, data in files_of(run).items() if name.startswith("masks")}
+    monkeypatch.setattr("namedmask.imports.masks.write_shard", full)
+    assert "No space" in fail(*words, "--overwrite")
+    assert before == {name: data for name, data in files_of(run).items() if name.startswith(("masks", ".replaced"))}
 
 
 def encoder_weights(folder: Path) -> Path:
