@@ -184,10 +184,34 @@ def expert_samples(
     ]
 
 
+def network_path(out: Path, name: str) -> Path:
+    """File of the network of a category, or of `SHARED`."""
+    return out / "experts" / f"{file_name(name)}.safetensors"
+
+
+def expect_imported_networks(out: Path) -> None:
+    """Raises UserError if the imported network of a category is missing: training it would mix both kinds."""
+    for name in read_archive(out / "archive.json").categories:
+        if not network_path(out, name).exists():
+            raise UserError(
+                f"{network_path(out, name)}, the imported network of {name!r}, is missing; import the networks again "
+                "with `namedmask import experts` and --overwrite"
+            )
+
+
 def train_experts(
-    out: Path, source: PhotoSource, settings: ExpertTraining, worker: Worker, device: str, progress: Progress
+    out: Path,
+    source: PhotoSource,
+    settings: ExpertTraining,
+    worker: Worker,
+    device: str,
+    progress: Progress,
+    imported: bool = False,
 ) -> None:
     """Trains the experts of the run folder `out` and writes OUT/refined; continues where it was interrupted.
+
+    With `imported`, OUT/experts holds a network of every category already. Nothing is trained, and categories without
+    a usable mask are relabeled too.
 
     Every worker calls it. On the CPU, an interrupted training ends with weights that are bit-identical to those of one
     that was not, with the same number of threads; with another number, they are equal up to rounding. All records are
@@ -203,7 +227,7 @@ def train_experts(
     records: dict[str, list[MaskRecord]] = {name: [] for name in read_archive(out / "archive.json").categories}
     for record in read_masks(out / "masks"):
         records.setdefault(record.category, []).append(record)
-    experts = _Experts(out, source, settings, records, worker, device, progress)
+    experts = _Experts(out, source, settings, records, worker, device, progress, imported)
     if worker.is_main and is_refined(out):
         names = [experts.shard(number).name for number in range(experts.shard_count())]
         if not all((out / "refined" / name).exists() for name in names):  # one was deleted because it was damaged
@@ -213,7 +237,8 @@ def train_experts(
         progress.note = "done before"
         return
     everything = [record for masks in records.values() for record in masks]
-    check_mask_counts(list(records), everything, out / "masks", settings.allow_empty, worker)
+    if not imported:
+        check_mask_counts(list(records), everything, out / "masks", settings.allow_empty, worker)
     for folder in ("experts", "refining"):
         make_folder(out / folder)
     if settings.mode == SHARED:
@@ -255,12 +280,13 @@ class _Experts:
     worker: Worker
     device: str
     progress: Progress
+    imported: bool
     empty: int = 0  # masks that the experts predicted to be empty
 
     @property
     def views(self) -> int:
         """Number of photos that a training processes."""
-        return self.settings.steps * self.settings.batch_size
+        return 0 if self.imported else self.settings.steps * self.settings.batch_size
 
     def shard_count(self) -> int:
         return len(self._shared_shards() if self.settings.mode == SHARED else self.records)
@@ -278,7 +304,7 @@ class _Experts:
             name, records = names[number], self.records[names[number]]
             if self.shard(number).exists():
                 self.progress.advance(self.views + len(records), existing=True)
-            elif any(record.area for record in records):
+            elif self.imported or any(record.area for record in records):
                 segmenter = Segmenter(self._expert(name, [name], Worker()), [name], self.device)
                 self._refine(number, records, segmenter, lambda logits, _: logits[1] - logits[0])
             else:
@@ -311,7 +337,7 @@ class _Experts:
         """Loads the network of a file. If there is none, all workers of `worker` train it first."""
         shared = self.settings.mode == SHARED
         network_type, classes = (SharedExperts, len(categories)) if shared else (DeepLab, 2)
-        path = self.out / "experts" / f"{file_name(name)}.safetensors"
+        path = network_path(self.out, name)
         folder = path.with_suffix("")
         if path.exists():
             self.progress.advance(self.views if worker.is_main else 0, existing=True)

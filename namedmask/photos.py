@@ -75,6 +75,12 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAPPING = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 
 # The inverse for arrays.
 _STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -244,10 +250,28 @@ class PhotoSource:
         Raises:
             PhotoError: If the file cannot be read, or if `decode` would reject its header.
         """
+        with self._image(name) as (image, size):
+            return size + image.width * image.height * DECODING_BYTES
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Returns the height and width of a photo as `decode` returns it. Of a JPEG it reads only the header.
+
+        Raises:
+            PhotoError: If the file cannot be read, or if `decode` would reject its header.
+        """
+        with self._image(name) as (image, _):
+            if image.format != "JPEG":
+                image.load()  # see `pixels_of`
+            swapped = _UPRIGHT.get(_orientation(image)) in _SWAPPING
+            return image.size if swapped else image.size[::-1]
+
+    @contextlib.contextmanager
+    def _image(self, name: str) -> Iterator[tuple[Image.Image, int]]:
+        """Opens a photo whose pixels are not decoded yet, with the size of its file. All errors are PhotoErrors."""
         with self._opened(name) as (part, size):
             try:
                 with _open_image(io.BufferedReader(part), name, self.max_pixels) as image:
-                    return size + image.width * image.height * DECODING_BYTES
+                    yield image, size
             except PhotoError:
                 raise
             except Exception as error:  # broad on purpose, as in `decode`

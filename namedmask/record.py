@@ -33,6 +33,7 @@ from .errors import DamagedFile, UserError
 from .files import atomic_write, sha256
 
 FILE = "stages.json"
+IMPORTED = "imported"  # key of made_with: the file or folder that the results of a stage were imported from
 REMEDY = "choose another --out, or restore the file from a copy"
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from . import distributed, hub, process
 from .archive import expect_distinct, read_archive
-from .config import RunConfig, make_config, merge, nest, to_toml
+from .config import RunConfig, flatten, make_config, merge, nest, to_toml
 from .distributed import Worker
 from .errors import NothingUsable, UserError, explained
 from .files import (
@@ -36,6 +36,7 @@ from .files import (
 from .masks import read_errors, read_masks
 from .photos import PhotoSource
 from .record import (
+    IMPORTED,
     RunRecord,
     StageRecord,
     expect_no_files,
@@ -83,7 +84,12 @@ def claim(out: Path, photos: str) -> None:
 
 
 def settle(
-    out: Path, given: dict, stages: Sequence[str], overwrite: bool = False, workers: int | None = None
+    out: Path,
+    given: dict,
+    stages: Sequence[str],
+    overwrite: bool = False,
+    workers: int | None = None,
+    imported: str = "",
 ) -> RunConfig:
     """Determines the settings of a run folder, records those of `stages` and writes run.toml.
 
@@ -98,10 +104,12 @@ def settle(
             `put_back` restores them.
         workers: Number of processes that are about to run the stages, which are checked (`Stage.check`) unless they
             are complete. None: the stages do not run now and are not checked.
+        imported: The file or folder from which the results of `stages` are imported, instead of running them. Only
+            the given settings are recorded for them. "": they are not imported.
 
     Raises:
         UserError: If existing results were made with other settings or other photos, or not by a run at all, or if a
-            check fails. Nothing is removed or recorded then.
+            check fails. With `imported`, if there are results. Nothing is removed or recorded then.
     """
     record, todo = read_record(out), [STAGES[name] for name in stages]
     aside = record.replaced.stages if record.replaced else {}  # of an unfinished command
@@ -123,6 +131,7 @@ def settle(
     _expect_categories(config, source, stages)
     replaced = _made_from(todo, record) if overwrite else []
     leftovers: list[Stage] = []  # of attempts with other settings
+    kept_imports: set[str] = set()
     settled = RunRecord(config.photos, dict(record.stages), record.digests, record.replaced)
     for stage in (one for one in todo if one.sections):
         _expect_ours(out, stage, record)
@@ -133,7 +142,22 @@ def settle(
                 new.upstream |= settled.stages[earlier].settings
                 new.files |= settled.stages[earlier].files
         differences = old.differences(new) if old else []
-        if differences and has_results and not overwrite:
+        keeps = old is not None and has_results and not overwrite
+        kept_import = old.made_with.get(IMPORTED) if old and keeps else None
+        if imported and keeps:
+            raise UserError(f"{out} has results of `{stage.name}` already; --overwrite replaces them")
+        if kept_import and not stage.continues_imported:
+            raise UserError(
+                f"the results of `{stage.name}` in {out} were imported from {kept_import} and serve the later stages "
+                f"as they are; `namedmask {_command(stage, out)} --overwrite` replaces them"
+            )
+        if kept_import and differences:
+            raise UserError(
+                f"the results of `{stage.name}` in {out} were imported from {kept_import}, so these options have no "
+                f"effect: {'; '.join(differences)} (leave them out, or replace the imported results with "
+                f"`namedmask {_command(stage, out)} --overwrite`)"
+            )
+        if differences and keeps:
             raise UserError(
                 f"{out / stage.outputs[0]} was made with other settings: {'; '.join(differences)} (leave these "
                 "options out to continue with the old ones, use another run folder, or make it again with these "
@@ -141,16 +165,19 @@ def settle(
             )
         if differences and not has_results:
             leftovers.append(stage)
-        new.made_with = old.made_with if old and has_results and not overwrite else made_with()
-        settled.stages[stage.name] = new
+        if imported:
+            new.settings = {name: value for name, value in new.settings.items() if name in flatten(given)}
+        new.made_with = old.made_with if old and keeps else made_with() | ({IMPORTED: imported} if imported else {})
+        settled.stages[stage.name] = old if old and kept_import else new
+        kept_imports |= {stage.name} if kept_import else set()
     if record.photos not in (None, config.photos):
         if not any(stage.has_results(out) for stage in STAGES.values()):
             leftovers.append(STAGES["index"])  # the list of the other photos
-        elif not (overwrite and ("index" if config.categories else "archive") in stages):
+        elif not (overwrite and ("index" if STAGES["index"].has_results(out) else "archive") in stages):
             _expect_same_photos(out, source, record)
     if workers is not None:
         ahead = [stage for stage in todo if stage in replaced or not stage.complete(out, config)]
-        _check(out, config, source, stages, workers, ahead)
+        _check(out, config, source, stages, workers, ahead, frozenset(kept_imports))
     for stage in leftovers:
         remove_files(out, stage.own_files(out))
     for stage in replaced:
@@ -170,13 +197,23 @@ def settle(
 
 
 def _check(
-    out: Path, config: RunConfig, source: PhotoSource, stages: Sequence[str], workers: int, ahead: Sequence[Stage]
+    out: Path,
+    config: RunConfig,
+    source: PhotoSource,
+    stages: Sequence[str],
+    workers: int,
+    ahead: Sequence[Stage],
+    imported: frozenset[str],
 ) -> None:
     """Raises UserError if one of `stages` that has work `ahead` cannot run."""
+    if "archive" in stages and STAGES["archive"] not in ahead:  # as in `work`
+        ahead = [stage for stage in ahead if stage.name != "index"]
     loading = {stage.name for stage in ahead}
     if "archive" in stages and not config.categories:  # class folders need no CLIP model
         loading -= {"index", "archive"}
-    plan = Plan(out, config, source, tuple(stages), workers, tuple(hub.needed(config, loading)))
+    if "experts" in imported:
+        loading.discard("experts")
+    plan = Plan(out, config, source, tuple(stages), workers, tuple(hub.needed(config, loading)), imported)
     for check in dict.fromkeys(stage.check for stage in ahead):
         check(plan)
 

@@ -41,7 +41,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command is about to do: run `stages` in `workers` processes, with these published weights."""
+    """What a command is about to do: run `stages` in `workers` processes, with these published weights.
+
+    imported: those of the stages that continue from imported results
+    """
 
     out: Path
     config: RunConfig
@@ -49,6 +52,7 @@ class Plan:
     stages: tuple[str, ...]
     workers: int
     weights: tuple[Published, ...]
+    imported: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Stage:
     sections:  of RunConfig, that it reads
     made_from: stages whose output goes into its own; when they are made again, so is it
     done:      what to print at the end, with {out} for the run folder
+    continues_imported: whether it accepts imported results of its own; else they can only be replaced
     """
 
     name: str
@@ -78,6 +83,7 @@ class Stage:
     sections: tuple[str, ...] = ()
     made_from: tuple[str, ...] = ()
     done: str = ""
+    continues_imported: bool = False
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -254,8 +260,8 @@ def assemble_run_errors(out: Path) -> None:
     """Writes OUT/errors.jsonl, the errors of all stages."""
     from .masks import assemble_errors
 
-    folders = ("index", "masks", "saliency", "refined", "experts/*", "segmenter")
-    assemble_errors(out / "errors.jsonl", [p for name in folders for p in sorted(out.glob(f"{name}/*.errors.jsonl"))])
+    places = ("index/*", "archive", "masks/*", "saliency/*", "refined/*", "experts/*/*", "segmenter/*")
+    assemble_errors(out / "errors.jsonl", [p for place in places for p in sorted(out.glob(f"{place}.errors.jsonl"))])
 
 
 def _assemble_errors(ctx: Context) -> None:
@@ -314,6 +320,11 @@ def _check_training(plan: Plan, settings: SegmenterTraining, workers: int) -> No
 def _check_experts(plan: Plan) -> None:
     _expect_all_masks(plan, refined=False)
     settings = plan.config.experts
+    if "experts" in plan.imported:
+        from .experts import expect_imported_networks
+
+        expect_imported_networks(plan.out)
+        return
     _check_training(plan, settings, plan.workers if settings.mode == "shared" else 1)
 
 
@@ -325,9 +336,11 @@ def _is_refined(out: Path, config: RunConfig) -> bool:
 
 def _experts(ctx: Context) -> None:
     from .experts import train_experts
+    from .record import IMPORTED, read_record
 
     _expect_all_masks(ctx)
-    train_experts(ctx.out, ctx.source, ctx.config.experts, ctx.worker, ctx.device, ctx.progress)
+    imported = IMPORTED in read_record(ctx.out).stages["experts"].made_with
+    train_experts(ctx.out, ctx.source, ctx.config.experts, ctx.worker, ctx.device, ctx.progress, imported)
     _finish(ctx)
 
 
@@ -378,12 +391,13 @@ STAGES = {
             "archive",
             "Retrieve the best photos of each category.",
             _archive,
-            files=("archive.json",),
+            files=("archive.json", "archive.errors.jsonl"),
             finished=("archive.json",),
             complete=lambda out, _: (out / "archive.json").exists(),
             check=_check_embedder,
             sections=("categories", "archive"),
             made_from=("index",),
+            continues_imported=True,
         ),
         Stage(
             "pseudolabel",
@@ -428,6 +442,7 @@ STAGES = {
             sections=("experts",),
             made_from=("index", "archive", "pseudolabel"),
             done="the experts' masks are in {out}/refined",
+            continues_imported=True,
         ),
         Stage(
             "train",

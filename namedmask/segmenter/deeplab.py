@@ -292,17 +292,34 @@ def load_segmenter(
         names = list(categories)
     else:
         raise UserError(f"{about_path} is missing; pass --categories or --categories-file")
+    return network_of(found, path, len(names) + 1, encoder), names
+
+
+def network_of(found: stored.Weights, path: Path, classes: int, encoder: str) -> DeepLab:
+    """The network of a file of weights, in eval mode on the CPU.
+
+    Args:
+        found: The weights.
+        path: Their file, for messages.
+        classes: Number of classes, including the background.
+        encoder: timm name of the encoder.
+
+    Raises:
+        UserError: If weights, classes and encoder do not match.
+    """
     last = "classifier.classifier.3.weight"  # [classes, head_channels, 1, 1]
     state = stored.candidates(found.tree, {stored.flat(last)})[0]
     if last not in state or state[last].ndim != 4:
         raise UserError(f"{path}: not a DeepLabv3+ network (no {last})")
-    classes, head_channels = state[last].shape[:2]
-    if classes != len(names) + 1:
-        raise UserError(f"{path} has {classes} classes, but {len(names)} categories and the background were given")
+    stored_classes, head_channels = state[last].shape[:2]
+    if stored_classes != classes:
+        raise UserError(
+            f"{path} has {stored_classes} classes, but {classes - 1} categories and the background were given"
+        )
     built, what = untrained_encoder(encoder), f"encoder {encoder!r}"
     with torch.device("meta"):  # the number of channels is the file's: all shapes are compared before the head is built
         head = nn.ModuleDict({"classifier": Head(built.channels, classes, max(16, head_channels))})
     stored.expect(head.state_dict(), state, found.source, what, stored.parameters_and_statistics(head))
     network = DeepLab(built, classes, head_channels)
     stored.load(network, stored.Weights(state, found.source), what)
-    return network.eval(), names
+    return network.eval()

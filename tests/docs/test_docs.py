@@ -10,6 +10,7 @@ import doctest
 import html
 import importlib.util
 import io
+import pickle
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -120,6 +122,7 @@ def stand_ins(tmp_path_factory) -> Path:
     result = CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     (folder / "run" / "segmenter").mkdir()
+    (folder / "embeddings.pkl").write_bytes(pickle.dumps({"0.png": np.ones(8, np.float32)}))
     encoder = untrained_encoder("resnet_namedmask_demo")
     save_segmenter(folder / "run" / "segmenter", DeepLab(encoder, 3, head_channels=16), ["cat", "dog"])
     return folder
@@ -141,6 +144,8 @@ def test_commands_parse(words):
             assert name in flags_of(APP)
             return
         command = APP.commands[name]
+        if hasattr(command, "commands"):
+            command = command.commands[rest.pop(0)]
     context = command.make_context(name, rest)
     stages = cli.LABELING if name in ("run", "namedmask-pseudolabel") else (name,)
     sections = [section for stage in stages if stage in STAGES for section in STAGES[stage].sections]
@@ -155,12 +160,17 @@ def test_commands_parse(words):
 
 def test_inline_commands_flags_and_settings_exist():
     sections = {name.split(".")[0] for name in SETTINGS if "." in name}
-    all_flags = set().union(*(flags_of(command) for command in (APP, *APP.commands.values())))
+    all_flags = set().union(
+        *(flags_of(command) for command in (APP, *APP.commands.values(), *APP.commands["import"].commands.values()))
+    )
     for page, code in inline_code():
         words = code.split()
         if words[0] == "namedmask" and len(words) > 1 and not words[1].startswith("-"):
             assert words[1] in APP.commands, (page, code)
-            unknown = {word for word in words[2:] if word.startswith("--")} - flags_of(APP.commands[words[1]])
+            command = APP.commands[words[1]]
+            if hasattr(command, "commands") and len(words) > 2:
+                command = command.commands[words[2]]
+            unknown = {word for word in words[2:] if word.startswith("--")} - flags_of(command)
             assert not unknown, (page, code)
         elif code.startswith("--"):
             assert words[0] in all_flags, (page, code)

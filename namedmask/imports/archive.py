@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""Imports the photos of each category: the authors' archives, or any list of one's own."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..archive import Archive, Retrieved, expect_distinct, write_archive
+from ..errors import UserError
+from ..files import absolute
+from ..masks import ErrorRecord, errors_path, write_errors
+from ..photos import PhotoError
+from ..progress import warn
+from ..run import locked, open_source
+from . import imported_results, match_photos, read_json, some, unreadable
+
+Listing = dict[str, list[Retrieved]]
+
+
+def import_archive(
+    file: Path, photos: Path, out: Path, categories: Sequence[str] | None = None, overwrite: bool = False
+) -> Archive:
+    """Writes the archive.json of a run folder.
+
+    Args:
+        file: A list as `read_listing` reads it.
+        photos: Folder, list file or tar of the photos; `match_photos` finds those of the list.
+        out: The run folder.
+        categories: Which categories to import, in class order; None: all, in the order of the file.
+        overwrite: Replace an existing archive and what was made from it.
+
+    Raises:
+        UserError: If the list cannot be read, or if a category has no photo. Photos that are not found are otherwise
+            listed in errors.jsonl.
+    """
+    listing = read_listing(file)
+    names = list(listing) if categories is None else list(categories)
+    expect_distinct(names, str(file) if categories is None else "--categories")
+    if absent := [name for name in names if not listing.get(name)]:
+        raise UserError(f"{file} lists no photos of {some(absent)}; its categories are {some(list(listing))}")
+    source = open_source(photos)
+    errors: list[ErrorRecord] = []
+
+    def unlisted(error: PhotoError) -> None:
+        errors.append(ErrorRecord(error.photo, "list", error.reason))
+
+    listed = [photo for name in names for photo, _ in listing[name]]
+    matched, reasons = match_photos(dict.fromkeys(listed).keys(), source.names(unlisted), source.path)
+    archive = Archive(names, {name: list(_found(listing[name], matched)) for name in names})
+    if empty := [name for name in names if not archive.photos[name]]:
+        raise UserError(
+            f"{file}: {photos} has none of the photos of {some(empty)}, such as {listing[empty[0]][0].photo!r} "
+            f"({reasons[listing[empty[0]][0].photo]}); pass the folder that holds them as --photos"
+        )
+    errors += [ErrorRecord(path, "archive", reason) for path, reason in reasons.items()]
+    with (
+        locked(out),
+        imported_results(out, {"photos": absolute(photos), "categories": names}, ["archive"], overwrite, file),
+    ):
+        write_errors(errors_path(out / "archive.json"), errors)
+        write_archive(out / "archive.json", archive)
+    if reasons:
+        warn(f"{len(reasons):,} of {len(set(listed)):,} photos were not found: {some(list(reasons))}; see errors.jsonl")
+    if left_out := [name for name in listing if name not in archive.photos]:
+        warn(f"{len(left_out)} categories of {file} were left out: {some(left_out)}")
+    return archive
+
+
+def _found(entries: list[Retrieved], matched: dict[str, str]) -> Iterator[Retrieved]:
+    """The photos of a category, best first, each once."""
+    entries = sorted(entries, key=lambda entry: math.inf if entry.score is None else -entry.score)
+    seen: set[str] = set()
+    for path, score in entries:
+        photo = matched.get(path)
+        if photo is not None and photo not in seen:
+            seen.add(photo)
+            yield Retrieved(photo, score)
+
+
+def read_listing(file: Path) -> Listing:
+    """Reads the photos of each category.
+
+    A .csv file has a header with the columns `name` or `category`, `photo` and, if known, `score`. All other files are
+    JSON: {category: [path, ...]}, as the authors' archives; a list of objects with the keys of the columns; or an
+    archive.json.
+
+    Raises:
+        UserError: If the file cannot be read or is something else.
+    """
+    try:
+        rows = _csv_rows(file) if file.suffix.lower() == ".csv" else _json_rows(read_json(file))
+        listing: Listing = {}
+        for where, name, photo, score in rows:
+            if not isinstance(name, str) or not isinstance(photo, str) or not photo.strip():
+                raise ValueError(f"{where}: expected a category name and the path of a photo, got {name!r}, {photo!r}")
+            listing.setdefault(name, []).append(Retrieved(photo, _score(score, where)))
+    except (OSError, ValueError, csv.Error) as error:
+        raise unreadable(file, error) from None
+    if not listing:
+        raise UserError(f"{file} lists no photos")
+    return listing
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, Any, Any, Any]]:
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        rows = csv.DictReader(lines)
+        columns = {column.strip().lower(): column for column in rows.fieldnames or ()}
+        named = columns.get("name", columns.get("category"))
+        if named is None or "photo" not in columns:
+            raise ValueError(
+                f"expected a header with the columns name (or category), photo and score, got {some(list(columns))}"
+            )
+        for row in rows:
+            where = f"line {rows.line_num}"
+            if None in row:
+                raise ValueError(f'{where} has more cells than the header; put names with commas in "quotes"')
+            score = row[columns["score"]] if "score" in columns else None
+            yield where, row[named] and row[named].strip(), row[columns["photo"]], score or None
+
+
+def _json_rows(data: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+    if isinstance(data, list):
+        for number, entry in enumerate(data):
+            if not isinstance(entry, dict):
+                raise ValueError(f"entry {number}: expected an object with name, photo and score, got {entry!r:.60}")
+            yield f"entry {number}", entry.get("name", entry.get("category")), entry.get("photo"), entry.get("score")
+        return
+    if isinstance(data, dict) and set(data) == {"categories", "photos"} and isinstance(data["photos"], dict):
+        data = data["photos"]
+    if not isinstance(data, dict) or not all(isinstance(entries, list) for entries in data.values()):
+        raise ValueError("expected {category: [path, ...]}, or a list of objects with name, photo and score")
+    for name, entries in data.items():
+        for number, entry in enumerate(entries):
+            where = f"category {name!r}, entry {number}"
+            if isinstance(entry, dict):
+                yield where, name, entry.get("photo"), entry.get("score")
+            else:
+                yield where, name, entry, None
+
+
+def _score(value: Any, where: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        score = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"{where}: expected a finite score, got {value!r}")
+    return score

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""Imports CLIP embeddings of photos as a file for --embeddings."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import weights
+from ..config import IndexConfig
+from ..errors import UserError
+from ..files import atomic_write
+from ..index import is_direction, make_embedder
+from ..progress import warn
+from ..run import open_source
+from . import match_photos, some, unreadable
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch's old file format, which `weights.read` reads
+
+
+def import_embeddings(
+    path: Path,
+    out: Path,
+    photos: Path | None = None,
+    categories: Sequence[str] = (),
+    clip: IndexConfig | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Writes `out` and the .json beside it, in the format of `index.PrecomputedEmbeddings`.
+
+    Args:
+        path: A pickle, a file of torch.save or a safetensors file with {photo: vector}, or an output folder of
+            clip-retrieval, which has img_emb/*.npy and metadata/*.parquet with a column image_path.
+        out: A .safetensors file.
+        photos: The photos, to which the names in `path` are matched; None: the names are those of the photos already.
+        categories: Names whose text embeddings are computed and stored as well.
+        clip: The CLIP model that computes them, which must be the one that made the embeddings.
+        allow_pickle: Load a pickle. Only arrays, tensors and plain values are accepted in it.
+        overwrite: Replace `out`.
+
+    Returns:
+        The number of embeddings. A vector that is NaN, infinite or zero, or is of no photo, is left out with a warning.
+
+    Raises:
+        UserError: If `path` cannot be read, has no usable embedding, or is a pickle without `allow_pickle`.
+    """
+    names_path = out.with_suffix(".json")
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: expected a file name that ends with .safetensors")
+    existing = [file for file in (out, names_path) if file.exists()]
+    if existing and not overwrite:
+        raise UserError(f"{existing[0]} exists; --overwrite replaces it")
+    try:
+        names, image, unusable = _stacked(_vectors(path, allow_pickle))
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+    if photos is not None:
+        matched, reasons = match_photos(names, open_source(photos).names(lambda _: None), str(photos))
+        rows = {matched[name]: row for row, name in enumerate(names) if name in matched}
+        if not rows:
+            first, reason = next(iter(reasons.items()))
+            raise UserError(f"{path}: {photos} has none of its {len(names):,} photos, such as {first!r} ({reason})")
+        names, image = list(rows), image[list(rows.values())]
+        if reasons:
+            warn(f"{len(reasons):,} embeddings are of no photo in {photos}: {some(list(reasons))}")
+    if unusable:
+        warn(f"{len(unusable):,} embeddings are NaN, infinite or zero and were left out: {some(unusable)}")
+    text = np.zeros((0, image.shape[1]), np.float32)
+    if categories:
+        clip = clip or IndexConfig()
+        text = _text(categories, clip)
+        if text.shape[1] != image.shape[1]:
+            raise UserError(
+                f"{path} has embeddings of {image.shape[1]} dimensions, --clip-model {clip.clip_model} gives "
+                f"{text.shape[1]}; pass the model that made them"
+            )
+    _write(out, names_path, {"image": image, "text": text}, {"image_files": names, "names": list(categories)})
+    return len(names)
+
+
+def _text(categories: Sequence[str], clip: IndexConfig) -> np.ndarray:
+    from ..archive import expect_distinct, prompts
+
+    expect_distinct(categories, "--categories")
+    return make_embedder(clip, "cpu").texts(categories, prompts())
+
+
+def _write(out: Path, names_path: Path, tensors: dict[str, np.ndarray], names: dict[str, list[str]]) -> None:
+    from safetensors.numpy import save
+
+    data = save(tensors)
+    out.unlink(missing_ok=True)  # never beside the names of others
+    with atomic_write(names_path) as file:
+        file.write(json.dumps(names).encode())
+    with atomic_write(out) as file:
+        file.write(data)
+
+
+def _stacked(vectors: Iterator[tuple[Any, Any]]) -> tuple[list[str], np.ndarray, list[str]]:
+    """The names and rows [n, d] of all usable vectors, float16 if all are, else float32; the names of the others."""
+    rows: dict[str, np.ndarray] = {}
+    unusable: list[str] = []
+    width = None
+    for name, value in vectors:
+        if not isinstance(name, str):
+            raise ValueError(f"expected names of photos, got {name!r:.60}")
+        if name in rows:
+            raise ValueError(f"{name!r} has two embeddings")
+        row = _row(name, value)
+        width = width or len(row)
+        if len(row) != width:
+            raise ValueError(f"{name!r} has {len(row)} dimensions, the photos before have {width}")
+        if is_direction(row):
+            rows[name] = row
+        else:
+            unusable.append(name)
+    if not rows:
+        raise ValueError(f"all embeddings are NaN, infinite or zero: {some(unusable)}" if unusable else "it is empty")
+    return list(rows), np.stack(list(rows.values())), unusable
+
+
+def _row(name: str, value: Any) -> np.ndarray:
+    """A vector [d] or [1, d], float16 or float32."""
+    kind = type(value).__name__
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.dtype in FLOATS:
+        value = value.detach().float().numpy() if value.dtype == torch.bfloat16 else value.detach().numpy()
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        kind = f"{value.dtype} {list(value.shape)}"
+    if (
+        not isinstance(value, np.ndarray)
+        or value.dtype.kind != "f"
+        or not 0 < value.size == max(value.shape, default=0)
+    ):
+        raise ValueError(f"{name!r}: expected a vector of floating-point numbers, got {kind}")
+    with np.errstate(over="ignore"):  # becomes infinite, and is named
+        return value.reshape(-1).astype(value.dtype if value.dtype == np.float16 else np.float32)
+
+
+# -- readers -----------------------------------------------------------------------------------------------------------
+
+
+def _vectors(path: Path, allow_pickle: bool) -> Iterator[tuple[Any, Any]]:
+    """Yields the name and the vector of each photo. Raises ValueError, OSError or UserError."""
+    if path.is_dir():
+        return _clip_retrieval(path)
+    with path.open("rb") as file:
+        head = file.read(len(TORCH_MAGIC))
+    if head.startswith(b"PK") or head[8:9] == b"{" or head == TORCH_MAGIC:
+        return iter(weights.read(path).tree.items())
+    if not allow_pickle:
+        raise UserError(
+            f"{path} is neither a safetensors file nor a file of torch.save; if it is a pickle, which could execute "
+            "code, pass --allow-pickle to load the arrays in it, or convert it to safetensors (see the documentation)"
+        )
+    try:
+        with path.open("rb") as file:
+            tree = _ArrayUnpickler(file).load()
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise ValueError(f"it is no pickle of arrays: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"expected {{photo: vector}}, got {type(tree).__name__}")
+    return iter(tree.items())
+
+
+def _clip_retrieval(folder: Path) -> Iterator[tuple[Any, Any]]:
+    images = {_number(file): file for file in sorted((folder / "img_emb").glob("*.npy"))}
+    metadata = {_number(file): file for file in sorted((folder / "metadata").glob("*.parquet"))}
+    if not images or images.keys() != metadata.keys():
+        raise ValueError(
+            f"expected the output of clip-retrieval, as many img_emb/*.npy as metadata/*.parquet, got {len(images)} "
+            f"and {len(metadata)}"
+        )
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(f"{folder} has .parquet files: pip install 'namedmask[parquet]'") from None
+    for number, file in sorted(images.items()):
+        rows = np.load(file, mmap_mode="r", allow_pickle=False)
+        table = parquet.ParquetFile(metadata[number])
+        if "image_path" not in table.schema_arrow.names:
+            raise ValueError(f"{metadata[number].name} has no column image_path")
+        names = table.read(columns=["image_path"])["image_path"].to_pylist()
+        if rows.ndim != 2 or len(rows) != len(names):
+            raise ValueError(f"{file.name} is {list(rows.shape)}, {metadata[number].name} has {len(names)} rows")
+        yield from zip(names, rows, strict=True)
+
+
+def _number(file: Path) -> int:
+    digits = re.findall(r"\d{1,18}", file.stem)
+    if not digits:
+        raise ValueError(f"{file.name} has no number")
+    return int(digits[-1])
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Loads dictionaries of numpy arrays and torch tensors, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = _ALLOWED.get((module.replace("numpy._core.", "numpy.core."), name))
+        if known is None:
+            raise ValueError(f"it holds {module}.{name}, which is neither an array nor a tensor")
+        return known
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(1).__reduce__()[0],
+    ("numpy.core.numeric", "_frombuffer"): np.empty(1).__reduce_ex__(5)[0],
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes of protocol 2
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch.storage", "_load_from_bytes"): lambda data: torch.load(io.BytesIO(data), weights_only=True),
+}

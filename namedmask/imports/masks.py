@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: MIT
+"""Imports masks: COCO RLEs in JSON files, as the authors' code writes them."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..archive import Archive, Retrieved, read_archive, write_archive
+from ..config import PseudolabelConfig
+from ..errors import UserError
+from ..files import absolute, make_folder
+from ..masks import ErrorRecord, MaskRecord, errors_path, mask_score, run_lengths, write_errors, write_shard
+from ..photos import PHOTO_SUFFIXES, PhotoError, decode_ahead
+from ..progress import warn
+from ..pseudolabel import Work, shard_path, work_of
+from ..record import read_config, read_record
+from ..run import locked, open_source
+from . import category_of, imported_results, match_photos, read_json, some, unreadable
+
+OBJECT = "object"  # the category of masks that are imported without an archive
+
+
+def import_masks(path: Path, out: Path, photos: Path | None = None, overwrite: bool = False) -> tuple[int, int]:
+    """Writes the masks of a run folder.
+
+    Args:
+        path: A folder with one JSON file per photo, {"size": [height, width], "counts": run lengths}, whose name is
+            that of the photo without its suffix; or one JSON file {photo: RLE}. In a folder, the files below a
+            subfolder with the name of a category are the masks of that category alone.
+        out: The run folder.
+        photos: Where the photos are now; needed for a new run, whose photos get the category `OBJECT`.
+        overwrite: Replace existing masks and what was made from them.
+
+    Returns:
+        The number of masks, and the number of photos without one, which are listed in errors.jsonl.
+
+    Raises:
+        UserError: If there is no mask of any photo, or if the run has masks already. Nothing is written then.
+    """
+    masks = _Masks(path)
+    given: dict[str, Any] = {"photos": absolute(photos)} if photos is not None else {}
+    is_new = not (out / "archive.json").exists()
+    if is_new and (photos is None or read_record(out).photos is not None):
+        raise UserError(
+            f"{out / 'archive.json'} is missing; make it with `namedmask archive` or `namedmask import archive`, or "
+            "start a new run of these masks with --photos"
+        )
+    source = open_source(photos if photos is not None else read_config(out).photos)
+    if is_new:
+        found = masks.of_photos(list(source.names(lambda _: None)), source.path)
+        archive = Archive([OBJECT], {OBJECT: [Retrieved(name, None) for name in sorted(found)]})
+        given |= {"categories": [OBJECT]}
+    else:
+        archive = read_archive(out / "archive.json")
+    shard_size = PseudolabelConfig().shard_size if is_new else read_config(out).pseudolabel.shard_size
+    given |= {"pseudolabel": {"shard_size": shard_size}}
+    work = work_of(archive)
+    records: dict[str, list[MaskRecord]] = {}
+    errors: dict[str, list[ErrorRecord]] = defaultdict(list)
+    sources = masks.of_work(work, source.path)
+    for (name, categories), (_, size) in zip(
+        work, decode_ahead(source, (name for name, _ in work), source.size), strict=True
+    ):
+        records[name] = []
+        for category, score in categories:
+            try:
+                if isinstance(size, PhotoError):
+                    raise size
+                if (name, category) not in sources:
+                    raise PhotoError(name, f"{path} has no mask of it")
+                mask = masks.decode(sources[name, category], size)
+                records[name].append(MaskRecord.from_mask(name, mask, category, score, mask_score(mask, 1.0)))
+            except PhotoError as error:
+                errors[name].append(ErrorRecord(name, "import", error.reason))
+            except (OSError, ValueError) as error:
+                errors[name].append(ErrorRecord(name, "import", f"{masks.file(sources[name, category])}: {error}"))
+    count, failed = sum(map(len, records.values())), sum(not found for found in records.values())
+    if not count:
+        reasons = [error.reason for found in errors.values() for error in found]
+        first = f", such as {work[0][0]!r}: {reasons[0]}" if reasons else ""
+        raise UserError(f"{path} has no usable mask of the {len(work):,} photos of {out}{first}")
+    stages = ["archive", "pseudolabel"] if is_new else ["pseudolabel"]
+    with locked(out), imported_results(out, given, stages, overwrite, path):
+        if is_new:
+            write_archive(out / "archive.json", archive)
+        make_folder(out / "masks")
+        for shard in range(-(-len(work) // shard_size)):
+            names = [name for name, _ in work[shard * shard_size : (shard + 1) * shard_size]]
+            file = shard_path(out / "masks", shard)
+            write_errors(errors_path(file), dict.fromkeys(error for name in names for error in errors[name]))
+            write_shard(file, [record for name in names for record in records[name]])
+    if failed:
+        warn(f"{failed:,} of {len(work):,} photos have no mask; see {out / 'errors.jsonl'}")
+    if unused := masks.count - len({key for key in sources.values()}):
+        warn(f"{unused:,} of {masks.count:,} masks are of no photo of {out}")
+    return count, failed
+
+
+class _Masks:
+    """The masks below a folder or in a file, by their keys: relative paths without ".json", or names of photos."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.values: dict[str, Any] | None = None
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*.json") if file.is_file())
+            self.keys = [file.relative_to(path).as_posix().removesuffix(".json") for file in files]
+        else:
+            try:
+                values = read_json(path)
+            except (OSError, ValueError) as error:
+                raise unreadable(path, error) from None
+            if not isinstance(values, dict) or not all(isinstance(value, dict) for value in values.values()):
+                raise UserError(
+                    f'{path} cannot be imported: expected {{photo: {{"size": ..., "counts": ...}}}}; a single mask is '
+                    "imported as a file in a folder"
+                )
+            self.values, self.keys = values, list(values)
+        self.count = len(self.keys)
+        if not self.keys:
+            raise UserError(f"{path} holds no masks" + (" (*.json)" if self.values is None else ""))
+
+    def file(self, key: str) -> str:
+        return f"{self.path}, {key!r}" if self.values is not None else f"{self.path / key}.json"
+
+    def decode(self, key: str, size: tuple[int, int]) -> np.ndarray:
+        """The mask of a photo of this size, bool [H, W]. Raises ValueError or OSError if it is damaged."""
+        value = self.values[key] if self.values is not None else read_json(self.path / f"{key}.json")
+        return decode_rle(value, size)
+
+    def of_photos(self, names: Iterable[str], root: str) -> dict[str, str]:
+        """The key of each photo that has a mask."""
+        return self._match({key: key for key in self.keys}, names, root)
+
+    def of_work(self, work: Work, root: str) -> dict[tuple[str, str], str]:
+        """The key of each photo and category that have a mask."""
+        photos: defaultdict[str, list[str]] = defaultdict(list)
+        for name, categories in work:
+            for category, _ in categories:
+                photos[category].append(name)
+        folders: dict[str, dict[str, str]] = {category: {} for category in photos}
+        if self.values is None:
+            of_folder = functools.cache(lambda folder: category_of(folder, photos.keys()))
+            for key in self.keys:
+                folder, _, below = key.partition("/")
+                if below and (own_category := of_folder(folder)) is not None:
+                    folders[own_category][below] = key
+        below_folders = {key for own in folders.values() for key in own.values()}
+        others = {key: key for key in self.keys if key not in below_folders}
+        general = self._match(others, [name for name, _ in work], root)
+        found = {(name, c): general[name] for name, categories in work if name in general for c, _ in categories}
+        for category, names in photos.items():
+            own = folders[category]
+            whole = self._match({key: key for key in own.values()}, names, root)  # in class folders like the photos
+            special = self._match(own, names, root) | whole
+            found |= {(name, category): key for name, key in special.items()}
+        return found
+
+    def _match(self, keys: dict[str, str], names: Iterable[str], root: str) -> dict[str, str]:
+        """The key of each photo. Photos are found by their whole names, or by their names without suffix."""
+        names = list(names)
+        matched, reasons = match_photos(keys.keys(), names, root)
+        by_stem: defaultdict[str, list[str]] = defaultdict(list)
+        for name in names:
+            by_stem[_stem(name)].append(name)
+        stems, _ = match_photos({_stem(path): None for path in reasons}.keys(), by_stem, root)
+        counts = Counter(map(_stem, reasons))
+        for path in reasons:
+            photos = by_stem.get(stems.get(_stem(path), ""), [])
+            if len(photos) == 1 and counts[_stem(path)] == 1:
+                matched.setdefault(path, photos[0])
+        result: dict[str, str] = {}
+        for path, name in matched.items():
+            if name in result:
+                raise UserError(f"{self.path} has several masks of {name!r}: {some([result[name], keys[path]])}")
+            result[name] = keys[path]
+        return result
+
+
+def _stem(name: str) -> str:
+    suffix = next((suffix for suffix in PHOTO_SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def decode_rle(value: Any, size: tuple[int, int]) -> np.ndarray:
+    """Decodes a COCO RLE.
+
+    Args:
+        value: {"size": [height, width], "counts": compressed string or list of run lengths}.
+        size: Height and width that the mask must have. They are compared before anything is allocated.
+
+    Returns:
+        bool [H, W].
+
+    Raises:
+        ValueError: If the value is something else, or of another size.
+    """
+    if not isinstance(value, dict) or not {"size", "counts"} <= set(value):
+        raise ValueError('expected {"size": [height, width], "counts": ...}')
+    given, counts = value["size"], value["counts"]
+    if not isinstance(given, list) or [type(side) for side in given] != [int, int]:
+        raise ValueError(f"size: expected [height, width], got {given!r:.60}")
+    if tuple(given) != tuple(size):
+        turned = "; it was made of the photo without its EXIF orientation" if tuple(given) == tuple(size[::-1]) else ""
+        raise ValueError(f"the mask is {given!r:.60}, the upright photo {list(size)} (height, width){turned}")
+    pixels = size[0] * size[1]
+    if isinstance(counts, str):
+        runs = run_lengths(counts)
+    elif isinstance(counts, list) and counts and all(type(run) is int and 0 <= run <= pixels for run in counts):
+        runs = np.array(counts, np.int64)
+    else:
+        runs = None
+    if runs is None or runs.min() < 0 or runs.sum() != pixels:
+        raise ValueError(f"counts: expected run lengths of {pixels:,} pixels in all")
+    columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[1], size[0])
+    return np.ascontiguousarray(columns.T)
