@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,7 +85,7 @@ Preset = Annotated[
 ]
 PresetNames = Annotated[
     str | None,
-    typer.Option("--preset", metavar="NAME", help="Preset with the category names, for weights without them."),
+    typer.Option("--preset", metavar="NAME", help="Preset whose category names to use."),
 ]
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings in the format of a run's run.toml.")
@@ -223,6 +223,19 @@ def _give_signature(function: Callable, parameters: dict[str, tuple[Any, Any]]) 
         [Parameter(n, Parameter.KEYWORD_ONLY, annotation=a, default=d) for n, (a, d) in parameters.items()]
     )
     function.__annotations__ = {name: annotation for name, (annotation, _) in parameters.items()}
+
+
+def command_with_settings(function: Callable, generated: Iterable[Setting]) -> Callable:
+    """A command with the parameters of a function as options, and one for each of the settings, in its **options."""
+    wrapper = command(function)
+    own = {
+        name: (one.annotation, one.default)
+        for name, one in signature(function, eval_str=True).parameters.items()
+        if one.kind is not Parameter.VAR_KEYWORD
+    }
+    options = {_variable(one): (_option(one), None) for one in generated}
+    _give_signature(wrapper, {**own, **options, "debug": (Debug, False)})
+    return wrapper
 
 
 def _variable(one: Setting) -> str:
@@ -457,15 +470,7 @@ def _evaluate(
     print_table(figures) if benchmark is None else print_benchmark(figures)
 
 
-evaluate = command(_evaluate)
-_parameters: dict[str, tuple[Any, Any]] = {
-    name: (one.annotation, one.default)
-    for name, one in signature(_evaluate, eval_str=True).parameters.items()
-    if one.kind is not Parameter.VAR_KEYWORD
-}
-_parameters |= {name: (_option(one), None) for name, one in DETECTION_FLAGS.items()}
-_give_signature(evaluate, {**_parameters, "debug": (Debug, False)})
-app.command("evaluate")(evaluate)
+app.command("evaluate")(command_with_settings(_evaluate, DETECTION_FLAGS.values()))
 
 
 @app.command()
@@ -530,6 +535,7 @@ def import_archive(
         str | None, typer.Option("--categories", metavar="NAME,...", help="Categories to import, in class order.")
     ] = None,
     categories_file: CategoriesFile = None,
+    preset: PresetNames = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -539,7 +545,7 @@ def import_archive(
     """
     from .imports.archive import import_archive
 
-    archive = import_archive(file, photos, out, _names(categories, categories_file), overwrite)
+    archive = import_archive(file, photos, out, _names(categories, categories_file, preset), overwrite)
     count = sum(map(len, archive.photos.values()))
     print(f"{count:,} photos of {len(archive.categories)} categories are in {out / 'archive.json'}")
 
@@ -591,58 +597,40 @@ def import_experts(
 
 
 def _import_embeddings(
-    path: Path,
-    out: Path,
-    photos: Path | None = None,
-    categories: str | None = None,
-    categories_file: Path | None = None,
-    allow_pickle: bool = False,
-    overwrite: bool = False,
+    path: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="{photo: vector}, or clip-retrieval's output.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="File to write.")],
+    photos: Annotated[Path | None, typer.Option("--photos", help="Folder, list file (.txt) or .tar of photos.")] = None,
+    categories: Annotated[
+        str | None, typer.Option("--categories", metavar="NAME,...", help="Names to embed with CLIP.")
+    ] = None,
+    categories_file: CategoriesFile = None,
+    preset: PresetNames = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Load a pickle. Only arrays and tensors are accepted.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     **options: str | None,
 ) -> None:
     from .imports.embeddings import import_embeddings
 
     clip = {one: options[_variable(one)] for one in map(find_setting, CLIP) if options.get(_variable(one))}
     config = make_config({"photos": "", **given_settings(["index"], None, [], clip)})
-    names = _names(categories, categories_file) or []
+    names = _names(categories, categories_file, preset) or []
     count = import_embeddings(path, out, photos, names, config.index, allow_pickle, overwrite)
     texts = f"{len(names)} categories" if names else "no category; pass --categories to add their text embeddings"
     print(f"{out}: embeddings of {count:,} photos and {texts}")
 
 
 CLIP = ("index.clip_model", "index.clip_weights")
-_embeddings = command(_import_embeddings)
-_parameters: dict[str, tuple[Any, Any]] = {
-    "path": (
-        Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="{photo: vector}, or clip-retrieval's output.")],
-        Parameter.empty,
-    ),
-    "out": (Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="File to write.")], Parameter.empty),
-    "photos": (
-        Annotated[Path | None, typer.Option("--photos", help="Folder, list file (.txt) or .tar of the photos.")],
-        None,
-    ),
-    "categories": (
-        Annotated[str | None, typer.Option("--categories", metavar="NAME,...", help="Names to embed with CLIP.")],
-        None,
-    ),
-    "categories_file": (CategoriesFile, None),
-    **{_variable(one): (_option(one), None) for one in map(find_setting, CLIP)},
-    "allow_pickle": (
-        Annotated[bool, typer.Option("--allow-pickle", help="Load a pickle. Only arrays and tensors are accepted.")],
-        False,
-    ),
-    "overwrite": (Annotated[bool, typer.Option("--overwrite", help="Replace the file.")], False),
-    "debug": (Debug, False),
-}
-_give_signature(_embeddings, _parameters)
-import_app.command("embeddings", help="Convert image embeddings for --embeddings.")(_embeddings)
+import_app.command("embeddings", help="Convert image embeddings for --embeddings.")(
+    command_with_settings(_import_embeddings, map(find_setting, CLIP))
+)
 
 
 FETCHED = ("index.clip_model", "detector.name", "detector.backbone", "detector.more_backbones", "segmenter.encoder")
 
 
-def _fetch(config: Path | None = None, set_: list[str] | None = None, **options: str | None) -> None:
+def _fetch(config: Config = None, set_: Set = None, **options: str | None) -> None:
     given = {one: options[_variable(one)] for one in map(find_setting, FETCHED) if options.get(_variable(one))}
     sections = [section for stage in STAGES.values() for section in stage.sections]
     values = given_settings(sections, config, set_ or [], given)
@@ -655,11 +643,9 @@ def _fetch(config: Path | None = None, set_: list[str] | None = None, **options:
         print(f"{one.what}: {hub.fetch(one)}", flush=True)
 
 
-fetch = command(_fetch)
-_parameters = {_variable(one): (_option(one), None) for one in map(find_setting, FETCHED)}
-_parameters |= {"config": (Config, None), "set_": (Set, None), "debug": (Debug, False)}
-_give_signature(fetch, _parameters)
-app.command("fetch", help="Download the weights of models before they are needed.")(fetch)
+app.command("fetch", help="Download the weights of models before they are needed.")(
+    command_with_settings(_fetch, map(find_setting, FETCHED))
+)
 
 
 @app.command("presets")

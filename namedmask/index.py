@@ -175,7 +175,7 @@ def _embed_shard(embedder: Embedder, source: PhotoSource, names: list[str], firs
     image = np.stack(rows) if rows else np.zeros((0, 0), np.float16)
     write_errors(errors_path(path), errors)
     with atomic_write(path) as file:
-        tensors = {"image": image, "photo": np.array(numbers, np.int64)}
+        tensors: dict[str, np.ndarray] = {"image": image, "photo": np.array(numbers, np.int64)}
         file.write(save(tensors, {"protocol": embedder.protocol} if embedder.protocol else None))
 
 
