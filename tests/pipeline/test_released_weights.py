@@ -72,7 +72,7 @@ def test_selfmask_detects_in_every_form(form, old, tmp_path):
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory) -> Path:
-    """A folder with the least common form of every network, photos, and empty ground truth."""
+    """A folder with the least common form of every network, photos, and ground truth."""
     root = tmp_path_factory.mktemp("released")
     write(root / "namedmask.pt", segmenter(3), "model and module", old=True)
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def released(tmp_path_factory) -> Path:
     (root / "truth").mkdir()
     for name in draw_photos(root / "photos", 2, (40, 30)):
         width, height = Image.open(root / "photos" / name).size
-        Image.fromarray(np.zeros((height, width), np.uint8)).save((root / "truth" / name).with_suffix(".png"))
+        Image.fromarray(np.full((height, width), 1, np.uint8)).save((root / "truth" / name).with_suffix(".png"))
     return root
 
 
