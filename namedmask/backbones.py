@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from namedmask_kernels import Ragged
@@ -83,12 +84,19 @@ class Backbone:
         return Fit((h, w), (-(-h // self.patch), -(-w // self.patch)), self.patch)
 
     def resize(self, pixels: np.ndarray, image_size: int) -> Tensor:
-        """Resizes a photo, uint8 [H, W, 3], to the size of `fit`; uint8 [3, h, w] on the device (antialiased)."""
+        """Resizes a photo, uint8 [H, W, 3], to the size of `fit`; uint8 [3, h, w] on the device.
+
+        Both interpolations are antialiased. The bilinear one is Pillow's: torchvision's differs from it by up to 2
+        levels, which moves pixels to other cells of a bilateral solver.
+        """
         from torchvision.transforms.v2 import functional as TF
 
+        h, w = self.fit(pixels, image_size).size
+        if self.interpolation == "bilinear":
+            resized = np.array(Image.fromarray(pixels).resize((w, h), Image.Resampling.BILINEAR))
+            return torch.from_numpy(resized).to(self.device).permute(2, 0, 1)
         photo = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)
-        size = list(self.fit(pixels, image_size).size)
-        return TF.resize(photo, size, TF.InterpolationMode(self.interpolation), antialias=True)
+        return TF.resize(photo, [h, w], TF.InterpolationMode.BICUBIC, antialias=True)
 
     def prepare(self, pixels: np.ndarray, image_size: int) -> Tensor:
         """Resizes, normalizes and, if `patch_fit` is "pad", pads a photo.

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from .archive import Archive
@@ -68,11 +68,12 @@ class Labeled(NamedTuple):
 
 
 def at_size_of(photo: Photo, mask: Tensor) -> np.ndarray:
-    """A mask, bool [h, w], as bool [H, W] at the size of the photo: the nearest pixel by the centers of pixels."""
-    size = photo.pixels.shape[:2]
-    if mask.shape == size:
+    """A mask, bool [h, w], as bool [H, W] at the size of the photo: the nearest pixel, by Pillow's rule for ties."""
+    height, width = photo.pixels.shape[:2]
+    if mask.shape == (height, width):
         return mask.numpy()
-    return F.interpolate(mask[None, None].byte(), size, mode="nearest-exact")[0, 0].bool().numpy()
+    resized = Image.fromarray(mask.byte().numpy()).resize((width, height), Image.Resampling.NEAREST)
+    return np.array(resized).view(bool)
 
 
 class Labeler:
