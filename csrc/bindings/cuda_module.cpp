@@ -6,6 +6,7 @@
 #include "namedmask/connected_components.h"
 #include "namedmask/dense_crf.h"
 #include "namedmask/normalized_cut.h"
+#include "namedmask/run_lengths.h"
 #include "namedmask/spectral_clusters.h"
 
 namespace namedmask::bindings {
@@ -53,6 +54,8 @@ void define_cuda(pybind11::module_ m) {
                stream);
          });
   define(m, "normalized_cut", &cuda::normalized_cut);
+  define(m, "run_counts", &cuda::run_counts);
+  define(m, "run_lengths", &cuda::run_lengths);
   define(m, "spectral_clusters_workspace", &cuda::spectral_clusters_workspace);
   define(m, "spectral_clusters", &cuda::spectral_clusters);
 }
