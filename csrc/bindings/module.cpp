@@ -18,6 +18,7 @@
 #include "namedmask/normalized_cut.h"
 #include "namedmask/pamr.h"
 #include "namedmask/random_walk.h"
+#include "namedmask/resize.h"
 #include "namedmask/run_lengths.h"
 #include "namedmask/spectral_clusters.h"
 #include "namedmask/vote_masks.h"
@@ -69,6 +70,7 @@ struct type_caster<namedmask::ComponentStats> {
 }  // namespace pybind11::detail
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  using namedmask::Interpolation;
   using namedmask::TensorView;
   using namedmask::bindings::define;
   namespace cpu = namedmask::cpu;
@@ -113,6 +115,11 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
          });
   define(m, "pamr", &cpu::pamr);
   define(m, "random_walk", &cpu::random_walk);
+  define(m, "resize",
+         [](const TensorView& image, const TensorView& offsets, const TensorView& shapes, const TensorView& out,
+            const TensorView& new_offsets, const TensorView& new_shapes, int64_t interpolation) {
+           cpu::resize(image, offsets, shapes, out, new_offsets, new_shapes, Interpolation(interpolation));
+         });
   define(m, "run_lengths",
          [](const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& first) {
            return Values<int32_t>{cpu::run_lengths(mask, offsets, shapes, first)};

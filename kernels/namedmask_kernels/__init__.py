@@ -15,6 +15,7 @@ from .normalized_cut import NormalizedCut, normalized_cut
 from .pamr import pamr
 from .ragged import Ragged
 from .random_walk import random_walk
+from .resize import resize
 from .run_lengths import RunLengths, run_lengths
 from .spectral_clusters import spectral_clusters
 from .vote_masks import Vote, vote_masks
@@ -40,6 +41,7 @@ __all__ = [
     "normalized_cut",
     "pamr",
     "random_walk",
+    "resize",
     "run_lengths",
     "spectral_clusters",
     "vote_masks",
