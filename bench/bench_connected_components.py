@@ -12,15 +12,14 @@ import torch
 from scipy import ndimage
 
 import namedmask_kernels as nk
-from common import copy_bandwidth, on_threads, one_thread, paired_medians, report, report_gpu, threads
+from common import blob_mask, copy_bandwidth, on_threads, one_thread, paired_medians, report, report_gpu, threads
 from namedmask_kernels import Ragged
 
 SIZE = 480
 
 
 def blobs(rng):
-    noise = ndimage.gaussian_filter(rng.random((SIZE, SIZE)), 6)
-    return noise > np.median(noise)
+    return blob_mask(SIZE, SIZE, rng)
 
 
 def maze(rng):

@@ -24,6 +24,7 @@ import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy import ndimage
 
 CHANNELS = 384  # of a ViT-S
 QUICK = False  # --quick: three rounds each, to check that benches run
@@ -117,6 +118,12 @@ def on_threads(count: int, call: Callable[[], object]) -> Callable[[], object]:
         call()
 
     return run
+
+
+def blob_mask(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Smooth blobs that cover half of a mask, bool [height, width]."""
+    noise = ndimage.gaussian_filter(rng.random((height, width)), 6)
+    return noise > np.median(noise)
 
 
 def compare(

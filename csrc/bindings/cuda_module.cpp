@@ -6,6 +6,8 @@
 #include "namedmask/connected_components.h"
 #include "namedmask/dense_crf.h"
 #include "namedmask/normalized_cut.h"
+#include "namedmask/resize.h"
+#include "namedmask/run_lengths.h"
 #include "namedmask/spectral_clusters.h"
 
 namespace namedmask::bindings {
@@ -53,6 +55,13 @@ void define_cuda(pybind11::module_ m) {
                stream);
          });
   define(m, "normalized_cut", &cuda::normalized_cut);
+  define(m, "resize",
+         [](const TensorView& image, const TensorView& offsets, const TensorView& shapes, const TensorView& out,
+            const TensorView& new_offsets, const TensorView& new_shapes, int64_t interpolation, Stream stream) {
+           cuda::resize(image, offsets, shapes, out, new_offsets, new_shapes, Interpolation(interpolation), stream);
+         });
+  define(m, "run_counts", &cuda::run_counts);
+  define(m, "run_lengths", &cuda::run_lengths);
   define(m, "spectral_clusters_workspace", &cuda::spectral_clusters_workspace);
   define(m, "spectral_clusters", &cuda::spectral_clusters);
 }

@@ -18,15 +18,45 @@
 #include "namedmask/normalized_cut.h"
 #include "namedmask/pamr.h"
 #include "namedmask/random_walk.h"
+#include "namedmask/resize.h"
+#include "namedmask/run_lengths.h"
 #include "namedmask/spectral_clusters.h"
 #include "namedmask/vote_masks.h"
 #include "threads.h"
 
 namespace py = pybind11;
 
+namespace {
+
+// The values of an array of a size that only the operator knows.
+template <class T>
+struct Values {
+  std::vector<T> values;
+};
+
+// A numpy array that owns the values.
+template <class T>
+py::array_t<T> array_of(std::vector<T> values, std::vector<ssize_t> shape) {
+  auto* owned = new std::vector<T>(std::move(values));
+  const py::capsule owner(owned, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  return py::array_t<T>(std::move(shape), owned->data(), owner);
+}
+
+}  // namespace
+
+// These convert results when the GIL is held again.
 namespace pybind11::detail {
 
-// Lets a bound function return ComponentStats: (areas int32 [N], boxes int32 [N, 4]), numpy arrays.
+template <class T>
+struct type_caster<Values<T>> {
+  static constexpr auto name = const_name("numpy.ndarray");
+
+  static handle cast(Values<T>&& values, return_value_policy, handle) {
+    const auto n = static_cast<ssize_t>(values.values.size());
+    return array_of(std::move(values.values), {n}).release();
+  }
+};
+
 template <>
 struct type_caster<namedmask::ComponentStats> {
   static constexpr auto name = const_name("tuple[numpy.ndarray, numpy.ndarray]");
@@ -35,19 +65,12 @@ struct type_caster<namedmask::ComponentStats> {
     const auto n = static_cast<ssize_t>(stats.areas.size());
     return make_tuple(array_of(std::move(stats.areas), {n}), array_of(std::move(stats.boxes), {n, 4})).release();
   }
-
- private:
-  // A numpy array that owns the values.
-  static array_t<int32_t> array_of(std::vector<int32_t> values, std::vector<ssize_t> shape) {
-    auto* owned = new std::vector<int32_t>(std::move(values));
-    const capsule owner(owned, [](void* p) { delete static_cast<std::vector<int32_t>*>(p); });
-    return array_t<int32_t>(std::move(shape), owned->data(), owner);
-  }
 };
 
 }  // namespace pybind11::detail
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  using namedmask::Interpolation;
   using namedmask::TensorView;
   using namedmask::bindings::define;
   namespace cpu = namedmask::cpu;
@@ -92,6 +115,20 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
          });
   define(m, "pamr", &cpu::pamr);
   define(m, "random_walk", &cpu::random_walk);
+  define(m, "resize",
+         [](const TensorView& image, const TensorView& offsets, const TensorView& shapes, const TensorView& out,
+            const TensorView& new_offsets, const TensorView& new_shapes, int64_t interpolation) {
+           cpu::resize(image, offsets, shapes, out, new_offsets, new_shapes, Interpolation(interpolation));
+         });
+  define(m, "run_lengths",
+         [](const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& first) {
+           return Values<int32_t>{cpu::run_lengths(mask, offsets, shapes, first)};
+         });
+  define(m, "compress_runs",
+         [](const TensorView& lengths, const TensorView& first, const TensorView& shapes, const TensorView& areas,
+            const TensorView& boxes, const TensorView& ends) {
+           return Values<uint8_t>{cpu::compress_runs(lengths, first, shapes, areas, boxes, ends)};
+         });
   define(m, "spectral_clusters", &cpu::spectral_clusters);
   define(m, "vote_masks", &cpu::vote_masks);
 }

@@ -16,6 +16,8 @@ from .normalized_cut import NormalizedCut, normalized_cut
 from .pamr import pamr
 from .ragged import Ragged
 from .random_walk import random_walk
+from .resize import resize
+from .run_lengths import RunLengths, run_lengths
 from .spectral_clusters import spectral_clusters
 from .vote_masks import Vote, vote_masks
 
@@ -29,6 +31,7 @@ __all__ = [
     "MaskCut",
     "NormalizedCut",
     "Ragged",
+    "RunLengths",
     "Vote",
     "attention_features",
     "bilateral_solver",
@@ -41,6 +44,8 @@ __all__ = [
     "normalized_cut",
     "pamr",
     "random_walk",
+    "resize",
+    "run_lengths",
     "spectral_clusters",
     "vote_masks",
 ]

@@ -23,6 +23,8 @@ CALLS = {
     nk.normalized_cut: (FEATURES,),
     nk.pamr: (SOFT, IMAGE),
     nk.random_walk: (SOFT, FEATURES),
+    nk.resize: (IMAGE, (5, 12)),
+    nk.run_lengths: (MASK,),
     nk.spectral_clusters: (FEATURES, 3),
     nk.vote_masks: (torch.stack([MASK[1:, 1:], MASK[:-1, 1:], MASK[1:, :-1]]),),
 }

@@ -113,7 +113,7 @@ def fields(result) -> list:
 
 
 # Their arguments or results are arranged differently, so their own tests cover batches.
-OTHERS = nk.attention_features, nk.connected_components, nk.vote_masks
+OTHERS = nk.attention_features, nk.connected_components, nk.resize, nk.run_lengths, nk.vote_masks
 batched = pytest.mark.parametrize("op", [op for op in CALLS if op not in OTHERS], ids=lambda op: op.__name__)
 
 
