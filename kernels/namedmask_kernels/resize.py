@@ -113,7 +113,7 @@ def _reference(image: Tensor, offsets: Tensor, shapes: Tensor, sides: list[int],
         if bool(math.prod(grid.shape[:2])) != bool(math.prod(new.shape[:2])):
             raise ValueError(f"{NAME}: image {b} and its new size must both have pixels, or neither")
         if new.numel():
-            new.copy_(reference.resize(grid, tuple(new.shape[:2]), INTERPOLATIONS[interpolation]))
+            new.copy_(reference.resize(grid, (new.shape[0], new.shape[1]), INTERPOLATIONS[interpolation]))
     return out.rows
 
 
