@@ -11,6 +11,7 @@ can fix, 3 finished but no photo could be used, 130 interrupted, 143 ended by SI
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from inspect import Parameter, Signature
@@ -277,9 +278,13 @@ def _names(categories: str | None, file: Path | None) -> list[str] | None:
     """Names from --categories or --categories-file, for commands that are no stages."""
     if categories is not None and file is not None:
         raise UserError("pass --categories or --categories-file, not both")
-    if categories is not None:
-        return find_setting("categories").parse(categories)
-    return None if file is None else read_names(file)
+    if categories is None and file is None:
+        return None
+    names = read_names(file) if file is not None else find_setting("categories").parse(categories)
+    from .archive import expect_distinct
+
+    expect_distinct(names, "--categories" if file is None else f"--categories-file {file}")
+    return names
 
 
 def _load_segmenter(weights: Path, categories: str | None, file: Path | None, encoder: str, precision: str):
@@ -315,7 +320,7 @@ def segment(
     from .segmenter.folder import segment_photos
 
     source = run.open_source(photos)
-    if out.resolve() == (weights if weights.is_dir() else weights.parent).resolve():
+    if os.path.realpath(out) == os.path.realpath(weights if weights.is_dir() else weights.parent):
         raise UserError(f"{out} holds the weights: choose another --out, as their files would be overwritten")
     with run.locked(out), Progress("segment", Worker()) as progress:
         made, failed = segment_photos(segmenter, weights, source, out, progress, overwrite)
