@@ -280,7 +280,7 @@ def _names(categories: str | None, file: Path | None) -> list[str] | None:
         raise UserError("pass --categories or --categories-file, not both")
     if categories is None and file is None:
         return None
-    names = read_names(file) if file is not None else find_setting("categories").parse(categories)
+    names = read_names(file) if file is not None else find_setting("categories").parse(categories or "")
     from .archive import expect_distinct
 
     expect_distinct(names, "--categories" if file is None else f"--categories-file {file}")

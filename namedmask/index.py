@@ -104,10 +104,10 @@ def missing_shards(folder: Path, config: IndexConfig) -> list[int]:
 
 def read_shard(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Reads a shard: image float16 [n, d], photo int64 [n]. Raises DamagedFile if it is something else."""
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     try:
-        shard = load_file(path)
+        shard = load(read_bytes(path))
         image, photo = shard["image"], shard["photo"]
     except Exception as error:  # safetensors has its own exceptions
         raise DamagedFile(path, error) from None

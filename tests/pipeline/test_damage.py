@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from namedmask import files
 from namedmask.errors import UserError, WriteError
 from namedmask.files import atomic_write
+from namedmask.training import _tensorboard
 from small_world import command, files_of, small_run
 
 RECORDS = ("out/stages.json", "out/run.toml", "segmented/segment.json")
@@ -158,6 +159,7 @@ REPLACEMENTS = {
     [
         ("out/stages.json", "report out", ["folder", "pipe", "loop"]),
         ("out/archive.json", "report out", list(REPLACEMENTS)),
+        ("out/index/00000.safetensors", "archive out --overwrite", ["folder", "pipe"]),
         ("out/masks/00000.jsonl", "train-saliency out --overwrite", ["folder", "pipe"]),
         ("out/masks/00000.errors.jsonl", "experts out --overwrite", ["folder", "pipe", "loop"]),
         ("out/refined/00000.jsonl", "train out --overwrite", list(REPLACEMENTS)),
@@ -178,6 +180,12 @@ def test_something_else_in_place_of_a_file_is_named(world, copy, file, words, re
         result = command(*(photos if word == "PHOTOS" else word for word in words.split()))
         assert result.exit_code == 2 and len(errors(result)) == 1, (replacement, result.output)
         assert path.name in result.stderr and "--debug" not in result.stderr, (replacement, result.stderr)
+
+
+def test_tensorboard_is_left_out_of_a_folder_whose_name_is_not_utf8(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    assert _tensorboard(f"{tmp_path}/{os.fsdecode(bytes([0xFF]))}", 1) is None
+    assert "\\udcff, which is not UTF-8: metrics are in metrics.jsonl alone" in capsys.readouterr().err
 
 
 def test_following_the_remedy_gives_the_same_bytes(world, copy):
