@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .errors import UserError, first_line, listed
-from .files import open_file
+from .files import open_file, read_bytes
 
 State = dict[str, Tensor]
 Converter = Callable[..., Mapping[str, Tensor]]  # (tensors, network) -> tensors under the network's names
@@ -58,6 +58,7 @@ def read(path: str | Path, option: str = "") -> Weights:
     Raises:
         UserError: If the file does not exist, cannot be read or holds other objects than tensors and plain values.
     """
+    from safetensors.torch import load as load_bytes
     from safetensors.torch import load_file
 
     path = Path(path)
@@ -66,7 +67,8 @@ def read(path: str | Path, option: str = "") -> Weights:
         with open_file(path) as file:
             head = file.read(9)
         if head[8:] == b"{":  # after the length of safetensors' JSON header
-            tree: Any = load_file(path)
+            # load_file takes UTF-8 paths only.
+            tree: Any = load_file(path) if _is_utf8(path) else load_bytes(read_bytes(path))
         elif head.startswith((b"PK", b"\x80")):
             with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training, in many checkpoints
                 tree = torch.load(path, map_location="cpu", weights_only=True)
@@ -86,6 +88,14 @@ def read(path: str | Path, option: str = "") -> Weights:
     if not claimed:
         raise UserError(f"{source} holds no named tensors")
     return Weights(tree, source)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

@@ -348,3 +348,10 @@ def test_embeddings_without_a_direction_are_named(value, tmp_path):
     assert embeddings.texts(["cat"], []).shape == (1, 8)
     with pytest.raises(UserError, match=r"e\.safetensors: the text embedding of dog is NaN, infinite or zero"):
         embeddings.texts(["cat", "dog"], [])
+
+
+def test_paths_that_are_not_utf8_are_read(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "plain")
+    (tmp_path / "plain").rename(path)
+    assert weights.read(path).tree["a"].tolist() == [1, 1]
