@@ -70,7 +70,10 @@ def _run(command: Callable[[], None]) -> None:
     try:
         process.handle_signals()
         process.prepare()
-        command()
+        try:
+            command()
+        finally:
+            process.expect_output()
     except process.Interrupted as interrupted:
         process.complain(interrupted.reason)
         sys.exit(interrupted.exit_code)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .errors import DamagedFile, UserError
-from .files import atomic_write
+from .files import atomic_write, read_bytes
 from .formats import BACKGROUND
 from .index import read_shard
 from .threads import kernels_on_one_thread, map_ahead
@@ -242,7 +242,7 @@ def read_archive(path: Path) -> Archive:
         UserError: If the file is missing or is not an archive.
     """
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_bytes(path))
         categories = data["categories"]
         photos = {c: [Retrieved(e["photo"], e.get("score")) for e in data["photos"][c]] for c in categories}
         if not isinstance(categories, list):

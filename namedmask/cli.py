@@ -11,6 +11,7 @@ can fix, 3 finished but no photo could be used, 130 interrupted, 143 ended by SI
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature, signature
@@ -312,19 +313,24 @@ def report(out: RunFolder, debug: Debug = False) -> None:
 # -- other commands --------------------------------------------------------------------------------------------------
 
 
-def _names(categories: str | None, file: Path | None, preset: str | None) -> list[str] | None:
+def _names(categories: str | None, file: Path | None, preset: str | None, distinct: bool = True) -> list[str] | None:
     """Names from --categories, --categories-file or --preset, for commands that are no stages."""
     if sum(given is not None for given in (categories, file, preset)) > 1:
         raise UserError("pass --categories, --categories-file or --preset, only one of them")
-    if categories is not None:
-        return find_setting("categories").parse(categories)
     if preset is not None:
         from . import presets
 
         if (names := presets.preset(preset).get("categories")) is None:
             raise UserError(f"--preset {preset} has no category names: pass them as --categories-file FILE instead")
         return names
-    return None if file is None else read_names(file)
+    if categories is None and file is None:
+        return None
+    names = read_names(file) if file is not None else find_setting("categories").parse(categories or "")
+    if distinct:
+        from .archive import expect_distinct
+
+        expect_distinct(names, "--categories" if file is None else f"--categories-file {file}")
+    return names
 
 
 def _device() -> str:
@@ -364,7 +370,7 @@ def segment(
     from .segmenter.folder import segment_photos
 
     source = run.open_source(photos)
-    if out.resolve() == (weights if weights.is_dir() else weights.parent).resolve():
+    if os.path.realpath(out) == os.path.realpath(weights if weights.is_dir() else weights.parent):
         raise UserError(f"{out} holds the weights: choose another --out, as their files would be overwritten")
     with run.locked(out), Progress("segment", Worker()) as progress:
         made, failed = segment_photos(segmenter, weights, source, out, progress, overwrite)
@@ -435,7 +441,8 @@ def _evaluate(
 
         values = merge({section: presets.preset(preset)[section] for section in DETECTION}, values)
         preset = None
-    names = _names(categories, categories_file, preset)
+    # Two names of ImageNet-S occur twice.
+    names = _names(categories, categories_file, preset, distinct=benchmark is None)
 
     def load(fallback: list[str] | None) -> Any:
         assert predictions is not None

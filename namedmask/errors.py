@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 # The stage that computes the files in a folder of a run, or a file of it, again.
@@ -30,12 +31,21 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def listed(names: Sequence[str], count: int = 3) -> str:
+    """The first of some names, each shortened, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in names[:count]) + more
+
+
 # In the messages of torch's allocators and of tensors too large to address.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "size calculation overflowed", "multiplication overflow")
 
 
 def explained(error: Exception) -> Exception:
-    """The exception itself, or a UserError with the remedy if memory ran out."""
+    """The exception itself, or a UserError with the remedy if memory ran out or a file could not be opened."""
+    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, UserError):
+        file, reason = os.fsdecode(error.filename), error.strerror or error
+        return UserError(f"{file}: {reason}; correct or move it, and run the same command again")
     if not isinstance(error, MemoryError) and not (
         isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
     ):

@@ -10,6 +10,7 @@ import io
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,9 +50,14 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     folder; `remove_stale` deletes it. After the block, the file survives a power failure.
 
     Raises:
-        WriteError: If the file cannot be written. It names the file and, if the disk is full, the disk.
+        WriteError: If the file cannot be written, or if it is a device or a pipe, which would be replaced. The error
+            names the file and, if the disk is full, the disk.
     """
     path = Path(path)
+    if not path.name:
+        raise WriteError(f"{path} cannot be written: {os.strerror(errno.EISDIR)}")
+    if path.parent == Path("/dev") or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise WriteError(f"{path} is a device or a pipe; name a file to write")
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
     try:
         # O_EXCL never opens an existing file. Unlike tempfile, which sets mode 0600, this gives the usual permissions.
@@ -77,6 +83,21 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         if cause is None:
             raise
         raise write_error(path, cause) from error
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file for reading. Raises OSError at once for what is no regular file, such as a pipe without a writer."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return file
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The content of a file. Raises OSError as `open_file`."""
+    with open_file(path) as file:
+        return file.read()
 
 
 @contextmanager
@@ -202,7 +223,7 @@ def absolute(path: str | os.PathLike) -> str:
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 digest of a file, in hex."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

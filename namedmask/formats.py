@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import UserError
-from .files import atomic_write
+from .files import atomic_write, open_file
 
 MAX_LABEL = 0xFFFF
 BACKGROUND = "background"  # the name of class 0
@@ -77,7 +77,7 @@ def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:
         UserError: If the file cannot be read or has another format.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             depth = file.read(25)[-1:]  # bits per value, in the header chunk
             with Image.open(file, formats=("PNG",)) as image:
                 pixels = np.asarray(image)

@@ -20,8 +20,8 @@ import numpy as np
 from . import hub, registry, weights
 from .config import IndexConfig
 from .distributed import Worker
-from .errors import DamagedFile, UserError, first_line
-from .files import atomic_write
+from .errors import DamagedFile, UserError, first_line, listed
+from .files import atomic_write, read_bytes
 from .masks import ErrorRecord, errors_path, parse_photo, read_lines, write_errors
 from .photos import PhotoError, PhotoSource, decode_ahead
 from .threads import kernels_on_one_thread, map_ahead
@@ -107,10 +107,10 @@ def missing_shards(folder: Path, config: IndexConfig) -> list[int]:
 
 def read_shard(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Reads a shard: image float16 [n, d], photo int64 [n]. Raises DamagedFile if it is something else."""
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     try:
-        shard = load_file(path)
+        shard = load(read_bytes(path))
         image, photo = shard["image"], shard["photo"]
     except Exception as error:  # safetensors has its own exceptions
         raise DamagedFile(path, error) from None
@@ -304,7 +304,7 @@ class PrecomputedEmbeddings:
         names_path = Path(path).with_suffix(".json")
         tensors = weights.read(path, "--embeddings").tree
         try:
-            lists = json.loads(names_path.read_bytes())
+            lists = json.loads(read_bytes(names_path))
             image, text, files, names = tensors["image"], tensors["text"], lists["image_files"], lists["names"]
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"--embeddings {path}: {error}") from None
@@ -336,11 +336,11 @@ class PrecomputedEmbeddings:
 
     def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         if missing := [name for name in names if name not in self.names]:
-            raise UserError(f"--embeddings {self.path} has no text embedding of {', '.join(missing)}")
+            raise UserError(f"--embeddings {self.path} has no text embedding of {listed(missing)}")
         rows = [_normalized(self.text[self.names[name]]) for name in names]
         if unusable := [name for name, row in zip(names, rows, strict=True) if not is_direction(row)]:
             raise UserError(
-                f"--embeddings {self.path}: the text embedding of {', '.join(unusable)} is NaN, infinite or zero"
+                f"--embeddings {self.path}: the text embedding of {listed(unusable)} is NaN, infinite or zero"
             )
         return np.stack(rows)
 

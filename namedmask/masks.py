@@ -18,7 +18,7 @@ import numpy as np
 from pycocotools import mask as coco
 
 from namedmask.errors import DamagedFile
-from namedmask.files import atomic_write
+from namedmask.files import atomic_write, open_file
 
 RESIZED = "has changed since its mask was made: it has another size"  # the reason of an error
 
@@ -158,7 +158,17 @@ def read_shard(path: str | os.PathLike) -> Iterator[MaskRecord]:
 
 
 def read_masks(folder: str | os.PathLike) -> Iterator[MaskRecord]:
-    """Yields the records of all shards of a folder, in the order of the shards. Raises DamagedFile as `read_shard`."""
+    """Yields the records of all shards of a folder, in the order of the shards.
+
+    Raises:
+        DamagedFile: As `read_shard`, or if a shard of OUT/refined is missing.
+    """
+    if Path(folder).name == "refined":  # finished: each shard has a file of errors
+        for errors in sorted(Path(folder).glob(f"*{_ERRORS_SUFFIX}")):
+            shard = errors.with_name(errors.name.replace(_ERRORS_SUFFIX, ".jsonl"))
+            if not shard.exists():
+                again = f"run `namedmask experts {Path(folder).parent}` to make it again"
+                raise DamagedFile(shard, "it is missing", remedy=again)
     shards = [path for path in Path(folder).glob("*.jsonl") if not path.name.endswith(_ERRORS_SUFFIX)]
     for shard in sorted(shards, key=lambda path: (len(path.name), path.name)):  # 99999 before 100000
         if Path(folder).name == "masks" and not shard.stat().st_size and _has_no_errors(shard):
@@ -238,9 +248,13 @@ def read_lines(path: str | os.PathLike, parse: Callable[[bytes], _Record], remed
     """Yields `parse(line)` of all lines of a file.
 
     Raises:
-        DamagedFile: At a line for which `parse` raises ValueError.
+        DamagedFile: If the file cannot be opened, and at a line for which `parse` raises ValueError.
     """
-    with Path(path).open("rb") as lines:
+    try:
+        lines = open_file(path)
+    except OSError as error:
+        raise DamagedFile(path, f"{error.strerror}", remedy=remedy) from error
+    with lines:
         for number, line in enumerate(lines, 1):
             try:
                 record = parse(line)

@@ -59,9 +59,11 @@ _SIGNATURES = {
 # The beginning of the brand in a container of HEIC, AVIF or videos.
 _BRANDS = {b"avi": ".avif", b"hei": ".heic", b"hev": ".heic", b"mif": ".heic", b"msf": ".heic"}
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+_LISTED = (*PHOTO_SUFFIXES, *UNREAD_SUFFIXES, ".tar", *_COMPRESSED)  # photos and archives
 _CONVERT = "format that is not read: convert it to JPEG or PNG"
 _HEIC = "HEIC photo: install pillow-heif (pip install 'namedmask[heif]'), or convert it to JPEG"
 _AVIF = "AVIF photo: install pillow 11.3 or later, or convert it to JPEG"
+_NESTED = "a tar inside a tar is not read: unpack the outer one"
 _UNPACK = "compressed archives cannot be read in place: unpack it into a folder or a plain .tar"
 
 _ARRAYS = {(dtype, 1) for dtype in ("bool", "uint8", "uint16", "int32", "float32")} | {("uint8", c) for c in (2, 3, 4)}
@@ -398,7 +400,7 @@ class PhotoSource:
             on_error(PhotoError(name, f"tar cannot be read: {getattr(error, 'strerror', None) or error}"))
             return
         for member in index.members:
-            if problem := _unread(member):
+            if problem := _unread(member) or _archive_problem(member):
                 on_error(PhotoError(f"{name}/{member}", problem))
             else:
                 yield f"{name}/{member}"
@@ -493,7 +495,8 @@ def _same_path(path: bytes) -> bytes:
     return hashlib.blake2b(path, digest_size=16).digest()
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is skipped."""
     return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
 
 
@@ -502,10 +505,10 @@ def _list_folder(path: str) -> list[tuple[bytes, bool]]:
     entries = []
     with os.scandir(path) as scan:
         for entry in scan:
-            if _is_hidden(entry.name):
+            if is_hidden(entry.name):
                 continue
             is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-            if is_folder or entry.name.lower().endswith((*PHOTO_SUFFIXES, *UNREAD_SUFFIXES, ".tar", *_COMPRESSED)):
+            if is_folder or entry.name.lower().endswith(_LISTED):
                 entries.append((os.fsencode(entry.name), is_folder))
     if os.path.exists(os.path.join(path, SEGMENT_RECORD)):  # its masks and overlays are no photos
         entries = [entry for entry in entries if entry not in ((b"masks", True), (b"overlays", True))]
@@ -534,6 +537,14 @@ def _unread(name: str) -> str | None:
     if lower.endswith((".heic", ".heif", ".hif")) and "HEIF" not in _formats():
         return _HEIC
     return _AVIF if lower.endswith(".avif") and "AVIF" not in _formats() else None
+
+
+def _archive_problem(member: str) -> str | None:
+    """Why a member of a tar is no photo, if it is an archive itself."""
+    lower = member.lower()
+    if lower.endswith(_COMPRESSED):
+        return _UNPACK
+    return _NESTED if lower.endswith(".tar") else None
 
 
 class _TarIndex(NamedTuple):
@@ -599,8 +610,8 @@ def _index_members(file: BinaryIO, start: int, members: dict[str, tuple[int, int
                 raise tarfile.ReadError("header points backwards")
             reached = tar.offset
             cast(Any, tar).members.clear()  # tarfile keeps every header that it has read
-            hidden = any(_is_hidden(part) for part in member.name.split("/"))
-            if member.isdir() or hidden or not member.name.lower().endswith((*PHOTO_SUFFIXES, *UNREAD_SUFFIXES)):
+            hidden = any(is_hidden(part) for part in member.name.split("/"))
+            if member.isdir() or hidden or not member.name.lower().endswith(_LISTED):
                 continue
             if member.isreg() and not member.issparse():
                 members[member.name] = member.offset_data, member.size

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
@@ -35,13 +36,17 @@ def prepare() -> None:
     - torch's C++ code logs errors only: its warnings about sockets say nothing to the user of a command.
 
     Raises:
-        UserError: If OMP_NUM_THREADS is malformed.
+        UserError: If OMP_NUM_THREADS is malformed, or if the current folder has been removed.
     """
     sys.stdout, sys.stderr = (_robust(stream) for stream in (sys.stdout, sys.stderr))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not os.environ.get("OMP_NUM_THREADS", "").strip():
         os.environ.pop("OMP_NUM_THREADS", None)  # libgomp complains about an empty value
     omp_num_threads()
+    try:
+        Path.cwd()
+    except OSError:
+        raise UserError("the current folder has been removed; change to another one") from None
 
 
 def handle_signals() -> None:
@@ -80,18 +85,27 @@ def complain(message: object) -> None:
 
 
 class _Output(io.FileIO):
-    """A file descriptor that drops its output from the first write on which a pipe or a terminal is gone."""
+    """A file descriptor that drops its output from the first failed write on, so that no run ends because of it."""
+
+    lost = ""  # why output of stdout was lost, unless its reader has gone
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
+            if error.errno not in (errno.EPIPE, errno.EIO) and self.fileno() == 1:
+                _Output.lost = os.strerror(error.errno or 0)
             return super().write(data)
+
+
+def expect_output() -> None:
+    """Raises UserError if a part of the output of the process could not be written."""
+    sys.stdout.flush()
+    if _Output.lost:
+        raise UserError(f"the output of the command could not be written: {_Output.lost}")
 
 
 def _robust(stream: TextIO | None) -> TextIO:

@@ -30,7 +30,7 @@ from typing import Any
 from . import __version__
 from .config import RunConfig, Setting, make_config, nest, settings
 from .errors import DamagedFile, UserError
-from .files import atomic_write, sha256
+from .files import atomic_write, read_bytes, sha256
 
 FILE = "stages.json"
 IMPORTED = "imported"  # key of made_with: the file or folder that the results of a stage were imported from
@@ -107,7 +107,7 @@ def read_record(out: Path, file: str = FILE) -> RunRecord:
     """The record of a folder, an empty one where there is none yet. Raises DamagedFile if it is damaged."""
     path = out / file
     try:
-        data = json.loads(path.read_bytes(), parse_constant=_no_constant)
+        data = json.loads(read_bytes(path), parse_constant=_no_constant)
         replaced = data["replaced"]
         record = _parse(data)
         nest(record.settings())  # an error if names collide

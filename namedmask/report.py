@@ -28,7 +28,7 @@ from PIL import Image
 from .archive import read_archive
 from .config import to_toml
 from .errors import DamagedFile
-from .files import atomic_write
+from .files import absolute, atomic_write
 from .masks import ErrorRecord, MaskRecord, best_masks, read_errors, read_masks
 from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
@@ -93,7 +93,7 @@ def write_report(out: str | os.PathLike[str], sheets: Mapping[str, str] | None =
 
     record, maker = read_record(out), "experts" if masks.name == "refined" else "pseudolabel"
     page = _template().generate(
-        title=out.resolve().name,
+        title=Path(absolute(out)).name,
         photos=config.photos,
         refined=masks.name == "refined",
         facts=record.stages[maker].made_with if maker in record.stages else {},

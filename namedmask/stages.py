@@ -94,8 +94,9 @@ class Stage:
         return any(next(out.glob(pattern), None) is not None for pattern in self.finished)
 
     def own_files(self, out: Path) -> list[Path]:
-        """The files below `out` that it has made."""
-        return [path for pattern in self.files for path in sorted(out.glob(pattern))]
+        """The files below `out` that it has made. A folder of the name of one is the user's."""
+        paths = (path for pattern in self.files for path in sorted(out.glob(pattern)))
+        return [path for path in paths if path.is_symlink() or not path.is_dir()]
 
 
 def _expect_photos(plan: Plan) -> None:

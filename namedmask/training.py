@@ -31,7 +31,7 @@ from .files import atomic_write, write_error
 from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path
 from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
-from .progress import Progress
+from .progress import Progress, warn
 from .weights import read
 
 LOG_EVERY = 50  # steps
@@ -291,10 +291,14 @@ def _say_that_tensorboard_is_missing() -> None:
 
 
 def _tensorboard(folder: str, first_step: int) -> Any:
-    """A TensorBoard writer; None, and a line that says so, where it is not installed."""
+    """A TensorBoard writer; None, and a line that says so, if it is not installed or cannot write to `folder`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         _say_that_tensorboard_is_missing()
         return None
-    return SummaryWriter(folder, purge_step=first_step)
+    try:
+        return SummaryWriter(folder, purge_step=first_step)
+    except UnicodeEncodeError:  # tensorboard writes to paths in UTF-8 only
+        warn(f"tensorboard cannot write to {folder}, which is not UTF-8: metrics are in metrics.jsonl alone")
+        return None

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .errors import UserError, first_line
+from .errors import UserError, first_line, listed
+from .files import open_file, read_bytes
 
 State = dict[str, Tensor]
 Converter = Callable[..., Mapping[str, Tensor]]  # (tensors, network) -> tensors under the network's names
@@ -58,15 +59,17 @@ def read(path: str | Path, option: str = "") -> Weights:
     Raises:
         UserError: If the file does not exist, cannot be read or holds other objects than tensors and plain values.
     """
+    from safetensors.torch import load as load_bytes
     from safetensors.torch import load_file
 
     path = Path(path)
     source = f"{option} {path}".strip()
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             head = file.read(9)
         if head[8:] == b"{":  # after the length of safetensors' JSON header
-            tree: Any = load_file(path)
+            # load_file takes UTF-8 paths only.
+            tree: Any = load_file(path) if _is_utf8(path) else load_bytes(read_bytes(path))
         elif _is_torchscript(path):
             raise UserError(
                 f"{source} is a TorchScript program, as OpenAI's files of CLIP are; if you trust it, save its tensors: "
@@ -81,6 +84,8 @@ def read(path: str | Path, option: str = "") -> Weights:
         raise UserError(f"{source}: there is no such file") from None
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror or first_line(error)}") from None
     except Exception as error:  # each format has its own exceptions
         raise UserError(f"{source} cannot be read: {_why_unreadable(path, error)}") from None
     claimed = sum(tensor.numel() * tensor.element_size() for _, state in _states(tree) for tensor in state.values())
@@ -89,6 +94,14 @@ def read(path: str | Path, option: str = "") -> Weights:
     if not claimed:
         raise UserError(f"{source} holds no named tensors")
     return Weights(tree, source)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -107,7 +120,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     unsafe = [name for name in unsafe if name != "argparse.Namespace"]
     if unsafe:
         return (
-            f"it holds Python objects ({_some(unsafe)}), which could execute code; save only the tensors, as "
+            f"it holds Python objects ({listed(unsafe)}), which could execute code; save only the tensors, as "
             "torch.save(network.state_dict(), FILE) or with safetensors"
         )
     line = first_line(error)
@@ -182,11 +195,11 @@ def expect(own: State, given: State, source: str, what: str, needed: Sequence[st
         return
     faults = [f"it has {len(needed) - len(absent) - len(misfits)} of {len(needed)} tensors"]
     if absent:
-        faults.append(f"missing {_some(absent)}")
+        faults.append(f"missing {listed(absent)}")
     if misfits:
         faults.append(f"{misfits[0]} is {_describe(given[misfits[0]])}, expected {_describe(own[misfits[0]])}")
     if surplus or (absent and unknown):
-        faults.append(f"unexpected {_some(surplus or unknown)}")
+        faults.append(f"unexpected {listed(surplus or unknown)}")
     raise UserError(f"{source} does not fit {what}: {'; '.join(faults)}")
 
 
@@ -272,11 +285,6 @@ def _fits(tensor: Tensor, own: Tensor) -> bool:
 
 def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in names[:count]) + more
 
 
 # -- timm and open_clip ------------------------------------------------------------------------------------------------

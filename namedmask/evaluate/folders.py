@@ -14,8 +14,9 @@ import numpy as np
 
 from ..distributed import Worker
 from ..errors import DamagedFile, UserError
-from ..files import atomic_write
+from ..files import atomic_write, read_bytes
 from ..formats import BACKGROUND, read_label_map
+from ..photos import is_hidden
 from ..progress import Progress, plain_console, warn
 from ..threads import map_ahead, thread_count
 from .metrics import Confusion
@@ -44,15 +45,23 @@ class Truth(NamedTuple):
 def label_maps(folder: Path) -> dict[str, Path]:
     """Returns the PNG files of a folder and its subfolders by name: "sub/photo" for sub/photo.png.
 
+    Hidden files are skipped, as those of photos are.
+
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or if two have the same name.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of PNG masks")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".png")
-    if not paths:
+    maps: dict[str, Path] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".png"):
+        relative = path.relative_to(folder)
+        if any(map(is_hidden, relative.parts)):
+            continue
+        if (earlier := maps.setdefault(relative.with_suffix("").as_posix(), path)) is not path:
+            raise UserError(f"{earlier} and {path} are masks of the same name; remove one of them")
+    if not maps:
         raise UserError(f"there are no PNG masks in {folder}")
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+    return maps
 
 
 def default_ignore(classes: int, red_green: bool) -> int:
@@ -88,7 +97,7 @@ def read_categories(folder: Path) -> list[str]:
         UserError: If the file is missing or damaged.
     """
     try:
-        names = json.loads((folder / "categories.json").read_text(encoding="utf-8"))["categories"]
+        names = json.loads(read_bytes(folder / "categories.json"))["categories"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError("expected a list of names")
         return names

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .. import weights as stored
 from ..backbones import Encoder, padded, untrained_encoder
 from ..errors import DamagedFile, UserError
-from ..files import atomic_write
+from ..files import atomic_write, read_bytes
 from .augment import IGNORE
 
 DILATIONS = (12, 24, 36)  # at output stride 8
@@ -254,7 +254,7 @@ def read_about(path: Path, remedy: str) -> dict[str, Any]:
         DamagedFile: If it cannot be read or holds something else; ends with `remedy`.
     """
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(read_bytes(path))
         names, encoder = about["categories"], about["encoder"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(path, error, remedy=remedy) from None

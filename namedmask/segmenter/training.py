@@ -29,7 +29,7 @@ from ..archive import read_archive
 from ..backbones import load_encoder
 from ..config import SegmenterTraining
 from ..distributed import Worker
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..files import make_folder
 from ..mask_counts import check_mask_counts
 from ..masks import MaskRecord, best_masks, digest, read_masks
@@ -76,7 +76,7 @@ def train_segmenter(
     if not records:
         raise UserError(f"there are no masks in {masks}; make them with `namedmask-pseudolabel`")
     if unknown := sorted({record.category for record in records} - set(categories)):
-        raise UserError(f"{masks} has masks of {', '.join(unknown)}, which {out / 'archive.json'} does not list")
+        raise UserError(f"{masks} has masks of {listed(unknown)}, which {out / 'archive.json'} does not list")
     label = {name: number for number, name in enumerate(categories, 1)}
     samples = [Sample(record, label[record.category]) for record in training_records(records, settings)]
     if (folder / "model.safetensors").exists():

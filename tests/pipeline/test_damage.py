@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from namedmask import files
 from namedmask.errors import UserError, WriteError
 from namedmask.files import atomic_write
+from namedmask.training import _tensorboard
 from small_world import command, files_of, small_run
 
 RECORDS = ("out/stages.json", "out/run.toml", "segmented/segment.json")
@@ -143,6 +144,50 @@ def test_damaged_file_is_named_with_the_remedy(world, copy, file, monkeypatch):
                 shutil.copytree(world[0].parent / folder, folder)
 
 
+# What replaces a file: a folder, a pipe that nobody writes, a link to nowhere, a link to itself, nothing.
+REPLACEMENTS = {
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "dangling": lambda path: path.symlink_to("/none/none"),
+    "loop": lambda path: path.symlink_to(path.name),
+    "missing": lambda path: None,
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "replacements"),
+    [
+        ("out/stages.json", "report out", ["folder", "pipe", "loop"]),
+        ("out/archive.json", "report out", list(REPLACEMENTS)),
+        ("out/index/00000.safetensors", "archive out --overwrite", ["folder", "pipe"]),
+        ("out/masks/00000.jsonl", "train-saliency out --overwrite", ["folder", "pipe"]),
+        ("out/masks/00000.errors.jsonl", "experts out --overwrite", ["folder", "pipe", "loop"]),
+        ("out/refined/00000.jsonl", "train out --overwrite", list(REPLACEMENTS)),
+        ("out/refined/00001.jsonl", "report out", ["missing"]),
+        ("out/experts/cat/tensorboard", "experts out --overwrite", ["dangling", "loop"]),
+        ("out/segmenter/categories.json", "segment out/segmenter PHOTOS --out other", ["folder", "pipe", "loop"]),
+        ("out/segmenter/model.safetensors", "segment out/segmenter PHOTOS --out other", list(REPLACEMENTS)),
+        ("segmented/masks/cat0000.png", "evaluate segmented segmented/masks", list(REPLACEMENTS)[:-1]),
+        ("segmented", "segment out/segmenter PHOTOS --out segmented", ["dangling", "loop"]),
+    ],
+)
+def test_something_else_in_place_of_a_file_is_named(world, copy, file, words, replacements, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    path, photos = Path(file), str(world[0].parent / "photos")
+    for replacement in replacements:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        REPLACEMENTS[replacement](path)
+        result = command(*(photos if word == "PHOTOS" else word for word in words.split()))
+        assert result.exit_code == 2 and len(errors(result)) == 1, (replacement, result.output)
+        assert path.name in result.stderr and "--debug" not in result.stderr, (replacement, result.stderr)
+
+
+def test_tensorboard_is_left_out_of_a_folder_whose_name_is_not_utf8(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    assert _tensorboard(f"{tmp_path}/{os.fsdecode(bytes([0xFF]))}", 1) is None
+    assert "\\udcff, which is not UTF-8: metrics are in metrics.jsonl alone" in capsys.readouterr().err
+
+
 def test_following_the_remedy_gives_the_same_bytes(world, copy):
     expected = files_of(world[0])
     for file, again in (
@@ -259,6 +304,16 @@ def test_failed_write_names_the_file_and_leaves_nothing(tmp_path, code, monkeypa
         torch.save({"a": torch.zeros(100_000)}, file)
     assert raised.value.errno == code and path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     assert ("disk mounted at" in str(raised.value)) == (code in (errno.ENOSPC, errno.EDQUOT))
+
+
+@pytest.mark.parametrize("path", ["pipe", "/dev/stdout", "/", ""])
+def test_what_is_no_file_is_not_replaced(tmp_path, path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    before = os.lstat(path or ".").st_mode
+    with pytest.raises(WriteError), atomic_write(path) as file:
+        file.write(b"new")
+    assert os.lstat(path or ".").st_mode == before and os.listdir() == ["pipe"]  # noqa: PTH208
 
 
 def test_errors_of_the_block_are_not_write_errors(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -242,6 +243,23 @@ def test_evaluate_errors_have_one_line(folders):
     expect_error("b.png: there is no mask of that name in", predictions, truth, *names)
     (predictions / "a.png").unlink()
     expect_error("a.png and 1 more: there is no mask", predictions, truth, *names)
+
+
+def test_hidden_files_are_no_masks_and_twins_are_an_error(folders):
+    words = folders / "predictions", folders / "truth", "--categories", "cat,dog"
+    (folders / "truth" / "__MACOSX").mkdir()
+    for name in ("._a.png", "__MACOSX/a.png"):
+        (folders / "truth" / name).write_bytes(b"")
+    assert evaluate(*words).exit_code == 0
+    shutil.copy(folders / "truth" / "a.png", folders / "truth" / "a.PNG")
+    result = evaluate(*words)
+    assert result.exit_code == 2 and "are masks of the same name; remove one of them" in result.stderr
+
+
+@pytest.mark.parametrize("names", ["cat,cat", "cat,Cat", "background,cat"])
+def test_evaluate_rejects_names_that_collide(folders, names):
+    result = evaluate(folders / "predictions", folders / "truth", "--categories", names)
+    assert result.exit_code == 2 and "namedmask: --categories: " in result.stderr
 
 
 def test_evaluate_red_green(folders):

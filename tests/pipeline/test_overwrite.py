@@ -442,3 +442,17 @@ def test_targets_of_linked_files_are_not_written(world, copy, tmp_path):
     assert command("run", "--out", copy).exit_code == 0
     assert command("run", "--out", copy, "--overwrite").exit_code == 0
     assert all((tmp_path / name).read_text() == "precious" for name in ("report.html", "errors.jsonl", "run.toml"))
+
+
+def test_a_folder_with_the_name_of_a_result_is_not_moved(copy):
+    path = copy / "masks" / "00000.errors.jsonl"
+    path.unlink()
+    path.mkdir()
+    (path / "notes.txt").write_text("the user's")
+    before = files_of(copy)
+    result = command("pseudolabel", copy, "--overwrite")
+    assert result.exit_code == 2 and f"{path} cannot be written: Is a directory" in result.stderr
+    after = files_of(copy)
+    assert {name: after.get(name) for name in before if name != "run.toml"} == {
+        name: data for name, data in before.items() if name != "run.toml"
+    }

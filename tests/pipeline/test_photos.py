@@ -364,6 +364,13 @@ def test_members_are_listed_and_read_in_archive_order(tmp_path, layout):
     assert reason(alone, "S.TAR").startswith("vanished")
 
 
+def test_archives_in_a_tar_are_errors(tmp_path):
+    make_tar(tmp_path / "s.tar", {"a.jpg": PNG, "b.tar": PNG, "c.TGZ": PNG, "d.zip": PNG})
+    names, errors = names_and_errors(tmp_path / "s.tar")
+    assert names == ["s.tar/a.jpg"] and [photo for photo, _ in errors] == ["s.tar/b.tar", "s.tar/c.TGZ", "s.tar/d.zip"]
+    assert all("unpack" in why for _, why in errors)
+
+
 def test_members_never_reach_outside_their_tar(tmp_path):
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(JPEG)

@@ -120,6 +120,21 @@ def test_output_that_nobody_reads_is_dropped():
     assert (run.returncode, errors) == (0, "done\n")
 
 
+def test_output_on_a_full_device_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        process = python("from namedmask.__main__ import main; main()", "--version", stdout=full)
+        _, stderr = process.communicate()
+    assert process.returncode == 2
+    assert stderr == "namedmask: the output of the command could not be written: No space left on device\n"
+
+
+def test_a_removed_folder_is_one_line(tmp_path):
+    code = "import os; os.mkdir('a'); os.chdir('a'); os.rmdir('../a'); from namedmask.__main__ import main; main()"
+    process = python(code, "--version", cwd=tmp_path)
+    _, stderr = process.communicate()
+    assert process.returncode == 2 and stderr.startswith("namedmask: the current folder has been removed")
+
+
 def test_closed_output_and_ascii_terminals():
     code = (
         PREPARED

@@ -337,3 +337,10 @@ def test_the_default_clip_has_the_activation_of_its_weights():
 
     name, _, tag = IndexConfig().clip_model.partition(":")
     assert open_clip.get_pretrained_cfg(name, tag)["quick_gelu"] and open_clip.get_model_config(name)["quick_gelu"]
+
+
+def test_paths_that_are_not_utf8_are_read(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "plain")
+    (tmp_path / "plain").rename(path)
+    assert weights.read(path).tree["a"].tolist() == [1, 1]
