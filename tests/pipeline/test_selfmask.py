@@ -26,10 +26,11 @@ from namedmask.distributed import Worker
 from namedmask.errors import UserError
 from namedmask.masks import MaskRecord, read_errors, read_shard, write_shard
 from namedmask.photos import Photo, PhotoSource
+from namedmask.presets import preset
 from namedmask.progress import Progress
 from namedmask.pseudolabel import Labeler
 from namedmask.saliency import make_detector, selfmask_training
-from namedmask.saliency.selfmask import SelfMask, agreement
+from namedmask.saliency.selfmask import SelfMask, agreement, certainty
 from namedmask.saliency.selfmask_training import batches, losses, ranked_masks, training_count
 from namedmask_kernels.reference.bilateral_solver import bilateral_solver
 
@@ -103,13 +104,8 @@ def test_time_augmentation_averages_views(tmp_path):
     original, flipped = detector.detect([photo, flipped_photo])
     torch.testing.assert_close(original.mask, torch.stack(masks).mean(0), atol=1e-5, rtol=0)
     torch.testing.assert_close(flipped.mask.flip(1), original.mask, atol=1e-5, rtol=0)
+    assert original.confidence == pytest.approx(certainty(original.mask) * agreement(masks))
     assert detector.tokens(photo) == 2 * sum(single.tokens(photo) for single in singles)
-
-
-PUBLISHED = {
-    "detector": {"name": "selfmask", "image_size": 512, "interpolation": "bilinear", "patch_fit": "pad"},
-    "refine": {"name": "bilateral", "size": "detector"},
-}
 
 
 def published_mask(network: SelfMask, mean: torch.Tensor, std: torch.Tensor, photo: np.ndarray) -> np.ndarray:
@@ -134,8 +130,9 @@ def photos_of_odd_sizes() -> list[np.ndarray]:
 
 def test_published_inference():
     """Masks of photos of odd sizes, labeled in one batch, equal those of the published steps."""
-    detector = PUBLISHED["detector"] | {"backbone": TINY}
-    labeler = Labeler(make_config({"photos": "", **PUBLISHED, "detector": detector}), "cpu")
+    published = preset("selfmask")
+    detector = published["detector"] | {"backbone": TINY}
+    labeler = Labeler(make_config({"photos": "", **published, "detector": detector}), "cpu")
     photos, backbone = photos_of_odd_sizes(), labeler.detector.backbone
     for photo, (_, labeled) in zip(
         photos, labeler._label_batch([("", Photo("", photo)) for photo in photos]), strict=True
@@ -143,6 +140,14 @@ def test_published_inference():
         expected = published_mask(labeler.detector.network, backbone.mean, backbone.std, photo)
         union = (labeled.mask | expected).sum()
         assert 0.01 < expected.mean() < 0.99 and (labeled.mask & expected).sum() >= 0.999 * union
+
+
+def test_initial_mask_logits_have_a_gradient():
+    """Logits far from 0 would leave the Dice loss without one."""
+    torch.manual_seed(0)
+    network = SelfMask(untrained(TINY).eval(), queries=5, layers=2)
+    masks, _ = network(torch.randn(2, 3, 64, 64))
+    assert 0.1 < masks.abs().mean() < 3
 
 
 def test_agreement_is_the_mean_iou_of_all_pairs():
