@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from .errors import UserError, WriteError
 
@@ -92,6 +92,11 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     return file
+
+
+def open_csv(path: str | os.PathLike) -> TextIO:
+    """Opens a CSV file, as the csv module requires. Raises OSError as `open_file`."""
+    return io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="")
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:

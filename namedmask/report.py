@@ -220,12 +220,11 @@ def _collect(records: Iterable[MaskRecord], categories: dict[str, _Category]) ->
 
 def _read_errors(path: Path) -> tuple[list[ErrorRecord], int]:
     """The first `ERRORS_SHOWN` errors of a run and the total number."""
-    try:
-        errors = read_errors(path)
-        shown = list(islice(errors, ERRORS_SHOWN))
-        return shown, len(shown) + sum(1 for _ in errors)
-    except FileNotFoundError:
+    if not path.exists():
         return [], 0
+    errors = read_errors(path)
+    shown = list(islice(errors, ERRORS_SHOWN))
+    return shown, len(shown) + sum(1 for _ in errors)
 
 
 def _draw_all(photos: str, records: list[MaskRecord]) -> Iterator[_Tile]:

@@ -11,8 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib import resources
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +19,10 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DamagedFile, UserError
+from ..files import read_bytes
 from ..formats import read_label_map
 from ..photos import PHOTO_SUFFIXES
+from ..presets import benchmarks
 from . import BenchmarkName
 from .folders import Truth
 
@@ -68,15 +69,9 @@ class Benchmark:
     ignore: int | None = None
 
 
-@cache
-def _presets() -> dict[str, dict[str, Any]]:
-    file = resources.files("namedmask").joinpath("presets/categories.json")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def category_names(benchmark: str) -> list[str] | None:
     """Returns the names of classes 1, 2, ... of a benchmark; None for ImageNet-S and for saliency benchmarks."""
-    preset = _presets().get(benchmark)
+    preset = benchmarks().get(benchmark)
     return None if preset is None else list(preset["names"])
 
 
@@ -95,7 +90,7 @@ def read_voc(root: Path, split: str | None) -> Split:
     _expect_split(split, sorted(path.stem for path in lists.glob("*.txt")), lists)
     path = lists / f"{split}.txt"
     try:
-        names = path.read_text(encoding="utf-8-sig").split()
+        names = read_bytes(path).decode("utf-8-sig").split()
     except (OSError, ValueError) as error:
         raise DamagedFile(path, error, remedy="unpack the archive of the benchmark again") from None
     photos, labels = _folder(base, "JPEGImages"), _folder(base, "SegmentationClass")
@@ -142,7 +137,7 @@ def read_cityscapes(root: Path, split: str | None) -> Split:
     _expect_split(split, _subfolders(base / "leftImg8bit"), base / "leftImg8bit")
     photos, labels = _folder(base, f"leftImg8bit/{split}"), _folder(base, f"gtFine/{split}")
     table = np.zeros(256, np.uint8)
-    table[_presets()["cityscapes-object"]["label_ids"]] = np.arange(1, 15)
+    table[benchmarks()["cityscapes-object"]["label_ids"]] = np.arange(1, 15)
     suffix = "_gtFine_labelIds"
     truth = {
         name.removesuffix(suffix): Truth(str(path), partial(_read_mapped, path, table))
@@ -230,7 +225,7 @@ def _instances(path: Path) -> dict[str, Truth]:
     remedy = "unpack annotations_trainval2017.zip again"
     label_of = {key_of(name): label for label, name in enumerate(category_names("coco2017") or [], 1)}
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
         categories = {category["id"]: str(category["name"]) for category in content["categories"]}
         instances: dict[int, list[tuple[int, Any, int]]] = {image["id"]: [] for image in content["images"]}
         for one in content["annotations"]:

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from ..errors import UserError, first_line
-from ..files import absolute, remove_files
+from ..files import absolute, read_bytes, remove_files
 from ..run import finish, put_back, settle
 from ..stages import STAGES, assemble_run_errors
 
@@ -68,7 +68,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=unique, parse_constant=no_constant)
+        return json.loads(read_bytes(path), object_pairs_hook=unique, parse_constant=no_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..archive import Archive, Retrieved, expect_distinct, write_archive
 from ..errors import UserError
-from ..files import absolute
+from ..files import absolute, open_csv
 from ..masks import ErrorRecord, errors_path, write_errors
 from ..photos import PhotoError
 from ..progress import warn
@@ -106,7 +106,7 @@ def read_listing(file: Path) -> Listing:
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, Any, Any, Any]]:
-    with file.open(newline="", encoding="utf-8-sig") as lines:
+    with open_csv(file) as lines:
         rows = csv.DictReader(lines)
         columns = {column.strip().lower(): column for column in rows.fieldnames or ()}
         named = columns.get("name", columns.get("category"))

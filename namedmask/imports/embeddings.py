@@ -18,7 +18,7 @@ import torch
 from .. import weights
 from ..config import IndexConfig
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, open_file
 from ..index import is_direction, make_embedder
 from ..progress import warn
 from ..run import open_source
@@ -154,7 +154,7 @@ def _vectors(path: Path, allow_pickle: bool) -> Iterator[tuple[Any, Any]]:
     """Yields the name and the vector of each photo. Raises ValueError, OSError or UserError."""
     if path.is_dir():
         return _clip_retrieval(path)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         head = file.read(len(TORCH_MAGIC))
     if head.startswith(b"PK") or head[8:9] == b"{" or head == TORCH_MAGIC:
         return iter(weights.read(path).tree.items())
@@ -164,7 +164,7 @@ def _vectors(path: Path, allow_pickle: bool) -> Iterator[tuple[Any, Any]]:
             "code, pass --allow-pickle to load the arrays in it, or convert it to safetensors (see the documentation)"
         )
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             tree = _ArrayUnpickler(file).load()
     except MemoryError:
         raise

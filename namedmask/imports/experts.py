@@ -12,7 +12,7 @@ from .. import weights as stored
 from ..archive import read_archive
 from ..errors import UserError
 from ..experts import network_path
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, make_folder, open_csv
 from ..progress import warn
 from ..record import read_config
 from ..run import locked
@@ -99,7 +99,7 @@ def _files(path: Path, categories: list[str]) -> tuple[dict[str, Path], list[str
 def _listed(path: Path) -> dict[str, str]:
     try:
         if path.suffix.lower() == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as lines:
+            with open_csv(path) as lines:
                 rows = list(csv.DictReader(lines))
             names = [row.get("category") for row in rows]
             if len(set(names)) < len(names):

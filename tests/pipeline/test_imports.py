@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -205,6 +206,17 @@ def test_missing_files_are_named(photos, tmp_path):
     assert "does not exist" in fail("import", "archive", file, "--photos", tmp_path / "none", "--out", tmp_path / "run")
     (tmp_path / "b.csv").write_bytes(b"name,photo\n\xff\xfe,\x00\n")
     assert "b.csv" in fail("import", "archive", tmp_path / "b.csv", "--photos", photos, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".pkl"])
+@pytest.mark.parametrize("kind", ["archive", "masks", "experts", "embeddings"])
+def test_a_pipe_in_place_of_a_file_does_not_hang(kind, suffix, photos, tmp_path, request):
+    os.mkfifo(pipe := tmp_path / f"pipe{suffix}")
+    out = tmp_path / "e.safetensors"
+    if kind != "embeddings":
+        out = request.getfixturevalue("labeled" if kind == "experts" else "run")
+    options = ["--photos", photos] if kind == "archive" else ["--allow-pickle"] if kind == "embeddings" else []
+    assert f"pipe{suffix}" in fail("import", kind, pipe, "--out", out, *options)
 
 
 def test_results_are_replaced_with_overwrite_alone(photos, tmp_path):
