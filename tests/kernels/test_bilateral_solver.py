@@ -133,7 +133,10 @@ def test_equals_reference_on_small_images(backend, device, image, seed, paramete
     target = np.random.default_rng(seed).random(image.shape[:2], np.float32)
     expected = exact(target, image, tolerance=0.0, **parameters)
     result = solve(target, image, backend, device, tolerance=0.0, **parameters)
-    np.testing.assert_allclose(result, expected, atol=1e-5 + 1e-7 * parameters["smoothness"] / parameters["confidence"])
+    rounding = 3e-7 if backend == "cuda" else 1e-7  # its sums are float32
+    np.testing.assert_allclose(
+        result, expected, atol=1e-5 + rounding * parameters["smoothness"] / parameters["confidence"]
+    )
 
 
 @pytest.mark.parametrize("shape", [(97, 131), (64, 48), (1, 300), (300, 1), (17, 16)])
