@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from namedmask_kernels.ragged import Ragged, arrange
+from namedmask_kernels.ragged import Ragged, arrange, expect_finite
 
 
 def test_grids_inverts_pack():
@@ -78,3 +78,14 @@ def test_sizes_are_checked():
     assert Ragged.of_shapes(rows, np.array([[2, 3]])).shapes.tolist() == [[2, 3]]
     with pytest.raises(ValueError, match="at most 2147483647 rows, but has 2147483648"):
         Ragged.of_shapes(torch.zeros(1).expand(2**31), [(2**30, 2)])
+
+
+@pytest.mark.parametrize("columns", [(), (2,)])
+def test_values_that_are_not_finite_are_named_by_image(columns):
+    offsets, finite = torch.tensor([0, 3, 3, 5]).int(), torch.ones(5, *columns, dtype=torch.bool)
+    expect_finite("op", "x", finite, offsets)
+    for row, image in ((0, 0), (2, 0), (3, 2), (4, 2)):
+        broken = finite.clone()
+        broken[row, ...] = False
+        with pytest.raises(ValueError, match=f"op: x must be finite, but image {image + 7} holds NaN or Inf"):
+            expect_finite("op", "x", broken, offsets, first=7)

@@ -202,6 +202,33 @@ def test_grid_keeps_the_aspect_ratio_up_to_a_patch_and_bounds_strips():
     assert backbone.prepare(np.zeros((10, 4000, 3), np.uint8), 448).shape == (3, 16, 112 * 16)
 
 
+@pytest.mark.parametrize(
+    ("patch_fit", "sides", "image_size", "size", "grid"),
+    [
+        ("stretch", (480, 640), 448, (448, 592), (28, 37)),
+        ("stretch", (10, 4000), 448, (16, 1792), (1, 112)),
+        ("pad", (480, 640), 512, (512, 682), (32, 43)),  # 682.67 is rounded down
+        ("pad", (640, 480), 512, (682, 512), (43, 32)),
+        ("pad", (10, 4000), 448, (4, 1792), (1, 112)),
+        ("pad", (64, 64), 64, (64, 64), (4, 4)),
+    ],
+)
+def test_fit(patch_fit, sides, image_size, size, grid):
+    backbone = make("vit_small_patch16_224.dino", depth=1)
+    backbone.patch_fit = patch_fit
+    pixels = np.full((*sides, 3), 200, np.uint8)
+    assert backbone.fit(pixels, image_size) == (size, grid, 16)
+    photo = backbone.prepare(pixels, image_size)
+    assert photo.shape == (3, 16 * grid[0], 16 * grid[1])
+    inside = photo[:, : size[0], : size[1]]
+    assert (inside == inside[:, :1, :1]).all() and photo.count_nonzero() == inside.numel()
+
+
+def test_encoders_take_the_middle_and_the_last_block():
+    vit = timm.create_model("vit_tiny_patch16_224", depth=4)
+    assert backbones.TokenPyramid(vit).taken == [1, 3]
+
+
 def test_weights_from_a_local_file(backbone_weights):
     backbone = backbones.load("vit_tiny_patch16_224", str(backbone_weights))
     from safetensors.torch import load_file
