@@ -242,7 +242,8 @@ def batches(
     """This worker's part of the batch of each step.
 
     Every epoch has a new order of the samples. Pasted objects are from samples drawn uniformly at random from those
-    with a mask that is not empty. A sample whose photo cannot be read is replaced by the next one with the same label.
+    with a mask that is not empty. A sample whose photo cannot be read is replaced by the next one with the same label,
+    one with an object by one with an object.
 
     Args:
         photos: The photos of the samples.
@@ -260,16 +261,19 @@ def batches(
         return np.random.default_rng((settings.seed, 0, epoch)).permutation(len(samples))
 
     with_object = [number for number, sample in enumerate(samples) if sample.record.area]
-    same_label: dict[int, list[int]] = {}
-    places = []  # of each sample among those with its label
+    alike: dict[tuple[int, bool], list[int]] = {}
+    places = []  # of each sample among those that are alike
     for number, sample in enumerate(samples):
-        numbers_of_label = same_label.setdefault(sample.label, [])
-        places.append(len(numbers_of_label))
-        numbers_of_label.append(number)
+        group = alike.setdefault((sample.label, sample.record.area > 0), [])
+        places.append(len(group))
+        group.append(number)
 
     def load_view(number: int, rng: np.random.Generator) -> View:
-        alike, place = same_label[samples[number].label], places[number]
-        candidates = itertools.chain(itertools.islice(alike, place, None), itertools.islice(alike, place))
+        label, place = samples[number].label, places[number]
+        group = alike[label, samples[number].record.area > 0]
+        candidates = itertools.chain(itertools.islice(group, place, None), itertools.islice(group, place))
+        if not samples[number].record.area:
+            candidates = itertools.chain(candidates, alike.get((label, True), ()))
         return photos.use(candidates, lambda chosen, pixels: make_view(samples[chosen], pixels, settings, rng))
 
     def load(number: int) -> View:

@@ -535,6 +535,20 @@ def test_unreadable_photos_are_replaced_and_reported(run_of_discs, small):
         train_run(run_of_discs, {**small, "steps": 3})
 
 
+def test_unreadable_objects_are_not_replaced_by_background(run_of_discs, small):
+    samples, source = samples_of(run_of_discs)
+    photos = run_of_discs.parent / "photos"
+    (photos / "cat" / "empty.png").write_bytes((photos / "cat" / "0.png").read_bytes())
+    cat = next(sample for sample in samples if sample.record.photo == "cat/0.png")
+    mask = np.zeros(cat.record.size, bool)
+    empty = cat._replace(record=MaskRecord.from_mask("cat/empty.png", mask, "cat", None, 0.0))
+    settings = SegmenterTraining(**small)
+    for path in photos.glob("cat/[0-9]*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match="none of the photos of 'cat' can be read any more"):
+        next(batches(photos_of(run_of_discs, [cat, empty], source), [cat, empty], settings, Worker(), range(1)))
+
+
 def test_masks_of_experts_are_preferred(run_of_discs, small, monkeypatch):
     used = []
     monkeypatch.setattr(segmenter_training, "train", lambda source, samples, *rest: used.extend(samples) or stop())
