@@ -37,17 +37,25 @@ from cosmic_ray.plugins import get_operator
 ROOT = Path(__file__).resolve().parents[1]
 # The tests of modules whose test file has another name. All others: tests/*/test_NAME.py.
 TESTS = {
+    "kernels/namedmask_kernels/__init__.py": ["kernels/test_threads", "kernels/test_operators"],
     "kernels/namedmask_kernels/backends.py": ["kernels/test_operators", "kernels/test_native"],
     "kernels/namedmask_kernels/library.py": ["kernels/test_operators"],
     "kernels/namedmask_kernels/ragged.py": ["kernels/test_ragged", "kernels/test_operators"],
     "namedmask/backbones.py": ["pipeline/test_backbones", "pipeline/test_deeplab"],
+    "namedmask/__init__.py": ["pipeline/test_entry"],
     "namedmask/__main__.py": ["pipeline/test_entry"],
     "namedmask/config.py": ["pipeline/test_config", "pipeline/test_cli", "pipeline/test_run"],
     "namedmask/doctor.py": ["pipeline/test_cli"],
+    "namedmask/errors.py": ["pipeline/test_process", "pipeline/test_cli"],
     "namedmask/files.py": ["pipeline/test_run", "pipeline/test_masks"],
     "namedmask/formats.py": ["pipeline/test_metrics"],
     "namedmask/record.py": ["pipeline/test_run"],
     "namedmask/stages.py": ["pipeline/test_run", "pipeline/test_cli"],
+    **{
+        f"namedmask/imports/{name}.py": ["pipeline/test_imports"]
+        for name in ("__init__", "archive", "embeddings", "experts", "masks")
+    },
+    "namedmask/presets/__init__.py": ["pipeline/test_presets"],
     "namedmask/threads.py": ["pipeline/test_distributed", "pipeline/test_photos"],
     "namedmask/progress.py": ["pipeline/test_distributed", "pipeline/test_run"],
     "namedmask/pseudolabel.py": ["pipeline/test_detect_and_refine", "pipeline/test_run"],
