@@ -40,6 +40,7 @@ TESTS = {
     "kernels/namedmask_kernels/__init__.py": ["kernels/test_threads", "kernels/test_operators"],
     "kernels/namedmask_kernels/backends.py": ["kernels/test_operators", "kernels/test_native"],
     "kernels/namedmask_kernels/library.py": ["kernels/test_operators"],
+    "kernels/namedmask_kernels/normalized_cut.py": ["kernels/test_normalized_cut", "kernels/test_mask_cut"],
     "kernels/namedmask_kernels/ragged.py": ["kernels/test_ragged", "kernels/test_operators"],
     "namedmask/backbones.py": ["pipeline/test_backbones", "pipeline/test_deeplab"],
     "namedmask/__init__.py": ["pipeline/test_entry"],

@@ -272,6 +272,8 @@ def test_invalid_arguments_raise(backend):
     message = "tap_rows must lie inside every sequence, but row 4 is asked for and sequence 0 has 4 tokens"
     raises(ValueError, message, qkv, offsets, tap_rows=5)
     raises(ValueError, message, qkv, offsets, tap_rows=[4, 1])
+    second = torch.tensor([0, 6, 10], dtype=torch.int32)
+    raises(ValueError, "tap_rows .* row 4 is asked for and sequence 1 has 4 tokens", qkv, second, tap_rows=5)
     raises(ValueError, "tap_rows must be at least 0, but is -1", qkv, offsets, tap_rows=-1)
     raises(ValueError, "tap_rows must be at least 0, but is -2", qkv, offsets, tap_rows=[0, -2])
     raises(ValueError, r"want must be a subset of output, .*, but is 'rows'", qkv, offsets, want="rows")
