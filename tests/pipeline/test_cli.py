@@ -221,3 +221,12 @@ def test_switches_can_be_turned_off(tmp_path, monkeypatch):
     monkeypatch.setattr("namedmask.run.start", lambda out, values, *_: given.update(values) or True)
     assert invoke("pseudolabel", tmp_path, "--no-fill-holes", "--largest-component").exit_code == 0
     assert given == {"refine": {"fill_holes": False, "largest_component": True}}
+
+
+def test_names_given_twice_are_rejected_except_for_benchmarks(tmp_path):
+    """Two names of ImageNet-S occur twice."""
+    names = ["--categories", "crane,crane"]
+    result = invoke("evaluate", tmp_path, tmp_path, *names)
+    assert result.exit_code == 2 and "crane" in result.stderr and "no such" not in result.stderr
+    result = invoke("evaluate", tmp_path, "--benchmark", "imagenet-s50", "--root", tmp_path, *names)
+    assert result.exit_code == 2 and "crane" not in result.stderr
