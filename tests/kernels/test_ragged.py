@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from namedmask_kernels.ragged import Ragged, arrange, expect_finite
+from namedmask_kernels.ragged import Ragged, arrange, expect_finite, expect_int
 
 
 def test_grids_inverts_pack():
@@ -89,3 +89,10 @@ def test_values_that_are_not_finite_are_named_by_image(columns):
         broken[row, ...] = False
         with pytest.raises(ValueError, match=f"op: x must be finite, but image {image + 7} holds NaN or Inf"):
             expect_finite("op", "x", broken, offsets, first=7)
+
+
+def test_bounds_of_integers_are_inclusive():
+    assert [expect_int("op", "x", value, 2, 5) for value in (2, 5)] == [2, 5]
+    for value, message in ((1, "at least 2"), (6, "at most 5")):
+        with pytest.raises(ValueError, match=f"op: x must be {message}, but is {value}"):
+            expect_int("op", "x", value, 2, 5)

@@ -230,3 +230,13 @@ def test_names_given_twice_are_rejected_except_for_benchmarks(tmp_path):
     assert result.exit_code == 2 and "crane" in result.stderr and "no such" not in result.stderr
     result = invoke("evaluate", tmp_path, "--benchmark", "imagenet-s50", "--root", tmp_path, *names)
     assert result.exit_code == 2 and "crane" not in result.stderr
+
+
+@pytest.mark.parametrize(("stage", "takes_photos"), [("index", True), ("archive", False)])
+def test_photos_in_a_file_of_settings_are_those_of_a_new_run_alone(stage, takes_photos, tmp_path, monkeypatch):
+    (tmp_path / "run.toml").write_text(f'photos = "{tmp_path}"\n')
+    given = {}
+    monkeypatch.setattr("namedmask.run.start", lambda out, values, *_: given.update(values) or True)
+    words = [stage, "--out", tmp_path / "out"] if takes_photos else [stage, tmp_path / "out"]
+    assert invoke(*words, "--config", tmp_path / "run.toml").exit_code == 0
+    assert given == ({"photos": str(tmp_path)} if takes_photos else {})
