@@ -46,6 +46,7 @@ TESTS = {
     "namedmask/__init__.py": ["pipeline/test_entry"],
     "namedmask/__main__.py": ["pipeline/test_entry"],
     "namedmask/config.py": ["pipeline/test_config", "pipeline/test_cli", "pipeline/test_run"],
+    "namedmask/distributed.py": ["pipeline/test_distributed", "pipeline/test_process"],
     "namedmask/doctor.py": ["pipeline/test_cli"],
     "namedmask/errors.py": ["pipeline/test_process", "pipeline/test_cli"],
     "namedmask/files.py": ["pipeline/test_run", "pipeline/test_masks"],
