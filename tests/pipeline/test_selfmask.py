@@ -150,6 +150,16 @@ def test_initial_mask_logits_have_a_gradient():
     assert 0.1 < masks.abs().mean() < 3
 
 
+def test_certainty_is_dice_times_compactness():
+    square = torch.zeros(20, 20)
+    square[5:15, 5:15] = 1
+    assert certainty(square) == 1 and certainty(0.4 * square) == 0
+    assert certainty(0.8 * square) == pytest.approx(2 * 80 / (80 + 100))  # outline 0.8 * 40, side sqrt(80)
+    line = torch.zeros(20, 20)
+    line[10, :16] = 1
+    assert certainty(line) == pytest.approx(4 * 4 / 34)
+
+
 def test_agreement_is_the_mean_iou_of_all_pairs():
     a = torch.tensor([[0.9, 0.9, 0.1, 0.1]])
     b = torch.tensor([[0.9, 0.1, 0.1, 0.1]])

@@ -195,6 +195,17 @@ def test_torchscript_is_named_with_the_way_out(reader, tmp_path):
         READERS[reader](tmp_path / "clip.pt")
 
 
+def test_python_objects_are_told_from_damage(tmp_path, state):
+    path = tmp_path / "a.pt"
+    torch.save({"payload": Payload(tmp_path / "executed"), **state}, path)
+    with pytest.raises(UserError, match=r"holds Python objects \(posix.mkdir\), which could execute code; save only"):
+        weights.read(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError) as error:
+        weights.read(path)
+    assert "could execute code" not in str(error.value)
+
+
 def test_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "checkpoint.pt"
     layer = torch.nn.Linear(3, 3).state_dict()
