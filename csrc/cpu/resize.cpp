@@ -56,9 +56,7 @@ class Resizer {
   void run(const uint8_t* image, int64_t h, int64_t w, int64_t channels, uint8_t* out, int64_t new_h, int64_t new_w,
            Interpolation interpolation) {
     const int64_t n = new_w * channels;
-    columns_.compute(w, new_w, interpolation);
-    rows_.compute(h, new_h, interpolation);
-    float* const row = padded_row(w * channels);
+    float* const row = start(h, w, channels, new_h, new_w, interpolation);
     float* const sums = sums_.reserve(n + kResizePad);
     uint8_t* const narrow = narrow_bytes_.reserve(h * n);
     for (int64_t y = 0; y < h; ++y) {
@@ -75,9 +73,7 @@ class Resizer {
   void run(const float* image, int64_t h, int64_t w, int64_t channels, float* out, int64_t new_h, int64_t new_w,
            Interpolation interpolation) {
     const int64_t n = new_w * channels;
-    columns_.compute(w, new_w, interpolation);
-    rows_.compute(h, new_h, interpolation);
-    float* const row = padded_row(w * channels);
+    float* const row = start(h, w, channels, new_h, new_w, interpolation);
     float* const narrow = narrow_.reserve(h * n + kResizePad);
     for (int64_t y = 0; y < h; ++y) {
       std::copy_n(image + y * w * channels, w * channels, row);
@@ -93,9 +89,12 @@ class Resizer {
   }
 
  private:
-  float* padded_row(int64_t n) {
-    float* const row = row_.reserve(n + kResizePad);
-    std::fill_n(row + n, kResizePad, 0.0f);
+  // Computes the taps; returns memory for a row of the image as floats, with the padding that blend_pixels reads.
+  float* start(int64_t h, int64_t w, int64_t channels, int64_t new_h, int64_t new_w, Interpolation interpolation) {
+    columns_.compute(w, new_w, interpolation);
+    rows_.compute(h, new_h, interpolation);
+    float* const row = row_.reserve(w * channels + kResizePad);
+    std::fill_n(row + w * channels, kResizePad, 0.0f);
     return row;
   }
 
