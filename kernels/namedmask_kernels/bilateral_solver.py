@@ -79,7 +79,8 @@ def bilateral_solver(
     Accuracy:
         The reference computes in float64, the other backends in float32. For targets from 0 to 1 they agree within
         about 2e-8 * smoothness / confidence (1e-5 by default), where that of a confidence image is its mean over a
-        connected region of the grid. A GPU rounds confidences to multiples of 2^-61 times the number of pixels.
+        connected region of the grid; the CUDA version, in the emulator, reached 6.7e-5 for a random image of 17 x 19
+        pixels with a luma sigma of 1. A GPU rounds confidences to multiples of 2^-61 times the number of pixels.
 
     Cost:
         About 4 ms on one CPU core for an image of 512 x 683; the images of a Ragged batch are distributed over torch's
