@@ -145,6 +145,26 @@ def mask_score(mask: np.ndarray, confidence: float) -> float:
     return confidence * float(1 - border.mean())
 
 
+def score_of_runs(lengths: np.ndarray, size: tuple[int, int], confidence: float) -> float:
+    """The `mask_score` of a mask, from its run lengths in column-major order, int [n], background first."""
+    height, width = size
+    ends = np.cumsum(lengths, dtype=np.int64)
+    begin, end = ends[:-1:2], ends[1::2]  # of the runs of the mask
+    if not (end > begin).any():
+        return 0.0
+
+    def count(low: int, high: int, step: int = 1) -> int:
+        """Pixels of the mask among low, low + step, ... below `high`."""
+        first, last = (-(-(np.clip(at, low, high) - low) // step) for at in (begin, end))
+        return int((last - first).sum())
+
+    pixels = height * width
+    rows = count(0, pixels, height) + count(height - 1, pixels, height)
+    inner = max(height - 2, 0)  # pixels of a column that are not in the first or last row
+    columns = count(1, 1 + inner) + count(pixels - height + 1, pixels - height + 1 + inner)
+    return confidence * (1 - (rows + columns) / (2 * width + 2 * inner))
+
+
 def write_shard(path: str | os.PathLike, records: Iterable[MaskRecord]) -> None:
     """Writes a shard. It appears whole or not at all."""
     with atomic_write(path) as file:
