@@ -5,6 +5,8 @@ A shard is a file `00000.jsonl`. The errors of its photos are in `00000.errors.j
 there are none: an existing shard always has its errors, and a recomputed shard replaces them.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -12,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from pycocotools import mask as coco
@@ -20,10 +22,42 @@ from pycocotools import mask as coco
 from namedmask.errors import DamagedFile
 from namedmask.files import atomic_write, open_file
 
+if TYPE_CHECKING:
+    from namedmask_kernels import Ragged
+
 RESIZED = "has changed since its mask was made: it has another size"  # the reason of an error
 
 _ERRORS_SUFFIX = ".errors.jsonl"
 _Record = TypeVar("_Record")
+
+
+class EncodedMask(NamedTuple):
+    """A mask as run lengths.
+
+    Attributes:
+        size: (height, width).
+        rle: The mask as a COCO compressed string.
+        area: Number of pixels.
+        bbox: (x, y, width, height); all 0 for an empty mask.
+    """
+
+    size: tuple[int, int]
+    rle: str
+    area: int
+    bbox: tuple[int, int, int, int]
+
+
+def encode_masks(masks: Ragged) -> list[EncodedMask]:
+    """Encodes a batch of masks, with rows [P] of bool. Masks on a GPU stay there: only their run lengths are copied."""
+    import namedmask_kernels as nk
+
+    runs = nk.run_lengths(masks)
+    sizes, areas, boxes = (array.tolist() for array in (masks.shapes, runs.areas, runs.boxes))
+    texts = [text.decode("ascii") for text in runs.counts()]
+    return [
+        EncodedMask(tuple(size), text, area, tuple(box))
+        for size, text, area, box in zip(sizes, texts, areas, boxes, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +87,22 @@ class MaskRecord:
     @classmethod
     def from_mask(
         cls, photo: str, mask: np.ndarray, category: str, category_score: float | None, score: float
-    ) -> "MaskRecord":
+    ) -> MaskRecord:
         """Creates the record of `mask`, bool [height, width]. Raises ValueError for any other dtype or shape."""
         if mask.ndim != 2 or mask.dtype != bool or mask.size == 0:
             raise ValueError(f"MaskRecord: expected a bool mask [h, w], got {mask.dtype} {list(mask.shape)}")
         rle = coco.encode(np.asfortranarray(mask.view(np.uint8)))
         height, width = mask.shape
         x, y, w, h = (int(side) for side in coco.toBbox(rle))
-        area = int(coco.area(rle))
-        return cls(
-            photo, (height, width), category, category_score, rle["counts"].decode("ascii"), score, area, (x, y, w, h)
-        )
+        encoded = EncodedMask((height, width), rle["counts"].decode("ascii"), int(coco.area(rle)), (x, y, w, h))
+        return cls.from_encoded(photo, encoded, category, category_score, score)
+
+    @classmethod
+    def from_encoded(
+        cls, photo: str, mask: EncodedMask, category: str, category_score: float | None, score: float
+    ) -> MaskRecord:
+        """Creates the record of a mask of `encode_masks`."""
+        return cls(photo, mask.size, category, category_score, mask.rle, score, mask.area, mask.bbox)
 
     def mask(self) -> np.ndarray:
         """Decodes the mask, bool [height, width]. Raises ValueError if `rle`, `size` and `area` are inconsistent."""
@@ -86,7 +125,7 @@ class MaskRecord:
         return json.dumps(fields, allow_nan=False)
 
     @classmethod
-    def from_json(cls, line: str | bytes) -> "MaskRecord":
+    def from_json(cls, line: str | bytes) -> MaskRecord:
         """Parses a line. Raises ValueError with a message of one line if it is not a mask record."""
         fields = parse_fields(line, cls.__slots__)
         for key in ("photo", "category", "rle"):

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -22,6 +23,7 @@ from namedmask.masks import (
     MaskRecord,
     assemble_errors,
     best_masks,
+    encode_masks,
     errors_path,
     mask_score,
     read_errors,
@@ -30,6 +32,7 @@ from namedmask.masks import (
     write_errors,
     write_shard,
 )
+from namedmask_kernels import Ragged
 
 KEYS = ["photo", "size", "category", "category_score", "rle", "score", "area", "bbox"]
 masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40))
@@ -71,6 +74,15 @@ def test_rle_area_and_box(mask):
         rows, columns = np.nonzero(mask)
         box = (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)
         assert created.bbox == box and all(type(side) is int for side in created.bbox)
+
+
+@given(st.lists(masks, min_size=1, max_size=4))
+def test_records_of_a_batch_equal_those_of_single_masks(masks):
+    batch = Ragged.pack([torch.from_numpy(mask) for mask in masks])
+    for mask, encoded in zip(masks, encode_masks(batch), strict=True):
+        record = MaskRecord.from_encoded("a", encoded, "cat", 0.25, 0.5)
+        assert record == MaskRecord.from_mask("a", mask, "cat", 0.25, 0.5)
+        assert record.to_json() == MaskRecord.from_mask("a", mask, "cat", 0.25, 0.5).to_json()
 
 
 def test_non_contiguous_masks_are_encoded_correctly():
