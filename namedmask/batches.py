@@ -64,7 +64,7 @@ def nearest(batch: Ragged, sizes: Sequence[Size]) -> Ragged:
     if list(sizes) == sizes_of(batch):
         return batch
     indices = [np.zeros(0, np.int32)]
-    for begin, (h, w), (new_h, new_w) in zip(batch.offsets.tolist(), sizes_of(batch), sizes, strict=False):
+    for begin, (h, w), (new_h, new_w) in zip(batch.offsets[:-1].tolist(), sizes_of(batch), sizes, strict=True):
         rows, columns = _nearest(h, new_h), _nearest(w, new_w)
         indices.append((begin + rows[:, None] * w + columns).ravel().astype(np.int32))
     index = torch.from_numpy(np.concatenate(indices)).to(batch.rows.device)

@@ -108,6 +108,11 @@ class Photo(NamedTuple):
     name: str
     pixels: np.ndarray
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
 
 class PhotoError(Exception):
     """A photo, a shard or a folder that cannot be used.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where the time of a stage goes: the time of each step, the share of the time that the device was busy, and a trace."""
+"""Where the time of a stage goes: the time of each step, how long the device was busy, and a trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-TRACED = 8  # batches in a trace, after as many that are not traced
+UNTRACED, TRACED = 2, 8  # batches before the trace, and in it
 
 
 class StepTimes:
@@ -74,6 +74,11 @@ class StepTimes:
             end = max(end, last)
         return min(1.0, total / max(time.perf_counter() - self._start, 1e-9))
 
+    def summary(self) -> str:
+        """The times in words."""
+        steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in self.seconds.items())
+        return f"summed over threads: {steps}; {1 - self.busy():.0%} of the time no batch was ready"
+
     @property
     def _pending(self) -> list[tuple[str, Any, Any]]:
         if not hasattr(self._own, "pending"):
@@ -96,7 +101,7 @@ def traced(batches: Iterator[Any], path: Path | None) -> Iterator[Any]:
     if path is None:
         yield from batches
         return
-    yield from itertools.islice(batches, TRACED)
+    yield from itertools.islice(batches, UNTRACED)
     everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     with torch.profiler.profile(experimental_config=everywhere) as profiler:
         yield from itertools.islice(batches, TRACED)

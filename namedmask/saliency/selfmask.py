@@ -172,7 +172,8 @@ class SelfMaskDetector(Detector):
     def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
         mirrored = flipped(images) if self.config.horizontal_flip else images
         patches = [self.backbone.prepare(mirrored if flip else images, size) for size, flip in self.views]
-        together = Ragged.of_shapes(torch.cat([view.rows for view in patches]), sum(map(sizes_of, patches), []))
+        grids = [size for view in patches for size in sizes_of(view)]
+        together = Ragged.of_shapes(torch.cat([view.rows for view in patches]), grids)
         tokens = self.backbone.extract(together, ["tokens"])["tokens"]
         fits = [self.backbone.fit(size, image_size) for image_size, _ in self.views for size in sizes_of(images)]
         wanted = sizes or sizes_of(images)
