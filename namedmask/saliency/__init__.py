@@ -8,7 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
+
+from namedmask_kernels import Ragged
 
 from ..backbones import Backbone
 from ..config import DetectorConfig
@@ -46,16 +49,16 @@ class Detector(ABC):
 
     def tokens(self, photo: Photo) -> int:
         """Returns the number of tokens that the photo will have, the measure of its cost."""
-        return math.prod(self.backbone.fit(photo.pixels, self.config.image_size).grid)
+        return math.prod(self.backbone.fit(photo.pixels.shape[:2], self.config.image_size).grid)
 
     def size(self, photo: Photo) -> tuple[int, int]:
         """Returns the height and width of the photo as the backbone sees it, without padding."""
-        return self.backbone.fit(photo.pixels, self.config.image_size).size
+        return self.backbone.fit(photo.pixels.shape[:2], self.config.image_size).size
 
     def resize(self, photo: Photo) -> Photo:
         """Resizes a photo to `size`."""
-        pixels = self.backbone.resize(photo.pixels, self.config.image_size)
-        return Photo(photo.name, pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+        resized = self.backbone.resize(packed([photo.pixels], self.backbone), self.config.image_size)
+        return Photo(photo.name, resized.grids()[0].cpu().numpy())
 
     @abstractmethod
     def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
@@ -68,6 +71,12 @@ class Detector(ABC):
         Raises:
             FloatingPointError: If the network gives NaN or infinite values for any photo.
         """
+
+
+def packed(images: Sequence[np.ndarray], backbone: Backbone) -> Ragged:
+    """The batch of images, uint8 [H, W, 3] each, on the device of a backbone."""
+    batch = Ragged.pack(images)
+    return batch.with_rows(batch.rows.to(backbone.device))
 
 
 def photo_sizes(photos: Sequence[Photo]) -> list[tuple[int, int]]:

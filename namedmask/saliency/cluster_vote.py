@@ -19,7 +19,7 @@ from namedmask_kernels import spectral_clusters, vote_masks
 from ..backbones import Fit, load
 from ..config import DetectorConfig
 from ..photos import Photo
-from . import Detection, Detector, backbone_options, photo_sizes
+from . import Detection, Detector, backbone_options, packed, photo_sizes
 from .spectral import centered
 
 COUNTS = (2, 3, 4)  # numbers of clusters; every cluster is a candidate
@@ -47,7 +47,8 @@ class ClusterVoteDetector(Detector):
     def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
         labels: list[list[Tensor]] = [[] for _ in photos]  # for each photo, int32 [h, w, 3] from each backbone
         for backbone in self.backbones:
-            prepared = [backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
+            images = packed([photo.pixels for photo in photos], backbone)
+            prepared = backbone.prepare(images, self.config.image_size)
             features = backbone.extract(prepared, [self.config.features])[self.config.features]
             # On the CPU, where the vote and the refiners run, too.
             features = features.with_rows(features.rows.cpu())
@@ -56,7 +57,7 @@ class ClusterVoteDetector(Detector):
             for photo_labels, grid in zip(labels, spectral_clusters(features, COUNTS).grids(), strict=True):
                 photo_labels.append(grid)
         return [
-            elect(photo_labels, [b.fit(photo.pixels, self.config.image_size) for b in self.backbones], size)
+            elect(photo_labels, [b.fit(photo.pixels.shape[:2], self.config.image_size) for b in self.backbones], size)
             for photo_labels, photo, size in zip(labels, photos, sizes or photo_sizes(photos), strict=True)
         ]
 

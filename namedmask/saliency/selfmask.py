@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from namedmask_kernels import Ragged
+
 from .. import registry
 from .. import weights as stored
 from ..backbones import Backbone, Vit, untrained
 from ..config import DetectorConfig
 from ..errors import UserError
 from ..photos import Photo
-from . import Detection, Detector, backbone_options, photo_sizes
+from . import Detection, Detector, backbone_options, packed, photo_sizes
 
 UPSAMPLED = 2  # mask resolution: cells per side of a patch
 MAX_QUERIES = 1000  # of a file; each takes about a megabyte per photo
@@ -150,7 +152,7 @@ class SelfMaskDetector(Detector):
         self.bytes_per_pixel = 24 + 12 * len(self.views)
 
     def tokens(self, photo: Photo) -> int:
-        return sum(math.prod(self.backbone.fit(photo.pixels, size).grid) for size, _ in self.views)
+        return sum(math.prod(self.backbone.fit(photo.pixels.shape[:2], size).grid) for size, _ in self.views)
 
     @torch.inference_mode()
     def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
@@ -158,13 +160,15 @@ class SelfMaskDetector(Detector):
         for photo in photos:
             for image_size, flipped in self.views:
                 pixels = np.ascontiguousarray(photo.pixels[:, ::-1]) if flipped else photo.pixels
-                prepared.append(self.backbone.prepare(pixels, image_size))
-        grids = iter(self.backbone.extract(prepared, ["tokens"])["tokens"].grids())
+                prepared += self.backbone.prepare(packed([pixels], self.backbone), image_size).grids()
+        grids = iter(self.backbone.extract(Ragged.pack(prepared), ["tokens"])["tokens"].grids())
         detections = []
         for photo, size in zip(photos, sizes or photo_sizes(photos), strict=True):
             softs = []
             for image_size, flipped in self.views:
-                soft = self.backbone.fit(photo.pixels, image_size).without_padding(self._soft_mask(next(grids)))
+                soft = self.backbone.fit(photo.pixels.shape[:2], image_size).without_padding(
+                    self._soft_mask(next(grids))
+                )
                 softs.append(F.interpolate(soft.flip(3) if flipped else soft, size, mode="bilinear")[0, 0])
             soft = torch.stack(softs).mean(0)
             if not soft.isfinite().all():

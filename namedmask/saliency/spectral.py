@@ -17,7 +17,7 @@ from namedmask_kernels import Ragged, normalized_cut
 from ..backbones import load
 from ..config import DetectorConfig
 from ..photos import Photo
-from . import Detection, Detector, backbone_options, photo_sizes
+from . import Detection, Detector, backbone_options, packed, photo_sizes
 
 
 def centered(features: Ragged) -> Ragged:
@@ -35,7 +35,8 @@ class SpectralDetector(Detector):
         super().__init__(config, load(config.backbone, config.backbone_weights, **backbone_options(config, device)))
 
     def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
-        prepared = [self.backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
+        images = packed([photo.pixels for photo in photos], self.backbone)
+        prepared = self.backbone.prepare(images, self.config.image_size)
         features = self.backbone.extract(prepared, [self.config.features])[self.config.features]
         # On the CPU, where the refiners run, too.
         features = features.with_rows(features.rows.cpu())
@@ -47,7 +48,7 @@ class SpectralDetector(Detector):
         for photo, size, grid, vector in zip(
             photos, sizes or photo_sizes(photos), cut.foreground.grids(), cut.vector.grids(), strict=True
         ):
-            fit = self.backbone.fit(photo.pixels, self.config.image_size)
+            fit = self.backbone.fit(photo.pixels.shape[:2], self.config.image_size)
             mask = F.interpolate(fit.without_padding(grid[None, None].float()), size, mode="bilinear")[0, 0]
             detections.append(Detection(mask, separation(vector, grid)))
         return detections

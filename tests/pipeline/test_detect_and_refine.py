@@ -39,9 +39,8 @@ class ColorBackbone(Backbone):
         super().__init__(timm.create_model("vit_tiny_patch16_224", num_classes=0), torch.device("cpu"), torch.float32)
         self.patch = 8
 
-    def extract(self, photos, taps):
-        colors = Ragged.pack([torch.nn.functional.avg_pool2d(p, self.patch).permute(1, 2, 0) for p in photos])
-        return dict.fromkeys(taps, colors)
+    def extract(self, patches, taps):
+        return dict.fromkeys(taps, patches.with_rows(patches.rows.unflatten(1, (3, -1)).mean(2)))
 
 
 @pytest.fixture
@@ -54,10 +53,10 @@ def test_a_photo_whose_features_are_not_finite_is_an_error_of_that_photo(monkeyp
     """The other photos of its batch are labeled as without it."""
 
     class Overflowing(ColorBackbone):
-        def extract(self, photos, taps):
-            if any(float(photo.mean()) > 0.9 for photo in photos):
+        def extract(self, patches, taps):
+            if any(float(grid.mean()) > 0.9 for grid in patches.grids()):
                 raise FloatingPointError("the backbone's features are NaN or infinite")
-            return super().extract(photos, taps)
+            return super().extract(patches, taps)
 
     monkeypatch.setattr("namedmask.saliency.spectral.load", lambda *a, **k: Overflowing())
     photo, _ = disc_photo()
@@ -290,13 +289,15 @@ def test_size_of_a_padded_photo():
     for shape in ((97, 131), (131, 97), (375, 500), (33, 90), (1, 1), (1, 4), (3, 2)):
         pixels = rng.integers(0, 256, (*shape, 3), np.uint8)
         expected = TF.resize(Image.fromarray(pixels), 100, TF.InterpolationMode.BILINEAR)
-        fit, photo = backbone.fit(pixels, 100), backbone.resize(pixels, 100)
+        image = Ragged.pack([pixels])
+        fit, photo = backbone.fit(shape, 100), backbone.resize(image, 100).grids()[0]
         assert fit.size == expected.size[::-1] and fit.grid == tuple(-(-side // 8) for side in fit.size)
-        np.testing.assert_array_equal(photo.permute(1, 2, 0), np.asarray(expected))
-        prepared = backbone.prepare(pixels, 100)
-        assert prepared.shape[1:] == tuple(8 * side for side in fit.grid)
+        np.testing.assert_allclose(photo.int(), np.asarray(expected).astype(int), rtol=0, atol=1)
+        patches = backbone.prepare(image, 100).grids()[0].unflatten(2, (3, 8, 8))
+        assert patches.shape[:2] == fit.grid
+        prepared = patches.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
         assert not prepared[:, fit.size[0] :].any() and not prepared[:, :, fit.size[1] :].any()
-    assert backbone.fit(np.empty((10, 4000, 3), np.uint8), 100).size == (1, 400)
+    assert backbone.fit((10, 4000), 100).size == (1, 400)
 
 
 def test_values_on_patches_at_the_pixels_of_a_padded_photo():
