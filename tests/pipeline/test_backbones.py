@@ -202,8 +202,9 @@ def test_unknown_taps_raise_value_error():
             backbone.extract(patches_of(backbone, []), ["tokens", tap])
     without = make("vit_base_patch16_siglip_224.webli")
     with pytest.raises(UserError, match="no CLS token"):
-        without.extract([], ["cls_attention"])
-    assert without.extract(photos_for(without, (2, 3)), ["keys"])["keys"].rows.shape == (6, 96)
+        without.extract(patches_of(without, []), ["cls_attention"])
+    patches = patches_of(without, photos_for(without, (2, 3)))
+    assert without.extract(patches, ["keys"])["keys"].rows.shape == (6, 96)
 
 
 def test_grid_keeps_the_aspect_ratio_up_to_a_patch_and_bounds_strips():

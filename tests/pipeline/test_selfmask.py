@@ -32,6 +32,7 @@ from namedmask.pseudolabel import Labeler
 from namedmask.saliency import make_detector, selfmask_training
 from namedmask.saliency.selfmask import SelfMask, agreement, certainty
 from namedmask.saliency.selfmask_training import batches, losses, ranked_masks, training_count
+from namedmask_kernels import Ragged
 from namedmask_kernels.reference.bilateral_solver import bilateral_solver
 
 TINY = "vit_namedmask_demo"
@@ -85,7 +86,9 @@ def test_detector_equals_the_network(tmp_path):
     detector = make_selfmask(small_weights(tmp_path / "w.safetensors"))
     photo = Photo("", np.random.default_rng(1).integers(0, 256, (64, 88, 3), np.uint8))
     with torch.inference_mode():
-        masks, objectness = detector.network(detector.backbone.prepare(photo.pixels, 64)[None])
+        patches = detector.backbone.prepare(Ragged.pack([photo.pixels]), 64).grids()[0]
+        whole = patches.unflatten(2, (3, 8, 8)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        masks, objectness = detector.network(whole[None])
         soft = masks[-1, :, objectness[-1, 0].argmax()].sigmoid()
         expected = F.interpolate(soft[None], photo.pixels.shape[:2], mode="bilinear")[0, 0]
     torch.testing.assert_close(detector.detect([photo])[0].mask, expected, atol=1e-5, rtol=0)
@@ -108,10 +111,10 @@ def test_time_augmentation_averages_views(tmp_path):
     assert detector.tokens(photo) == 2 * sum(single.tokens(photo) for single in singles)
 
 
-def published_mask(network: SelfMask, mean: torch.Tensor, std: torch.Tensor, photo: np.ndarray) -> np.ndarray:
+def published_mask(network: SelfMask, mean: tuple[float, ...], std: tuple[float, ...], photo: np.ndarray) -> np.ndarray:
     """The published inference, step by step; bool [H, W] at the size of the photo."""
     image = TF.resize(Image.fromarray(photo), 512, TF.InterpolationMode.BILINEAR)
-    pixels = ((TF.to_tensor(image) - mean) / std)[None]
+    pixels = TF.normalize(TF.to_tensor(image), mean, std)[None]
     h, w = pixels.shape[2:]
     with torch.inference_mode():
         masks, objectness = network(F.pad(pixels, (0, -w % 8, 0, -h % 8)))
