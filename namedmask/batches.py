@@ -34,10 +34,15 @@ def upload(photos: Sequence[np.ndarray], device: torch.device) -> Ragged:
     return batch.with_rows(rows.to(device, non_blocking=True))
 
 
+def joins_equal_sizes(rows: Tensor) -> bool:
+    """Whether images of equal size are processed together."""
+    return rows.is_cuda
+
+
 def runs(batch: Ragged) -> Iterator[Tensor]:
     """Yields the images of a batch in order, as [n, h, w, ...]: n consecutive ones of equal size, 1 on a CPU."""
     sizes, grids = sizes_of(batch), batch.grids()
-    if not batch.rows.is_cuda:
+    if not joins_equal_sizes(batch.rows):
         yield from (grid[None] for grid in grids)
         return
     begin = 0

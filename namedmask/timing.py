@@ -33,9 +33,12 @@ class StepTimes:
         self._own = threading.local()
         self._lock = threading.Lock()
         self._intervals: list[tuple[float, float]] = []  # of the steps, in seconds after the start
-        self._origin = self._now()
         if self._on_gpu:
-            torch.cuda.synchronize()
+            with torch.cuda.device(device):  # of the threads that process batches
+                self._origin = self._now()
+                torch.cuda.synchronize()  # what they use has been made on another stream
+        else:
+            self._origin = self._now()
         self._start = time.perf_counter()
 
     @contextmanager

@@ -7,21 +7,24 @@ import numpy as np
 import pytest
 import timm
 import torch
+from detections import detect, packed
 from PIL import Image
 from scipy import ndimage
 from torchvision.transforms import functional as TF
 
 import namedmask_kernels
-from namedmask.backbones import Backbone, Fit
-from namedmask.batches import cropped, flipped, nearest, runs, upload
+from namedmask import batches
+from namedmask.backbones import Backbone, Fit, untrained
+from namedmask.batches import cropped, flipped, nearest, runs
 from namedmask.config import CrfConfig, DetectorConfig, PamrConfig, RefineConfig, make_config
 from namedmask.errors import UserError
 from namedmask.masks import mask_score
 from namedmask.photos import Photo
 from namedmask.pseudolabel import Labeler
 from namedmask.refine import Refiner, fill_holes, keep_largest_component
-from namedmask.saliency import at_sizes
+from namedmask.saliency import at_sizes, make_detector
 from namedmask.saliency.cluster_vote import COUNTS, ClusterVoteDetector, elect
+from namedmask.saliency.selfmask import SelfMask
 from namedmask.saliency.spectral import SpectralDetector, centered, separation
 from namedmask_kernels import Ragged, vote_masks
 
@@ -33,16 +36,6 @@ def disc_photo(h=96, w=128):
     mask = (y - h / 2) ** 2 + (x - w / 2.5) ** 2 < (h / 4) ** 2
     pixels = np.where(mask[..., None], (200, 60, 40), (50, 80, 160)) + rng.integers(-15, 16, (h, w, 1))
     return Photo("disc", pixels.clip(0, 255).astype(np.uint8)), mask
-
-
-def packed(*photos):
-    return upload([photo.pixels for photo in photos], torch.device("cpu"))
-
-
-def detect(detector, *photos):
-    """The mask and the confidence of each photo."""
-    masks, confidence = detector.detect(packed(*photos))
-    return list(zip(masks.grids(), confidence.tolist(), strict=True))
 
 
 def refine(config, photos, targets):
@@ -370,3 +363,22 @@ def test_parts_of_batches():
     assert flipped(batch).rows.tolist() == [2, 1, 0, 5, 4, 3, 8, 7, 6, 11, 10, 9, 0, 1, 2, 3]
     assert [x.tolist() for x in cropped(batch, [(1, 2), (2, 1), (0, 1)]).grids()] == [[[0, 1]], [[6], [9]], []]
     assert [tuple(images.shape) for images in runs(batch)] == [(1, 2, 3), (1, 2, 3), (1, 4, 1)]
+
+
+@pytest.mark.parametrize("name", ["spectral", "cluster-vote", "selfmask"])
+def test_photos_of_equal_size_are_processed_together_on_a_gpu(monkeypatch, tmp_path, name):
+    """The results are those of one photo at a time, up to rounding."""
+    monkeypatch.setattr("namedmask.saliency.spectral.load", lambda *a, **k: ColorBackbone())
+    monkeypatch.setattr("namedmask.saliency.cluster_vote.load", lambda *a, **k: ColorBackbone())
+    network = SelfMask(untrained("vit_namedmask_demo"), queries=3, layers=2)
+    monkeypatch.setattr("namedmask.saliency.selfmask.load", lambda *a, **k: network)
+    flips = {"horizontal_flip": True, "scales": [1.0, 1.5]} if name == "selfmask" else {}
+    detector = make_detector(DetectorConfig(name=name, center_features=True, image_size=64, **flips), "cpu")
+    photos = [disc_photo(h, w)[0] for h, w in ((96, 128), (96, 128), (70, 50), (70, 50), (96, 128))]
+    alone = detect(detector, *photos)
+    monkeypatch.setattr(batches, "joins_equal_sizes", lambda rows: True)
+    together = detect(detector, *photos)
+    assert [tuple(images.shape[:3]) for images in runs(packed(*photos))] == [(2, 96, 128), (2, 70, 50), (1, 96, 128)]
+    for (mask, confidence), (expected, own) in zip(together, alone, strict=True):
+        torch.testing.assert_close(mask, expected, atol=1e-5, rtol=0)
+        assert confidence == pytest.approx(own, abs=1e-5)

@@ -83,6 +83,7 @@ def test_records_of_a_batch_equal_those_of_single_masks(masks):
         record = MaskRecord.from_encoded("a", encoded, "cat", 0.25, 0.5)
         assert record == MaskRecord.from_mask("a", mask, "cat", 0.25, 0.5)
         assert record.to_json() == MaskRecord.from_mask("a", mask, "cat", 0.25, 0.5).to_json()
+        assert encoded.score(0.75) == mask_score(mask, 0.75) and np.array_equal(encoded.decode(), mask)
 
 
 def test_non_contiguous_masks_are_encoded_correctly():
