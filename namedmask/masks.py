@@ -39,12 +39,14 @@ class EncodedMask(NamedTuple):
         rle: The mask as a COCO compressed string.
         area: Number of pixels.
         bbox: (x, y, width, height); all 0 for an empty mask.
+        lengths: The run lengths in column-major order, int32 [n], background first.
     """
 
     size: tuple[int, int]
     rle: str
     area: int
     bbox: tuple[int, int, int, int]
+    lengths: np.ndarray
 
 
 def encode_masks(masks: Ragged) -> list[EncodedMask]:
@@ -54,9 +56,10 @@ def encode_masks(masks: Ragged) -> list[EncodedMask]:
     runs = nk.run_lengths(masks)
     sizes, areas, boxes = (array.tolist() for array in (masks.shapes, runs.areas, runs.boxes))
     texts = [text.decode("ascii") for text in runs.counts()]
+    lengths = np.split(np.asarray(runs.lengths), runs.offsets[1:].tolist())[:-1]
     return [
-        EncodedMask(tuple(size), text, area, tuple(box))
-        for size, text, area, box in zip(sizes, texts, areas, boxes, strict=True)
+        EncodedMask(tuple(size), text, area, tuple(box), own)
+        for size, text, area, box, own in zip(sizes, texts, areas, boxes, lengths, strict=True)
     ]
 
 
@@ -94,8 +97,10 @@ class MaskRecord:
         rle = coco.encode(np.asfortranarray(mask.view(np.uint8)))
         height, width = mask.shape
         x, y, w, h = (int(side) for side in coco.toBbox(rle))
-        encoded = EncodedMask((height, width), rle["counts"].decode("ascii"), int(coco.area(rle)), (x, y, w, h))
-        return cls.from_encoded(photo, encoded, category, category_score, score)
+        area = int(coco.area(rle))
+        return cls(
+            photo, (height, width), category, category_score, rle["counts"].decode("ascii"), score, area, (x, y, w, h)
+        )
 
     @classmethod
     def from_encoded(
@@ -182,6 +187,26 @@ def mask_score(mask: np.ndarray, confidence: float) -> float:
         return 0.0
     border = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]])
     return confidence * float(1 - border.mean())
+
+
+def score_of_runs(lengths: np.ndarray, size: tuple[int, int], confidence: float) -> float:
+    """The `mask_score` of a mask, from its run lengths in column-major order, int [n], background first."""
+    height, width = size
+    ends = np.cumsum(lengths, dtype=np.int64)
+    begin, end = ends[:-1:2], ends[1::2]  # of the runs of the mask
+    if not (end > begin).any():
+        return 0.0
+
+    def count(low: int, high: int, step: int = 1) -> int:
+        """Pixels of the mask among low, low + step, ... below `high`."""
+        first, last = (-(-(np.clip(at, low, high) - low) // step) for at in (begin, end))
+        return int((last - first).sum())
+
+    pixels = height * width
+    rows = count(0, pixels, height) + count(height - 1, pixels, height)
+    inner = max(height - 2, 0)  # pixels of a column that are not in the first or last row
+    columns = count(1, 1 + inner) + count(pixels - height + 1, pixels - height + 1 + inner)
+    return confidence * (1 - (rows + columns) / (2 * width + 2 * inner))
 
 
 def write_shard(path: str | os.PathLike, records: Iterable[MaskRecord]) -> None:

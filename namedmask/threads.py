@@ -8,6 +8,7 @@ of threads.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from .process import omp_num_threads
+
+LANES = 3  # threads per GPU that process batches
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,6 +90,37 @@ def limit_torch_threads() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), thread_count()))
 
 
+def map_batches(
+    function: Callable[[Item], Result],
+    batches: Iterable[Item],
+    device: str,
+    cost: Callable[[Item], int] | None = None,
+    limit: int = 0,
+) -> Iterator[Result]:
+    """Like `map_ahead`, for a function that processes a batch on a device, from upload to results.
+
+    On a CPU, each core processes its own batches. On a GPU, `LANES` threads do, each with a stream of its own: while
+    one of them prepares a batch or waits for its results, the GPU runs the kernels of the others.
+
+    Args:
+        function: Called with each batch.
+        batches: The batches.
+        device: Device as torch names it.
+        cost: See `map_ahead`.
+        limit: See `map_ahead`.
+    """
+    with kernels_on_one_thread(device) as threads:
+        initializer = None if device == "cpu" else functools.partial(_use_own_stream, device)
+        yield from map_ahead(function, batches, threads, initializer, cost, limit)
+
+
+def _use_own_stream(device: str) -> None:
+    import torch
+
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream())
+
+
 @contextmanager
 def kernels_on_one_thread(device: str) -> Iterator[int]:
     """Within the context, torch's kernels on the CPU run on one thread each.
@@ -95,12 +129,12 @@ def kernels_on_one_thread(device: str) -> Iterator[int]:
         device: Device as torch names it.
 
     Yields:
-        The number of threads over which to distribute batches; 1 for a GPU.
+        The number of threads over which to distribute batches.
     """
     import torch
 
     if device != "cpu":
-        yield 1
+        yield LANES
         return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
