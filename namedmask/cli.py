@@ -116,7 +116,8 @@ EncoderName = Annotated[
     str, typer.Option("--encoder", help="timm name of the encoder, for weights without a categories.json.")
 ]
 PrecisionName = Annotated[
-    Literal["float32", "bfloat16"], typer.Option("--precision", help="Floating-point format; bfloat16 is for GPUs.")
+    Literal["float32", "bfloat16"] | None,
+    typer.Option("--precision", help="Floating-point format. [default: bfloat16 on a GPU, float32 on a CPU]"),
 ]
 
 
@@ -346,7 +347,7 @@ def _device() -> str:
     return "cuda" if count_gpus(None, 1) else "cpu"
 
 
-def _load_segmenter(weights: Path, names: list[str] | None, encoder: str, precision: str):
+def _load_segmenter(weights: Path, names: list[str] | None, encoder: str, precision: str | None = None):
     from .segmenter.predict import Segmenter
 
     return Segmenter.load(weights, categories=names, encoder=encoder, device=_device(), precision=precision)
@@ -362,7 +363,7 @@ def segment(
     categories_file: CategoriesFile = None,
     preset: PresetNames = None,
     encoder: EncoderName = "resnet50",
-    precision: PrecisionName = "float32",
+    precision: PrecisionName = None,
     overwrite: OverwriteFolder = False,
     debug: Debug = False,
 ) -> None:
@@ -453,7 +454,7 @@ def _evaluate(
 
     def load(fallback: list[str] | None) -> Any:
         assert predictions is not None
-        return _load_segmenter(predictions, fallback, encoder, "float32")
+        return _load_segmenter(predictions, fallback, encoder)
 
     if benchmark is not None:
         from .evaluate.scoring import evaluate_benchmark, print_benchmark

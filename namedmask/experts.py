@@ -35,6 +35,8 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from namedmask_kernels import Ragged
+
 from . import weights as stored
 from .archive import read_archive
 from .backbones import Encoder, untrained_encoder
@@ -45,11 +47,12 @@ from .files import atomic_write, fitted, make_folder, remove_empty, remove_stale
 from .mask_counts import check_mask_counts, show_mask_counts
 from .masks import (
     RESIZED,
+    EncodedMask,
     ErrorRecord,
     MaskRecord,
+    encode_masks,
     errors_path,
     is_refined,
-    mask_score,
     read_masks,
     write_errors,
     write_shard,
@@ -418,19 +421,22 @@ def relabel(
         The name of each photo with its new records, or with an error if it cannot be used or has changed.
     """
 
+    @torch.inference_mode()
     def predict(photos: list[Photo]) -> list[list[MaskRecord]]:
         outputs = segmenter.coarse_logits([photo.pixels for photo in photos])
-        return [
-            [new_record(record, output) for record in by_photo[photo.name]]
-            for photo, output in zip(photos, outputs, strict=True)
-        ]
+        masks, certainties = [], []
+        for photo, output in zip(photos, outputs, strict=True):
+            for record in by_photo[photo.name]:
+                own = logits(output, record.category)
+                masks.append(upsampled_argmax(torch.stack([torch.zeros_like(own), own]), *record.size) == 1)
+                certainties.append(certainty(own.sigmoid()))
+        encoded = zip(encode_masks(Ragged.pack(masks)), torch.stack(certainties).tolist(), strict=True)
+        return [[new_record(record, *next(encoded)) for record in by_photo[photo.name]] for photo in photos]
 
-    @torch.inference_mode()
-    def new_record(record: MaskRecord, output: Tensor) -> MaskRecord:
-        own = logits(output, record.category)
-        mask = (upsampled_argmax(torch.stack([torch.zeros_like(own), own]), *record.size) == 1).cpu().numpy()
-        score = mask_score(mask, certainty(own.sigmoid()))
-        return MaskRecord.from_mask(record.photo, mask, record.category, record.category_score, score)
+    def new_record(record: MaskRecord, mask: EncodedMask, confidence: float) -> MaskRecord:
+        return MaskRecord.from_encoded(
+            record.photo, mask, record.category, record.category_score, mask.score(confidence)
+        )
 
     for batch in segmenter.map_photos(source, by_photo, predict):
         for name, photo, records in batch:
@@ -442,7 +448,7 @@ def relabel(
                 yield name, records
 
 
-def certainty(soft: Tensor) -> float:
+def certainty(soft: Tensor) -> Tensor:
     """Certainty of a predicted mask: the Dice coefficient of its probabilities and the mask.
 
     The score of a relabeled mask is its certainty times the fraction of the photo's border that it leaves free
@@ -452,10 +458,10 @@ def certainty(soft: Tensor) -> float:
         soft: Probabilities of the object, [h, w].
 
     Returns:
-        A number in [0, 1]; 0 for an empty mask.
+        A number in [0, 1], float32 []; 0 for an empty mask.
     """
     hard = soft > 0.5
-    return float(2 * soft[hard].sum() / (soft.sum() + hard.sum())) if hard.any() else 0.0
+    return torch.where(hard.any(), 2 * soft[hard].sum() / (soft.sum() + hard.sum()), 0)
 
 
 def _shards(records: list[MaskRecord], size: int) -> Iterator[list[MaskRecord]]:

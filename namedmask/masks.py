@@ -64,10 +64,10 @@ def encode_masks(masks: Ragged) -> list[EncodedMask]:
     runs = nk.run_lengths(masks)
     sizes, areas, boxes = (array.tolist() for array in (masks.shapes, runs.areas, runs.boxes))
     texts = [text.decode("ascii") for text in runs.counts()]
-    lengths = np.split(np.asarray(runs.lengths), np.asarray(runs.offsets)[1:-1])
+    lengths = np.split(np.asarray(runs.lengths), np.asarray(runs.offsets)[1:])[:-1]
     return [
         EncodedMask((height, width), text, area, tuple(box), _border_of_runs(own, height, width))
-        for (height, width), text, area, box, own in zip(sizes, texts, areas, boxes, lengths, strict=False)
+        for (height, width), text, area, box, own in zip(sizes, texts, areas, boxes, lengths, strict=True)
     ]
 
 

@@ -40,10 +40,12 @@ from ..files import (
 )
 from ..formats import label_palette, write_label_map
 from ..masks import ErrorRecord, parse_fields, read_lines, write_errors
+from ..memory import DECODE_SHARE, photo_budget
 from ..photos import SEGMENT_RECORD, Photo, PhotoError, PhotoSource
 from ..progress import Progress
 from ..record import RunRecord, StageRecord, expect_no_files, made_with, read_record
-from .predict import Segmenter
+from ..threads import map_ahead, thread_count
+from .predict import MASK_BYTES, Prediction, Segmenter
 
 STAGE = "segment"  # in the record
 OUTPUTS = ("masks", "overlays", "photos.jsonl", "categories.json", "errors.jsonl")
@@ -83,16 +85,25 @@ def segment_photos(
     progress.total = len(names)
     remaining = [name for name in names if not _mask_path(out, masks[name]).exists()]
     progress.advance(len(names) - len(remaining), existing=True)
+
+    def write(item: Prediction) -> ErrorRecord | None:
+        name, photo, mask = item
+        try:
+            if isinstance(photo, PhotoError):
+                raise photo
+            _write(out, masks[name], photo, mask, len(segmenter.names))
+        except PhotoError as error:
+            return ErrorRecord(name, "segment", error.reason)
+        return None
+
+    def cost(item: Prediction) -> int:
+        return MASK_BYTES * item[2].size if item[2] is not None else 0
+
     try:
-        for batch in segmenter.segment(source, remaining):
-            for name, photo, mask in batch:
-                try:
-                    if isinstance(photo, PhotoError):
-                        raise photo
-                    _write(out, masks[name], photo, mask, len(segmenter.names))
-                except PhotoError as error:
-                    errors.append(ErrorRecord(name, "segment", error.reason))
-            progress.advance(len(batch))
+        predicted = (item for batch in segmenter.segment(source, remaining) for item in batch)
+        for error in map_ahead(write, predicted, thread_count(), cost=cost, limit=int(photo_budget() * DECODE_SHARE)):
+            errors += [error] if error else []
+            progress.advance(1)
         write_errors(out / "errors.jsonl", errors)
     except Exception:
         _finish(out, masks.values(), complete=False)

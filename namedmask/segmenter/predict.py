@@ -4,16 +4,21 @@
     segmenter = Segmenter.load("run/segmenter")
     mask, names = segmenter("photo.jpg")        # names[mask[y, x]]
 
-On the CPU, each thread processes its own photos, in float32. On two AVX-512 cores, neither bfloat16 (whose convolutions
-are slower there) nor channels-last memory was faster; both are for GPUs.
+On the CPU, each thread processes one photo at a time, in float32: a mask depends on its photo alone. On two AVX-512
+cores, neither bfloat16 (whose convolutions are slower there) nor channels-last memory was faster; both are for GPUs.
+
+On a GPU, photos of equal shape go through the network together, by default in bfloat16. Batches are formed from the
+list of photos by a fixed rule (`batches_by_shape`). Within rounding, a mask may depend on the other photos of its
+batch, so pixels where two classes nearly tie may differ.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,17 +29,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ..formats import BACKGROUND
 from ..memory import BATCH_PIXELS, processing_budget
 from ..photos import Photo, PhotoError, PhotoSource, decode_ahead, pixels_of
-from ..threads import kernels_on_one_thread, map_ahead
+from ..threads import map_batches
 from .deeplab import DeepLab, load_segmenter, on_device
 
-GPU_BATCH = 8  # maximum number of photos, all of one size
+WINDOW = 64  # maximum number of consecutive photos that are grouped by shape
+GPU_PIXELS = 1 << 22  # maximum number of pixels in a batch of several photos on a GPU
 MAX_PIXELS = 1 << 21  # of the network's input; larger photos are reduced to it
 MAX_INTERPOLATED = 1 << 24  # maximum number of logits that are interpolated at once
 ROWS_AT_ONCE = 1 << 20  # pixels of a mask that are interpolated at once
 NETWORK_BYTES = 720  # per pixel of the input, at the peak of a ResNet-50 in float32; measured at 1 and 2 megapixels
 MASK_BYTES = 16  # per pixel of the photo: the photo, its mask, and what is made of both
 
-Key = TypeVar("Key")
+Item = tuple[int, str, Photo | PhotoError]  # number, name, and photo or error
 Prediction = tuple[str, Photo | PhotoError, Any]  # name, photo and result; or name, error and None
 
 
@@ -57,13 +63,16 @@ class Segmenter:
         network: Trained network. It is changed: BatchNorm is folded into its convolutions, and it moves to `device`.
         categories: Names of classes 1, 2, ...
         device: Device as torch names it.
-        precision: "float32" or "bfloat16".
+        precision: "float32" or "bfloat16"; None: bfloat16 on a GPU, float32 on the CPU.
     """
 
-    def __init__(self, network: DeepLab, categories: Sequence[str], device: str = "cpu", precision: str = "float32"):
+    def __init__(self, network: DeepLab, categories: Sequence[str], device: str = "cpu", precision: str | None = None):
         self.names = [BACKGROUND, *categories]
-        self.device, self.dtype = torch.device(device), getattr(torch, precision)
         self.mean, self.std = network.mean.to(device), network.std.to(device)
+        self.device = self.mean.device  # with the index of a GPU
+        on_cpu = self.device.type == "cpu"
+        self.window = 1 if on_cpu else WINDOW
+        self.dtype = getattr(torch, precision or ("float32" if on_cpu else "bfloat16"))
         folded = fold_batch_norms(network.eval().requires_grad_(False)).to(dtype=self.dtype)
         self.network = on_device(folded, self.device)
 
@@ -75,7 +84,7 @@ class Segmenter:
         categories: Sequence[str] | None = None,
         encoder: str = "resnet50",
         device: str = "cpu",
-        precision: str = "float32",
+        precision: str | None = None,
     ) -> Segmenter:
         """Loads a trained segmenter.
 
@@ -84,7 +93,7 @@ class Segmenter:
             categories: Names of classes 1, 2, ..., for weights without a categories.json.
             encoder: Encoder of such weights, by its timm name.
             device: Device as torch names it.
-            precision: "float32" or "bfloat16", which is faster only on GPUs.
+            precision: "float32" or "bfloat16"; None: bfloat16 on a GPU, float32 on the CPU.
 
         Raises:
             UserError: If a file is missing or damaged, or if weights, names and encoder do not match.
@@ -118,7 +127,7 @@ class Segmenter:
         return Segmentation(self.masks([pixels])[0], self.names)
 
     def masks(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Segments photos of one size.
+        """Segments photos of one `network_size`.
 
         Args:
             images: Photos, uint8 [H, W, 3] each.
@@ -126,13 +135,13 @@ class Segmenter:
         Returns:
             Masks, uint16 [H, W] each.
         """
-        height, width = images[0].shape[:2]
-        masks = [upsampled_argmax(logits, height, width) for logits in self.coarse_logits(images)]
-        return [mask.cpu().numpy().astype(np.uint16) for mask in masks]
+        outputs = zip(images, self.coarse_logits(images), strict=True)
+        masks = [upsampled_argmax(logits, *image.shape[:2]).to(torch.int16) for image, logits in outputs]
+        return [mask.cpu().numpy().view(np.uint16) for mask in masks]
 
     @torch.inference_mode()
     def coarse_logits(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Logits at stride 4 of photos of one size.
+        """Logits at stride 4 of photos of one `network_size`.
 
         Photos of more than `MAX_PIXELS` are reduced to that many, with antialiasing: 2 megapixels already take 1.5 GB
         with a ResNet-50, and the network was trained on objects of a few hundred pixels.
@@ -170,69 +179,93 @@ class Segmenter:
         Args:
             source: The photos.
             names: Names of the photos.
-            predict: Results for photos of one size. On the CPU it is called with one photo at a time, from several
-                threads.
+            predict: Results for photos of one `network_size`. It is called from several threads, on the CPU with one
+                photo at a time.
 
         Yields:
             A few photos at a time, in order: the name, the photo and its result; or the name, the error and None.
         """
 
-        def predict_batch(batch: list[tuple[str, Photo | PhotoError]]) -> list[Prediction]:
-            photos = [photo for _, photo in batch if isinstance(photo, Photo)]
+        network_bytes = NETWORK_BYTES if self.device.type == "cpu" else 0
+
+        def predict_batch(batch: list[Item]) -> dict[int, Prediction]:
+            photos = [photo for *_, photo in batch if isinstance(photo, Photo)]
             results = iter(predict(photos) if photos else ())
-            return [(name, photo, next(results) if isinstance(photo, Photo) else None) for name, photo in batch]
+            return {
+                number: (name, photo, next(results) if isinstance(photo, Photo) else None)
+                for number, name, photo in batch
+            }
 
-        def cost(batch: list[tuple[str, Photo | PhotoError]]) -> int:
-            pixels = [photo.pixels.size // 3 for _, photo in batch if isinstance(photo, Photo)]
-            return sum(MASK_BYTES * count + NETWORK_BYTES * min(count, MAX_PIXELS) for count in pixels)
+        def cost(batch: list[Item]) -> int:
+            pixels = [photo.pixels.size // 3 for *_, photo in batch if isinstance(photo, Photo)]
+            return sum(MASK_BYTES * count + network_bytes * min(count, MAX_PIXELS) for count in pixels)
 
-        with kernels_on_one_thread(self.device.type) as threads:
-            size = 1 if self.device.type == "cpu" else GPU_BATCH
-            batches = batches_by_size(decode_ahead(source, names, source.decode), size)
-            yield from map_ahead(predict_batch, batches, threads, cost=cost, limit=processing_budget())
+        decoded = ((number, *item) for number, item in enumerate(decode_ahead(source, names, source.decode)))
+        batches = batches_by_shape(decoded, self.window)
+        done: dict[int, Prediction] = {}
+        following = 0
+        for results in map_batches(predict_batch, batches, str(self.device), cost, processing_budget()):
+            done |= results
+            first = following
+            while following in done:
+                following += 1
+            if following > first:
+                yield [done.pop(number) for number in range(first, following)]
+
+
+def network_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width at which a photo goes through the network: its own, or of about `MAX_PIXELS` pixels."""
+    scale = (MAX_PIXELS / (height * width)) ** 0.5
+    return (height, width) if scale >= 1 else (max(1, int(height * scale)), max(1, int(width * scale)))
 
 
 def reduced(image: np.ndarray) -> np.ndarray:
-    """Reduces a photo of more than `MAX_PIXELS` to about that many, keeping its aspect ratio.
+    """Resizes a photo to its `network_size`, by Pillow's antialiased bicubic filter.
 
     Args:
         image: Photo, uint8 [H, W, 3].
 
     Returns:
-        The photo itself if it is small enough, else uint8 [h, w, 3], by Pillow's antialiased bicubic filter.
+        The photo itself if it has this size, else uint8 [h, w, 3].
     """
-    height, width = image.shape[:2]
-    scale = (MAX_PIXELS / (height * width)) ** 0.5
-    if scale >= 1:
+    height, width = network_size(*image.shape[:2])
+    if (height, width) == image.shape[:2]:
         return image
-    size = max(1, int(width * scale)), max(1, int(height * scale))
-    return np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def batches_by_size(
-    photos: Iterable[tuple[Key, Photo | PhotoError]], batch_size: int
-) -> Iterator[list[tuple[Key, Photo | PhotoError]]]:
-    """Groups consecutive photos of one size into batches. An error is a batch of its own.
+def batches_by_shape(photos: Iterable[Item], most: int) -> Iterator[list[Item]]:
+    """Groups photos of one `network_size` into batches.
+
+    Consecutive photos form windows of at most `most` photos with at most `BATCH_PIXELS` pixels together, or of one
+    larger photo. The photos of a window are grouped by size, in the order in which the sizes first occur. Each group is
+    cut into batches of at most `GPU_PIXELS` pixels of the network's input, or of one photo.
 
     Args:
-        photos: Photos or errors, with a key each.
-        batch_size: Maximum number of photos in a batch. Several photos have at most `BATCH_PIXELS` together.
+        photos: Photos and errors. The errors of a window are a batch of their own.
+        most: Maximum number of photos in a window.
     """
-    batch: list[tuple[Key, Photo | PhotoError]] = []
-    shape: tuple[int, ...] = ()
-    most = batch_size
-    for key, photo in photos:
-        if batch and (isinstance(photo, PhotoError) or photo.pixels.shape != shape or len(batch) == most):
-            yield batch
-            batch = []
-        if isinstance(photo, PhotoError):
-            yield [(key, photo)]
-        else:
-            batch.append((key, photo))
-            shape = photo.pixels.shape
-            most = max(1, min(batch_size, BATCH_PIXELS // (shape[0] * shape[1])))
-    if batch:
-        yield batch
+    window: list[Item] = []
+    pixels = 0
+    for item in photos:
+        size = item[2].pixels.size // 3 if isinstance(item[2], Photo) else 0
+        if window and (len(window) == most or pixels + size > BATCH_PIXELS):
+            yield from _batches(window)
+            window, pixels = [], 0
+        window.append(item)
+        pixels += size
+    yield from _batches(window)
+
+
+def _batches(window: list[Item]) -> Iterator[list[Item]]:
+    by_size: dict[tuple[int, int] | None, list[Item]] = {}
+    for item in window:
+        size = network_size(*item[2].pixels.shape[:2]) if isinstance(item[2], Photo) else None
+        by_size.setdefault(size, []).append(item)
+    for size, items in by_size.items():
+        count = max(1, GPU_PIXELS // math.prod(size)) if size else len(items)
+        for first in range(0, len(items), count):
+            yield items[first : first + count]
 
 
 def upsampled_argmax(logits: Tensor, height: int, width: int) -> Tensor:

@@ -305,6 +305,6 @@ def test_samples_and_scores():
     assert certainty(soft) == 1.0
     soft[1, 1] = 0.6
     soft[0, 0] = 0.4
-    assert certainty(soft) == pytest.approx(2 * 3.6 / (4.0 + 4))
+    assert float(certainty(soft)) == pytest.approx(2 * 3.6 / (4.0 + 4))
     hard = (soft > 0.5).numpy()
-    assert mask_score(hard, certainty(soft)) == pytest.approx(0.9)  # the border is free
+    assert mask_score(hard, float(certainty(soft))) == pytest.approx(0.9)  # the border is free

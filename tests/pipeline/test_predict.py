@@ -25,7 +25,7 @@ from namedmask.photos import Photo, PhotoError, PhotoSource
 from namedmask.segmenter import folder, predict
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
 from namedmask.segmenter.folder import overlay, stem
-from namedmask.segmenter.predict import Segmenter, batches_by_size, fold_batch_norms, upsampled_argmax
+from namedmask.segmenter.predict import Segmenter, batches_by_shape, fold_batch_norms, upsampled_argmax
 from small_world import draw_photo, draw_photos
 
 TINY = "test_resnet"
@@ -132,7 +132,7 @@ def test_bfloat16_agrees_at_most_pixels(weights):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", None])
 def test_on_a_gpu(weights, tmp_path, precision):
     """Not run on a GPU yet."""
     cpu, gpu = Segmenter.load(weights), Segmenter.load(weights, device="cuda", precision=precision)
@@ -155,16 +155,45 @@ def test_masks_do_not_depend_on_threads_or_other_photos(weights, tmp_path, monke
             np.testing.assert_array_equal(mask, expected[name])
 
 
-def test_batches_by_size(weights, tmp_path):
-    image = make_photo(30, 40)
-    photos = [(name, Photo(name, image if name != "c" else image[:20])) for name in ("a", "b", "c", "bad", "d")]
-    photos[3] = ("bad", PhotoError("bad", "no photo"))
-    batches = [[name for name, _ in batch] for batch in batches_by_size(iter(photos), 8)]
-    assert sorted(map(tuple, batches)) == [("a", "b"), ("bad",), ("c",), ("d",)]
-    assert [len(batch) for batch in batches_by_size(iter(photos[:1] * 5), 2)] == [2, 2, 1]
-    segmenter = Segmenter.load(weights)
-    for mask, one in zip(segmenter.masks([image, image[:, ::-1]]), (image, image[:, ::-1]), strict=True):
-        assert_masks(mask, plain_logits(one.copy()))
+def test_batches_have_one_shape_and_stay_within_their_window(monkeypatch):
+    wide, tall = (Photo("", make_photo(*size)) for size in ((30, 40), (40, 30)))
+    photos = list(enumerate([wide, tall, PhotoError("", "no photo"), wide, tall, wide, tall, tall]))
+
+    def numbers(window=8):
+        batches = batches_by_shape(((n, str(n), photo) for n, photo in photos), window)
+        return [[n for n, *_ in batch] for batch in batches]
+
+    assert numbers() == [[0, 3, 5], [1, 4, 6, 7], [2]]
+    monkeypatch.setattr(predict, "GPU_PIXELS", 3 * 30 * 40)
+    assert numbers() == [[0, 3, 5], [1, 4, 6], [7], [2]]
+    assert numbers(5) == [[0, 3], [1, 4], [2], [5], [6, 7]] and numbers(1) == [[n] for n in range(8)]
+    monkeypatch.setattr(predict, "BATCH_PIXELS", 3 * 30 * 40)
+    assert numbers() == [[0, 3], [1], [2], [4, 6], [5], [7]]
+    monkeypatch.setattr(predict, "GPU_PIXELS", 1)
+    assert numbers() == [[0], [3], [1], [2], [4], [6], [5], [7]]
+    assert list(batches_by_shape([], 8)) == []
+    monkeypatch.setattr(predict, "MAX_PIXELS", 300)  # both are reduced to 15 x 20
+    assert predict.network_size(30, 40) == predict.network_size(60, 80) == (15, 20)
+
+
+def test_batches_give_the_masks_of_single_photos_in_order(weights, tmp_path, monkeypatch):
+    """The batches of a GPU, on the CPU."""
+    names = draw_photos(tmp_path, 9)
+    for name in names[::4]:
+        Image.fromarray(make_photo(40, 40)).save(tmp_path / name)
+    (tmp_path / "bad.jpg").write_text("no photo")
+    segmenter, source, sizes = Segmenter.load(weights), PhotoSource(tmp_path), []
+    expected = [(name, mask) for batch in segmenter.segment(source, source) for name, _, mask in batch]
+
+    def masks(photos):
+        sizes.append(len(photos))
+        return segmenter.masks([photo.pixels for photo in photos])
+
+    segmenter.window = 8
+    results = [(name, mask) for batch in segmenter.map_photos(source, source, masks) for name, _, mask in batch]
+    assert [name for name, _ in results] == [name for name, _ in expected] and max(sizes) > 2
+    for (_, mask), (_, one) in zip(results, expected, strict=True):
+        assert mask is one is None or (mask == one).mean() > 0.999
 
 
 def segment(*arguments):
