@@ -57,6 +57,7 @@ TESTS = {
         f"namedmask/imports/{name}.py": ["pipeline/test_imports"]
         for name in ("__init__", "archive", "embeddings", "experts", "masks")
     },
+    "namedmask/photos.py": ["pipeline/test_photos", "pipeline/test_memory"],
     "namedmask/presets/__init__.py": ["pipeline/test_presets"],
     "namedmask/threads.py": ["pipeline/test_distributed", "pipeline/test_photos"],
     "namedmask/progress.py": ["pipeline/test_distributed", "pipeline/test_run"],
