@@ -48,10 +48,10 @@ TESTS = {
     "namedmask/config.py": ["pipeline/test_config", "pipeline/test_cli", "pipeline/test_run"],
     "namedmask/distributed.py": ["pipeline/test_distributed", "pipeline/test_process"],
     "namedmask/doctor.py": ["pipeline/test_cli"],
-    "namedmask/errors.py": ["pipeline/test_process", "pipeline/test_cli"],
-    "namedmask/files.py": ["pipeline/test_run", "pipeline/test_masks"],
+    "namedmask/errors.py": ["pipeline/test_errors", "pipeline/test_process", "pipeline/test_cli"],
+    "namedmask/files.py": ["pipeline/test_files", "pipeline/test_masks"],
     "namedmask/formats.py": ["pipeline/test_metrics"],
-    "namedmask/record.py": ["pipeline/test_run"],
+    "namedmask/record.py": ["pipeline/test_record", "pipeline/test_run"],
     "namedmask/stages.py": ["pipeline/test_run", "pipeline/test_cli"],
     **{
         f"namedmask/imports/{name}.py": ["pipeline/test_imports"]
@@ -60,7 +60,6 @@ TESTS = {
     "namedmask/photos.py": ["pipeline/test_photos", "pipeline/test_memory"],
     "namedmask/presets/__init__.py": ["pipeline/test_presets"],
     "namedmask/threads.py": ["pipeline/test_distributed", "pipeline/test_photos"],
-    "namedmask/progress.py": ["pipeline/test_distributed", "pipeline/test_run"],
     "namedmask/pseudolabel.py": ["pipeline/test_detect_and_refine", "pipeline/test_run"],
     "namedmask/refine.py": ["pipeline/test_refine", "pipeline/test_detect_and_refine"],
     "namedmask/saliency/__init__.py": ["pipeline/test_detect_and_refine", "pipeline/test_selfmask"],
