@@ -235,11 +235,14 @@ def test_longer_side_of_a_thumbnail_is_224_pixels(tmp_path, size, thumbnail):
     assert other.problem == f"the photo has changed: the mask is 9 x 9, the photo {size[1]} x {size[0]}"
 
 
-def test_tiles_are_in_the_order_of_the_records(tmp_path):
+def test_tiles_are_in_the_order_of_the_records(tmp_path, monkeypatch):
     masks = {name: draw_photo(tmp_path / name) for name in ("a.png", "b.png")}
     records = [MaskRecord.from_mask(name, masks[name], "dog", None, 0.5) for name in ("a.png", "b.png", "a.png")]
     damaged = dataclasses.replace(records[1], rle="0")
+    held, hold = [], report.MemoryBudget.hold
+    monkeypatch.setattr(report.MemoryBudget, "hold", lambda self, amount: held.append(amount) or hold(self, amount))
     tiles = list(report._draw_all(str(tmp_path), [records[0], damaged, records[2]]))
+    assert held == [48 * 64 * 24] * 2
     assert [tile.record.photo for tile in tiles] == ["a.png", "b.png", "a.png"]
     assert [tile.problem for tile in tiles] == ["", "the mask is damaged", ""]
 
