@@ -186,7 +186,7 @@ def run_lengths(rle: str) -> np.ndarray | None:
     A number has 5 bits per character, low bits first, with 32 added to all characters but its last. From the fourth
     number on, the difference from the number two places before is stored.
     """
-    digits = np.frombuffer(rle.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
+    digits = np.frombuffer(rle.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
     if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
         return None
     last = np.flatnonzero(digits & 32 == 0)
