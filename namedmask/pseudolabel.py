@@ -78,7 +78,7 @@ class Labeler:
     """Detector and refiner of a run. Batches stay on the device from upload to run lengths.
 
     Attributes:
-        times: Time of each step: "decode", "upload", "detect", "refine" and "encode".
+        times: Time of each step: "decode", "upload", "network", the detector's own steps, "refine" and "encode".
     """
 
     def __init__(self, config: RunConfig, device: str):
@@ -88,6 +88,7 @@ class Labeler:
         self.refiner = Refiner(config.refine)
         self.device = device
         self.times = StepTimes(device)
+        self.detector.step = self.times.step
         self.has_warned = False
 
     def label(self, source: PhotoSource, names: Iterable[str], trace: Path | None = None) -> Iterator[Labels]:
@@ -148,8 +149,7 @@ class Labeler:
         step, at = self.times.step, [photo.size for photo in photos]
         with step("upload"):
             images = upload([photo.pixels for photo in photos], self.detector.backbone.device)
-        with step("detect"):
-            found = self.detector.detect(images, [self._size(photo) for photo in photos])
+        found = self.detector.detect(images, [self._size(photo) for photo in photos])
         with step("refine"):
             refined = self.refiner.refine(images if self.at_photo_size else self.detector.resize(images), found.masks)
         with step("encode"):

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -38,9 +40,11 @@ class Detector(ABC):
     Attributes:
         tokens_per_batch: Maximum number of tokens in a batch.
         bytes_per_pixel: Memory that a photo and its masks take at the peak, in bytes per pixel of the larger; measured.
+        step: Context in which `detect` runs a step of this name, such as `StepTimes.step`.
     """
 
     bytes_per_pixel = 12
+    step: Callable[[str], AbstractContextManager] = contextlib.nullcontext
 
     def __init__(self, config: DetectorConfig, backbone: Backbone):
         self.config, self.backbone = config, backbone
@@ -53,6 +57,12 @@ class Detector(ABC):
     def tokens(self, size: Size) -> int:
         """Returns the number of tokens of a photo of this height and width, the measure of its cost."""
         return math.prod(self.fit(size).grid)
+
+    def features(self, backbone: Backbone, images: Ragged) -> Ragged:
+        """Returns the features of the settings from a backbone, float32 [T, C]."""
+        with self.step("network"):
+            patches = backbone.prepare(images, self.config.image_size)
+            return backbone.extract(patches, [self.config.features])[self.config.features]
 
     def resize(self, images: Ragged) -> Ragged:
         """Resizes photos, uint8 [P, 3], to the sizes at which the backbone sees them, without padding."""

@@ -46,13 +46,14 @@ class ClusterVoteDetector(Detector):
     def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
         labels, fits = [], []
         for backbone in self.backbones:
-            patches = backbone.prepare(images, self.config.image_size)
-            features = backbone.extract(patches, [self.config.features])[self.config.features]
-            if self.config.center_features:
-                features = centered(features)
-            labels.append(spectral_clusters(features, COUNTS))
+            features = self.features(backbone, images)
+            with self.step("clusters"):
+                labels.append(
+                    spectral_clusters(centered(features) if self.config.center_features else features, COUNTS)
+                )
             fits.append([backbone.fit(size, self.config.image_size) for size in sizes_of(images)])
-        return elect(labels, fits, sizes or sizes_of(images))
+        with self.step("vote"):
+            return elect(labels, fits, sizes or sizes_of(images))
 
 
 def elect(labels: Sequence[Ragged], fits: Sequence[Sequence[Fit]], sizes: Sequence[Size]) -> Detections:

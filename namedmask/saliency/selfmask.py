@@ -170,11 +170,17 @@ class SelfMaskDetector(Detector):
 
     @torch.inference_mode()
     def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
-        mirrored = flipped(images) if self.config.horizontal_flip else images
-        patches = [self.backbone.prepare(mirrored if flip else images, size) for size, flip in self.views]
-        grids = [size for view in patches for size in sizes_of(view)]
-        together = Ragged.of_shapes(torch.cat([view.rows for view in patches]), grids)
-        tokens = self.backbone.extract(together, ["tokens"])["tokens"]
+        with self.step("network"):
+            mirrored = flipped(images) if self.config.horizontal_flip else images
+            patches = [self.backbone.prepare(mirrored if flip else images, size) for size, flip in self.views]
+            grids = [size for view in patches for size in sizes_of(view)]
+            together = Ragged.of_shapes(torch.cat([view.rows for view in patches]), grids)
+            tokens = self.backbone.extract(together, ["tokens"])["tokens"]
+        with self.step("decoder"):
+            return self._from_tokens(tokens, images, sizes)
+
+    def _from_tokens(self, tokens: Ragged, images: Ragged, sizes: Sequence[Size] | None) -> Detections:
+        """The objects from the tokens of all views, view after view."""
         fits = [self.backbone.fit(size, image_size) for image_size, _ in self.views for size in sizes_of(images)]
         wanted = sizes or sizes_of(images)
         softs = at_sizes(self._soft_masks(tokens), fits, [*wanted] * len(self.views))

@@ -35,15 +35,14 @@ class SpectralDetector(Detector):
         super().__init__(config, load(config.backbone, config.backbone_weights, **backbone_options(config, device)))
 
     def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
-        patches = self.backbone.prepare(images, self.config.image_size)
-        features = self.backbone.extract(patches, [self.config.features])[self.config.features]
-        if self.config.center_features:
-            features = centered(features)
-        cut = normalized_cut(features, tau=self.config.tau)
-        assert isinstance(cut.foreground, Ragged) and isinstance(cut.vector, Ragged)
-        fits = [self.fit(size) for size in sizes_of(images)]
-        masks = at_sizes(cut.foreground.with_rows(cut.foreground.rows.float()), fits, sizes or sizes_of(images))
-        return Detections(masks, separation(cut.vector, cut.foreground))
+        features, fits = self.features(self.backbone, images), [self.fit(size) for size in sizes_of(images)]
+        with self.step("cut"):
+            if self.config.center_features:
+                features = centered(features)
+            cut = normalized_cut(features, tau=self.config.tau)
+            assert isinstance(cut.foreground, Ragged) and isinstance(cut.vector, Ragged)
+            masks = at_sizes(cut.foreground.with_rows(cut.foreground.rows.float()), fits, sizes or sizes_of(images))
+            return Detections(masks, separation(cut.vector, cut.foreground))
 
 
 def separation(vectors: Ragged, foregrounds: Ragged) -> Tensor:

@@ -94,7 +94,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(labeler, tmp_path, monk
 
     monkeypatch.setattr(labeler.detector, "detect", small_memory)
     labels = dict(pair for batch in labeler.label(source, names) for pair in batch)
-    assert calls == [6, 3, 1, 2, 1, 1, 3, 1, 2]
+    assert calls == [6, 3, 1, 2, 3, 1, 2]
     reason = labels.pop("3.png").reason
     assert reason == "there is not enough memory to label it: CUDA out of memory. Tried to allocate 20 GiB"
     assert labels == {name: label for name, label in expected.items() if name != "3.png"}
@@ -107,8 +107,8 @@ def test_trace_and_times(labeler, tmp_path, monkeypatch):
     names, trace = draw_photos(tmp_path, SIZES), tmp_path / "trace.json"
     assert sum(map(len, labeler.label(PhotoSource(tmp_path), names, trace))) == len(names)
     events = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {"detect", "refine", "encode"} <= events
-    assert list(labeler.times.seconds) == ["decode", "upload", "detect", "refine", "encode"]
+    assert {"network", "cut", "refine", "encode"} <= events
+    assert list(labeler.times.seconds) == ["decode", "upload", "network", "cut", "refine", "encode"]
     assert min(labeler.times.seconds.values()) > 0 and 0 < labeler.times.busy() <= 1
 
 
