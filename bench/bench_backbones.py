@@ -15,6 +15,7 @@ import torch
 
 from common import paired_medians, report, threads
 from namedmask import attention, backbones
+from namedmask_kernels import Ragged
 
 TAPS = ["keys", "cls_attention"]
 
@@ -64,6 +65,12 @@ def padded(hooked, photos):
     return hooked(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), [len(t) for t in tokens])
 
 
+def patches_of(photos):
+    """The patches of normalized photos [3, h, w], as `Backbone.prepare` packs them."""
+    rows = [torch.nn.functional.unfold(photo[None], 8, stride=8)[0].T for photo in photos]
+    return Ragged.of_shapes(torch.cat(rows), [(photo.shape[1] // 8, photo.shape[2] // 8) for photo in photos])
+
+
 def check(features, expected_features, dtype):
     """Asserts that keys and weights are equal up to the rounding of a network in this dtype."""
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
@@ -90,8 +97,9 @@ def test_one_photo(benchmark, sides, dtype, quick):
         pytest.skip("large size")
     (runner, peers), (h, w) = runners(dtype, quick), (160, 160) if quick else sides
     photo = torch.randn(3, h, w)
-    check(runner.extract([photo], TAPS), peers[dtype](photo[None].to(dtype)), dtype)
-    calls = {"extract": lambda: runner.extract([photo], TAPS)}
+    check(runner.extract(patches_of([photo]), TAPS), peers[dtype](photo[None].to(dtype)), dtype)
+    patches = patches_of([photo])
+    calls = {"extract": lambda: runner.extract(patches, TAPS)}
     for t, hooked in peers.items():
         calls[f"timm {str(t)[6:]} and hooks"] = lambda t=t, hooked=hooked: hooked(photo[None].to(t))
     table(f"keys and CLS attention, {h} x {w}, {str(dtype)[6:]}", runner, calls, benchmark)
@@ -103,10 +111,11 @@ def test_sixteen_shapes(benchmark, dtype, quick):
     sides = (10, 13) if quick else (19, 25, 31, 37)
     photos = [torch.randn(3, 8 * h, 8 * w) for h, w in itertools.product(sides, [s + 3 for s in sides])]
     some = [photo.to(dtype) for photo in photos[::5]]
-    features = runner.extract(some, TAPS)
+    features = runner.extract(patches_of(some), TAPS)
     check(features, [peers[dtype](photo[None])[0] for photo in some], dtype)
     check(features, padded(peers[dtype], some), dtype)
-    calls = {"extract": lambda: runner.extract(photos, TAPS)}
+    patches = patches_of(photos)
+    calls = {"extract": lambda: runner.extract(patches, TAPS)}
     for t, hooked in peers.items():
         inputs, method = [photo.to(t) for photo in photos], f"timm {str(t)[6:]} and hooks"
         calls[f"{method}, one at a time"] = lambda hooked=hooked, inputs=inputs: [

@@ -19,12 +19,13 @@ from common import report
 from namedmask.config import DetectorConfig, IndexConfig, RefineConfig, RunConfig
 from namedmask.demo.run import render
 from namedmask.index import CLIP_BATCH, Clip
-from namedmask.photos import Photo, PhotoSource, decode_ahead
+from namedmask.photos import PhotoSource, decode_ahead
 from namedmask.pseudolabel import Labeler
 from namedmask.refine import Refiner
 from namedmask.run import start
 from namedmask.saliency.spectral import SpectralDetector
 from namedmask.threads import thread_count
+from namedmask_kernels import Ragged
 
 BACKBONE = "vit_small_patch16_224.dino"
 
@@ -89,29 +90,29 @@ def test_index(benchmark, tmp_path, quick):
 def test_detect(benchmark, world):
     source, names, config = world
     detector = SpectralDetector(config, "cpu")
-    photos = [source.decode(name) for name in names]
-    tokens = detector.tokens(photos[0])
+    photos = [Ragged.pack([source.decode(name).pixels]) for name in names]
+    tokens = detector.tokens((480, 640))
 
     def call():
-        return [detector.detect([photo])[0] for photo in photos]
+        return [detector.detect(photo) for photo in photos]
 
-    assert all(d.mask.shape == (480, 640) and 0 <= d.confidence < 1 for d in call())
+    assert all(len(d.masks.rows) == 480 * 640 and 0 <= d.confidence < 1 for d in call())
     rate("detect: spectral, ViT-S/16, short side 448", benchmark, call, len(photos), tokens=tokens)
 
 
 def test_refine(benchmark, world):
     source, names, _ = world
     refiner = Refiner(RefineConfig())
-    photos: list[Photo] = [source.decode(name) for name in names]
+    photos = Ragged.pack([source.decode(name).pixels for name in names])
     rng = np.random.default_rng(0)
     targets = [torch.from_numpy(rng.random(8 * 8) < 0.4).view(1, 1, 8, 8).float() for _ in photos]
-    targets = [torch.nn.functional.interpolate(t, (480, 640))[0, 0] for t in targets]
+    masks = Ragged.pack([torch.nn.functional.interpolate(t, (480, 640))[0, 0] for t in targets])
 
     def call():
-        return refiner.refine(photos, targets)
+        return refiner.refine(photos, masks)
 
-    assert all(soft.shape == (480, 640) and soft.isfinite().all() for soft in call())
-    rate("refine: bilateral solver, 480 x 640, one batch", benchmark, call, len(photos))
+    assert call().rows.isfinite().all()
+    rate("refine: bilateral solver, 480 x 640, one batch", benchmark, call, len(names))
 
 
 def test_pseudolabel(benchmark, world):
@@ -119,12 +120,12 @@ def test_pseudolabel(benchmark, world):
     labeler = Labeler(RunConfig(photos=str(source.path), detector=config), "cpu")
 
     def call():
-        labeler.seconds.clear()
+        labeler.times.seconds.clear()
         return [item for batch in labeler.label(source, names) for item in batch]
 
     assert len(call()) == len(names)
     rate("pseudolabel: decode, detect, refine", benchmark, call, len(names))
-    print(", ".join(f"{step} {1e3 * s / len(names):.1f} ms per photo" for step, s in labeler.seconds.items()))
+    print(", ".join(f"{step} {1e3 * s / len(names):.1f} ms per photo" for step, s in labeler.times.seconds.items()))
 
 
 def test_whole_command(benchmark, world, tmp_path):

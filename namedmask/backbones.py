@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from namedmask_kernels import Ragged
+from namedmask_kernels import Ragged, resize
 
 from . import attention, hub, registry
 from . import weights as stored
@@ -67,60 +66,56 @@ class Backbone:
         self.patch: int = model.patch_embed.patch_size[0]
         self.prefix: int = model.num_prefix_tokens
         cfg = model.pretrained_cfg
-        self.mean = torch.tensor(cfg["mean"], device=device).view(3, 1, 1)
-        self.std = torch.tensor(cfg["std"], device=device).view(3, 1, 1)
+        self.mean, self.std = tuple(cfg["mean"]), tuple(cfg["std"])
         self.position_tokens = functools.lru_cache(maxsize=64)(self._position_tokens)
 
-    def fit(self, pixels: np.ndarray, image_size: int) -> Fit:
-        """How a photo [H, W, 3] fits into patches if it is resized to a short side of `image_size` pixels."""
-        sides = pixels.shape[:2]
+    def fit(self, size: tuple[int, int], image_size: int) -> Fit:
+        """How a photo of this height and width fits into patches if its short side becomes `image_size` pixels."""
         if self.patch_fit == "stretch":
-            scale = min(image_size / min(sides), MAX_ASPECT * image_size / max(sides)) / self.patch
-            h, w = (max(1, round(side * scale)) for side in sides)
+            scale = min(image_size / min(size), MAX_ASPECT * image_size / max(size)) / self.patch
+            h, w = (max(1, round(side * scale)) for side in size)
             return Fit((h * self.patch, w * self.patch), (h, w), self.patch)
         # Rounded down, as torchvision does; in integers, so that the short side is exact.
-        size, side = min((image_size, min(sides)), (MAX_ASPECT * image_size, max(sides)), key=lambda x: x[0] / x[1])
-        h, w = (max(1, other * size // side) for other in sides)
+        new, old = min((image_size, min(size)), (MAX_ASPECT * image_size, max(size)), key=lambda x: x[0] / x[1])
+        h, w = (max(1, side * new // old) for side in size)
         return Fit((h, w), (-(-h // self.patch), -(-w // self.patch)), self.patch)
 
-    def resize(self, pixels: np.ndarray, image_size: int) -> Tensor:
-        """Resizes a photo, uint8 [H, W, 3], to the size of `fit`; uint8 [3, h, w] on the device.
+    def resize(self, images: Ragged, image_size: int) -> Ragged:
+        """Resizes photos, with uint8 rows [P, 3], to the sizes of `fit`, with an antialiasing filter."""
+        return resize(images, self._sizes(images, image_size), interpolation=self.interpolation)
 
-        Both interpolations are antialiased. The bilinear one is Pillow's: torchvision's differs from it by up to 2
-        levels, which moves pixels to other cells of a bilateral solver.
-        """
-        from torchvision.transforms.v2 import functional as TF
-
-        h, w = self.fit(pixels, image_size).size
-        if self.interpolation == "bilinear":
-            resized = np.array(Image.fromarray(pixels).resize((w, h), Image.Resampling.BILINEAR))
-            return torch.from_numpy(resized).to(self.device).permute(2, 0, 1)
-        photo = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)
-        return TF.resize(photo, [h, w], TF.InterpolationMode.BICUBIC, antialias=True)
-
-    def prepare(self, pixels: np.ndarray, image_size: int) -> Tensor:
-        """Resizes, normalizes and, if `patch_fit` is "pad", pads a photo.
+    def prepare(self, images: Ragged, image_size: int) -> Ragged:
+        """Resizes and normalizes photos and cuts them into patches.
 
         Args:
-            pixels: uint8 [H, W, 3].
+            images: uint8 rows [P, 3] on the device.
             image_size: Short side in pixels. The aspect ratio is kept, up to a patch if `patch_fit` is "stretch".
 
         Returns:
-            [3, h, w] on the device, where h and w are multiples of the patch size. Padding, at the bottom and right, is
-            0 in the normalized photo, which is the mean color.
+            The patches, rows [T, 3 * patch * patch] on the patch grids: the pixels of each channel in raster order.
+            With `patch_fit` "pad" the last patches reach beyond the photo; there they are 0, the mean color.
         """
-        photo = self.resize(pixels, image_size)
-        return padded(((photo.float() / 255 - self.mean) / self.std).to(self.dtype)[None], self.patch)[0]
+        resized = self.resize(images, image_size)
+        mean, std = (torch.tensor(x, device=images.rows.device).view(3, 1, 1) for x in (self.mean, self.std))
+        patches, grids = [images.rows.new_empty(0, 3 * self.patch**2, dtype=self.dtype)], []
+        for grid in resized.grids():
+            photo = padded(((grid.permute(2, 0, 1).float() / 255 - mean) / std)[None], self.patch)
+            patches.append(F.unfold(photo, self.patch, stride=self.patch)[0].T.to(self.dtype))
+            grids.append((photo.shape[2] // self.patch, photo.shape[3] // self.patch))
+        return Ragged.of_shapes(torch.cat(patches), grids)
+
+    def _sizes(self, images: Ragged, image_size: int) -> list[tuple[int, int]]:
+        return [self.fit((h, w), image_size).size for h, w in images.shapes.tolist()]
 
     @torch.inference_mode()
-    def extract(self, photos: Sequence[Tensor], taps: Sequence[str]) -> dict[str, Ragged]:
+    def extract(self, patches: Ragged, taps: Sequence[str]) -> dict[str, Ragged]:
         """Extracts features of any blocks in one pass over photos of any shapes.
 
         Results do not depend on batch composition. Blocks after the last tapped one do not run, and the last tapped
         block computes only the requested features.
 
         Args:
-            photos: Normalized photos [3, h, w] whose sides are multiples of the patch size, from `prepare`.
+            patches: Normalized patches of photos of any shapes, from `prepare`.
             taps: Names of `TAPS`. A name alone means the last block; "keys.8" means block 8, counted from 0.
 
                 - ``tokens`` [T, C]: output of the block; for the last block after the final norm.
@@ -135,14 +130,14 @@ class Backbone:
         Raises:
             ValueError: If a tap is unknown.
             UserError: If CLS attention is requested and the ViT has no CLS token.
-            RuntimeError: If a photo requires a gradient.
+            RuntimeError: If `patches` require a gradient.
             FloatingPointError: If a feature of any photo is NaN or infinite.
         """
-        if any(photo.requires_grad for photo in photos):
-            raise RuntimeError("extract has no gradient; pass detached photos")
+        if patches.rows.requires_grad:
+            raise RuntimeError("extract has no gradient; pass detached patches")
         requested = {tap: self._parse(tap) for tap in taps}
         last = max((number for number, _ in requested.values()), default=-1)
-        batch = self._embed(photos)
+        batch = self._embed(patches)
         features: dict[tuple[int, str], Tensor] = {}
         for number in range(last + 1):
             names = {name for block, name in requested.values() if block == number}
@@ -150,7 +145,7 @@ class Backbone:
             features |= {(number, name): rows.float() for name, rows in tapped.items()}
         if not all(rows.isfinite().all() for rows in features.values()):
             raise FloatingPointError("the backbone's features are NaN or infinite")
-        return {tap: Ragged.of_shapes(features[key], batch.shapes) for tap, key in requested.items()}
+        return {tap: patches.with_rows(features[key]) for tap, key in requested.items()}
 
     def explain(self) -> str:
         """Says which library computes attention and why, and whether linear layers use another dtype."""
@@ -179,32 +174,45 @@ class Backbone:
         tokens, rotary = embedded if isinstance(embedded, tuple) else (embedded, None)
         return tokens[0], rotary
 
-    def _embed(self, photos: Sequence[Tensor]) -> _Batch:
-        width, ends, grids, shapes = self.model.embed_dim, [0], [], []
-        for photo in photos:
-            patches = self.model.patch_embed(photo[None].to(self.dtype))[0]  # [h, w, C]
-            shapes.append(tuple(patches.shape[:2]))
-            grids.append(patches.flatten(0, 1))
-            ends.append(ends[-1] + self.prefix + len(grids[-1]))
+    def _embed(self, patches: Ragged) -> _Batch:
+        shapes, width = [(h, w) for h, w in patches.shapes.tolist()], self.model.embed_dim
+        ends = list(itertools.accumulate((self.prefix + h * w for h, w in shapes), initial=0))
         chunk = CHUNK if self.device.type == "cpu" else max(1, ends[-1])
         x = torch.zeros(-(-ends[-1] // chunk) * chunk, width, device=self.device, dtype=self.dtype)
         is_patch, rotary = torch.zeros(len(x), dtype=torch.bool), None
-        for begin, end, patches, shape in zip(ends[:-1], ends[1:], grids, shapes, strict=True):
+        embedded = self._embed_patches(patches.rows.to(self.dtype), chunk)
+        first = 0
+        for shape, run in itertools.groupby(shapes):  # photos of equal shape in one step
             tokens, table = self.position_tokens(*shape)
-            x[begin:end] = tokens
-            x[begin + self.prefix : end] += patches
-            is_patch[begin + self.prefix : end] = True
+            count = len(list(run))
+            photos = slice(first, first + count * len(tokens))
+            first = photos.stop
+            grid = x[photos].unflatten(0, (count, -1))
+            grid[:, : self.prefix] = tokens[: self.prefix]
+            size = count * (len(tokens) - self.prefix)
+            torch.add(embedded[:size].unflatten(0, (count, -1)), tokens[self.prefix :], out=grid[:, self.prefix :])
+            embedded = embedded[size:]
+            is_patch[photos].unflatten(0, (count, -1))[:, self.prefix :] = True
             if table is not None:  # sines and cosines; CLS and registers are rotated by an angle of 0
                 if rotary is None:
                     rotary = table.new_zeros(len(x), 1, 1, table.shape[1])
                     rotary[..., table.shape[1] // 2 :] = 1
-                rotary[begin + self.prefix : end, 0, 0] = table
+                rotary[photos].unflatten(0, (count, -1))[:, self.prefix :, 0, 0] = table
         for rows in x.split(chunk):
             rows.copy_(self.model.norm_pre(rows))
         attn = self.model.blocks[0].attn
         shape = len(x), 3, attn.num_heads, len(attn.qkv.weight) // (3 * attn.num_heads)
         qkv = torch.empty(shape, device=self.device, dtype=self.attention_dtype)
-        return _Batch(x, qkv, rotary, is_patch.nonzero()[:, 0].to(self.device), chunk, ends, shapes)
+        return _Batch(x, qkv, rotary, is_patch.nonzero()[:, 0].to(self.device), chunk, ends)
+
+    def _embed_patches(self, patches: Tensor, chunk: int) -> Tensor:
+        """The patch embedding [T, C] of patches [T, 3 * patch * patch]: one matrix product for all photos."""
+        embed = self.model.patch_embed
+        embedded = [patches.new_empty(0, self.model.embed_dim)]
+        for rows in patches.split(chunk):
+            whole = F.pad(rows, (0, 0, 0, chunk - len(rows))) if self.device.type == "cpu" else rows
+            embedded.append(embed.norm(F.linear(whole, embed.proj.weight.flatten(1), embed.proj.bias))[: len(rows)])
+        return torch.cat(embedded)
 
     def _block(self, number: int, batch: _Batch, names: set[str], whole: bool) -> dict[str, Tensor]:
         """The features `names` of the patches. If `whole`, runs the block on batch.tokens in place."""
@@ -275,14 +283,10 @@ class Fit(NamedTuple):
     grid: tuple[int, int]
     patch: int
 
-    def without_padding(self, values: Tensor, mode: str = "bilinear") -> Tensor:
-        """Values on the patches or parts of them, [n, C, k * rows, k * columns], at the pixels of the resized photo,
-        [n, C, h, w]; unchanged if there is no padding.
-        """
-        whole = (self.grid[0] * self.patch, self.grid[1] * self.patch)
-        if whole == self.size:
-            return values
-        return F.interpolate(values, whole, mode=mode)[..., : self.size[0], : self.size[1]]
+    @property
+    def whole(self) -> tuple[int, int]:
+        """Height and width of all patches, in pixels."""
+        return self.grid[0] * self.patch, self.grid[1] * self.patch
 
 
 class _Batch(NamedTuple):
@@ -294,7 +298,6 @@ class _Batch(NamedTuple):
     patches: Tensor  # indices of the rows that are patches
     chunk: int
     ends: list[int]  # photo b has the tokens ends[b] to ends[b + 1]
-    shapes: list[tuple[int, int]]  # patch grids
 
 
 def linear_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -95,6 +95,10 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any setting, such as refine.crf.confidence=0.9. Repeatable."),
 ]
+Trace = Annotated[
+    Path | None,
+    typer.Option("--trace", metavar="FILE", help="Write a profiler trace of some batches, for chrome://tracing."),
+]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Number of processes on the CPU.")]
 Gpus = Annotated[
     int | None, typer.Option("--gpus", min=0, help="Number of processes with a GPU each. Default: 1 if there is a GPU.")
@@ -169,6 +173,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
         workers: int = 1,
         gpus: int | None = None,
         overwrite: bool = False,
+        trace: Path | None = None,
         **options: str | None,
     ) -> None:
         given = given_settings(
@@ -193,7 +198,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
             given["photos"] = absolute(photos)
         from . import run
 
-        if not run.start(out, given, stages, workers, gpus, overwrite):
+        if not run.start(out, given, stages, workers, gpus, overwrite, trace):
             raise typer.Exit(3)
 
     folder = {"photos": (Photos, None), "out": (Out, Path("run"))}
@@ -206,6 +211,8 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
         parameters["photos"] = MovedPhotos, None
     parameters |= {"preset": (Preset, None), "config": (Config, None), "set_": (Set, None)}
     parameters |= {"workers": (Workers, 1), "gpus": (Gpus, None)}
+    if "pseudolabel" in stages:
+        parameters["trace"] = Trace, None
     parameters |= {"overwrite": (Overwrite, False), "debug": (Debug, False)}
     wrapper = command(run_stages)
     _give_signature(wrapper, parameters)

@@ -54,7 +54,6 @@ from .masks import (
     errors_path,
     is_refined,
     read_masks,
-    score_of_runs,
     write_errors,
     write_shard,
 )
@@ -435,8 +434,9 @@ def relabel(
         return [[new_record(record, *next(encoded)) for record in by_photo[photo.name]] for photo in photos]
 
     def new_record(record: MaskRecord, mask: EncodedMask, confidence: float) -> MaskRecord:
-        score = score_of_runs(mask.lengths, mask.size, confidence)
-        return MaskRecord.from_encoded(record.photo, mask, record.category, record.category_score, score)
+        return MaskRecord.from_encoded(
+            record.photo, mask, record.category, record.category_score, mask.score(confidence)
+        )
 
     for batch in segmenter.map_photos(source, by_photo, predict):
         for name, photo, records in batch:

@@ -39,14 +39,22 @@ class EncodedMask(NamedTuple):
         rle: The mask as a COCO compressed string.
         area: Number of pixels.
         bbox: (x, y, width, height); all 0 for an empty mask.
-        lengths: The run lengths in column-major order, int32 [n], background first.
+        border: Share of the border of the photo that it covers, in [0, 1].
     """
 
     size: tuple[int, int]
     rle: str
     area: int
     bbox: tuple[int, int, int, int]
-    lengths: np.ndarray
+    border: float
+
+    def decode(self) -> np.ndarray:
+        """The mask, bool [height, width]."""
+        return _decode(self.rle, self.size)
+
+    def score(self, confidence: float) -> float:
+        """The `mask_score` of the mask."""
+        return confidence * (1 - self.border) if self.area else 0.0
 
 
 def encode_masks(masks: Ragged) -> list[EncodedMask]:
@@ -56,11 +64,37 @@ def encode_masks(masks: Ragged) -> list[EncodedMask]:
     runs = nk.run_lengths(masks)
     sizes, areas, boxes = (array.tolist() for array in (masks.shapes, runs.areas, runs.boxes))
     texts = [text.decode("ascii") for text in runs.counts()]
-    lengths = np.split(np.asarray(runs.lengths), runs.offsets[1:].tolist())[:-1]
+    lengths = np.split(np.asarray(runs.lengths), np.asarray(runs.offsets)[1:])[:-1]
     return [
-        EncodedMask(tuple(size), text, area, tuple(box), own)
-        for size, text, area, box, own in zip(sizes, texts, areas, boxes, lengths, strict=True)
+        EncodedMask((height, width), text, area, tuple(box), _border_of_runs(own, height, width))
+        for (height, width), text, area, box, own in zip(sizes, texts, areas, boxes, lengths, strict=True)
     ]
+
+
+def _decode(rle: str, size: tuple[int, int]) -> np.ndarray:
+    """The mask of a COCO compressed string that fits `size`, bool [height, width]."""
+    return np.ascontiguousarray(coco.decode({"size": list(size), "counts": rle.encode()})).view(bool)
+
+
+def _border_of_runs(lengths: np.ndarray, height: int, width: int) -> float:
+    """Share of the border that a mask covers, from its run lengths in column-major order, background first."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    begin, end = ends[:-1:2], ends[1::2]  # of the runs of the mask
+
+    def count(low: int, high: int, step: int = 1) -> int:
+        """Pixels of the mask among low, low + step, ... below `high`."""
+        first, last = (-(-(np.clip(at, low, high) - low) // step) for at in (begin, end))
+        return int((last - first).sum())
+
+    pixels, inner = height * width, max(height - 2, 0)  # `inner`: pixels of a column without its ends
+    rows = count(0, pixels, height) + count(height - 1, pixels, height)
+    columns = count(1, 1 + inner) + count(pixels - height + 1, pixels - height + 1 + inner)
+    return (rows + columns) / (2 * width + 2 * inner)
+
+
+def _border(mask: np.ndarray) -> float:
+    """Share of the border that a mask, bool [height, width], covers."""
+    return float(np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]]).mean())
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +131,10 @@ class MaskRecord:
         rle = coco.encode(np.asfortranarray(mask.view(np.uint8)))
         height, width = mask.shape
         x, y, w, h = (int(side) for side in coco.toBbox(rle))
-        area = int(coco.area(rle))
-        return cls(
-            photo, (height, width), category, category_score, rle["counts"].decode("ascii"), score, area, (x, y, w, h)
+        encoded = EncodedMask(
+            (height, width), rle["counts"].decode("ascii"), int(coco.area(rle)), (x, y, w, h), _border(mask)
         )
+        return cls.from_encoded(photo, encoded, category, category_score, score)
 
     @classmethod
     def from_encoded(
@@ -112,8 +146,7 @@ class MaskRecord:
     def mask(self) -> np.ndarray:
         """Decodes the mask, bool [height, width]. Raises ValueError if `rle`, `size` and `area` are inconsistent."""
         self._check_rle()
-        pixels = coco.decode({"size": list(self.size), "counts": self.rle.encode()})
-        return np.ascontiguousarray(pixels).view(bool)
+        return _decode(self.rle, self.size)
 
     def _check_rle(self) -> None:
         """Raises ValueError if the run lengths do not fit; pycocotools would read beyond the end of the string."""
@@ -153,7 +186,7 @@ def run_lengths(rle: str) -> np.ndarray | None:
     A number has 5 bits per character, low bits first, with 32 added to all characters but its last. From the fourth
     number on, the difference from the number two places before is stored.
     """
-    digits = np.frombuffer(rle.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
+    digits = np.frombuffer(rle.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
     if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
         return None
     last = np.flatnonzero(digits & 32 == 0)
@@ -183,30 +216,7 @@ def mask_score(mask: np.ndarray, confidence: float) -> float:
     Returns:
         The score in [0, 1]; higher is better, 0 for an empty mask.
     """
-    if not mask.any():
-        return 0.0
-    border = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]])
-    return confidence * float(1 - border.mean())
-
-
-def score_of_runs(lengths: np.ndarray, size: tuple[int, int], confidence: float) -> float:
-    """The `mask_score` of a mask, from its run lengths in column-major order, int [n], background first."""
-    height, width = size
-    ends = np.cumsum(lengths, dtype=np.int64)
-    begin, end = ends[:-1:2], ends[1::2]  # of the runs of the mask
-    if not (end > begin).any():
-        return 0.0
-
-    def count(low: int, high: int, step: int = 1) -> int:
-        """Pixels of the mask among low, low + step, ... below `high`."""
-        first, last = (-(-(np.clip(at, low, high) - low) // step) for at in (begin, end))
-        return int((last - first).sum())
-
-    pixels = height * width
-    rows = count(0, pixels, height) + count(height - 1, pixels, height)
-    inner = max(height - 2, 0)  # pixels of a column that are not in the first or last row
-    columns = count(1, 1 + inner) + count(pixels - height + 1, pixels - height + 1 + inner)
-    return confidence * (1 - (rows + columns) / (2 * width + 2 * inner))
+    return confidence * (1 - _border(mask)) if mask.any() else 0.0
 
 
 def write_shard(path: str | os.PathLike, records: Iterable[MaskRecord]) -> None:

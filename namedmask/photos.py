@@ -108,6 +108,11 @@ class Photo(NamedTuple):
     name: str
     pixels: np.ndarray
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
 
 class PhotoError(Exception):
     """A photo, a shard or a folder that cannot be used.
@@ -264,7 +269,7 @@ class PhotoSource:
         with self._image(name) as (image, _):
             if image.format != "JPEG":
                 image.load()  # see `pixels_of`
-            swapped = _UPRIGHT.get(_orientation(image)) in _SWAPPING
+            swapped = self.upright and _UPRIGHT.get(_orientation(image)) in _SWAPPING
             return image.size if swapped else image.size[::-1]
 
     @contextlib.contextmanager
@@ -604,7 +609,7 @@ def _index_members(file: BinaryIO, start: int, members: dict[str, tuple[int, int
     file.seek(start)
     # Names must not depend on the user's locale.
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-        reached = -1
+        reached = start
         while (member := tar.next()) is not None:
             if member.size < 0 or tar.offset <= reached:
                 raise tarfile.ReadError("header points backwards")

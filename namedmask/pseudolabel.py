@@ -8,28 +8,31 @@ a shard depend only on its photos and the settings, not on which worker computed
 from __future__ import annotations
 
 import math
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
-from torch import Tensor
+import torch
+
+from namedmask_kernels import Ragged
 
 from .archive import Archive
+from .batches import Size, nearest, upload
 from .config import RunConfig
 from .distributed import Worker
+from .errors import first_line
 from .files import make_folder
-from .masks import ErrorRecord, MaskRecord, errors_path, mask_score, write_errors, write_shard
+from .masks import EncodedMask, ErrorRecord, MaskRecord, encode_masks, errors_path, write_errors, write_shard
 from .memory import BATCH_PIXELS, processing_budget
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
+from .progress import warn
 from .refine import Refiner
-from .saliency import Detection, make_detector, photo_sizes
-from .threads import kernels_on_one_thread, map_ahead
+from .saliency import make_detector
+from .threads import map_batches
+from .timing import StepTimes, traced
+
+# Batches that are formed at a time, of photos sorted by size, so that photos of equal size stand together.
+WINDOW = {"cpu": 1, "cuda": 4}
 
 Work = list[tuple[str, list[tuple[str, float | None]]]]  # per photo: its name, its categories with their scores
 
@@ -54,132 +57,146 @@ def missing_shards(archive: Archive, folder: Path, shard_size: int) -> list[int]
 
 
 class Labeled(NamedTuple):
-    """Pseudo-label of a photo.
+    """Pseudo-label of a photo, with masks at the size of the photo.
 
     Attributes:
-        mask: Refined mask, bool [H, W].
+        mask: Refined mask.
         score: Score of the mask, in [0, 1].
-        detected: Mask before refinement, bool [H, W].
+        detected: Mask before refinement; None unless the settings keep it.
     """
 
-    mask: np.ndarray
+    mask: EncodedMask
     score: float
-    detected: np.ndarray
+    detected: EncodedMask | None
 
 
-def at_size_of(photo: Photo, mask: Tensor) -> np.ndarray:
-    """A mask, bool [h, w], as bool [H, W] at the size of the photo: the nearest pixel, by Pillow's rule for ties."""
-    height, width = photo.pixels.shape[:2]
-    if mask.shape == (height, width):
-        return mask.numpy()
-    resized = Image.fromarray(mask.byte().numpy()).resize((width, height), Image.Resampling.NEAREST)
-    return np.array(resized).view(bool)
+Decoded = tuple[str, Photo | PhotoError]
+Labels = list[tuple[str, Labeled | PhotoError]]
 
 
 class Labeler:
-    """Detector and refiner of a run. On the CPU, each thread processes its own batches.
+    """Detector and refiner of a run. Batches stay on the device from upload to run lengths.
 
     Attributes:
-        seconds: Time spent so far in each step ("decode", "detect", "refine"), summed over threads.
+        times: Time of each step: "decode", "upload", "detect", "refine" and "encode".
     """
 
     def __init__(self, config: RunConfig, device: str):
         self.detector = make_detector(config.detector, device)
         self.at_photo_size = config.refine.size == "photo"
+        self.keep_detected = config.pseudolabel.keep_detected
         self.refiner = Refiner(config.refine)
         self.device = device
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.lock = Lock()
+        self.times = StepTimes(device)
+        self.has_warned = False
 
-    def label(self, source: PhotoSource, names: Iterable[str]) -> Iterator[list[tuple[str, Labeled | PhotoError]]]:
+    def label(self, source: PhotoSource, names: Iterable[str], trace: Path | None = None) -> Iterator[Labels]:
         """Labels photos.
 
         Args:
             source: The photos.
             names: Names of the photos to label.
+            trace: File for torch's profiler trace of some of the batches.
 
         Yields:
-            For each batch, in order: the names of its photos with their labels, or with their errors.
+            For each batch: the names of its photos with their labels, or with their errors. The batches are in the
+            order of the names, but for photos of a few consecutive batches on a GPU, which are sorted by size.
         """
 
         def decode(name: str) -> Photo:
-            with self._timed("decode"):
+            with self.times.on_host("decode"):
                 return source.decode(name)
 
-        def cost(batch: list[tuple[str, Photo | PhotoError]]) -> int:
+        def cost(batch: list[Decoded]) -> int:
             photos = [photo for _, photo in batch if isinstance(photo, Photo)]
             refined = sum(math.prod(self._size(photo)) for photo in photos)
             return (
                 sum(map(self._pixels, photos)) * self.detector.bytes_per_pixel + refined * self.refiner.bytes_per_pixel
             )
 
-        with kernels_on_one_thread(self.device) as threads:
-            batches = self._batches(decode_ahead(source, names, decode))
-            yield from map_ahead(self._label_batch, batches, threads, cost=cost, limit=processing_budget())
+        batches = self._batches(decode_ahead(source, names, decode))
+        labels = map_batches(self._label_batch, batches, self.device, cost=cost, limit=processing_budget())
+        yield from traced(labels, trace)
 
-    def _label_batch(self, batch: list[tuple[str, Photo | PhotoError]]) -> list[tuple[str, Labeled | PhotoError]]:
-        try:
-            return self._label_photos(batch)
-        except ValueError as error:  # a photo that a kernel rejects: the others of the batch do without it
-            if len(batch) == 1:
-                return [(batch[0][0], PhotoError(batch[0][0], f"cannot be labeled: {error}"))]
-            return [labeled for one in batch for labeled in self._label_batch([one])]
-
-    def _label_photos(self, batch: list[tuple[str, Photo | PhotoError]]) -> list[tuple[str, Labeled | PhotoError]]:
+    @torch.inference_mode()
+    def _label_batch(self, batch: list[Decoded]) -> Labels:
         photos = [photo for _, photo in batch if isinstance(photo, Photo)]
+        labels = iter(self._labels_or_errors(photos))
+        return [(name, photo if isinstance(photo, PhotoError) else next(labels)) for name, photo in batch]
+
+    def _labels_or_errors(self, photos: list[Photo]) -> list[Labeled | PhotoError]:
+        """Labels photos; halves them until those that cannot be labeled are alone."""
+        if not photos:
+            return []
         try:
-            with self._timed("detect"):
-                sizes = [self._size(photo) for photo in photos]
-                detections = self.detector.detect(photos, sizes) if photos else []
-        except FloatingPointError as error:  # of one photo: the others are labeled without it
-            if len(batch) > 1:
-                return [label for one in batch for label in self._label_batch([one])]
-            name = batch[0][0]
-            return [(name, PhotoError(name, str(error)))]
-        with self._timed("refine"):
-            labeled = iter(self._refined(photos, detections))
-        return [(name, photo if isinstance(photo, PhotoError) else next(labeled)) for name, photo in batch]
+            return list(self._label_photos(photos))
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            reason = f"there is not enough memory to label it: {first_line(error)}"
+            if len(photos) > 1 and not self.has_warned:
+                self.has_warned = True
+                warn(f"a batch of {len(photos)} photos does not fit into memory and is halved")
+        except FloatingPointError as error:
+            reason = str(error)
+        except ValueError as error:
+            reason = f"cannot be labeled: {error}"
+        if len(photos) == 1:
+            return [PhotoError(photos[0].name, reason)]
+        half = len(photos) // 2
+        return self._labels_or_errors(photos[:half]) + self._labels_or_errors(photos[half:])
 
-    def _refined(self, photos: list[Photo], detections: list[Detection]) -> list[Labeled]:
-        resized = photos if self.at_photo_size else [self.detector.resize(photo) for photo in photos]
-        softs = self.refiner.refine(resized, [detection.mask for detection in detections])
-        masks = [at_size_of(photo, soft > 0.5) for photo, soft in zip(photos, softs, strict=True)]
-        scores = [mask_score(mask, detection.confidence) for mask, detection in zip(masks, detections, strict=True)]
-        detected = [at_size_of(photo, d.mask > 0.5) for photo, d in zip(photos, detections, strict=True)]
-        return [Labeled(*fields) for fields in zip(masks, scores, detected, strict=True)]
+    def _label_photos(self, photos: list[Photo]) -> Iterator[Labeled]:
+        step, at = self.times.step, [photo.size for photo in photos]
+        with step("upload"):
+            images = upload([photo.pixels for photo in photos], self.detector.backbone.device)
+        with step("detect"):
+            found = self.detector.detect(images, [self._size(photo) for photo in photos])
+        with step("refine"):
+            refined = self.refiner.refine(images if self.at_photo_size else self.detector.resize(images), found.masks)
+        with step("encode"):
+            masks = encode_masks(_binary(refined, at))
+            detected = encode_masks(_binary(found.masks, at)) if self.keep_detected else [None] * len(masks)
+            confidence = found.confidence.tolist()
+        self.times.collect()
+        for mask, own, before in zip(masks, confidence, detected, strict=True):
+            yield Labeled(mask, mask.score(own), before)
 
-    def _size(self, photo: Photo) -> tuple[int, int]:
+    def _size(self, photo: Photo) -> Size:
         """Height and width at which the mask of a photo is detected and refined."""
-        return photo_sizes([photo])[0] if self.at_photo_size else self.detector.size(photo)
+        return photo.size if self.at_photo_size else self.detector.fit(photo.size).size
 
     def _pixels(self, photo: Photo) -> int:
         """Number of pixels of a photo or of its mask before it is resized, whichever is more."""
-        return max(photo.pixels.size // 3, math.prod(self._size(photo)))
+        return max(math.prod(photo.size), math.prod(self._size(photo)))
 
-    @contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        with self.lock:
-            self.seconds[step] += time.perf_counter() - start
+    def _batches(self, decoded: Iterable[Decoded]) -> Iterator[list[Decoded]]:
+        """Batches of decoded photos. Which photos they have depends only on the sizes of the photos."""
+        factor = WINDOW[self.device.split(":")[0]]
+        for window in self._groups(decoded, factor):
+            window.sort(key=lambda item: item[1].size if isinstance(item[1], Photo) else ())
+            yield from self._groups(window, 1)
 
-    def _batches(
-        self, decoded: Iterable[tuple[str, Photo | PhotoError]]
-    ) -> Iterator[list[tuple[str, Photo | PhotoError]]]:
-        batch: list[tuple[str, Photo | PhotoError]] = []
+    def _groups(self, decoded: Iterable[Decoded], factor: int) -> Iterator[list[Decoded]]:
+        """Consecutive photos with at most `factor` times the tokens and pixels of a batch."""
+        group: list[Decoded] = []
         tokens = pixels = 0
         for name, photo in decoded:
             cost, size = 0, 0
             if isinstance(photo, Photo):
-                cost, size = self.detector.tokens(photo), self._pixels(photo)
-            if batch and (tokens + cost > self.detector.tokens_per_batch or pixels + size > BATCH_PIXELS):
-                yield batch
-                batch, tokens, pixels = [], 0, 0
-            batch.append((name, photo))
+                cost, size = self.detector.tokens(photo.size), self._pixels(photo)
+            too_many = tokens + cost > factor * self.detector.tokens_per_batch
+            if group and (too_many or pixels + size > factor * BATCH_PIXELS):
+                yield group
+                group, tokens, pixels = [], 0, 0
+            group.append((name, photo))
             tokens += cost
             pixels += size
-        if batch:
-            yield batch
+        if group:
+            yield group
+
+
+def _binary(soft: Ragged, sizes: list[Size]) -> Ragged:
+    """Soft masks [P] as binary ones at the sizes of the photos."""
+    return nearest(soft.with_rows(soft.rows > 0.5), sizes)
 
 
 def pseudolabel(
@@ -190,6 +207,7 @@ def pseudolabel(
     worker: Worker,
     device: str,
     advance: Callable[..., None],
+    trace: Path | None = None,
 ) -> Labeler | None:
     """Computes all shards of masks that do not exist yet. Every worker calls it.
 
@@ -202,6 +220,7 @@ def pseudolabel(
         worker: This worker.
         device: "cpu", or this worker's GPU as torch names it.
         advance: Called as `advance(photos, existing=...)` when photos are done; `existing`: their shard existed.
+        trace: File for torch's profiler trace of some of the batches.
 
     Returns:
         The labeler, for its timings; None if this worker had nothing to do.
@@ -214,18 +233,23 @@ def pseudolabel(
             advance(len(part), existing=True)
             continue
         labeler = labeler or Labeler(config, device)
+        categories = dict(part)
+        labels: dict[str, Labeled | PhotoError] = {}
+        for batch in labeler.label(source, categories, trace):
+            labels |= batch
+            advance(len(batch))
+        trace = None
         records: list[MaskRecord] = []
         detected: list[MaskRecord] = []
         errors: list[ErrorRecord] = []
-        categories = dict(part)
-        for batch in labeler.label(source, categories):
-            for name, label in batch:
-                if isinstance(label, PhotoError):
-                    errors.append(ErrorRecord(name, "pseudolabel", label.reason))
-                else:
-                    records += [MaskRecord.from_mask(name, label.mask, *c, label.score) for c in categories[name]]
-                    detected += [MaskRecord.from_mask(name, label.detected, *c, label.score) for c in categories[name]]
-            advance(len(batch))
+        for name, own in part:
+            label = labels[name]
+            if isinstance(label, PhotoError):
+                errors.append(ErrorRecord(name, "pseudolabel", label.reason))
+                continue
+            records += [MaskRecord.from_encoded(name, label.mask, *category, label.score) for category in own]
+            if label.detected:
+                detected += [MaskRecord.from_encoded(name, label.detected, *category, label.score) for category in own]
         write_errors(errors_path(shard_path(folder, shard)), errors)
         if config.pseudolabel.keep_detected:  # before the masks, whose file marks the shard as finished
             make_folder(folder.parent / "detected")

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 import namedmask_kernels
 from namedmask_kernels import Ragged
 
 from .config import RefineConfig
-from .photos import Photo
 
 # Lengths in the settings are for photos with this short side, in pixels. They are scaled with the photo.
 SHORT_SIDE = 512
@@ -41,32 +37,18 @@ class Refiner:
         self.config = config
         self.bytes_per_pixel = BYTES_PER_PIXEL[config.name]
 
-    def refine(self, photos: Sequence[Photo], targets: Sequence[Tensor]) -> list[Tensor]:
-        """Refines one mask for each photo. Results do not depend on batch composition.
-
-        Args:
-            photos: Photos of any sizes.
-            targets: A mask for each photo, float32 [H, W] in [0, 1]; above 0.5 is object.
-
-        Returns:
-            Refined soft masks, float32 [H, W]; above 0.5 is object.
-        """
+    def refine(self, images: Ragged, masks: Ragged) -> Ragged:
         if self.config.name == "none":
-            return list(targets)
-        by_side: dict[int, list[int]] = {}
-        for number, target in enumerate(targets):
-            by_side.setdefault(min(target.shape), []).append(number)
-        refined: dict[int, Tensor] = {}
-        for side, numbers in by_side.items():  # photos with the same short side have the same settings
-            batch = Ragged.pack([targets[number] for number in numbers])
-            if self.config.largest_component:
-                batch = keep_largest_component(batch)
-            images = Ragged.pack([torch.from_numpy(photos[number].pixels) for number in numbers])
-            soft = getattr(self, f"_{self.config.name}")(batch, images, side / SHORT_SIDE)
+            return masks
+        if self.config.largest_component:
+            masks = keep_largest_component(masks)
+        out = []
+        for i, m in zip(images.grids(), masks.grids()):
+            soft = getattr(self, f"_{self.config.name}")(Ragged.pack([m]), Ragged.pack([i]), min(m.shape) / SHORT_SIDE)
             if self.config.fill_holes:
                 soft = fill_holes(soft)
-            refined.update(zip(numbers, soft.grids(), strict=True))
-        return [refined[number] for number in range(len(targets))]
+            out.append(soft.rows)
+        return masks.with_rows(torch.cat(out))
 
     def _bilateral(self, targets: Ragged, images: Ragged, scale: float) -> Ragged:
         config = self.config

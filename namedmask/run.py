@@ -309,7 +309,13 @@ def open_source(photos: str | os.PathLike) -> PhotoSource:
 
 
 def start(
-    out: Path, given: dict, stages: Sequence[str], workers: int = 1, gpus: int | None = None, overwrite: bool = False
+    out: Path,
+    given: dict,
+    stages: Sequence[str],
+    workers: int = 1,
+    gpus: int | None = None,
+    overwrite: bool = False,
+    trace: Path | None = None,
 ) -> bool:
     """Runs stages of the run folder `out`; prints progress.
 
@@ -319,6 +325,7 @@ def start(
         given: nested settings, as for `settle`.
         workers: number of processes on the CPU.
         gpus: number of processes with a GPU each, instead; None: one if there is a GPU.
+        trace: file for torch's profiler trace of some batches of `pseudolabel`, from worker 0.
 
     Returns:
         False if masks were to be made and there is none, else True.
@@ -332,7 +339,7 @@ def start(
         distributed.warm_up(worker.device(device))
     if not worker.is_main:
         worker.barrier("settled")
-        work(out, stages, worker, device)
+        work(out, stages, worker, device, trace)
         return True
     if worker.count > 1:
         print(f"worker 0 of {worker.count}; waiting for the others", flush=True)
@@ -345,9 +352,9 @@ def start(
         worker.barrier("settled")
         try:
             if worker.count > 1 or max(workers, gpus) == 1:
-                work(out, stages, worker, device)
+                work(out, stages, worker, device, trace)
             else:
-                _start_workers(out, stages, gpus or workers, device)
+                _start_workers(out, stages, gpus or workers, device, trace)
             has_masks = "pseudolabel" not in stages or _print_counts(out)
         except Exception as error:
             if worker.count == 1:  # else the other workers may still write
@@ -382,11 +389,11 @@ def _print_counts(out: Path) -> bool:
     return masks > 0
 
 
-def _start_workers(out: Path, stages: Sequence[str], count: int, device: str) -> None:
+def _start_workers(out: Path, stages: Sequence[str], count: int, device: str, trace: Path | None) -> None:
     failure = out / ".failed"
     failure.unlink(missing_ok=True)
     try:
-        distributed.launch([str(out), device, *stages], count)
+        distributed.launch([str(out), device, str(trace or ""), *stages], count)
     except UserError:
         if failure.exists():  # a worker has said what is wrong, and a restart would not help
             code, _, reason = failure.read_text(encoding="utf-8", errors="surrogateescape").partition(" ")
@@ -394,8 +401,8 @@ def _start_workers(out: Path, stages: Sequence[str], count: int, device: str) ->
         raise
 
 
-def work(out: Path, stages: Sequence[str], worker: Worker, device: str) -> None:
-    """This worker's part of the stages. device: "cpu" or "cuda"."""
+def work(out: Path, stages: Sequence[str], worker: Worker, device: str, trace: Path | None = None) -> None:
+    """This worker's part of the stages. device: "cpu" or "cuda". trace: see `start`."""
     from .progress import Progress
     from .threads import limit_torch_threads
 
@@ -412,7 +419,8 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str) -> None:
         for stage in stages:
             worker.barrier(f"before {stage}")
             with Progress(stage, worker) as progress:
-                STAGES[stage].run(Context(out, config, source, worker, device, progress))
+                traced = trace if worker.is_main else None
+                STAGES[stage].run(Context(out, config, source, worker, device, progress, traced))
         worker.barrier("end")
     except Exception as error:
         worker.fail(str(error))
@@ -421,7 +429,7 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str) -> None:
 
 def _main() -> None:
     """A worker that `distributed.launch` has started: python -m namedmask.run LAUNCHER OUT DEVICE STAGE..."""
-    launcher, out, device, *stages = sys.argv[1:]
+    launcher, out, device, trace, *stages = sys.argv[1:]
     distributed.die_with(int(launcher))
     process.prepare()
     failure = Path(out) / ".failed"
@@ -431,7 +439,7 @@ def _main() -> None:
         worker = distributed.current()
         if device != "cpu":
             distributed.warm_up(worker.device(device))
-        work(Path(out), stages, worker, device)
+        work(Path(out), stages, worker, device, Path(trace) if trace else None)
     except Exception as error:
         if not isinstance(why := explained(error), UserError):
             raise

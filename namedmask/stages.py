@@ -29,6 +29,7 @@ class Context:
     """What a stage is given: the run folder, its settings and photos, and this worker's place in the run.
 
     device: "cpu", or this worker's GPU as torch names it.
+    trace: file for a profiler trace; None but for worker 0.
     """
 
     out: Path
@@ -37,6 +38,7 @@ class Context:
     worker: Worker
     device: str
     progress: Progress
+    trace: Path | None
 
 
 @dataclass(frozen=True)
@@ -240,10 +242,9 @@ def _pseudolabel(ctx: Context) -> None:
     archive, folder, progress = read_archive(ctx.out / "archive.json"), ctx.out / "masks", ctx.progress
     make_folder(folder)
     progress.total = len(work_of(archive))
-    labeler = pseudolabel(ctx.source, archive, folder, ctx.config, ctx.worker, ctx.device, progress.advance)
+    labeler = pseudolabel(ctx.source, archive, folder, ctx.config, ctx.worker, ctx.device, progress.advance, ctx.trace)
     if labeler is not None:
-        steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in labeler.seconds.items())
-        progress.note = f"summed over threads: {steps}"
+        progress.note = labeler.times.summary()
     ctx.worker.barrier("masks are made")
     if not ctx.worker.is_main:
         return

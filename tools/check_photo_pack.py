@@ -26,13 +26,14 @@ from namedmask.config import DetectorConfig, RefineConfig
 from namedmask.evaluate.folders import as_json, print_table
 from namedmask.evaluate.metrics import Confusion
 from namedmask.formats import read_label_map
+from namedmask.masks import mask_score
 from namedmask.photos import PhotoSource
-from namedmask.pseudolabel import mask_score
 from namedmask.refine import Refiner
 from namedmask.run import start
 from namedmask.saliency.spectral import SpectralDetector
 from namedmask.segmenter.folder import overlay
 from namedmask.segmenter.predict import Segmenter
+from namedmask_kernels import Ragged
 
 
 def detector_settings(standin: Path) -> dict:
@@ -97,10 +98,12 @@ def check_saliency(photos: Path, standin: Path, out: Path) -> None:
     for name in source:
         photo = source.decode(name)
         truth = np.asarray(Image.open(folder / "masks" / Path(name).with_suffix(".png"))) > 127
-        (detection,) = detector.detect([photo])
-        (soft,) = refiner.refine([photo], [detection.mask])
-        found, refined = ((m > 0.5).numpy() for m in (detection.mask, soft))
-        rows.append((truth.mean(), iou(found, truth), iou(refined, truth), mask_score(refined, detection.confidence)))
+        images = Ragged.pack([photo.pixels])
+        detections = detector.detect(images)
+        softs = detections.masks, refiner.refine(images, detections.masks)
+        found, refined = ((soft.grids()[0] > 0.5).numpy() for soft in softs)
+        score = mask_score(refined, detections.confidence.item())
+        rows.append((truth.mean(), iou(found, truth), iou(refined, truth), score))
         dimmed = [np.where(mask[..., None], photo.pixels, photo.pixels // 4) for mask in (found, refined, truth)]
         tiles.append(_tile(photo.pixels, *dimmed))
     everything, raw, refined, scores = np.array(rows).T

@@ -94,13 +94,16 @@ def untrained_cut(
     """The spectral detector of the demo with a ViT with random weights, as a function photo -> mask."""
     import torch
 
+    from namedmask_kernels import Ragged
+
     from ..backbones import Backbone
     from .models import untrained_vit
 
     backbone = Backbone(untrained_vit(), torch.device("cpu"), torch.float32)
 
     def detect(image: np.ndarray) -> np.ndarray:
-        extracted = backbone.extract([backbone.prepare(image, image_size)], [features])[features]
+        patches = backbone.prepare(Ragged.pack([image]), image_size)
+        extracted = backbone.extract(patches, [features])[features]
         grid = extracted.grids()[0].numpy()
         return _cut(grid - grid.mean((0, 1)) if center else grid, image.shape[:2], tau)
 

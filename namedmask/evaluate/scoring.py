@@ -420,4 +420,4 @@ def _detected(config: RunConfig, data: Split, device: str) -> Iterator[tuple[str
         for name, label in batch:
             if isinstance(label, PhotoError):
                 raise UserError(f"{data.photos / name}: {label.reason}")
-            yield name, label.mask
+            yield name, label.mask.decode()

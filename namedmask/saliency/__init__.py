@@ -5,29 +5,31 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..backbones import Backbone
+from namedmask_kernels import Ragged, resize
+
+from ..backbones import Backbone, Fit
+from ..batches import Size, cropped, sizes_of
 from ..config import DetectorConfig
-from ..photos import Photo
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 
 
-class Detection(NamedTuple):
-    """The object of a photo.
+class Detections(NamedTuple):
+    """The object of each photo of a batch.
 
     Attributes:
-        mask: float32 [H, W] in [0, 1] at the requested size; above 0.5 is object.
-        confidence: How clearly the detector separates the object from the background, in [0, 1]. Each detector
-            documents its measure.
+        masks: float32 [P] in [0, 1] at the requested sizes; above 0.5 is object.
+        confidence: float64 [B], how clearly the detector separates the object from the background, in [0, 1]. Each
+            detector documents its measure.
     """
 
-    mask: Tensor
-    confidence: float
+    masks: Ragged
+    confidence: Tensor
 
 
 class Detector(ABC):
@@ -44,25 +46,24 @@ class Detector(ABC):
         self.config, self.backbone = config, backbone
         self.tokens_per_batch = TOKENS_PER_BATCH[backbone.device.type]
 
-    def tokens(self, photo: Photo) -> int:
-        """Returns the number of tokens that the photo will have, the measure of its cost."""
-        return math.prod(self.backbone.fit(photo.pixels, self.config.image_size).grid)
+    def fit(self, size: Size) -> Fit:
+        """Returns how a photo of this height and width lies on the patches of the backbone."""
+        return self.backbone.fit(size, self.config.image_size)
 
-    def size(self, photo: Photo) -> tuple[int, int]:
-        """Returns the height and width of the photo as the backbone sees it, without padding."""
-        return self.backbone.fit(photo.pixels, self.config.image_size).size
+    def tokens(self, size: Size) -> int:
+        """Returns the number of tokens of a photo of this height and width, the measure of its cost."""
+        return math.prod(self.fit(size).grid)
 
-    def resize(self, photo: Photo) -> Photo:
-        """Resizes a photo to `size`."""
-        pixels = self.backbone.resize(photo.pixels, self.config.image_size)
-        return Photo(photo.name, pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    def resize(self, images: Ragged) -> Ragged:
+        """Resizes photos, uint8 [P, 3], to the sizes at which the backbone sees them, without padding."""
+        return self.backbone.resize(images, self.config.image_size)
 
     @abstractmethod
-    def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
-        """Detects the object of each photo. Photos may have any sizes; results do not depend on batch composition.
+    def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
+        """Detects the object of each photo. On a CPU, results do not depend on batch composition.
 
         Args:
-            photos: The photos.
+            images: Photos of any sizes, uint8 [P, 3], on the device of the backbone.
             sizes: Height and width of each mask; those of the photos by default.
 
         Raises:
@@ -70,9 +71,36 @@ class Detector(ABC):
         """
 
 
-def photo_sizes(photos: Sequence[Photo]) -> list[tuple[int, int]]:
-    """The height and width of each photo."""
-    return [(photo.pixels.shape[0], photo.pixels.shape[1]) for photo in photos]
+def at_sizes(values: Ragged, fits: Sequence[Fit], sizes: Sequence[Size]) -> Ragged:
+    """Values on the patches, or on equal parts of them, at the pixels of masks, by bilinear interpolation.
+
+    Args:
+        values: float32 [T].
+        fits: How each photo lies on the patches.
+        sizes: Height and width of each mask.
+    """
+    return resize(without_padding(values, fits), sizes)
+
+
+def without_padding(
+    values: Ragged, fits: Sequence[Fit], interpolate: Callable[[Ragged, list[Size]], Ragged] = resize
+) -> Ragged:
+    """Values on the patches of padded photos, or on equal parts of them, at the pixels of the photos.
+
+    Those of photos without padding are returned as they are.
+
+    Args:
+        values: [T, ...].
+        fits: How each photo lies on the patches.
+        interpolate: Function of a batch and the new size of each image.
+    """
+    padded = [fit.whole != fit.size for fit in fits]
+    if not any(padded):
+        return values
+    grids = sizes_of(values)
+    whole = [fit.whole if pad else grid for fit, pad, grid in zip(fits, padded, grids, strict=True)]
+    photo = [fit.size if pad else grid for fit, pad, grid in zip(fits, padded, grids, strict=True)]
+    return cropped(interpolate(values, whole), photo)
 
 
 def backbone_options(config: DetectorConfig, device: str) -> dict[str, Any]:

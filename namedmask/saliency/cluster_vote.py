@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from namedmask_kernels import spectral_clusters, vote_masks
+from namedmask_kernels import Ragged, spectral_clusters, vote_masks
 
 from ..backbones import Fit, load
+from ..batches import Size, nearest, sizes_of
 from ..config import DetectorConfig
-from ..photos import Photo
-from . import Detection, Detector, backbone_options, photo_sizes
+from . import Detections, Detector, at_sizes, backbone_options, without_padding
 from .spectral import centered
 
 COUNTS = (2, 3, 4)  # numbers of clusters; every cluster is a candidate
@@ -44,45 +43,50 @@ class ClusterVoteDetector(Detector):
         finest = min(self.backbones, key=lambda backbone: backbone.patch)  # its tokens dominate the cost
         super().__init__(config, finest)
 
-    def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
-        labels: list[list[Tensor]] = [[] for _ in photos]  # for each photo, int32 [h, w, 3] from each backbone
+    def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
+        labels, fits = [], []
         for backbone in self.backbones:
-            prepared = [backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
-            features = backbone.extract(prepared, [self.config.features])[self.config.features]
-            # On the CPU, where the vote and the refiners run, too.
-            features = features.with_rows(features.rows.cpu())
+            patches = backbone.prepare(images, self.config.image_size)
+            features = backbone.extract(patches, [self.config.features])[self.config.features]
             if self.config.center_features:
                 features = centered(features)
-            for photo_labels, grid in zip(labels, spectral_clusters(features, COUNTS).grids(), strict=True):
-                photo_labels.append(grid)
-        return [
-            elect(photo_labels, [b.fit(photo.pixels, self.config.image_size) for b in self.backbones], size)
-            for photo_labels, photo, size in zip(labels, photos, sizes or photo_sizes(photos), strict=True)
-        ]
+            labels.append(spectral_clusters(features, COUNTS))
+            fits.append([backbone.fit(size, self.config.image_size) for size in sizes_of(images)])
+        return elect(labels, fits, sizes or sizes_of(images))
 
 
-def elect(labels: Sequence[Tensor], fits: Sequence[Fit], size: tuple[int, ...]) -> Detection:
-    """Votes among all clusters of a photo.
+def elect(labels: Sequence[Ragged], fits: Sequence[Sequence[Fit]], sizes: Sequence[Size]) -> Detections:
+    """Votes among all clusters of each photo.
 
     Args:
-        labels: Cluster labels from each backbone, int32 [h, w, len(COUNTS)].
-        fits: How the photo lies on the patches of each backbone.
-        size: Height and width of the mask, at which the clusters are compared.
+        labels: Cluster labels from each backbone, int32 [T, len(COUNTS)].
+        fits: For each backbone, how each photo lies on its patches.
+        sizes: Height and width of each mask, at which the clusters are compared.
     """
-    columns = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))  # 0 0 1 1 1 2 2 2 2
-    clusters = torch.cat([torch.arange(k) for k in COUNTS])  # 0 1 0 1 2 0 1 2 3
-    tokens = [(grid[..., columns] == clusters).permute(2, 0, 1) for grid in labels]  # bool [9, h, w] each
-    candidates = [
-        F.interpolate(fit.without_padding(x[None].byte(), "nearest-exact"), size, mode="nearest-exact")[0].bool()
-        for x, fit in zip(tokens, fits, strict=True)
-    ]
-    vote = vote_masks(torch.cat(candidates))
-    backbone, cluster = divmod(int(vote.winner), len(clusters))
-    winner = fits[backbone].without_padding(tokens[backbone][cluster][None, None].float())
-    mask = F.interpolate(winner, size, mode="bilinear")[0, 0]
-    others = int(vote.kept.sum()) - 1
-    agreement = (float(vote.scores[vote.winner]) - 1) / others if others else 0.0
-    return Detection(mask, min(max(agreement, 0.0), 1.0))
+    device = labels[0].rows.device
+    columns = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS)).to(device)  # 0 0 1 1 1 2 2 2 2
+    clusters = torch.cat([torch.arange(k) for k in COUNTS]).to(device)  # 0 1 0 1 2 0 1 2 3
+    masks = [batch.with_rows(batch.rows[:, columns] == clusters) for batch in labels]  # bool [T, 9] each
+    pixels = [nearest(without_padding(batch, own, nearest), sizes) for batch, own in zip(masks, fits, strict=True)]
+    vote = vote_masks(pixels[0].with_rows(torch.cat([batch.rows for batch in pixels], 1)))
+    assert isinstance(vote.winner, Tensor) and isinstance(vote.kept, Tensor) and isinstance(vote.scores, Tensor)
+    winner = vote.winner.long()
+    soft = torch.zeros_like(pixels[0].rows[:, 0], dtype=torch.float32)
+    for number, (batch, own) in enumerate(zip(masks, fits, strict=True)):
+        cluster = winner - number * len(clusters)  # of a winner from this backbone
+        column = _on_rows(batch, cluster.clamp(0, len(clusters) - 1))
+        tokens = batch.rows.gather(1, column[:, None])[:, 0]
+        is_here = _on_rows(pixels[0], (cluster >= 0) & (cluster < len(clusters)))
+        soft = torch.where(is_here, at_sizes(batch.with_rows(tokens.float()), own, sizes).rows, soft)
+    others = vote.kept.sum(1) - 1
+    agreement = (vote.scores.gather(1, winner[:, None])[:, 0] - 1) / others.clamp_min(1)
+    return Detections(pixels[0].with_rows(soft), torch.where(others > 0, agreement.clamp(0.0, 1.0), 0.0))
+
+
+def _on_rows(batch: Ragged, values: Tensor) -> Tensor:
+    """A value per photo [B] as a value per row of the batch [T]."""
+    lengths = batch.offsets.diff().to(values.device)
+    return values.repeat_interleave(lengths, output_size=len(batch.rows))
 
 
 def _split_weights(entry: str) -> tuple[str, str | None]:

@@ -13,18 +13,19 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from namedmask_kernels import Ragged
+
 from .. import registry
 from .. import weights as stored
 from ..backbones import Backbone, Vit, untrained
+from ..batches import Size, flipped, runs, sizes_of
 from ..config import DetectorConfig
 from ..errors import UserError
-from ..photos import Photo
-from . import Detection, Detector, backbone_options, photo_sizes
+from . import Detections, Detector, at_sizes, backbone_options
 
 UPSAMPLED = 2  # mask resolution: cells per side of a patch
 MAX_QUERIES = 1000  # of a file; each takes about a megabyte per photo
@@ -94,6 +95,22 @@ class SelfMask(nn.Module):
             trained. The prediction is that of the last layer.
         """
         pixels = F.interpolate(tokens.mT.unflatten(2, (h, w)), scale_factor=UPSAMPLED, mode="bilinear")
+        output = torch.stack(self._outputs(tokens))  # [layers, n, Q, C]
+        return torch.einsum("lnqc,nchw->lnqhw", output, pixels), self.ffn(output)
+
+    def best_masks(self, tokens: Tensor, h: int, w: int) -> Tensor:
+        """The mask logits [n, 2h, 2w] of the query with the highest objectness, as from `decode`.
+
+        The product with the query is computed on the patches and then upsampled, which is the same up to rounding.
+        """
+        output = self._outputs(tokens)[-1]
+        best = self.ffn(output).argmax(1)
+        query = output[torch.arange(len(best), device=best.device), best]  # [n, C]
+        logits = (tokens @ query[..., None]).view(-1, 1, h, w)
+        return F.interpolate(logits, scale_factor=UPSAMPLED, mode="bilinear")[:, 0]
+
+    def _outputs(self, tokens: Tensor) -> list[Tensor]:
+        """The states of the queries after each decoder layer, [n, Q, C], from tokens [n, T, C]."""
         queries = self.query_embed.expand(len(tokens), -1, -1)
         x, outputs = torch.zeros_like(queries), []
         layers: Iterable[Any] = self.decoder.layers
@@ -101,8 +118,7 @@ class SelfMask(nn.Module):
         for layer in layers:
             x = layer.decode(x, tokens, queries)
             outputs.append(norm(x))
-        output = torch.stack(outputs)  # [layers, n, Q, C]
-        return torch.einsum("lnqc,nchw->lnqhw", output, pixels), self.ffn(output)
+        return outputs
 
     def position_tokens(self, h: int, w: int) -> Tensor:
         """CLS and the position embeddings of a grid of patches, [1 + h * w, C].
@@ -149,57 +165,67 @@ class SelfMaskDetector(Detector):
         self.views = list(itertools.product(sizes, (False, True) if config.horizontal_flip else (False,)))
         self.bytes_per_pixel = 24 + 12 * len(self.views)
 
-    def tokens(self, photo: Photo) -> int:
-        return sum(math.prod(self.backbone.fit(photo.pixels, size).grid) for size, _ in self.views)
+    def tokens(self, size: Size) -> int:
+        return sum(math.prod(self.backbone.fit(size, image_size).grid) for image_size, _ in self.views)
 
     @torch.inference_mode()
-    def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
-        prepared = []
-        for photo in photos:
-            for image_size, flipped in self.views:
-                pixels = np.ascontiguousarray(photo.pixels[:, ::-1]) if flipped else photo.pixels
-                prepared.append(self.backbone.prepare(pixels, image_size))
-        grids = iter(self.backbone.extract(prepared, ["tokens"])["tokens"].grids())
-        detections = []
-        for photo, size in zip(photos, sizes or photo_sizes(photos), strict=True):
-            softs = []
-            for image_size, flipped in self.views:
-                soft = self.backbone.fit(photo.pixels, image_size).without_padding(self._soft_mask(next(grids)))
-                softs.append(F.interpolate(soft.flip(3) if flipped else soft, size, mode="bilinear")[0, 0])
-            soft = torch.stack(softs).mean(0)
-            if not soft.isfinite().all():
-                raise FloatingPointError("the predicted mask is NaN or infinite")
-            detections.append(Detection(soft.cpu(), certainty(soft) * agreement(softs)))
-        return detections
+    def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
+        mirrored = flipped(images) if self.config.horizontal_flip else images
+        patches = [self.backbone.prepare(mirrored if flip else images, size) for size, flip in self.views]
+        grids = [size for view in patches for size in sizes_of(view)]
+        together = Ragged.of_shapes(torch.cat([view.rows for view in patches]), grids)
+        tokens = self.backbone.extract(together, ["tokens"])["tokens"]
+        fits = [self.backbone.fit(size, image_size) for image_size, _ in self.views for size in sizes_of(images)]
+        wanted = sizes or sizes_of(images)
+        softs = at_sizes(self._soft_masks(tokens), fits, [*wanted] * len(self.views))
+        pixels = len(softs.rows) // len(self.views)
+        views = [Ragged.of_shapes(rows, wanted) for rows in softs.rows.split(max(1, pixels))]
+        views = [flipped(view) if flip else view for view, (_, flip) in zip(views, self.views, strict=True)]
+        soft = views[0].with_rows(torch.stack([view.rows for view in views]).mean(0))
+        if not soft.rows.isfinite().all():
+            raise FloatingPointError("the predicted mask is NaN or infinite")
+        return Detections(soft, certainty(soft) * agreement(views))
 
-    def _soft_mask(self, tokens: Tensor) -> Tensor:
-        """The soft mask [1, 1, 2h, 2w] of one view, from its tokens [h, w, C]."""
-        masks, objectness = self.network.decode(tokens.flatten(0, 1)[None], *tokens.shape[:2])
-        return masks[-1, :, objectness[-1, 0].argmax()].sigmoid()[None]
-
-
-def agreement(softs: Sequence[Tensor]) -> float:
-    """Mean IoU of all pairs of soft masks [h, w], thresholded at 0.5; 1 for a single mask."""
-    masks = torch.stack(list(softs)).flatten(1) > 0.5
-    overlap = masks.float() @ masks.float().T
-    union = overlap.diagonal()[:, None] + overlap.diagonal() - overlap
-    i, j = torch.triu_indices(len(softs), len(softs), 1, device=masks.device)
-    return float((overlap / union.clamp_min(1))[i, j].mean()) if len(softs) > 1 else 1.0
+    def _soft_masks(self, tokens: Ragged) -> Ragged:
+        """The soft masks, with `UPSAMPLED` cells per side of a patch, from tokens [T, C]."""
+        grids = [tokens.rows[:0, 0]]
+        for images in runs(tokens):
+            grids.append(self.network.best_masks(images.flatten(1, 2), *images.shape[1:3]).sigmoid().flatten())
+        return Ragged.of_shapes(torch.cat(grids), [(UPSAMPLED * h, UPSAMPLED * w) for h, w in sizes_of(tokens)])
 
 
-def certainty(soft: Tensor) -> float:
-    """Measures how clear and compact a soft mask [h, w] is, in [0, 1].
+def agreement(views: Sequence[Ragged]) -> Tensor:
+    """Mean IoU of all pairs of soft masks [P] of a photo, thresholded at 0.5; 1 for a single mask. float64 [B]."""
+    if len(views) == 1:
+        return torch.ones(len(views[0].shapes), dtype=torch.float64, device=views[0].rows.device)
+    means = []
+    for softs in zip(*map(runs, views), strict=True):
+        masks = (torch.stack(softs, 1) > 0.5).flatten(2).float()  # [n, views, h * w]
+        overlap = masks @ masks.mT
+        areas = overlap.diagonal(dim1=1, dim2=2)
+        union = areas[:, :, None] + areas[:, None] - overlap
+        i, j = torch.triu_indices(len(views), len(views), 1, device=masks.device)
+        means.append((overlap / union.clamp_min(1))[:, i, j].double().mean(1))
+    return torch.cat(means)
+
+
+def certainty(softs: Ragged) -> Tensor:
+    """Measures how clear and compact each soft mask [P] is, float64 [B] in [0, 1].
 
     It is the Dice coefficient of the mask and its own threshold at 0.5, times the perimeter of a square of the same
-    area divided by the perimeter of the mask (its total variation), at most 1. Wrong masks often have ragged outlines.
+    area divided by the perimeter of the mask (its total variation), at most 1; 0 for an empty mask. Wrong masks often
+    have ragged outlines.
     """
-    hard = soft > 0.5
-    if not hard.any():
-        return 0.0
-    padded = F.pad(soft, (1, 1, 1, 1))
-    outline = padded.diff(dim=0).abs().sum() + padded.diff(dim=1).abs().sum()
-    dice = 2 * soft[hard].sum() / (soft.sum() + hard.sum())
-    return float(dice * (4 * soft.sum().sqrt() / outline).clamp_max(1.0))
+    values = [softs.rows.new_zeros(0, dtype=torch.float64)]
+    for soft in runs(softs):
+        hard = soft > 0.5
+        padded = F.pad(soft, (1, 1, 1, 1))
+        outline = sum(padded.diff(dim=dim).abs().sum((1, 2), dtype=torch.float64) for dim in (1, 2))
+        area, inside = soft.sum((1, 2), dtype=torch.float64), (soft * hard).sum((1, 2), dtype=torch.float64)
+        dice = 2 * inside / (area + hard.sum((1, 2)))
+        compactness = (4 * area.sqrt() / outline).clamp_max(1.0)
+        values.append(torch.where(hard.any(2).any(1), dice * compactness, 0.0))
+    return torch.cat(values)
 
 
 def load(backbone: str, weights: str | None, option: str = "--detector-weights") -> SelfMask:

@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from namedmask_kernels import Ragged, normalized_cut
 
 from ..backbones import load
+from ..batches import Size, runs, sizes_of
 from ..config import DetectorConfig
-from ..photos import Photo
-from . import Detection, Detector, backbone_options, photo_sizes
+from . import Detections, Detector, at_sizes, backbone_options
 
 
 def centered(features: Ragged) -> Ragged:
     """Subtracts the mean feature of each photo from features [T, C]."""
-    return features.with_rows(torch.cat([(g - g.mean((0, 1))).flatten(0, 1) for g in features.grids()]))
+    grids = ((images - images.mean((1, 2), keepdim=True)).flatten(0, 2) for images in runs(features))
+    return features.with_rows(torch.cat([features.rows[:0], *grids]))
 
 
 class SpectralDetector(Detector):
@@ -34,39 +34,35 @@ class SpectralDetector(Detector):
     def __init__(self, config: DetectorConfig, device: str):
         super().__init__(config, load(config.backbone, config.backbone_weights, **backbone_options(config, device)))
 
-    def detect(self, photos: Sequence[Photo], sizes: Sequence[tuple[int, int]] | None = None) -> list[Detection]:
-        prepared = [self.backbone.prepare(photo.pixels, self.config.image_size) for photo in photos]
-        features = self.backbone.extract(prepared, [self.config.features])[self.config.features]
-        # On the CPU, where the refiners run, too.
-        features = features.with_rows(features.rows.cpu())
+    def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
+        patches = self.backbone.prepare(images, self.config.image_size)
+        features = self.backbone.extract(patches, [self.config.features])[self.config.features]
         if self.config.center_features:
             features = centered(features)
         cut = normalized_cut(features, tau=self.config.tau)
         assert isinstance(cut.foreground, Ragged) and isinstance(cut.vector, Ragged)
-        detections = []
-        for photo, size, grid, vector in zip(
-            photos, sizes or photo_sizes(photos), cut.foreground.grids(), cut.vector.grids(), strict=True
-        ):
-            fit = self.backbone.fit(photo.pixels, self.config.image_size)
-            mask = F.interpolate(fit.without_padding(grid[None, None].float()), size, mode="bilinear")[0, 0]
-            detections.append(Detection(mask, separation(vector, grid)))
-        return detections
+        fits = [self.fit(size) for size in sizes_of(images)]
+        masks = at_sizes(cut.foreground.with_rows(cut.foreground.rows.float()), fits, sizes or sizes_of(images))
+        return Detections(masks, separation(cut.vector, cut.foreground))
 
 
-def separation(vector: Tensor, foreground: Tensor) -> float:
-    """Measures how clearly the vector of a cut separates the foreground from the background.
+def separation(vectors: Ragged, foregrounds: Ragged) -> Tensor:
+    """Measures how clearly the vectors of cuts separate the foreground from the background.
 
     Args:
-        vector: float [h, w].
-        foreground: bool [h, w].
+        vectors: float [T].
+        foregrounds: bool [T].
 
     Returns:
-        r / (1 + r) in [0, 1), where r is the distance between the means of the vector inside and outside the
-        foreground, divided by the root of the sum of its variances inside and outside; 0 if either is empty.
+        float64 [B]: r / (1 + r) in [0, 1), where r is the distance between the means of the vector inside and outside
+        the foreground, divided by the root of the sum of its variances inside and outside; 0 if either is empty.
     """
-    inside, outside = vector[foreground].double(), vector[~foreground].double()
-    if len(inside) == 0 or len(outside) == 0:
-        return 0.0
-    spread = (inside.var(correction=0) + outside.var(correction=0)).sqrt()
-    ratio = (inside.mean() - outside.mean()).abs() / spread.clamp_min(1e-12)
-    return float(ratio / (1 + ratio))
+    ratios = [vectors.rows.new_zeros(0, dtype=torch.float64)]
+    for grids, inside in zip(runs(vectors), runs(foregrounds), strict=True):
+        vector, sides = grids.double().flatten(1), torch.stack([inside, ~inside]).flatten(2)  # [n, t], [2, n, t]
+        counts = sides.sum(2)
+        means = (vector * sides).sum(2) / counts
+        variances = ((vector - means[..., None]).square() * sides).sum(2) / counts
+        ratio = (means[0] - means[1]).abs() / variances.sum(0).sqrt().clamp_min(1e-12)
+        ratios.append(torch.where(counts.prod(0) > 0, ratio / (1 + ratio), 0.0))
+    return torch.cat(ratios)

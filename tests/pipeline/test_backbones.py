@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torchvision.transforms.v2 import functional as TF
 
 from namedmask import backbones
 from namedmask.errors import UserError
+from namedmask_kernels import Ragged
 
 FAMILIES = [
     "vit_small_patch8_224.dino",
@@ -36,6 +38,14 @@ def photos_for(backbone, *grids):
     return [
         torch.randn(3, backbone.patch * h, backbone.patch * w, generator=generator).to(backbone.dtype) for h, w in grids
     ]
+
+
+def patches_of(backbone, photos):
+    """The patches of normalized photos [3, h, w], as `Backbone.prepare` packs them."""
+    size = backbone.patch
+    rows = [photo.new_empty(0, 3 * size**2) for photo in photos[:1] or [torch.empty(0)]]
+    rows += [torch.nn.functional.unfold(photo[None], size, stride=size)[0].T for photo in photos]
+    return Ragged.of_shapes(torch.cat(rows), [(p.shape[1] // size, p.shape[2] // size) for p in photos])
 
 
 @torch.inference_mode()
@@ -77,7 +87,7 @@ def test_every_tap_equals_timm(name):
     backbone = make(name)
     photos = photos_for(backbone, (5, 7), (9, 4), (1, 6))
     taps = [f"{tap}.{b}" for tap in backbones.TAPS for b in range(3)]
-    features = backbone.extract(photos, taps)
+    features = backbone.extract(patches_of(backbone, photos), taps)
     assert list(features) == taps
     for at, photo in enumerate(photos):
         expected = timm_taps(backbone.model, photo)
@@ -90,9 +100,11 @@ def test_every_tap_equals_timm(name):
 def test_taps_do_not_depend_on_each_other(tap):
     backbone = make(FAMILIES[4])
     photos = photos_for(backbone, (5, 7), (9, 4))
-    everything = backbone.extract(photos, [*backbones.TAPS, f"{tap}.1", f"{tap}.2"])
+    everything = backbone.extract(patches_of(backbone, photos), [*backbones.TAPS, f"{tap}.1", f"{tap}.2"])
     for name in (tap, f"{tap}.1", f"{tap}.2"):
-        torch.testing.assert_close(backbone.extract(photos, [name])[name].rows, everything[name].rows)
+        torch.testing.assert_close(
+            backbone.extract(patches_of(backbone, photos), [name])[name].rows, everything[name].rows
+        )
 
 
 def test_last_block_computes_only_the_requested_taps():
@@ -100,10 +112,12 @@ def test_last_block_computes_only_the_requested_taps():
     last, ran = backbone.model.blocks[-1], []
     for module in (last.norm1, last.norm2, last.mlp, last.attn.proj, backbone.model.norm, backbone.model.blocks[1].mlp):
         module.register_forward_hook(lambda module, *_: ran.append(module))
-    backbone.extract(photos_for(backbone, (4, 6)), ["keys", "queries", "values", "cls_attention", "tokens.1"])
+    backbone.extract(
+        patches_of(backbone, photos_for(backbone, (4, 6))), ["keys", "queries", "values", "cls_attention", "tokens.1"]
+    )
     assert ran == [backbone.model.blocks[1].mlp, last.norm1]
     ran.clear()
-    backbone.extract(photos_for(backbone, (4, 6)), ["keys.0"])
+    backbone.extract(patches_of(backbone, photos_for(backbone, (4, 6))), ["keys.0"])
     assert ran == []
 
 
@@ -115,9 +129,9 @@ SIXTEEN = [(h, w) for h in (3, 5, 8, 13) for w in (4, 7, 9, 10)]
 def test_results_do_not_depend_on_batch_composition(name, dtype):
     backbone = make(name, dtype=dtype)
     photos = photos_for(backbone, *SIXTEEN)
-    together = backbone.extract(photos, backbones.TAPS)
+    together = backbone.extract(patches_of(backbone, photos), backbones.TAPS)
     for at, photo in enumerate(photos):
-        alone = backbone.extract([photo], backbones.TAPS)
+        alone = backbone.extract(patches_of(backbone, [photo]), backbones.TAPS)
         for tap in backbones.TAPS:
             assert together[tap].shapes[at].tolist() == list(SIXTEEN[at])
             assert torch.equal(alone[tap].rows, together[tap].grids()[at].flatten(0, 1)), tap
@@ -132,9 +146,9 @@ def test_tiny_photos_do_not_depend_on_batch_composition(dtype, threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        together = backbone.extract(photos, backbones.TAPS)
+        together = backbone.extract(patches_of(backbone, photos), backbones.TAPS)
         for at, photo in enumerate(photos):
-            alone = backbone.extract([photo], backbones.TAPS)
+            alone = backbone.extract(patches_of(backbone, [photo]), backbones.TAPS)
             for tap in backbones.TAPS:
                 assert torch.equal(alone[tap].grids()[0], together[tap].grids()[at]), tap
     finally:
@@ -150,7 +164,7 @@ def test_bfloat16_is_as_accurate_as_timm(name, amx, monkeypatch):
     assert (backbone.dtype, backbone.attention_dtype) == (torch.bfloat16 if amx else torch.float32, torch.bfloat16)
     assert ("linear layers in float32" in backbone.explain()) != amx
     photo, model = photos_for(backbone, (9, 11))[0], make(name).model
-    features = backbone.extract([photo], backbones.TAPS)
+    features = backbone.extract(patches_of(backbone, [photo]), backbones.TAPS)
     exact, theirs = timm_taps(model, photo.float()), timm_taps(copy.deepcopy(model).bfloat16(), photo.bfloat16())
     for tap in backbones.TAPS:
         ours, timms_own = (x.float() - exact[f"{tap}.2"] for x in (features[tap].rows, theirs[f"{tap}.2"]))
@@ -159,17 +173,17 @@ def test_bfloat16_is_as_accurate_as_timm(name, amx, monkeypatch):
 
 def test_no_photos_and_no_taps():
     backbone = make(FAMILIES[4])
-    empty = backbone.extract([], backbones.TAPS)
+    empty = backbone.extract(patches_of(backbone, []), backbones.TAPS)
     assert all(features.rows.shape[0] == 0 and features.offsets.tolist() == [0] for features in empty.values())
     assert empty["cls_attention"].rows.shape == (0, 3) and empty["tokens"].rows.shape == (0, 96)
-    assert backbone.extract(photos_for(backbone, (2, 2)), []) == {}
+    assert backbone.extract(patches_of(backbone, photos_for(backbone, (2, 2))), []) == {}
 
 
 def test_photos_with_gradients_raise_runtime_error():
     backbone = make(FAMILIES[0])
     photos = [photo.requires_grad_() for photo in photos_for(backbone, (2, 2))]
-    with pytest.raises(RuntimeError, match="extract has no gradient; pass detached photos"):
-        backbone.extract(photos, ["keys"])
+    with pytest.raises(RuntimeError, match="extract has no gradient; pass detached patches"):
+        backbone.extract(patches_of(backbone, photos), ["keys"])
 
 
 def test_features_that_are_not_finite_raise_an_error():
@@ -177,29 +191,31 @@ def test_features_that_are_not_finite_raise_an_error():
     photos = photos_for(backbone, (2, 2), (3, 2))
     photos[1][0, 0, 0] = torch.inf
     with pytest.raises(FloatingPointError, match="features are NaN or infinite"):
-        backbone.extract(photos, ["tokens"])
-    assert backbone.extract(photos[:1], ["tokens"])["tokens"].rows.isfinite().all()
+        backbone.extract(patches_of(backbone, photos), ["tokens"])
+    assert backbone.extract(patches_of(backbone, photos[:1]), ["tokens"])["tokens"].rows.isfinite().all()
 
 
 def test_unknown_taps_raise_value_error():
     backbone = make(FAMILIES[0])
     for tap in ("attention", "keys.3", "keys.-1", "keys.x", ""):
         with pytest.raises(ValueError, match=r"extract: expected a tap of tokens, .* from 0 to 2 .*, got " + repr(tap)):
-            backbone.extract([], ["tokens", tap])
+            backbone.extract(patches_of(backbone, []), ["tokens", tap])
     without = make("vit_base_patch16_siglip_224.webli")
     with pytest.raises(UserError, match="no CLS token"):
-        without.extract([], ["cls_attention"])
-    assert without.extract(photos_for(without, (2, 3)), ["keys"])["keys"].rows.shape == (6, 96)
+        without.extract(patches_of(without, []), ["cls_attention"])
+    patches = patches_of(without, photos_for(without, (2, 3)))
+    assert without.extract(patches, ["keys"])["keys"].rows.shape == (6, 96)
 
 
 def test_grid_keeps_the_aspect_ratio_up_to_a_patch_and_bounds_strips():
     backbone = make("vit_small_patch16_224.dino", depth=1)
-    size = lambda h, w: backbone.fit(np.empty((h, w, 3), np.uint8), 448).grid  # noqa: E731
+    size = lambda h, w: backbone.fit((h, w), 448).grid  # noqa: E731
     assert size(480, 640) == (28, 37)
     assert size(640, 480) == (37, 28)
     assert size(1, 1) == (28, 28)
     assert size(10, 4000) == (1, 112)  # the long side is limited to four short sides
-    assert backbone.prepare(np.zeros((10, 4000, 3), np.uint8), 448).shape == (3, 16, 112 * 16)
+    strip = Ragged.pack([np.zeros((10, 4000, 3), np.uint8)])
+    assert backbone.prepare(strip, 448).shapes.tolist() == [[1, 112]]
 
 
 @pytest.mark.parametrize(
@@ -216,12 +232,36 @@ def test_grid_keeps_the_aspect_ratio_up_to_a_patch_and_bounds_strips():
 def test_fit(patch_fit, sides, image_size, size, grid):
     backbone = make("vit_small_patch16_224.dino", depth=1)
     backbone.patch_fit = patch_fit
-    pixels = np.full((*sides, 3), 200, np.uint8)
-    assert backbone.fit(pixels, image_size) == (size, grid, 16)
-    photo = backbone.prepare(pixels, image_size)
-    assert photo.shape == (3, 16 * grid[0], 16 * grid[1])
+    image = Ragged.pack([np.full((*sides, 3), 200, np.uint8)])
+    assert backbone.fit(sides, image_size) == (size, grid, 16)
+    assert backbone.resize(image, image_size).shapes.tolist() == [list(size)]
+    patches = backbone.prepare(image, image_size)
+    assert patches.shapes.tolist() == [list(grid)] and patches.rows.shape[1] == 3 * 16 * 16
+    photo = patches.grids()[0].unflatten(2, (3, 16, 16)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
     inside = photo[:, : size[0], : size[1]]
     assert (inside == inside[:, :1, :1]).all() and photo.count_nonzero() == inside.numel()
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("patch_fit", ["stretch", "pad"])
+def test_prepare(interpolation, patch_fit):
+    """Patches of photos of any shapes: those of torchvision's resized and normalized photos, up to 1 level."""
+    backbone = make("vit_small_patch16_224.dino", depth=1)
+    backbone.interpolation, backbone.patch_fit = interpolation, patch_fit
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((97, 131), (50, 40), (1, 3), (97, 131))]
+    patches = backbone.prepare(Ragged.pack(images), 64)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (backbone.mean, backbone.std))
+    expected = []
+    for image in images:
+        mode, size = TF.InterpolationMode(interpolation), backbone.fit(image.shape[:2], 64).size
+        photo = TF.resize(torch.from_numpy(image).permute(2, 0, 1), size, mode, antialias=True)
+        normalized = (photo.float() / 255 - mean) / std
+        expected.append(torch.nn.functional.pad(normalized, (0, -size[1] % 16, 0, -size[0] % 16)))
+    expected = patches_of(backbone, expected)
+    assert torch.equal(patches.shapes, expected.shapes) and patches.rows.dtype == backbone.dtype
+    level = 1.01 / 255 / min(backbone.std)
+    torch.testing.assert_close(patches.rows, expected.rows, rtol=0, atol=level)
 
 
 def test_encoders_take_the_middle_and_the_last_block():

@@ -508,7 +508,8 @@ def test_saliency_of_a_detector(tmp_path, detector_options):
     for batch in Labeler(config, "cpu").label(PhotoSource(photos), ["0001.jpg", "0002.jpg"]):
         for name, label in batch:
             truth = np.asarray(Image.open(root / "ECSSD/ground_truth_mask" / name.replace("jpg", "png"))) > 127
-            ious.append((label.mask & truth).sum() / (label.mask | truth).sum())
+            mask = label.mask.decode()
+            ious.append((mask & truth).sum() / (mask | truth).sum())
     assert figures["iou"] == pytest.approx(np.mean(ious), abs=1e-6) and figures["photos"] == 2
     assert "detector spectral, refinement bilateral" in done.stdout
 

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: MIT
+import logging
+import os
+import signal
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import TCPStore
 
-from namedmask import distributed
+from namedmask import distributed, process
 from namedmask.distributed import Worker
 from namedmask.errors import UserError
 
@@ -62,6 +67,26 @@ def test_shares_of_all_workers_in_order_form_the_range(begin, count, workers):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_tensors_are_summed_over_the_workers_of_an_attempt(monkeypatch, workers):
+    import torch
+
+    made = []
+    monkeypatch.setattr(
+        "torch.distributed.init_process_group", lambda *a, **k: made.append((*a, k["rank"], k["world_size"]))
+    )
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: made.append("ended"))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor.mul_(2))
+    monkeypatch.setattr("torch.cuda.set_device", made.append)
+    for device, backend in (("cpu", "gloo"), ("cuda:1", "nccl")):
+        with pytest.raises(RuntimeError), workers[1].collective(device):
+            assert workers[1].sum(torch.ones(1)).item() == 2
+            raise RuntimeError
+        assert made == ([] if device == "cpu" else [device]) + [(backend, 1, 2), "ended"]
+        made.clear()
+    with Worker().collective("cuda:0"):
+        assert Worker().sum(torch.ones(1)).item() == 1 and made == []
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -103,6 +128,63 @@ def test_the_main_worker_serves_the_store_unless_torchrun_does(monkeypatch, rank
     assert stores[0][:4] == ("localhost", 1234, 2, serves)
 
 
+@pytest.fixture
+def connections(monkeypatch):
+    """What TCPStore is called with; no variables of a launcher are set."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "TORCHELASTIC", "MASTER")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name)
+    stores = []
+    monkeypatch.setattr("torch.distributed.TCPStore", lambda *arguments, **more: stores.append((*arguments, more)))
+    return stores
+
+
+@pytest.mark.parametrize(
+    ("variables", "worker", "store"),
+    [
+        ({"RANK": 1, "WORLD_SIZE": 2, "MASTER_PORT": 1}, (1, 2, 0, 0), ("localhost", 1, 2, False)),
+        (
+            {
+                "RANK": 0,
+                "WORLD_SIZE": 2**31 - 1,
+                "MASTER_PORT": 65535,
+                "LOCAL_RANK": 3,
+                "TORCHELASTIC_RESTART_COUNT": 2,
+            },
+            (0, 2**31 - 1, 3, 2),
+            ("localhost", 65535, 2**31 - 1, True),
+        ),
+        (
+            {"SLURM_PROCID": 1, "SLURM_STEP_NUM_TASKS": 2, "SLURM_JOB_ID": 43_210},
+            (1, 2, 0, 0),
+            ("n7", 23_210, 2, False),
+        ),
+        ({"SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 2, "SLURM_JOB_ID": 19_999}, (0, 2, 0, 0), ("n7", 39_999, 2, True)),
+        ({"SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 1}, (0, 1, 0, 0), None),
+        ({"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 5}, (0, 1, 0, 0), None),
+    ],
+)
+def test_worker_of_the_environment(monkeypatch, connections, variables, worker, store):
+    defaults = {"MASTER_ADDR": "localhost", "SLURM_STEP_NODELIST": "n[7-8]", "SLURM_LOCALID": 0}
+    for name, value in (defaults | variables).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "_first_slurm_host", lambda nodes: "n7")
+    made = distributed.current()
+    assert (made.rank, made.count, made.local_rank, made.attempt) == worker
+    more = {"wait_for_workers": False}
+    assert connections == ([] if store is None else [(*store, timedelta(minutes=5), more)])
+
+
+def test_workers_wait_at_a_barrier_of_their_own_attempt(workers):
+    workers[0].store.set("0/barrier/here/open", "1")
+    workers[0].barrier("here")
+    again = Worker(0, 2, 0, workers[0].store, attempt=1)
+    again.fail("lost")
+    workers[0].barrier("here")
+    with pytest.raises(UserError, match="lost"):
+        again.barrier("here")
+
+
 @pytest.mark.parametrize("key", ["RANK", "WORLD_SIZE"])
 def test_one_of_torchruns_variables_alone_means_nothing(monkeypatch, key):
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
@@ -127,6 +209,76 @@ def test_count_gpus(monkeypatch):
     assert distributed.count_gpus(0, 1) == 0
     with pytest.raises(UserError, match="not both"):
         distributed.count_gpus(1, 2)
+    assert distributed.count_gpus(1, 1) == 1 and distributed.count_gpus(0, 2) == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert distributed.count_gpus(None, 1) == 0
+    with pytest.raises(UserError, match="--gpus 1: this machine has 0 CUDA devices "):
+        distributed.count_gpus(1, 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert distributed.count_gpus(None, 1) == 1 and distributed.count_gpus(3, 1) == 3
+
+
+@pytest.mark.parametrize(("cores", "limit"), [(1, 16), (4, 16), (5, 20)])
+def test_up_to_four_workers_per_core(monkeypatch, cores, limit):
+    monkeypatch.setattr("namedmask_kernels.threads.usable_cores", lambda: cores)
+    assert distributed.count_gpus(None, limit) == 0
+    with pytest.raises(UserError, match=f"--workers {limit + 1}: use at most {limit} here; .* {cores} cores"):
+        distributed.count_gpus(None, limit + 1)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What torch's launcher is called with; `fail` is raised if it is set."""
+    from torch.distributed.launcher import api
+
+    call = SimpleNamespace(fail=None)
+
+    def elastic_launch(config, entrypoint):
+        def start(*arguments):
+            call.config, call.arguments = config, (entrypoint, *arguments)
+            if call.fail:
+                raise call.fail
+
+        return start
+
+    monkeypatch.setattr(api, "elastic_launch", elastic_launch)
+    monkeypatch.setattr("namedmask_kernels.threads.usable_cores", lambda: 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    return call
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(2, "2"), (5, "1"), (8, "1")])
+def test_launcher_starts_workers_on_their_cores(launched, workers, threads):
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.DEBUG)
+    distributed.launch(["out", "cpu", "index"], workers)
+    assert launched.arguments == (sys.executable, "-m", "namedmask.run", str(os.getpid()), "out", "cpu", "index")
+    config = launched.config
+    assert (config.min_nodes, config.max_nodes, config.nproc_per_node, config.max_restarts) == (1, 1, workers, 3)
+    assert (config.rdzv_endpoint, config.signals_to_handle, config.start_method) == ("localhost:0", "SIGTERM", "spawn")
+    assert os.environ["OMP_NUM_THREADS"] == threads
+    assert logging.getLogger("torch.distributed.elastic").level == logging.ERROR
+    assert logging.getLogger("torch").level != logging.ERROR
+
+
+@pytest.mark.parametrize(("code", "how"), [(-9, "signal 9"), (1, "exit code 1"), (0, "exit code 0")])
+def test_dead_worker_is_named(launched, code, how):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    failures = {rank: SimpleNamespace(timestamp=rank, exitcode=code, local_rank=rank, pid=1) for rank in (3, 4)}
+    launched.fail = ChildFailedError.__new__(ChildFailedError)
+    launched.fail.failures = failures
+    with pytest.raises(UserError, match=rf"^worker 3 died \({how}\) again after 3 restarts; finished shards are kept"):
+        distributed.launch([], 2)
+
+
+def test_sigterm_of_the_launcher_is_an_interruption(launched):
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    launched.fail = SignalException("", signal.SIGTERM)
+    with pytest.raises(process.Interrupted) as caught:
+        distributed.launch([], 2)
+    assert caught.value.exit_code == 143
 
 
 def test_failure_of_a_worker_ends_the_barriers_of_others(workers):

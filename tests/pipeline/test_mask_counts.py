@@ -38,6 +38,35 @@ def test_of_many_categories_only_those_with_few_masks_are_listed(capsys):
     assert "7 categories (name 0, name 1, name 2, name 3, name 4 and 2 more) have fewer than 10" in printed.err
 
 
+@pytest.mark.parametrize(("categories", "lines"), [(20, 20), (21, 2)])
+def test_up_to_20_categories_are_listed(categories, lines, capsys):
+    names = [f"name {n}" for n in range(categories)]
+    masks = [r for n, name in enumerate(names) for r in records(name, 9 if n < 2 else 10, 0)]
+    check_mask_counts(names, masks, Path("masks"), False, Worker())
+    printed = capsys.readouterr()
+    assert printed.out.count("\n  ") == lines and "per category 9 to 10, median 10\n" in printed.out
+    assert "2 categories (name 0, name 1) have fewer than 10" in printed.err
+
+
+def test_at_most_20_categories_with_few_masks_are_listed(capsys):
+    names = [f"name {n}" for n in range(30)]
+    check_mask_counts(names, [r for name in names for r in records(name, 1, 0)], Path("masks"), False, Worker())
+    assert capsys.readouterr().out.count("\n  ") == 20
+
+
+def test_a_mask_of_one_pixel_is_usable(capsys):
+    masks = [MaskRecord.from_mask("a", np.eye(1, 4, dtype=bool), "cat", None, 1.0)] * 10
+    check_mask_counts(["cat"], masks, Path("masks"), False, Worker())
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("count", "more"), [(5, ""), (6, " and 1 more")])
+def test_five_categories_without_masks_are_named(count, more):
+    names = [f"n{n}" for n in range(count)]
+    with pytest.raises(UserError, match=rf"^{count} categories \(n0, n1, n2, n3, n4{more}\) have no usable mask"):
+        check_mask_counts(["cat", *names], records("cat", 12, 0), Path("masks"), False, Worker(1, 2))
+
+
 @pytest.mark.parametrize("folder", ["masks", "refined"])
 def test_a_category_without_a_usable_mask_is_an_error_unless_allowed(folder):
     masks = records("cat", 12, 0) + records("dog", 0, 5)

@@ -17,18 +17,24 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco
 
+from namedmask.errors import DamagedFile
 from namedmask.files import TEMPORARY_PREFIX, atomic_write, remove_stale
 from namedmask.masks import (
     ErrorRecord,
     MaskRecord,
     assemble_errors,
     best_masks,
+    digest,
     encode_masks,
     errors_path,
+    is_refined,
     mask_score,
+    parse_photo,
     read_errors,
+    read_lines,
     read_masks,
     read_shard,
+    run_lengths,
     write_errors,
     write_shard,
 )
@@ -83,6 +89,7 @@ def test_records_of_a_batch_equal_those_of_single_masks(masks):
         record = MaskRecord.from_encoded("a", encoded, "cat", 0.25, 0.5)
         assert record == MaskRecord.from_mask("a", mask, "cat", 0.25, 0.5)
         assert record.to_json() == MaskRecord.from_mask("a", mask, "cat", 0.25, 0.5).to_json()
+        assert encoded.score(0.75) == mask_score(mask, 0.75) and np.array_equal(encoded.decode(), mask)
 
 
 def test_non_contiguous_masks_are_encoded_correctly():
@@ -108,6 +115,42 @@ def test_scores_are_rounded_and_nan_raises_value_error():
 
 def test_records_can_be_pickled():
     assert pickle.loads(pickle.dumps(record())) == record()
+
+
+def compressed(runs):
+    """The COCO string of run lengths, as its C code writes it."""
+    text = ""
+    for place, run in enumerate(runs):
+        value = run - runs[place - 2] if place > 2 else run
+        while True:
+            low, value = value & 31, value >> 5
+            more = value != (-1 if low & 16 else 0)
+            text += chr(48 + low + 32 * more)
+            if not more:
+                break
+    return text
+
+
+@given(st.lists(st.integers(0, 40) | st.integers(0, 2**31 - 1), min_size=1, max_size=12))
+def test_run_lengths_of_any_mask(runs):
+    assert run_lengths(compressed(runs)).tolist() == runs
+
+
+def test_run_lengths_have_a_few_characters_of_6_bits():
+    assert run_lengths("0").tolist() == [0] and run_lengths("?").tolist() == [15] and run_lengths("@").tolist() == [-16]
+    assert run_lengths("oooooo0").tolist() == [2**30 - 1] and run_lengths("ooooooo0") is None
+    for text in ("/0", "p0", "0p", "\u00ff", "\ud800", "o", "P", "0 0", ""):
+        assert run_lengths(text) is None, text
+
+
+def test_masks_whose_fields_do_not_fit_are_rejected():
+    good = record()
+    for change in ({"area": 5}, {"area": 7}, {"size": (4, 7)}, {"size": (3, 6)}):
+        with pytest.raises(ValueError, match=r"mask of 'a.jpg': rle does not fit size .* and area"):
+            dataclasses.replace(good, **change).mask()
+    negative = dataclasses.replace(good, size=(1, 4), rle=compressed([2, 4, -2]), area=4)
+    with pytest.raises(ValueError, match="does not fit"):
+        negative.mask()
 
 
 @pytest.mark.parametrize("rle", ["", "0", "zzzzzzzzz", "PPPPPPPPPPPPPPPP", "é", "84"])
@@ -156,6 +199,54 @@ def test_score_is_the_confidence_times_the_free_fraction_of_the_border():
     assert mask_score(mask, 0.8) == 0.8
     mask[0, :] = mask[3, 0] = True  # 6 of 14 pixels of the border
     assert mask_score(mask, 0.7) == pytest.approx(0.7 * 8 / 14)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "touched"), [(0, 1, 1), (3, 2, 1), (1, 0, 1), (2, 4, 1), ([0, 3], [0, 4], 2)]
+)
+def test_all_sides_of_the_border_count(rows, columns, touched):
+    mask = np.zeros((4, 5), bool)
+    mask[1, 1] = mask[rows, columns] = True
+    assert mask_score(mask, 1) == pytest.approx(1 - touched / 14)
+
+
+def test_missing_and_empty_shards_are_damage(tmp_path):
+    for name, shard_errors in (("00000", []), ("00001", [ErrorRecord("b.jpg", "pseudolabel", "vanished")])):
+        for folder in ("masks", "refined"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            write_errors(tmp_path / folder / f"{name}.errors.jsonl", shard_errors)
+            write_shard(tmp_path / folder / f"{name}.jsonl", [] if shard_errors else [record()])
+    assert is_refined(tmp_path)
+    for folder in ("masks", "refined"):
+        assert list(read_masks(tmp_path / folder)) == [record()]  # all photos of the other shard have failed
+        (tmp_path / folder / "00000.jsonl").write_text("")
+    assert list(read_masks(tmp_path / "refined")) == []
+    with pytest.raises(
+        DamagedFile, match=r"00000.jsonl: it is empty, and no photo of it has failed; .*namedmask pseudo"
+    ):
+        list(read_masks(tmp_path / "masks"))
+    for folder in ("masks", "refined"):
+        (tmp_path / folder / "00000.jsonl").unlink()
+    assert list(read_masks(tmp_path / "masks")) == []  # the stage computes it
+    with pytest.raises(DamagedFile, match=r"refined/00000.jsonl: it is missing; .*run `namedmask experts"):
+        list(read_masks(tmp_path / "refined"))
+    (tmp_path / "masks" / "00001.errors.jsonl").unlink()
+    assert list(read_masks(tmp_path / "masks")) == []  # without a file of errors nothing is known
+
+
+def test_lines_of_other_files_are_checked(tmp_path):
+    (tmp_path / "a").write_text('{"photo": "x"}\n{"photo": 3}\n')
+    names = read_lines(tmp_path / "a", parse_photo, "make it again")
+    assert next(names) == "x"
+    with pytest.raises(DamagedFile, match=r"a:2: photo: expected a string, got 3; .*: make it again"):
+        next(names)
+    with pytest.raises(DamagedFile, match=r"none: No such file or directory; .*: make it again"):
+        next(read_lines(tmp_path / "none", parse_photo, "make it again"))
+
+
+def test_digest_depends_on_masks_and_labels():
+    digests = [digest([record()]), digest([record()], [1]), digest([record()] * 2), digest([])]
+    assert len(set(digests)) == 4 and digests[0] == digest([record()], ()) and len(digests[0]) == 64
 
 
 def test_best_masks_are_those_of_the_experts_once_they_exist(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from namedmask import photos
-from namedmask.memory import MemoryBudget, available_memory, photo_budget
+from namedmask.memory import MemoryBudget, available_memory, photo_budget, processing_budget
 from namedmask.photos import PhotoSource, decode_ahead
 from namedmask.threads import map_ahead
 
@@ -48,14 +48,54 @@ def test_available_memory_respects_control_groups(tmp_path):
         },
     )
     assert available_memory(tmp_path) == 401_000
+    write(tmp_path, {group + "stat": "anon 1\n"})
+    assert available_memory(tmp_path) == 400_000
+    write(tmp_path, {group + "usage_in_bytes": "1000001\n"})
+    assert available_memory(tmp_path) == 0
+    write(tmp_path, {group + "usage_in_bytes": "1000000\n", group + "stat": "total_inactive_file 1\n"})
+    assert available_memory(tmp_path) == 1
+
+
+def test_without_meminfo_all_memory_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.get)
+    assert available_memory(tmp_path) == 4_096_000
+    write(tmp_path, {"proc/meminfo": "MemTotal: 9000 kB\n"})
+    assert available_memory(tmp_path) == 4_096_000
 
 
 def test_budget_follows_memory_and_threads(monkeypatch):
     monkeypatch.setattr("namedmask_kernels.threads.usable_cores", lambda: 16)
-    for threads, available, budget in ((16, 64 << 30, 6 << 30), (16, 8 << 30, 4 << 30), (4, 16 << 30, 2 << 30)):
+    for threads, available, budget in (
+        (16, 64 << 30, 6 << 30),
+        (16, 8 << 30, 4 << 30),
+        (4, 16 << 30, 2 << 30),
+        (4, 64 << 30, 4 << 30),  # the least cap
+        (32, 6 << 30, 3 << 30),  # more threads than cores
+    ):
         monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
         monkeypatch.setattr("namedmask.memory.available_memory", lambda available=available: available)
-        assert photo_budget() == budget
+        assert photo_budget() == MemoryBudget().limit == budget
+        assert processing_budget() == budget * 3 // 4
+
+
+def test_what_fits_exactly_does_not_wait():
+    budget = MemoryBudget(10)
+    with budget.hold(6), budget.hold(4):
+        pass
+    held, waited = threading.Event(), threading.Event()
+
+    def wait():
+        with budget.hold(5):
+            held.set()
+        waited.set()
+
+    with budget.hold(6):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert not held.wait(0.05)
+    assert waited.wait(10)
+    with budget.hold(11):  # alone, since nothing is held any more
+        pass
 
 
 def test_held_memory_stays_below_the_limit_and_large_photos_are_alone():

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +172,50 @@ def test_list_keeps_its_lines(tmp_path):
     for name in names[:-1]:
         assert source.decode(name).pixels.shape == (24, 40, 3)
     assert reason(source, "gone.jpg") == "vanished"
+
+
+def test_list_with_a_byte_order_mark_and_one_repeated_line(tmp_path):
+    (tmp_path / "l.txt").write_text("\ufeffa.jpg\n\ufeffb.jpg\na.jpg\n", encoding="utf-8")
+    path = str(tmp_path / "l.txt")
+    assert names_and_errors(path) == (
+        ["a.jpg", "\ufeffb.jpg"],
+        [(path, "1 line repeats an earlier one, such as 'a.jpg'; each photo is used once")],
+    )
+
+
+def test_different_spellings_of_a_path_are_one_photo(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "here").symlink_to("d")
+    lines = ["d/x.jpg", "./d//x.jpg", f"{tmp_path}/d/./x.jpg", "d/../d/x.jpg", "here/../d/x.jpg", "here/x.jpg"]
+    (tmp_path / "l.txt").write_text("\n".join(lines))
+    assert names_and_errors(tmp_path / "l.txt")[0] == ["d/x.jpg", "here/x.jpg"]  # links count only beside ".."
+
+
+def test_absolute_paths_are_read_from_a_list_alone(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(PNG)
+    name = str(tmp_path / "x.jpg")
+    (tmp_path / "l.txt").write_text(name)
+    assert PhotoSource(tmp_path / "l.txt").read(name) == PNG
+    assert reason(PhotoSource(tmp_path), name) == "not a path inside the photo source"
+
+
+def test_folder_that_vanishes_is_named(tmp_path):
+    (tmp_path / "photos").mkdir()
+    source, errors = PhotoSource(tmp_path / "photos"), []
+    (tmp_path / "photos").rmdir()
+    assert list(source.names(errors.append)) == []
+    assert str(errors[0]) == f"'{tmp_path}/photos': folder cannot be listed: No such file or directory"
+
+
+def test_exists_is_true_for_files_and_members(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(PNG)
+    (tmp_path / "d.jpg").mkdir()
+    make_tar(tmp_path / "s.tar", {"m.jpg": PNG})
+    (tmp_path / "bad.tar").write_text("no tar")
+    source = PhotoSource(tmp_path)
+    assert source.exists("x.jpg") and source.exists("s.tar/m.jpg")
+    for name in ("y.jpg", "d.jpg", "s.tar/n.jpg", "bad.tar/m.jpg", "gone.tar/m.jpg", "../x.jpg", "nul\0.jpg"):
+        assert not source.exists(name), name
 
 
 def test_names_are_streamed(tmp_path):
@@ -523,6 +568,44 @@ def test_tar_indexes_are_cached_up_to_a_limit(tmp_path, monkeypatch):
     assert len(opened) == 1  # scanned once, then looked up
 
 
+def test_least_recently_used_tar_index_is_dropped_first(tmp_path):
+    paths = [str(tmp_path / f"{name}.tar") for name in "abc"]
+    for path in paths:
+        make_tar(path, {"m.jpg": PNG})
+
+    def use(indexes, *numbers):
+        for number in numbers:
+            assert list(indexes.get(paths[number], Path(paths[number]).stat()).members) == ["m.jpg"]
+        return [paths.index(path) for path, _, _ in indexes.indexes]
+
+    indexes = photos._TarIndexes(5)  # an index counts as its members and one more
+    assert use(indexes, 0, 1, 0, 2) == [0, 2] and indexes.members == 4
+    assert use(photos._TarIndexes(4), 0, 1) == [0, 1]  # exactly the limit
+    assert use(photos._TarIndexes(1), 0) == [0]  # the last one stays
+    assert use(photos._TarIndexes(1), 0, 1) == [1]
+
+
+def test_sparse_members_are_errors(tmp_path):
+    def sparse(info):
+        info.pax_headers = {"GNU.sparse.map": "0,10", "GNU.sparse.size": "100"}
+
+    make_tar(tmp_path / "s.tar", {"a.jpg": sparse, "b.jpg": PNG}, format=tarfile.PAX_FORMAT)
+    source = PhotoSource(tmp_path / "s.tar")
+    assert list(source) == ["s.tar/a.jpg", "s.tar/b.jpg"]
+    assert "never followed" in reason(source, "s.tar/a.jpg") and source.read("s.tar/b.jpg") == PNG
+
+
+def test_part_of_a_file_reads_like_a_file():
+    part = photos._Part(io.BytesIO(b"before0123456789after"), 6, 10)
+    assert part.readable() and part.seekable() and part.tell() == 0
+    assert part.read(3) == b"012" and part.tell() == 3
+    assert part.read() == b"3456789" and part.read(5) == b"" and part.tell() == 10
+    assert part.seek(-4, os.SEEK_END) == 6 and part.read(2) == b"67"
+    assert part.seek(-3, os.SEEK_CUR) == 5 and part.read(9) == b"56789"
+    assert part.seek(2) == 2 and part.read(1) == b"2"
+    assert part.seek(12) == 12 and part.read() == b""
+
+
 def test_sources_are_thread_safe_and_can_be_pickled(tmp_path):
     values = [np.full((5, 7, 3), i, np.uint8) for i in range(40)]
     make_tar(tmp_path / "s.tar", {f"{i}.jpg": encoded(v) for i, v in enumerate(values)})
@@ -596,6 +679,17 @@ def test_exif_orientation_is_applied(tmp_path, kind, orientation):
     assert np.abs(got.astype(int) - expected).max() <= (8 if kind == "JPEG" else 0)
 
 
+@pytest.mark.parametrize("upright", [True, False])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_size_is_that_of_the_decoded_photo(tmp_path, kind, orientation, upright):
+    data = encoded(scene(), kind, exif=with_orientation(orientation))
+    (tmp_path / "x.jpg").write_bytes(data)
+    source = PhotoSource(tmp_path, upright=upright)
+    assert source.size("x.jpg") == source.decode("x.jpg").pixels.shape[:2]
+    assert source.decoding_cost("x.jpg") == len(data) + 24 * 40 * 16
+
+
 MODES = {
     "1": ["PNG"], "L": ["PNG", "BMP"], "LA": ["PNG"], "P": ["PNG", "GIF"], "RGB": ["PNG", "TIFF"], "RGBA": ["PNG"],
     "CMYK": ["TIFF", "JPEG"], "YCbCr": ["TIFF"], "LAB": ["TIFF"], "I;16": ["PNG", "TIFF"], "I": ["TIFF"], "F": ["TIFF"],
@@ -639,9 +733,17 @@ def test_modes_without_a_file_format(mode):
 
 
 def test_invalid_arrays_raise_value_error():
-    for array in (np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros(4), np.zeros((4, 4, 3))):
+    shapes = [(4, 4, 5), (4, 4, 0), (0, 4, 3), (4,), (1, 4, 4, 3), ()]
+    for array in (*(np.zeros(shape, np.uint8) for shape in shapes), np.zeros((4, 4)), np.zeros((4, 4, 3))):
         with pytest.raises(ValueError, match="expected an image"):
             pixels_of(array)
+
+
+def test_arrays_with_one_or_two_channels_are_gray():
+    gray = scene()[..., :1]
+    np.testing.assert_array_equal(pixels_of(gray), np.repeat(gray, 3, 2))
+    opaque = np.dstack([gray, np.full_like(gray, 255)])
+    np.testing.assert_array_equal(pixels_of(opaque), np.repeat(gray, 3, 2))
 
 
 @pytest.mark.parametrize("orientation", [*range(10)])
@@ -755,10 +857,21 @@ WIDE = (np.arange(24 * 40).reshape(24, 40) * 68).astype(np.uint16)  # 0 ... 6521
         (np.array([[0.0, 1.0, 2.0]], np.float32), [[0, 128, 255]]),
         (np.array([[256, 0x8000, 0xFFFF]], np.int32), [[1, 128, 255]]),
         (np.array([[256, 0x8000, 0x10000]], np.int32), [[0, 127, 255]]),
+        (np.array([[0, 256, 0xFFFF]], np.int32), [[0, 1, 255]]),
+        (np.array([[-1, 256, 0xFFFF]], np.int32), [[0, 1, 255]]),
+        (np.array([[-100, 0, 155]], np.int32), [[0, 100, 255]]),
+        (np.array([[np.inf, 0.5, -np.inf]], np.float32), [[0, 128, 0]]),
+        (np.array([[-0.5, 0.0, 0.5]], np.float32), [[0, 128, 255]]),
+        (np.array([[7, 7]], np.int32) - 10, [[0, 0]]),
     ],
 )
 def test_grayscale_up_to_1_or_16_bits_keeps_its_scale(values, expected):
     assert photos._to_8_bits(values).tolist() == expected
+
+
+def test_grayscale_with_many_rows_has_one_scale():
+    values = np.arange(-100, 700, dtype=np.int32)[:, None]
+    np.testing.assert_array_equal(photos._to_8_bits(values), np.rint((values + 100) * (255 / 799)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -845,13 +958,37 @@ def test_a_photo_that_does_not_fit_into_memory_says_so(tmp_path, monkeypatch):
 
 
 def test_files_that_are_not_photos_say_so(tmp_path):
-    assert "begins with bytes 61 7f" in rejection(tmp_path, b"a\x7f" * 20)
+    assert rejection(tmp_path, b"a\x7f" * 20).endswith("supported format: begins with bytes " + " ".join(["61 7f"] * 8))
+    assert "begins with bytes 1f 1f" in rejection(tmp_path, b"\x1f" * 20)
+    text = "~ a line of text with spaces that is longer than is shown"
+    assert rejection(tmp_path, text.encode()) == f"not an image: text begins with {text[:40]!r}"
     assert rejection(tmp_path, b"") == "empty file"
     assert rejection(tmp_path, b"<html>\n<title>404") == r"not an image: text begins with '<html>\n<title>404'"
     assert "begins with bytes 00 00 00 20 66" in rejection(tmp_path, b"\0\0\0 ftypisom" + bytes(50))
     # Formats that Pillow could open, but that run interpreters or are not photos, are rejected.
     assert "not an image" in rejection(tmp_path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     assert "not an image" in rejection(tmp_path, encoded(scene(), "PPM"))
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [(b"\xff\xd8", "JPEG"), (b"\x89PNG", "PNG"), (b"RIFF", "WebP"), (b"II*\0", "TIFF"), (b"GIF8", "GIF")],
+)
+def test_damaged_headers_are_told_from_other_formats(tmp_path, head, kind):
+    why = rejection(tmp_path, head + b"\xfe" * 50)
+    assert why == f"cannot be decoded: the header of this {kind} file is damaged"
+    assert rejection(tmp_path, b"\xfe" + head + b"\xfe" * 50).startswith("not an image in a supported format: begins")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>" * 20, b"\0\0\0 ftypmif1" + bytes(50), png(0, 24, 8, 2, b"\0"), PNG[:30]]
+)
+def test_header_alone_gives_the_same_reason(tmp_path, data):
+    why = rejection(tmp_path, data)
+    for read_header in (PhotoSource(tmp_path).decoding_cost, PhotoSource(tmp_path).size):
+        with pytest.raises(PhotoError) as caught:
+            read_header("x.jpg")
+        assert caught.value.reason == why
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"])
@@ -882,7 +1019,7 @@ def test_zero_sizes_are_errors(tmp_path):
 def test_huge_files_are_rejected_unread(tmp_path):
     with (tmp_path / "x.jpg").open("wb") as file:
         file.truncate((1 << 30) + 1)
-    assert "1073741825 bytes, more than the limit" in reason(PhotoSource(tmp_path), "x.jpg")
+    assert reason(PhotoSource(tmp_path), "x.jpg") == "1073741825 bytes, more than the limit of 1073741824"
 
 
 def test_paths_that_are_not_regular_files(tmp_path):

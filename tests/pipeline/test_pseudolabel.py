@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""The labeler: batches, and photos that a kernel rejects."""
+"""The labeler: batches, photos that cannot be labeled, times and traces."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from namedmask import pseudolabel
+from namedmask import pseudolabel, timing
+from namedmask.archive import Archive, Retrieved
 from namedmask.config import make_config
+from namedmask.distributed import Worker
 from namedmask.photos import PhotoError, PhotoSource
 from namedmask.pseudolabel import Labeler
+from namedmask.timing import StepTimes
 
 
 @pytest.fixture
@@ -23,9 +30,9 @@ def test_photo_that_a_kernel_rejects_is_one_error(labeler, tmp_path):
     for name, (width, height) in sizes.items():
         Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(tmp_path / name, compress_level=0)
     labels = dict(pair for batch in labeler.label(PhotoSource(tmp_path), sizes) for pair in batch)
-    assert list(labels) == list(sizes)
+    assert sorted(labels) == list(sizes)
     assert isinstance(labels["b.png"], PhotoError) and "sigmas of bilateral are too small" in labels["b.png"].reason
-    assert [labels[name].mask.shape[::-1] for name in ("a.png", "c.png")] == [sizes["a.png"], sizes["c.png"]]
+    assert [labels[name].mask.size[::-1] for name in ("a.png", "c.png")] == [sizes["a.png"], sizes["c.png"]]
 
 
 def test_batches_are_limited_in_pixels(labeler, tmp_path, monkeypatch):
@@ -36,3 +43,84 @@ def test_batches_are_limited_in_pixels(labeler, tmp_path, monkeypatch):
         Image.new("RGB", (size // 10, 10)).save(tmp_path / name)
     batches = [[name for name, _ in batch] for batch in labeler.label(PhotoSource(tmp_path), names)]
     assert batches == [names[:2], names[2:3], names[3:4], names[4:]]
+
+
+def draw_photos(folder: Path, sizes: list[tuple[int, int]]) -> list[str]:
+    names = [f"{number}.png" for number in range(len(sizes))]
+    for name, (h, w) in zip(names, sizes, strict=True):
+        Image.fromarray(np.random.default_rng(h).integers(0, 255, (h, w, 3), np.uint8)).save(folder / name)
+    return names
+
+
+SIZES = [(40, 30), (32, 50), (40, 30), (20, 64), (32, 50), (40, 30)]
+
+
+def test_photos_of_a_window_are_sorted_by_size(labeler, tmp_path, monkeypatch):
+    """Their labels are those of photos in order, and so are the lines of a shard."""
+    names, source = draw_photos(tmp_path, SIZES), PhotoSource(tmp_path)
+    in_order = [pair for batch in labeler.label(source, names) for pair in batch]
+    monkeypatch.setattr(pseudolabel, "BATCH_PIXELS", 2500)
+    monkeypatch.setitem(pseudolabel.WINDOW, "cpu", 4)
+    batches = [dict(batch) for batch in labeler.label(source, [*names, "missing.png"])]
+    assert [list(batch) for batch in batches] == [
+        ["missing.png", "3.png"],
+        ["1.png"],
+        ["4.png"],
+        ["0.png", "2.png"],
+        ["5.png"],
+    ]
+    labels = {name: label for batch in batches for name, label in batch.items()}
+    assert isinstance(labels.pop("missing.png"), PhotoError) and labels == dict(in_order)
+
+    archive = Archive(["thing"], {"thing": [Retrieved(name, None) for name in names]})
+    config = make_config({"photos": str(tmp_path)})
+    (tmp_path / "masks").mkdir()
+    monkeypatch.setattr(pseudolabel, "Labeler", lambda *arguments: labeler)
+    pseudolabel.pseudolabel(source, archive, tmp_path / "masks", config, Worker(), "cpu", lambda photos: None)
+    lines = (tmp_path / "masks/00000.jsonl").read_text().splitlines()
+    assert [json.loads(line)["photo"] for line in lines] == names
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(labeler, tmp_path, monkeypatch, capsys):
+    names, source = draw_photos(tmp_path, SIZES), PhotoSource(tmp_path)
+    expected = dict(pair for batch in labeler.label(source, names) for pair in batch)
+    detect, calls = labeler.detector.detect, []
+
+    def small_memory(images, sizes):
+        calls.append(len(sizes))
+        if len(sizes) > 2 or (20, 64) in sizes:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return detect(images, sizes)
+
+    monkeypatch.setattr(labeler.detector, "detect", small_memory)
+    labels = dict(pair for batch in labeler.label(source, names) for pair in batch)
+    assert calls == [6, 3, 1, 2, 1, 1, 3, 1, 2]
+    reason = labels.pop("3.png").reason
+    assert reason == "there is not enough memory to label it: CUDA out of memory. Tried to allocate 20 GiB"
+    assert labels == {name: label for name, label in expected.items() if name != "3.png"}
+    assert capsys.readouterr().err.count("a batch of 6 photos does not fit into memory and is halved") == 1
+
+
+def test_trace_and_times(labeler, tmp_path, monkeypatch):
+    monkeypatch.setattr(pseudolabel, "BATCH_PIXELS", 1300)
+    monkeypatch.setattr(timing, "TRACED", 2)
+    names, trace = draw_photos(tmp_path, SIZES), tmp_path / "trace.json"
+    assert sum(map(len, labeler.label(PhotoSource(tmp_path), names, trace))) == len(names)
+    events = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"detect", "refine", "encode"} <= events
+    assert list(labeler.times.seconds) == ["decode", "upload", "detect", "refine", "encode"]
+    assert min(labeler.times.seconds.values()) > 0 and 0 < labeler.times.busy() <= 1
+
+
+def test_busy_time_is_the_union_of_all_steps(monkeypatch):
+    now = iter([0, 0, 1, 3, 5, 6, 10])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
+    times = StepTimes("cpu")
+    with times.step("detect"):
+        pass
+    with times.step("refine"):
+        pass
+    times.collect()
+    assert times.seconds == {"detect": 2, "refine": 1}
+    times._intervals += [(2.0, 4.0), (2.5, 3.5)]
+    assert times.busy() == 0.4

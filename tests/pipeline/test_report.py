@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The report page, checked as text, as HTML and as laid out by headless Chromium."""
 
+import dataclasses
 import html
 import json
 import os
@@ -107,7 +108,7 @@ def test_page_lists_masks_scores_errors_and_settings(run):
     assert text.count("empty mask") == 1
     assert "the photo has changed: the mask is 64 x 48, the photo 20 x 20" in text
     assert "Cannot be shown: vanished" in text
-    assert text.count("truncated <at> 3 & more") == report.ERRORS_SHOWN and "and 7 more in errors.jsonl" in text
+    assert text.count("truncated <at> 3 & more") == 200 and "and 7 more in errors.jsonl" in text
     assert "<b>CPU</b>" in text and "sigma_spatial = 16.0" in text
 
 
@@ -161,7 +162,14 @@ def test_page_is_bounded_at_3000_masks(tmp_path, monkeypatch):
     assert "All photos were processed." in page.text
 
 
-@pytest.mark.parametrize("masks, expected", [(0, (0, 0)), (1, (1, 0)), (4, (4, 0)), (10, (8, 2)), (500, (24, 6))])
+@pytest.mark.parametrize(("categories", "tiles"), [(0, 30), (1, 30), (50, 30), (51, 29), (750, 2), (5000, 2)])
+def test_tiles_per_category(categories, tiles):
+    assert report._tiles_per_category(categories) == tiles
+
+
+@pytest.mark.parametrize(
+    "masks, expected", [(0, (0, 0)), (1, (1, 0)), (4, (4, 0)), (5, (4, 1)), (10, (8, 2)), (31, (24, 6)), (500, (24, 6))]
+)
 def test_best_and_lowest_masks_of_a_category(masks, expected):
     category = report._Category("dog", masks)
     scores = np.random.default_rng(1).permutation(masks) // 2  # every score twice: the earlier mask wins ties
@@ -175,13 +183,111 @@ def test_best_and_lowest_masks_of_a_category(masks, expected):
     assert [int(r.photo) for r in lowest] == order[masks - len(lowest) :]
 
 
+def test_category_scores_decide_between_equal_scores():
+    category = report._Category("dog", 3)
+    for name, match in (("a", None), ("b", 0.1), ("c", 0.2), ("d", -0.5), ("e", None), ("f", 0.1)):
+        category.add(MaskRecord.from_mask(name, np.ones((2, 2), bool), "dog", match, 0.5), 3)
+    category.add(MaskRecord.from_mask("g", np.zeros((2, 2), bool), "dog", None, 0.5), 3)
+    best, lowest = category.best_and_lowest(3)
+    assert [r.photo for r in best] == ["c", "b"] and [r.photo for r in lowest] == ["g"]
+    assert category.empty == 1 and list(category.scores) == [0.5] * 7
+
+
+def decoded(uri: str) -> Image.Image:
+    return Image.open(report.io.BytesIO(report.base64.b64decode(uri.partition(",")[2])))
+
+
+def test_overlay_of_a_square():
+    """In the colors of the page: background, object, light and dark outline."""
+    mask = np.zeros((7, 8), bool)
+    mask[2:5, 2:5] = True
+    overlay = decoded(report._draw_overlay(mask, (8, 7)))
+    rows = ["00000000", "00333000", "03222300", "03212300", "03222300", "00333000", "00000000"]
+    assert np.asarray(overlay).tolist() == [[int(value) for value in row] for row in rows]
+    assert overlay.getpalette()[:12] == [0, 0, 0, 255, 40, 140, 255, 255, 255, 0, 0, 0]
+    assert overlay.info["transparency"] == bytes([80, 72, 255, 200])
+    assert report.base64.b64decode(report._draw_overlay(mask, (8, 7)).partition(",")[2])[24] == 2  # bits per pixel
+
+
+@pytest.mark.parametrize(("pixels", "shown"), [(1, 0), (2, 1), (3, 1), (4, 1)])
+def test_half_of_a_thumbnail_pixel_is_enough(pixels, shown):
+    mask = np.zeros((2, 8), bool)
+    mask[:, :2] = True
+    mask[:, -2:].flat = [n < pixels for n in range(4)]
+    overlay = np.asarray(decoded(report._draw_overlay(mask, (4, 1))))
+    assert overlay[0, 0] == report._LIGHT and (overlay[0, 3] == report._LIGHT) == shown
+
+
+@pytest.mark.parametrize(
+    ("size", "thumbnail"), [((90, 30), (75, 224)), ((30, 90), (224, 75)), ((1, 600), (224, 1)), ((4, 4), (224, 224))]
+)
+def test_longer_side_of_a_thumbnail_is_224_pixels(tmp_path, size, thumbnail):
+    mask = np.ones(size, bool)
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / "a.png")
+    records = [
+        MaskRecord.from_mask("a.png", mask, "dog", None, 0.5),
+        MaskRecord.from_mask("a.png", ~mask, "dog", None, 0),
+    ]
+    records.append(MaskRecord.from_mask("a.png", np.ones((9, 9), bool), "dog", None, 0))
+    shown, empty, other = report._draw(report.PhotoSource(tmp_path), records)
+    assert (shown.width, shown.height) == decoded(shown.image).size == decoded(shown.overlay).size == thumbnail
+    assert empty.overlay == shown.problem == "" and shown.image == empty.image
+    assert other.problem == f"the photo has changed: the mask is 9 x 9, the photo {size[1]} x {size[0]}"
+
+
+def test_tiles_are_in_the_order_of_the_records(tmp_path, monkeypatch):
+    masks = {name: draw_photo(tmp_path / name) for name in ("a.png", "b.png")}
+    records = [MaskRecord.from_mask(name, masks[name], "dog", None, 0.5) for name in ("a.png", "b.png", "a.png")]
+    damaged = dataclasses.replace(records[1], rle="0")
+    held, hold = [], report.MemoryBudget.hold
+    monkeypatch.setattr(report.MemoryBudget, "hold", lambda self, amount: held.append(amount) or hold(self, amount))
+    tiles = list(report._draw_all(str(tmp_path), [records[0], damaged, records[2]]))
+    assert held == [48 * 64 * 24] * 2
+    assert [tile.record.photo for tile in tiles] == ["a.png", "b.png", "a.png"]
+    assert [tile.problem for tile in tiles] == ["", "the mask is damaged", ""]
+
+
+def test_histogram_is_a_path_of_20_bars():
+    assert (
+        report._histogram(np.array([0, 0.01, 0.5, 0.97, 1]), 0, 1)
+        == "M0 1V0.000h.9V1zM10 1V0.500h.9V1zM19 1V0.000h.9V1z"
+    )
+    assert report._histogram(np.array([-1.0, 1.0]), -1, 1) == "M0 1V0.000h.9V1zM19 1V0.000h.9V1z"
+    assert report._histogram(np.zeros(0), 0, 1) == ""
+
+
+def test_scores_beyond_0_and_1_widen_the_histogram(tmp_path):
+    mask = draw_photo(tmp_path / "photos" / "a.png")
+    records = [MaskRecord.from_mask("a.png", mask, "dog", None, score) for score in (-0.5, 2.5)]
+    write_run(tmp_path / "out", tmp_path / "photos", records, ["dog"], [])
+    page = report.write_report(tmp_path / "out").read_text()
+    assert page.count(report._histogram(np.array([-0.5, 2.5]), -0.5, 2.5)) == 2
+    write_shard(tmp_path / "out" / "masks" / "00000.jsonl", [dataclasses.replace(records[0], score=0.25)])
+    page = report.write_report(tmp_path / "out").read_text()
+    assert page.count(report._histogram(np.array([0.25]), 0, 1)) == 2
+
+
+def test_masks_of_the_experts_are_shown_once_they_have_finished(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "out")
+    (out / "refined").mkdir()
+    mask = np.ones((48, 64), bool)
+    write_shard(out / "refined" / "00000.jsonl", [MaskRecord.from_mask("0.png", mask, "disc", None, 0.125)])
+    write_errors(out / "refined" / "00000.errors.jsonl", [])
+    record = json.loads((out / "stages.json").read_text())
+    record["stages"]["experts"] = {**record["stages"]["pseudolabel"], "made_with": {"device": "experts' device"}}
+    (out / "stages.json").write_text(json.dumps(record))
+    text = " ".join(Page(report.write_report(out)).text.split())
+    assert "Masks 1 Photos 1" in text and "Mean score 0.125" in text
+    assert "experts' device" in text and "<b>CPU</b>" not in text
+
+
 def test_tiny_masks_and_photo_borders_are_outlined():
     speck = np.zeros((1000, 1000), bool)
     speck[500, 500] = True
     full = np.ones((10, 20), bool)
     for mask, size in ((speck, (224, 224)), (full, (224, 112))):
         uri = report._draw_overlay(mask, size)
-        overlay = np.asarray(Image.open(report.io.BytesIO(report.base64.b64decode(uri.partition(",")[2]))))
+        overlay = np.asarray(decoded(uri))
         assert (overlay == report._LIGHT).any()
     assert (overlay[0] == report._LIGHT).all() and (overlay[1:-1, 1:-1] == report._OBJECT).all()
 

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Messages of errors: one line that says what is wrong and which command makes a file again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from namedmask.errors import DamagedFile, NothingUsable, UserError, WriteError, explained, first_line, listed
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("a\nb"), "a"), (ValueError("\n a \n"), "a"), (ValueError(), "ValueError"), (KeyError("k"), "'k'")],
+)
+def test_first_line_of_an_exception(error, line):
+    assert first_line(error) == line
+
+
+def test_listed_names_are_few_and_short():
+    assert [listed(list("abcd")[:n]) for n in range(5)] == ["", "a", "a, b", "a, b, c", "a, b, c and 1 more"]
+    assert listed(list("abcde"), 2) == "a, b and 3 more"
+    assert listed(["x" * 80, "y" * 81]) == "x" * 80 + ", " + "y" * 77 + "..."
+
+
+def test_errors_with_a_remedy_are_explained():
+    why = explained(FileNotFoundError(2, "No such file or directory", b"/d/f"))
+    assert type(why) is UserError
+    assert str(why) == "/d/f: No such file or directory; correct or move it, and run the same command again"
+    assert str(explained(OSError(5, None, "/d/f"))).startswith("/d/f: [Errno 5]")
+    written = WriteError("full")
+    written.filename = "/d/f"
+    others = [OSError("no file"), written, RuntimeError("shapes differ"), ValueError("out of memory"), UserError("u")]
+    assert all(explained(error) is error for error in others)
+    for error in (
+        MemoryError(),
+        RuntimeError("CUDA out of memory"),
+        RuntimeError("[enforce fail] can't allocate memory"),
+    ):
+        assert str(explained(error)).startswith(f"out of memory ({str(error) or 'MemoryError'}); lower --image-size")
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("r/index/photos.jsonl", "delete it and run `namedmask index --out r` to make it again"),
+        ("r/archive.json", "delete it and run `namedmask archive r` to make it again"),
+        ("r/masks/00000.jsonl", "delete it and run `namedmask pseudolabel r` to make it again"),
+        (
+            "r/masks/00012.errors.jsonl",
+            "delete it and r/masks/00012.jsonl, and run `namedmask pseudolabel r` to make it again",
+        ),
+        (
+            "r/index/00012.errors.jsonl",
+            "delete it and r/index/00012.safetensors, and run `namedmask index --out r` to make it again",
+        ),
+        ("r/index/photos.errors.jsonl", "delete it and run `namedmask index --out r` to make it again"),
+        (
+            "r/detected/00000.jsonl",
+            "delete it and r/masks/00000.jsonl, and run `namedmask pseudolabel r` to make it again",
+        ),
+        ("r/saliency/checkpoint.pt", "delete it and run `namedmask train-saliency r` to make it again"),
+        ("r/experts/cat/checkpoint.pt", "delete it and run `namedmask experts r` to make it again"),
+        ("r/segmenter/metrics.jsonl", "delete it and run `namedmask train r` to make it again"),
+        ("elsewhere/00000.jsonl", "delete it and make it again"),
+    ],
+)
+def test_damaged_file_is_named_with_the_command_that_makes_it_again(file, remedy):
+    assert str(DamagedFile(file, "it is empty")) == f"{file}: it is empty; the file is damaged: {remedy}"
+
+
+def test_reason_of_a_damaged_file():
+    def text(reason, **more):
+        return str(DamagedFile("f", reason, remedy="restore it", **more)).removesuffix(
+            "; the file is damaged: restore it"
+        )
+
+    assert text("it is cut off", line=7) == "f:7: it is cut off"
+    assert text(ValueError("bad\nmore")) == "f: bad" and text(UserError("f cannot be read")) == "f: cannot be read"
+    assert text(KeyError("k")) == "f: KeyError: 'k'" and text(MemoryError()) == "f: MemoryError: "
+    with pytest.raises(json.JSONDecodeError) as caught:
+        json.loads("{")
+    assert text(caught.value).startswith("f: JSONDecodeError: Expecting")
+    assert isinstance(DamagedFile(Path("f"), ""), UserError) and issubclass(NothingUsable, UserError)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""Progress of a stage: the lines it prints, and the bar in a terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from namedmask import progress
+from namedmask.distributed import Worker
+from namedmask.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until the test moves it."""
+    now = SimpleNamespace(time=100.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now.time))
+    return now
+
+
+def test_a_line_every_ten_seconds_and_one_at_the_end(clock, capsys):
+    with Progress("index", Worker()) as shown:
+        shown.total = 50
+        for time, photos in ((100.0, 5), (110.0, 5), (110.5, 11), (111.0, 1), (120.0, 1), (120.6, 18)):
+            clock.time = time
+            shown.advance(photos)
+        shown.note = "a note"
+        clock.time = 131.0
+        shown.advance(4)
+        clock.time = 140.0
+    assert capsys.readouterr().out.splitlines() == [
+        "index: 21 of 50 photos, 2.0/s, 14 s left",
+        "index: 41 of 50 photos, 2.0/s, 5 s left",
+        "index: 45 of 50 photos, 1.5/s, 3 s left (a note)",
+        "index: 45 photos, 1.1/s, 40.0 s (a note)",
+    ]
+
+
+def test_existing_photos_do_not_count_toward_the_rate(clock, capsys):
+    with Progress("index", Worker()) as shown:
+        shown.total = 40
+        shown.advance(20, existing=True)
+        clock.time = 111.0
+        shown.advance(0)
+        shown.advance(11)
+        assert (shown.done, shown.skipped) == (31, 20)
+    with Progress("masks", Worker()) as shown:
+        shown.advance(20, existing=True)
+    with Progress("report", Worker()):
+        pass
+    assert capsys.readouterr().out.splitlines() == [
+        "index: 20 of 40 photos, 0.0/s",
+        "index: 31 photos, 1.0/s, 20 done before, 11.0 s",
+        "masks: 20 done before, 0.0 s",
+        "report: 0.0 s",
+    ]
+
+
+def test_only_the_main_worker_prints_and_only_without_an_error(clock, capsys):
+    counters: Counter[str] = Counter()
+    with Progress("index", Worker(1, 2, counters=counters)) as shown:
+        clock.time = 120.0
+        shown.advance(3)
+    with pytest.raises(RuntimeError), Progress("index", Worker(0, 2, counters=counters)) as shown:
+        shown.advance(2)
+        raise RuntimeError
+    assert shown.done == 5 and capsys.readouterr().out == ""
+
+
+def test_bar_in_a_terminal(monkeypatch, clock):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress("index", Worker()) as shown:
+        shown.total, shown.note = 8, "[red]"
+        clock.time = 102.0
+        shown.advance(3)
+        bar = shown.bar
+        assert bar is not None and bar.live.is_started
+        shown.total = 9
+        shown.advance(4)
+        assert shown.bar is bar and len(bar.tasks) == 1
+        task = bar.tasks[0]
+        assert (task.completed, task.total, task.description) == (7, 9, "index")
+        assert task.fields == {"rate": "3.5/s", "note": "[red]"}
+    assert not bar.live.is_started
+    text = terminal.getvalue()
+    assert "[red]" in text and "7/9" in text and text.endswith("index: 7 photos, 3.5/s, 2.0 s ([red])\n")
+
+
+def test_names_are_printed_without_markup(capsys):
+    progress.plain_console().print("[red]:smile: 12 'a'")
+    progress.warn("no photo")
+    assert capsys.readouterr() == ("[red]:smile: 12 'a'\n", "namedmask: warning: no photo\n")
