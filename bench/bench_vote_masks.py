@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""vote_masks compared with two implementations in torch, on 27 candidates of an image of 375 x 500."""
+"""vote_masks compared with implementations in torch, on 27 candidates of images of 375 x 500."""
 
 import numpy as np
 import pytest
 import torch
 
 import namedmask_kernels as nk
-from common import compare
+from common import compare, report_gpu
+from namedmask_kernels import Ragged
 
 COUNT, HEIGHT, WIDTH = 27, 375, 500
 
@@ -68,3 +69,21 @@ def test_single_image(benchmark, count):
         seconds=10,
         moved=masks.numel(),
     )
+
+
+def test_batch_of_64_on_gpu(benchmark):
+    """No GPU has run this yet."""
+    images = [torch.from_numpy(candidates(seed)) for seed in range(8)] * 8
+    batch = Ragged.pack([image.permute(1, 2, 0) for image in images])
+
+    def calls():
+        rows, planes = batch.with_rows(batch.rows.cuda()), torch.stack(images).cuda()
+        expected = nk.vote_masks(batch)
+        for masks in (rows, planes):
+            assert all(torch.equal(x.cpu(), y) for x, y in zip(nk.vote_masks(masks), expected, strict=True))
+        assert [torch_product(image) for image in planes] == expected.winner.tolist()
+        yield "rows [P, n]", lambda: nk.vote_masks(rows)
+        yield "masks [n, h, w]", lambda: nk.vote_masks(planes)
+        yield "torch, one float32 product", lambda: [torch_product(image) for image in planes]
+
+    report_gpu(f"vote_masks, 64 images, {COUNT} masks of {HEIGHT} x {WIDTH}, on a GPU", calls, 64, benchmark)

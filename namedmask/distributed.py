@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -244,6 +245,30 @@ def count_gpus(requested: int | None, workers: int) -> int:
     return requested
 
 
+def warm_up(device: str) -> threading.Thread:
+    """Creates the CUDA context of a GPU and loads cuBLAS in a thread, while the caller imports and loads models.
+
+    Errors are left to the first use of the GPU by the caller.
+    """
+
+    def use() -> None:
+        import torch
+
+        with contextlib.suppress(RuntimeError):
+            ones = torch.ones(16, 16, device=device)
+            (ones @ ones).sum().item()
+
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    return thread
+
+
+def threads_per_worker(cores: int, workers: int) -> int:
+    """OMP_NUM_THREADS of a worker on a machine whose `cores` its workers share: threads that decode photos, write
+    results and, without a GPU, process batches."""
+    return max(1, cores // workers)
+
+
 def launch(arguments: Sequence[str], workers: int) -> None:
     """Runs `python -m namedmask.run ARGUMENTS` in several processes and waits until all have finished.
 
@@ -268,7 +293,7 @@ def launch(arguments: Sequence[str], workers: int) -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):  # each has its own level
             logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(usable_cores(), workers)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

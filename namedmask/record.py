@@ -24,6 +24,7 @@ import json
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,6 @@ def made_with() -> dict[str, str]:
     """Versions and device, for the record."""
     import numpy
     import PIL
-    import timm
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
@@ -204,7 +204,7 @@ def made_with() -> dict[str, str]:
         "namedmask": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "timm": timm.__version__,
+        "timm": version("timm"),  # importing it takes seconds
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
         "device": device,

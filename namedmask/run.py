@@ -335,6 +335,8 @@ def start(
     gpus = distributed.count_gpus(gpus, workers)
     device = "cuda" if gpus else "cpu"
     worker = distributed.current()
+    if gpus and (gpus == 1 or worker.count > 1):  # this process uses a GPU itself
+        distributed.warm_up(worker.device(device))
     if not worker.is_main:
         worker.barrier("settled")
         work(out, stages, worker, device, trace)
@@ -434,7 +436,10 @@ def _main() -> None:
     if failure.exists():  # what stopped one worker would stop this one too
         sys.exit(2)
     try:
-        work(Path(out), stages, distributed.current(), device, Path(trace) if trace else None)
+        worker = distributed.current()
+        if device != "cpu":
+            distributed.warm_up(worker.device(device))
+        work(Path(out), stages, worker, device, Path(trace) if trace else None)
     except Exception as error:
         if not isinstance(why := explained(error), UserError):
             raise

@@ -45,7 +45,7 @@ TESTS = {
     "namedmask/backbones.py": ["pipeline/test_backbones", "pipeline/test_deeplab"],
     "namedmask/__init__.py": ["pipeline/test_entry"],
     "namedmask/__main__.py": ["pipeline/test_entry", "pipeline/test_process"],
-    "namedmask/config.py": ["pipeline/test_config", "pipeline/test_cli", "pipeline/test_run"],
+    "namedmask/config.py": ["pipeline/test_config", "pipeline/test_cli"],
     "namedmask/distributed.py": ["pipeline/test_distributed", "pipeline/test_process"],
     "namedmask/doctor.py": ["pipeline/test_cli"],
     "namedmask/errors.py": ["pipeline/test_errors", "pipeline/test_process", "pipeline/test_cli"],

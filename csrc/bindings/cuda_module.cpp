@@ -9,6 +9,7 @@
 #include "namedmask/resize.h"
 #include "namedmask/run_lengths.h"
 #include "namedmask/spectral_clusters.h"
+#include "namedmask/vote_masks.h"
 
 namespace namedmask::bindings {
 
@@ -64,6 +65,7 @@ void define_cuda(pybind11::module_ m) {
   define(m, "run_lengths", &cuda::run_lengths);
   define(m, "spectral_clusters_workspace", &cuda::spectral_clusters_workspace);
   define(m, "spectral_clusters", &cuda::spectral_clusters);
+  define(m, "vote_masks", &cuda::vote_masks);
 }
 
 }  // namespace namedmask::bindings

@@ -14,7 +14,6 @@
 namespace namedmask::cpu {
 namespace {
 
-constexpr const char* kOp = "vote_masks";
 constexpr int64_t kBytesForThreads = 1 << 24;
 
 const VoteKernels& kernels() { return NMK_BEST_IF(vote_masks, __builtin_cpu_supports("avx512vpopcntdq")); }
@@ -94,22 +93,13 @@ struct Election {
 
 void vote_masks(const TensorView& masks, const TensorView& offsets, const TensorView& shapes, const TensorView& winner,
                 const TensorView& kept, const TensorView& reasons, const TensorView& scores) {
-  expect(kOp, "kept", kept, DType::kBool, {-1, -1});
+  expect("vote_masks", "masks", masks, DType::kBool, {-1});
+  const RaggedShape batch = expect_vote(masks, offsets, shapes, winner, kept, reasons, scores, Device::kCPU);
   const int64_t images = kept.shape[0], n = kept.shape[1];
-  expect(kOp, "masks", masks, DType::kBool, {-1});
-  if (n ? masks.shape[0] % n : masks.shape[0]) {
-    throw std::invalid_argument(std::string(kOp) + ": masks must be a multiple of the " + std::to_string(n) +
-                                " candidates, but are " + std::to_string(masks.shape[0]));
-  }
-  expect(kOp, "shapes", shapes, DType::kInt32, {images, 2});
-  expect(kOp, "winner", winner, DType::kInt32, {images});
-  expect(kOp, "reasons", reasons, DType::kUInt8, {images, n});
-  expect(kOp, "scores", scores, DType::kFloat64, {images, n});
   if (n == 0) {
     std::fill_n(winner.as<int32_t>(), images, -1);
     return;
   }
-  const RaggedShape batch = expect_ragged(kOp, offsets, shapes, masks.shape[0] / n);
   std::vector<int64_t> at(images);
   int64_t total = 0;
   for (int64_t b = 0; b < images; ++b) {

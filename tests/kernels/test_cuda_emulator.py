@@ -17,7 +17,7 @@ from namedmask_kernels import Ragged
 BACKENDS = ["cuda"]
 OPERATORS = [
     "connected_components", "largest_component", "fill_holes", "bilateral_solver", "dense_crf", "normalized_cut",
-    "spectral_clusters",
+    "spectral_clusters", "vote_masks",
 ]  # fmt: skip
 
 
@@ -47,6 +47,10 @@ def call(operator, shapes, run=None):
         probabilities = draw(3)
         inputs = (draw(), image) if operator == "bilateral_solver" else (probabilities, image)
         settings = {"iterations": 3}
+    elif operator == "vote_masks":
+        soft = draw(6)
+        inputs = (soft.with_rows(soft.rows < 0.3),)
+        settings = {}
     else:
         inputs = (draw(24, function=torch.randn),)
         settings = {"k": [2, 3]} if operator == "spectral_clusters" else {"tolerance": 1e-10}

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 import namedmask_kernels as nk
 from namedmask_kernels import Ragged
 
-BACKENDS = ["cpu", "reference"]
+BACKENDS = ["cpu", "cuda", "reference"]
 CASES = ["clusters", "clusters_b", "mixed", "all_filtered", "all_filtered_with_empty", "single", "small_large", "tie"]
 
 
@@ -27,13 +27,12 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_equals_selfmask(golden, backend, case):
+def test_equals_selfmask(golden, run, case):
     arrays = golden("voting")
     n, h, w = arrays[f"{case}_shape"]
     masks = np.unpackbits(arrays[f"{case}_masks"], axis=-1, count=w).astype(bool).reshape(n, h, w)
-    vote = nk.vote_masks(masks, backend=backend)
+    vote = run(nk.vote_masks, torch.from_numpy(masks))
     kept = arrays[f"{case}_long1_area0_kept"]
     np.testing.assert_array_equal(np.flatnonzero(vote.kept), kept)
     np.testing.assert_allclose(vote.scores[kept], arrays[f"{case}_long1_area0_score"], atol=1e-5)
@@ -41,23 +40,23 @@ def test_equals_selfmask(golden, backend, case):
     assert vote.winner == (0 if case == "tie" else arrays[f"{case}_long1_area0_best"])
 
 
-def test_reasons():
+def test_reasons(run):
     masks = torch.zeros(6, 5, 7, dtype=torch.bool)
     masks[1, :, 3] = True
     masks[2, 2, :] = True
     masks[3] = True
     masks[4, 1:3, 1:3] = True
     masks[5, 0, 1] = masks[5, 4, 6] = masks[5, 2, 0] = True  # touches all four borders, with separate components
-    vote = nk.vote_masks(masks)
+    vote = run(nk.vote_masks, masks)
     assert vote.reasons.tolist() == [1, 2, 4, 6, 0, 6] and vote.kept.tolist() == [False] * 4 + [True, False]
     assert vote.winner.item() == 4 and vote.scores.tolist()[:4] == [0] * 4
 
 
-def test_ties_go_to_the_first():
+def test_ties_go_to_the_first(run):
     masks = torch.zeros(4, 6, 6, dtype=torch.bool)
     masks[1:3, 2:4, 2:4] = True
     masks[3, 1:3, 1:3] = True
-    vote = nk.vote_masks(masks)
+    vote = run(nk.vote_masks, masks)
     assert vote.winner.item() == 1 and vote.scores[1] == vote.scores[2] > vote.scores[3]
 
 
@@ -82,43 +81,64 @@ def check_against_reference(masks):
         assert result.winner == expected.winner
 
 
-def test_bytes_other_than_one_are_true():
+def test_bytes_other_than_one_are_true(run):
     """A bool tensor may view bytes other than 0 and 1."""
     masks = blobs(5, 12, 17)
     odd = (masks.to(torch.uint8) * 2).view(torch.bool)
-    assert same(nk.vote_masks(odd), nk.vote_masks(masks))
+    assert same(run(nk.vote_masks, odd), run(nk.vote_masks, masks))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_results_do_not_depend_on_batch_composition(backend):
+def test_results_do_not_depend_on_batch_composition(run):
     shapes = [(5, 7), (1, 1), (33, 65), (0, 4), (64, 64), (9, 0)]
     images = [blobs(6, h, w, seed=b) for b, (h, w) in enumerate(shapes)]
-    batch = nk.vote_masks(Ragged.pack([p.permute(1, 2, 0) for p in images]), backend=backend)
+    batch = run(nk.vote_masks, Ragged.pack([p.permute(1, 2, 0) for p in images]))
     assert batch.winner.shape == (6,) and batch.scores.shape == (6, 6)
     for b, image in enumerate(images):
-        assert same([x[b] for x in batch], nk.vote_masks(image, backend=backend))
+        assert same([x[b] for x in batch], run(nk.vote_masks, image))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_arrangements(backend):
+@pytest.mark.parametrize("n", [1, 27, 28, 29, 70])
+def test_any_number_of_candidates(run, backend, n):
+    """The CUDA version counts in groups of 32 masks, the four borders included, and in parts of 4,096 pixels."""
+    images = [blobs(n, h, w, seed=b) for b, (h, w) in enumerate([(1, 1), (0, 3), (2, 31), (33, 3), (64, 65)])]
+    images[2][:] = False
+    images[3][:, 0, 1] = images[3][:, -1, 2] = True  # all span the full height
+    votes = run(nk.vote_masks, Ragged.pack([p.permute(1, 2, 0) for p in images]))
+    for b, image in enumerate(images):
+        expected = nk.vote_masks(image)
+        assert same([votes.winner[b], votes.kept[b], votes.reasons[b]], [expected[0], expected[1], expected[3]])
+        atol = 1e-12 if backend == "reference" else 0  # which adds the IoUs in another order
+        torch.testing.assert_close(votes.scores[b], expected.scores, rtol=0, atol=atol)
+
+
+def test_arrangements(run):
     images = torch.stack([blobs(5, 12, 9, seed=b) for b in range(3)])
-    batch = nk.vote_masks(images, backend=backend)
+    batch = run(nk.vote_masks, images)
     assert batch.winner.shape == (3,) and batch.kept.shape == (3, 5) and batch.winner.dtype == torch.int32
-    assert same(nk.vote_masks(Ragged.pack([p.permute(1, 2, 0) for p in images]), backend=backend), batch)
-    as_numpy = nk.vote_masks(images[0].numpy(), backend=backend)
-    assert all(isinstance(x, (np.ndarray, np.generic)) for x in as_numpy)
-    assert same(map(torch.as_tensor, as_numpy), nk.vote_masks(images[0], backend=backend))
+    ragged = Ragged.pack([p.permute(1, 2, 0) for p in images])
+    assert same(run(nk.vote_masks, ragged), batch)
+    assert same(run(nk.vote_masks, ragged.with_rows(ragged.rows.T.contiguous().T)), batch)
+    assert same(run(nk.vote_masks, ragged.with_rows(ragged.rows.byte() * 255)), batch)
     view = images.permute(0, 1, 3, 2)[:, :, ::2, 1:]
-    assert same(nk.vote_masks(view, backend=backend), nk.vote_masks(view.contiguous(), backend=backend))
+    assert same(run(nk.vote_masks, view), run(nk.vote_masks, view.contiguous()))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_valid_candidates(backend):
-    none = nk.vote_masks(torch.zeros(0, 4, 5, dtype=torch.bool), backend=backend)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_numpy_arrays(backend):
+    masks = blobs(5, 12, 9)
+    vote = nk.vote_masks(masks.numpy(), backend=backend)
+    assert all(isinstance(x, (np.ndarray, np.generic)) for x in vote)
+    assert same(map(torch.as_tensor, vote), nk.vote_masks(masks, backend=backend))
+
+
+def test_no_valid_candidates(run):
+    none = run(nk.vote_masks, torch.zeros(0, 4, 5, dtype=torch.bool))
     assert none.winner.item() == -1 and none.kept.shape == (0,)
-    empty = nk.vote_masks(torch.zeros(3, 4, 5, dtype=torch.bool), backend=backend)
+    none = run(nk.vote_masks, Ragged.of_shapes(torch.zeros(20, 0, dtype=torch.bool), [(4, 5)]))
+    assert none.winner.tolist() == [-1] and none.scores.shape == (1, 0)
+    empty = run(nk.vote_masks, torch.zeros(3, 4, 5, dtype=torch.bool))
     assert empty.winner.item() == 0 and empty.kept.all() and not empty.scores.any() and (empty.reasons == 1).all()
-    no_images = nk.vote_masks(Ragged.of_shapes(torch.zeros(0, 3, dtype=torch.bool), []), backend=backend)
+    no_images = run(nk.vote_masks, Ragged.of_shapes(torch.zeros(0, 3, dtype=torch.bool), []))
     assert no_images.winner.shape == (0,) and no_images.scores.shape == (0, 3)
 
 
@@ -168,9 +188,12 @@ def test_invalid_arguments_raise():
         nk.vote_masks(Ragged.pack([masks[0]]))
     with pytest.raises(ValueError, match="vote_masks: backend 'triton' cannot run"):
         nk.vote_masks(masks, backend="triton")
-    wrong = Ragged(masks.reshape(-1, 6), torch.tensor([0, 10], dtype=torch.int32), torch.tensor([[2, 4]]).int())
-    with pytest.raises(ValueError, match=r"vote_masks: image 0 has shape 2 x 4 but owns rows 0 to 10"):
-        nk.vote_masks(wrong)
+
+
+def test_malformed_batches_raise(run):
+    batch = Ragged.pack([blobs(3, 4, 5).permute(1, 2, 0)])
+    with pytest.raises(ValueError, match="vote_masks: image 0 has shape 5 x 6 but owns rows 0 to 20"):
+        run(nk.vote_masks, batch._replace(shapes=batch.shapes + 1))
 
 
 def test_opcheck():

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
-from namedmask import cli, config
+from namedmask import cli, config, presets
 from namedmask.errors import NothingUsable, UserError
 from namedmask.process import Interrupted
 from namedmask.stages import STAGES
@@ -240,3 +241,295 @@ def test_photos_in_a_file_of_settings_are_those_of_a_new_run_alone(stage, takes_
     words = [stage, "--out", tmp_path / "out"] if takes_photos else [stage, tmp_path / "out"]
     assert invoke(*words, "--config", tmp_path / "run.toml").exit_code == 0
     assert given == ({"photos": str(tmp_path)} if takes_photos else {})
+
+
+# -- what each command calls -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """The arguments of the functions that commands call, which do nothing here; the current folder is empty."""
+    recorded = {}
+
+    def record(name, result=None):
+        def function(*arguments, **more):
+            recorded[name] = (*arguments, more) if more else arguments
+            return recorded.get(f"{name} returns", result)
+
+        return function
+
+    monkeypatch.chdir(tmp_path)
+    for name, result in {
+        "run.start": True,
+        "segmenter.folder.segment_photos": (3, 0),
+        "segmenter.export.export_onnx": 1.23e-7,
+        "demo.run.run_demo": None,
+        "evaluate.folders.evaluate_folders": "figures",
+        "evaluate.folders.evaluate_segmenter": "figures",
+        "evaluate.folders.print_table": None,
+        "evaluate.folders.write_json": None,
+        "evaluate.scoring.evaluate_benchmark": "figures",
+        "evaluate.scoring.print_benchmark": None,
+        "imports.archive.import_archive": SimpleNamespace(photos={"cat": "ab", "dog": "c" * 999}, categories=[1, 2]),
+        "imports.masks.import_masks": (1234, None),
+        "imports.experts.import_experts": ["a", "b"],
+        "imports.embeddings.import_embeddings": 1234,
+    }.items():
+        module, _, function = name.rpartition(".")
+        monkeypatch.setattr(f"namedmask.{module}.{function}", record(function, result))
+    monkeypatch.setattr("namedmask.segmenter.predict.Segmenter.load", record("load", "segmenter"))
+    monkeypatch.setattr("namedmask.distributed.count_gpus", lambda requested, workers: 0)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    return recorded
+
+
+def source_path(source) -> str:
+    return Path(source.path).name
+
+
+@pytest.mark.parametrize(
+    ("words", "out", "given", "rest"),
+    [
+        (["run", "photos"], "run", {"photos": "photos"}, [cli.LABELING, 1, None, False]),
+        (["run"], "run", {}, [cli.LABELING, 1, None, False]),
+        (
+            ["index", "photos", "--out", "o", "--workers", 1, "--gpus", 0, "--overwrite"],
+            "o",
+            {"photos": "photos"},
+            [("index",), 1, 0, True],
+        ),
+        (
+            ["archive", "o", "--categories-file", "names.txt", "--photos", "photos", "--gpus", 2],
+            "o",
+            {"categories": ["cat", "dog"], "photos": "photos"},
+            [("archive",), 1, 2, False],
+        ),
+        (["train", "o", "--workers", 3, "--seed", 4], "o", {"segmenter": {"seed": 4}}, [("train",), 3, None, False]),
+    ],
+)
+def test_stages_are_started(calls, words, out, given, rest, tmp_path):
+    assert invoke(*words).exit_code == 0
+    if "photos" in given:
+        given["photos"] = str(tmp_path / "photos")
+    assert list(calls["start"]) == [Path(out), given, *rest]
+    calls["start returns"] = False
+    assert invoke(*words).exit_code == 3
+
+
+def test_presets_that_need_names_ask_for_them(calls, monkeypatch):
+    monkeypatch.setattr(presets, "preset", lambda name: {"detector": {"tau": 0.5, "image_size": 480}})
+    monkeypatch.setattr(presets, "needs_names", lambda name: True)
+    result = invoke("run", "photos", "--preset", "p")
+    assert result.exit_code == 2 and "--preset p: pass its category names as --categories-file FILE" in result.stderr
+    assert invoke("run", "photos", "--preset", "p", "--categories", "cat", "--tau", 0.25).exit_code == 0
+    assert calls["start"][1]["detector"] == {"tau": 0.25, "image_size": 480}
+    assert invoke("pseudolabel", "o", "--preset", "p").exit_code == 0  # has no archive to retrieve
+    monkeypatch.setattr(cli, "_categories", lambda given, out: ["cat"])
+    assert invoke("archive", "o", "--preset", "p").exit_code == 0  # recorded names
+
+
+def test_segment_command(calls, tmp_path):
+    words = ["segment", "w.pth", "photos", "--out", "out"]
+    result = invoke(
+        *words, "--categories", "cat,dog", "--encoder", "resnet18", "--precision", "bfloat16", "--overwrite"
+    )
+    assert result.exit_code == 0 and result.output.endswith("\nmasks and overlays are in out\n")
+    more = {"categories": ["cat", "dog"], "encoder": "resnet18", "device": "cpu", "precision": "bfloat16"}
+    assert calls["load"] == (Path("w.pth"), more)
+    segmenter, weights, source, out, _, overwrite = calls["segment_photos"]
+    assert (segmenter, weights, source_path(source), out, overwrite) == (
+        "segmenter",
+        Path("w.pth"),
+        "photos",
+        Path("out"),
+        True,
+    )
+    calls["segment_photos returns"] = 0, 2
+    result = invoke(*words)
+    assert result.exit_code == 3 and result.output.endswith("; 2 photos failed: out/errors.jsonl\n")
+    assert calls["load"][1] == {"categories": None, "encoder": "resnet50", "device": "cpu", "precision": "float32"}
+    assert calls["segment_photos"][-1] is False
+    for weights, out in (("w.pth", "."), ("photos", "photos"), ("photos", tmp_path / "photos")):
+        result = invoke("segment", weights, "photos", "--out", out)
+        assert result.exit_code == 2 and "holds the weights: choose another --out" in result.stderr
+
+
+def test_one_source_of_names(calls, monkeypatch):
+    from itertools import combinations
+
+    sources = [["--categories", "cat"], ["--categories-file", "names.txt"], ["--preset", "p"]]
+    monkeypatch.setattr(presets, "preset", lambda name: {"categories": ["a", "b"]})
+    for one, other in combinations(sources, 2):
+        result = invoke("evaluate", "a", "b", *one, *other)
+        assert result.exit_code == 2 and "only one of them" in result.stderr
+    for words, names in zip([*sources, []], (["cat"], ["cat", "dog"], ["a", "b"], None), strict=True):
+        assert invoke("evaluate", "a", "b", *words).exit_code == 0
+        assert calls["evaluate_folders"][2] == names
+    monkeypatch.setattr(presets, "preset", lambda name: {})
+    result = invoke("evaluate", "a", "b", "--preset", "p")
+    assert result.exit_code == 2 and "--preset p has no category names" in result.stderr
+    Path("names.txt").write_text("cat\nCat\n")
+    result = invoke("evaluate", "a", "b", "--categories-file", "names.txt")
+    assert result.exit_code == 2 and "--categories-file names.txt: the name 'Cat'" in result.stderr
+    result = invoke("run", "photos", "--categories", " , ")
+    assert result.exit_code == 2 and "--categories: no category name was given" in result.stderr
+
+
+@pytest.mark.parametrize("ignore", [None, 0, 65535])
+def test_evaluate_command(calls, ignore):
+    words = [] if ignore is None else ["--ignore", ignore]
+    assert invoke("evaluate", "a", "b", *words).exit_code == 0
+    assert calls["evaluate_folders"] == (Path("a"), Path("b"), None, ignore, False)
+    assert calls["print_table"] == ("figures",) and not {"write_json", "load", "print_benchmark"} & calls.keys()
+    assert invoke("evaluate", "w", "b", "--photos", "photos", "--red-green", "--json", "f.json", *words).exit_code == 0
+    segmenter, source, *rest = calls["evaluate_segmenter"]
+    assert (segmenter, source_path(source), rest) == ("segmenter", "photos", [Path("b"), ignore, True])
+    assert calls["load"][1]["precision"] == "float32" and calls["write_json"] == (Path("f.json"), "figures")
+    assert invoke("evaluate", "a", "b", "--ignore", 65536).exit_code == 2
+
+
+def test_evaluate_command_with_a_benchmark(calls, monkeypatch):
+    start = ["evaluate", "--benchmark", "duts-te", "--root", "r"]
+    assert invoke(*start, "--detector", "selfmask", "--tau", 0.5, "--split", "s").exit_code == 0
+    benchmark, root, split, source, names, _, device = calls["evaluate_benchmark"]
+    assert (benchmark, root, split, names, device) == ("duts-te", Path("r"), "s", None, "cpu")
+    assert (source.detector.name, source.detector.tau, source.refine.name) == ("selfmask", 0.5, "bilateral")
+    assert calls["print_benchmark"] == ("figures",) and "print_table" not in calls
+    assert invoke("evaluate", "w", *start[1:], "--categories", "cat").exit_code == 0
+    assert calls["evaluate_benchmark"][3:5] == (Path("w"), ["cat"])
+    assert calls["evaluate_benchmark"][5](["fish"]) == "segmenter" and calls["load"][1]["categories"] == ["fish"]
+    detection = {"detector": {"name": "spectral", "tau": 0.75}, "refine": {"name": "none"}, "index": {"shard_size": 7}}
+    monkeypatch.setattr(presets, "preset", lambda name: detection | {"categories": ["fish"]})
+    assert invoke(*start, "--preset", "p", "--tau", 0.25).exit_code == 0
+    made = calls["evaluate_benchmark"][3]
+    assert (made.detector.tau, made.refine.name, made.index.shard_size) == (0.25, "none", 1024)
+    assert calls["evaluate_benchmark"][4] is None
+    assert invoke("evaluate", "w", *start[1:], "--preset", "p").exit_code == 0
+    assert calls["evaluate_benchmark"][3:5] == (Path("w"), ["fish"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a"], "pass PREDICTIONS and TRUTH, or a --benchmark"),
+        ([], "pass PREDICTIONS and TRUTH, or a --benchmark"),
+        (["a", "b", "--root", "r"], "--root requires --benchmark"),
+        (["a", "b", "--split", "s"], "--split requires --benchmark"),
+        (["a", "b", "--tau", "0.5"], "a detector requires --benchmark"),
+        (["--benchmark", "duts-te"], "pass the folder of duts-te with --root DIR"),
+        (["--benchmark", "duts-te", "--root", "r"], "pass PREDICTIONS, or --detector"),
+        (["--benchmark", "duts-te", "--root", "r", "--tau", "0.5"], "pass PREDICTIONS, or --detector"),
+        (
+            ["a", "--benchmark", "duts-te", "--root", "r", "--tau", "0.5"],
+            "pass PREDICTIONS or a detector with its settings",
+        ),
+        (["a", "b", "--benchmark", "duts-te"], "leave out TRUTH: --benchmark duts-te has its own"),
+        (
+            ["a", "--benchmark", "duts-te", "--photos", "p", "--ignore", "0", "--red-green"],
+            "leave out --photos, --ignore, --red-green: --benchmark duts-te",
+        ),
+    ],
+)
+def test_options_of_evaluate_that_do_not_fit_together(calls, words, message):
+    result = invoke("evaluate", *words)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_other_commands(calls):
+    result = invoke("export", "w", "--onnx", "f.onnx", "--categories", "cat", "--encoder", "resnet18")
+    assert result.output == "f.onnx: onnxruntime's logits differ from torch's by at most 1e-07 of the largest\n"
+    assert calls["load"] == (Path("w"), {"categories": ["cat"], "encoder": "resnet18"})
+    assert calls["export_onnx"] == ("segmenter", Path("f.onnx"))
+    assert invoke("demo").exit_code == 0 and calls["run_demo"] == (Path("namedmask-demo"), {"overwrite": False})
+    assert invoke("demo", "--out", "d", "--overwrite").exit_code == 0
+    assert calls["run_demo"] == (Path("d"), {"overwrite": True})
+
+
+def test_import_commands(calls):
+    result = invoke("import", "archive", "f", "--photos", "p", "--categories", "cat,dog")
+    assert result.output == "1,001 photos of 2 categories are in run/archive.json\n"
+    assert calls["import_archive"] == (Path("f"), Path("p"), Path("run"), ["cat", "dog"], False)
+    result = invoke("import", "masks", "f", "--out", "o", "--overwrite")
+    assert result.output == "1,234 masks are in o/masks\n"
+    assert calls["import_masks"] == (Path("f"), Path("o"), None, True)
+    result = invoke("import", "experts", "f", "--out", "o")
+    assert result.output == "2 networks are in o/experts; `namedmask experts o` relabels with them\n"
+    assert calls["import_experts"] == (Path("f"), Path("o"), "resnet50", False)
+    result = invoke(
+        "import", "embeddings", "f", "--out", "o", "--categories", "cat", "--clip-model", "m", "--allow-pickle"
+    )
+    assert result.output == "o: embeddings of 1,234 photos and 1 categories\n"
+    path, out, photos, names, index, allow_pickle, overwrite = calls["import_embeddings"]
+    assert (path, out, photos, names, allow_pickle, overwrite) == (Path("f"), Path("o"), None, ["cat"], True, False)
+    assert index.clip_model == "m" and index.clip_weights is None
+    result = invoke("import", "embeddings", "f", "--out", "o", "--clip-weights", "w", "--overwrite")
+    assert result.output.endswith("photos and no category; pass --categories to add their text embeddings\n")
+    assert calls["import_embeddings"][3] == [] and calls["import_embeddings"][4].clip_weights.endswith("/w")
+    assert calls["import_embeddings"][5:] == (False, True)
+
+
+def test_presets_command():
+    lines = invoke("presets").output.splitlines()
+    assert len(lines) == len(presets.PRESETS) and all(line[28] == " " != line[29] for line in lines)
+    name = next(iter(presets.PRESETS))
+    assert "[detector]" in invoke("presets", name).output
+
+
+def test_fetch_trains_the_same_models_unless_told(monkeypatch):
+    """The encoder of the experts is that of the segmenter, SelfMask's backbone that of the detector."""
+    made = []
+    monkeypatch.setattr("namedmask.hub.needed", lambda given, stages: made.append((given, stages)) or [])
+    assert invoke("fetch", "--encoder", "e", "--set", "detector.backbone=b", "--clip-model", "m").exit_code == 0
+    given, stages = made[0]
+    assert (given.experts.encoder, given.segmenter.encoder, given.saliency.backbone) == ("e", "e", "b")
+    assert given.index.clip_model == "m" and stages is STAGES
+    assert invoke("fetch", "--encoder", "e", "--set", "experts.encoder=x").exit_code == 0
+    assert (made[1][0].experts.encoder, made[1][0].segmenter.encoder) == ("x", "e")
+
+
+def test_errors_with_debug_are_raised(monkeypatch):
+    for error in (UserError("a"), RuntimeError("b")):
+        monkeypatch.setattr("namedmask.doctor.examine", lambda error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            invoke("doctor", "--debug")
+    monkeypatch.setattr("namedmask.doctor.examine", lambda: (_ for _ in ()).throw(MemoryError()))
+    result = invoke("doctor")
+    assert result.exit_code == 2 and "out of memory" in result.stderr
+    monkeypatch.setattr("namedmask.doctor.examine", lambda: (_ for _ in ()).throw(OSError("no address")))
+    result = invoke("doctor")
+    assert result.exit_code == 2 and result.stderr == "namedmask: OSError: no address (--debug shows where)\n"
+
+
+def test_interrupted_command_continues_without_overwrite(calls, monkeypatch):
+    monkeypatch.setattr("namedmask.run.start", lambda *_: (_ for _ in ()).throw(Interrupted()))
+    assert "run the same command again to continue" in invoke("train", "o").stderr
+    assert "run the same command without --overwrite to continue" in invoke("train", "o", "--overwrite").stderr
+
+
+def test_commands_without_arguments_show_their_help():
+    for words in ([], ["import"]):
+        result = CliRunner().invoke(cli.app, words, prog_name="namedmask")
+        assert result.exit_code == 2 and "Usage: namedmask" in result.output and "namedmask: " not in result.stderr
+    result = CliRunner().invoke(cli.app, ["segment"], prog_name="namedmask")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("namedmask: missing argument 'WEIGHTS' (see `namedmask segment --help`)")
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("index.clip_weights", ""),
+        ("detector.tau", " [-1<=x<=1; default: 0.2]"),
+        ("detector.horizontal_flip", " [default: false]"),
+        ("detector.more_backbones", ""),
+        ("segmenter.scale", " [default: 0.1,1.0]"),
+        ("segmenter.seed", " [0<=x<=4294967295; default: 0]"),
+    ],
+)
+def test_notes_of_options(name, note):
+    one = config.find_setting(name)
+    option = cli._option(one).__metadata__[0]
+    assert option.help == one.field.description + note
+    flag = "--horizontal-flip/--no-horizontal-flip" if one.kind is bool else one.flag
+    assert [option.default, *option.param_decls] == [flag]

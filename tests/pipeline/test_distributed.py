@@ -295,3 +295,14 @@ def test_device_of_each_worker(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [Worker(r, 8, r).device("cuda") for r in (0, 3, 5)] == ["cuda:0", "cuda:3", "cuda:1"]
     assert Worker().device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(("cores", "workers", "threads"), [(16, 8, 2), (128, 8, 16), (12, 8, 1), (2, 8, 1), (5, 1, 5)])
+def test_workers_share_the_cores_of_the_machine(cores, workers, threads):
+    assert distributed.threads_per_worker(cores, workers) == threads
+
+
+def test_a_gpu_that_cannot_be_warmed_up_is_left_to_its_first_use():
+    warming = distributed.warm_up("cuda:99")
+    warming.join(60)
+    assert not warming.is_alive()

@@ -209,6 +209,12 @@ def test_overlay_of_a_square():
     assert report.base64.b64decode(report._draw_overlay(mask, (8, 7)).partition(",")[2])[24] == 2  # bits per pixel
 
 
+def test_object_of_less_than_a_256th_thumbnail_pixel_is_not_shown():
+    mask = np.zeros((1, 200_000), bool)
+    mask[0, 5] = True
+    assert (np.asarray(decoded(report._draw_overlay(mask, (224, 1)))) == report._BACKGROUND).all()
+
+
 @pytest.mark.parametrize(("pixels", "shown"), [(1, 0), (2, 1), (3, 1), (4, 1)])
 def test_half_of_a_thumbnail_pixel_is_enough(pixels, shown):
     mask = np.zeros((2, 8), bool)
@@ -219,7 +225,8 @@ def test_half_of_a_thumbnail_pixel_is_enough(pixels, shown):
 
 
 @pytest.mark.parametrize(
-    ("size", "thumbnail"), [((90, 30), (75, 224)), ((30, 90), (224, 75)), ((1, 600), (224, 1)), ((4, 4), (224, 224))]
+    ("size", "thumbnail"),
+    [((90, 30), (75, 224)), ((30, 90), (224, 75)), ((1, 600), (224, 1)), ((600, 1), (1, 224)), ((4, 4), (224, 224))],
 )
 def test_longer_side_of_a_thumbnail_is_224_pixels(tmp_path, size, thumbnail):
     mask = np.ones(size, bool)
