@@ -387,6 +387,7 @@ FLOATS = {
     nk.normalized_cut: ("tau", "eps", "tolerance"),
     nk.random_walk: ("sharpness",),
 }
+PER_IMAGE = ("sigma_spatial",)  # settings that may also be a sequence of one number per image
 integers = pytest.mark.parametrize(
     ("op", "name"), [(op, name) for op, names in INTEGERS.items() for name in names], ids=label
 )
@@ -424,7 +425,10 @@ def test_numbers_of_any_type_are_accepted_and_others_rejected(op, name):
     for value in (np.float32(0.5), np.int64(1), torch.tensor(0.5), 1) if name != "eps" else (np.float32(0.5),):
         if not (name.startswith("sigma") and value < 1):
             op(*CALLS[op], **{name: (10 * value,) * count if count else value})
-    for value in ("0.5", [0.5], 1j) if name == "scale" else ("0.5", None, [0.5], 1j):
+    invalid = ["0.5", 1j]
+    invalid += [] if name == "scale" else [None]
+    invalid += [] if name in PER_IMAGE else [[0.5]]
+    for value in invalid:
         with pytest.raises(TypeError, match=f"{op.__name__}: {name} must be a number, but is "):
             op(*CALLS[op], **{name: (value,) * count if count else value})
     with pytest.raises(ValueError, match=f"{op.__name__}: {name} must be "):
