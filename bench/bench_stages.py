@@ -19,12 +19,13 @@ from common import report
 from namedmask.config import DetectorConfig, IndexConfig, RefineConfig, RunConfig
 from namedmask.demo.run import render
 from namedmask.index import CLIP_BATCH, Clip
-from namedmask.photos import Photo, PhotoSource, decode_ahead
+from namedmask.photos import PhotoSource, decode_ahead
 from namedmask.pseudolabel import Labeler
 from namedmask.refine import Refiner
 from namedmask.run import start
 from namedmask.saliency.spectral import SpectralDetector
 from namedmask.threads import thread_count
+from namedmask_kernels import Ragged
 
 BACKBONE = "vit_small_patch16_224.dino"
 
@@ -102,16 +103,17 @@ def test_detect(benchmark, world):
 def test_refine(benchmark, world):
     source, names, _ = world
     refiner = Refiner(RefineConfig())
-    photos: list[Photo] = [source.decode(name) for name in names]
+    images = Ragged.pack([source.decode(name).pixels for name in names])
     rng = np.random.default_rng(0)
-    targets = [torch.from_numpy(rng.random(8 * 8) < 0.4).view(1, 1, 8, 8).float() for _ in photos]
+    targets = [torch.from_numpy(rng.random(8 * 8) < 0.4).view(1, 1, 8, 8).float() for _ in names]
     targets = [torch.nn.functional.interpolate(t, (480, 640))[0, 0] for t in targets]
+    masks = Ragged.pack(targets)
 
     def call():
-        return refiner.refine(photos, targets)
+        return refiner.refine(images, masks).grids()
 
     assert all(soft.shape == (480, 640) and soft.isfinite().all() for soft in call())
-    rate("refine: bilateral solver, 480 x 640, one batch", benchmark, call, len(photos))
+    rate("refine: bilateral solver, 480 x 640, one batch", benchmark, call, len(names))
 
 
 def test_pseudolabel(benchmark, world):

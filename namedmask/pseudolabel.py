@@ -20,6 +20,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from namedmask_kernels import Ragged
+
 from .archive import Archive
 from .config import RunConfig
 from .distributed import Worker
@@ -142,7 +144,10 @@ class Labeler:
 
     def _refined(self, photos: list[Photo], detections: list[Detection]) -> list[Labeled]:
         resized = photos if self.at_photo_size else [self.detector.resize(photo) for photo in photos]
-        softs = self.refiner.refine(resized, [detection.mask for detection in detections])
+        if not photos:
+            return []
+        images = Ragged.pack([photo.pixels for photo in resized])
+        softs = self.refiner.refine(images, Ragged.pack([detection.mask for detection in detections])).grids()
         masks = [at_size_of(photo, soft > 0.5) for photo, soft in zip(photos, softs, strict=True)]
         scores = [mask_score(mask, detection.confidence) for mask, detection in zip(masks, detections, strict=True)]
         detected = [at_size_of(photo, d.mask > 0.5) for photo, d in zip(photos, detections, strict=True)]

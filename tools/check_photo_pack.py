@@ -33,6 +33,7 @@ from namedmask.run import start
 from namedmask.saliency.spectral import SpectralDetector
 from namedmask.segmenter.folder import overlay
 from namedmask.segmenter.predict import Segmenter
+from namedmask_kernels import Ragged
 
 
 def detector_settings(standin: Path) -> dict:
@@ -98,7 +99,7 @@ def check_saliency(photos: Path, standin: Path, out: Path) -> None:
         photo = source.decode(name)
         truth = np.asarray(Image.open(folder / "masks" / Path(name).with_suffix(".png"))) > 127
         (detection,) = detector.detect([photo])
-        (soft,) = refiner.refine([photo], [detection.mask])
+        (soft,) = refiner.refine(Ragged.pack([photo.pixels]), Ragged.pack([detection.mask])).grids()
         found, refined = ((m > 0.5).numpy() for m in (detection.mask, soft))
         rows.append((truth.mean(), iou(found, truth), iou(refined, truth), mask_score(refined, detection.confidence)))
         dimmed = [np.where(mask[..., None], photo.pixels, photo.pixels // 4) for mask in (found, refined, truth)]

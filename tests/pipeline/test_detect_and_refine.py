@@ -32,6 +32,11 @@ def disc_photo(h=96, w=128):
     return Photo("disc", pixels.clip(0, 255).astype(np.uint8)), mask
 
 
+def refine(config, photo, target):
+    """The refined mask of one photo."""
+    return Refiner(config).refine(Ragged.pack([photo.pixels]), Ragged.pack([target])).grids()[0]
+
+
 class ColorBackbone(Backbone):
     """Uses the mean color of each patch as its feature, in place of a trained network."""
 
@@ -79,7 +84,7 @@ def test_spectral_detects_the_disc_and_every_method_refines_it(detector, method)
     (detection,) = detector.detect([photo])
     iou = lambda a: (a & truth).sum() / (a | truth).sum()  # noqa: E731
     raw = (detection.mask > 0.5).numpy()
-    (soft,) = Refiner(RefineConfig(name=method)).refine([photo], [detection.mask])
+    soft = refine(RefineConfig(name=method), photo, detection.mask)
     refined = (soft > 0.5).numpy()
     assert iou(raw) > 0.8 and iou(refined) > 0.97 and iou(refined) > iou(raw)
     assert detection.confidence > 0.8 and mask_score(refined, detection.confidence) == detection.confidence
@@ -104,15 +109,15 @@ def test_largest_component_option():
     expected = torch.where(target == 1, target, 0.0)
     expected[0, 0] = 0.3
     assert torch.equal(first, expected) and torch.equal(second, spotted * 0.4)
-    alone = Refiner(RefineConfig(largest_component=True)).refine([photo], [spotted])[0]
-    assert torch.equal(alone, Refiner(RefineConfig()).refine([photo], [target])[0])
+    alone = refine(RefineConfig(largest_component=True), photo, spotted)
+    assert torch.equal(alone, refine(RefineConfig(), photo, target))
 
 
 def test_fill_holes_option():
     photo, mask = disc_photo()
     target = torch.from_numpy(mask).float()
     target[44:52, 60:68] = 0
-    plain, filled = (Refiner(RefineConfig(fill_holes=fill)).refine([photo], [target])[0] for fill in (False, True))
+    plain, filled = (refine(RefineConfig(fill_holes=fill), photo, target) for fill in (False, True))
     holes = ndimage.binary_fill_holes((plain > 0.5).numpy()) & (plain <= 0.5).numpy()
     assert torch.equal(filled, plain.masked_fill(torch.from_numpy(holes), 1.0))
     ring = Ragged.pack([torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.4, 0.6], [0.9, 0.9, 0.9]]), torch.full((2, 2), 0.3)])
@@ -122,7 +127,7 @@ def test_fill_holes_option():
 def test_no_refinement_returns_the_mask_of_the_detector():
     photo, mask = disc_photo()
     target = torch.from_numpy(mask).float()
-    assert Refiner(RefineConfig(name="none")).refine([photo], [target])[0] is target
+    assert torch.equal(refine(RefineConfig(name="none"), photo, target), target)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -131,12 +136,11 @@ def test_refinement_does_not_depend_on_batch_composition(method):
         *(disc_photo(h, w) for h, w in [(96, 128), (50, 70), (128, 96), (1, 1), (96, 200)]), strict=True
     )
     targets = [torch.from_numpy(mask).float() for mask in masks]
-    refiner = Refiner(RefineConfig(name=method))
-    together = refiner.refine(photos, targets)
-    for photo, target, soft in zip(photos, targets, together, strict=True):
+    config = RefineConfig(name=method)
+    together = Refiner(config).refine(Ragged.pack([photo.pixels for photo in photos]), Ragged.pack(targets))
+    for photo, target, soft in zip(photos, targets, together.grids(), strict=True):
         assert soft.shape == target.shape and soft.dtype == torch.float32
-        assert torch.equal(soft, refiner.refine([photo], [target])[0])
-    assert refiner.refine([], []) == []
+        assert torch.equal(soft, refine(config, photo, target))
 
 
 def test_lengths_scale_with_the_photo():
@@ -145,9 +149,8 @@ def test_lengths_scale_with_the_photo():
     large = Photo("large", photo.pixels.repeat(4, 0).repeat(4, 1))
     for config in (RefineConfig(name="pamr", pamr=PamrConfig(dilations=[8, 16, 32])), RefineConfig(name="bilateral")):
         target = torch.from_numpy(mask).float()
-        small, big = Refiner(config).refine(
-            [photo, large], [target, target.repeat_interleave(4, 0).repeat_interleave(4, 1)]
-        )
+        targets = Ragged.pack([target, target.repeat_interleave(4, 0).repeat_interleave(4, 1)])
+        small, big = Refiner(config).refine(Ragged.pack([photo.pixels, large.pixels]), targets).grids()
         assert ((big[2::4, 2::4] > 0.5) == (small > 0.5)).float().mean() > 0.99
 
 
@@ -162,10 +165,10 @@ def test_crf_unary_is_the_mask_with_the_confidence_of_the_settings(monkeypatch):
     photo = Photo("gray", np.full((256, 300, 3), 99, np.uint8))
     target = torch.rand(256, 300)
     config = RefineConfig(name="crf", crf=CrfConfig(confidence=0.8, iterations=3, bilateral_sigma=60.0))
-    (soft,) = Refiner(config).refine([photo], [target])
+    soft = refine(config, photo, target)
     torch.testing.assert_close(soft, 0.2 + 0.6 * target)
     torch.testing.assert_close(arguments.pop("probabilities").rows.sum(1), torch.ones(256 * 300))
-    assert arguments == {"iterations": 3, "gaussian": (1.5, 3.0), "bilateral": (30.0, 13.0, 10.0)}
+    assert arguments == {"iterations": 3, "gaussian": ([1.5], 3.0), "bilateral": ([30.0], 13.0, 10.0)}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,7 @@ def test_photo_of_one_pixel(detector):
     (detection,) = detector.detect([photo])
     assert detection.mask.shape == (1, 1)
     for method in ("bilateral", "pamr"):
-        (soft,) = Refiner(RefineConfig(name=method)).refine([photo], [detection.mask])
+        soft = refine(RefineConfig(name=method), photo, detection.mask)
         assert soft.isfinite().all()
 
 
