@@ -226,6 +226,23 @@ def test_compiled_operators_compare_the_grids_of_their_arguments(op):
         compiled(first, second._replace(shapes=second.shapes.flip(1)))
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(
+    ("op", "settings"),
+    [
+        (nk.bilateral_solver, {"sigma_spatial": [3.0, 7.5]}),
+        (nk.dense_crf, {"gaussian": ([2.0, 3.0], 3.0), "bilateral": ([9.0, 40.0], 13.0, 10.0)}),
+        (nk.pamr, {"dilations": [[1, 3], [2]]}),
+    ],
+    ids=label,
+)
+def test_torch_compile_with_settings_for_each_image(op, settings, dynamic):
+    torch.compiler.reset()
+    batch = arranged(op, "ragged")
+    compiled = torch.compile(op, fullgraph=True, backend="eager", dynamic=dynamic)
+    assert_same(compiled(*batch, **settings), op(*batch, **settings))
+
+
 @contextlib.contextmanager
 def default_dtype(dtype):
     before = torch.get_default_dtype()
