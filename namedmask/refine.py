@@ -30,6 +30,11 @@ def fill_holes(soft: Ragged) -> Ragged:
     return soft.with_rows(soft.rows.masked_fill(filled.bool() & ~is_object, 1.0))
 
 
+def scaled(length: float, scales: Sequence[float]) -> list[float]:
+    """A length of the settings in pixels of each photo, at least 1."""
+    return [max(1.0, length * scale) for scale in scales]
+
+
 class Refiner:
     """Refines masks with the method of the settings. May be called from several threads."""
 
@@ -38,43 +43,48 @@ class Refiner:
         self.bytes_per_pixel = BYTES_PER_PIXEL[config.name]
 
     def refine(self, images: Ragged, masks: Ragged) -> Ragged:
+        """Refines the mask of each photo of a batch. Results do not depend on batch composition.
+
+        Args:
+            images: Photos of any sizes, uint8 [P, 3], on any device.
+            masks: A mask for each photo, float32 [P] in [0, 1], on the same device; above 0.5 is object.
+
+        Returns:
+            Refined soft masks, float32 [P], on the same device; above 0.5 is object.
+        """
         if self.config.name == "none":
             return masks
         if self.config.largest_component:
             masks = keep_largest_component(masks)
-        out = []
-        for i, m in zip(images.grids(), masks.grids()):
-            soft = getattr(self, f"_{self.config.name}")(Ragged.pack([m]), Ragged.pack([i]), min(m.shape) / SHORT_SIDE)
-            if self.config.fill_holes:
-                soft = fill_holes(soft)
-            out.append(soft.rows)
-        return masks.with_rows(torch.cat(out))
+        scales = [min(shape) / SHORT_SIDE for shape in masks.shapes.tolist()]
+        soft = getattr(self, f"_{self.config.name}")(images, masks, scales)
+        return fill_holes(soft) if self.config.fill_holes else soft
 
-    def _bilateral(self, targets: Ragged, images: Ragged, scale: float) -> Ragged:
+    def _bilateral(self, images: Ragged, masks: Ragged, scales: Sequence[float]) -> Ragged:
         config = self.config
         return namedmask_kernels.bilateral_solver(
-            targets.with_rows((targets.rows > 0.5).float()),  # as published
+            masks.with_rows((masks.rows > 0.5).float()),  # as published
             images,
-            sigma_spatial=max(1.0, config.sigma_spatial * scale),
+            sigma_spatial=scaled(config.sigma_spatial, scales),
             sigma_luma=config.sigma_luma,
             sigma_chroma=config.sigma_chroma,
             smoothness=config.smoothness,
         )
 
-    def _crf(self, targets: Ragged, images: Ragged, scale: float) -> Ragged:
+    def _crf(self, images: Ragged, masks: Ragged, scales: Sequence[float]) -> Ragged:
         config = self.config.crf
         # The masks of the detector are nearly binary; the probabilities should be less certain.
-        foreground = 0.5 + (2 * config.confidence - 1) * (targets.rows - 0.5)
+        foreground = 0.5 + (2 * config.confidence - 1) * (masks.rows - 0.5)
         marginals = namedmask_kernels.dense_crf(
-            targets.with_rows(torch.stack([1 - foreground, foreground], 1)),
+            masks.with_rows(torch.stack([1 - foreground, foreground], 1)),
             images,
             iterations=config.iterations,
-            gaussian=(max(1.0, config.gaussian_sigma * scale), config.gaussian_weight),
-            bilateral=(max(1.0, config.bilateral_sigma * scale), config.color_sigma, config.bilateral_weight),
+            gaussian=(scaled(config.gaussian_sigma, scales), config.gaussian_weight),
+            bilateral=(scaled(config.bilateral_sigma, scales), config.color_sigma, config.bilateral_weight),
         )
-        return targets.with_rows(marginals.rows[:, 1])
+        return masks.with_rows(marginals.rows[:, 1])
 
-    def _pamr(self, targets: Ragged, images: Ragged, scale: float) -> Ragged:
+    def _pamr(self, images: Ragged, masks: Ragged, scales: Sequence[float]) -> Ragged:
         config = self.config.pamr
-        dilations = sorted({max(1, round(d * scale)) for d in config.dilations})
-        return namedmask_kernels.pamr(targets, images, dilations=dilations, iterations=config.iterations)
+        dilations = [sorted({max(1, round(d * scale)) for d in config.dilations}) for scale in scales]
+        return namedmask_kernels.pamr(masks, images, dilations=dilations, iterations=config.iterations)

@@ -88,23 +88,28 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   define(m, "attention_features", &cpu::attention_features);
   define(m, "bilateral_solver",
          [](const TensorView& target, const TensorView& image, const TensorView& confidences, const TensorView& offsets,
-            const TensorView& shapes, const TensorView& out, double confidence, double sigma_spatial, double sigma_luma,
-            double sigma_chroma, double smoothness, int64_t iterations, double tolerance) {
+            const TensorView& shapes, const TensorView& out, double confidence, std::vector<double> sigma_spatial,
+            double sigma_luma, double sigma_chroma, double smoothness, int64_t iterations, double tolerance) {
            cpu::bilateral_solver(
                target, image, confidences, offsets, shapes, out,
-               {confidence, sigma_spatial, sigma_luma, sigma_chroma, smoothness, iterations, tolerance});
+               {confidence, {std::move(sigma_spatial)}, sigma_luma, sigma_chroma, smoothness, iterations, tolerance});
          });
   define(m, "connected_components", &cpu::connected_components);
   define(m, "largest_component", &cpu::largest_component);
   define(m, "fill_holes", &cpu::fill_holes);
-  define(m, "dense_crf",
-         [](const TensorView& probabilities, const TensorView& image, const TensorView& offsets,
-            const TensorView& shapes, const TensorView& out, int64_t iterations, double gaussian_sigma,
-            double gaussian_weight, double bilateral_sigma, double bilateral_sigma_rgb, double bilateral_weight) {
-           cpu::dense_crf(
-               probabilities, image, offsets, shapes, out,
-               {iterations, gaussian_sigma, gaussian_weight, bilateral_sigma, bilateral_sigma_rgb, bilateral_weight});
-         });
+  define(
+      m, "dense_crf",
+      [](const TensorView& probabilities, const TensorView& image, const TensorView& offsets, const TensorView& shapes,
+         const TensorView& out, int64_t iterations, std::vector<double> gaussian_sigma, double gaussian_weight,
+         std::vector<double> bilateral_sigma, double bilateral_sigma_rgb, double bilateral_weight) {
+        cpu::dense_crf(probabilities, image, offsets, shapes, out,
+                       {iterations,
+                        {std::move(gaussian_sigma)},
+                        gaussian_weight,
+                        {std::move(bilateral_sigma)},
+                        bilateral_sigma_rgb,
+                        bilateral_weight});
+      });
   define(m, "normalized_cut",
          [](const TensorView& features, const TensorView& offsets, const TensorView& shapes, const TensorView& vector,
             const TensorView& value, const TensorView& residual, const TensorView& iterations,

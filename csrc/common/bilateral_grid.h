@@ -4,6 +4,7 @@
 
 #include <math.h>  // fma, which std::fma is not on a device
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 
@@ -12,8 +13,11 @@
 
 namespace namedmask {
 
-inline void expect_cells(const BilateralSettings& settings) {
-  if (!(settings.sigma_spatial >= 1 && settings.sigma_luma >= 1 && settings.sigma_chroma >= 1)) {
+inline void expect_cells(const BilateralSettings& settings, int64_t images) {
+  expect_per_image("bilateral_solver", "sigma_spatial", settings.sigma_spatial, images);
+  const std::vector<double>& spatial = settings.sigma_spatial.values;
+  const bool wide = std::all_of(spatial.begin(), spatial.end(), [](double sigma) { return sigma >= 1; });
+  if (!(wide && settings.sigma_luma >= 1 && settings.sigma_chroma >= 1)) {
     throw std::invalid_argument("bilateral_solver: cell sizes must be at least 1");
   }
   const double ratio = settings.smoothness / settings.confidence;

@@ -47,7 +47,12 @@ inline float lattice_scale(int axis, double sigma, double sigma_rgb) {
 // by 6, fit 12 bits.
 inline void expect_sigmas(const RaggedShape& batch, const CrfSettings& s) {
   const std::string op = "dense_crf";
-  if (!(s.gaussian_sigma > 0 && s.bilateral_sigma > 0 && s.bilateral_sigma_rgb > 0)) {
+  bool positive = s.bilateral_sigma_rgb > 0;
+  for (const PerImage* sigmas : {&s.gaussian_sigma, &s.bilateral_sigma}) {
+    expect_per_image("dense_crf", "sigma_xy", *sigmas, batch.count);
+    for (double sigma : sigmas->values) positive = positive && sigma > 0;
+  }
+  if (!positive) {
     throw std::invalid_argument(op + ": sigmas must be above 0");
   }
   if (!(std::abs(s.gaussian_weight) <= 1e20 && std::abs(s.bilateral_weight) <= 1e20)) {
@@ -58,8 +63,8 @@ inline void expect_sigmas(const RaggedShape& batch, const CrfSettings& s) {
     const double features[kLatticeAxes] = {width, height, 255, 255, 255};
     double sum = 0, most = 0;
     for (int i = 0; i < kLatticeAxes; ++i) {
-      const double extent =
-          features[i] / (i < 2 ? s.bilateral_sigma : s.bilateral_sigma_rgb) * std::sqrt(2.0 / 3 / ((i + 1) * (i + 2)));
+      const double extent = features[i] / (i < 2 ? s.bilateral_sigma[b] : s.bilateral_sigma_rgb) *
+                            std::sqrt(2.0 / 3 / ((i + 1) * (i + 2)));
       sum += extent;
       most = std::max(most, (i + 1) * extent);
     }

@@ -26,7 +26,7 @@ inline int64_t grid_step(double sigma, int64_t width) {
 inline int64_t grid_nodes(int64_t pixels, int64_t step) { return (pixels - 1) / step + kSplineTaps; }
 
 // The standard deviation of the Gaussian on the nodes, in nodes. Below 0.2 the Gaussian has only its center.
-NMK_HOST_DEVICE inline double grid_deviation(double sigma, int64_t step) {
+inline double grid_deviation(double sigma, int64_t step) {
   const double spline_variance = step == 1 ? 0 : 1.0 / 3;
   if (!(sigma > 0.01)) sigma = 0.01;
   return sqrt(sigma * sigma / static_cast<double>(step * step) - 2 * spline_variance);

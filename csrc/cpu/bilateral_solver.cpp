@@ -43,13 +43,14 @@ typedef double Sum __attribute__((vector_size(16)));
 
 class Solver {
  public:
-  // Returns false if the target is not finite. `confidence` is null if all pixels have that of the settings.
+  // Returns false if the target is not finite. `confidence` is null if all pixels have that of the settings; `sigma` is
+  // the image's spatial one.
   bool run(const float* target, const uint8_t* image, const float* confidence, int64_t h, int64_t w,
-           const BilateralSettings& settings, float* out) {
+           const BilateralSettings& settings, double sigma, float* out) {
     prepare(settings);
-    build(target, image, confidence, h, w);
+    build(target, image, confidence, h, w, sigma);
     arrange();
-    if (!fill(confidence != nullptr)) return false;
+    if (!fill(settings, confidence != nullptr)) return false;
     kernels().solve(system_);
     for (int32_t v = 0; v < count_; ++v) values_[v] = system_.value[place_[v]];
     for (int32_t v = 0; scale_ != 1 && v < count_; ++v) values_[v] = unscaled(values_[v], scale_);
@@ -66,7 +67,6 @@ class Solver {
 
  private:
   void prepare(const BilateralSettings& settings) {
-    settings_ = settings;
     grid_ = ColorTable(settings);
     for (int v = 0; v < 256; ++v) grid_.gray[v] = grid_.key(v, v, v);
     table_.reserve(grid_.keys());
@@ -74,9 +74,8 @@ class Solver {
   }
 
   // Finds the vertices with their keys, sums and neighbors, and fills vertex_of_pixel_.
-  void build(const float* target, const uint8_t* image, const float* confidence, int64_t h, int64_t w) {
-    const std::vector<int32_t> ys = cell_starts(h, settings_.sigma_spatial);
-    const std::vector<int32_t> xs = cell_starts(w, settings_.sigma_spatial);
+  void build(const float* target, const uint8_t* image, const float* confidence, int64_t h, int64_t w, double sigma) {
+    const std::vector<int32_t> ys = cell_starts(h, sigma), xs = cell_starts(w, sigma);
     const size_t columns = xs.size() - 1;
     std::vector<int32_t> above(columns + 1), current(columns + 1);  // first vertex of each cell of a row of cells
     vertex_of_pixel_.reserve(h * w);
@@ -223,7 +222,7 @@ class Solver {
 
   // Fills the rest of the system. Returns false if a sum is not finite; a sum of finite targets cannot overflow a
   // double.
-  bool fill(bool has_confidences) {
+  bool fill(const BilateralSettings& settings, bool has_confidences) {
     const size_t stride = system_.count + kSlice;
     floats_.reserve(stride * (3 + std::size(system_.scratch)));
     values_.reserve(count_);
@@ -234,7 +233,7 @@ class Solver {
     for (float*& scratch : system_.scratch) scratch = array += stride;
     for (float* end = mass + system_.count; end <= array + system_.count; end += stride) std::fill_n(end, kSlice, 0.0f);
     bool finite = true;
-    const float confidence = static_cast<float>(settings_.confidence);
+    const float confidence = static_cast<float>(settings.confidence);
     Sum total = {};
     for (int32_t v = 0; has_confidences && v < count_; ++v) total += sums_[v];
     const double mean = total[1] > 0 ? total[0] / total[1] : 0;
@@ -249,16 +248,15 @@ class Solver {
     for (int64_t i = 0; scale_ != 1 && i < system_.count; ++i) value[i] *= scale_;
     system_.mass = mass;
     system_.weight = weight;
-    system_.smoothness = settings_.smoothness;
-    system_.tolerance = settings_.tolerance;
-    system_.iterations = settings_.iterations;
+    system_.smoothness = settings.smoothness;
+    system_.tolerance = settings.tolerance;
+    system_.iterations = settings.iterations;
     return finite;
   }
 
   static constexpr int kSums = 4;
 
-  BilateralSettings settings_;
-  ColorTable grid_{settings_};
+  ColorTable grid_{BilateralSettings()};
   Buffer<int32_t> table_;  // key -> vertex of the current cell, numbered from 1; 0: none
   Buffer<int32_t> vertex_of_pixel_;
   Buffer<int32_t> keys_;          // of the pixels in a row of cells
@@ -288,12 +286,12 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
   expect(op, "confidence", confidence, DType::kFloat32, {has_confidences ? target.shape[0] : 0});
   expect(op, "out", out, DType::kFloat32, {target.shape[0]});
   const RaggedShape batch = expect_ragged(op, offsets, shapes, target.shape[0]);
-  expect_cells(settings);
+  expect_cells(settings, batch.count);
   for_each_finite_image<Solver>(op, "target", batch, [&](int64_t b, Solver& solver) {
     const int64_t begin = batch.begin(b);
     return solver.run(target.as<float>() + begin, image.as<uint8_t>() + 3 * begin,
                       has_confidences ? confidence.as<float>() + begin : nullptr, batch.height(b), batch.width(b),
-                      settings, out.as<float>() + begin);
+                      settings, settings.sigma_spatial[b], out.as<float>() + begin);
   });
 }
 

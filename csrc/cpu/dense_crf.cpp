@@ -95,9 +95,9 @@ constexpr int kRecentBits = 14;
 
 class Solver {
  public:
-  // Returns false if a probability is not finite.
+  // Returns false if a probability is not finite. `b`: the index of the image, for its settings.
   bool run(const float* probabilities, const uint8_t* image, int64_t h, int64_t w, int64_t labels,
-           const CrfSettings& settings, float* out) {
+           const CrfSettings& settings, int64_t b, float* out) {
     system_.height = h;
     system_.width = w;
     system_.labels = labels;
@@ -105,8 +105,8 @@ class Solver {
     system_.out = out;
     // One channel holds half log-odds.
     const double half = labels == 2 ? 0.5 : 1;
-    build_grid(settings.gaussian_sigma, half * settings.gaussian_weight);
-    build_lattice(image, settings.bilateral_sigma, settings.bilateral_sigma_rgb);
+    build_grid(settings.gaussian_sigma[b], half * settings.gaussian_weight);
+    build_lattice(image, settings.bilateral_sigma[b], settings.bilateral_sigma_rgb);
     find_neighbors();
     system_.bilateral_weight = static_cast<float>(half * settings.bilateral_weight);
     allocate();
@@ -301,7 +301,7 @@ void dense_crf(const TensorView& probabilities, const TensorView& image, const T
   if (labels == 0) return;
   for_each_finite_image<Solver>(op, "probabilities", batch, [&](int64_t b, Solver& solver) {
     return solver.run(probabilities.as<float>() + labels * batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b),
-                      batch.height(b), batch.width(b), labels, settings, out.as<float>() + labels * batch.begin(b));
+                      batch.height(b), batch.width(b), labels, settings, b, out.as<float>() + labels * batch.begin(b));
   });
 }
 

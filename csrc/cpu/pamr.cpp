@@ -47,12 +47,12 @@ std::unique_ptr<T[], Free> allocate(int64_t count) {
 
 class Refiner {
  public:
-  Refiner(int64_t height, int64_t width, const std::vector<int64_t>& dilations) : image_{} {
+  Refiner(int64_t height, int64_t width, const int64_t* dilations, int64_t n_dilations) : image_{} {
     image_.height = height;
     image_.width = width;
-    image_.dilations = dilations.data();
-    image_.n_dilations = static_cast<int64_t>(dilations.size());
-    reach_ = std::min(*std::max_element(dilations.begin(), dilations.end()), std::max(height, width));
+    image_.dilations = dilations;
+    image_.n_dilations = n_dilations;
+    reach_ = std::min(*std::max_element(dilations, dilations + n_dilations), std::max(height, width));
     image_.columns = round_up(width, kPamrColumns);
     image_.pad = round_up(std::min(reach_, width), kPamrColumns);
     image_.stride = image_.columns + 2 * image_.pad;
@@ -126,23 +126,39 @@ class Refiner {
   int64_t reach_;  // the largest dilation, at most the image's size
 };
 
+// The index of each list's first dilation.
+std::vector<int64_t> first_dilations(const std::vector<int64_t>& dilations, const std::vector<int64_t>& counts,
+                                     int64_t images) {
+  const auto lists = static_cast<int64_t>(counts.size()), total = static_cast<int64_t>(dilations.size());
+  if (lists != 1 && lists != images) throw std::invalid_argument("pamr: dilations must be one list, or one per image");
+  std::vector<int64_t> first;
+  int64_t next = 0;
+  bool valid = std::all_of(dilations.begin(), dilations.end(), [](int64_t d) { return d >= 1; });
+  for (const int64_t count : counts) {
+    valid = valid && count >= 1 && count <= kPamrDilations;
+    first.push_back(next);
+    next += count;
+  }
+  if (!valid || next != total) throw std::invalid_argument("pamr: dilations must be 1 to 16 numbers of at least 1");
+  return first;
+}
+
 }  // namespace
 
 void pamr(const TensorView& masks, const TensorView& image, const TensorView& offsets, const TensorView& shapes,
-          const TensorView& out, const std::vector<int64_t>& dilations, int64_t iterations) {
+          const TensorView& out, const std::vector<int64_t>& dilations, const std::vector<int64_t>& counts,
+          int64_t iterations) {
   expect(kOp, "masks", masks, DType::kFloat32, {-1, -1});
   const int64_t pixels = masks.shape[0], labels = masks.shape[1];
   expect(kOp, "image", image, DType::kUInt8, {pixels, 3});
   expect(kOp, "out", out, DType::kFloat32, {pixels, labels});
   const RaggedShape batch = expect_ragged(kOp, offsets, shapes, pixels);
-  const auto n_dilations = static_cast<int64_t>(dilations.size());
-  if (n_dilations < 1 || n_dilations > kPamrDilations || *std::min_element(dilations.begin(), dilations.end()) < 1) {
-    throw std::invalid_argument("pamr: dilations must be 1 to 16 numbers of at least 1");
-  }
+  const std::vector<int64_t> first = first_dilations(dilations, counts, batch.count);
   if (iterations < 0) throw std::invalid_argument("pamr: iterations must be at least 0");
   if (labels == 0) return;
   for_each_image(batch, [&](int64_t b) {
-    Refiner(batch.height(b), batch.width(b), dilations)
+    const int64_t list = counts.size() == 1 ? 0 : b;
+    Refiner(batch.height(b), batch.width(b), dilations.data() + first[list], counts[list])
         .run(masks.as<float>() + labels * batch.begin(b), image.as<uint8_t>() + 3 * batch.begin(b), labels, iterations,
              out.as<float>() + labels * batch.begin(b));
   });

@@ -71,4 +71,11 @@ RaggedShape expect_ragged(const char* op, const TensorView& offsets, const Tenso
   return ragged;
 }
 
+void expect_per_image(const char* op, const char* argument, const PerImage& setting, int64_t images) {
+  const auto count = static_cast<int64_t>(setting.values.size());
+  if (count == 1 || count == images) return;
+  throw std::invalid_argument(std::string(op) + ": " + argument + " must be one number, or one for each of the " +
+                              std::to_string(images) + " images, but has " + std::to_string(count));
+}
+
 }  // namespace namedmask

@@ -27,6 +27,11 @@ constexpr int kDirections = 10;  // both ways along five axes
 constexpr int kSolverThreads = 1024;
 constexpr unsigned kInfinity = 0x7f800000;  // the bits of float infinity; absolute values have the order of their bits
 
+// With the cell size of each.
+struct SpatialImages : Images {
+  double sigma[kMaxImages] = {};
+};
+
 typedef unsigned long long Fixed;  // two's complement; unsigned, as atomicAdd requires
 
 // The scratch memory of a call: arrays over all pixels P; an image's part has room for its vertices. The solver reuses
@@ -120,8 +125,10 @@ __global__ void __launch_bounds__(kChunk)
 
 // A few random accesses of 4 bytes per pixel, nearly all in L2: only a sixth as many slots as pixels are in use.
 __global__ void __launch_bounds__(kChunk)
-    insert_pixels(const __grid_constant__ Images images, double sigma, const __grid_constant__ Workspace work) {
-  const Image image = my_image(images, images.chunks);
+    insert_pixels(const __grid_constant__ SpatialImages images, const __grid_constant__ Workspace work) {
+  const int place = my_place(images, images.chunks);
+  const Image image = image_at(images, images.chunks, place);
+  const double sigma = images.sigma[place];
   const int32_t pixel = image.chunk_item();
   if (pixel >= image.pixels()) return;
   const Region cell =
@@ -166,9 +173,11 @@ __global__ void __launch_bounds__(kChunk) splat(const __grid_constant__ Images i
 }
 
 __global__ void __launch_bounds__(kChunk, 1)
-    join_vertices(const __grid_constant__ Images images, const __grid_constant__ ColorGrid grid, double sigma,
+    join_vertices(const __grid_constant__ SpatialImages images, const __grid_constant__ ColorGrid grid,
                   const __grid_constant__ Workspace work) {
-  const Image image = my_image(images, images.chunks);
+  const int place = my_place(images, images.chunks);
+  const Image image = image_at(images, images.chunks, place);
+  const double sigma = images.sigma[place];
   const int32_t vertex = image.chunk_item(), count = work.counts[image.index];
   if (vertex >= count) return;
   const int64_t at = int64_t{image.begin} + vertex;
@@ -350,7 +359,7 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
   expect(op, "out", out, DType::kFloat32, {pixels}, Device::kCUDA);
   const RaggedShape batch = expect_ragged(op, offsets, shapes, pixels);
   expect(op, "workspace", workspace, DType::kInt32, {23 * pixels + 3 * batch.count}, Device::kCUDA);
-  expect_cells(settings);
+  expect_cells(settings, batch.count);
   for (int64_t b = 0; b < batch.count; ++b) {
     if (batch.height(b) * batch.width(b) > INT32_MAX / 2) {
       throw std::invalid_argument("bilateral_solver: image " + std::to_string(b) + " has more than 2^30 pixels");
@@ -358,19 +367,20 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
   }
   const Workspace work(workspace, pixels, batch.count, has_confidences);
   const ColorGrid grid(settings);
-  const double sigma = settings.sigma_spatial;
   const Solver solver = {settings.confidence, settings.smoothness, settings.tolerance, settings.iterations};
   const OnDevice device(target);
   check(cudaMemsetAsync(work.extremes, 0, sizeof(*work.extremes) * batch.count,
                         static_cast<cudaStream_t>(stream.handle)));
-  for_each_group(batch, [&](const Images& images, int64_t chunks) {
+  for_each_group(batch, [&](const Images& group, int64_t chunks) {
+    SpatialImages images = {group};
+    for (int32_t i = 0; i < images.count; ++i) images.sigma[i] = settings.sigma_spatial[images.first + i];
     launch(key_pixels, chunks, kChunk, stream, images, grid, target.as<float>(), image.as<uint8_t>(),
            confidence.as<float>(), work);
-    launch(insert_pixels, chunks, kChunk, stream, images, sigma, work);
+    launch(insert_pixels, chunks, kChunk, stream, images, work);
     launch(rank_vertices, chunks, kChunk, stream, images, work);
     launch(add_ranks, images.count, 32, stream, images, work.chunk_first, work.counts);
     launch(splat, chunks, kChunk, stream, images, target.as<float>(), confidence.as<float>(), work);
-    launch(join_vertices, chunks, kChunk, stream, images, grid, sigma, work);
+    launch(join_vertices, chunks, kChunk, stream, images, grid, work);
     launch(solve, images.count, kSolverThreads, stream, images, solver, work);
     launch(slice, chunks, kChunk, stream, images, work, out.as<float>());
   });

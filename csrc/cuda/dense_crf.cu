@@ -166,15 +166,17 @@ void dense_crf_lattice(const TensorView& probabilities, const TensorView& image,
   expect(op, "workspace", workspace, DType::kInt32, {49 * pixels + batch.count}, Device::kCUDA);
   const Corners corners(workspace, pixels);
   int32_t *const counts = status.as<int32_t>(), *const invalid = counts + batch.count;
-  Scale scale;
-  for (int i = 0; i < kAxes; ++i)
-    scale.axis[i] = lattice_scale(i, settings.bilateral_sigma, settings.bilateral_sigma_rgb);
   const OnDevice device(probabilities);
   check(cudaMemsetAsync(invalid, 0, sizeof(int32_t) * batch.count, static_cast<cudaStream_t>(stream.handle)));
-  for_each_group(batch, [&](const Images& images, int64_t chunks) {
+  for_each_group(batch, [&](const Images& group, int64_t chunks) {
+    ScaledImages images = {group};
+    for (int32_t i = 0; i < kAxes * images.count; ++i) {
+      const double sigma = settings.bilateral_sigma[images.first + i / kAxes];
+      images.scale[i / kAxes][i % kAxes] = lattice_scale(i % kAxes, sigma, settings.bilateral_sigma_rgb);
+    }
     launch(take_logs, chunks, kChunk, stream, images, static_cast<int32_t>(labels), probabilities.as<float>(),
            out.as<float>(), invalid);
-    launch(embed, chunks, kChunk, stream, images, image.as<uint8_t>(), scale, corners);
+    launch(embed, chunks, kChunk, stream, images, image.as<uint8_t>(), corners);
   });
   for_each_group(
       batch,
@@ -251,7 +253,7 @@ void dense_crf(const TensorView& offsets, const TensorView& shapes, const Tensor
 
   for (const GridImages& group : grids.groups) {
     const GridImages images = with_chunks(group, Items::kTables, 1);
-    launch(fill_tables, blocks_of(images), kChunk, stream, images, settings.gaussian_sigma, work.tables);
+    launch(fill_tables, blocks_of(images), kChunk, stream, images, work.tables);
   }
   int32_t lanes = 1;
   while (lanes < 32 && lanes < channels) lanes *= 2;

@@ -23,6 +23,7 @@ enum class Items { kPixels, kHalves, kNodes, kTables };
 struct GridImages : Images {
   int32_t step[kMaxImages] = {}, radius[kMaxImages] = {};
   int32_t tables[kMaxImages] = {};
+  double deviation[kMaxImages] = {};  // of the Gaussian on the nodes
   int64_t nodes[kMaxImages] = {}, halves[kMaxImages] = {};
 };
 
@@ -36,6 +37,7 @@ struct GridImage : Image {
         radius(images.radius[place]),
         rows(nodes_along(height, step)),
         columns(nodes_along(width, step)),
+        deviation(images.deviation[place]),
         node_begin(images.nodes[place]),
         half_begin(images.halves[place]),
         row_norm(tables + images.tables[place]),
@@ -44,6 +46,7 @@ struct GridImage : Image {
         taps(gauss + radius + 1) {}
 
   int32_t step, radius, rows, columns;  // numbers of rows and columns of nodes
+  double deviation;
   int64_t node_begin, half_begin;
   // Its tables: the norm of each row and column of pixels, the Gaussian from its center outward, and the taps
   // [step, kSplineTaps] of a pixel by phase.
@@ -111,10 +114,9 @@ int64_t table_size(int64_t h, int64_t w, int64_t step, int64_t radius) {
   return h + w + radius + 1 + step * kSplineTaps;
 }
 
-__global__ void __launch_bounds__(kChunk, 1)
-    fill_tables(const __grid_constant__ GridImages images, double sigma, float* tables) {
+__global__ void __launch_bounds__(kChunk, 1) fill_tables(const __grid_constant__ GridImages images, float* tables) {
   const GridImage grid = my_grid(images, tables);
-  const double deviation = grid_deviation(sigma, grid.step);
+  const double deviation = grid.deviation;
   const int64_t i = grid.chunk_item();
   double value;
   if (i < grid.height) {
@@ -224,7 +226,7 @@ struct Grids {
   int64_t most = 0;  // maximum nodes or halves of an image
 };
 
-Grids lay_grids(const RaggedShape& batch, double sigma) {
+Grids lay_grids(const RaggedShape& batch, const PerImage& sigma) {
   Grids grids;
   for_each_group(batch, [&](const Images& group, int64_t) {
     GridImages images = {group};
@@ -235,8 +237,10 @@ Grids lay_grids(const RaggedShape& batch, double sigma) {
       images.tables[i] = static_cast<int32_t>(grids.tables);
       images.step[i] = 1;
       if (h * w == 0) continue;
-      const int64_t step = grid_step(sigma, w), rows = grid_nodes(h, step), columns = grid_nodes(w, step);
-      const int64_t radius = grid_radius(grid_deviation(sigma, step), std::max(rows, columns));
+      const int64_t step = grid_step(sigma[images.first + i], w), rows = grid_nodes(h, step),
+                    columns = grid_nodes(w, step);
+      images.deviation[i] = grid_deviation(sigma[images.first + i], step);
+      const int64_t radius = grid_radius(images.deviation[i], std::max(rows, columns));
       images.step[i] = static_cast<int32_t>(step);
       images.radius[i] = static_cast<int32_t>(radius);
       grids.most = std::max({grids.most, rows * columns, h * columns});

@@ -43,16 +43,17 @@ __device__ FirstTable<LatticeKey> table_of(const Image& image, const Corners& wo
 
 __device__ Region region_of(const Image& image) { return {0, 2 * kCorners * image.pixels()}; }
 
-struct Scale {
-  float axis[kAxes];
+// With the scale of features of each.
+struct ScaledImages : Images {
+  float scale[kMaxImages][kAxes] = {};
 };
 
 // Sections 3.1 and 3.2 of Adams et al.: maps the pixel into the plane where coordinates sum to 0 and finds the nearest
 // remainder-0 point; the order of the differences gives the simplex around the pixel. Writes 72 + 48 bytes per pixel.
 __global__ void __launch_bounds__(kChunk)
-    embed(const __grid_constant__ Images images, const uint8_t* rgb, const __grid_constant__ Scale scale,
-          const __grid_constant__ Corners work) {
-  const Image image = my_image(images, images.chunks);
+    embed(const __grid_constant__ ScaledImages images, const uint8_t* rgb, const __grid_constant__ Corners work) {
+  const int place = my_place(images, images.chunks);
+  const Image image = image_at(images, images.chunks, place);
   const int32_t pixel = image.chunk_item();
   if (pixel >= image.pixels()) return;
   const int64_t at = int64_t{image.begin} + pixel;
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kChunk)
 #pragma unroll
   for (int i = kAxes; i > 0; --i) {
     const int32_t feature = i == 1 ? pixel % image.width : i == 2 ? pixel / image.width : rgb[3 * at + i - 3];
-    const float f = static_cast<float>(feature) * scale.axis[i - 1];
+    const float f = static_cast<float>(feature) * images.scale[place][i - 1];
     elevated[i] = sum - static_cast<float>(i) * f;
     sum += f;
   }

@@ -14,9 +14,11 @@
 
 namespace namedmask::cuda {
 
+// Throws std::runtime_error; library.py adds the name of the operator.
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("namedmask_kernels: CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets the error, which torch's next check would report again
+  throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
 }
 
 // Makes the device of an array current within a scope.

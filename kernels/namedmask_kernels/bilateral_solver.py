@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from .ragged import (
     expect_finite,
     expect_image,
     expect_int,
+    expect_per_image,
     expect_same_grids,
     image_of_row,
     pack_numpy,
@@ -38,7 +39,7 @@ def bilateral_solver(
     image: Ragged | Array,
     *,
     confidence: float | Ragged | Array = 0.999,
-    sigma_spatial: float = 16,
+    sigma_spatial: float | Sequence[float] = 16,
     sigma_luma: float = 16,
     sigma_chroma: float = 8,
     smoothness: float = 256.0,
@@ -55,7 +56,8 @@ def bilateral_solver(
         confidence: Confidence in the target: a number above 0 and at most 1 for every pixel; or an image from 0 to 1,
             floating point or bool, with the height and width of `target`. The solution in cells of the grid without
             any confidence comes from their neighbors alone; an image without any confidence gives 0.
-        sigma_spatial: Side of the bilateral grid's cells in pixels, at least 1. Pixels of one cell get one value.
+        sigma_spatial: Side of the bilateral grid's cells in pixels, at least 1: a number, or one for each image of a
+            Ragged batch (a sequence, or a 1-D array or tensor). Pixels of one cell get one value.
         sigma_luma: Side of the cells in luma, in levels of full-range BT.601 YCbCr (0 to 255), at least 1.
         sigma_chroma: Side of the cells in the two chroma channels, likewise.
         smoothness: Weight of the smoothness term against the data term, at least 0. Only its ratio to `confidence`
@@ -72,9 +74,10 @@ def bilateral_solver(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If shapes or devices do not match, a parameter is out of range, the target is not finite or a
-            confidence image not from 0 to 1 (the message names the image), or the backend cannot run. The CUDA version
-            does not wait for the GPU to check these two: the result of such an image is NaN.
+        ValueError: If shapes or devices do not match, a parameter is out of range, there is not one `sigma_spatial` per
+            image, the target is not finite or a confidence image not from 0 to 1 (the message names the image), or the
+            backend cannot run. The CUDA version does not wait for the GPU to check the target and the confidence: the
+            result of such an image is NaN.
 
     Accuracy:
         The reference computes in float64, the other backends in float32. For targets from 0 to 1 they agree within
@@ -109,17 +112,13 @@ def bilateral_solver(
     else:
         number = _number("confidence", cast(float, confidence), "above 0 and at most 1", lambda x: 0 < x <= 1)
         weights = _in_range(number, weight)
-    sigmas = [
-        _number(name, sigma, "finite and at least 1", lambda x: 1 <= x < math.inf)
-        for name, sigma in (
-            ("sigma_spatial", sigma_spatial),
-            ("sigma_luma", sigma_luma),
-            ("sigma_chroma", sigma_chroma),
-        )
+    spatial = [
+        _sigma("sigma_spatial", sigma) for sigma in expect_per_image(NAME, "sigma_spatial", sigma_spatial, target)
     ]
+    luma, chroma = _sigma("sigma_luma", sigma_luma), _sigma("sigma_chroma", sigma_chroma)
     steps = expect_int(NAME, "iterations", iterations)
     enough = _number("tolerance", tolerance, "finite and at least 0", lambda x: 0 <= x < math.inf)
-    settings = weights[0], *sigmas, weights[1], steps, enough
+    settings = weights[0], spatial, luma, chroma, weights[1], steps, enough
     soft = np.float32, np.bool_
     maps = ((confidence, 0, soft),) if per_pixel else ()
     arrays = backends.numpy_arguments(NAME, backend, (target, 0, soft), (image, 3, (np.uint8,)), *maps)
@@ -149,6 +148,10 @@ def _number(name: str, value: float, expected: str, valid: Callable[[float], boo
     return number
 
 
+def _sigma(name: str, value: float) -> float:
+    return _number(name, value, "finite and at least 1", lambda x: 1 <= x < math.inf)
+
+
 def _in_range(confidence: float, smoothness: float) -> tuple[float, float]:
     """Brings extreme weights into the range of float32. The solution depends on their ratio alone."""
     if confidence * MOST_EXTREME >= 1 and smoothness <= MOST_EXTREME * confidence:
@@ -174,18 +177,19 @@ _NO_MAP = np.empty(0, np.float32)
 
 
 def _solve_reference(
-    target: Tensor, image: Tensor, confidences: Tensor, offsets: Tensor, shapes: Tensor, *settings: float
+    target: Tensor, image: Tensor, confidences: Tensor, offsets: Tensor, shapes: Tensor, *settings: Any
 ) -> Tensor:
     expect_finite(NAME, "target", target.isfinite(), offsets)
-    run = per_image(reference.bilateral_solver, numpy=True)
     if not len(confidences):
+        run = per_image(reference.bilateral_solver, numpy=True, varying=(1,))
         return run(target, image, offsets, shapes, *settings)
     _expect_fractions(confidences, offsets)
+    run = per_image(reference.bilateral_solver, numpy=True, varying=(0,))
     return run(target, image, confidences, offsets, shapes, *settings[1:])
 
 
 def _solve_cpu(
-    target: Tensor, image: Tensor, confidences: Tensor, offsets: Tensor, shapes: Tensor, *settings: float
+    target: Tensor, image: Tensor, confidences: Tensor, offsets: Tensor, shapes: Tensor, *settings: Any
 ) -> Tensor:
     _expect_fractions(confidences, offsets)
     out = torch.empty_like(target)
@@ -195,7 +199,7 @@ def _solve_cpu(
 
 _solve = register(
     f"{NAME}(Tensor target, Tensor image, Tensor confidences, Tensor offsets, Tensor shapes, float confidence, "
-    "float sigma_spatial, float sigma_luma, float sigma_chroma, float smoothness, int iterations, float tolerance) "
+    "float[] sigma_spatial, float sigma_luma, float sigma_chroma, float smoothness, int iterations, float tolerance) "
     "-> Tensor",
     reference=_solve_reference,
     cpu=_solve_cpu,

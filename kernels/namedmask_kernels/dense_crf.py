@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from .ragged import (
     expect_finite,
     expect_image,
     expect_int,
+    expect_per_image,
     is_sequence,
     not_finite,
 )
@@ -35,8 +37,8 @@ def dense_crf(
     image: Ragged | Array,
     *,
     iterations: int = 10,
-    gaussian: tuple[float, float] = (3.0, 3.0),
-    bilateral: tuple[float, float, float] = (80.0, 13.0, 10.0),
+    gaussian: tuple[float | Sequence[float], float] = (3.0, 3.0),
+    bilateral: tuple[float | Sequence[float], float, float] = (80.0, 13.0, 10.0),
     backend: str = "auto",
 ) -> Batch:
     """Computes mean-field marginals of a fully connected CRF.
@@ -53,6 +55,8 @@ def dense_crf(
         gaussian: (sigma_xy, weight) of the smoothness kernel; sigma in pixels, above 0.
         bilateral: (sigma_xy, sigma_rgb, weight) of the appearance kernel; sigmas in pixels and in levels of 0 to 255,
             above 0. A weight is the gain of two equal labels (a Potts model), from -1e20 to 1e20; 0 disables a kernel.
+            For a Ragged batch, sigma_xy of either kernel may be a sequence, or a 1-D array or tensor, of one number per
+            image.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Returns:
@@ -62,8 +66,8 @@ def dense_crf(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If shapes or devices do not match, a parameter is out of range, the probabilities are not finite
-            (the message names the image), an image is wider than about 3000 bilateral sigmas, or the backend cannot
-            run.
+            (the message names the image), there is not one sigma_xy per image, an image is wider than about 3000
+            bilateral sigmas, or the backend cannot run.
 
     Accuracy:
         The reference evaluates the kernels exactly, between all pairs of pixels, in float64. The other backends compute
@@ -100,36 +104,38 @@ def dense_crf(
         packed.offsets,
         packed.shapes,
         expect_int(NAME, "iterations", iterations),
-        *_kernel("gaussian", gaussian, ("sigma_xy", "weight")),
-        *_kernel("bilateral", bilateral, ("sigma_xy", "sigma_rgb", "weight")),
+        *_kernel("gaussian", gaussian, probabilities, ("sigma_xy", "weight")),
+        *_kernel("bilateral", bilateral, probabilities, ("sigma_xy", "sigma_rgb", "weight")),
         backend,
     )
     return packed.restore(rows)
 
 
-def _kernel(name: str, value: Sequence[float], names: tuple[str, ...]) -> list[float]:
-    """The checked parameters of a kernel, the weight last."""
+def _kernel(name: str, value: Sequence[Any], batch: Ragged | Array, names: tuple[str, ...]) -> list[Any]:
+    """The checked parameters of a kernel: sigma_xy as a list of one or all values, then numbers, the weight last."""
     if not is_sequence(value) or len(value) != len(names):
         raise ValueError(f"{NAME}: {name} must be ({', '.join(names)}), but is {value}")
-    numbers = [as_float(NAME, name, number) for number in value]
-    if not (all(abs(number) < math.inf for number in numbers) and min(numbers[:-1]) > 0):
+    spatial = expect_per_image(NAME, f"sigma_xy of {name}", value[0], batch)
+    numbers = [as_float(NAME, name, number) for number in (*spatial, *value[1:])]
+    if not (all(abs(number) < math.inf for number in numbers) and all(sigma > 0 for sigma in numbers[:-1])):
         raise ValueError(f"{NAME}: {name} must be finite with sigmas above 0, but is {value}")
     if abs(numbers[-1]) > MOST_WEIGHT:
         raise ValueError(
             f"{NAME}: the weight of {name} must be from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}, but is {value}"
         )
-    return numbers
+    return [numbers[: len(spatial)], *numbers[len(spatial) :]]
 
 
 # -- backends: every implementation takes the arguments of the schema below and returns its results ------------------
 
 
-def _infer_reference(probabilities: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings: float) -> Tensor:
+def _infer_reference(probabilities: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings: Any) -> Tensor:
     expect_finite(NAME, "probabilities", probabilities.isfinite(), offsets)
-    return per_image(reference.dense_crf)(probabilities.double(), image, offsets, shapes, *settings).float()
+    run = per_image(reference.dense_crf, varying=(1, 3))
+    return run(probabilities.double(), image, offsets, shapes, *settings).float()
 
 
-def _infer_cuda(probabilities: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings: float) -> Tensor:
+def _infer_cuda(probabilities: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, *settings: Any) -> Tensor:
     native, stream = backends.native().cuda, cuda_stream(probabilities)
     out = like_first(probabilities)
     status = torch.empty(2, len(shapes), dtype=torch.int32, device=out.device)
@@ -145,8 +151,9 @@ def _infer_cuda(probabilities: Tensor, image: Tensor, offsets: Tensor, shapes: T
 
 
 _infer = register(
-    f"{NAME}(Tensor probabilities, Tensor image, Tensor offsets, Tensor shapes, int iterations, float gaussian_sigma, "
-    "float gaussian_weight, float bilateral_sigma, float bilateral_sigma_rgb, float bilateral_weight) -> Tensor",
+    f"{NAME}(Tensor probabilities, Tensor image, Tensor offsets, Tensor shapes, int iterations, "
+    "float[] gaussian_sigma, float gaussian_weight, float[] bilateral_sigma, float bilateral_sigma_rgb, "
+    "float bilateral_weight) -> Tensor",
     reference=_infer_reference,
     cuda=_infer_cuda,
 )

@@ -14,7 +14,8 @@ The "cpu" backend is then `_native.erode(mask, offsets, shapes, out, iterations)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -68,8 +69,9 @@ def register(
     tensors = arguments.split(")")[0].count("Tensor ")
     if cuda_workspace is not None:
         cuda = _cuda_kernel(name, tensors, outputs, cuda_workspace)
-    implementations = {"cuda": cuda, "triton": triton, "cpu": cpu or _cpu_kernel(name, tensors, outputs)}
-    available = {backend: function for backend, function in implementations.items() if function is not None}
+    on_gpu = {"cuda": cuda, "triton": triton}
+    available = {backend: _naming_faults(name, run) for backend, run in on_gpu.items() if run is not None}
+    available["cpu"] = cpu or _cpu_kernel(name, tensors, outputs)
     checked = _checked(name, tensors, reference) if "Tensor shapes" in schema else reference
     available["reference"] = _without_autocast(checked)
     backends.IMPLEMENTATIONS[name] = available
@@ -93,7 +95,11 @@ def register(
 
 
 def per_image(
-    function: Callable[..., Any], *, outputs: Callable[..., Any] = like_first, numpy: bool = False
+    function: Callable[..., Any],
+    *,
+    outputs: Callable[..., Any] = like_first,
+    numpy: bool = False,
+    varying: Collection[int] = (),
 ) -> Callable[..., Any]:
     """Makes a reference that takes a packed batch from one that takes an image.
 
@@ -102,6 +108,8 @@ def per_image(
             output: an array in raster order, or a number for an output with one element per image.
         outputs: As in `register`.
         numpy: Whether the function takes numpy arrays.
+        varying: Which settings, by position, are lists of one value for all images or of one for each; the function
+            takes the image's value.
 
     Returns:
         A function of the operator's arguments: packed tensors, offsets, shapes, settings.
@@ -116,7 +124,8 @@ def per_image(
         grids = zip(*(Ragged(rows, offsets, shapes).grids() for rows in packed), strict=True)
         for image, ((begin, end), own) in enumerate(zip(bounds, grids, strict=True)):
             given = [grid.cpu().numpy() for grid in own] if numpy else own
-            values = function(*given, *settings)
+            chosen = (_of_image(s, image) if i in varying else s for i, s in enumerate(settings))
+            values = function(*given, *chosen)
             for result, value in zip(_as_tuple(results), _as_tuple(values), strict=True):
                 if isinstance(value, (int, float)):
                     result[image] = value
@@ -133,6 +142,10 @@ def cuda_stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
+def _of_image(values: Sequence[Any], image: int) -> Any:
+    return values[image if len(values) > 1 else 0]
+
+
 def _as_tuple(values: Any) -> tuple[Any, ...]:
     return values if isinstance(values, tuple) else (values,)
 
@@ -145,6 +158,32 @@ def _checked(name: str, tensors: int, reference: Callable[..., Any]) -> Callable
         return reference(*arguments)
 
     return run
+
+
+def _naming_faults(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A GPU implementation whose CUDA errors name the operator.
+
+    With CUDA_LAUNCH_BLOCKING=1 it waits for its kernels, so that a fault in one of them is its own.
+    """
+
+    def run(*arguments: Any) -> Any:
+        blocking = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
+        try:
+            results = function(*arguments)
+            if blocking:
+                torch.cuda.synchronize(arguments[0].device)
+        except RuntimeError as error:
+            if "CUDA" not in str(error) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            hint = "" if blocking else _MAY_BE_EARLIER
+            raise RuntimeError(f"{name}: {error}{hint}") from error
+        return results
+
+    return run
+
+
+_MAY_BE_EARLIER = """
+This may be the fault of an earlier operation, since a GPU runs behind the CPU; CUDA_LAUNCH_BLOCKING=1 shows which."""
 
 
 def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,13 +3,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .library import like_first, per_image, register
-from .ragged import FLOATING, Array, Batch, Ragged, arrange, expect_image, expect_int, expect_ints, expect_rows
+from .ragged import (
+    FLOATING,
+    Array,
+    Batch,
+    Ragged,
+    arrange,
+    expect_image,
+    expect_int,
+    expect_ints,
+    expect_one_per_image,
+    expect_rows,
+    image_count,
+    is_sequence,
+)
 from .reference import pamr as reference
 
 NAME = "pamr"
@@ -20,7 +35,7 @@ def pamr(
     masks: Batch,
     image: Ragged | Array,
     *,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    dilations: Sequence[int] | Sequence[Sequence[int]] = (1, 2, 4, 8, 12, 24),
     iterations: int = 10,
     backend: str = "auto",
 ) -> Batch:
@@ -34,7 +49,8 @@ def pamr(
         masks: Floating point [H, W, L] or [H, W] (numpy or torch), or Ragged with rows [P, L] or [P]: a value per pixel
             and label, usually a probability; computed in float32.
         image: uint8 RGB [H, W, 3], or Ragged with rows [P, 3], with the height and width of `masks`.
-        dilations: Distances in pixels from a pixel to its 8 neighbors, each at least 1; 1 to 16 of them.
+        dilations: Distances in pixels from a pixel to its 8 neighbors, each at least 1; 1 to 16 of them. For a Ragged
+            batch, also one such list for each image; their lengths may differ.
         iterations: Number of iterations, at least 0.
         backend: "auto", "triton", "cpu" or "reference".
 
@@ -73,42 +89,63 @@ def pamr(
     dims = masks.rows.ndim if isinstance(masks, Ragged) else getattr(masks, "ndim", 0) - 1
     packed = arrange(NAME, "masks", masks, 0 if dims == 1 else 1, *FLOATING)
     pixels = expect_image(NAME, image, packed)
-    distances = expect_ints(NAME, "dilations", dilations, low=1, high=2**63 - 1, most=MAX_DILATIONS)
-    if not distances:
-        raise ValueError(f"{NAME}: dilations must not be empty")
+    lists = _dilation_lists(dilations, masks)
     rows = packed.rows[:, None] if dims == 1 else packed.rows
     refined = _refine(
         rows.to(torch.float32).contiguous(),
         pixels,
         packed.offsets,
         packed.shapes,
-        distances,
+        [distance for distances in lists for distance in distances],
+        [len(distances) for distances in lists],
         expect_int(NAME, "iterations", iterations),
         backend,
     )
     return packed.restore(refined[:, 0] if dims == 1 else refined)
 
 
+def _dilation_lists(dilations: Sequence[Any], masks: Ragged | Array) -> list[list[int]]:
+    """The checked dilations: one list for all images, or one for each."""
+    if is_sequence(dilations[0]) if len(dilations) else image_count(masks) == 0:
+        lists = expect_one_per_image(NAME, "dilations", dilations, masks, "list")
+    else:
+        lists = [dilations]
+    checked = [expect_ints(NAME, "dilations", d, low=1, high=2**63 - 1, most=MAX_DILATIONS) for d in lists]
+    if not all(checked):
+        raise ValueError(f"{NAME}: dilations must not be empty")
+    return checked
+
+
+# -- backends: every implementation takes the arguments of the schema below and returns its results ------------------
+# `dilations` are the lists one after another, and `counts` their lengths.
+
+
 def _refine_reference(
-    masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, dilations: list[int], iterations: int
-) -> Tensor:
-    near = [min(d, max(shapes.flatten().tolist(), default=1)) for d in dilations]  # the rest reach the border as well
-    return per_image(reference.pamr)(masks.double(), image, offsets, shapes, near, iterations).float()
+    masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, dilations: list[int], counts: list[int],
+    iterations: int,
+) -> Tensor:  # fmt: skip
+    longest = max(shapes.flatten().tolist(), default=1)
+    near = iter([min(d, longest) for d in dilations])  # the rest reach the border as well
+    lists = [list(itertools.islice(near, count)) for count in counts]
+    run = per_image(reference.pamr, varying=(0,))
+    return run(masks.double(), image, offsets, shapes, lists, iterations).float()
 
 
 def _refine_triton(
-    masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, dilations: list[int], iterations: int
-) -> Tensor:
+    masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, dilations: list[int], counts: list[int],
+    iterations: int,
+) -> Tensor:  # fmt: skip
     from .triton import pamr as triton  # not at import: Triton is optional
 
     expect_rows(NAME, offsets, shapes, masks)
     out = like_first(masks)
-    triton.pamr(masks, image, offsets, shapes, out, dilations, iterations)
+    triton.pamr(masks, image, offsets, shapes, out, dilations, counts, iterations)
     return out
 
 
 _refine = register(
-    f"{NAME}(Tensor masks, Tensor image, Tensor offsets, Tensor shapes, int[] dilations, int iterations) -> Tensor",
+    f"{NAME}(Tensor masks, Tensor image, Tensor offsets, Tensor shapes, int[] dilations, int[] counts, "
+    "int iterations) -> Tensor",
     reference=_refine_reference,
     triton=_refine_triton,
 )

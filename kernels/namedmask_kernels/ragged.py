@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -251,7 +251,7 @@ def expect_int(op: str, name: str, value: object, low: int = 0, high: int = MOST
 
 def is_sequence(value: object) -> bool:
     """Whether an argument is several numbers; a numpy array or tensor without dimensions is one number."""
-    return not isinstance(value, int) and hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0
+    return not isinstance(value, (int, float, str)) and hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0
 
 
 def expect_ints(op: str, name: str, values: object, low: int = 0, high: int = MOST, most: int = MOST) -> list[int]:
@@ -287,6 +287,32 @@ def as_float(op: str, name: str, value: object) -> float:
         return math.inf if cast(Any, value) > 0 else -math.inf
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{op}: {name} must be a number, but is {value!r}") from None
+
+
+def expect_per_image(op: str, name: str, value: object, batch: Ragged | Array) -> list[Any]:
+    """Returns a setting that is one number for all images of a batch, or one for each, as a list of one or all values.
+
+    Raises:
+        ValueError: If there is another number of values.
+    """
+    return expect_one_per_image(op, name, cast(Any, value), batch) if is_sequence(value) else [value]
+
+
+def expect_one_per_image(
+    op: str, name: str, values: Iterable[Any], batch: Ragged | Array, kind: str = "number"
+) -> list[Any]:
+    """Returns values as a list. Raises ValueError unless there is one for each image."""
+    listed, images = list(values), image_count(batch)
+    if len(listed) != images:
+        raise ValueError(
+            f"{op}: {name} must be one {kind}, or one for each of the {images} images, but has {len(listed)}"
+        )
+    return listed
+
+
+def image_count(batch: Ragged | Array) -> int:
+    """The number of images of an argument."""
+    return len(batch.shapes) if isinstance(batch, Ragged) else 1
 
 
 @torch.library.custom_op("namedmask_kernels::same_shapes", mutates_args=())

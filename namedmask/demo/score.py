@@ -66,6 +66,8 @@ def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) 
     """
     import torch
 
+    from namedmask_kernels import Ragged
+
     from ..refine import Refiner
     from .baselines import baselines
 
@@ -94,9 +96,9 @@ def score(out: Path, seed: int, spectral: DetectorConfig, coarse: RefineConfig) 
                 return scene, {}
             masks = {"spectral": cut[name], "detector": alone[name], "refined": refined[name]}
             masks["experts"] = experts[name, scene.kinds[0]]
-            targets = [torch.from_numpy(baseline(photo.pixels)).float() for baseline in baselines.values()]
-            softs = refiner.refine([photo] * len(targets), targets)
-            masks |= {baseline: (soft > 0.5).numpy() for baseline, soft in zip(baselines, softs, strict=True)}
+            targets = Ragged.pack([torch.from_numpy(baseline(photo.pixels)).float() for baseline in baselines.values()])
+            softs = refiner.refine(Ragged.pack([photo.pixels] * len(baselines)), targets)
+            masks |= {baseline: (soft > 0.5).numpy() for baseline, soft in zip(baselines, softs.grids(), strict=True)}
             return scene, {method: iou(mask, scene.masks[0]) for method, mask in masks.items()}
 
         scores: dict[str, tuple[Scene, dict[str, float]]] = {}

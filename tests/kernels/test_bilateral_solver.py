@@ -186,6 +186,23 @@ def test_results_do_not_depend_on_batch_composition(backend, device):
         assert torch.equal(result, nk.bilateral_solver(target, image, backend=backend))
 
 
+def test_images_of_a_batch_may_have_spatial_sigmas_of_their_own(backend, device):
+    shapes, sigmas = [(40, 70), (1, 1), (0, 4), (97, 33), (64, 64)], [16, 1, 5, 3.7, 1000]
+    columns = zip(
+        *((*random_sample(s, h, w), random_confidence(s, h, w)) for s, (h, w) in enumerate(shapes)), strict=True
+    )
+    targets, images, confidences = ([torch.from_numpy(array).to(device) for array in column] for column in columns)
+    whole = Ragged.pack(targets), Ragged.pack(images)
+    for several in (sigmas, tuple(sigmas), np.array(sigmas), torch.tensor(sigmas, dtype=torch.float64, device=device)):
+        result = nk.bilateral_solver(*whole, sigma_spatial=several, backend=backend)
+        for target, image, sigma, one in zip(targets, images, sigmas, result.grids(), strict=True):
+            assert torch.equal(one, nk.bilateral_solver(target, image, sigma_spatial=sigma, backend=backend))
+    result = nk.bilateral_solver(*whole, sigma_spatial=sigmas, confidence=Ragged.pack(confidences), backend=backend)
+    for *one, confidence, sigma, solved in zip(targets, images, confidences, sigmas, result.grids(), strict=True):
+        alone = nk.bilateral_solver(*one, confidence=confidence, sigma_spatial=sigma, backend=backend)
+        assert torch.equal(solved, alone)
+
+
 def test_results_do_not_depend_on_the_number_of_threads(on_threads):
     samples = [random_sample(s, 60, 80) for s in range(6)]
     batch = [Ragged.pack([torch.from_numpy(p[i]) for p in samples]) for i in (0, 1)]
@@ -206,9 +223,9 @@ image = rng.integers(0, 99, (90 * 71, 3)).astype(np.uint8)
 image[:2000] = image[:2000, :1]
 target, out = rng.random(len(image), np.float32), np.empty(len(image), np.float32)
 shape = np.array([0, len(image)], np.int32), np.array([[90, 71]], np.int32)
-native.bilateral_solver(target, image, np.empty(0, np.float32), *shape, out, 0.999, 16.0, 20.5, 8.0, 256.0, 25, 1e-5)
+native.bilateral_solver(target, image, np.empty(0, np.float32), *shape, out, 0.999, [16.0], 20.5, 8.0, 256.0, 25, 1e-5)
 result, confidence = out.tobytes(), rng.random(len(image), np.float32)
-native.bilateral_solver(target, image, confidence, *shape, out, 1.0, 16.0, 20.5, 8.0, 256.0, 25, 1e-5)
+native.bilateral_solver(target, image, confidence, *shape, out, 1.0, [16.0], 20.5, 8.0, 256.0, 25, 1e-5)
 print(native.level(), (result + out.tobytes()).hex())
 """
 
@@ -302,6 +319,19 @@ def test_invalid_arguments_raise():
         for value in values:
             with pytest.raises(ValueError, match=f"bilateral_solver: {name} must be {message}, but is {value}"):
                 nk.bilateral_solver(target, image, **{name: value})
+    batch = Ragged.pack([target] * 3), Ragged.pack([image] * 3)
+    for sigmas, count in ([16, 16], 2), (np.full(4, 16.0), 4), (torch.ones(0), 0):
+        message = f"sigma_spatial must be one number, or one for each of the 3 images, but has {count}"
+        with pytest.raises(ValueError, match=f"bilateral_solver: {message}"):
+            nk.bilateral_solver(*batch, sigma_spatial=sigmas)
+    with pytest.raises(ValueError, match=r"sigma_spatial must be .* for each of the 1 images, but has 2"):
+        nk.bilateral_solver(target.numpy(), image.numpy(), sigma_spatial=[16, 16])
+    for sigmas, kind, message in (
+        ([16, 0.5, 16], ValueError, "finite and at least 1"),
+        ([16, 16, "a"], TypeError, "a number"),
+    ):
+        with pytest.raises(kind, match=f"bilateral_solver: sigma_spatial must be {message}, but is "):
+            nk.bilateral_solver(*batch, sigma_spatial=sigmas)
     with pytest.raises(ValueError, match="bilateral_solver: backend 'cuda' cannot run"):
         nk.bilateral_solver(target, image, backend="cuda")
 
@@ -311,7 +341,7 @@ def test_opcheck():
     batch = Ragged.pack([target])
     arguments = (batch.rows, Ragged.pack([image]).rows, torch.rand(len(batch.rows)), batch.offsets, batch.shapes)
     op = torch.ops.namedmask_kernels.bilateral_solver
-    torch.library.opcheck(op, (*arguments, 0.999, 16.0, 16.0, 8.0, 256.0, 25, 1e-5, "cpu"))
+    torch.library.opcheck(op, (*arguments, 0.999, [16.0], 16.0, 8.0, 256.0, 25, 1e-5, "cpu"))
 
 
 def random_confidence(seed, h, w):

@@ -12,7 +12,7 @@ import torch
 
 import emulator
 import namedmask_kernels as nk
-from namedmask_kernels import Ragged
+from namedmask_kernels import Ragged, library
 
 BACKENDS = ["cuda"]
 OPERATORS = [
@@ -80,6 +80,43 @@ def test_results_do_not_depend_on_the_order_of_threads(run, device, operator):
         results.append(call(operator, [(12, 13), (0, 4), (1, 1), (1, 33), (7, 9)], run))
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.fixture
+def failing_launches(emulated_cuda):
+    emulator.extension().fail_launches(True)
+    yield
+    emulator.extension().fail_launches(False)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_launch_errors_name_the_operator(failing_launches, run, operator):
+    with pytest.raises(RuntimeError, match=f"{operator}: CUDA error: the emulator was told to fail\n.*=1 shows which"):
+        call(operator, [(12, 13)], run)
+
+
+def test_faults_of_kernels_name_the_operator_if_launches_are_blocking(emulated_cuda, monkeypatch):
+    def synchronize(device):
+        raise RuntimeError(f"CUDA error: illegal memory access on {device}")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    mask = torch.ones(3, 4)
+    nk.largest_component(mask > 0, backend="cuda")  # does not wait
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    with pytest.raises(RuntimeError, match=r"^largest_component: CUDA error: illegal memory access on cpu$"):
+        nk.largest_component(mask > 0, backend="cuda")
+    nk.largest_component(mask > 0, backend="cpu")
+
+
+def test_errors_that_are_not_of_cuda_and_lack_of_memory_keep_their_types():
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), NotImplementedError("no"), RuntimeError("odd")):
+
+        def fail(tensor, error=error):
+            raise error
+
+        with pytest.raises(type(error)) as raised:
+            library._naming_faults("erode", fail)(torch.zeros(1))
+        assert raised.value is error
 
 
 @pytest.mark.parametrize(("n", "bits"), [(0, 5), (1, 0), (5000, 3), (5000, 11), (2049, 22)])

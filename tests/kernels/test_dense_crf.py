@@ -185,6 +185,25 @@ def test_results_do_not_depend_on_batch_composition(backend, device, labels):
 
 
 @pytest.mark.parametrize("labels", [2, 5])
+def test_images_of_a_batch_may_have_spatial_sigmas_of_their_own(backend, device, labels):
+    shapes = [(20, 33), (1, 1), (0, 4), (27, 13), (16, 16)]
+    narrow, wide = [3.0, 1.0, 2.0, 9.5, 0.3], [80.0, 7.0, 9.0, 50.0, 3.5]
+    samples = [[a.to(device) for a in random_sample(s, h, w, labels)] for s, (h, w) in enumerate(shapes)]
+    packed = Ragged.pack([p for p, _ in samples]), Ragged.pack([i for _, i in samples])
+
+    def alone(number, gaussian, bilateral):
+        kernels = {"gaussian": (gaussian, 3), "bilateral": (bilateral, 13, 10)}
+        return nk.dense_crf(*samples[number], iterations=2, **kernels, backend=backend)
+
+    for gaussian, bilateral in (narrow, torch.tensor(wide, dtype=torch.float64)), (3.0, np.array(wide)), (narrow, 80.0):
+        kernels = {"gaussian": (gaussian, 3), "bilateral": (bilateral, 13, 10)}
+        batch = nk.dense_crf(*packed, iterations=2, **kernels, backend=backend)
+        for number, result in enumerate(batch.grids()):
+            own = [v if isinstance(v, float) else float(v[number]) for v in (gaussian, bilateral)]
+            assert torch.equal(result, alone(number, *own))
+
+
+@pytest.mark.parametrize("labels", [2, 5])
 def test_results_do_not_depend_on_the_number_of_threads(labels, on_threads):
     samples = [random_sample(s, 60, 80, labels) for s in range(6)]
     batch = [Ragged.pack([p[i] for p in samples]) for i in (0, 1)]
@@ -209,7 +228,7 @@ print(native.level())
 for labels in (2, 5):
     probabilities = rng.random((len(image), labels), np.float32)
     out = np.full_like(probabilities, np.nan)
-    native.dense_crf(probabilities, image, *shape, out, 3, 3.0, 3.0, 80.0, 13.0, 10.0)
+    native.dense_crf(probabilities, image, *shape, out, 3, [3.0], 3.0, [80.0], 13.0, 10.0)
     print(out.tobytes().hex())
 """
 
@@ -297,7 +316,7 @@ def test_opcheck():
     batch = Ragged.pack([probabilities])
     arguments = (batch.rows, Ragged.pack([image]).rows, batch.offsets, batch.shapes)
     op = torch.ops.namedmask_kernels.dense_crf
-    torch.library.opcheck(op, (*arguments, 3, 3.0, 3.0, 80.0, 13.0, 10.0, "cpu"))
+    torch.library.opcheck(op, (*arguments, 3, [3.0], 3.0, [80.0], 13.0, 10.0, "cpu"))
 
 
 def test_explain_names_the_backend():

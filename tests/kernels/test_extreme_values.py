@@ -102,6 +102,23 @@ def test_results_are_finite_or_the_setting_is_rejected(operator, backend, run):
     assert finished > 0
 
 
+def test_extreme_settings_of_one_image_do_not_change_another(backend, run):
+    images, soft = nk.Ragged.pack([IMAGE, IMAGE]), nk.Ragged.pack([SOFT] * 2)
+
+    def check(operator, mask, name, of):
+        """of(number): the setting `name` with that number for the first image."""
+        alone = run(operator, mask.grids()[1], IMAGE, **{name: of(2)})
+        for number in (1, 1e9, 1e28, 1.7e308) if operator is not nk.pamr else (1, 2**63 - 1):
+            first, second = run(operator, mask, images, **{name: of([number, 2])}).grids()
+            assert first.isfinite().all() and torch.equal(second, alone)
+
+    check(nk.bilateral_solver, soft.with_rows(soft.rows[:, 0]), "sigma_spatial", lambda sigma: sigma)
+    check(nk.dense_crf, soft, "gaussian", lambda sigma: (sigma, 3))
+    check(nk.dense_crf, soft, "bilateral", lambda sigma: (sigma, 13, 10))
+    if backend != "cuda":
+        check(nk.pamr, soft, "dilations", lambda d: [[d[0]], [d[1]]] if isinstance(d, list) else [d])
+
+
 def test_attention_rejects_a_scale_beyond_float32():
     qkv, offsets = torch.randn(4, 3, 1, 8), torch.tensor([0, 4], dtype=torch.int32)
     for scale in (1e300, float("nan"), float("inf")):

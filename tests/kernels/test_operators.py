@@ -226,6 +226,23 @@ def test_compiled_operators_compare_the_grids_of_their_arguments(op):
         compiled(first, second._replace(shapes=second.shapes.flip(1)))
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(
+    ("op", "settings"),
+    [
+        (nk.bilateral_solver, {"sigma_spatial": [3.0, 7.5]}),
+        (nk.dense_crf, {"gaussian": ([2.0, 3.0], 3.0), "bilateral": ([9.0, 40.0], 13.0, 10.0)}),
+        (nk.pamr, {"dilations": [[1, 3], [2]]}),
+    ],
+    ids=label,
+)
+def test_torch_compile_with_settings_for_each_image(op, settings, dynamic):
+    torch.compiler.reset()
+    batch = arranged(op, "ragged")
+    compiled = torch.compile(op, fullgraph=True, backend="eager", dynamic=dynamic)
+    assert_same(compiled(*batch, **settings), op(*batch, **settings))
+
+
 @contextlib.contextmanager
 def default_dtype(dtype):
     before = torch.get_default_dtype()
@@ -387,6 +404,7 @@ FLOATS = {
     nk.normalized_cut: ("tau", "eps", "tolerance"),
     nk.random_walk: ("sharpness",),
 }
+PER_IMAGE = ("sigma_spatial",)  # settings that may also be a sequence of one number per image
 integers = pytest.mark.parametrize(
     ("op", "name"), [(op, name) for op, names in INTEGERS.items() for name in names], ids=label
 )
@@ -424,7 +442,10 @@ def test_numbers_of_any_type_are_accepted_and_others_rejected(op, name):
     for value in (np.float32(0.5), np.int64(1), torch.tensor(0.5), 1) if name != "eps" else (np.float32(0.5),):
         if not (name.startswith("sigma") and value < 1):
             op(*CALLS[op], **{name: (10 * value,) * count if count else value})
-    for value in ("0.5", [0.5], 1j) if name == "scale" else ("0.5", None, [0.5], 1j):
+    invalid = ["0.5", 1j]
+    invalid += [] if name == "scale" else [None]
+    invalid += [] if name in PER_IMAGE else [[0.5]]
+    for value in invalid:
         with pytest.raises(TypeError, match=f"{op.__name__}: {name} must be a number, but is "):
             op(*CALLS[op], **{name: (value,) * count if count else value})
     with pytest.raises(ValueError, match=f"{op.__name__}: {name} must be "):

@@ -147,6 +147,23 @@ def test_results_do_not_depend_on_batch_composition(backend, labels):
         assert torch.equal(result, nk.pamr(mask, image, iterations=3, backend=backend))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_images_of_a_batch_may_have_dilations_of_their_own(backend):
+    sizes = [(40, 70), (1, 1), (0, 4), (97, 33), (64, 64)]
+    lists = [[1, 2, 4], [3], [1, 5], (24, 1, 2, 9, 2**40), range(1, 17)]
+    samples = [[torch.from_numpy(array) for array in random_sample(s, h, w, 2)] for s, (h, w) in enumerate(sizes)]
+    packed = Ragged.pack([m for m, _ in samples]), Ragged.pack([i for _, i in samples])
+    batch = nk.pamr(*packed, dilations=lists, iterations=3, backend=backend)
+    for sample, dilations, result in zip(samples, lists, batch.grids(), strict=True):
+        assert torch.equal(result, nk.pamr(*sample, dilations=dilations, iterations=3, backend=backend))
+    table = np.array([[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]])
+    batch = nk.pamr(*packed, dilations=torch.from_numpy(table), iterations=3, backend=backend)
+    assert torch.equal(batch.rows, nk.pamr(*packed, dilations=table, iterations=3, backend=backend).rows)
+    assert torch.equal(batch.grids()[3], nk.pamr(*samples[3], dilations=[7, 8], iterations=3, backend=backend))
+    empty = Ragged.of_shapes(packed[0].rows[:0], []), Ragged.of_shapes(packed[1].rows[:0], [])
+    assert len(nk.pamr(*empty, dilations=[], backend=backend).shapes) == 0
+
+
 def test_results_do_not_depend_on_the_number_of_threads(on_threads):
     samples = [random_sample(s, 60, 80, 5) for s in range(6)]
     batch = [Ragged.pack([torch.from_numpy(p[i]) for p in samples]) for i in (0, 1)]
@@ -167,7 +184,7 @@ image = rng.integers(0, 99, (90 * 71, 3)).astype(np.uint8)
 masks = rng.random((len(image), 11), np.float32)
 out = np.full_like(masks, np.nan)
 shape = np.array([0, len(image)], np.int32), np.array([[90, 71]], np.int32)
-native.pamr(masks, image, *shape, out, [1, 2, 4, 8, 12, 24], 10)
+native.pamr(masks, image, *shape, out, [1, 2, 4, 8, 12, 24], [6], 10)
 print(native.level(), out.tobytes().hex())
 """
 
@@ -238,6 +255,16 @@ def test_invalid_arguments_raise():
     ]:
         with pytest.raises(ValueError, match=f"pamr: dilations must {message}"):
             nk.pamr(masks, image, dilations=dilations)
+    batch = Ragged.pack([masks] * 3), Ragged.pack([image] * 3)
+    for dilations, message in [
+        ([[1], [2]], "be one list, or one for each of the 3 images, but has 2"),
+        ([[1], [2], []], "not be empty"),
+        ([[1], [2], [0]], "be at least 1, but is 0"),
+    ]:
+        with pytest.raises(ValueError, match=f"pamr: dilations must {message}"):
+            nk.pamr(*batch, dilations=dilations)
+    with pytest.raises(TypeError, match="pamr: dilations must be a sequence of integers, but is 3"):
+        nk.pamr(*batch, dilations=[[1], [2], 3])
     with pytest.raises(ValueError, match="pamr: iterations must be at least 0, but is -1"):
         nk.pamr(masks, image, iterations=-1)
     with pytest.raises(ValueError, match="pamr: backend 'cuda' cannot run"):
@@ -245,13 +272,18 @@ def test_invalid_arguments_raise():
     packed = masks.flatten(0, 1).numpy(), image.flatten(0, 1).numpy(), np.array([0, 24], np.int32)
     shapes, out = np.array([[4, 6]], np.int32), np.empty((24, 2), np.float32)
     with pytest.raises(ValueError, match="pamr: dilations must be"):
-        backends.native().pamr(*packed, shapes, out, [0], 1)
+        backends.native().pamr(*packed, shapes, out, [0], [1], 1)
+    for dilations, counts in ([1, 2], [1]), ([1], [0]), ([1] * 17, [17]):
+        with pytest.raises(ValueError, match="pamr: dilations must be 1 to 16 numbers"):
+            backends.native().pamr(*packed, shapes, out, dilations, counts, 1)
+    with pytest.raises(ValueError, match="pamr: dilations must be one list, or one per image"):
+        backends.native().pamr(*packed, shapes, out, [1, 2], [1, 1], 1)
     with pytest.raises(ValueError, match="pamr: iterations must be"):
-        backends.native().pamr(*packed, shapes, out, [1], -1)
+        backends.native().pamr(*packed, shapes, out, [1], [1], -1)
 
 
 def test_opcheck():
     masks, image = map(torch.from_numpy, random_sample(2, 12, 9, 2))
     batch = Ragged.pack([masks])
     arguments = (batch.rows, Ragged.pack([image]).rows, batch.offsets, batch.shapes)
-    torch.library.opcheck(torch.ops.namedmask_kernels.pamr, (*arguments, [1, 2], 3, "cpu"))
+    torch.library.opcheck(torch.ops.namedmask_kernels.pamr, (*arguments, [1, 2], [2], 3, "cpu"))

@@ -125,12 +125,16 @@ def pamr_batch(labels):
     return Ragged.pack(masks), Ragged.pack(images)
 
 
-def run_pamr(masks, image, *settings):
-    """Fills the output with NaN first, as above."""
+def run_pamr(masks, image, dilations, iterations):
+    """Fills the output with NaN first, as above. `dilations`: one list, or one for each image."""
     from namedmask_kernels.triton import pamr as kernels
 
+    lists = dilations if isinstance(dilations[0], list) else [dilations]
+    numbers, counts = [d for own in lists for d in own], [len(own) for own in lists]
     out = torch.full_like(masks.rows, torch.nan).to(DEVICE)
-    kernels.pamr(masks.rows.to(DEVICE), image.rows.to(DEVICE), masks.offsets, masks.shapes, out, *settings)
+    kernels.pamr(
+        masks.rows.to(DEVICE), image.rows.to(DEVICE), masks.offsets, masks.shapes, out, numbers, counts, iterations
+    )
     return masks.with_rows(out.cpu())
 
 
@@ -149,6 +153,14 @@ def test_pamr(labels, dilations, iterations):
     assert torch.equal(alone.grids()[0], result.grids()[0])
 
 
+def test_pamr_with_dilations_of_each_image():
+    masks, image = pamr_batch(2)
+    lists = [[1, 3, 24], [2, 2**40], [1], [5]]
+    result = run_pamr(masks, image, lists, 2)
+    for mask, pixels, dilations, refined in zip(masks.grids(), image.grids(), lists, result.grids(), strict=True):
+        assert torch.equal(run_pamr(Ragged.pack([mask]), Ragged.pack([pixels]), dilations, 2).grids()[0], refined)
+
+
 def test_pamr_of_empty_input_and_without_iterations():
     masks, image = pamr_batch(2)
     assert torch.equal(run_pamr(masks, image, [1], 0).rows, masks.rows)
@@ -161,8 +173,11 @@ def test_pixel_table_covers_every_pixel_once():
     from namedmask_kernels.triton import pamr as kernels
 
     masks = Ragged.of_shapes(torch.zeros(6 + 0 + 9), [(2, 3), (0, 4), (3, 3)])
-    table = kernels.pixel_table(masks.offsets, masks.shapes, 4)
-    assert table.tolist() == [[0, 2, 3, 0], [0, 2, 3, 4], [6, 3, 3, 0], [6, 3, 3, 4], [6, 3, 3, 8]]
+    blocks = [[0, 2, 3, 0], [0, 2, 3, 4], [6, 3, 3, 0], [6, 3, 3, 4], [6, 3, 3, 8]]
+    table = kernels.pixel_table(masks.offsets, masks.shapes, [7], 4)
+    assert table.tolist() == [[*block, 0, 7] for block in blocks]
+    table = kernels.pixel_table(masks.offsets, masks.shapes, [2, 1, 3], 4)
+    assert table.tolist() == [[*block, *own] for block, own in zip(blocks, [(0, 2)] * 2 + [(3, 3)] * 3, strict=True)]
 
 
 def tokens(shapes, channels, noise=0.7):

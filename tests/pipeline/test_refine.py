@@ -9,7 +9,6 @@ import torch
 
 import namedmask_kernels
 from namedmask.config import CrfConfig, PamrConfig, RefineConfig
-from namedmask.photos import Photo
 from namedmask.refine import Refiner, fill_holes, keep_largest_component
 from namedmask_kernels import Ragged
 
@@ -50,8 +49,26 @@ def test_lengths_are_those_of_a_photo_with_a_short_side_of_512_pixels(method, sh
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (short, short + 8, 3), dtype=np.uint8)
     target = torch.from_numpy(rng.integers(0, 5, pixels.shape[:2])).float() / 4  # 0, 0.25, 0.5, ...
-    (soft,) = Refiner(SETTINGS[method]).refine([Photo("a", pixels)], [target])
-    torch.testing.assert_close(soft, expected(method, target, torch.from_numpy(pixels), scale))
+    refined = Refiner(SETTINGS[method]).refine(Ragged.pack([pixels]), Ragged.pack([target]))
+    torch.testing.assert_close(refined.grids()[0], expected(method, target, torch.from_numpy(pixels), scale))
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_batch_of_photos_of_any_sizes_is_one_call_of_the_operator(method, monkeypatch):
+    name = {"bilateral": "bilateral_solver", "crf": "dense_crf"}.get(method, method)
+    operator, calls = getattr(namedmask_kernels, name), []
+    monkeypatch.setattr(namedmask_kernels, name, lambda *a, **k: calls.append(1) or operator(*a, **k))
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((30, 70), (64, 40), (0, 9), (1, 5), (9, 30))]
+    masks = [torch.from_numpy(rng.random(image.shape[:2]).astype(np.float32)) for image in images]
+    refiner = Refiner(SETTINGS[method])
+    refined = refiner.refine(Ragged.pack(images), Ragged.pack(masks))
+    assert len(calls) == 1 and refined.rows.dtype == torch.float32
+    for image, mask, soft in zip(images, masks, refined.grids(), strict=True):
+        assert torch.equal(soft, refiner.refine(Ragged.pack([image]), Ragged.pack([mask])).grids()[0])
+    no_images, no_masks = Ragged.pack(images), Ragged.pack(masks)
+    empty = refiner.refine(Ragged.of_shapes(no_images.rows[:0], []), Ragged.of_shapes(no_masks.rows[:0], []))
+    assert len(empty.shapes) == len(empty.rows) == 0
 
 
 def test_probability_of_one_half_is_background():

@@ -26,8 +26,8 @@
 namespace namedmask {
 
 struct BilateralSettings {
-  double confidence = 0.999;  // at least 2^-40
-  double sigma_spatial = 16;  // cell sizes, each at least 1: in pixels and in 8-bit levels
+  double confidence = 0.999;        // at least 2^-40
+  PerImage sigma_spatial = {{16}};  // cell sizes, each at least 1: in pixels and in 8-bit levels
   double sigma_luma = 16;
   double sigma_chroma = 8;
   double smoothness = 256;  // at least 0, at most 2^40 times the confidence

@@ -27,9 +27,11 @@ namespace namedmask {
 
 struct CrfSettings {
   int64_t iterations = 10;
-  double gaussian_sigma = 3, gaussian_weight = 3;         // sigma in pixels, above 0
-  double bilateral_sigma = 80, bilateral_sigma_rgb = 13;  // in pixels and in 8-bit color levels, above 0
-  double bilateral_weight = 10;                           // both weights from -1e20 to 1e20
+  PerImage gaussian_sigma = {{3}};  // in pixels, above 0
+  double gaussian_weight = 3;       // both weights from -1e20 to 1e20
+  PerImage bilateral_sigma = {{80}};
+  double bilateral_sigma_rgb = 13;  // in 8-bit color levels, above 0
+  double bilateral_weight = 10;
 };
 
 namespace cpu {

@@ -13,8 +13,9 @@
 //             the weights are divided by their own sum; sums in float32. NaN and Inf propagate within their label;
 //             finite masks stay finite.
 // Empty       an empty batch, images of 0 x n pixels and L = 0 are allowed.
-// Errors      std::invalid_argument for a wrong array, for other than 1 to 16 dilations of at least 1, and for
-//             iterations below 0.
+// Dilations   one list of counts[0] numbers for all images, or one after another a list of counts[b] for each.
+// Errors      std::invalid_argument for a wrong array, for other than 1 to 16 dilations of at least 1 per list, for
+//             another number of lists, and for iterations below 0.
 // Aliasing    out must not overlap the inputs.
 // Threads     OpenMP, one region, over images. A label's result is bit-identical for any number of threads, other
 //             labels and batch. Levels differ by rounding.
@@ -29,6 +30,7 @@
 namespace namedmask::cpu {
 
 void pamr(const TensorView& masks, const TensorView& image, const TensorView& offsets, const TensorView& shapes,
-          const TensorView& out, const std::vector<int64_t>& dilations, int64_t iterations);
+          const TensorView& out, const std::vector<int64_t>& dilations, const std::vector<int64_t>& counts,
+          int64_t iterations);
 
 }  // namespace namedmask::cpu

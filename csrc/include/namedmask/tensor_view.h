@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace namedmask {
 
@@ -94,5 +95,15 @@ struct RaggedShape {
 // Checks offsets int32 [B + 1] and shapes int32 [B, 2] on the CPU: offsets start at 0 and end at `rows`, and each image
 // has exactly height * width rows. Otherwise throws std::invalid_argument that names the image.
 RaggedShape expect_ragged(const char* op, const TensorView& offsets, const TensorView& shapes, int64_t rows);
+
+// A setting with one value for all images, or one for each.
+struct PerImage {
+  std::vector<double> values;
+
+  double operator[](int64_t b) const { return values[values.size() == 1 ? 0 : b]; }
+};
+
+// Throws std::invalid_argument unless there is one value, or one for each of the images.
+void expect_per_image(const char* op, const char* argument, const PerImage& setting, int64_t images);
 
 }  // namespace namedmask

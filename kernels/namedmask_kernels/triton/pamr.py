@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -25,15 +26,17 @@ AVERAGE_PIXELS = {1: 256, 2: 256, 4: 128, 8: 64, 16: 32, 32: 16}
 
 @triton.jit
 def _block(table, PIXELS: tl.constexpr):
-    """A block's image: first row, height, width; its pixels: index in the image, y, x, and whether they exist."""
-    entry = table + 4 * tl.program_id(0)
+    """A block's image: first row, height, width, and its dilations: the first, and how many; its pixels: index in the
+    image, y, x, and whether they exist.
+    """
+    entry = table + 6 * tl.program_id(0)
     begin = tl.load(entry).to(tl.int64)
     h = tl.load(entry + 1)
     w = tl.load(entry + 2)
     p = tl.load(entry + 3) + tl.arange(0, PIXELS)
     inside = p < h * w
     p = tl.minimum(p, h * w - 1)
-    return begin, h, w, p, p // w, p % w, inside
+    return begin, h, w, tl.load(entry + 4), tl.load(entry + 5), p, p // w, p % w, inside
 
 
 @triton.jit
@@ -55,21 +58,20 @@ def _logit(image, at, r, g, b, r_factor, g_factor, b_factor):
 
 @triton.jit
 def _factor(total, squares, n):
-    """Sums of n differences from the center and of their squares -> the factor from a difference in levels to a logit.
-
-    n may be a constant: Triton compiles an integer argument of 1 as one, and a constant has no `.to`.
-    """
+    """Sums of n differences from the center and of their squares -> the factor from a difference to a logit."""
     spread = (n * squares - total * total).to(tl.float32) / tl.cast(n * (n - 1), tl.float32)
     return -1 / (3 * (0.1 * tl.sqrt(spread) + 255 * 1e-8))
 
 
 @triton.jit
-def _affinities(image, table, dilations, weights, scales, tokens, count, PIXELS: tl.constexpr):
-    """weights int16 [8 * count, tokens] and scales [tokens] of a block's pixels; grid (blocks).
+def _affinities(image, table, dilations, weights, scales, tokens, PIXELS: tl.constexpr):
+    """weights int16 [8 * most, tokens] and scales [tokens] of a block's pixels; grid (blocks).
 
-    image: uint8 [tokens, 3]; table: int32 [blocks, 4]; dilations: int32 [count]
+    image: uint8 [tokens, 3]; table: int32 [blocks, 6]; dilations: int32, those of an image one after another; most: the
+    largest number of dilations of an image
     """
-    begin, h, w, p, y, x, inside = _block(table, PIXELS)
+    begin, h, w, first, count, p, y, x, inside = _block(table, PIXELS)
+    dilations += first
     pixels = image + 3 * begin
     r = tl.load(pixels + 3 * p).to(tl.int32)
     g = tl.load(pixels + 3 * p + 1).to(tl.int32)
@@ -133,11 +135,12 @@ def _weighted_sum(masks, weight, dilations, h, w, y, x, mask, tokens, count, lab
 
 @triton.jit
 def _average(
-    source, target, table, dilations, weights, scales, tokens, count, labels,
+    source, target, table, dilations, weights, scales, tokens, labels,
     PIXELS: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
     """One iteration for a block's pixels and labels, source -> target [tokens, labels]; grid (blocks, groups)."""
-    begin, h, w, p, y, x, inside = _block(table, PIXELS)
+    begin, h, w, first, count, p, y, x, inside = _block(table, PIXELS)
+    dilations += first
     label = tl.program_id(1) * LABELS + tl.arange(0, LABELS)
     mask = inside[:, None] & (label < labels)[None, :]
     masks = source + begin * labels + label[None, :]
@@ -154,18 +157,32 @@ def _average(
     tl.store(target + at[:, None] + label[None, :], mean, mask=mask)
 
 
-def pixel_table(offsets: Tensor, shapes: Tensor, size: int) -> Tensor:
-    """int32 [blocks, 4] on the CPU: the image's first row, its height and width, the block's first pixel in it."""
-    pixels = shapes[:, 0] * shapes[:, 1]
-    counts = (pixels + size - 1) // size
-    block = torch.arange(int(counts.sum()), device="cpu") - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    columns = offsets[:-1], shapes[:, 0], shapes[:, 1]
-    return torch.stack([*(c.repeat_interleave(counts) for c in columns), size * block], 1).to(torch.int32)
+def pixel_table(offsets: Tensor, shapes: Tensor, counts: Sequence[int], size: int) -> Tensor:
+    """The work of each block of `size` pixels.
+
+    Args:
+        offsets: int32 [B + 1] on the CPU.
+        shapes: int32 [B, 2] on the CPU.
+        counts: Number of dilations, for all images or for each.
+        size: Pixels per block.
+
+    Returns:
+        int32 [blocks, 6] on the CPU: the image's first row, its height and width, the block's first pixel in it, the
+        index of the image's first dilation, the number of its dilations.
+    """
+    begins, (heights, widths) = offsets[:-1].numpy(), shapes.numpy().T
+    blocks = -(-heights * widths // size)
+    dilations = np.array(counts)
+    first = np.cumsum(dilations) - dilations
+    images = np.stack(np.broadcast_arrays(begins, heights, widths, 0, first, dilations), 1)
+    table = images.repeat(blocks, axis=0)
+    table[:, 3] = size * (np.arange(len(table)) - (np.cumsum(blocks) - blocks).repeat(blocks))
+    return torch.from_numpy(table.astype(np.int32))
 
 
 def pamr(
     masks: Tensor, image: Tensor, offsets: Tensor, shapes: Tensor, out: Tensor, dilations: Sequence[int],
-    iterations: int,
+    counts: Sequence[int], iterations: int,
 ) -> None:  # fmt: skip
     """Fills `out`, on the current stream.
 
@@ -175,7 +192,8 @@ def pamr(
         offsets: int32 [B + 1] on the CPU, like `shapes` checked by the caller; up to 2^31 pixels.
         shapes: int32 [B, 2] on the CPU.
         out: float32 [T, L] on the same GPU.
-        dilations: As in the public function.
+        dilations: One list for all images, or one for each, one after another.
+        counts: The lengths of the lists.
         iterations: As in the public function.
     """
     tokens, labels = masks.shape
@@ -188,17 +206,17 @@ def pamr(
 
     with torch.cuda.device_of(masks):
         steps = to_device(torch.tensor([min(d, longest) for d in dilations], dtype=torch.int32, device="cpu"), masks)
-        weights = torch.empty(8 * len(dilations), tokens, dtype=torch.int16, device=masks.device)
+        weights = torch.empty(8 * max(counts), tokens, dtype=torch.int16, device=masks.device)
         scales = torch.empty(tokens, dtype=torch.float32, device=masks.device)
-        table = to_device(pixel_table(offsets, shapes, PIXELS), masks)
-        _affinities[(len(table),)](image, table, steps, weights, scales, tokens, len(dilations), PIXELS=PIXELS)
-        table = to_device(pixel_table(offsets, shapes, size), masks)
+        table = to_device(pixel_table(offsets, shapes, counts, PIXELS), masks)
+        _affinities[(len(table),)](image, table, steps, weights, scales, tokens, PIXELS=PIXELS)
+        table = to_device(pixel_table(offsets, shapes, counts, size), masks)
         spare = torch.empty_like(out) if iterations > 1 else out
         source = masks
         for i in reversed(range(iterations)):  # the last one writes to out
             target = spare if i % 2 else out
             _average[len(table), triton.cdiv(labels, together)](
-                source, target, table, steps, weights, scales, tokens, len(dilations), labels,
+                source, target, table, steps, weights, scales, tokens, labels,
                 PIXELS=size, LABELS=together,
             )  # fmt: skip
             source = target
@@ -207,11 +225,10 @@ def pamr(
 def ahead_of_time() -> Iterator[Variant]:
     """The kernels that `pamr` launches."""
     weights = {"table": "*i32", "dilations": "*i32", "weights": "*i16", "scales": "*fp32"}
-    counts = {"tokens": "i32", "count": "i32"}
-    yield Variant("_affinities", _affinities, {"image": "*u8", **weights, **counts}, {"PIXELS": PIXELS}, {})
+    yield Variant("_affinities", _affinities, {"image": "*u8", **weights, "tokens": "i32"}, {"PIXELS": PIXELS}, {})
     for labels, pixels in AVERAGE_PIXELS.items():
         yield Variant(
             f"_average labels={labels}", _average,
-            {"source": "*fp32", "target": "*fp32", **weights, **counts, "labels": "i32"},
+            {"source": "*fp32", "target": "*fp32", **weights, "tokens": "i32", "labels": "i32"},
             {"PIXELS": pixels, "LABELS": labels}, {},
         )  # fmt: skip

@@ -34,7 +34,8 @@
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
-inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "the emulator was told to fail"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
@@ -76,6 +77,7 @@ inline jmp_buf scheduler;
 inline unsigned current, threads;
 inline std::function<void()> body;
 inline std::mt19937 random;
+inline cudaError_t launch_error = cudaSuccess;  // what launches return instead of running the kernel
 
 [[gnu::noinline]] inline void pause(State state) {
   Fiber& fiber = fibers[current];
@@ -262,6 +264,7 @@ using std::min;
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
+  if (emulator::launch_error != cudaSuccess) return emulator::launch_error;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   std::tuple<Parameters...> values(arguments...);

@@ -28,6 +28,7 @@ int sort_numbers(const TensorView& keys, int bits, const TensorView& first, cons
 PYBIND11_MODULE(emulated_cuda, m) {
   namedmask::bindings::define_cuda(m);
   m.def("seed", [](unsigned value) { emulator::random.seed(value); });  // of the order in which threads run
+  m.def("fail_launches", [](bool fail) { emulator::launch_error = fail ? 1 : cudaSuccess; });
   m.def("sort_scratch", &namedmask::cuda::sort_scratch);
   m.def("sort_numbers", &namedmask::sort_numbers);
 }
