@@ -98,19 +98,12 @@ def check_saliency(photos: Path, standin: Path, out: Path) -> None:
     for name in source:
         photo = source.decode(name)
         truth = np.asarray(Image.open(folder / "masks" / Path(name).with_suffix(".png"))) > 127
-<<<<<<< HEAD
         images = Ragged.pack([photo.pixels])
         detections = detector.detect(images)
         softs = detections.masks, refiner.refine(images, detections.masks)
         found, refined = ((soft.grids()[0] > 0.5).numpy() for soft in softs)
         score = mask_score(refined, detections.confidence.item())
         rows.append((truth.mean(), iou(found, truth), iou(refined, truth), score))
-=======
-        (detection,) = detector.detect([photo])
-        (soft,) = refiner.refine(Ragged.pack([photo.pixels]), Ragged.pack([detection.mask])).grids()
-        found, refined = ((m > 0.5).numpy() for m in (detection.mask, soft))
-        rows.append((truth.mean(), iou(found, truth), iou(refined, truth), mask_score(refined, detection.confidence)))
->>>>>>> rf
         dimmed = [np.where(mask[..., None], photo.pixels, photo.pixels // 4) for mask in (found, refined, truth)]
         tiles.append(_tile(photo.pixels, *dimmed))
     everything, raw, refined, scores = np.array(rows).T

@@ -38,14 +38,8 @@ def disc_photo(h=96, w=128):
     return Photo("disc", pixels.clip(0, 255).astype(np.uint8)), mask
 
 
-<<<<<<< HEAD
 def refine(config, photos, targets):
     return Refiner(config).refine(packed(*photos), Ragged.pack(targets)).grids()
-=======
-def refine(config, photo, target):
-    """The refined mask of one photo."""
-    return Refiner(config).refine(Ragged.pack([photo.pixels]), Ragged.pack([target])).grids()[0]
->>>>>>> rf
 
 
 class ColorBackbone(Backbone):
@@ -93,13 +87,8 @@ def test_spectral_detects_the_disc_and_every_method_refines_it(detector, method)
     photo, truth = disc_photo()
     ((mask, confidence),) = detect(detector, photo)
     iou = lambda a: (a & truth).sum() / (a | truth).sum()  # noqa: E731
-<<<<<<< HEAD
     raw = (mask > 0.5).numpy()
     (soft,) = refine(RefineConfig(name=method), [photo], [mask])
-=======
-    raw = (detection.mask > 0.5).numpy()
-    soft = refine(RefineConfig(name=method), photo, detection.mask)
->>>>>>> rf
     refined = (soft > 0.5).numpy()
     assert iou(raw) > 0.8 and iou(refined) > 0.97 and iou(refined) > iou(raw)
     assert confidence > 0.8 and mask_score(refined, confidence) == confidence
@@ -123,24 +112,15 @@ def test_largest_component_option():
     expected = torch.where(target == 1, target, 0.0)
     expected[0, 0] = 0.3
     assert torch.equal(first, expected) and torch.equal(second, spotted * 0.4)
-<<<<<<< HEAD
     (alone,) = refine(RefineConfig(largest_component=True), [photo], [spotted])
     assert torch.equal(alone, refine(RefineConfig(), [photo], [target])[0])
-=======
-    alone = refine(RefineConfig(largest_component=True), photo, spotted)
-    assert torch.equal(alone, refine(RefineConfig(), photo, target))
->>>>>>> rf
 
 
 def test_fill_holes_option():
     photo, mask = disc_photo()
     target = torch.from_numpy(mask).float()
     target[44:52, 60:68] = 0
-<<<<<<< HEAD
     plain, filled = (refine(RefineConfig(fill_holes=fill), [photo], [target])[0] for fill in (False, True))
-=======
-    plain, filled = (refine(RefineConfig(fill_holes=fill), photo, target) for fill in (False, True))
->>>>>>> rf
     holes = ndimage.binary_fill_holes((plain > 0.5).numpy()) & (plain <= 0.5).numpy()
     assert torch.equal(filled, plain.masked_fill(torch.from_numpy(holes), 1.0))
     ring = Ragged.pack([torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.4, 0.6], [0.9, 0.9, 0.9]]), torch.full((2, 2), 0.3)])
@@ -150,11 +130,7 @@ def test_fill_holes_option():
 def test_no_refinement_returns_the_mask_of_the_detector():
     photo, mask = disc_photo()
     target = torch.from_numpy(mask).float()
-<<<<<<< HEAD
     assert torch.equal(refine(RefineConfig(name="none"), [photo], [target])[0], target)
-=======
-    assert torch.equal(refine(RefineConfig(name="none"), photo, target), target)
->>>>>>> rf
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -164,16 +140,9 @@ def test_refinement_does_not_depend_on_batch_composition(method):
     )
     targets = [torch.from_numpy(mask).float() for mask in masks]
     config = RefineConfig(name=method)
-<<<<<<< HEAD
     for photo, target, soft in zip(photos, targets, refine(config, photos, targets), strict=True):
         assert soft.shape == target.shape and soft.dtype == torch.float32
         assert torch.equal(soft, refine(config, [photo], [target])[0])
-=======
-    together = Refiner(config).refine(Ragged.pack([photo.pixels for photo in photos]), Ragged.pack(targets))
-    for photo, target, soft in zip(photos, targets, together.grids(), strict=True):
-        assert soft.shape == target.shape and soft.dtype == torch.float32
-        assert torch.equal(soft, refine(config, photo, target))
->>>>>>> rf
 
 
 def test_lengths_scale_with_the_photo():
@@ -182,12 +151,7 @@ def test_lengths_scale_with_the_photo():
     large = Photo("large", photo.pixels.repeat(4, 0).repeat(4, 1))
     for config in (RefineConfig(name="pamr", pamr=PamrConfig(dilations=[8, 16, 32])), RefineConfig(name="bilateral")):
         target = torch.from_numpy(mask).float()
-<<<<<<< HEAD
         small, big = refine(config, [photo, large], [target, target.repeat_interleave(4, 0).repeat_interleave(4, 1)])
-=======
-        targets = Ragged.pack([target, target.repeat_interleave(4, 0).repeat_interleave(4, 1)])
-        small, big = Refiner(config).refine(Ragged.pack([photo.pixels, large.pixels]), targets).grids()
->>>>>>> rf
         assert ((big[2::4, 2::4] > 0.5) == (small > 0.5)).float().mean() > 0.99
 
 
@@ -202,11 +166,7 @@ def test_crf_unary_is_the_mask_with_the_confidence_of_the_settings(monkeypatch):
     photo = Photo("gray", np.full((256, 300, 3), 99, np.uint8))
     target = torch.rand(256, 300)
     config = RefineConfig(name="crf", crf=CrfConfig(confidence=0.8, iterations=3, bilateral_sigma=60.0))
-<<<<<<< HEAD
     (soft,) = refine(config, [photo], [target])
-=======
-    soft = refine(config, photo, target)
->>>>>>> rf
     torch.testing.assert_close(soft, 0.2 + 0.6 * target)
     torch.testing.assert_close(arguments.pop("probabilities").rows.sum(1), torch.ones(256 * 300))
     assert arguments == {"iterations": 3, "gaussian": ([1.5], 3.0), "bilateral": ([30.0], 13.0, 10.0)}
@@ -235,11 +195,7 @@ def test_photo_of_one_pixel(detector):
     ((mask, _),) = detect(detector, photo)
     assert mask.shape == (1, 1)
     for method in ("bilateral", "pamr"):
-<<<<<<< HEAD
         (soft,) = refine(RefineConfig(name=method), [photo], [mask])
-=======
-        soft = refine(RefineConfig(name=method), photo, detection.mask)
->>>>>>> rf
         assert soft.isfinite().all()
 
 
