@@ -404,6 +404,10 @@ def test_parameters_and_statistics_are_needed():
         ({"teacher": small_state(2.0), "a": small_state(1.0)}, 2.0),
         ({"ema": {"norm.bias": torch.ones(3)}, "a": small_state(2.0)}, 2.0),  # more tensors that fit
         ({"a": small_state(1.0) | {"x": torch.ones(1)}, "teachers": small_state(2.0)}, 1.0),  # more tensors of equals
+        (
+            {"a": {name: torch.ones(7) for name in [*small_state(0), "x"]}, "b": small_state(2.0)},
+            2.0,
+        ),  # of other shapes
         ({"schema": small_state(1.0), "b_ema": small_state(2.0)}, 2.0),  # whole words alone
         ({name.replace(".", "_"): tensor for name, tensor in small_state(2.0).items()}, 2.0),
         (prefixed("module.", small_state(2.0)), 2.0),
@@ -483,6 +487,18 @@ def test_converters_of_other_codes():
     assert list(weights._converted(state, "net", both)) == ["c", "network"] and list(state) == ["a"]
     assert list(weights._converted(state, None, alone)) == ["b"] and seen[0] is not state
     assert weights._converted(state, None, fail) is weights._converted(state, None, None) is state
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("Weights only load failed", "it is damaged, or holds Python objects, not only tensors"),
+        ("pass weights_only=False", "it is damaged, or holds Python objects, not only tensors"),
+        ("odd file\nWeights only", "odd file"),
+    ],
+)
+def test_advice_to_switch_the_protection_off_is_not_repeated(tmp_path, line, shown):
+    assert weights._why_unreadable(tmp_path / "none", RuntimeError(line)) == shown
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
