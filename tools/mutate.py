@@ -47,11 +47,10 @@ TESTS = {
     "namedmask/__main__.py": ["pipeline/test_entry", "pipeline/test_process"],
     "namedmask/config.py": ["pipeline/test_config", "pipeline/test_cli"],
     "namedmask/distributed.py": ["pipeline/test_distributed", "pipeline/test_process"],
-    "namedmask/doctor.py": ["pipeline/test_cli"],
+    "namedmask/doctor.py": ["pipeline/test_hub", "pipeline/test_cli"],
     "namedmask/errors.py": ["pipeline/test_errors", "pipeline/test_process", "pipeline/test_cli"],
     "namedmask/files.py": ["pipeline/test_files", "pipeline/test_masks"],
     "namedmask/formats.py": ["pipeline/test_metrics"],
-    "namedmask/record.py": ["pipeline/test_record", "pipeline/test_run"],
     "namedmask/stages.py": ["pipeline/test_run", "pipeline/test_cli"],
     **{
         f"namedmask/imports/{name}.py": ["pipeline/test_imports"]

@@ -123,6 +123,19 @@ def test_arrangements(run):
     assert same(run(nk.vote_masks, view), run(nk.vote_masks, view.contiguous()))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_calls_do_not_wait_for_the_gpu():
+    """Not run on a GPU yet."""
+    images = torch.stack([blobs(5, 12, 9, seed=b) for b in range(3)]).cuda()
+    ragged = Ragged.pack([p.permute(1, 2, 0) for p in images])
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        votes = nk.vote_masks(images), nk.vote_masks(ragged)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert same(*votes)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_numpy_arrays(backend):
     masks = blobs(5, 12, 9)

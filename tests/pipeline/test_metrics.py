@@ -119,6 +119,37 @@ def test_ignored_label_of_benchmarks(classes, ignored):
     assert default_ignore(classes, red_green=True) == 1000
 
 
+def test_labels_must_be_classes(tmp_path):
+    for labels, classes in (([[-1]], 2), ([[2]], 2), ([[0xFFFF]], 0x10001), ([0], 2), ([[[0]]], 2)):
+        with pytest.raises(ValueError, match=rf"expected labels \[H, W\] of {classes} classes, at most 65536"):
+            write_label_map(tmp_path / "a.png", np.array(labels), classes)
+    wide = np.array([[0, 300]], np.int32)
+    Image.fromarray(wide.astype(np.uint16)).save(tmp_path / "a.png")
+    assert read_label_map(tmp_path / "a.png").dtype == np.uint16
+    Image.fromarray(wide.astype(np.uint8)).save(tmp_path / "b.png")
+    assert read_label_map(tmp_path / "b.png").dtype == np.uint8
+
+
+@pytest.mark.parametrize(("value", "fits"), [(0, True), (0xFFFF, True), (-1, False), (0x10000, False)])
+def test_ids_of_wide_files_have_16_bits(tmp_path, monkeypatch, value, fits):
+    """Older versions of Pillow open PNG files of 16 bits in the mode I."""
+    write_label_map(tmp_path / "a.png", np.array([[0, 1]]), 300)
+    image = Image.fromarray(np.array([[0, value]], np.int32))
+    monkeypatch.setattr(Image, "open", lambda *_, **__: image)
+    if fits:
+        np.testing.assert_array_equal(read_label_map(tmp_path / "a.png"), [[0, value]])
+    else:
+        with pytest.raises(UserError, match=r"a\.png holds ids above 65535"):
+            read_label_map(tmp_path / "a.png")
+
+
+def test_color_files_may_have_transparency(tmp_path):
+    for channels in (3, 4):
+        colors = np.full((2, 2, channels), (7, 3, 9, 0)[:channels], np.uint8)
+        Image.fromarray(colors).save(tmp_path / "a.png")
+        assert read_label_map(tmp_path / "a.png", red_green=True).tolist() == [[7 + 3 * 256] * 2] * 2
+
+
 def test_palette_is_that_of_voc_and_all_colors_differ():
     palette = label_palette()
     assert len(np.unique(palette, axis=0)) == 256

@@ -99,6 +99,7 @@ def test_page_lists_masks_scores_errors_and_settings(run):
     assert "disc 10 masks, 10 photos in the archive, mean score 0.545" in text
     assert "round</i> 2 masks, 2 photos in the archive, mean score 0.450, 1 empty" in text
     assert "nothing found 0 masks, 0 photos in the archive" in text
+    assert "not in the archive 1 mask, 0 photos in the archive" in text.replace("1 masks", "1 mask")
     assert "Best masks" not in text and text.count("All masks, best first") == 3
     # Best first; the lowest two of ten masks have a list of their own.
     assert [a["title"] for a in page.all("span", "name") if "title" in a][:11] == [

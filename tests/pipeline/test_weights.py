@@ -355,3 +355,175 @@ def test_paths_that_are_not_utf8_are_read(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "plain")
     (tmp_path / "plain").rename(path)
     assert weights.read(path).tree["a"].tolist() == [1, 1]
+
+
+# -- parts, with networks of a few numbers ---------------------------------------------------------------------------
+
+
+class Small(torch.nn.Module):
+    """Two linear layers, a BatchNorm and a buffer that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(2, 3), torch.nn.Linear(3, 3)])
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.register_buffer("table", torch.arange(4))
+
+
+def small_state(value: float) -> weights.State:
+    state = {name: torch.full_like(tensor, value) for name, tensor in Small().state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+
+def load_small(tree: dict, **options) -> Small:
+    network = Small()
+    weights.load(network, weights.Weights(tree, "FILE"), "a network", **options)
+    return network
+
+
+def test_parameters_and_statistics_are_needed():
+    names = weights.parameters_and_statistics(Small())
+    layers = [f"layers.{n}.{kind}" for n in (0, 1) for kind in ("weight", "bias")]
+    assert names == [*layers, "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"]
+    state = small_state(2.0)
+    assert (
+        load_small(state).table.tolist() == [0, 1, 2, 3]
+        and load_small(state | {"table": torch.ones(4).long()}).table[0] == 1
+    )
+    for name in names:
+        with pytest.raises(UserError, match=rf"^FILE does not fit a network: it has 7 of 8 tensors; missing {name}$"):
+            load_small({key: tensor for key, tensor in state.items() if key != name})
+    network = load_small({"layers.1.bias": torch.full((3,), 2.0), "odd": torch.ones(1)}, needed=["layers.1.bias"])
+    assert network.layers[1].bias.tolist() == [2] * 3
+
+
+@pytest.mark.parametrize(
+    ("tree", "value"),
+    [
+        ({"a": small_state(1.0), "teacher": small_state(2.0)}, 2.0),
+        ({"teacher": small_state(2.0), "a": small_state(1.0)}, 2.0),
+        ({"ema": {"norm.bias": torch.ones(3)}, "a": small_state(2.0)}, 2.0),  # more tensors that fit
+        ({"a": small_state(1.0) | {"x": torch.ones(1)}, "teachers": small_state(2.0)}, 1.0),  # more tensors of equals
+        (
+            {"a": {name: torch.ones(7) for name in [*small_state(0), "x"]}, "b": small_state(2.0)},
+            2.0,
+        ),  # of other shapes
+        ({"schema": small_state(1.0), "b_ema": small_state(2.0)}, 2.0),  # whole words alone
+        ({name.replace(".", "_"): tensor for name, tensor in small_state(2.0).items()}, 2.0),
+        (prefixed("module.", small_state(2.0)), 2.0),
+        ({"w": {"x": {"y": {"z": small_state(2.0)}}}}, 2.0),
+    ],
+)
+def test_best_part_of_a_checkpoint_is_loaded(tree, value):
+    network = load_small(tree)
+    assert all((tensor == value).all() for name, tensor in network.state_dict().items() if name in small_state(0))
+
+
+def test_parts_that_are_nested_too_deeply_are_not_read():
+    tree = {"v": {"w": {"x": {"y": {"z": small_state(2.0)}}}}}
+    assert list(weights._states(tree)) == [] and list(weights._states([tree])) == []
+    assert [label for label, _ in weights._states({"a": torch.ones(1), "b": tree["v"], 3: torch.ones(1)})] == [""]
+    assert [label for label, _ in weights._states(tree["v"])] == [".w.x.y.z"]
+
+
+def test_candidates_are_the_likeliest_parts_first():
+    names = {"a_b", "c"}
+    tree = {"s": {"m.a.b": 1, "m.c": 2, "n.c": 3}, "ema": {"k.a.b": 4, "k.c": 5}, "other": {"q": 6}}
+    tree = {key: {name: torch.tensor(number) for name, number in part.items()} for key, part in tree.items()}
+    found = [{name: int(t) for name, t in part.items()} for part in weights.candidates(tree, names)]
+    assert found[:3] == [{"a.b": 4, "c": 5}, {"a.b": 1, "c": 2}, {"c": 3}] and {"q": 6} in found
+    many = {str(n): {"c": torch.tensor(n)} for n in range(20)}
+    assert len(weights.candidates(many, names)) == 16
+    prefixes = {f"p{n}.{name}": torch.ones(1) for n in range(9) for name in "xyz"[: 1 + n % 3]}
+    assert len(weights.candidates({"a": prefixes}, {"x", "y", "z"})) == 5  # one of them the whole
+    assert list(weights._prefixes("a.b.c")) == ["", "a.", "a.b."]
+
+
+def test_more_layers_are_told_from_other_names():
+    own = {"a.0.w": torch.zeros(2), "a.1.w": torch.zeros(2)}
+    weights.expect(own, own | {"head": torch.zeros(1)}, "FILE", "x")
+    with pytest.raises(UserError, match=r"^FILE does not fit x: it has 2 of 2 tensors; unexpected a\.2\.w$"):
+        weights.expect(own, own | {"a.2.w": torch.zeros(2), "head": torch.zeros(1)}, "FILE", "x")
+    with pytest.raises(
+        UserError, match=r"it has 0 of 2 tensors; missing a\.1\.w; a\.0\.w is int64 \[2\], expected float32 \[2\]$"
+    ):
+        weights.expect(own, {"a.0.w": torch.zeros(2).long()}, "FILE", "x")
+    weights.expect(own, {"a.0.w": torch.zeros(2)}, "FILE", "x", ["a.0.w"])
+    weights.expect(own, {}, "FILE", "x", [])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "fits"),
+    [
+        (torch.zeros(2, 3), True),
+        (torch.zeros(2, 3, dtype=torch.float16), True),
+        (torch.zeros(3, 2), False),
+        (torch.zeros(2, 3).long(), False),
+        (torch.zeros(2, 3, device="meta"), False),
+        (torch.zeros(2, 3).to_sparse(), False),
+        (torch.quantize_per_tensor(torch.zeros(2, 3), 1.0, 0, torch.qint8), False),
+    ],
+    ids=str,
+)
+def test_only_plain_tensors_fit(tensor, fits):
+    assert weights._fits(tensor, torch.ones(2, 3)) == fits
+    assert weights._fits(torch.zeros(1).long(), torch.zeros(1).int())
+
+
+def test_converters_of_other_codes():
+    state = {"a": torch.ones(1)}
+    seen = []
+
+    def alone(given):
+        seen.append(given)
+        return {"b": given["a"]}
+
+    def both(given, network):
+        return {"c": given.pop("a"), "network": network}
+
+    def fail(given, network):
+        raise KeyError("a")
+
+    assert list(weights._converted(state, "net", both)) == ["c", "network"] and list(state) == ["a"]
+    assert list(weights._converted(state, None, alone)) == ["b"] and seen[0] is not state
+    assert weights._converted(state, None, fail) is weights._converted(state, None, None) is state
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("Weights only load failed", "it is damaged, or holds Python objects, not only tensors"),
+        ("pass weights_only=False", "it is damaged, or holds Python objects, not only tensors"),
+        ("odd file\nWeights only", "odd file"),
+    ],
+)
+def test_advice_to_switch_the_protection_off_is_not_repeated(tmp_path, line, shown):
+    assert weights._why_unreadable(tmp_path / "none", RuntimeError(line)) == shown
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_shared_memory_has_a_limit(tmp_path):
+    base = torch.zeros(100_000)
+    for count, fits in ((4, True), (5, False)):
+        torch.save({f"tensor{n}": base for n in range(count)}, tmp_path / "a.pth")
+        if fits:
+            assert len(weights.read(tmp_path / "a.pth", "--x").tree) == count
+            continue
+        with pytest.raises(UserError, match=r"^--x .*a\.pth cannot be read: its tensors claim 2,000,000 bytes"):
+            weights.read(tmp_path / "a.pth", "--x")
+
+
+def test_replaced_function_is_restored_after_an_error():
+    before = os.getcwd
+    with pytest.raises(RuntimeError), weights.replaced(os, "getcwd", lambda: "there"):
+        assert os.getcwd() == "there"  # noqa: PTH109
+        raise RuntimeError
+    assert os.getcwd is before
+
+
+def test_models_that_timm_loads_in_another_way_are_an_error(monkeypatch):
+    import timm
+
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: Small())
+    with pytest.raises(UserError, match=r"^encoder x: timm cannot load weights into it; choose another model$"):
+        weights.timm_model("x", "encoder x", lambda _: None)
