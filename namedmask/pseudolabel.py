@@ -7,6 +7,7 @@ a shard depend only on its photos and the settings, not on which worker computed
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -91,12 +92,19 @@ class Labeler:
         self.detector.step = self.times.step
         self.has_warned = False
 
-    def label(self, source: PhotoSource, names: Iterable[str], trace: Path | None = None) -> Iterator[Labels]:
+    def label(
+        self,
+        source: PhotoSource,
+        names: Iterable[str],
+        shard: Callable[[str], int] = lambda name: 0,
+        trace: Path | None = None,
+    ) -> Iterator[Labels]:
         """Labels photos.
 
         Args:
             source: The photos.
             names: Names of the photos to label.
+            shard: Function of a name. Photos with different values are never in the same batch.
             trace: File for torch's profiler trace of some of the batches.
 
         Yields:
@@ -115,7 +123,8 @@ class Labeler:
                 sum(map(self._pixels, photos)) * self.detector.bytes_per_pixel + refined * self.refiner.bytes_per_pixel
             )
 
-        batches = self._batches(decode_ahead(source, names, decode))
+        shards = itertools.groupby(decode_ahead(source, names, decode), lambda item: shard(item[0]))
+        batches = (batch for _, decoded in shards for batch in self._batches(decoded))
         labels = map_batches(self._label_batch, batches, self.device, cost=cost, limit=processing_budget())
         yield from traced(labels, trace)
 
@@ -225,34 +234,52 @@ def pseudolabel(
     Returns:
         The labeler, for its timings; None if this worker had nothing to do.
     """
-    work = work_of(archive)
-    labeler = None
-    for shard in worker.claim("pseudolabel", -(-len(work) // config.pseudolabel.shard_size)):
-        part = work[shard * config.pseudolabel.shard_size : (shard + 1) * config.pseudolabel.shard_size]
-        if shard_path(folder, shard).exists():
-            advance(len(part), existing=True)
-            continue
-        labeler = labeler or Labeler(config, device)
-        categories = dict(part)
-        labels: dict[str, Labeled | PhotoError] = {}
-        for batch in labeler.label(source, categories, trace):
-            labels |= batch
-            advance(len(batch))
-        trace = None
-        records: list[MaskRecord] = []
-        detected: list[MaskRecord] = []
-        errors: list[ErrorRecord] = []
-        for name, own in part:
-            label = labels[name]
-            if isinstance(label, PhotoError):
-                errors.append(ErrorRecord(name, "pseudolabel", label.reason))
-                continue
-            records += [MaskRecord.from_encoded(name, label.mask, *category, label.score) for category in own]
-            if label.detected:
-                detected += [MaskRecord.from_encoded(name, label.detected, *category, label.score) for category in own]
-        write_errors(errors_path(shard_path(folder, shard)), errors)
-        if config.pseudolabel.keep_detected:  # before the masks, whose file marks the shard as finished
-            make_folder(folder.parent / "detected")
-            write_shard(shard_path(folder.parent / "detected", shard), detected)
-        write_shard(shard_path(folder, shard), records)
+    work, size = work_of(archive), config.pseudolabel.shard_size
+    numbers = {name: number for number, (name, _) in enumerate(work)}
+
+    def claimed() -> Iterator[str]:
+        """Photos of the shards that this worker claims, one after another, as the photos before them are decoded."""
+        for shard in worker.claim("pseudolabel", -(-len(work) // size)):
+            part = work[shard * size : (shard + 1) * size]
+            if shard_path(folder, shard).exists():
+                advance(len(part), existing=True)
+            else:
+                yield from (name for name, _ in part)
+
+    names = claimed()
+    first = next(names, None)
+    if first is None:
+        return None
+    labeler = Labeler(config, device)
+    labels: dict[str, Labeled | PhotoError] = {}  # of photos of the shard that is being labeled
+    for batch in labeler.label(source, itertools.chain([first], names), lambda name: numbers[name] // size, trace):
+        labels |= batch
+        advance(len(batch))
+        shard = numbers[batch[0][0]] // size
+        part = work[shard * size : (shard + 1) * size]
+        if len(labels) == len(part):
+            _write_shard(folder, shard, part, labels, config.pseudolabel.keep_detected)
+            labels = {}
     return labeler
+
+
+def _write_shard(
+    folder: Path, shard: int, part: Work, labels: dict[str, Labeled | PhotoError], keep_detected: bool
+) -> None:
+    """Writes the masks and errors of the photos `part`, in their order."""
+    records: list[MaskRecord] = []
+    detected: list[MaskRecord] = []
+    errors: list[ErrorRecord] = []
+    for name, categories in part:
+        label = labels[name]
+        if isinstance(label, PhotoError):
+            errors.append(ErrorRecord(name, "pseudolabel", label.reason))
+            continue
+        records += [MaskRecord.from_encoded(name, label.mask, *own, label.score) for own in categories]
+        if label.detected:
+            detected += [MaskRecord.from_encoded(name, label.detected, *own, label.score) for own in categories]
+    write_errors(errors_path(shard_path(folder, shard)), errors)
+    if keep_detected:  # before the masks, whose file marks the shard as finished
+        make_folder(folder.parent / "detected")
+        write_shard(shard_path(folder.parent / "detected", shard), detected)
+    write_shard(shard_path(folder, shard), records)

@@ -73,12 +73,12 @@ def test_photos_of_a_window_are_sorted_by_size(labeler, tmp_path, monkeypatch):
     assert isinstance(labels.pop("missing.png"), PhotoError) and labels == dict(in_order)
 
     archive = Archive(["thing"], {"thing": [Retrieved(name, None) for name in names]})
-    config = make_config({"photos": str(tmp_path)})
+    config = make_config({"photos": str(tmp_path), "pseudolabel": {"shard_size": 4}})
     (tmp_path / "masks").mkdir()
     monkeypatch.setattr(pseudolabel, "Labeler", lambda *arguments: labeler)
     pseudolabel.pseudolabel(source, archive, tmp_path / "masks", config, Worker(), "cpu", lambda photos: None)
-    lines = (tmp_path / "masks/00000.jsonl").read_text().splitlines()
-    assert [json.loads(line)["photo"] for line in lines] == names
+    shards = [(tmp_path / f"masks/0000{shard}.jsonl").read_text().splitlines() for shard in (0, 1)]
+    assert [[json.loads(line)["photo"] for line in lines] for lines in shards] == [names[:4], names[4:]]
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(labeler, tmp_path, monkeypatch, capsys):
@@ -105,7 +105,7 @@ def test_trace_and_times(labeler, tmp_path, monkeypatch):
     monkeypatch.setattr(pseudolabel, "BATCH_PIXELS", 1300)
     monkeypatch.setattr(timing, "TRACED", 2)
     names, trace = draw_photos(tmp_path, SIZES), tmp_path / "trace.json"
-    assert sum(map(len, labeler.label(PhotoSource(tmp_path), names, trace))) == len(names)
+    assert sum(map(len, labeler.label(PhotoSource(tmp_path), names, trace=trace))) == len(names)
     events = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"network", "cut", "refine", "encode"} <= events
     assert list(labeler.times.seconds) == ["decode", "upload", "network", "cut", "refine", "encode"]
