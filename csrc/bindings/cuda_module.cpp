@@ -76,8 +76,10 @@ void define_cuda(pybind11::module_ m) {
   define(m, "normalized_cut", &cuda::normalized_cut);
   define(m, "resize",
          [](const TensorView& image, const TensorView& offsets, const TensorView& shapes, const TensorView& out,
-            const TensorView& new_offsets, const TensorView& new_shapes, int64_t interpolation, Stream stream) {
-           cuda::resize(image, offsets, shapes, out, new_offsets, new_shapes, Interpolation(interpolation), stream);
+            const TensorView& new_offsets, const TensorView& new_shapes, const TensorView& sizes,
+            const TensorView& levels, int64_t interpolation, int64_t patch, Stream stream) {
+           cuda::resize(image, offsets, shapes, out, new_offsets, new_shapes, sizes, levels,
+                        Interpolation(interpolation), patch, stream);
          });
   define(m, "run_counts", &cuda::run_counts);
   define(m, "run_lengths", &cuda::run_lengths);

@@ -122,8 +122,10 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   define(m, "random_walk", &cpu::random_walk);
   define(m, "resize",
          [](const TensorView& image, const TensorView& offsets, const TensorView& shapes, const TensorView& out,
-            const TensorView& new_offsets, const TensorView& new_shapes, int64_t interpolation) {
-           cpu::resize(image, offsets, shapes, out, new_offsets, new_shapes, Interpolation(interpolation));
+            const TensorView& new_offsets, const TensorView& new_shapes, const TensorView& sizes,
+            const TensorView& levels, int64_t interpolation, int64_t patch) {
+           cpu::resize(image, offsets, shapes, out, new_offsets, new_shapes, sizes, levels,
+                       Interpolation(interpolation), patch);
          });
   define(m, "run_lengths",
          [](const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& first) {

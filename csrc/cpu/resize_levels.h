@@ -8,26 +8,35 @@
 
 namespace namedmask::cpu {
 
-constexpr int64_t kResizePad = 4;  // floats that blend_pixels may read and write beyond the end of a row
+constexpr int64_t kResizePad = 4;    // floats that blend_pixels may read and write beyond the end of a row
+constexpr int64_t kResizeRows = 32;  // that are transposed together
 
-// The taps of the pixels of a row: pixel x has `count` taps from `first[x]` on, with weights[x * count ...]. Missing
-// ones have the weight 0.
-struct RowTaps {
+// The taps of the pixels of an axis: pixel x has `count` taps from `first[x]` on. Missing ones have the weight 0.
+struct FloatTaps {
   const int32_t* first;
-  const float* weights;
+  const float* weights;  // [pixels, count]
+  int64_t count;
+};
+
+// The integer weights of pixel x sum to 1 << shifts[x].
+struct ByteTaps {
+  const int32_t* first;
+  const int16_t* weights;  // [pixels, count rounded up to even]
+  const int32_t* shifts;
   int64_t count;
 };
 
 struct ResizeKernels {
   // out[x * channels + c] = sum over the taps of pixel x of weight * row[tap * channels + c], x < width.
-  void (*blend_pixels)(const float* row, const RowTaps& taps, int64_t width, int64_t channels, float* out);
-  // out[i] = sum over k of weights[k] * rows[k * stride + i], i < n.
-  void (*blend_byte_rows)(const uint8_t* rows, int64_t stride, const float* weights, int64_t taps, int64_t n,
-                          float* out);
-  void (*blend_float_rows)(const float* rows, int64_t stride, const float* weights, int64_t taps, int64_t n,
-                           float* out);
-  void (*to_floats)(const uint8_t* values, int64_t n, float* out);
-  void (*to_bytes)(const float* values, int64_t n, uint8_t* out);  // rounds to nearest and clamps
+  void (*blend_pixels)(const float* row, const FloatTaps& taps, int64_t width, int64_t channels, float* out);
+  // out[i] = sum over the taps of pixel y of weight * rows[tap * n + i], i < n.
+  void (*blend_rows)(const float* rows, const FloatTaps& taps, int64_t y, int64_t n, float* out);
+  // The same for `count` pixels y, y + 1, ..., whose results follow each other; rounded to nearest and clamped.
+  void (*blend_bytes)(const uint8_t* rows, const ByteTaps& taps, int64_t y, int64_t count, int64_t n, uint8_t* out);
+  // out[i * kResizeRows + r] = rows[r * n + i] for r < count, i < n. The others are unspecified.
+  void (*to_columns)(const uint8_t* rows, int64_t count, int64_t n, uint8_t* out);
+  // The inverse.
+  void (*to_rows)(const uint8_t* columns, int64_t count, int64_t n, uint8_t* out);
 };
 
 NMK_DECLARE_LEVELS(ResizeKernels, resize);
