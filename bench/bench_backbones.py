@@ -131,7 +131,7 @@ def test_libraries(benchmark, dtype, quick):
     """Measures `namedmask.attention.TABLE`: attention of a block of which only the plain output is needed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    absent = {name: attention.obstacle(name, device) for name in attention.LIBRARIES}
+    absent = {name: attention.obstacle(name, device, dtype) for name in attention.LIBRARIES}
     present = {name: attend for name, attend in attention.LIBRARIES.items() if absent[name] is None}
     rows = []
     for dim, lengths in itertools.product((32, 64, 128), ((197,) * 4, (785,) * 2, (1601,), (3601,), (300, 800, 1500))):

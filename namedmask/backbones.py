@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from namedmask_kernels import Ragged, resize
+from namedmask_kernels import Ragged, backends, resize
 
 from . import attention, hub, registry
 from . import weights as stored
@@ -62,7 +62,8 @@ class Backbone:
         self.interpolation, self.patch_fit = interpolation, patch_fit
         self.device, self.attention_dtype, self.dtype = device, dtype, linear_dtype(device, dtype)
         self.model: Vit = model.eval().requires_grad_(False).to(device, self.dtype)
-        self.library = attention.choose(device, dtype)
+        self.attention = attention.choose(device, dtype)
+        self.fused = backends.obstacle("attention_features", "triton", device) is None  # kernels of block_layers
         self.patch: int = model.patch_embed.patch_size[0]
         self.prefix: int = model.num_prefix_tokens
         cfg = model.pretrained_cfg
@@ -111,8 +112,9 @@ class Backbone:
     def extract(self, patches: Ragged, taps: Sequence[str]) -> dict[str, Ragged]:
         """Extracts features of any blocks in one pass over photos of any shapes.
 
-        Results do not depend on batch composition. Blocks after the last tapped one do not run, and the last tapped
-        block computes only the requested features.
+        On a CPU the results do not depend on batch composition; on a GPU they differ by rounding. Blocks after the last
+        tapped one do not run, and the last tapped block computes only the requested features. Photos of equal shape are
+        fastest if they stand together.
 
         Args:
             patches: Normalized patches of photos of any shapes, from `prepare`.
@@ -137,13 +139,17 @@ class Backbone:
             raise RuntimeError("extract has no gradient; pass detached patches")
         requested = {tap: self._parse(tap) for tap in taps}
         last = max((number for number, _ in requested.values()), default=-1)
-        batch = self._embed(patches)
-        features: dict[tuple[int, str], Tensor] = {}
+        steps = []
         for number in range(last + 1):
             names = {name for block, name in requested.values() if block == number}
-            tapped = self._block(number, batch, names, whole=number < last or "tokens" in names)
-            features |= {(number, name): rows.float() for name, rows in tapped.items()}
-        if not all(rows.isfinite().all() for rows in features.values()):
+            steps.append(_Step(self.model.blocks[number], names, whole=number < last or "tokens" in names))
+        batch = self._embed(patches, steps[0] if steps else None)
+        features: dict[tuple[int, str], Tensor] = {}
+        for number, step in enumerate(steps):
+            following = steps[number + 1] if number < last else None
+            features |= {(number, name): rows for name, rows in self._run(step, following, batch).items()}
+        extremes = [x for rows in features.values() if rows.numel() for x in rows.aminmax()]  # NaN if any value is NaN
+        if extremes and not torch.stack(extremes).isfinite().all():
             raise FloatingPointError("the backbone's features are NaN or infinite")
         return {tap: patches.with_rows(features[key]) for tap, key in requested.items()}
 
@@ -174,76 +180,109 @@ class Backbone:
         tokens, rotary = embedded if isinstance(embedded, tuple) else (embedded, None)
         return tokens[0], rotary
 
-    def _embed(self, patches: Ragged) -> _Batch:
-        shapes, width = [(h, w) for h, w in patches.shapes.tolist()], self.model.embed_dim
-        ends = list(itertools.accumulate((self.prefix + h * w for h, w in shapes), initial=0))
+    def _embed(self, patches: Ragged, first: _Step | None) -> _Batch:
+        """The tokens of a batch, and the projections that the first step takes."""
+        model, attn = self.model, self.model.blocks[0].attn
+        runs, ends, end = [], [0], 0
+        for (h, w), photos in itertools.groupby(patches.shapes.tolist()):
+            count = len(list(photos))
+            begin, tokens = ends[-1], self.prefix + h * w
+            ends += range(begin + tokens, begin + count * tokens + 1, tokens)
+            runs.append(_Run((h, w), count, slice(begin, ends[-1]), slice(end, end := end + count * h * w)))
         chunk = CHUNK if self.device.type == "cpu" else max(1, ends[-1])
-        x = torch.zeros(-(-ends[-1] // chunk) * chunk, width, device=self.device, dtype=self.dtype)
-        is_patch, rotary = torch.zeros(len(x), dtype=torch.bool), None
-        embedded = self._embed_patches(patches.rows.to(self.dtype), chunk)
-        first = 0
-        for shape, run in itertools.groupby(shapes):  # photos of equal shape in one step
-            tokens, table = self.position_tokens(*shape)
-            count = len(list(run))
-            photos = slice(first, first + count * len(tokens))
-            first = photos.stop
-            grid = x[photos].unflatten(0, (count, -1))
+        rows = -(-ends[-1] // chunk) * chunk
+        x = torch.empty(rows, model.embed_dim, device=self.device, dtype=self.dtype)
+        x[ends[-1] :] = 0
+        qkv = torch.empty(
+            (rows, 3, attn.num_heads, len(attn.qkv.weight) // (3 * attn.num_heads)),
+            device=self.device,
+            dtype=self.attention_dtype,
+        )
+        rotary, embedded = None, self._embed_patches(patches.rows.to(self.dtype))
+        for run in runs:
+            tokens, table = self.position_tokens(*run.grid)
+            grid = x[run.tokens].unflatten(0, (run.count, -1))
             grid[:, : self.prefix] = tokens[: self.prefix]
-            size = count * (len(tokens) - self.prefix)
-            torch.add(embedded[:size].unflatten(0, (count, -1)), tokens[self.prefix :], out=grid[:, self.prefix :])
-            embedded = embedded[size:]
-            is_patch[photos].unflatten(0, (count, -1))[:, self.prefix :] = True
+            own = embedded[run.patches].unflatten(0, (run.count, -1))
+            torch.add(own, tokens[self.prefix :], out=grid[:, self.prefix :])
             if table is not None:  # sines and cosines; CLS and registers are rotated by an angle of 0
                 if rotary is None:
-                    rotary = table.new_zeros(len(x), 1, 1, table.shape[1])
+                    rotary = table.new_zeros(rows, 1, 1, table.shape[1])
                     rotary[..., table.shape[1] // 2 :] = 1
-                rotary[photos].unflatten(0, (count, -1))[:, self.prefix :, 0, 0] = table
-        for rows in x.split(chunk):
-            rows.copy_(self.model.norm_pre(rows))
-        attn = self.model.blocks[0].attn
-        shape = len(x), 3, attn.num_heads, len(attn.qkv.weight) // (3 * attn.num_heads)
-        qkv = torch.empty(shape, device=self.device, dtype=self.attention_dtype)
-        return _Batch(x, qkv, rotary, is_patch.nonzero()[:, 0].to(self.device), chunk, ends)
+                rotary[run.tokens].unflatten(0, (run.count, -1))[:, self.prefix :, 0, 0] = table
+        batch = _Batch(x, qkv, rotary, runs, chunk, ends, self.prefix)
+        for chunk_x, target in zip(x.split(chunk), qkv.split(chunk), strict=True):
+            if not isinstance(model.norm_pre, nn.Identity):
+                chunk_x.copy_(model.norm_pre(chunk_x))
+            if first is not None:
+                _project(attn, self._norm(first.block.norm1, chunk_x), first.parts, target)
+        return batch
 
-    def _embed_patches(self, patches: Tensor, chunk: int) -> Tensor:
+    def _embed_patches(self, patches: Tensor) -> Tensor:
         """The patch embedding [T, C] of patches [T, 3 * patch * patch]: one matrix product for all photos."""
-        embed = self.model.patch_embed
-        embedded = [patches.new_empty(0, self.model.embed_dim)]
-        for rows in patches.split(chunk):
-            whole = F.pad(rows, (0, 0, 0, chunk - len(rows))) if self.device.type == "cpu" else rows
-            embedded.append(embed.norm(F.linear(whole, embed.proj.weight.flatten(1), embed.proj.bias))[: len(rows)])
-        return torch.cat(embedded)
+        embed, chunk = self.model.patch_embed, CHUNK if self.device.type == "cpu" else max(1, len(patches))
+        weight, bias = embed.proj.weight.flatten(1), embed.proj.bias
+        embedded = [
+            embed.norm(F.linear(_filled(rows, chunk), weight, bias))[: len(rows)] for rows in patches.split(chunk)
+        ]
+        return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
 
-    def _block(self, number: int, batch: _Batch, names: set[str], whole: bool) -> dict[str, Tensor]:
-        """The features `names` of the patches. If `whole`, runs the block on batch.tokens in place."""
-        block, x, qkv, chunk = self.model.blocks[number], batch.tokens, batch.qkv, batch.chunk
-        attn = block.attn
+    def _run(self, step: _Step, following: _Step | None, batch: _Batch) -> dict[str, Tensor]:
+        """The features that a step taps, from the projections in batch.qkv.
+
+        If the block runs as a whole, updates batch.tokens in place and projects them for the following step.
+        """
+        attn, qkv = step.block.attn, batch.qkv
         features: dict[str, Tensor] = {}
-        needed = {"q": "queries" in names, "k": bool({"keys", "cls_attention"} & names), "v": "values" in names}
-        parts = [part for part in "qkv" if whole or needed[part]]
-        if parts:
-            for rows, target in zip(x.split(chunk), qkv.split(chunk), strict=True):
-                for part, projected in _project(attn, block.norm1(rows), parts).items():
-                    target[:, "qkv".index(part)] = projected
         for index, name in enumerate(("queries", "keys", "values")):
-            if name in names:
-                features[name] = qkv[batch.patches, index].flatten(1)
-        if whole or "cls_attention" in names:
-            rotated = slice(0 if whole else 1, 2)
-            self._rotate(attn, qkv[:, rotated], batch)
-        if "cls_attention" in names:
-            features["cls_attention"] = self._cls_attention(block, batch, projected="q" in parts)
-        if whole:
-            out = attention.LIBRARIES[self.library](qkv[: batch.ends[-1]], batch.ends, attn.scale).flatten(1)
-            for rows, y in zip(x.split(chunk), out.split(chunk), strict=True):
-                y = F.pad(y.to(self.dtype), (0, 0, 0, len(rows) - len(y)))
-                rows += _scaled(block, 1, attn.proj(attn.norm(y)))
-                rows += _scaled(block, 2, block.mlp(block.norm2(rows)))
-        if "tokens" in names:
-            features["tokens"] = x[batch.patches]
-            if number == len(self.model.blocks) - 1:
-                features["tokens"] = self.model.norm(features["tokens"])
+            if name in step.names:
+                features[name] = batch.on_patches(qkv[:, index].flatten(1))
+        if step.fields:
+            self._rotate(attn, qkv[:, slice(0 if step.whole else 1, 2)], batch)
+            if "q" not in step.parts:
+                self._project_cls(step.block, batch)
+            output, rows = attention.attend(self.attention, qkv[: batch.ends[-1]], batch.ends, attn.scale, step.fields)
+            if rows is not None:
+                features["cls_attention"] = batch.on_patches(rows)
+            if output is not None:
+                self._finish(step, following, output.flatten(1), batch)
+        if "tokens" in step.names:
+            features["tokens"] = batch.on_patches(batch.tokens)
         return features
+
+    def _finish(self, step: _Step, following: _Step | None, output: Tensor, batch: _Batch) -> None:
+        """Runs a block after its attention, whose output is [T, H * D], up to the projections of the following step."""
+        block, last = step.block, step.block is self.model.blocks[-1]
+        norm = self.model.norm if last else None if following is None else following.block.norm1
+        for x, y, target in zip(*(rows.split(batch.chunk) for rows in (batch.tokens, output, batch.qkv)), strict=True):
+            y = block.attn.proj(block.attn.norm(_filled(y.to(self.dtype), len(x))))
+            normed = self._norm(block.norm2, x, y, _layer_scale(block, 1))
+            y, scale = self._mlp(block.mlp, normed), _layer_scale(block, 2)
+            if norm is None:
+                _add(x, y, scale)
+            elif last:
+                x.copy_(self._norm(norm, x, y, scale))
+            elif following is not None:
+                _project(following.block.attn, self._norm(norm, x, y, scale), following.parts, target)
+
+    def _norm(self, norm: Vit, x: Tensor, y: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """Adds scale * y to x in place and returns its norm; one kernel on a GPU."""
+        if self.fused and isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
+            from namedmask_kernels.triton.block_layers import residual_norm
+
+            return residual_norm(x, y, scale, norm.weight, norm.bias, norm.eps)
+        if y is not None:
+            _add(x, y, scale)
+        return norm(x)
+
+    def _mlp(self, mlp: Vit, x: Tensor) -> Tensor:
+        from timm.layers import Mlp
+
+        if self.fused and type(mlp) is Mlp and type(mlp.act).__name__ == "GELU":
+            from namedmask_kernels.triton.block_layers import gelu
+
+            return mlp.fc2(mlp.norm(gelu(mlp.fc1(x))))
+        return mlp(x)
 
     def _rotate(self, attn: Vit, x: Tensor, batch: _Batch) -> None:
         """Applies the rotary embedding, if the network has one, to queries or keys [rows, ., H, D] in place."""
@@ -255,19 +294,13 @@ class Backbone:
         for rows, table in zip(x.split(batch.chunk), batch.rotary.split(batch.chunk), strict=True):
             rows.copy_(apply_rot_embed_cat(rows, table, half=half))
 
-    def _cls_attention(self, block: Vit, batch: _Batch, projected: bool) -> Tensor:
-        """Softmax weights of CLS on the patches, [patches, H], from keys (and queries if `projected`) in batch.qkv."""
-        attn, starts = block.attn, batch.ends[:-1]
-        cls = batch.qkv[starts, 0]  # CLS is the first token and is never rotated
-        if not projected:
-            for queries, at in zip(cls.split(batch.chunk), torch.tensor(starts).split(batch.chunk), strict=True):
-                y = F.pad(batch.tokens[at], (0, 0, 0, batch.chunk - len(at)))
-                queries.copy_(_project(attn, block.norm1(y), "q")["q"][: len(at)])
-        weights = [cls.new_empty(0, attn.num_heads, dtype=torch.float32)]
-        for query, begin, end in zip(cls, starts, batch.ends[1:], strict=True):
-            scores = torch.einsum("hd,nhd->nh", attn.scale * query.float(), batch.qkv[begin:end, 1].float())
-            weights.append(scores.softmax(0)[self.prefix :])
-        return torch.cat(weights)
+    def _project_cls(self, block: Vit, batch: _Batch) -> None:
+        """Projects the queries of CLS alone, the first token of each photo, which is never rotated."""
+        for starts in torch.tensor(batch.ends[:-1], dtype=torch.int64).split(CHUNK):
+            x = _filled(batch.tokens[starts], CHUNK)
+            target = batch.qkv.new_empty(CHUNK, *batch.qkv.shape[1:])
+            _project(block.attn, block.norm1(x), "q", target)
+            batch.qkv[starts, 0] = target[: len(starts), 0]
 
 
 class Fit(NamedTuple):
@@ -289,15 +322,52 @@ class Fit(NamedTuple):
         return self.grid[0] * self.patch, self.grid[1] * self.patch
 
 
+class _Step:
+    """A block and what it computes.
+
+    Attributes:
+        block: The block.
+        names: Names in TAPS of the features that it is tapped for.
+        whole: Whether it runs as a whole.
+        parts: The projections that it takes, of "q", "k" and "v".
+        fields: What its attention computes, of "output" and "rows".
+    """
+
+    def __init__(self, block: Vit, names: set[str], whole: bool):
+        self.block, self.names, self.whole = block, names, whole
+        needed = {"q": "queries" in names, "k": bool({"keys", "cls_attention"} & names), "v": "values" in names}
+        self.parts = [part for part in "qkv" if whole or needed[part]]
+        self.fields = ("output",) * whole + ("rows",) * ("cls_attention" in names)
+
+
+class _Run(NamedTuple):
+    """Photos of equal shape that stand together in a batch."""
+
+    grid: tuple[int, int]  # rows and columns of patches
+    count: int
+    tokens: slice  # of the batch
+    patches: slice  # of the batch's patches
+
+
 class _Batch(NamedTuple):
     """The packed tokens of several photos; `rows` includes the padding of the last chunk."""
 
     tokens: Tensor  # [rows, C], output of the latest block
     qkv: Tensor  # [rows, 3, H, D], projections of the current block
     rotary: Tensor | None  # [rows, 1, 1, 2 * D]
-    patches: Tensor  # indices of the rows that are patches
+    runs: list[_Run]
     chunk: int
     ends: list[int]  # photo b has the tokens ends[b] to ends[b + 1]
+    prefix: int  # CLS and register tokens of a photo
+
+    def on_patches(self, values: Tensor) -> Tensor:
+        """The values [rows, ...] of the tokens that are patches, float32 [patches, ...]."""
+        size = self.runs[-1].patches.stop if self.runs else 0
+        out = torch.empty(size, *values.shape[1:], device=values.device, dtype=torch.float32)
+        for run in self.runs:
+            tokens = values[run.tokens].unflatten(0, (run.count, -1))
+            out[run.patches].unflatten(0, (run.count, -1)).copy_(tokens[:, self.prefix :])
+        return out
 
 
 def linear_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -310,32 +380,47 @@ def linear_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if slow else dtype
 
 
-def _scaled(block: Vit, branch: int, x: Tensor) -> Tensor:
-    """Applies the LayerScale of a branch, for which timm has two names."""
-    if (gamma := getattr(block, f"gamma_{branch}", None)) is not None:
-        return x * gamma
-    return scale(x) if (scale := getattr(block, f"ls{branch}", None)) is not None else x
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """x [n, C] with rows of zeros appended, up to `rows`."""
+    return F.pad(x, (0, 0, 0, rows - len(x))) if len(x) < rows else x
+
+
+def _layer_scale(block: Vit, branch: int) -> Tensor | None:
+    """The LayerScale of a branch, for which timm has two names; None if it has none."""
+    return getattr(block, f"gamma_{branch}", getattr(getattr(block, f"ls{branch}", None), "gamma", None))
+
+
+def _add(x: Tensor, y: Tensor, scale: Tensor | None) -> None:
+    """Adds scale * y to x in place."""
+    if scale is None:
+        x.add_(y)
+    else:
+        x.addcmul_(y, scale)
 
 
 def _qkv(attn: Vit) -> tuple[Tensor, Tensor | None]:
-    """The fused projection: weight [3 * H * D, C] and bias [3 * H * D]."""
-    if attn.qkv.bias is not None or getattr(attn, "q_bias", None) is None:
-        return attn.qkv.weight, attn.qkv.bias
-    return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    """The fused projection: weight [3, H * D, C] and bias [3, H * D]."""
+    weight, bias = attn.qkv.weight.unflatten(0, (3, -1)), attn.qkv.bias
+    if bias is None and getattr(attn, "q_bias", None) is not None:
+        return weight, torch.stack([attn.q_bias, attn.k_bias, attn.v_bias])
+    return weight, None if bias is None else bias.unflatten(0, (3, -1))
 
 
-def _project(attn: Vit, x: Tensor, parts: Sequence[str]) -> dict[str, Tensor]:
-    """The projections `parts`, of "q", "k" and "v", of x [n, C]; [n, H, D] each."""
+def _project(attn: Vit, x: Tensor, parts: Sequence[str], out: Tensor) -> None:
+    """Writes the projections `parts`, of "q", "k" and "v", of x [n, C] to out [n, 3, H, D]."""
     weight, bias = _qkv(attn)
-    if len(parts) == 3:
-        projected = dict(zip("qkv", F.linear(x, weight, bias).chunk(3, 1), strict=True))
-    else:
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        layers = dict(zip("qkv", zip(weight.chunk(3), biases, strict=True), strict=True))
-        projected = {part: F.linear(x, *layers[part]) for part in parts}
-    norms = {"q": attn.q_norm, "k": attn.k_norm}
-    projected = {part: y.unflatten(1, (attn.num_heads, -1)) for part, y in projected.items()}
-    return {part: norms[part](y) if part in norms else y for part, y in projected.items()}
+    norms = attn.q_norm, attn.k_norm, nn.Identity()
+    straight = x.dtype == out.dtype and all(isinstance(norm, nn.Identity) for norm in norms)
+    for part in [slice(3)] if len(parts) == 3 else [slice(i, i + 1) for i in map("qkv".index, parts)]:
+        w, b, target = weight[part].flatten(0, 1), None if bias is None else bias[part].flatten(), out[:, part]
+        if straight and b is not None:
+            torch.addmm(b, x, w.T, out=target.flatten(1))
+        elif straight:
+            torch.mm(x, w.T, out=target.flatten(1))
+        else:
+            projected = F.linear(x, w, b).view(target.shape).unbind(1)
+            for y, norm, own in zip(projected, norms[part], target.unbind(1), strict=True):
+                own.copy_(norm(y))
 
 
 def load(

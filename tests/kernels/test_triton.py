@@ -114,6 +114,33 @@ def test_block_table_covers_every_token_once():
     assert kernels.block_table(offsets, 4, taps=[0]).tolist() == [[5, 7, 0], [0, 5, 0], [12, 1, 0]]
 
 
+@pytest.mark.parametrize("scaled", [None, False, True], ids=["norm", "add", "add scaled"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, channels", [(9, 384), (5, 50), (0, 64), (2, 2100)])
+def test_residual_norm(rows, channels, dtype, scaled):
+    from namedmask_kernels.triton.block_layers import residual_norm
+
+    generator = torch.Generator().manual_seed(channels)
+    x, y = (torch.randn(rows, channels, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    gamma, weight, bias = (torch.randn(channels, generator=generator).to(DEVICE, dtype) for _ in range(3))
+    total = x.double() + (0 if scaled is None else y.double() * (gamma.double() if scaled else 1))
+    normed = residual_norm(x, None if scaled is None else y, gamma if scaled else None, weight, bias, 1e-6)
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(x.double(), total, **tolerance)
+    exact = torch.nn.functional.layer_norm(x.double(), (channels,), weight.double(), bias.double(), 1e-6)
+    torch.testing.assert_close(normed.double(), exact, rtol=tolerance["rtol"], atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu(dtype):
+    from namedmask_kernels.triton.block_layers import gelu
+
+    x = torch.linspace(-7, 7, 5000).reshape(100, 50).to(DEVICE, dtype)
+    exact = torch.nn.functional.gelu(x.double())
+    assert gelu(x) is x and len(gelu(x[:0])) == 0
+    torch.testing.assert_close(x.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 def pamr_batch(labels):
     """(masks, image) of odd sizes, Ragged; noisy masks, smooth colors with a strong edge."""
     generator = torch.Generator().manual_seed(labels)
