@@ -51,6 +51,7 @@ TESTS = {
     "namedmask/errors.py": ["pipeline/test_errors", "pipeline/test_process", "pipeline/test_cli"],
     "namedmask/files.py": ["pipeline/test_files", "pipeline/test_masks"],
     "namedmask/formats.py": ["pipeline/test_metrics"],
+    "namedmask/run.py": ["pipeline/test_run_folder", "pipeline/test_run", "pipeline/test_overwrite"],
     "namedmask/stages.py": ["pipeline/test_stages", "pipeline/test_cli"],
     **{
         f"namedmask/imports/{name}.py": ["pipeline/test_imports"]
