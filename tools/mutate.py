@@ -51,7 +51,8 @@ TESTS = {
     "namedmask/errors.py": ["pipeline/test_errors", "pipeline/test_process", "pipeline/test_cli"],
     "namedmask/files.py": ["pipeline/test_files", "pipeline/test_masks"],
     "namedmask/formats.py": ["pipeline/test_metrics"],
-    "namedmask/stages.py": ["pipeline/test_run", "pipeline/test_cli"],
+    "namedmask/run.py": ["pipeline/test_run_folder", "pipeline/test_run", "pipeline/test_overwrite"],
+    "namedmask/stages.py": ["pipeline/test_stages", "pipeline/test_cli"],
     **{
         f"namedmask/imports/{name}.py": ["pipeline/test_imports"]
         for name in ("__init__", "archive", "embeddings", "experts", "masks")

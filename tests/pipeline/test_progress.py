@@ -43,6 +43,7 @@ def test_a_line_every_ten_seconds_and_one_at_the_end(clock, capsys):
 
 def test_existing_photos_do_not_count_toward_the_rate(clock, capsys):
     with Progress("index", Worker()) as shown:
+        assert (shown.done, shown.skipped) == (0, 0)
         shown.total = 40
         shown.advance(20, existing=True)
         clock.time = 111.0
@@ -72,6 +73,18 @@ def test_only_the_main_worker_prints_and_only_without_an_error(clock, capsys):
     assert shown.done == 5 and capsys.readouterr().out == ""
 
 
+def test_lines_are_flushed(monkeypatch, clock):
+    """Output that goes to a file is read while a stage runs."""
+    flushed = []
+    monkeypatch.setattr(sys, "stdout", stream := io.StringIO())
+    monkeypatch.setattr(stream, "flush", lambda: flushed.append(stream.getvalue().count("\n")), raising=False)
+    with Progress("index", Worker()) as shown:
+        clock.time = 120.0
+        shown.advance(1)
+        assert flushed == [1]
+    assert flushed[-1] == 2
+
+
 def test_bar_in_a_terminal(monkeypatch, clock):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -80,7 +93,7 @@ def test_bar_in_a_terminal(monkeypatch, clock):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
-    with Progress("index", Worker()) as shown:
+    with Progress("[b]", Worker()) as shown:
         shown.total, shown.note = 8, "[red]"
         clock.time = 102.0
         shown.advance(3)
@@ -90,11 +103,11 @@ def test_bar_in_a_terminal(monkeypatch, clock):
         shown.advance(4)
         assert shown.bar is bar and len(bar.tasks) == 1
         task = bar.tasks[0]
-        assert (task.completed, task.total, task.description) == (7, 9, "index")
+        assert (task.completed, task.total, task.description) == (7, 9, "[b]")
         assert task.fields == {"rate": "3.5/s", "note": "[red]"}
     assert not bar.live.is_started
-    text = terminal.getvalue()
-    assert "[red]" in text and "7/9" in text and text.endswith("index: 7 photos, 3.5/s, 2.0 s ([red])\n")
+    drawn, _, last = terminal.getvalue().rpartition("[b]: ")
+    assert all(text in drawn for text in ("[b]", "[red]", "7/9")) and last == "7 photos, 3.5/s, 2.0 s ([red])\n"
 
 
 def test_names_are_printed_without_markup(capsys):

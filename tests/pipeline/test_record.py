@@ -165,3 +165,13 @@ def test_files_that_no_run_has_made_are_named(tmp_path):
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(UserError, match="dangling is a link to nowhere, which does not exist"):
         expect_no_files(tmp_path, ["dangling"])
+
+
+def test_device_is_recorded(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "card")
+    for available, device in ((True, "card"), (False, f"cpu ({os.uname().machine})")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        made = record.made_with()
+        assert made["device"] == device and made["torch"] == torch.__version__
