@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 from torchvision.transforms.v2 import functional as TF
 
 from golden import GOLDEN
@@ -22,6 +23,7 @@ from namedmask.segmenter.augment import (
     gaussian_blur,
     object_box,
     paste_object,
+    recolored,
 )
 
 PLAIN = {"flip_prob": 0.0, "color_jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
@@ -174,6 +176,56 @@ def test_hue_rotates_about_the_gray_axis():
     gray = torch.rand(1, 9, 11).expand(3, -1, -1)
     torch.testing.assert_close(color_jitter(gray, only(3, 0.2), np.random.default_rng(0)), gray, atol=1e-6, rtol=0)
     torch.testing.assert_close(color_jitter(photo, [0, 0, 0, 0], np.random.default_rng(0)), photo, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_color_jitter_equals_its_steps(seed):
+    """Brightness, contrast, saturation and hue in the drawn order; factors are never negative."""
+    photo = 0.4 + 0.1 * torch.rand(3, 9, 11, generator=torch.Generator().manual_seed(seed))
+    strengths = [1.2, 0.4, 0.6, 0.2]
+    rng, pixels = np.random.default_rng(seed), photo.flatten(1).T.double().numpy()
+    luma = LUMA.double().numpy()
+    for change in rng.permutation(4):
+        strength = strengths[change]
+        factor = rng.uniform(-strength if change == 3 else max(0, 1 - strength), strength + (change != 3))
+        if change == 0:
+            pixels = factor * pixels
+        elif change == 1:
+            pixels = factor * pixels + (1 - factor) * (pixels @ luma).mean()
+        elif change == 2:
+            pixels = factor * pixels + (1 - factor) * (pixels @ luma)[:, None]
+        else:
+            pixels = Rotation.from_rotvec(np.full(3, 2 * np.pi * factor / 3**0.5)).apply(pixels)
+    result = color_jitter(photo, strengths, np.random.default_rng(seed))
+    np.testing.assert_allclose(result.flatten(1).T, pixels.clip(0, 1), atol=2e-6)
+
+
+def test_luma_is_that_of_torchvision():
+    photo = torch.rand(3, 4, 5)
+    torch.testing.assert_close(torch.einsum("c,chw->hw", LUMA, photo), TF.rgb_to_grayscale(photo)[0])
+
+
+@pytest.mark.parametrize(
+    ("size", "sigma", "kernel"), [((45, 50), 10.0, 39), ((45, 50), 1.0, 9), ((5, 9), 6.0, 9), ((9, 5), 6.0, 9)]
+)
+def test_side_of_the_blur_kernel(size, sigma, kernel):
+    """At most 39, 4 sigma to each side, and what a small photo reflects."""
+    photo = torch.rand(3, *size)
+    expected = TF.gaussian_blur(photo, [kernel, kernel], [sigma, sigma])
+    torch.testing.assert_close(gaussian_blur(photo, sigma), expected, atol=1e-5, rtol=0)
+    assert torch.equal(gaussian_blur(photo[:, :1, :1], sigma), photo[:, :1, :1])
+
+
+@pytest.mark.parametrize("change", ["flip", "color_jitter", "grayscale", "blur"])
+def test_changes_occur_with_their_probabilities(change):
+    settings = SegmenterTraining(crop_size=16, scale=(1.0, 1.0), **PLAIN | {f"{change}_prob": 0.25})
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    rng, labels = np.random.default_rng(1), np.zeros((16, 16), np.int32)
+    views = [augment(pixels, labels, settings, rng).photo.permute(1, 2, 0).numpy() for _ in range(200)]
+    assert 30 < sum((view != pixels).any() for view in views) < 70
+    photo = torch.rand(3, 9, 9)
+    blurred = recolored(photo, SegmenterTraining(**PLAIN | {"blur_prob": 1.0}, blur_sigma=(1.5, 1.5)), rng)
+    torch.testing.assert_close(blurred, gaussian_blur(photo, 1.5))
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])

@@ -528,6 +528,32 @@ def test_s_measure_of_cases_computed_by_hand():
     assert saliency.s_measure(np.full((1, 4), 0.25), np.ones((1, 4), bool)) == 0.25
 
 
+def test_s_measure_equals_the_formula():
+    """Means, deviations and covariances of numpy, on the four parts around the center of the object."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:13, :17]
+    for center in ((4, 5), (9, 11), (6, 15)):
+        truth = (y - center[0]) ** 2 + 0.7 * (x - center[1]) ** 2 < 14
+        soft = np.clip(0.6 * truth + 0.4 * rng.random(truth.shape), 0, 1)
+        parts = [(truth, soft), (~truth, 1 - soft)]
+        objects = sum(
+            part.mean() * 2 * values[part].mean() / (values[part].mean() ** 2 + 1 + values[part].std(ddof=1))
+            for part, values in parts
+        )
+        row, column = (int(np.round(axis.mean() + 1)) for axis in np.nonzero(truth))
+        regions = 0.0
+        for part in (np.s_[:row, :column], np.s_[:row, column:], np.s_[row:, :column], np.s_[row:, column:]):
+            a, b = soft[part].ravel(), truth[part].ravel().astype(float)
+            if a.size > 1:
+                (var_a, both), (_, var_b) = np.cov(a, b)
+                products = a.mean() * b.mean() * both
+                similarity = 4 * products / ((a.mean() ** 2 + b.mean() ** 2) * (var_a + var_b)) if products else 0
+                regions += a.size / truth.size * similarity
+        assert saliency.s_measure(soft, truth) == pytest.approx(0.5 * objects + 0.5 * regions, abs=1e-9)
+    opposite = saliency.s_measure(1.0 - truth, truth)
+    assert opposite == 0  # objects and regions are below 0
+
+
 def test_f_beta_equals_the_formula_at_every_threshold():
     rng = np.random.default_rng(0)
     truth = rng.random((20, 30)) < 0.3

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from detections import detect
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scipy.spatial.transform import Rotation
 from torchvision.transforms import functional as TF
 from typer.testing import CliRunner
 
@@ -32,7 +33,17 @@ from namedmask.progress import Progress
 from namedmask.pseudolabel import Labeler
 from namedmask.saliency import make_detector, selfmask_training
 from namedmask.saliency.selfmask import SelfMask, agreement, certainty
-from namedmask.saliency.selfmask_training import batches, losses, ranked_masks, training_count
+from namedmask.saliency.selfmask_training import (
+    batches,
+    corner_box,
+    cropped,
+    initial_network,
+    losses,
+    random_box,
+    ranked_masks,
+    relit,
+    training_count,
+)
 from namedmask_kernels import Ragged
 from namedmask_kernels.reference.bilateral_solver import bilateral_solver
 
@@ -236,10 +247,17 @@ def train_saliency(out: Path, workers: int = 1, overwrite: bool = False, **chang
     return out / "saliency" / "model.safetensors"
 
 
+def last_metrics(out: Path) -> list[float]:
+    """The losses in the last line of metrics.jsonl."""
+    line = json.loads((out / "saliency" / "metrics.jsonl").read_text().splitlines()[-1])
+    return [line["dice"], line["ranking"]]
+
+
 def test_training_uses_the_masks_with_the_best_scores(run_of_discs):
     records = ranked_masks(run_of_discs / "masks")
     trained = records[: training_count(records, SaliencyTraining(**SMALL))]
     assert len(records) == 24 and {int(record.photo[5:-4]) for record in trained} == set(range(1, 24, 2))
+    assert [training_count(records[:n], SaliencyTraining(keep_fraction=0.1)) for n in (1, 14, 16, 24)] == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("protocol", [{}, DEMO])
@@ -284,9 +302,12 @@ def test_interrupted_training_resumes_bit_identically(run_of_discs, monkeypatch)
 
 def test_two_workers_and_bfloat16(run_of_discs, one_thread):
     """Two workers train the same network as one, up to rounding; bfloat16 trains another, finite one."""
-    slow = {"steps": 3, "warmup_steps": 50}  # gradients near 0 may change sign, and Adam takes steps of the same length
+    # Gradients near 0 may change sign, and Adam takes steps of the same length.
+    slow = {"steps": 3, "warmup_steps": 50, "loss": "mean"}
     single = load_file(train_saliency(run_of_discs, **slow))
+    logged = last_metrics(run_of_discs)
     two = load_file(train_saliency(run_of_discs, workers=2, overwrite=True, **slow))
+    assert last_metrics(run_of_discs) == pytest.approx(logged, abs=2e-3)
     for name, tensor in single.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
     low = load_file(train_saliency(run_of_discs, overwrite=True, **slow, precision="bfloat16"))
@@ -359,11 +380,170 @@ def test_mean_losses_equal_hand_computed_values():
 @pytest.mark.parametrize(("kind", "scale"), [("sum", 20 * 6), ("mean", 1)])
 def test_loss_of_a_batch(run_of_discs, monkeypatch, kind, scale):
     """The published loss sums over queries and layers and takes the mean over photos; all photos are alike here."""
-    dice = torch.full((6, 4, 20), 0.5, requires_grad=True)
-    rank = torch.tensor(8.0, requires_grad=True)
-    monkeypatch.setattr(selfmask_training, "losses", lambda *_: (dice, rank, torch.tensor(16)))
-    train_saliency(run_of_discs, loss=kind, steps=1, batch_size=4)
-    assert float(dice.grad.sum()) == pytest.approx(scale) and float(rank.grad) == (0.25 if kind == "sum" else 1 / 16)
+    layers = torch.linspace(0.1, 0.6, 6)[:, None, None].expand(6, 4, 20)
+    for pairs in (16, 0):
+        dice, rank = layers.clone().requires_grad_(), torch.tensor(8.0, requires_grad=True)
+        values = dice, rank, torch.tensor(pairs)
+        monkeypatch.setattr(selfmask_training, "losses", lambda *_, values=values: values)
+        train_saliency(run_of_discs, overwrite=True, loss=kind, steps=1, batch_size=4)
+        assert float(dice.grad.sum()) == pytest.approx(scale)
+        assert float(rank.grad) == (0.25 if kind == "sum" else 1 / max(pairs, 1))
+        assert last_metrics(run_of_discs) == pytest.approx([0.6, 8 * float(rank.grad)])  # Dice of the last layer
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_number_of_steps_and_precision(run_of_discs, monkeypatch, precision):
+    """One epoch of the 12 best of 24 masks in batches of 5 takes 3 steps."""
+    forward, enabled = SelfMask.forward, []
+    monkeypatch.setattr(
+        SelfMask, "forward", lambda *inputs: enabled.append(torch.is_autocast_enabled("cpu")) or forward(*inputs)
+    )
+    settings = SaliencyTraining(**SMALL | {"batch_size": 5}, epochs=1, precision=precision)
+    with Progress("train-saliency", Worker()) as progress:
+        source = PhotoSource(run_of_discs.parent / "photos")
+        selfmask_training.train_saliency(run_of_discs, source, settings, Worker(), "cpu", progress)
+    assert progress.total == progress.done == 15 and enabled == [precision == "bfloat16"] * 3
+    assert {path.name for path in (run_of_discs / "saliency").iterdir()} == {
+        "model.safetensors",
+        "metrics.jsonl",
+        "tensorboard",
+    }
+
+
+def test_training_starts_from_a_backbone_or_a_checkpoint(run_of_discs, tmp_path):
+    fresh = initial_network(SaliencyTraining(**SMALL))
+    assert all(parameter.requires_grad for parameter in fresh.parameters())
+    weights = small_weights(tmp_path / "w.safetensors", seed=5)
+    network = initial_network(SaliencyTraining(**SMALL, init_checkpoint=str(weights)))
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    for name, value in load_file(weights).items():
+        assert torch.equal(network.state_dict()[name], value)
+
+
+def two_photos(folder: Path) -> training.TrainingPhotos:
+    """A photo of gray value 200 whose left half is the object, and one of 50 with a lower score."""
+    left = np.zeros((40, 40), bool)
+    left[:, :20] = True
+    records = []
+    for value, score in ((200, 1.0), (50, 0.5)):
+        Image.fromarray(np.full((40, 40, 3), value, np.uint8)).save(folder / f"{value}.png")
+        records.append(MaskRecord.from_mask(f"{value}.png", left, None, None, score))
+    return training.TrainingPhotos(PhotoSource(folder), records, folder, Progress("", Worker()))
+
+
+def gray_views(folder: Path, monkeypatch, **changed) -> tuple[np.ndarray, np.ndarray]:
+    """Gray values at the left and right border of 60 views of the photo of 200, and the masks there."""
+    monkeypatch.setattr(selfmask_training, "relit", lambda photo, rng: photo / 255)
+    monkeypatch.setattr(selfmask_training, "random_box", lambda h, w, scale, rng: [0, 0, h, w])
+    settings = SaliencyTraining(backbone=TINY, batch_size=4, crop_size=16, views="crop", keep_fraction=0.5, **changed)
+    network = SelfMask(untrained(TINY))
+    views, masks = map(
+        torch.cat, zip(*batches(two_photos(folder), settings, network, Worker(), range(15)), strict=True)
+    )
+    config = network.encoder.pretrained_cfg
+    values = 255 * (views[:, 1] * config["std"][1] + config["mean"][1])
+    return values[:, 8, [1, 14]].numpy(), masks[:, 8, [1, 14]].round().numpy()
+
+
+def test_objects_are_pasted_onto_corners_of_any_photo(tmp_path, monkeypatch):
+    plain, masks = gray_views(tmp_path, monkeypatch)
+    assert plain == pytest.approx(200, abs=0.01) and set(map(tuple, masks)) == {(0.0, 1.0), (1.0, 0.0)}
+    assert 15 < masks[:, 0].sum() < 45  # half of the views are flipped
+    pasted, masks = gray_views(tmp_path, monkeypatch, paste_prob=1.0)
+    assert pasted[masks == 1] == pytest.approx(200, abs=0.01)
+    background = pasted[masks == 0].round().tolist()
+    assert set(background) == {50, 200} and 15 < background.count(50) < 45
+    half, _ = gray_views(tmp_path, monkeypatch, paste_prob=0.5)
+    assert 5 < (half.round() == 50).sum() < 27  # a quarter
+
+
+def test_textures_of_any_photo_are_blended_into_objects(tmp_path, monkeypatch):
+    blended, masks = gray_views(tmp_path, monkeypatch, texture_prob=1.0)
+    assert blended[masks == 0] == pytest.approx(200, abs=0.01)
+    weights = (200 - blended[masks == 1]) / 150
+    mixed = weights[weights > 1e-3]
+    assert 15 < len(mixed) < 45 and 0.3 <= mixed.min() < 0.45 and 0.75 < mixed.max() <= 0.9
+
+
+def test_views_depend_on_the_seed_and_their_number(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        selfmask_training, "random_box", lambda h, w, scale, rng: drawn.append(rng.random()) or [0, 0, h, w]
+    )
+    monkeypatch.setattr(selfmask_training, "map_ahead", lambda function, items, ahead: map(function, items))
+    photos = two_photos(tmp_path)
+    settings = SaliencyTraining(backbone=TINY, batch_size=4, crop_size=16, views="crop", seed=7)
+    names: list[str] = []
+    decode = photos.source.decode
+    monkeypatch.setattr(photos.source, "decode", lambda name: names.append(name) or decode(name))
+    list(batches(photos, settings, SelfMask(untrained(TINY)), Worker(), range(2, 4)))
+    assert drawn == [np.random.default_rng((7, 1, place)).random() for place in range(8, 16)]
+    orders = [np.random.default_rng((7, 0, epoch)).permutation(2) for epoch in range(4, 8)]
+    assert names == [("200.png", "50.png")[number] for number in np.concatenate(orders)]
+
+
+class Draws:
+    """A generator that draws given fractions of its ranges, in order."""
+
+    def __init__(self, *fractions: float):
+        self.fractions = iter(fractions)
+
+    def random(self) -> float:
+        return next(self.fractions)
+
+    def uniform(self, low: float, high: float) -> float:
+        return low + next(self.fractions) * (high - low)
+
+
+@pytest.mark.parametrize(
+    ("fractions", "expected"),
+    [
+        ((0.25, 0.5, 0.25), [15, 7, 30, 30]),  # a quarter of the area, half of the way down, a quarter to the right
+        ((1.0, 1.0, 0.0), [0, 0, 60, 60]),  # at most the shorter side
+        ((1e-6, 0.5, 0.5), [29, 29, 1, 1]),  # at least a pixel
+    ],
+)
+def test_random_boxes(fractions, expected):
+    assert random_box(60, 60, (0.0, 1.0), Draws(*fractions)) == expected
+    assert random_box(20, 90, (0.0, 1.0), Draws(1.0, 0.5, 0.5)) == [0, 35, 20, 20]
+    assert random_box(90, 20, (0.0, 1.0), Draws(1.0, 0.5, 0.5)) == [35, 0, 20, 20]
+
+
+def test_corner_boxes():
+    """Squares in each of the four corners, with 30% to 50% of the shorter side."""
+    rng, sides, corners = np.random.default_rng(0), [], set()
+    for _ in range(200):
+        top, left, side, width = corner_box(200, 300, rng)
+        assert side == width and top in (0, 200 - side) and left in (0, 300 - side)
+        sides.append(side)
+        corners.add((top > 0, left > 0))
+    assert 60 <= min(sides) < 64 and 96 < max(sides) < 100 and len(corners) == 4
+    assert corner_box(1, 2, rng)[2:] == [1, 1]
+
+
+def test_crops_are_resized_with_antialiasing():
+    image = torch.zeros(1, 20, 20, dtype=torch.uint8)
+    image[:, 4:12:2, 6:14] = 200  # half of the rows of a box
+    assert cropped(image, [4, 6, 8, 8], 2).float().mean() == pytest.approx(100, abs=4)
+    assert not cropped(image, [12, 0, 8, 6], 2).any()
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("saturation", [0.0, 0.5, 1.0, None])
+@pytest.mark.parametrize(("contrast", "brightness"), [(0.0, 0.5), (1.0, 0.5), (0.5, 0.0), (0.5, 1.0), (0.3, 0.6)])
+def test_light_and_colors(angle, saturation, contrast, brightness):
+    """Hue rotates colors by up to 0.6 about the gray axis; the others change by 40%, saturation by 60%."""
+    photo = torch.randint(90, 140, (3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    changed = (0.05,) if saturation is None else (0.11, saturation)
+    result = relit(photo, Draws(angle, *changed, contrast, brightness))
+    pixels = photo.flatten(1).T.double().numpy() / 255
+    gray = pixels.mean(1, keepdims=True)
+    turned = Rotation.from_rotvec(np.full(3, 1.2 * (angle - 0.5) / 3**0.5)).apply(pixels - gray)
+    pixels = gray + (0 if saturation is None else 0.4 + 1.2 * saturation) * turned
+    expected = (pixels - pixels.mean()) * (0.6 + 0.8 * contrast) + pixels.mean() * (0.6 + 0.8 * brightness)
+    np.testing.assert_allclose(result.flatten(1).T, expected, atol=1e-6)
+    extreme = torch.tensor([0, 255], dtype=torch.uint8).expand(3, 1, 2)
+    assert relit(extreme, Draws(0.5, 0.11, 0.5, 1.0, 0.5)).flatten().tolist() == [0, 1] * 3
 
 
 def test_gradients_are_clipped_and_learning_rates_warm_up_on_request(run_of_discs, monkeypatch):
