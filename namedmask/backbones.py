@@ -96,14 +96,11 @@ class Backbone:
             The patches, rows [T, 3 * patch * patch] on the patch grids: the pixels of each channel in raster order.
             With `patch_fit` "pad" the last patches reach beyond the photo; there they are 0, the mean color.
         """
-        resized = self.resize(images, image_size)
-        mean, std = (torch.tensor(x, device=images.rows.device).view(3, 1, 1) for x in (self.mean, self.std))
-        patches, grids = [images.rows.new_empty(0, 3 * self.patch**2, dtype=self.dtype)], []
-        for grid in resized.grids():
-            photo = padded(((grid.permute(2, 0, 1).float() / 255 - mean) / std)[None], self.patch)
-            patches.append(F.unfold(photo, self.patch, stride=self.patch)[0].T.to(self.dtype))
-            grids.append((photo.shape[2] // self.patch, photo.shape[3] // self.patch))
-        return Ragged.of_shapes(torch.cat(patches), grids)
+        sizes = self._sizes(images, image_size)
+        return resize(
+            images, sizes, interpolation=self.interpolation, mean=self.mean, std=self.std, patch=self.patch,
+            dtype=self.dtype,
+        )  # fmt: skip
 
     def _sizes(self, images: Ragged, image_size: int) -> list[tuple[int, int]]:
         return [self.fit((h, w), image_size).size for h, w in images.shapes.tolist()]
