@@ -51,6 +51,37 @@ def test_batch(benchmark, interpolation, count):
     )
 
 
+def test_patches(benchmark):
+    """The input of a ViT-S/16, compared with the same steps in torchvision and torch."""
+    mean, std, new = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (448, 592)
+    images = [torch.from_numpy(image) for image in photos()]
+    batch = Ragged.pack(images)
+
+    def with_torchvision():
+        patches = []
+        for image in images:
+            mode = functional.InterpolationMode.BICUBIC
+            pixels = functional.resize(image.permute(2, 0, 1), new, mode, antialias=True)
+            pixels = functional.normalize(functional.to_dtype(pixels, torch.float32, scale=True), mean, std)
+            patches.append(torch.nn.functional.unfold(pixels[None], 16, stride=16)[0].T)
+        return torch.cat(patches)
+
+    def same_patches(ours, other) -> None:
+        assert (ours - other).abs().max() <= 1.01 / 255 / min(std)
+
+    compare(
+        f"resize to {new[0]} x {new[1]}, normalize and cut into patches, {BATCH} photos, bicubic, 1 thread",
+        {
+            "cpu": lambda: nk.resize(batch, new, interpolation="bicubic", mean=mean, std=std, patch=16).rows,
+            "torchvision and torch": with_torchvision,
+        },
+        benchmark,
+        same=same_patches,
+        count=1,
+        moved=batch.rows.nbytes + BATCH * 12 * new[0] * new[1],
+    )
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_batch_on_gpu(benchmark, interpolation):
     """No GPU has run this yet."""

@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     import torch
 
 MAX_ASPECT = 16  # of a photo that is resized for CLIP
-CLIP_BATCH = {"cpu": 16, "cuda": 256}
+CLIP_BATCH = {"cpu": 16, "cuda": 256}  # photos
+TEXT_BATCH = {"cpu": 128, "cuda": 512}  # prompts
+BATCH_BYTES = 1 << 28  # of the pixels of a batch, unless a single photo has more; 290 photos of 480 x 640
+GPU_LANES = 2  # batches in work on a GPU: one is packed and uploaded while the other is computed
+
+Loaded = tuple[str, np.ndarray | PhotoError]  # a photo's name and pixels
 
 
 class Embedder(Protocol):
@@ -206,7 +211,11 @@ def make_embedder(config: IndexConfig, device: str) -> Embedder:
 
 
 class Clip:
-    """A CLIP model of open_clip or of a plugin (see `registry`), in float32. An `Embedder`."""
+    """A CLIP model of open_clip or of a plugin (see `registry`). An `Embedder`.
+
+    Photos are embedded in float32 on a CPU and in bfloat16 on a GPU, texts always in float32. The protocol does not
+    name the precision: elements of the two embeddings of a photo differ by less than 0.01, so an index may have both.
+    """
 
     def __init__(self, config: IndexConfig, device: str):
         import open_clip
@@ -236,7 +245,7 @@ class Clip:
 
         torch.manual_seed(0)
         try:
-            model, self.preprocess = weights.clip_model(
+            model, _ = weights.clip_model(
                 name, f"CLIP model {name!r}", source,
                 pretrained=tag or file, device=device, precision="fp32", force_quick_gelu=quick_gelu,
             )  # fmt: skip
@@ -245,6 +254,8 @@ class Clip:
         except Exception as error:  # models with parts of other libraries have their own exceptions
             raise UserError(f"--clip-model {config.clip_model} cannot be created: {first_line(error)}") from error
         self.model, self.device = model.eval(), device
+        self.kind = device.split(":")[0]
+        self.use(torch.float32 if self.kind == "cpu" else torch.bfloat16)
         self.tokenizer = open_clip.get_tokenizer(name)
         activation = _activation(model)
         if quick_gelu and activation != "QuickGELU":
@@ -256,41 +267,132 @@ class Clip:
             f"{name}: weights of {file or tag}, preprocessing of {tag or 'open_clip by default'} ({self.protocol})"
         )
 
+    def use(self, dtype: torch.dtype) -> None:
+        """Makes the image tower compute in `dtype`."""
+        self.dtype = dtype
+        self.model.visual.to(dtype)
+
+    def prepare(self, photos: Sequence[np.ndarray]) -> torch.Tensor:
+        """open_clip's preprocessing, on the device.
+
+        Args:
+            photos: uint8 [h, w, 3] each.
+
+        Returns:
+            [B, 3, H, W] in the dtype of the image tower. Before normalization, values differ by at most 1 level from
+            those of Pillow, which open_clip uses, but for few in noise (see `resize`).
+        """
+        import torch
+
+        from namedmask_kernels import Ragged, resize
+
+        cfg = self.model.visual.preprocess_cfg
+        size, mode = _pair(cfg["size"]), cfg["resize_mode"]
+        fixed = mode == "shortest" and size[0] != size[1]  # open_clip does not pass the setting on there
+        batch = Ragged.pack(photos)
+        resized = resize(
+            batch.with_rows(batch.rows.to(self.device)),
+            [resized_size(photo.shape[:2], size, mode) for photo in photos],
+            interpolation="bicubic" if fixed else cfg["interpolation"],
+        )
+        crops = torch.stack([_center(grid, size, cfg["fill_color"]) for grid in resized.grids()])
+        return resize(
+            Ragged.of_shapes(crops.flatten(0, 2), [size] * len(photos)),
+            size, mean=cfg["mean"], std=cfg["std"], dtype=self.dtype,
+        ).rows.view(crops.shape).permute(0, 3, 1, 2)  # fmt: skip
+
     def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
         import torch
-        from PIL import Image
 
-        def load(name: str) -> torch.Tensor:
-            return self.preprocess(Image.fromarray(middle(source.decode(name).pixels)))
-
-        def embed(batch: list[tuple[str, torch.Tensor | PhotoError]]) -> list[tuple[str, np.ndarray | PhotoError]]:
+        def embed(batch: list[Loaded]) -> list[tuple[str, np.ndarray | PhotoError]]:
             photos = [photo for _, photo in batch if not isinstance(photo, PhotoError)]
             if photos:
                 with torch.inference_mode():
-                    embeddings = self.model.encode_image(torch.stack(photos).to(self.device), normalize=True)
-                rows = iter(embeddings.float().cpu().numpy())
+                    embeddings = self.model.encode_image(self.prepare(photos)).float()
+                    rows = iter(torch.nn.functional.normalize(embeddings, dim=-1).cpu().numpy())
             return [
                 (name, photo if isinstance(photo, PhotoError) else _usable(name, next(rows))) for name, photo in batch
             ]
 
-        loaded = decode_ahead(source, names, load)
-        batches = iter(lambda: list(itertools.islice(loaded, CLIP_BATCH[self.device.split(":")[0]])), [])
+        def own_stream() -> None:  # for the work of this thread
+            torch.cuda.synchronize(self.device)  # the weights are there
+            torch.cuda.set_stream(torch.cuda.Stream(self.device))
+
+        loaded = decode_ahead(source, names, lambda name: middle(source.decode(name).pixels))
         with kernels_on_one_thread(self.device) as threads:
-            for batch in map_ahead(embed, batches, threads):
+            lanes, start = (threads, None) if self.kind == "cpu" else (GPU_LANES, own_stream)
+            for batch in map_ahead(embed, _batches(loaded, CLIP_BATCH[self.kind]), lanes, start):
                 yield from batch
 
     def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         import torch
 
-        rows = []
+        rows: list[np.ndarray] = []
+        together = max(1, TEXT_BATCH[self.kind] // max(1, len(prompts)))
         with torch.inference_mode():
-            for name in names:
-                tokens = self.tokenizer([prompt.format(name) for prompt in prompts]).to(self.device)
-                mean = self.model.encode_text(tokens, normalize=True).float().mean(0)
-                rows.append(torch.nn.functional.normalize(mean, dim=0).cpu().numpy())
-                if not is_direction(rows[-1]):
-                    raise UserError(f"the CLIP model gives no finite embedding of the category {name!r}")
+            for first in range(0, len(names), together):
+                some = names[first : first + together]
+                tokens = self.tokenizer([prompt.format(name) for name in some for prompt in prompts]).to(self.device)
+                embeddings = self.model.encode_text(tokens, normalize=True).float()
+                means = embeddings.unflatten(0, (len(some), -1)).mean(1)
+                rows.extend(torch.nn.functional.normalize(means, dim=1).cpu().numpy())
+        for name, row in zip(names, rows, strict=True):
+            if not is_direction(row):
+                raise UserError(f"the CLIP model gives no finite embedding of the category {name!r}")
         return np.stack(rows)
+
+
+def _batches(loaded: Iterator[Loaded], count: int) -> Iterator[list[Loaded]]:
+    """Batches of at most `count` photos and `BATCH_BYTES`, but at least one photo."""
+    batch: list[Loaded] = []
+    used = 0
+    for item in loaded:
+        needed = 0 if isinstance(item[1], PhotoError) else item[1].nbytes
+        if batch and (len(batch) == count or used + needed > BATCH_BYTES):
+            yield batch
+            batch, used = [], 0
+        batch.append(item)
+        used += needed
+    if batch:
+        yield batch
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def resized_size(old: Sequence[int], size: tuple[int, int], mode: str) -> tuple[int, int]:
+    """The height and width to which open_clip resizes a photo before it crops or pads it to `size`.
+
+    Args:
+        old: Height and width of the photo.
+        size: Input of the network.
+        mode: "shortest", "longest" or "squash".
+    """
+    if mode == "squash":
+        return size
+    if mode == "shortest" and size[0] == size[1]:  # torchvision's Resize
+        h, w = (int(size[0] * side / min(old)) for side in old)
+        return h, w
+    ratio = (max if mode == "longest" else min)(side / new for side, new in zip(old, size, strict=True))
+    h, w = (max(1, round(side / ratio)) for side in old)
+    return h, w
+
+
+def _center(image: torch.Tensor, size: tuple[int, int], fill: int) -> torch.Tensor:
+    """The center [H, W, 3] of an image [h, w, 3], padded if it is smaller, as torchvision's CenterCrop."""
+    import torch
+
+    for axis, new in enumerate(size):
+        old = image.shape[axis]
+        if old >= new:
+            image = image.narrow(axis, round((old - new) / 2), new)
+        else:
+            padding = [0, 0, 0, 0, 0, 0]  # from the last axis on
+            before = (new - old) // 2
+            padding[4 - 2 * axis : 6 - 2 * axis] = before, new - old - before
+            image = torch.nn.functional.pad(image, padding, value=fill)
+    return image
 
 
 class PrecomputedEmbeddings:

@@ -19,7 +19,7 @@ from namedmask.config import IndexConfig
 from namedmask.demo.run import render
 from namedmask.distributed import Worker
 from namedmask.errors import UserError
-from namedmask.index import Clip, PrecomputedEmbeddings, build_index, middle, read_photos
+from namedmask.index import TEXT_BATCH, Clip, PrecomputedEmbeddings, build_index, middle, read_photos
 from namedmask.masks import read_errors
 from namedmask.photos import PhotoSource
 from namedmask.run import start
@@ -73,14 +73,84 @@ def test_rows_are_normalized_and_in_the_order_of_photos_jsonl(world):
     np.testing.assert_allclose(np.linalg.norm(image.astype(np.float64), axis=1), 1, atol=2e-3)
 
 
+def preprocessing(**cfg):
+    """open_clip's own preprocessing of a PIL image."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    return image_transform_v2(PreprocessCfg(**cfg), is_train=False)
+
+
 def test_rows_equal_open_clip(world, clip):
     folder, out = world
     image, photo = rows(out)
     names = list(read_photos(out / "index"))
+    preprocess = preprocessing(**clip.model.visual.preprocess_cfg)
     for row in (0, 17, PHOTOS - 1):
         with torch.inference_mode(), Image.open(folder / names[photo[row]]) as picture:
-            expected = clip.model.encode_image(clip.preprocess(picture)[None], normalize=True)[0]
-        np.testing.assert_allclose(image[row].astype(np.float32), expected.numpy(), atol=1e-3)
+            expected = clip.model.encode_image(preprocess(picture)[None], normalize=True)[0]
+        np.testing.assert_allclose(image[row].astype(np.float32), expected.numpy(), atol=5e-3)
+
+
+@pytest.mark.parametrize("size", [64, (48, 64), (64, 40)], ids=str)
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_prepared_photos_are_those_of_open_clip(clip, monkeypatch, size, mode, interpolation):
+    cfg = {**clip.model.visual.preprocess_cfg, "size": size, "resize_mode": mode, "interpolation": interpolation}
+    cfg["fill_color"] = 30
+    monkeypatch.setattr(clip.model.visual, "preprocess_cfg", cfg)
+    preprocess = preprocessing(**cfg)
+    shapes = [(64, 64), (97, 70), (40, 33), (66, 201), (300, 64), (65, 64)]
+    coarse = [np.random.default_rng(0).integers(0, 256, (h // 8, w // 8, 3), np.uint8) for h, w in shapes]
+    photos = [np.array(Image.fromarray(c).resize(s[::-1])) for c, s in zip(coarse, shapes, strict=True)]
+    result = clip.prepare(photos)
+    level = 1 / 255 / torch.tensor(cfg["std"])[:, None, None]
+    for prepared, photo in zip(result, photos, strict=True):
+        expected = preprocess(Image.fromarray(photo))
+        assert prepared.shape == expected.shape
+        difference = (prepared - expected).abs() / level  # from Pillow, torchvision on tensors differs as much
+        assert difference.max() <= 3.01 and (difference > 1.01).float().mean() < 0.01
+
+
+def test_bfloat16_embeddings_are_those_of_float32(world, clip):
+    folder, out = world
+    image, photo = rows(out)
+    names = list(read_photos(out / "index"))
+    half = Clip(IndexConfig(clip_model="namedmask-demo"), "cpu")
+    half.use(torch.bfloat16)
+    found = dict(half.images(PhotoSource(folder), [names[number] for number in photo]))
+    embeddings = np.stack(list(found.values()))
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
+    assert np.abs(embeddings - image.astype(np.float32)).max() < 1e-2
+    np.testing.assert_allclose(half.texts(CATEGORIES, prompts()), clip.texts(CATEGORIES, prompts()), atol=1e-6)
+
+
+def test_batches_are_bounded_by_photos_and_bytes(world, clip, monkeypatch):
+    folder, out = world
+    names = list(read_photos(out / "index"))[:24]
+    sizes = []
+    prepare = clip.prepare
+    monkeypatch.setattr(clip, "prepare", lambda photos: sizes.append([p.nbytes for p in photos]) or prepare(photos))
+    expected = dict(clip.images(PhotoSource(folder), names))
+    assert [len(batch) for batch in sorted(sizes, key=len)] == [7, 16]
+    sizes.clear()
+    monkeypatch.setattr("namedmask.index.BATCH_BYTES", 150_000)
+    result = dict(clip.images(PhotoSource(folder), names))
+    assert len(sizes) > 2 and all(sum(batch) <= 150_000 or len(batch) == 1 for batch in sizes)
+    for name in names:
+        if name != BROKEN:
+            np.testing.assert_allclose(result[name], expected[name], atol=1e-5)
+
+
+def test_texts_do_not_depend_on_their_batches(clip, monkeypatch):
+    names, templates = ["cat", "dog", "bird", "fish", "tree"], prompts()[:7]
+    expected = clip.texts(names, templates)
+    monkeypatch.setitem(TEXT_BATCH, "cpu", 14)
+    calls = []
+    encode = clip.model.encode_text
+    monkeypatch.setattr(clip.model, "encode_text", lambda t, **k: calls.append(len(t)) or encode(t, **k))
+    np.testing.assert_allclose(clip.texts(names, templates), expected, atol=1e-6)
+    assert calls == [14, 14, 7]
 
 
 def test_damaged_photo_is_in_the_errors(world):
