@@ -44,6 +44,7 @@ struct Same {  // excludes a parameter from template argument deduction
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, Stream stream,
             typename Same<Parameters>::Type... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 4000, "a kernel takes 4 kB of arguments");
   if (blocks == 0) return;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

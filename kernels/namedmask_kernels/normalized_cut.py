@@ -172,17 +172,18 @@ def _cut_cuda(
     """Affinity bits by Triton, eigenvectors by CUDA, foreground by connected_components; waits for the GPU."""
     from .triton.normalized_cut import affinity_bits  # not at import: Triton is optional
     from .triton.normalized_rows import chunks
+    from .triton.tables import to_device
 
     expect_rows(NAME, offsets, shapes, features)
     vector, value, residual, iterations, partition, seed, foreground = _outputs(features, offsets, shapes)
     native, stream = backends.native().cuda, cuda_stream(features)
-    on_host = value, residual, iterations, seed
-    on_device = [torch.empty_like(x, device=features.device) for x in on_host]
+    numbers = torch.empty(4, len(shapes), dtype=torch.float64, device=features.device)  # copied to the host at once
+    on_device = _fields(numbers)
     with torch.cuda.device_of(features):
         for part in chunks(NAME, features, offsets, shapes, TOGETHER):
             bits = affinity_bits(part.unit, part.offsets, tau)
-            tokens = part.offsets.diff().long()
-            steps = (tokens - 1).clamp(0, max_iterations)
+            tokens = np.diff(part.offsets.numpy().astype(np.int64))
+            steps = (tokens - 1).clip(0, max_iterations)
             doubles = ((steps + 4) * ((tokens + 127) // 128 * 128) + 6 * (steps + 1)).sum()
             workspace = torch.empty(int(doubles), dtype=torch.float64, device=features.device)
             values, residuals, counts, seeds = (x[part.images] for x in on_device)
@@ -195,13 +196,19 @@ def _cut_cuda(
             labels, counts = foreground.new_empty(len(features), dtype=torch.int32), torch.empty_like(seeds)
             scratch = labels.new_empty(2 * len(features) + 4 * len(shapes))
             native.connected_components(partition, offsets, shapes, labels, counts, scratch, 4, stream)
-            tokens, begins = (x.to(features.device) for x in (offsets.diff(), offsets[:-1]))
+            ends = offsets.numpy()
+            begins, lengths = to_device(torch.from_numpy(np.stack([ends[:-1], np.diff(ends)])), features)
             seeded = labels[(begins + seeds).clamp(0, len(features) - 1)]
-            seeded = seeded.repeat_interleave(tokens, output_size=len(features))
+            seeded = seeded.repeat_interleave(lengths, output_size=len(features))
             torch.logical_and(partition, labels == seeded, out=foreground)
-    for host, device in zip(on_host, on_device, strict=True):
-        host.copy_(device)
+    for field, copied in zip((value, residual, iterations, seed), _fields(numbers.cpu()), strict=True):
+        field.copy_(copied)
     return vector, value, residual, iterations, partition, seed, foreground
+
+
+def _fields(numbers: Tensor) -> list[Tensor]:
+    """Views of float64 [4, B]: value and residual float64 [B], iterations and seed int32 [B]."""
+    return [*numbers[:2], *(row.view(torch.int32)[: len(row)] for row in numbers[2:])]
 
 
 _cut = register(

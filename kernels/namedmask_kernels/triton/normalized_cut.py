@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -74,11 +75,12 @@ def affinity_bits(unit: NormalizedRows, offsets: Tensor, tau: float) -> Tensor:
     Returns:
         The int32 `bits` of normalized_cut.h.
     """
-    lengths = offsets.diff().long()
-    words = ((lengths + TILE - 1) // TILE * TILE) ** 2 // 32
+    begins = offsets.numpy().astype(np.int64)
+    lengths = np.diff(begins)
+    words = (-(-lengths // TILE) * TILE) ** 2 // 32
     bits = torch.empty(int(words.sum()), dtype=torch.int32, device=unit.high.device)
     if len(bits):
-        table = to_device(torch.stack([offsets[:-1].long(), lengths, words.cumsum(0) - words], 1), unit.high)
+        table = to_device(torch.from_numpy(np.stack([begins[:-1], lengths, words.cumsum() - words], 1)), unit.high)
         threshold = math.inf if tau >= 1 else tau  # no cosine exceeds 1, whatever the rounding
         channels, options = steps_on(unit.high)
         _connect[upper_tiles(lengths, TILE), len(lengths)](

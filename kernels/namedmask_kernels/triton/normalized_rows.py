@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -93,7 +94,7 @@ def upper_tile(t):
     return t - right * (right + 1) // 2, right
 
 
-def upper_tiles(lengths: Tensor, size: int) -> int:
+def upper_tiles(lengths: np.ndarray, size: int) -> int:
     """The number of such tiles of size x size in the largest image; lengths: tokens of each image."""
     tiles = -(-int(lengths.max()) // size) if len(lengths) else 0
     return tiles * (tiles + 1) // 2
@@ -138,9 +139,10 @@ def chunks(op: str, features: Tensor, offsets: Tensor, shapes: Tensor, size: int
     Raises:
         ValueError: If the features of an image are not finite.
     """
+    begins = offsets.tolist()
     for first in range(0, len(shapes), size):
         last = min(first + size, len(shapes))
-        rows = slice(int(offsets[first]), int(offsets[last]))
+        rows = slice(begins[first], begins[last])
         own = offsets[first : last + 1] - rows.start
         unit = normalized_rows(features[rows])
         expect_finite(op, "features", unit.finite, own, first)

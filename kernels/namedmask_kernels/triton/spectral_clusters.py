@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -53,13 +54,13 @@ def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
     Returns:
         float32 [B, 2]; (inf, -inf) for an image without tokens.
     """
-    lengths = offsets.diff().long()
+    begins = offsets.numpy().astype(np.int64)
+    lengths = np.diff(begins)
     tiles = upper_tiles(lengths, TILE)
-    ranges = torch.tensor([torch.inf, -torch.inf], dtype=torch.float32, device=unit.high.device).repeat(
-        len(lengths), max(tiles, 1), 1
-    )
+    ranges = torch.empty(len(lengths), max(tiles, 1), 2, dtype=torch.float32, device=unit.high.device)
+    ranges[..., 0], ranges[..., 1] = torch.inf, -torch.inf
     if tiles:
-        table = to_device(torch.stack([offsets[:-1].long(), lengths], 1), unit.high)
+        table = to_device(torch.from_numpy(np.stack([begins[:-1], lengths], 1)), unit.high)
         channels, options = steps_on(unit.high)
         _range[tiles, len(lengths)](
             unit.high, unit.low, table, ranges, unit.high.shape[1], TILE=TILE, CHANNELS=channels, **options
