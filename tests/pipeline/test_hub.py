@@ -69,9 +69,9 @@ def from_url(url: str, folder: Path) -> Published:
 
 
 def test_a_file_is_downloaded_once(server, tmp_path, capsys):
-    one = from_url(f"{server}/good", tmp_path / "cache")
+    one = from_url(f"{server}/good", tmp_path / "a" / "b")
     assert one.cached() is None
-    assert hub.fetch(one).read_bytes() == b"weights" and hub.fetch(one) == one.cached() == tmp_path / "cache" / "good"
+    assert hub.fetch(one).read_bytes() == b"weights" and hub.fetch(one) == one.cached() == tmp_path / "a" / "b" / "good"
     assert Server.requests == ["HEAD /good", "GET /good"]
     assert capsys.readouterr().out == f"downloading backbone x: {server}/good\n"
 

@@ -18,10 +18,24 @@ from namedmask.archive import prompts, read_archive
 from namedmask.config import IndexConfig
 from namedmask.demo.run import render
 from namedmask.distributed import Worker
-from namedmask.errors import UserError
-from namedmask.index import TEXT_BATCH, Clip, PrecomputedEmbeddings, build_index, middle, read_photos
+from namedmask.errors import DamagedFile, UserError
+from namedmask.index import (
+    TEXT_BATCH,
+    Clip,
+    PrecomputedEmbeddings,
+    _normalized,
+    build_index,
+    expect_protocol,
+    is_direction,
+    list_photos,
+    middle,
+    missing_shards,
+    read_photos,
+    read_shard,
+    shard_path,
+)
 from namedmask.masks import read_errors
-from namedmask.photos import PhotoSource
+from namedmask.photos import PhotoError, PhotoSource
 from namedmask.run import start
 
 PHOTOS, BROKEN = 40, "00020-broken.png"
@@ -238,6 +252,177 @@ def test_progress_counts_every_photo_once(world, tmp_path):
         PhotoSource(folder), out / "index", config, Worker(), "cpu", lambda n, existing: advanced.append((n, existing))
     )
     assert advanced == [(16, True), (16, True), (PHOTOS + 1 - 32, True)]
+
+
+class Rows:
+    """An embedder whose rows are numbered; photos named "bad" have none."""
+
+    about, protocol = "rows", ""
+
+    def images(self, source, names):
+        for name in names:
+            yield name, PhotoError(name, "no photo") if name == "bad" else np.full(4, float(name[1:]), np.float32)
+
+    def texts(self, names, prompts):
+        return np.zeros((len(names), 4), np.float32)
+
+
+def list_of(folder: Path, names: list[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "photos.jsonl").write_text("".join(json.dumps({"photo": name}) + "\n" for name in names))
+
+
+@pytest.mark.parametrize("done", [[], [0], [1], [0, 2], [0, 1, 2]])
+def test_missing_shards_are_computed_with_their_own_photos(tmp_path, monkeypatch, done):
+    """Five photos in shards of two: the last one is short."""
+    monkeypatch.setattr("namedmask.index.make_embedder", lambda *_: Rows())
+    folder, config, advanced = tmp_path / "index", IndexConfig(shard_size=2), []
+    list_of(folder, ["p0", "p1", "bad", "p3", "p4"])
+    assert missing_shards(folder, config) == [0, 1, 2]
+    build = lambda worker: build_index(  # noqa: E731
+        None, folder, config, worker, "cpu", lambda n, existing: advanced.append((n, existing))
+    )
+    build(Worker())
+    assert advanced == [(2, False), (2, False), (1, False)]
+    expected = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert [list(read_shard(shard_path(folder, n))[1]) for n in range(3)] == [[0, 1], [3], [4]]
+    assert [list(read_shard(shard_path(folder, n))[0][:, 0]) for n in range(3)] == [[0, 1], [3], [4]]
+    for shard in {0, 1, 2} - set(done):
+        shard_path(folder, shard).unlink()
+    assert missing_shards(folder, config) == sorted({0, 1, 2} - set(done))
+    advanced.clear()
+    assert (build(Worker()) is None) == (len(done) == 3)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+    assert [existing for _, existing in advanced] == [n in done for n in range(3)]
+
+
+def test_list_that_is_shorter_than_the_index_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr("namedmask.index.make_embedder", lambda *_: Rows())
+    folder, config = tmp_path / "index", IndexConfig(shard_size=2)
+    list_of(folder, ["p0", "p1", "p2", "p3"])
+    build_index(None, folder, config, Worker(), "cpu", lambda n, existing: None)
+    assert missing_shards(folder, config) == []
+    for names in (["p0", "p1", "p2"], ["p0", "p1"], ["p0"]):
+        list_of(folder, names)
+        with pytest.raises(
+            DamagedFile, match=r"photos.jsonl: it has fewer lines than the index has photos; .*namedmask index"
+        ):
+            missing_shards(folder, config)
+    list_of(folder, ["p0", "p1", "bad", "bad", "p4"])
+    shard_path(folder, 1).unlink()
+    assert missing_shards(folder, config) == [1, 2]
+    for content, reason in ((None, "it is missing"), ("", "it is empty")):
+        (folder / "photos.jsonl").unlink(missing_ok=True)
+        if content is not None:
+            (folder / "photos.jsonl").write_text(content)
+        with pytest.raises(DamagedFile, match=reason):
+            read_photos(folder)
+
+
+def test_shard_without_a_photo_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr("namedmask.index.make_embedder", lambda *_: Rows())
+    list_of(tmp_path / "index", ["bad"])
+    build_index(None, tmp_path / "index", IndexConfig(), Worker(), "cpu", lambda n, existing: None)
+    image, photo = read_shard(shard_path(tmp_path / "index", 0))
+    assert image.shape == (0, 0) and photo.shape == (0,)
+    assert missing_shards(tmp_path / "index", IndexConfig()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image": torch.ones(2, 3)},
+        {"photo": torch.ones(2)},
+        {"image": torch.ones(2, dtype=torch.float16)},
+        {"photo": torch.ones(3, dtype=torch.int64)},
+        {"image": torch.tensor([[1, 2], [3, torch.nan]], dtype=torch.float16)},
+        {"image": None},
+    ],
+    ids=str,
+)
+def test_shards_with_something_else_are_damaged(tmp_path, change):
+    good = {"image": torch.ones(2, 2, dtype=torch.float16), "photo": torch.arange(2)}
+    save_file(good, tmp_path / "0")
+    assert read_shard(tmp_path / "0")[1].tolist() == [0, 1]
+    save_file({name: tensor for name, tensor in (good | change).items() if tensor is not None}, tmp_path / "0")
+    with pytest.raises(DamagedFile, match=r"expected finite image float16|KeyError"):
+        read_shard(tmp_path / "0")
+
+
+def test_photos_are_listed_with_errors(tmp_path):
+    source = PhotoSource(tmp_path)
+    with pytest.raises(UserError, match="there are no photos in "):
+        list_photos(source, tmp_path)
+    assert not (tmp_path / "photos.jsonl").exists()
+    for name in ("a.jpg", "b.jxl"):
+        (tmp_path / name).touch()
+    list_photos(source, tmp_path)
+    assert list(read_photos(tmp_path)) == ["a.jpg"]
+    assert [(e.photo, e.stage) for e in read_errors(tmp_path / "photos.errors.jsonl")] == [("b.jxl", "list")]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "own", "fits"), [("", "", True), ("a", "a", True), ("", "a", False), ("a", "", False)]
+)
+def test_protocol_of_an_index_is_that_of_its_embedder(tmp_path, recorded, own, fits):
+    tensors = {"image": torch.ones(1, 2, dtype=torch.float16), "photo": torch.zeros(1).long()}
+    save_file(tensors, tmp_path / "00000.safetensors", {"protocol": recorded} if recorded else None)
+    embedder = Rows()
+    embedder.protocol = own
+    if fits:
+        expect_protocol(tmp_path, embedder)
+    else:
+        given, has = recorded or "an unknown activation and preprocessing", own or "none"
+        with pytest.raises(UserError, match=f"was computed with {given}, but the model has {has}: "):
+            expect_protocol(tmp_path, embedder)
+    (tmp_path / "00000.safetensors").write_bytes(b"cut")
+    with pytest.raises(DamagedFile):
+        expect_protocol(tmp_path, embedder)
+
+
+def test_unknown_photos_and_names_of_embeddings_are_named(tmp_path):
+    embeddings = write_embeddings(tmp_path / "e.safetensors", torch.randn(2, 8), torch.randn(2, 8))
+    assert (embeddings.protocol, embeddings.about) == ("", f"embeddings of {tmp_path / 'e.safetensors'}")
+    (name, error), (_, row) = embeddings.images(None, ["x.jpg", "0.jpg"])
+    assert (name, error.reason) == ("x.jpg", "e.safetensors has no embedding of this photo") and row.shape == (8,)
+    with pytest.raises(UserError, match=r"e.safetensors has no text embedding of fish$"):
+        embeddings.texts(["cat", "fish"], [])
+    for text, message in (
+        ("3", "e.safetensors: "),
+        ("{", "e.safetensors: "),
+        ("{}", "'image_files' is missing in it or in e.json"),
+    ):
+        (tmp_path / "e.json").write_text(text)
+        with pytest.raises(UserError, match=f"--embeddings .*{message}"):
+            PrecomputedEmbeddings(str(tmp_path / "e.safetensors"))
+
+
+def test_rows_with_a_direction():
+    for row, usable in (
+        ([0, 1e-30], True),
+        ([0, 0], False),
+        ([1, np.nan], False),
+        ([np.inf, 1], False),
+        ([-1, 0], True),
+    ):
+        assert is_direction(np.array(row)) == usable
+    tiny = torch.tensor([3e-20, 4e-20])
+    np.testing.assert_allclose(_normalized(tiny), tiny.numpy() / 1e-12)
+    np.testing.assert_allclose(_normalized(torch.tensor([3.0, 4.0])), [0.6, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns"),
+    [
+        ((10, 161), (0, 10), (0, 160)),
+        ((10, 163), (0, 10), (1, 161)),
+        ((162, 10), (1, 161), (0, 10)),
+        ((5, 5), (0, 5), (0, 5)),
+    ],
+)
+def test_middle_of_a_long_photo(shape, rows, columns):
+    photo = np.arange(np.prod(shape) * 3).reshape(*shape, 3)
+    np.testing.assert_array_equal(middle(photo), photo[slice(*rows), slice(*columns)])
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ SLURM = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"), "0") | 
 SLURM |= {"SLURM_STEP_NUM_TASKS": "2"}
 WRONG_NUMBERS = {
     "RANK": ["x", "-1", "2", "0x1"],
-    "WORLD_SIZE": ["0", "two", "9" * 30],
+    "WORLD_SIZE": ["0", "two", str(2**31), "9" * 30],
     "LOCAL_RANK": ["?"],
     "MASTER_PORT": ["0", "65536", "http"],
     "TORCHELASTIC_RESTART_COUNT": ["x"],
