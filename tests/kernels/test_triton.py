@@ -107,11 +107,36 @@ def test_attention_features_of_empty_input(lengths, taps):
 def test_block_table_covers_every_token_once():
     from namedmask_kernels.triton import attention_features as kernels
 
-    offsets = torch.tensor([0, 5, 5, 12, 13], dtype=torch.int32)
+    offsets = np.array([0, 5, 5, 12, 13], np.int32)
     table = kernels.block_table(offsets, 4)
     assert table.tolist() == [[5, 7, 0], [5, 7, 4], [0, 5, 0], [0, 5, 4], [12, 1, 0]]  # long sequences first
-    assert kernels.block_table(offsets, 4, taps=[0, 6, 5]).tolist()[:2] == [[5, 7, 0], [5, 7, 4]]
-    assert kernels.block_table(offsets, 4, taps=[0]).tolist() == [[5, 7, 0], [0, 5, 0], [12, 1, 0]]
+    assert kernels.block_table(offsets, 4, taps=(0, 6, 5)).tolist()[:2] == [[5, 7, 0], [5, 7, 4]]
+    assert kernels.block_table(offsets, 4, taps=(0,)).tolist() == [[5, 7, 0], [0, 5, 0], [12, 1, 0]]
+
+
+def test_tables_are_built_once_for_equal_arguments():
+    from namedmask_kernels.triton import tables
+
+    like, offsets = torch.empty(0, device=DEVICE), torch.tensor([0, 5, 5, 12, 13], dtype=torch.int32)
+    table = tables.table_on_device(tables.block_table, like, offsets, 4)
+    assert table.device.type == DEVICE and table.tolist() == tables.block_table(offsets.numpy(), 4).tolist()
+    assert tables.table_on_device(tables.block_table, like, offsets.clone(), 4) is table
+    offsets[1] = 4  # in place: the key has the values
+    others = [tables.table_on_device(tables.block_table, like, offsets, *more) for more in ((4,), (5,), (4, (0,)))]
+    assert [other.tolist() for other in others] == [
+        tables.block_table(offsets.numpy(), *more).tolist() for more in ((4,), (5,), (4, (0,)))
+    ]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="requires CUDA streams")
+def test_every_stream_has_tables_of_its_own():
+    from namedmask_kernels.triton import tables
+
+    like, offsets = torch.empty(0, device=DEVICE), torch.tensor([0, 7], dtype=torch.int32)
+    table = tables.table_on_device(tables.block_table, like, offsets, 2)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        other = tables.table_on_device(tables.block_table, like, offsets, 2)
+        assert other is not table and other.tolist() == table.tolist()
 
 
 @pytest.mark.parametrize("scaled", [None, False, True], ids=["norm", "add", "add scaled"])
@@ -188,7 +213,7 @@ def test_pixel_table_covers_every_pixel_once():
     from namedmask_kernels.triton import pamr as kernels
 
     masks = Ragged.of_shapes(torch.zeros(6 + 0 + 9), [(2, 3), (0, 4), (3, 3)])
-    table = kernels.pixel_table(masks.offsets, masks.shapes, 4)
+    table = kernels.pixel_table(masks.offsets.numpy(), masks.shapes.numpy(), 4)
     assert table.tolist() == [[0, 2, 3, 0], [0, 2, 3, 4], [6, 3, 3, 0], [6, 3, 3, 4], [6, 3, 3, 8]]
 
 

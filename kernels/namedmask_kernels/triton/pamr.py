@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import Variant, to_device
+from .tables import Variant, blocks_of, table_on_device
 
 PIXELS = 128  # per block of `_affinities`
 # Labels per block of `_average`, rounded up to a power of two -> pixels per block. Chosen so that no registers spill,
@@ -154,13 +155,17 @@ def _average(
     tl.store(target + at[:, None] + label[None, :], mean, mask=mask)
 
 
-def pixel_table(offsets: Tensor, shapes: Tensor, size: int) -> Tensor:
-    """int32 [blocks, 4] on the CPU: the image's first row, its height and width, the block's first pixel in it."""
-    pixels = shapes[:, 0] * shapes[:, 1]
-    counts = (pixels + size - 1) // size
-    block = torch.arange(int(counts.sum()), device="cpu") - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    columns = offsets[:-1], shapes[:, 0], shapes[:, 1]
-    return torch.stack([*(c.repeat_interleave(counts) for c in columns), size * block], 1).to(torch.int32)
+def pixel_table(offsets: np.ndarray, shapes: np.ndarray, size: int) -> np.ndarray:
+    """int32 [blocks, 4]: the image's first row, its height and width, the block's first pixel in it."""
+    height, width = shapes.reshape(-1, 2).T
+    counts, first = blocks_of(np.diff(offsets), size)
+    columns = (column.repeat(counts) for column in (offsets[:-1], height, width))
+    return np.stack([*columns, first], 1).astype(np.int32)
+
+
+def _steps(dilations: tuple[int, ...], longest: int) -> np.ndarray:
+    """The dilations; larger ones than `longest` reach the border as well."""
+    return np.array(dilations, np.int64).clip(max=longest).astype(np.int32)
 
 
 def pamr(
@@ -184,15 +189,13 @@ def pamr(
         return
     together = min(32, triton.next_power_of_2(labels))
     size = AVERAGE_PIXELS[together]
-    longest = int(shapes.max())  # larger dilations reach the border as well
-
     with torch.cuda.device_of(masks):
-        steps = to_device(torch.tensor([min(d, longest) for d in dilations], dtype=torch.int32, device="cpu"), masks)
+        steps = table_on_device(_steps, masks, tuple(dilations), int(shapes.max()))
         weights = torch.empty(8 * len(dilations), tokens, dtype=torch.int16, device=masks.device)
         scales = torch.empty(tokens, dtype=torch.float32, device=masks.device)
-        table = to_device(pixel_table(offsets, shapes, PIXELS), masks)
+        table = table_on_device(pixel_table, masks, offsets, shapes, PIXELS)
         _affinities[(len(table),)](image, table, steps, weights, scales, tokens, len(dilations), PIXELS=PIXELS)
-        table = to_device(pixel_table(offsets, shapes, size), masks)
+        table = table_on_device(pixel_table, masks, offsets, shapes, size)
         spare = torch.empty_like(out) if iterations > 1 else out
         source = masks
         for i in reversed(range(iterations)):  # the last one writes to out

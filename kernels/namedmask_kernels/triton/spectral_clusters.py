@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .normalized_rows import STEPS, NormalizedRows, cosines, steps_on, upper_tile, upper_tiles
-from .tables import Variant, to_device
+from .tables import Variant, table_on_device
 
 TILE = 128
 
@@ -43,6 +44,11 @@ def _range(high, low, table, ranges, row_stride, TILE: tl.constexpr, CHANNELS: t
         tl.store(at + 1, tl.max(tl.max(tile, 1), 0))
 
 
+def _image_table(offsets: np.ndarray) -> np.ndarray:
+    """int64 [B, 2]: the first token of each image and the number of its tokens."""
+    return np.stack([offsets[:-1], np.diff(offsets)], 1).astype(np.int64)
+
+
 def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
     """Computes the minimum and maximum cosine between any two tokens of each image, on the current stream.
 
@@ -59,7 +65,7 @@ def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
         len(lengths), max(tiles, 1), 1
     )
     if tiles:
-        table = to_device(torch.stack([offsets[:-1].long(), lengths], 1), unit.high)
+        table = table_on_device(_image_table, unit.high, offsets)
         channels, options = steps_on(unit.high)
         _range[tiles, len(lengths)](
             unit.high, unit.low, table, ranges, unit.high.shape[1], TILE=TILE, CHANNELS=channels, **options
