@@ -201,15 +201,15 @@ class Backbone:
         rotary, embedded = None, self._embed_patches(patches.rows.to(self.dtype))
         for run in runs:
             tokens, table = self.position_tokens(*run.grid)
-            grid = x[run.tokens].unflatten(0, (run.count, -1))
+            grid = x[run.tokens].unflatten(0, (run.photos, -1))
             grid[:, : self.prefix] = tokens[: self.prefix]
-            own = embedded[run.patches].unflatten(0, (run.count, -1))
+            own = embedded[run.patches].unflatten(0, (run.photos, -1))
             torch.add(own, tokens[self.prefix :], out=grid[:, self.prefix :])
             if table is not None:  # sines and cosines; CLS and registers are rotated by an angle of 0
                 if rotary is None:
                     rotary = table.new_zeros(rows, 1, 1, table.shape[1])
                     rotary[..., table.shape[1] // 2 :] = 1
-                rotary[run.tokens].unflatten(0, (run.count, -1))[:, self.prefix :, 0, 0] = table
+                rotary[run.tokens].unflatten(0, (run.photos, -1))[:, self.prefix :, 0, 0] = table
         batch = _Batch(x, qkv, rotary, runs, chunk, ends, self.prefix)
         for chunk_x, target in zip(x.split(chunk), qkv.split(chunk), strict=True):
             if not isinstance(model.norm_pre, nn.Identity):
@@ -348,7 +348,7 @@ class _Run(NamedTuple):
     """Photos of equal shape that stand together in a batch."""
 
     grid: tuple[int, int]  # rows and columns of patches
-    count: int
+    photos: int
     tokens: slice  # of the batch
     patches: slice  # of the batch's patches
 
@@ -369,8 +369,8 @@ class _Batch(NamedTuple):
         size = self.runs[-1].patches.stop if self.runs else 0
         out = torch.empty(size, *values.shape[1:], device=values.device, dtype=torch.float32)
         for run in self.runs:
-            tokens = values[run.tokens].unflatten(0, (run.count, -1))
-            out[run.patches].unflatten(0, (run.count, -1)).copy_(tokens[:, self.prefix :])
+            tokens = values[run.tokens].unflatten(0, (run.photos, -1))
+            out[run.patches].unflatten(0, (run.photos, -1)).copy_(tokens[:, self.prefix :])
         return out
 
 
@@ -413,7 +413,7 @@ def _qkv(attn: Vit) -> tuple[Tensor, Tensor | None]:
 def _project(attn: Vit, x: Tensor, parts: Sequence[str], out: Tensor) -> None:
     """Writes the projections `parts`, of "q", "k" and "v", of x [n, C] to out [n, 3, H, D]."""
     weight, bias = _qkv(attn)
-    norms = attn.q_norm, attn.k_norm, nn.Identity()
+    norms: tuple[Vit, ...] = attn.q_norm, attn.k_norm, nn.Identity()
     straight = x.dtype == out.dtype and all(isinstance(norm, nn.Identity) for norm in norms)
     for part in [slice(3)] if len(parts) == 3 else [slice(i, i + 1) for i in map("qkv".index, parts)]:
         w, b, target = weight[part].flatten(0, 1), None if bias is None else bias[part].flatten(), out[:, part]

@@ -166,6 +166,25 @@ def test_gelu(dtype):
     torch.testing.assert_close(x.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_224.dino", "vit_small_patch14_reg4_dinov2.lvd142m"])
+def test_backbone_with_and_without_fused_layers(name):
+    """The ViT of the pipeline, with LayerScale and without."""
+    timm, backbones = pytest.importorskip("timm"), pytest.importorskip("namedmask.backbones")
+    torch.manual_seed(0)
+    narrow = {"depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}
+    model = timm.create_model(name, **narrow)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    backbone = backbones.Backbone(model, torch.device(DEVICE), torch.float32)
+    patches = Ragged.of_shapes(torch.randn(5, 3 * backbone.patch**2).to(DEVICE), [(1, 3), (2, 1)])
+    taps = ["tokens", "keys", "tokens.0"]
+    results = []
+    for backbone.fused in (False, True):
+        results.append(backbone.extract(patches, taps))
+    for tap in taps:
+        torch.testing.assert_close(results[0][tap].rows, results[1][tap].rows, rtol=1e-4, atol=1e-5)
+
+
 def pamr_batch(labels):
     """(masks, image) of odd sizes, Ragged; noisy masks, smooth colors with a strong edge."""
     generator = torch.Generator().manual_seed(labels)
