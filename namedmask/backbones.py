@@ -68,7 +68,8 @@ class Backbone:
         self.prefix: int = model.num_prefix_tokens
         cfg = model.pretrained_cfg
         self.mean, self.std = tuple(cfg["mean"]), tuple(cfg["std"])
-        self.position_tokens = functools.lru_cache(maxsize=64)(self._position_tokens)
+        # Each stream has position embeddings of its own, since another stream's may not be computed yet.
+        self.position_tokens = functools.lru_cache(maxsize=64)(lambda h, w, stream: self._position_tokens(h, w))
 
     def fit(self, size: tuple[int, int], image_size: int) -> Fit:
         """How a photo of this height and width fits into patches if its short side becomes `image_size` pixels."""
@@ -199,8 +200,9 @@ class Backbone:
             dtype=self.attention_dtype,
         )
         rotary, embedded = None, self._embed_patches(patches.rows.to(self.dtype))
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         for run in runs:
-            tokens, table = self.position_tokens(*run.grid)
+            tokens, table = self.position_tokens(*run.grid, stream)
             grid = x[run.tokens].unflatten(0, (run.photos, -1))
             grid[:, : self.prefix] = tokens[: self.prefix]
             own = embedded[run.patches].unflatten(0, (run.photos, -1))
