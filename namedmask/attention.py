@@ -45,7 +45,9 @@ def _varlen(qkv: Tensor, ends: list[int], scale: float) -> Tensor:
         q = q * (scale * q.shape[-1] ** 0.5)
     longest = max(end - begin for begin, end in itertools.pairwise(ends))
     offsets = torch.tensor(ends, dtype=torch.int32, device=qkv.device)
-    return varlen_attn(q, k, v, offsets, offsets, longest, longest)
+    output = varlen_attn(q, k, v, offsets, offsets, longest, longest)
+    assert isinstance(output, Tensor)
+    return output
 
 
 def _attention_features(qkv: Tensor, ends: list[int], scale: float) -> Tensor:

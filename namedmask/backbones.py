@@ -68,7 +68,8 @@ class Backbone:
         self.prefix: int = model.num_prefix_tokens
         cfg = model.pretrained_cfg
         self.mean, self.std = tuple(cfg["mean"]), tuple(cfg["std"])
-        self.position_tokens = functools.lru_cache(maxsize=64)(self._position_tokens)
+        # Each stream has position embeddings of its own, since another stream's may not be computed yet.
+        self.position_tokens = functools.lru_cache(maxsize=64)(lambda h, w, stream: self._position_tokens(h, w))
 
     def fit(self, size: tuple[int, int], image_size: int) -> Fit:
         """How a photo of this height and width fits into patches if its short side becomes `image_size` pixels."""
@@ -196,17 +197,18 @@ class Backbone:
             dtype=self.attention_dtype,
         )
         rotary, embedded = None, self._embed_patches(patches.rows.to(self.dtype))
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         for run in runs:
-            tokens, table = self.position_tokens(*run.grid)
-            grid = x[run.tokens].unflatten(0, (run.count, -1))
+            tokens, table = self.position_tokens(*run.grid, stream)
+            grid = x[run.tokens].unflatten(0, (run.photos, -1))
             grid[:, : self.prefix] = tokens[: self.prefix]
-            own = embedded[run.patches].unflatten(0, (run.count, -1))
+            own = embedded[run.patches].unflatten(0, (run.photos, -1))
             torch.add(own, tokens[self.prefix :], out=grid[:, self.prefix :])
             if table is not None:  # sines and cosines; CLS and registers are rotated by an angle of 0
                 if rotary is None:
                     rotary = table.new_zeros(rows, 1, 1, table.shape[1])
                     rotary[..., table.shape[1] // 2 :] = 1
-                rotary[run.tokens].unflatten(0, (run.count, -1))[:, self.prefix :, 0, 0] = table
+                rotary[run.tokens].unflatten(0, (run.photos, -1))[:, self.prefix :, 0, 0] = table
         batch = _Batch(x, qkv, rotary, runs, chunk, ends, self.prefix)
         for chunk_x, target in zip(x.split(chunk), qkv.split(chunk), strict=True):
             if not isinstance(model.norm_pre, nn.Identity):
@@ -341,7 +343,7 @@ class _Run(NamedTuple):
     """Photos of equal shape that stand together in a batch."""
 
     grid: tuple[int, int]  # rows and columns of patches
-    count: int
+    photos: int
     tokens: slice  # of the batch
     patches: slice  # of the batch's patches
 
@@ -362,8 +364,8 @@ class _Batch(NamedTuple):
         size = self.runs[-1].patches.stop if self.runs else 0
         out = torch.empty(size, *values.shape[1:], device=values.device, dtype=torch.float32)
         for run in self.runs:
-            tokens = values[run.tokens].unflatten(0, (run.count, -1))
-            out[run.patches].unflatten(0, (run.count, -1)).copy_(tokens[:, self.prefix :])
+            tokens = values[run.tokens].unflatten(0, (run.photos, -1))
+            out[run.patches].unflatten(0, (run.photos, -1)).copy_(tokens[:, self.prefix :])
         return out
 
 
@@ -406,7 +408,7 @@ def _qkv(attn: Vit) -> tuple[Tensor, Tensor | None]:
 def _project(attn: Vit, x: Tensor, parts: Sequence[str], out: Tensor) -> None:
     """Writes the projections `parts`, of "q", "k" and "v", of x [n, C] to out [n, 3, H, D]."""
     weight, bias = _qkv(attn)
-    norms = attn.q_norm, attn.k_norm, nn.Identity()
+    norms: tuple[Vit, ...] = attn.q_norm, attn.k_norm, nn.Identity()
     straight = x.dtype == out.dtype and all(isinstance(norm, nn.Identity) for norm in norms)
     for part in [slice(3)] if len(parts) == 3 else [slice(i, i + 1) for i in map("qkv".index, parts)]:
         w, b, target = weight[part].flatten(0, 1), None if bias is None else bias[part].flatten(), out[:, part]

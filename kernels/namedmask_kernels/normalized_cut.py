@@ -172,7 +172,7 @@ def _cut_cuda(
     """Affinity bits by Triton, eigenvectors by CUDA, foreground by connected_components; waits for the GPU."""
     from .triton.normalized_cut import affinity_bits  # not at import: Triton is optional
     from .triton.normalized_rows import chunks
-    from .triton.tables import to_device
+    from .triton.tables import table_on_device
 
     expect_rows(NAME, offsets, shapes, features)
     vector, value, residual, iterations, partition, seed, foreground = _outputs(features, offsets, shapes)
@@ -196,14 +196,18 @@ def _cut_cuda(
             labels, counts = foreground.new_empty(len(features), dtype=torch.int32), torch.empty_like(seeds)
             scratch = labels.new_empty(2 * len(features) + 4 * len(shapes))
             native.connected_components(partition, offsets, shapes, labels, counts, scratch, 4, stream)
-            ends = offsets.numpy()
-            begins, lengths = to_device(torch.from_numpy(np.stack([ends[:-1], np.diff(ends)])), features)
+            begins, lengths = table_on_device(_begins_and_lengths, features, offsets)
             seeded = labels[(begins + seeds).clamp(0, len(features) - 1)]
             seeded = seeded.repeat_interleave(lengths, output_size=len(features))
             torch.logical_and(partition, labels == seeded, out=foreground)
     for field, copied in zip((value, residual, iterations, seed), _fields(numbers.cpu()), strict=True):
         field.copy_(copied)
     return vector, value, residual, iterations, partition, seed, foreground
+
+
+def _begins_and_lengths(offsets: np.ndarray) -> np.ndarray:
+    """int32 [2, B]: the first token of each image and the number of its tokens."""
+    return np.stack([offsets[:-1], np.diff(offsets)])
 
 
 def _fields(numbers: Tensor) -> list[Tensor]:

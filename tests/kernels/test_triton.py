@@ -107,11 +107,36 @@ def test_attention_features_of_empty_input(lengths, taps):
 def test_block_table_covers_every_token_once():
     from namedmask_kernels.triton import attention_features as kernels
 
-    offsets = torch.tensor([0, 5, 5, 12, 13], dtype=torch.int32)
+    offsets = np.array([0, 5, 5, 12, 13], np.int32)
     table = kernels.block_table(offsets, 4)
     assert table.tolist() == [[5, 7, 0], [5, 7, 4], [0, 5, 0], [0, 5, 4], [12, 1, 0]]  # long sequences first
-    assert kernels.block_table(offsets, 4, taps=[0, 6, 5]).tolist()[:2] == [[5, 7, 0], [5, 7, 4]]
-    assert kernels.block_table(offsets, 4, taps=[0]).tolist() == [[5, 7, 0], [0, 5, 0], [12, 1, 0]]
+    assert kernels.block_table(offsets, 4, taps=(0, 6, 5)).tolist()[:2] == [[5, 7, 0], [5, 7, 4]]
+    assert kernels.block_table(offsets, 4, taps=(0,)).tolist() == [[5, 7, 0], [0, 5, 0], [12, 1, 0]]
+
+
+def test_tables_are_built_once_for_equal_arguments():
+    from namedmask_kernels.triton import tables
+
+    like, offsets = torch.empty(0, device=DEVICE), torch.tensor([0, 5, 5, 12, 13], dtype=torch.int32)
+    table = tables.table_on_device(tables.block_table, like, offsets, 4)
+    assert table.device.type == DEVICE and table.tolist() == tables.block_table(offsets.numpy(), 4).tolist()
+    assert tables.table_on_device(tables.block_table, like, offsets.clone(), 4) is table
+    offsets[1] = 4  # in place: the key has the values
+    others = [tables.table_on_device(tables.block_table, like, offsets, *more) for more in ((4,), (5,), (4, (0,)))]
+    assert [other.tolist() for other in others] == [
+        tables.block_table(offsets.numpy(), *more).tolist() for more in ((4,), (5,), (4, (0,)))
+    ]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="requires CUDA streams")
+def test_every_stream_has_tables_of_its_own():
+    from namedmask_kernels.triton import tables
+
+    like, offsets = torch.empty(0, device=DEVICE), torch.tensor([0, 7], dtype=torch.int32)
+    table = tables.table_on_device(tables.block_table, like, offsets, 2)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        other = tables.table_on_device(tables.block_table, like, offsets, 2)
+        assert other is not table and other.tolist() == table.tolist()
 
 
 @pytest.mark.parametrize("scaled", [None, False, True], ids=["norm", "add", "add scaled"])
@@ -139,6 +164,25 @@ def test_gelu(dtype):
     exact = torch.nn.functional.gelu(x.double())
     assert gelu(x) is x and len(gelu(x[:0])) == 0
     torch.testing.assert_close(x.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224.dino", "vit_small_patch14_reg4_dinov2.lvd142m"])
+def test_backbone_with_and_without_fused_layers(name):
+    """The ViT of the pipeline, with LayerScale and without."""
+    timm, backbones = pytest.importorskip("timm"), pytest.importorskip("namedmask.backbones")
+    torch.manual_seed(0)
+    narrow = {"depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}
+    model = timm.create_model(name, **narrow)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    backbone = backbones.Backbone(model, torch.device(DEVICE), torch.float32)
+    patches = Ragged.of_shapes(torch.randn(5, 3 * backbone.patch**2).to(DEVICE), [(1, 3), (2, 1)])
+    taps = ["tokens", "keys", "tokens.0"]
+    results = []
+    for backbone.fused in (False, True):
+        results.append(backbone.extract(patches, taps))
+    for tap in taps:
+        torch.testing.assert_close(results[0][tap].rows, results[1][tap].rows, rtol=1e-4, atol=1e-5)
 
 
 def pamr_batch(labels):
@@ -200,10 +244,10 @@ def test_pixel_table_covers_every_pixel_once():
     from namedmask_kernels.triton import pamr as kernels
 
     masks = Ragged.of_shapes(torch.zeros(6 + 0 + 9), [(2, 3), (0, 4), (3, 3)])
+    arrays = masks.offsets.numpy(), masks.shapes.numpy()
     blocks = [[0, 2, 3, 0], [0, 2, 3, 4], [6, 3, 3, 0], [6, 3, 3, 4], [6, 3, 3, 8]]
-    table = kernels.pixel_table(masks.offsets, masks.shapes, [7], 4)
-    assert table.tolist() == [[*block, 0, 7] for block in blocks]
-    table = kernels.pixel_table(masks.offsets, masks.shapes, [2, 1, 3], 4)
+    assert kernels.pixel_table(*arrays, (7,), 4).tolist() == [[*block, 0, 7] for block in blocks]
+    table = kernels.pixel_table(*arrays, (2, 1, 3), 4)
     assert table.tolist() == [[*block, *own] for block, own in zip(blocks, [(0, 2)] * 2 + [(3, 3)] * 3, strict=True)]
 
 

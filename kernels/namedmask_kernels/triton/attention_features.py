@@ -13,12 +13,13 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import Variant, block_table, to_device
+from .tables import Variant, block_table, table_on_device
 
 LOG2_E = math.log2(math.e)
 
@@ -188,6 +189,10 @@ def _padded(dim: int, dtype: torch.dtype) -> tuple[int, Blocks]:
     return padded, BLOCKS[key] if dim == padded else MASKED_BLOCKS.get(key, BLOCKS[key])
 
 
+def _positions(taps: tuple[int, ...]) -> np.ndarray:
+    return np.array(taps, np.int32)
+
+
 def attention_features(
     qkv: Tensor,
     offsets: Tensor,
@@ -222,19 +227,16 @@ def attention_features(
 
     with torch.cuda.device_of(qkv):
         if output is not None or rows is not None or lse is not None:
-            table = to_device(
-                block_table(offsets, blocks.queries, taps if output is None and lse is None else None), qkv
-            )
+            tapped = tuple(taps) if output is None and lse is None else None
+            table = table_on_device(block_table, qkv, offsets, blocks.queries, tapped)
             sums = lse if lse is not None else qkv.new_empty(tokens, heads, dtype=torch.float32)
             _attend[len(table), heads](
                 qkv, table, output, sums, scale * LOG2_E, *strides, **shape, QUERIES=blocks.queries, KEYS=blocks.keys,
                 WRITE_OUTPUT=output is not None, num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
         if rows is not None:
-            table, at = (
-                to_device(block_table(offsets, TOKENS), qkv),
-                to_device(torch.tensor(taps, dtype=torch.int32, device="cpu"), qkv),
-            )
+            table = table_on_device(block_table, qkv, offsets, TOKENS)
+            at = table_on_device(_positions, qkv, tuple(taps))
             _tap[len(table), heads](
                 qkv, table, at, sums, rows, scale * LOG2_E, *strides, len(taps), **shape, TOKENS=TOKENS
             )

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .normalized_rows import STEPS, NormalizedRows, cosines, steps_on, upper_tile, upper_tiles
-from .tables import Variant, to_device
+from .tables import Variant, table_on_device
 
 TILE = 128  # rows and columns; fixed by the layout of the bits, see normalized_cut.h
 
@@ -64,6 +64,18 @@ def _connect(high, low, table, bits, threshold, row_stride, TILE: tl.constexpr, 
         tl.store(own + ((down * size + column)[:, None] * 4 + word[None, :]), transposed)
 
 
+def _words(lengths: np.ndarray) -> np.ndarray:
+    """The number of int32 words of each image's bits, int64."""
+    return (-(-lengths.astype(np.int64) // TILE) * TILE) ** 2 // 32
+
+
+def _image_table(offsets: np.ndarray) -> np.ndarray:
+    """int64 [B, 3]: the first token of each image, the number of its tokens, and the first word of its bits."""
+    lengths = np.diff(offsets)
+    words = _words(lengths)
+    return np.stack([offsets[:-1], lengths, words.cumsum() - words], 1)
+
+
 def affinity_bits(unit: NormalizedRows, offsets: Tensor, tau: float) -> Tensor:
     """Computes which cosines exceed tau, on the current stream.
 
@@ -75,12 +87,10 @@ def affinity_bits(unit: NormalizedRows, offsets: Tensor, tau: float) -> Tensor:
     Returns:
         The int32 `bits` of normalized_cut.h.
     """
-    begins = offsets.numpy().astype(np.int64)
-    lengths = np.diff(begins)
-    words = (-(-lengths // TILE) * TILE) ** 2 // 32
-    bits = torch.empty(int(words.sum()), dtype=torch.int32, device=unit.high.device)
+    lengths = np.diff(offsets.numpy())
+    bits = torch.empty(int(_words(lengths).sum()), dtype=torch.int32, device=unit.high.device)
     if len(bits):
-        table = to_device(torch.from_numpy(np.stack([begins[:-1], lengths, words.cumsum() - words], 1)), unit.high)
+        table = table_on_device(_image_table, unit.high, offsets)
         threshold = math.inf if tau >= 1 else tau  # no cosine exceeds 1, whatever the rounding
         channels, options = steps_on(unit.high)
         _connect[upper_tiles(lengths, TILE), len(lengths)](

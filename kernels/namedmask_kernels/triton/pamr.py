@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import Variant, to_device
+from .tables import Variant, blocks_of, table_on_device
 
 PIXELS = 128  # per block of `_affinities`
 # Labels per block of `_average`, rounded up to a power of two -> pixels per block. Chosen so that no registers spill,
@@ -157,27 +157,30 @@ def _average(
     tl.store(target + at[:, None] + label[None, :], mean, mask=mask)
 
 
-def pixel_table(offsets: Tensor, shapes: Tensor, counts: Sequence[int], size: int) -> Tensor:
+def pixel_table(offsets: np.ndarray, shapes: np.ndarray, counts: tuple[int, ...], size: int) -> np.ndarray:
     """The work of each block of `size` pixels.
 
     Args:
-        offsets: int32 [B + 1] on the CPU.
-        shapes: int32 [B, 2] on the CPU.
+        offsets: int32 [B + 1].
+        shapes: int32 [B, 2].
         counts: Number of dilations, for all images or for each.
         size: Pixels per block.
 
     Returns:
-        int32 [blocks, 6] on the CPU: the image's first row, its height and width, the block's first pixel in it, the
-        index of the image's first dilation, the number of its dilations.
+        int32 [blocks, 6]: the image's first row, its height and width, the block's first pixel in it, the index of the
+        image's first dilation, the number of its dilations.
     """
-    begins, (heights, widths) = offsets[:-1].numpy(), shapes.numpy().T
-    blocks = -(-heights * widths // size)
+    heights, widths = shapes.reshape(-1, 2).T
+    blocks, first = blocks_of(np.diff(offsets), size)
     dilations = np.array(counts)
-    first = np.cumsum(dilations) - dilations
-    images = np.stack(np.broadcast_arrays(begins, heights, widths, 0, first, dilations), 1)
-    table = images.repeat(blocks, axis=0)
-    table[:, 3] = size * (np.arange(len(table)) - (np.cumsum(blocks) - blocks).repeat(blocks))
-    return torch.from_numpy(table.astype(np.int32))
+    images = np.broadcast_arrays(offsets[:-1], heights, widths, np.cumsum(dilations) - dilations, dilations)
+    columns = [column.repeat(blocks) for column in images]
+    return np.stack([*columns[:3], first, *columns[3:]], 1).astype(np.int32)
+
+
+def _steps(dilations: tuple[int, ...], longest: int) -> np.ndarray:
+    """The dilations; larger ones than `longest` reach the border as well."""
+    return np.array(dilations, np.int64).clip(max=longest).astype(np.int32)
 
 
 def pamr(
@@ -202,15 +205,13 @@ def pamr(
         return
     together = min(32, triton.next_power_of_2(labels))
     size = AVERAGE_PIXELS[together]
-    longest = int(shapes.max())  # larger dilations reach the border as well
-
     with torch.cuda.device_of(masks):
-        steps = to_device(torch.tensor([min(d, longest) for d in dilations], dtype=torch.int32, device="cpu"), masks)
+        steps = table_on_device(_steps, masks, tuple(dilations), int(shapes.max()))
         weights = torch.empty(8 * max(counts), tokens, dtype=torch.int16, device=masks.device)
         scales = torch.empty(tokens, dtype=torch.float32, device=masks.device)
-        table = to_device(pixel_table(offsets, shapes, counts, PIXELS), masks)
+        table = table_on_device(pixel_table, masks, offsets, shapes, tuple(counts), PIXELS)
         _affinities[(len(table),)](image, table, steps, weights, scales, tokens, PIXELS=PIXELS)
-        table = to_device(pixel_table(offsets, shapes, counts, size), masks)
+        table = table_on_device(pixel_table, masks, offsets, shapes, tuple(counts), size)
         spare = torch.empty_like(out) if iterations > 1 else out
         source = masks
         for i in reversed(range(iterations)):  # the last one writes to out

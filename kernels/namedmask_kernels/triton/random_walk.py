@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ragged import expect_finite
 from .normalized_rows import CHANNELS, cosines, normalized_rows
-from .tables import Variant, block_table, to_device
+from .tables import Variant, block_table, table_on_device
 
 # Chosen so that no registers spill.
 ROWS, COLUMNS = 128, 64  # of a tile of S
@@ -89,7 +89,7 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
             return
         masks, scales = _scaled(masks, offsets)
         together = next((m for m in MASKS if m >= count), MASKS[-1])
-        table = to_device(block_table(offsets, ROWS), masks)
+        table = table_on_device(block_table, masks, offsets, ROWS)
         spare = torch.empty_like(out) if steps > 1 else out
         source = masks
         for i in reversed(range(steps)):  # the last one writes to out

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .normalized_rows import STEPS, NormalizedRows, cosines, steps_on, upper_tile, upper_tiles
-from .tables import Variant, to_device
+from .tables import Variant, table_on_device
 
 TILE = 128
 
@@ -44,6 +44,11 @@ def _range(high, low, table, ranges, row_stride, TILE: tl.constexpr, CHANNELS: t
         tl.store(at + 1, tl.max(tl.max(tile, 1), 0))
 
 
+def _image_table(offsets: np.ndarray) -> np.ndarray:
+    """int64 [B, 2]: the first token of each image and the number of its tokens."""
+    return np.stack([offsets[:-1], np.diff(offsets)], 1).astype(np.int64)
+
+
 def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
     """Computes the minimum and maximum cosine between any two tokens of each image, on the current stream.
 
@@ -54,13 +59,12 @@ def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
     Returns:
         float32 [B, 2]; (inf, -inf) for an image without tokens.
     """
-    begins = offsets.numpy().astype(np.int64)
-    lengths = np.diff(begins)
+    lengths = np.diff(offsets.numpy())
     tiles = upper_tiles(lengths, TILE)
     ranges = torch.empty(len(lengths), max(tiles, 1), 2, dtype=torch.float32, device=unit.high.device)
     ranges[..., 0], ranges[..., 1] = torch.inf, -torch.inf
     if tiles:
-        table = to_device(torch.from_numpy(np.stack([begins[:-1], lengths], 1)), unit.high)
+        table = table_on_device(_image_table, unit.high, offsets)
         channels, options = steps_on(unit.high)
         _range[tiles, len(lengths)](
             unit.high, unit.low, table, ranges, unit.high.shape[1], TILE=TILE, CHANNELS=channels, **options
