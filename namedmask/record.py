@@ -204,7 +204,7 @@ def made_with() -> dict[str, str]:
         "namedmask": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "timm": version("timm"),  # importing it takes seconds
+        "timm": version("timm"),
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
         "device": device,

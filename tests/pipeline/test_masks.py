@@ -82,6 +82,7 @@ def test_rle_area_and_box(mask):
         assert created.bbox == box and all(type(side) is int for side in created.bbox)
 
 
+@settings(deadline=None)  # the first call loads the kernels
 @given(st.lists(masks, min_size=1, max_size=4))
 def test_records_of_a_batch_equal_those_of_single_masks(masks):
     batch = Ragged.pack([torch.from_numpy(mask) for mask in masks])
