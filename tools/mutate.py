@@ -69,7 +69,7 @@ TESTS = {
     "namedmask/segmenter/batch_norm.py": ["pipeline/test_segmenter_training"],
     "namedmask/segmenter/folder.py": ["pipeline/test_predict"],
     "namedmask/segmenter/training.py": ["pipeline/test_segmenter_training"],
-    "namedmask/training.py": ["pipeline/test_segmenter_training", "pipeline/test_selfmask"],
+    "namedmask/training.py": ["pipeline/test_training", "pipeline/test_segmenter_training"],
     "namedmask/evaluate/benchmarks.py": ["pipeline/test_benchmarks"],
     "namedmask/evaluate/folders.py": ["pipeline/test_metrics", "pipeline/test_predict"],
     "namedmask/evaluate/saliency.py": ["pipeline/test_benchmarks"],
