@@ -38,7 +38,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # The tests of modules whose test file has another name. All others: tests/*/test_NAME.py.
 TESTS = {
     "kernels/namedmask_kernels/__init__.py": ["kernels/test_threads", "kernels/test_operators"],
-    "kernels/namedmask_kernels/backends.py": ["kernels/test_operators", "kernels/test_native"],
+    "kernels/namedmask_kernels/backends.py": [
+        "kernels/test_backends",
+        "kernels/test_operators",
+        "kernels/test_threads",
+    ],
     "kernels/namedmask_kernels/library.py": ["kernels/test_operators"],
     "kernels/namedmask_kernels/normalized_cut.py": ["kernels/test_normalized_cut", "kernels/test_mask_cut"],
     "kernels/namedmask_kernels/ragged.py": ["kernels/test_ragged", "kernels/test_operators"],
