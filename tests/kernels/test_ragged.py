@@ -158,6 +158,7 @@ def test_pack_numpy_equals_pack():
     batch = Ragged.pack([grids[0]])
     np.testing.assert_array_equal(first, batch.rows)
     np.testing.assert_array_equal(second, grids[1].reshape(12, 2))
+    np.testing.assert_array_equal(pack_numpy(*grids[::-1])[1], first)
     for ours, theirs in ((offsets, batch.offsets), (shapes, batch.shapes)):
         assert ours.dtype == np.int32 and ours.tolist() == theirs.tolist()
 
@@ -178,6 +179,9 @@ def test_numbers():
         with pytest.raises(ValueError, match="op: x must be at "):
             expect_int("op", "x", value)
     assert expect_ints("op", "x", range(3), most=3) == [0, 1, 2]
+    for values in ([0, -1], [2**31]):
+        with pytest.raises(ValueError, match="op: x must be at "):
+            expect_ints("op", "x", values)
     with pytest.raises(ValueError, match="op: x must have at most 3 elements"):
         expect_ints("op", "x", range(4), most=3)
     with pytest.raises(TypeError, match="op: x must be a sequence of integers, but is 3"):
