@@ -38,7 +38,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # The tests of modules whose test file has another name. All others: tests/*/test_NAME.py.
 TESTS = {
     "kernels/namedmask_kernels/__init__.py": ["kernels/test_threads", "kernels/test_operators"],
-    "kernels/namedmask_kernels/backends.py": ["kernels/test_operators", "kernels/test_native"],
+    "kernels/namedmask_kernels/backends.py": [
+        "kernels/test_backends",
+        "kernels/test_operators",
+        "kernels/test_threads",
+    ],
     "kernels/namedmask_kernels/library.py": ["kernels/test_operators"],
     "kernels/namedmask_kernels/normalized_cut.py": ["kernels/test_normalized_cut", "kernels/test_mask_cut"],
     "kernels/namedmask_kernels/ragged.py": ["kernels/test_ragged", "kernels/test_operators"],
@@ -68,7 +72,7 @@ TESTS = {
     "namedmask/segmenter/batch_norm.py": ["pipeline/test_segmenter_training"],
     "namedmask/segmenter/folder.py": ["pipeline/test_predict"],
     "namedmask/segmenter/training.py": ["pipeline/test_segmenter_training"],
-    "namedmask/training.py": ["pipeline/test_segmenter_training", "pipeline/test_selfmask"],
+    "namedmask/training.py": ["pipeline/test_training", "pipeline/test_segmenter_training"],
     "namedmask/evaluate/benchmarks.py": ["pipeline/test_benchmarks"],
     "namedmask/evaluate/folders.py": ["pipeline/test_metrics", "pipeline/test_predict"],
     "namedmask/evaluate/saliency.py": ["pipeline/test_benchmarks"],

@@ -78,7 +78,7 @@ def s_measure(prediction: np.ndarray, truth: np.ndarray) -> float:
 def _object_score(values: np.ndarray) -> float:
     mean = values.mean()
     deviation = values.std(ddof=1) if values.size > 1 else 0.0
-    return float(2 * mean / (mean**2 + 1 + deviation + TINY))
+    return float(2 * mean / (mean**2 + 1 + deviation))
 
 
 def _region_score(values: np.ndarray, truth: np.ndarray) -> float:
@@ -96,13 +96,13 @@ def _region_score(values: np.ndarray, truth: np.ndarray) -> float:
 
 def _ssim(x: np.ndarray, y: np.ndarray) -> float:
     """Structural similarity of two regions, from their means, variances and covariance; 1 if both are flat."""
-    mean_x, mean_y, count = x.mean(), y.mean(), x.size - 1 + TINY
-    variances = (((x - mean_x) ** 2).sum() + ((y - mean_y) ** 2).sum()) / count
-    covariance = ((x - mean_x) * (y - mean_y)).sum() / count
+    mean_x, mean_y = x.mean(), y.mean()
+    variances = ((x - mean_x) ** 2).sum() + ((y - mean_y) ** 2).sum()  # times the number of pixels, as the covariance
+    covariance = ((x - mean_x) * (y - mean_y)).sum()
     above = 4 * mean_x * mean_y * covariance
     below = (mean_x**2 + mean_y**2) * variances
     if above != 0:
-        return float(above / (below + TINY))
+        return float(above / below)
     return 1.0 if below == 0 else 0.0
 
 

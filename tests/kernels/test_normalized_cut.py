@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import namedmask_kernels as nk
 from namedmask_kernels import Ragged
+from namedmask_kernels.normalized_cut import expect_settings
 from namedmask_kernels.reference import normalized_cut as reference
 
 BACKENDS = ["cpu", "reference", "cuda"]
@@ -346,6 +347,29 @@ def test_invalid_arguments_raise():
         nk.normalized_cut(wrong)
     with pytest.raises(RuntimeError, match="normalized_cut has no gradient"):
         nk.normalized_cut(features.requires_grad_()).vector.sum().backward()
+
+
+def test_ranges_of_the_settings():
+    largest, smallest = np.finfo(float).max, np.nextafter(0, 1)
+    accepted = [
+        (-largest, 1e-60, smallest, 1),
+        (largest, np.nextafter(1, 0), largest, 2**31 - 1),
+    ]
+    for values in accepted:
+        assert expect_settings("op", *values) == values
+    assert expect_settings("op", 0, 0.5, 1, 9, least_tau=0) == (0, 0.5, 1, 9)
+    for values, message in (
+        ((np.inf, 0.5, 1, 1), "tau must be finite, but is inf"),
+        ((-np.inf, 0.5, 1, 1), "tau must be finite, but is -inf"),
+        ((0, np.nextafter(1e-60, 0), 1, 1), "eps must be at least 1e-60 and below 1"),
+        ((0, 0.5, np.inf, 1), "tolerance must be above 0 and finite"),
+        ((0, 0.5, -smallest, 1), "tolerance must be above 0 and finite"),
+        ((0, 0.5, 1, 0), "max_iterations must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=f"op: {message}"):
+            expect_settings("op", *values)
+    with pytest.raises(ValueError, match="op: tau must be finite and at least 0, but is -5e-324"):
+        expect_settings("op", -smallest, 0.5, 1, 1, least_tau=0)
 
 
 def test_opcheck():

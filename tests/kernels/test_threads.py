@@ -14,7 +14,7 @@ from operator_calls import CALLS, IMAGE, MASK, flat
 
 import namedmask_kernels as nk
 from namedmask_kernels import Ragged
-from namedmask_kernels.threads import usable_cores
+from namedmask_kernels.threads import cgroup_folders, usable_cores
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 FORK = multiprocessing.get_context("fork")
@@ -111,6 +111,29 @@ def test_cpu_quota_limits_the_cores(tmp_path, monkeypatch, files):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     write(tmp_path, files)
     assert usable_cores(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    ("affinity", "count", "quota", "cores"),
+    [(8, 4, "20000 100000", 1), (8, 4, "200000 100000", 2), (8, 4, "200001 100000", 3), (8, 4, "900000 100000", 8),
+     (None, 4, "max 100000", 4), (None, None, "max 100000", 1), (None, 4, "300000 100000", 3)],
+)  # fmt: skip
+def test_the_lowest_limit_counts(tmp_path, monkeypatch, affinity, count, quota, cores):
+    if affinity is None:  # as on macOS
+        monkeypatch.delattr(os, "sched_getaffinity")
+    else:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    write(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": quota})
+    assert usable_cores(tmp_path) == cores
+
+
+def test_folders_of_cgroups(tmp_path):
+    """Those of the controller and of version 2, each with its parents up to where they are mounted."""
+    write(tmp_path, {"proc/self/cgroup": "7:cpu,cpuacct:/a/b\n3:memory:/a\n0::/c:d\n"})
+    found = [folder.relative_to(tmp_path / "sys/fs/cgroup").as_posix() for folder in cgroup_folders("cpu", tmp_path)]
+    assert found == ["cpu,cpuacct/a/b", "cpu,cpuacct/a", "cpu,cpuacct", "c:d", "."]
+    assert not list(cgroup_folders("cpu", tmp_path / "none"))
 
 
 @pytest.mark.parametrize("content", ["max 100000\n", "max\n", "", "0 0\n", "-1 100000\n", "garbage 1\n"])

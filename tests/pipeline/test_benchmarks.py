@@ -18,9 +18,27 @@ from PIL import Image
 from namedmask.archive import Archive, write_archive
 from namedmask.backbones import untrained_encoder
 from namedmask.config import make_config
+from namedmask.errors import UserError
 from namedmask.evaluate import BenchmarkName, saliency
-from namedmask.evaluate.benchmarks import BENCHMARKS, category_names
-from namedmask.evaluate.scoring import PhotoMatcher
+from namedmask.evaluate.benchmarks import (
+    BENCHMARKS,
+    _paint,
+    _rasterized,
+    category_names,
+    key_of,
+    read_gray,
+    read_mask,
+)
+from namedmask.evaluate.scoring import (
+    PhotoMatcher,
+    _painted,
+    _parts,
+    _shared_end,
+    _some,
+    _united,
+    _without_suffix,
+    class_table,
+)
 from namedmask.formats import write_label_map
 from namedmask.masks import MaskRecord, write_shard
 from namedmask.photos import PhotoSource
@@ -162,8 +180,9 @@ def test_miou_on_the_miniature(tmp_path, dataset):
 def test_root_may_be_any_folder_of_the_archive(tmp_path, below):
     root = miniatures.write("voc2012", tmp_path)
     masks = write_predictions("voc2012", tmp_path / "predictions")
-    figures, _ = figures_of(tmp_path, masks, "--benchmark", "voc2012", "--root", root / below, "--split", "train")
-    assert figures["photos"] == 1 and figures["split"] == "train"
+    figures, done = figures_of(tmp_path, masks, "--benchmark", "voc2012", "--root", root / below, "--split", "train")
+    assert figures["photos"] == 1 and figures["split"] == "train" and "were scored" not in done.stderr
+    assert "1 photos of voc2012, split train" in done.stdout
 
 
 def test_released_weights_need_no_names_and_photos_are_not_rotated(tmp_path):
@@ -456,6 +475,111 @@ def test_options_that_do_not_fit_together(tmp_path):
     expect_error("ecssd scores masks of objects", tmp_path / "w.pth", *ecssd)
 
 
+PUBLISHED = {  # photos, split, classes, ignored id, beginning of the published figures
+    "voc2012": (1449, "val", 20, 255, "NamedMask 59.3 mIoU (89.2"),
+    "coco2017": (5000, "val", 80, None, "NamedMask 27.7 mIoU (76.4"),
+    "coca": (1295, None, 80, None, "NamedMask 27.4 mIoU (82.0"),
+    "cityscapes-object": (500, "val", 14, None, "NamedMask 18.2 mIoU (93.0"),
+    "imagenet-s50": (752, "val", 50, 1000, "NamedMask 47.5 mIoU"),
+    "imagenet-s300": (4097, "val", 300, 1000, "NamedMask 33.1 mIoU"),
+    "imagenet-s919": (12419, "val", 919, 1000, "NamedMask 23.1 mIoU"),
+    "ecssd": (1000, None, 0, None, "SelfMask IoU 0.781, with the bilateral solver 0.818; cluster voting's"),
+    "duts-te": (5019, None, 0, None, "SelfMask IoU 0.626, with the bilateral solver 0.660; cluster voting's"),
+    "dut-omron": (5168, None, 0, None, "SelfMask IoU 0.582, with the bilateral solver 0.655; cluster voting's"),
+}  # fmt: skip
+
+
+def test_published_figures():
+    assert list(PUBLISHED) == list(BENCHMARKS)
+    for name, (*expected, figures) in PUBLISHED.items():
+        about = BENCHMARKS[name]
+        assert [about.photos, about.split, about.classes, about.ignore] == expected, name
+        assert about.published.startswith(figures)
+    assert BENCHMARKS["ecssd"].published.endswith("pseudo-masks 0.646")
+    assert BENCHMARKS["duts-te"].published.endswith("pseudo-masks 0.466")
+    assert BENCHMARKS["dut-omron"].published.endswith("pseudo-masks 0.403")
+
+
+def test_gray_values(tmp_path):
+    """Above 127 is object; a file of 0 and 1, of colors or of 16 bits is none of 0 and 255."""
+
+    def save(pixels, **options):
+        Image.fromarray(pixels).save(tmp_path / "a.png", **options)
+        return tmp_path / "a.png"
+
+    values = np.array([[0, 1, 2, 127, 128, 255]], np.uint8)
+    np.testing.assert_array_equal(read_gray(save(values)), values)
+    assert read_mask(save(values)).tolist() == [[False] * 4 + [True] * 2]
+    assert read_mask(save(values > 127)).tolist() == [[False] * 4 + [True] * 2]  # 1 bit
+    assert not read_mask(save(0 * values)).any()
+    for pixels, message in (
+        (values[:, :2], "holds 0 and 1; expected gray values from 0 to 255"),
+        (values.astype(np.uint16), "is a picture of colors or 16 bits"),
+        (np.stack([values, values, values + 1], -1), "is a picture of colors or 16 bits"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_gray(save(pixels))
+    (tmp_path / "a.png").write_text("no")
+    with pytest.raises(UserError, match=r"a\.png cannot be read as a PNG"):
+        read_gray(tmp_path / "a.png")
+
+
+def test_segmentations_of_coco():
+    square = [1, 1, 4, 1, 4, 3, 1, 3]
+    expected = np.zeros((4, 6), bool)
+    expected[1:3, 1:4] = True
+    for polygons in ([square], [square, [5, 0, 5, 3]], [square, []], [square, square]):  # two points cover nothing
+        np.testing.assert_array_equal(_rasterized(polygons, 4, 6), expected)
+    assert not _rasterized([], 4, 6).any()
+    assert _rasterized([[-1e5, -1e5, 1e5, -1e5, 1e5, 1e5, -1e5, 1e5]], 4, 6).all()
+    columns = {"size": [4, 6], "counts": [5, 2, 2, 2, 2, 2, 9]}
+    np.testing.assert_array_equal(_rasterized(columns, 4, 6), expected)
+    for counts in ([24], [0, 24]):
+        assert _rasterized({"size": [4, 6], "counts": counts}, 4, 6).all() == (len(counts) == 2)
+    for segmentation, message in (
+        ([[0.0, 0, 1, 1, 1e5 + 1, 0]], "far outside"),
+        ([[0, 0, 1, 1, -1e5 - 1, 0]], "far outside"),
+        ([square, "ab"], "lists of x and y"),
+        ({"size": [4, 6], "counts": [25, -1]}, "run lengths do not fit"),
+        ({"size": [4, 6], "counts": [[24]]}, "run lengths do not fit"),
+        ({"size": [4, 6], "counts": [23]}, "run lengths do not fit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _rasterized(segmentation, 4, 6)
+    painted = _paint((4, 6), [(3, [square], 1), (7, columns | {"counts": [0, 6, 18]}, 2)])
+    assert painted.dtype == np.uint8 and painted[:, 0].tolist() == [7] * 4 and painted[:2, 1].tolist() == [7, 7]
+    assert (painted[2, 1:4] == 3).all() and painted[3].tolist() == [7, 0, 0, 0, 0, 0]
+
+
+def test_names_of_classes_and_photos(capsys):
+    assert key_of("TV/monitor 2") == key_of("tvMonitor2") == "tvmonitor2"
+    assert [_some([*"abcd"[:n]]) for n in (1, 3, 4)] == ["'a'", "'a', 'b', 'c'", "'a', 'b', 'c' and 1 more"]
+    assert [_without_suffix(name) for name in ("a.jpg", "a.b.PNG", "a.b", "a", "jpg", ".jpg")] == [
+        "a", "a.b", "a.b", "a", "jpg", ""]  # fmt: skip
+    assert _parts("/a//./b/c") == ["a", "b", "c"]
+    assert [_shared_end([*"abc"], list(other)) for other in ("abc", "xbc", "bc", "c", "cb", "", "zabc")] == [
+        3, 2, 2, 1, 0, 0, 3]  # fmt: skip
+    table = class_table(["Dog", "cat"], ["cat", "bird", "dog"], "it")
+    assert table.tolist() == [0, 3, 1] and table.dtype == np.uint16
+    assert "it has no class for 1 of 3 categories, counted as missed: 'bird'" in capsys.readouterr().err
+    assert class_table(["a"], ["a"], "it").tolist() == [0, 1] and not capsys.readouterr().err
+
+
+def test_masks_of_a_photo_are_painted_in_the_order_of_their_scores():
+    def record(category, score, columns):
+        mask = np.zeros((2, 4), bool)
+        mask[:, columns] = True
+        return MaskRecord.from_mask("a.jpg", mask, category, score, 0.5)
+
+    records = {"a.jpg": [record("cat", 0.5, [0, 1]), record("dog", None, [1, 2]), record("cat", -0.5, [2, 3])]}
+    [(name, labels)] = _painted(records, ["dog", "cat"])
+    assert name == "a.jpg" and labels.dtype == np.uint16 and labels.tolist() == [[2, 2, 1, 2]] * 2
+    with pytest.raises(UserError, match=r"the category 'cat' of 'a.jpg' is not in archive\.json"):
+        list(_painted(records, ["dog"]))
+    [(_, united)] = _united(records)
+    assert united.all()
+
+
 # -- saliency --------------------------------------------------------------------------------------------------------
 
 
@@ -482,6 +606,7 @@ def test_saliency_of_png_files_and_of_a_run(tmp_path, dataset):
         assert figures["mean_absolute_error"] == pytest.approx(1 / 12, abs=1e-6)
         assert figures["max_f_beta"] == pytest.approx((1.3 * 0.5 / (0.3 * 0.5 + 1) + 1) / 2, abs=1e-6)
         assert 0.5 < figures["s_measure"] < 1
+        assert f"\n2 photos of {dataset} " in done.stdout
         assert "0.750" in done.stdout and "published: SelfMask IoU 0." in done.stdout
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(tmp_path / "png" / f"{names[0]}.png")
     expect_error("the prediction is 5 x 5, the truth 32 x 48", tmp_path / "png", "--benchmark", dataset, "--root", root)

@@ -243,3 +243,9 @@ def test_batch_norm_momentum_of_the_encoder():
         for part in ("backbone", "classifier")
     }
     assert momenta == {"backbone": {0.01}, "classifier": {0.1}}
+
+
+def test_defaults_are_those_of_the_paper():
+    network = DeepLab(untrained_encoder(TINY), 3)
+    assert network.head_channels == 256 and network.classifier.aspp.dropout.probability == 0.1
+    assert network.classifier.project[0].out_channels == 48

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 
 import numpy as np
 import onnxruntime
@@ -76,6 +77,39 @@ def test_model_that_differs_is_not_written(weights, tmp_path, monkeypatch):
     for path in (tmp_path, tmp_path / "none" / "model.onnx"):
         with pytest.raises(UserError, match="cannot be written"):
             export.export_onnx(network, path)
+
+
+@pytest.mark.parametrize(
+    ("margin", "error", "flipped", "expected"),
+    [(0.2, 0.0, False, 0.0), (0.2, 0.05, False, 0.005), (0.2, 0.0, True, np.inf), (0.05, 0.05, True, 0.005)],
+)
+def test_labels_may_differ_where_logits_are_close(monkeypatch, margin, error, flipped, expected):
+    """The largest logit is 10, so labels may differ for margins up to 0.1."""
+    monkeypatch.setattr(export, "CHECKED_SHAPES", ((1, 4, 4), (2, 4, 4)))
+
+    def network(photos):
+        assert photos.dtype == torch.uint8 and photos.shape[1:] == (3, 4, 4)
+        logits = torch.full((len(photos), 3, 2, 2), 10.0)
+        logits[:, 1], logits[:, 2] = 10 - margin, 0
+        return torch.zeros(len(photos), 4, 4, dtype=torch.int64), logits
+
+    def run(names, inputs):
+        labels, logits = (output.numpy() for output in network(torch.from_numpy(inputs["photos"])))
+        logits[0, 2, 0, 0] -= error
+        labels[-1, 1, 2] = flipped
+        return labels, logits
+
+    assert export._difference(network, types.SimpleNamespace(run=run)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("normalize", ["separate", "max", "min"])
+@pytest.mark.parametrize("offset", [0.0, 0.25])
+def test_grid_of_rotary_embeddings_equals_that_of_timm(normalize, offset):
+    options = {"grid_type": "centered", "normalize_coords": normalize, "grid_offset": offset}
+    for indexing in ("ij", "xy"):
+        expected = export._timm_grid((3, 5), grid_indexing=indexing, **options)
+        torch.testing.assert_close(export._grid((3, 5), grid_indexing=indexing, **options), expected)
+    torch.testing.assert_close(export._grid((3, 5)), export._timm_grid((3, 5)))
 
 
 def test_encoders_that_cannot_be_exported_are_named(weights, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from namedmask.archive import read_archive
 from namedmask.backbones import untrained, untrained_encoder
-from namedmask.imports import category_of, match_photos
+from namedmask.imports import category_of, match_photos, some
 from namedmask.imports.masks import decode_rle
 from namedmask.index import PrecomputedEmbeddings
 from namedmask.masks import read_errors, read_masks
@@ -388,6 +388,26 @@ DAMAGED = {
     "float": {"size": [30.0, 40.0], "counts": [1200]},
     "bool": {"size": [30, 40], "counts": [True, 1199]},
 }
+
+
+def test_run_lengths_may_be_0_and_cover_the_photo():
+    whole, left = {"size": [2, 3], "counts": [0, 6]}, {"size": [2, 3], "counts": [0, 2, 4, 0]}
+    assert decode_rle(whole, (2, 3)).all() and decode_rle(left, (2, 3)).tolist() == [[True, False, False]] * 2
+    assert not decode_rle({"size": [2, 3], "counts": [6]}, (2, 3)).any()
+    with pytest.raises(ValueError, match=r"the upright photo \[2, 3\] \(height, width\)$"):
+        decode_rle({"size": [2, 4], "counts": [8]}, (2, 3))
+    with pytest.raises(ValueError, match="made of the photo without its EXIF orientation"):
+        decode_rle({"size": [3, 2], "counts": [6]}, (2, 3))
+
+
+def test_messages_list_three_names():
+    names = [some([*"abcd"[:count]]) for count in (1, 3, 4)]
+    assert names == ["'a'", "'a', 'b', 'c'", "'a', 'b', 'c' and 1 more"]
+
+
+def test_names_without_letters_match_no_category():
+    assert category_of("!", ["?", "a"]) is None and category_of("A", ["?", "a"]) == "a"
+    assert category_of("b.", ["b", "B"]) is None and category_of("b", ["b", "B"]) == "b"
 
 
 @pytest.mark.parametrize("damage", DAMAGED)

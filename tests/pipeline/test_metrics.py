@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from namedmask import cli
 from namedmask.errors import UserError
-from namedmask.evaluate.folders import default_ignore
+from namedmask.evaluate.folders import as_json, default_ignore, percent, read_categories
 from namedmask.evaluate.metrics import Confusion
 from namedmask.formats import label_palette, read_label_map, write_label_map
 
@@ -90,6 +90,44 @@ def test_invalid_ids_raise_value_error_and_are_not_counted(prediction, truth, me
     for ignore in (0, 255):
         with pytest.raises(ValueError, match="one of the 256 classes"):
             Confusion(256, ignore)
+
+
+def test_ids_below_0_may_be_ignored():
+    confusion = Confusion(2, ignore=-1)
+    confusion.add(np.array([[0, 1, 1]], np.uint8), np.array([[-1, 1, 0]], np.int8))
+    assert confusion.counts.tolist() == [[0, 1], [0, 1], [1, 0]] and confusion.ignored == pytest.approx(1 / 3)
+    assert np.isnan(Confusion(2).ignored)
+    with pytest.raises(ValueError, match=r"the truth has the id 2: classes are 0 to 1$"):
+        Confusion(2).add(np.zeros((1, 1), int), np.full((1, 1), 2))
+    with pytest.raises(ValueError, match=r"the prediction has the id -3: classes are 0 to 1$"):
+        confusion.add(np.array([[-3, 7]]), np.zeros((1, 2), int))
+
+
+def test_metrics_of_classes_that_are_absent():
+    """Class 1 is right in 1 of 2 pixels, class 2 is predicted alone, class 3 is in neither."""
+    confusion = Confusion(4)
+    confusion.add(np.array([[0, 1, 2]]), np.array([[0, 1, 1]]))
+    metrics = confusion.metrics()
+    np.testing.assert_array_equal(metrics.iou, [1, 0.5, 0, np.nan])
+    np.testing.assert_array_equal(metrics.accuracy, [1, 0.5, np.nan, np.nan])
+    assert metrics.mean_iou == 0.5 and metrics.mean_accuracy == 0.75
+    assert metrics.pixel_accuracy == pytest.approx(2 / 3) and metrics.weighted_iou == pytest.approx(2 / 3)
+    figures = as_json(confusion, ["a", "b", "c", "d"], 7)
+    assert figures["weighted_iou"] == 0.666667 and figures["accuracy"] == {"a": 1, "b": 0.5, "c": None, "d": None}
+    assert figures["photos"] == 7 and figures["ignored_pixels"] == 0
+    assert [percent(value) for value in (None, 0.12345, 1.0)] == ["-", "12.3", "100.0"]
+    none = Confusion(2).metrics()
+    assert np.isnan([none.mean_iou, none.mean_accuracy, none.pixel_accuracy, *none.iou]).all()
+    assert none.weighted_iou == 0
+
+
+@pytest.mark.parametrize(
+    "content", ['{"categories": "cat"}', '{"categories": ["cat", 3]}', '{"names": []}', "[]", "{", "[" * 100_000]
+)
+def test_damaged_lists_of_categories_are_named(tmp_path, content):
+    (tmp_path / "categories.json").write_text(content)
+    with pytest.raises(UserError, match=r"categories.json: .* pass the names with --categories-file FILE"):
+        read_categories(tmp_path)
 
 
 @pytest.mark.parametrize("classes", [2, 21, 256, 257, 920])

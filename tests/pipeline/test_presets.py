@@ -8,7 +8,7 @@ import torch
 
 from namedmask.backbones import untrained_encoder
 from namedmask.config import flatten, make_config, read_settings
-from namedmask.presets import PRESETS, benchmarks, preset
+from namedmask.presets import PRESETS, benchmarks, describe, needs_names, preset
 from namedmask.segmenter.deeplab import DeepLab, load_segmenter
 from small_world import ENCODER, command, draw_photos
 
@@ -38,6 +38,50 @@ def test_the_paper(name):
     assert (config.experts.mode, config.experts.steps, config.experts.batch_size) == ("separate", 5000, 8)
     assert (config.segmenter.steps, config.segmenter.batch_size, config.segmenter.paste_objects) == (20000, 16, (0, 1))
     assert config.segmenter.empty_masks == "background" and config.segmenter.dropout == config.experts.dropout == 0.1
+
+
+SETTINGS = """
+index.clip_model ViT-L-14-336-quickgelu:openai; archive.photos_per_category 500
+experts.mode separate; experts.batch_size 8; experts.steps 5000
+segmenter.paste_objects [0, 1]; segmenter.batch_size 16; segmenter.steps 20000
+"""
+SELFMASK = """
+detector.name selfmask; detector.backbone vit_small_patch8_224.dino; detector.image_size 512
+detector.interpolation bilinear; detector.patch_fit pad; detector.scales [1.0]; detector.horizontal_flip False
+refine.name bilateral; refine.size detector; refine.largest_component False; refine.fill_holes False
+refine.sigma_spatial 16.0; refine.sigma_luma 16.0; refine.sigma_chroma 8.0; refine.smoothness 256.0
+"""
+TRAINING = """
+encoder resnet50.dino; head_channels 256; dropout 0.1; crop_size 384; scale [0.1, 1.0]; flip_prob 0.5
+color_jitter [0.8, 0.8, 0.8, 0.2]; color_jitter_prob 0.8; grayscale_prob 0.2; blur_prob 0.5; blur_sigma [0.1, 2.0]
+empty_masks background; grad_accum_steps 1; lr 0.0005; encoder_lr 5e-05; encoder_bn_momentum 0.01
+weight_decay 0.0002; poly_power 0.9; min_lr 1e-06
+"""
+
+
+def listed(settings: str, section: str = "") -> dict[str, str]:
+    lines = [line for line in settings.replace("\n", ";").split(";") if line.strip()]
+    return {section + key: value for key, _, value in (line.strip().partition(" ") for line in lines)}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_setting_is_the_published_one(name):
+    settings = {key: str(value) for key, value in flatten(preset(name)).items() if key != "categories"}
+    expected = listed(SELFMASK)
+    if name != "selfmask":
+        expected |= listed(SETTINGS) | listed(TRAINING, "experts.") | listed(TRAINING, "segmenter.")
+    assert settings == expected
+
+
+def test_presets_are_copies_and_say_what_they_need():
+    preset("selfmask")["refine"]["smoothness"] = preset("namedmask-coco")["experts"]["steps"] = 1
+    assert preset("selfmask")["refine"]["smoothness"] == 256 and preset("namedmask-coco")["experts"]["steps"] == 5000
+    assert [name for name in PRESETS if needs_names(name)] == [f"namedmask-imagenet-s{n}" for n in (50, 300, 919)]
+    text = describe("namedmask-imagenet-s50", ["a {}.", "the {}."])
+    assert text.startswith("# NamedMask on ImageNet-S50\n# category names: --categories-file FILE, in class order\n")
+    assert "# 2 prompts per category, such as 'a NAME.'\n" in text
+    assert "# category names" not in describe("namedmask-coco", ["{}"])
+    assert "prompts" not in describe("selfmask", ["{}"])
 
 
 def test_label_ids_are_those_of_the_names():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Training of a segmenter: accuracy, resuming, one worker and two, and errors."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -32,9 +33,17 @@ from namedmask.photos import PhotoSource
 from namedmask.progress import Progress
 from namedmask.record import read_config
 from namedmask.segmenter import training as segmenter_training
-from namedmask.segmenter.augment import IGNORE
+from namedmask.segmenter.augment import IGNORE, View
+from namedmask.segmenter.batch_norm import GlobalBatchNorm
 from namedmask.segmenter.deeplab import DeepLab, load_segmenter
-from namedmask.segmenter.training import Sample, accumulate_gradients, batches, train
+from namedmask.segmenter.training import (
+    Sample,
+    accumulate_gradients,
+    batches,
+    dropout_seed,
+    expect_even_batch,
+    train,
+)
 from namedmask.training import TrainingPhotos
 
 ENCODER = "test_resnet"  # timm's, for tests
@@ -452,6 +461,82 @@ def test_gradient_accumulation_equals_the_whole_batch():
     losses.append(float(step()[0]))
     assert losses[0] == float(whole[0]) and len(set(losses)) == 4
     assert losses[3] == float(step(first=12)[0])
+
+
+def test_learning_rates_decay_to_a_minimum(run_of_discs, small, monkeypatch):
+    rates = []
+    monkeypatch.setattr(
+        torch.optim.Adam,
+        "step",
+        lambda self: rates.append([(g["lr"], g["weight_decay"], g["fused"]) for g in self.param_groups]),
+    )
+    samples, source = samples_of(run_of_discs)
+    settings = SegmenterTraining(
+        **small | {"lr": 1e-3, "encoder_lr": 1e-5}, steps=4, poly_power=2, min_lr=1e-4, weight_decay=0.5
+    )
+    with Progress("train", Worker()) as progress:
+        train(source, samples, 3, run_of_discs, settings, Worker(), "cpu", progress)
+    assert progress.done == 16
+    encoder, head = ([group[i][0] for group in rates] for i in range(2))
+    assert head == pytest.approx([1e-3, 1e-3 * 0.5625, 1e-3 * 0.25, 1e-4]) and encoder == pytest.approx([1e-5] * 4)
+    assert all(group[1:] == (0.5, True) for step in rates for group in step)
+
+
+def test_views_depend_on_the_seed_and_their_number(run_of_discs, small, monkeypatch):
+    """The order of an epoch, augmentation, pasted objects and dropout have separate random numbers."""
+    samples, source = samples_of(run_of_discs)
+    settings = SegmenterTraining(**small, seed=7, paste_objects=(0, 0))
+    drawn = []
+    monkeypatch.setattr(
+        segmenter_training,
+        "make_view",
+        lambda sample, pixels, settings, rng: drawn.append((sample.record.photo, rng.random())) or View(*[LABELS] * 2),
+    )
+    monkeypatch.setattr(segmenter_training, "map_ahead", lambda function, items, *_: map(function, items))
+    list(batches(photos_of(run_of_discs, samples, source), samples, settings, Worker(), range(3, 9)))
+    order = np.concatenate([np.random.default_rng((7, 0, epoch)).permutation(16) for epoch in range(3)])
+    assert [photo for photo, _ in drawn] == [samples[number].record.photo for number in order[12:36]]
+    assert [draw for _, draw in drawn] == [np.random.default_rng((7, 1, number)).random() for number in range(12, 36)]
+    assert dropout_seed(7, 5) == int(np.random.SeedSequence((7, 2, 5)).generate_state(1, np.uint64)[0])
+
+
+LABELS = torch.zeros(4, 4, dtype=torch.int32)
+
+
+def test_batches_are_split_into_parts_of_two_photos():
+    for batch, parts, workers, message in (
+        (2, 1, 1, None),
+        (4, 2, 2, None),
+        (2, 1, 2, None),
+        (4, 4, 1, "two photos at a time"),
+        (6, 2, 2, "a batch of 6 cannot be split evenly among 2 workers in 2 parts each"),
+    ):
+        settings = SegmenterTraining(batch_size=batch, grad_accum_steps=parts)
+        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+            expect_even_batch(settings, workers)
+
+
+def test_global_batch_norm_of_one_worker_equals_batch_norm(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr("torch.distributed.nn.functional.all_reduce", lambda tensor: tensor)
+    ours, theirs = GlobalBatchNorm(3, 0.1, 0.3), torch.nn.BatchNorm2d(3, 0.1, 0.3)
+    for norm in (ours, theirs):
+        norm.weight.data, norm.bias.data = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.0, 1.0, -1.0])
+    for seed in range(2):
+        x = 3 + 2 * torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [norm(own) for norm, own in zip((ours, theirs), inputs, strict=True)]
+        torch.testing.assert_close(*outputs)
+        for out in outputs:
+            (out**3).sum().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, atol=1e-4, rtol=1e-4)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+    assert ours(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(ours.eval()(x).shape, x.shape)
+    single = GlobalBatchNorm(3)
+    single(torch.ones(1, 3, 1, 1))
+    assert torch.equal(single.running_var, torch.full((3,), 0.9))
 
 
 def test_dropout_is_a_setting(run_of_discs, small):

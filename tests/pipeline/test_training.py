@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT
+"""The loop, metrics and checkpoints that all trainings share, with a network of one layer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from namedmask import training
+from namedmask.distributed import Worker
+from namedmask.errors import DamagedFile, UserError
+from namedmask.masks import MaskRecord
+from namedmask.photos import PhotoSource
+from namedmask.progress import Progress
+from namedmask.training import TrainingPhotos, TrainingState, fit
+
+
+class Board:
+    """TensorBoard's writer: records what is written."""
+
+    def __init__(self, folder: str, first_step: int):
+        self.first_step, self.scalars, self.closed = first_step, [], False
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.append((name, round(value, 4), step))
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless a test moves it; TensorBoard is replaced by a Board."""
+    clock = types.SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(training, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(training, "_tensorboard", Board)
+    return clock
+
+
+def new_state(folder: Path, steps: int, worker: Worker | None = None, about: str = "a") -> TrainingState:
+    torch.manual_seed(0)
+    network = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam([{"params": network.parameters(), "highest": 0.1}])
+    return TrainingState(folder, {"about": about}, network, optimizer, steps, worker or Worker())
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_means_are_logged_every_50_steps_and_checkpoints_saved_every_minute(tmp_path, clock, monkeypatch):
+    saved = []
+    monkeypatch.setattr(TrainingState, "_save", lambda state: saved.append(state.step))
+    with new_state(tmp_path, 130) as state:
+        for step in range(1, 131):
+            clock.now += 1
+            state.end_step(3, {"loss": torch.tensor(step / 3)})
+    assert saved == [60, 120, 130]
+    first, *rest = lines(tmp_path)
+    means = [{"step": 50, "loss": 8.5}, {"step": 100, "loss": 25.1667}, {"step": 130, "loss": 38.5}]
+    assert first == {"about": "a"} and rest == [mean | {"photos_per_second": 3.0} for mean in means]
+    assert state.board.first_step == 1 and state.board.closed
+    assert state.board.scalars[:2] == [("loss", 8.5, 50), ("photos_per_second", 3.0, 50)]
+
+
+def test_other_workers_write_nothing(tmp_path, clock):
+    with new_state(tmp_path, 1, Worker(1, 2)) as state:
+        state.end_step(1, {"loss": torch.tensor(1.0)})
+    assert state.step == 1 and state.board is None and not list(tmp_path.iterdir())
+
+
+def test_losses_on_other_devices_are_read_every_10_steps(tmp_path, clock, monkeypatch):
+    read = []
+    for name in ("_log", "_save"):
+        monkeypatch.setattr(TrainingState, name, lambda state: None)
+    monkeypatch.setattr(TrainingState, "_expect_finite_losses", lambda state: read.append(state.step))
+    with new_state(tmp_path, 25) as state:
+        for _ in range(25):
+            state.end_step(1, {"loss": torch.zeros((), device="meta")})
+    assert read == [10, 20, 25]
+
+
+def test_the_step_of_a_loss_that_is_not_finite_is_named(tmp_path):
+    state = new_state(tmp_path, 9)
+    state._expect_finite_losses()
+    state.step, state.unchecked = 5, [torch.tensor(value) for value in (1.0, torch.nan, 1.0)]
+    with pytest.raises(UserError, match=r"the loss of step 4 is NaN or infinite\. Lower --lr and --encoder-lr$"):
+        state._expect_finite_losses()
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(UserError, match=r"and start over with --overwrite; .*checkpoint\.pt is of an earlier step$"):
+        state._expect_finite_losses()
+
+
+def interrupted(folder: Path, steps: int = 9) -> dict:
+    """Trains for 3 of 9 steps; returns the checkpoint."""
+    with contextlib.suppress(KeyboardInterrupt), new_state(folder, steps) as state:
+        for _ in range(3):
+            state.network(torch.ones(1, 2)).sum().backward()
+            state.optimizer.step()
+            state.end_step(4, {"loss": torch.tensor(2.0)})
+        state._save()
+        raise KeyboardInterrupt
+    return torch.load(folder / "checkpoint.pt")
+
+
+def test_training_continues_from_a_checkpoint(tmp_path, clock):
+    checkpoint = interrupted(tmp_path)
+    past = ['{"step": 1}', '{"step": 3}']
+    others = ['{"step": 4}', '{"step": 0}', '{"step": -1}', "{}", "[]", "3", '{"step": "1"}', '{"st']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([json.dumps({"about": "a"}), *past, *others]))
+    with new_state(tmp_path, 9) as state:
+        assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [json.dumps({"about": "a"}), *past]
+        assert state.step == 3 and float(state.sums["loss"]) == 6 and state.board.first_step == 4
+        assert all(torch.equal(checkpoint["network"][n], value) for n, value in state.network.state_dict().items())
+        assert next(iter(state.optimizer.state.values()))["step"] == 3
+    with pytest.raises(UserError, match="is of a training with other settings or masks"):
+        new_state(tmp_path, 9, about="b")
+    assert new_state(tmp_path, 3).step == 3
+
+
+def change(*keys):
+    """A function that sets an entry of nested dicts to a value."""
+
+    def set_entry(tree, value):
+        for key in keys[:-1]:
+            tree = tree[key]
+        tree[keys[-1]] = value
+
+    return set_entry
+
+
+@pytest.mark.parametrize(
+    ("set_entry", "value", "message"),
+    [
+        (change("step"), 0, "step: expected 1 to 9, got 0"),
+        (change("step"), 10, "step: expected 1 to 9, got 10"),
+        (change("step"), True, "step: expected 1 to 9, got True"),
+        (change("sums", "loss"), torch.tensor(torch.nan), "not finite"),
+        (change("network", "bias"), torch.tensor([torch.inf]), "not finite"),
+        (change("optimizer", "state", 0, "exp_avg"), torch.full((1, 2), torch.nan), "not finite"),
+        (change("network"), {}, "RuntimeError"),
+    ],
+)
+def test_damaged_checkpoints_are_rejected(tmp_path, clock, set_entry, value, message):
+    checkpoint = interrupted(tmp_path)
+    set_entry(checkpoint, value)
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    with pytest.raises(DamagedFile, match=message):
+        new_state(tmp_path, 9)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_fit_runs_the_remaining_steps(tmp_path, clock, workers):
+    """Losses of photos, learning rates and progress, which counts this worker's share of the photos."""
+    interrupted(tmp_path, steps=25)
+    seen, rates = [], []
+
+    def batches():
+        for number in range(22):
+            clock.now += 2
+            yield torch.full((4 // workers, 2), number), torch.zeros(1)
+
+    def step(photos, targets):
+        assert all(parameter.grad is None for parameter in state.network.parameters())
+        seen.append(int(photos[0, 0]))
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        loss = state.network(photos.float()).sum() * 0
+        loss.backward()
+        return {"loss": loss.detach() + 0.125 * seen[-1], "other": torch.tensor(9.0)}
+
+    with Progress("train", Worker()) as progress, new_state(tmp_path, 25, Worker(0, workers)) as state:
+        fit(state, batches(), step, lambda step, highest: highest * step, 4, "cpu", progress)
+    assert seen == list(range(22)) and rates == pytest.approx([0.1 * step for step in range(3, 25)])
+    assert (progress.skipped, progress.done) == (12 // workers, 100 // workers)
+    assert progress.note == "loss 2.000"  # that of step 20, the seventeenth of these
+    last = lines(tmp_path)[-1]
+    assert last["other"] == 7.92 and last["seconds_waiting_for_photos"] == 1.76  # means over 25 steps, 22 of them here
+
+
+def test_replaced_photos(tmp_path):
+    """One that cannot be read is reported once and not tried again; memory for the others is reserved."""
+    records = [MaskRecord.from_mask(f"{n}.png", np.ones((3, 5), bool), "cat", None, 1.0) for n in range(3)]
+    for number, size in enumerate(((5, 3), (3, 5))):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    source = PhotoSource(tmp_path)
+    photos = TrainingPhotos(source, records, tmp_path, Progress("train", Worker(3, 4)))
+    held, decoded, decode = [], [], source.decode
+    photos.budget = types.SimpleNamespace(hold=lambda size: held.append(size) or contextlib.nullcontext())
+    source.decode = lambda name: decoded.append(name) or decode(name)
+    for _ in range(2):
+        assert photos.use([2, 1, 0], lambda number, pixels: (number, pixels.shape)) == (0, (3, 5, 3))
+    assert decoded == ["2.png", "1.png", "0.png", "0.png"] and held == [3 * 5 * 24] * 4
+    assert photos.path.name == "00003.errors.jsonl" and len(photos.path.read_text().splitlines()) == 2
+    with pytest.raises(UserError, match=r"of 'cat' can be read any more \(the last one: '1.png'\)"):
+        photos.use([2, 1], lambda number, pixels: None)
+
+
+def test_tensorboard_may_be_missing_or_unable_to_write(tmp_path, monkeypatch, capsys):
+    def fails(folder, purge_step):
+        raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogate")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = lambda folder, purge_step: (folder, purge_step)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert training._tensorboard("x", 4) == ("x", 4)
+    module.SummaryWriter = fails
+    assert training._tensorboard("x", 4) is None
+    assert "warning: tensorboard cannot write to x, which is not UTF-8" in capsys.readouterr().err
+    training._say_that_tensorboard_is_missing.cache_clear()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert training._tensorboard("x", 4) is training._tensorboard("x", 4) is None
+    assert capsys.readouterr().err.count("tensorboard is not installed") == 1
