@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +26,7 @@ from .errors import DamagedFile, UserError, first_line, listed
 from .files import atomic_write, read_bytes
 from .masks import ErrorRecord, errors_path, parse_photo, read_lines, write_errors
 from .photos import PhotoError, PhotoSource, decode_ahead
-from .threads import kernels_on_one_thread, map_ahead
+from .threads import map_batches
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +35,6 @@ MAX_ASPECT = 16  # of a photo that is resized for CLIP
 CLIP_BATCH = {"cpu": 16, "cuda": 256}  # photos
 TEXT_BATCH = {"cpu": 128, "cuda": 512}  # prompts
 BATCH_BYTES = 1 << 28  # of the pixels of a batch, unless a single photo has more; 290 photos of 480 x 640
-GPU_LANES = 2  # batches in work on a GPU: one is packed and uploaded while the other is computed
 
 Loaded = tuple[str, np.ndarray | PhotoError]  # a photo's name and pixels
 
@@ -49,8 +50,13 @@ class Embedder(Protocol):
     about: str
     protocol: str
 
-    def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
-        """Yields each name with the photo's embedding, float32 [d] L2-normalized, or with the photo's error."""
+    def images(
+        self, source: PhotoSource, names: Iterable[str], shard_size: int = sys.maxsize
+    ) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
+        """Yields each name with the photo's embedding, float32 [d] L2-normalized, or with the photo's error, in order.
+
+        Names are taken ahead of the results. Photos of different shards, `shard_size` names each, share no batch.
+        """
 
     def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         """Returns one row per name, float32 [k, d], L2-normalized."""
@@ -151,27 +157,40 @@ def build_index(
     """
     count = sum(1 for _ in read_photos(folder))
     shards = -(-count // config.shard_size)
-    names, at = read_photos(folder), 0  # claimed shards ascend, so one pass over the names is enough
-    embedder = None
-    for shard in worker.claim("index", shards):
-        first, size = shard * config.shard_size, min(config.shard_size, count - shard * config.shard_size)
-        exists = shard_path(folder, shard).exists()
-        if not exists:
-            if embedder is None:
-                embedder = make_embedder(config, device)
-                expect_protocol(folder, embedder)
-            batch = list(itertools.islice(names, first - at, first - at + size))
+    claimed: deque[int] = deque()  # shards that are being embedded
+
+    def names() -> Iterator[str]:
+        """Photos of the shards that this worker claims, one after another, as the photos before them are decoded."""
+        photos, at = read_photos(folder), 0  # claimed shards ascend, so one pass is enough
+        for shard in worker.claim("index", shards):
+            first, size = shard * config.shard_size, min(config.shard_size, count - shard * config.shard_size)
+            if shard_path(folder, shard).exists():
+                advance(size, existing=True)
+                continue
+            claimed.append(shard)
+            yield from itertools.islice(photos, first - at, first - at + size)
             at = first + size
-            _embed_shard(embedder, source, batch, first, shard_path(folder, shard))
-        advance(size, existing=exists)
+
+    ahead = names()
+    first = next(ahead, None)
+    if first is None:
+        return None
+    embedder = make_embedder(config, device)
+    expect_protocol(folder, embedder)
+    results = embedder.images(source, itertools.chain([first], ahead), config.shard_size)
+    while batch := list(itertools.islice(results, config.shard_size)):
+        shard = claimed.popleft()
+        _write_shard(shard_path(folder, shard), shard * config.shard_size, batch, embedder.protocol)
+        advance(len(batch), existing=False)
     return embedder
 
 
-def _embed_shard(embedder: Embedder, source: PhotoSource, names: list[str], first: int, path: Path) -> None:
+def _write_shard(path: Path, first: int, results: list[tuple[str, np.ndarray | PhotoError]], protocol: str) -> None:
+    """Writes the embeddings and errors of consecutive photos, whose first has the number `first`."""
     from safetensors.numpy import save
 
     rows, numbers, errors = [], [], []
-    for number, (name, result) in enumerate(embedder.images(source, names), first):
+    for number, (name, result) in enumerate(results, first):
         if isinstance(result, PhotoError):
             errors.append(ErrorRecord(name, "index", result.reason))
         else:
@@ -181,7 +200,7 @@ def _embed_shard(embedder: Embedder, source: PhotoSource, names: list[str], firs
     write_errors(errors_path(path), errors)
     with atomic_write(path) as file:
         tensors: dict[str, np.ndarray] = {"image": image, "photo": np.array(numbers, np.int64)}
-        file.write(save(tensors, {"protocol": embedder.protocol} if embedder.protocol else None))
+        file.write(save(tensors, {"protocol": protocol} if protocol else None))
 
 
 def expect_protocol(folder: Path, embedder: Embedder) -> None:
@@ -301,7 +320,9 @@ class Clip:
             size, mean=cfg["mean"], std=cfg["std"], dtype=self.dtype,
         ).rows.view(crops.shape).permute(0, 3, 1, 2)  # fmt: skip
 
-    def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
+    def images(
+        self, source: PhotoSource, names: Iterable[str], shard_size: int = sys.maxsize
+    ) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
         import torch
 
         def embed(batch: list[Loaded]) -> list[tuple[str, np.ndarray | PhotoError]]:
@@ -314,15 +335,13 @@ class Clip:
                 (name, photo if isinstance(photo, PhotoError) else _usable(name, next(rows))) for name, photo in batch
             ]
 
-        def own_stream() -> None:  # for the work of this thread
-            torch.cuda.synchronize(self.device)  # the weights are there
-            torch.cuda.set_stream(torch.cuda.Stream(self.device))
-
-        loaded = decode_ahead(source, names, lambda name: middle(source.decode(name).pixels))
-        with kernels_on_one_thread(self.device) as threads:
-            lanes, start = (threads, None) if self.kind == "cpu" else (GPU_LANES, own_stream)
-            for batch in map_ahead(embed, _batches(loaded, CLIP_BATCH[self.kind]), lanes, start):
-                yield from batch
+        loaded = enumerate(decode_ahead(source, names, lambda name: middle(source.decode(name).pixels)))
+        shards = itertools.groupby(loaded, lambda item: item[0] // shard_size)
+        batches = (
+            batch for _, shard in shards for batch in _batches((photo for _, photo in shard), CLIP_BATCH[self.kind])
+        )
+        for batch in map_batches(embed, batches, self.device):
+            yield from batch
 
     def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         import torch
@@ -428,7 +447,9 @@ class PrecomputedEmbeddings:
         self.image, self.rows = image, {file: row for row, file in enumerate(files)}
         self.text, self.names = text, {name: row for row, name in enumerate(names)}
 
-    def images(self, source: PhotoSource, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
+    def images(
+        self, source: PhotoSource, names: Iterable[str], shard_size: int = sys.maxsize
+    ) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
         for name in names:
             row = self.rows.get(name)
             if row is None:

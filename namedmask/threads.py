@@ -118,7 +118,9 @@ def _use_own_stream(device: str) -> None:
     import torch
 
     torch.cuda.set_device(device)
-    torch.cuda.set_stream(torch.cuda.Stream())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.default_stream())  # on which the networks are loaded
+    torch.cuda.set_stream(stream)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class StepTimes:
         if self._on_gpu:
             with torch.cuda.device(device):  # of the threads that process batches
                 self._origin = self._now()
-                torch.cuda.synchronize()  # what they use has been made on another stream
+                torch.cuda.synchronize()  # so that it is the time of `_start`
         else:
             self._origin = self._now()
         self._start = time.perf_counter()

@@ -259,7 +259,7 @@ class Rows:
 
     about, protocol = "rows", ""
 
-    def images(self, source, names):
+    def images(self, source, names, shard_size):
         for name in names:
             yield name, PhotoError(name, "no photo") if name == "bad" else np.full(4, float(name[1:]), np.float32)
 
