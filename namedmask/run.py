@@ -343,6 +343,9 @@ def start(
         return True
     if worker.count > 1:
         print(f"worker 0 of {worker.count}; waiting for the others", flush=True)
+    if trace is not None:
+        with atomic_write(trace):  # if it cannot be written, before the work
+            pass
     with locked(out):
         try:
             settle(out, given, stages, overwrite and worker.attempt == 0, max(worker.count, workers, gpus))
@@ -389,7 +392,7 @@ def _print_counts(out: Path) -> bool:
     return masks > 0
 
 
-def _start_workers(out: Path, stages: Sequence[str], count: int, device: str, trace: Path | None) -> None:
+def _start_workers(out: Path, stages: Sequence[str], count: int, device: str, trace: Path | None = None) -> None:
     failure = out / ".failed"
     failure.unlink(missing_ok=True)
     try:

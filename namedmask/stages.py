@@ -38,7 +38,7 @@ class Context:
     worker: Worker
     device: str
     progress: Progress
-    trace: Path | None
+    trace: Path | None = None
 
 
 @dataclass(frozen=True)

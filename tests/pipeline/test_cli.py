@@ -291,21 +291,26 @@ def source_path(source) -> str:
 @pytest.mark.parametrize(
     ("words", "out", "given", "rest"),
     [
-        (["run", "photos"], "run", {"photos": "photos"}, [cli.LABELING, 1, None, False]),
-        (["run"], "run", {}, [cli.LABELING, 1, None, False]),
+        (["run", "photos"], "run", {"photos": "photos"}, [cli.LABELING, 1, None, False, None]),
+        (["run", "--trace", "t"], "run", {}, [cli.LABELING, 1, None, False, Path("t")]),
         (
             ["index", "photos", "--out", "o", "--workers", 1, "--gpus", 0, "--overwrite"],
             "o",
             {"photos": "photos"},
-            [("index",), 1, 0, True],
+            [("index",), 1, 0, True, None],
         ),
         (
             ["archive", "o", "--categories-file", "names.txt", "--photos", "photos", "--gpus", 2],
             "o",
             {"categories": ["cat", "dog"], "photos": "photos"},
-            [("archive",), 1, 2, False],
+            [("archive",), 1, 2, False, None],
         ),
-        (["train", "o", "--workers", 3, "--seed", 4], "o", {"segmenter": {"seed": 4}}, [("train",), 3, None, False]),
+        (
+            ["train", "o", "--workers", 3, "--seed", 4],
+            "o",
+            {"segmenter": {"seed": 4}},
+            [("train",), 3, None, False, None],
+        ),
     ],
 )
 def test_stages_are_started(calls, words, out, given, rest, tmp_path):
@@ -348,7 +353,7 @@ def test_segment_command(calls, tmp_path):
     calls["segment_photos returns"] = 0, 2
     result = invoke(*words)
     assert result.exit_code == 3 and result.output.endswith("; 2 photos failed: out/errors.jsonl\n")
-    assert calls["load"][1] == {"categories": None, "encoder": "resnet50", "device": "cpu", "precision": "float32"}
+    assert calls["load"][1] == {"categories": None, "encoder": "resnet50", "device": "cpu", "precision": None}
     assert calls["segment_photos"][-1] is False
     for weights, out in (("w.pth", "."), ("photos", "photos"), ("photos", tmp_path / "photos")):
         result = invoke("segment", weights, "photos", "--out", out)
@@ -385,7 +390,7 @@ def test_evaluate_command(calls, ignore):
     assert invoke("evaluate", "w", "b", "--photos", "photos", "--red-green", "--json", "f.json", *words).exit_code == 0
     segmenter, source, *rest = calls["evaluate_segmenter"]
     assert (segmenter, source_path(source), rest) == ("segmenter", "photos", [Path("b"), ignore, True])
-    assert calls["load"][1]["precision"] == "float32" and calls["write_json"] == (Path("f.json"), "figures")
+    assert calls["load"][1]["precision"] is None and calls["write_json"] == (Path("f.json"), "figures")
     assert invoke("evaluate", "a", "b", "--ignore", 65536).exit_code == 2
 
 

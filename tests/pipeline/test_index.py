@@ -148,6 +148,10 @@ def test_batches_are_bounded_by_photos_and_bytes(world, clip, monkeypatch):
     expected = dict(clip.images(PhotoSource(folder), names))
     assert [len(batch) for batch in sorted(sizes, key=len)] == [7, 16]
     sizes.clear()
+    clip_of_shards = dict(clip.images(PhotoSource(folder), names, shard_size=10))
+    assert [len(batch) for batch in sorted(sizes, key=len)] == [3, 10, 10]
+    np.testing.assert_allclose(clip_of_shards[names[-1]], expected[names[-1]], atol=1e-5)
+    sizes.clear()
     monkeypatch.setattr("namedmask.index.BATCH_BYTES", 150_000)
     result = dict(clip.images(PhotoSource(folder), names))
     assert len(sizes) > 2 and all(sum(batch) <= 150_000 or len(batch) == 1 for batch in sizes)

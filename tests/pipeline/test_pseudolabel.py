@@ -113,7 +113,7 @@ def test_trace_and_times(labeler, tmp_path, monkeypatch):
 
 
 def test_busy_time_is_the_union_of_all_steps(monkeypatch):
-    now = iter([0, 0, 1, 3, 5, 6, 10])
+    now = iter([0, 0, 1, 3, 5, 6, 10, 10])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
     times = StepTimes("cpu")
     with times.step("detect"):
@@ -124,3 +124,4 @@ def test_busy_time_is_the_union_of_all_steps(monkeypatch):
     assert times.seconds == {"detect": 2, "refine": 1}
     times._intervals += [(2.0, 4.0), (2.5, 3.5)]
     assert times.busy() == 0.4
+    assert times.summary() == "summed over threads: detect 2.0 s, refine 1.0 s; 60% of the time no batch was ready"

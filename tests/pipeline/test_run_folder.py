@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from namedmask import run
 from namedmask.archive import Archive, Retrieved, write_archive
@@ -49,7 +50,9 @@ def started(monkeypatch):
     monkeypatch.setattr(run.distributed, "current", lambda: seen.worker)
     monkeypatch.setattr(run.distributed, "count_gpus", lambda gpus, workers: seen.gpus if gpus is None else gpus)
     monkeypatch.setattr(run, "settle", note("settle"))
-    monkeypatch.setattr(run, "work", lambda out, stages, worker, device: seen.calls.append(("work", worker, device)))
+    monkeypatch.setattr(run.distributed, "warm_up", note("warm up"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen.gpus)
+    monkeypatch.setattr(run, "work", lambda out, stages, *more: seen.calls.append(("work", *more)))
     monkeypatch.setattr(run, "_start_workers", lambda out, stages, *more: seen.calls.append(("launch", *more)))
     monkeypatch.setattr(run, "_print_counts", note("count", lambda: seen.masks))
     monkeypatch.setattr(run, "finish", note("finish"))
@@ -60,20 +63,22 @@ def started(monkeypatch):
 @pytest.mark.parametrize(
     ("workers", "gpus", "available", "processes", "how"),
     [
-        (1, None, 0, 1, ("work", Worker(), "cpu")),
-        (1, None, 1, 1, ("work", Worker(), "cuda")),
-        (1, 0, 1, 1, ("work", Worker(), "cpu")),
-        (1, 1, 1, 1, ("work", Worker(), "cuda")),
-        (1, 3, 4, 3, ("launch", 3, "cuda")),
-        (2, None, 0, 2, ("launch", 2, "cpu")),
-        (2, 0, 1, 2, ("launch", 2, "cpu")),
+        (1, None, 0, 1, ("work", Worker(), "cpu", None)),
+        (1, None, 1, 1, ("work", Worker(), "cuda", None)),
+        (1, 0, 1, 1, ("work", Worker(), "cpu", None)),
+        (1, 1, 1, 1, ("work", Worker(), "cuda", None)),
+        (1, 3, 4, 3, ("launch", 3, "cuda", None)),
+        (2, None, 0, 2, ("launch", 2, "cpu", None)),
+        (2, 0, 1, 2, ("launch", 2, "cpu", None)),
     ],
 )
 def test_processes_of_a_command(started, tmp_path, workers, gpus, available, processes, how):
     started.gpus = available
     out = tmp_path / "out"
     assert run.start(out, {"photos": "p"}, ["train"], workers, gpus, True) is True
+    warm = [("warm up", "cuda:0")] if how[:1] + how[2:3] == ("work", "cuda") else []
     assert started.calls == [
+        *warm,
         ("settle", out, {"photos": "p"}, ["train"], True, processes),
         how,
         ("finish", out, ["train"]),
@@ -86,12 +91,12 @@ def test_workers_of_a_launcher_take_their_place(started, tmp_path, capsys, attem
     started.worker = Worker(0, 3, attempt=attempt)
     run.start(out, given, ["train"], overwrite=True)
     overwrite = attempt == 0  # a restart continues
-    assert started.calls[:2] == [("settle", out, given, ["train"], overwrite, 3), ("work", started.worker, "cpu")]
+    assert started.calls[:2] == [("settle", out, given, ["train"], overwrite, 3), ("work", started.worker, "cpu", None)]
     assert capsys.readouterr().out == f"worker 0 of 3; waiting for the others\nthe segmenter is in {out}/segmenter\n"
     started.calls.clear()
     started.worker = Worker(1, 3)
     assert run.start(out, given, ["train"]) is True
-    assert started.calls == [("work", started.worker, "cpu")]
+    assert started.calls == [("work", started.worker, "cpu", None)]
 
 
 def test_masks_are_counted_after_pseudolabel(started, tmp_path):
@@ -134,7 +139,7 @@ def test_error_of_a_worker_keeps_what_was_replaced(started, tmp_path, monkeypatc
 )
 def test_reason_of_a_failed_worker(tmp_path, monkeypatch, text, kind, message):
     def launch(arguments, count):
-        assert arguments == [str(tmp_path), "cuda", "index", "archive"] and count == 4
+        assert arguments == [str(tmp_path), "cuda", "", "index", "archive"] and count == 4
         assert not (tmp_path / ".failed").exists()  # of an earlier command
         if text is not None:
             (tmp_path / ".failed").write_text(text)

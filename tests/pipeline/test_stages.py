@@ -289,18 +289,18 @@ def test_main_worker_computes_what_lost_workers_have_claimed(tmp_path, photos, m
     write_archive(tmp_path / "archive.json", Archive(["cat"], {"cat": [Retrieved(f"{n}", None) for n in range(3)]}))
     called = []
 
-    def pseudolabel(source, archive, folder, config, own, device, advance):
+    def pseudolabel(source, archive, folder, config, own, device, advance, trace=None):
         called.append(own)
         advance(2 if len(called) == 1 else 3)
         advance(3 if len(called) == 1 else 9, existing=True)
-        return SimpleNamespace(seconds={"decode": 1.25, "refine": 2.0}) if len(called) == 1 else None
+        return SimpleNamespace(times=SimpleNamespace(summary=lambda: "decode 1.2 s")) if len(called) == 1 else None
 
     monkeypatch.setattr("namedmask.pseudolabel.pseudolabel", pseudolabel)
     ctx = context(tmp_path, photos, "pseudolabel", worker)
     STAGES["pseudolabel"].run(ctx)
     assert called[0] is worker and called[1:] == [Worker()] * (calls - 1)
     assert (ctx.progress.total, ctx.progress.done) == (3, done)
-    assert ctx.progress.note == "summed over threads: decode 1.2 s, refine 2.0 s"
+    assert ctx.progress.note == "decode 1.2 s"
     assert (tmp_path / "errors.jsonl").exists() == worker.is_main
 
 

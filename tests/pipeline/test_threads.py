@@ -9,7 +9,14 @@ import time
 import pytest
 import torch
 
-from namedmask.threads import kernels_on_one_thread, limit_torch_threads, map_ahead, thread_count, use_one_torch_thread
+from namedmask.threads import (
+    LANES,
+    kernels_on_one_thread,
+    limit_torch_threads,
+    map_ahead,
+    thread_count,
+    use_one_torch_thread,
+)
 
 
 @pytest.fixture
@@ -83,7 +90,7 @@ def test_torch_threads(monkeypatch, torch_threads):
         raise RuntimeError
     assert torch.get_num_threads() == 3
     with kernels_on_one_thread("cuda:0") as threads:
-        assert threads == 1 and torch.get_num_threads() == 3
+        assert threads == LANES and torch.get_num_threads() == 3
     limit_torch_threads()
     assert torch.get_num_threads() == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
