@@ -53,10 +53,10 @@ def make_image(seed=0, h=512, w=683):
     return target, image.clip(0, 255).astype(np.uint8)
 
 
-def published_solver(target, image):
-    """The solver as published: sums over neighbors are products with a sparse matrix."""
-    confidence, *sigmas, smoothness, iterations, tolerance = SETTINGS
-    vertex, edges = reference.grid(reference.cells(image, *sigmas))
+def published_solver(target, image, scale=1.0):
+    """The solver as published: sums over neighbors are products with a sparse matrix. `scale`: of the spatial sigma."""
+    confidence, spatial, luma, chroma, smoothness, iterations, tolerance = SETTINGS
+    vertex, edges = reference.grid(reference.cells(image, scale * spatial, luma, chroma))
     rows, columns = (np.concatenate(ends) for ends in zip(*edges, strict=True))
     mass = np.bincount(vertex).astype(np.float64)
     half = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(mass), len(mass)))
