@@ -105,7 +105,7 @@ def test_refine(benchmark, world):
     refiner = Refiner(RefineConfig())
     photos = Ragged.pack([source.decode(name).pixels for name in names])
     rng = np.random.default_rng(0)
-    targets = [torch.from_numpy(rng.random(8 * 8) < 0.4).view(1, 1, 8, 8).float() for _ in photos]
+    targets = [torch.from_numpy(rng.random(8 * 8) < 0.4).view(1, 1, 8, 8).float() for _ in names]
     masks = Ragged.pack([torch.nn.functional.interpolate(t, (480, 640))[0, 0] for t in targets])
 
     def call():
