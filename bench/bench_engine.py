@@ -63,9 +63,9 @@ QUICK = [Work(name, "deit_tiny_patch16_224.fb_in1k", 96) for name in ("spectral"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, quick):
-    """Photos of four sizes, as many as fill a GPU for a second."""
+    """Photos of four sizes, as many as fill a GPU for a second, or all cores with batches."""
     folder = tmp_path_factory.mktemp("photos")
-    count = 768 if DEVICE != "cpu" and not quick else 4
+    count = 4 if quick else 16 if DEVICE == "cpu" else 768
     images = [make_image(seed, *(side // 4 for side in size) if quick else size)[1] for seed, size in enumerate(SIZES)]
     for i in range(count):
         Image.fromarray(images[i % len(images)]).save(folder / f"{i:04}.jpg", quality=92)

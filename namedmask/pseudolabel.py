@@ -89,7 +89,7 @@ class Labeler:
         self.refiner = Refiner(config.refine)
         self.device = device
         self.times = StepTimes(device)
-        self.detector.step = self.times.step
+        self.detector.step = lambda name: self.times.step(name)  # `times` may be replaced
         self.has_warned = False
 
     def label(
