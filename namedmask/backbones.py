@@ -16,7 +16,7 @@ import difflib
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from namedmask_kernels import Ragged, backends, resize
 
-from . import attention, hub, registry
+from . import attention, hub, linear, registry
 from . import weights as stored
 from .errors import UserError, first_line
 
@@ -60,7 +60,7 @@ class Backbone:
         patch_fit: PatchFit = "stretch",
     ):
         self.interpolation, self.patch_fit = interpolation, patch_fit
-        self.device, self.attention_dtype, self.dtype = device, dtype, linear_dtype(device, dtype)
+        self.device, self.attention_dtype, self.dtype = device, dtype, linear.choose(device, dtype)
         self.model: Vit = model.eval().requires_grad_(False).to(device, self.dtype)
         self.attention = attention.choose(device, dtype)
         self.fused = backends.obstacle("attention_features", "triton", device) is None  # kernels of block_layers
@@ -152,10 +152,10 @@ class Backbone:
         return {tap: patches.with_rows(features[key]) for tap, key in requested.items()}
 
     def explain(self) -> str:
-        """Says which library computes attention and why, and whether linear layers use another dtype."""
+        """Says which libraries compute attention and, on a CPU, linear layers, in which dtype, and why."""
         text = attention.explain(self.device, self.attention_dtype)
-        if self.dtype != self.attention_dtype:
-            text += "\nlinear layers in float32: twice as fast as bfloat16 on a CPU without AMX"
+        if self.device.type == "cpu":
+            text += "\n" + linear.explain(self.device, self.attention_dtype)
         return text
 
     def _parse(self, tap: str) -> tuple[int, str]:
@@ -222,7 +222,7 @@ class Backbone:
         embed, chunk = self.model.patch_embed, CHUNK if self.device.type == "cpu" else max(1, len(patches))
         weight, bias = embed.proj.weight.flatten(1), embed.proj.bias
         embedded = [
-            embed.norm(F.linear(_filled(rows, chunk), weight, bias))[: len(rows)] for rows in patches.split(chunk)
+            embed.norm(linear.linear(_filled(rows, chunk), weight, bias))[: len(rows)] for rows in patches.split(chunk)
         ]
         return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
 
@@ -254,7 +254,7 @@ class Backbone:
         block, last = step.block, step.block is self.model.blocks[-1]
         norm = self.model.norm if last else None if following is None else following.block.norm1
         for x, y, target in zip(*(rows.split(batch.chunk) for rows in (batch.tokens, output, batch.qkv)), strict=True):
-            y = block.attn.proj(block.attn.norm(_filled(y.to(self.dtype), len(x))))
+            y = _linear(block.attn.proj, block.attn.norm(_filled(y.to(self.dtype), len(x))))
             normed = self._norm(block.norm2, x, y, _layer_scale(block, 1))
             y, scale = self._mlp(block.mlp, normed), _layer_scale(block, 2)
             if norm is None:
@@ -277,11 +277,12 @@ class Backbone:
     def _mlp(self, mlp: Vit, x: Tensor) -> Tensor:
         from timm.layers import Mlp
 
-        if self.fused and type(mlp) is Mlp and type(mlp.act).__name__ == "GELU":
-            from namedmask_kernels.triton.block_layers import gelu
-
-            return mlp.fc2(mlp.norm(gelu(mlp.fc1(x))))
-        return mlp(x)
+        if type(mlp) is not Mlp:
+            return mlp(x)
+        activate: Callable[[Tensor], Tensor] = mlp.act
+        if self.fused and type(mlp.act).__name__ == "GELU":
+            from namedmask_kernels.triton.block_layers import gelu as activate
+        return _linear(mlp.fc2, mlp.norm(activate(_linear(mlp.fc1, x))))
 
     def _rotate(self, attn: Vit, x: Tensor, batch: _Batch) -> None:
         """Applies the rotary embedding, if the network has one, to queries or keys [rows, ., H, D] in place."""
@@ -369,19 +370,14 @@ class _Batch(NamedTuple):
         return out
 
 
-def linear_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of linear layers and of the tokens between blocks if `dtype` is requested.
-
-    It is `dtype`, except on a CPU without AMX, where bfloat16 becomes float32: bfloat16 products reach half of the rate
-    of float32 there (83 and 152 GFLOP/s per core, with AVX512-BF16 on a Sapphire Rapids without AMX).
-    """
-    slow = device.type == "cpu" and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
-    return torch.float32 if slow else dtype
-
-
 def _filled(x: Tensor, rows: int) -> Tensor:
     """x [n, C] with rows of zeros appended, up to `rows`."""
     return F.pad(x, (0, 0, 0, rows - len(x))) if len(x) < rows else x
+
+
+def _linear(layer: Vit, x: Tensor) -> Tensor:
+    """The layer's product with x [n, C] by the fastest library."""
+    return linear.linear(x, layer.weight, layer.bias)
 
 
 def _layer_scale(block: Vit, branch: int) -> Tensor | None:
@@ -410,6 +406,7 @@ def _project(attn: Vit, x: Tensor, parts: Sequence[str], out: Tensor) -> None:
     weight, bias = _qkv(attn)
     norms: tuple[Vit, ...] = attn.q_norm, attn.k_norm, nn.Identity()
     straight = x.dtype == out.dtype and all(isinstance(norm, nn.Identity) for norm in norms)
+    straight &= not linear.uses_onednn(x.device)  # which has no output argument
     for part in [slice(3)] if len(parts) == 3 else [slice(i, i + 1) for i in map("qkv".index, parts)]:
         w, b, target = weight[part].flatten(0, 1), None if bias is None else bias[part].flatten(), out[:, part]
         if straight and b is not None:
@@ -417,7 +414,7 @@ def _project(attn: Vit, x: Tensor, parts: Sequence[str], out: Tensor) -> None:
         elif straight:
             torch.mm(x, w.T, out=target.flatten(1))
         else:
-            projected = F.linear(x, w, b).view(target.shape).unbind(1)
+            projected = linear.linear(x, w, b).view(target.shape).unbind(1)
             for y, norm, own in zip(projected, norms[part], target.unbind(1), strict=True):
                 own.copy_(norm(y))
 
@@ -440,8 +437,8 @@ def load(
             if timm converts them, and may be nested as training codes write them (see `weights.load`). None: the
             published weights, which are downloaded once.
         device: Device as torch names it.
-        precision: "float32", or "bfloat16" for attention and, except on CPUs without AMX, for all other layers too (see
-            `linear_dtype`).
+        precision: "float32", or "bfloat16" for attention and, except on CPUs where it is slow (see `linear.choose`),
+            for all other layers too.
         interpolation: "bicubic" or "bilinear": how `Backbone.prepare` resizes photos.
         patch_fit: How resized photos fit into whole patches: "stretch" changes their sides to multiples of the patch
             size, "pad" keeps the aspect ratio and pads them with zeros.

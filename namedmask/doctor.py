@@ -23,6 +23,7 @@ def examine() -> Iterator[str]:
     from namedmask_kernels import backends
     from namedmask_kernels.threads import usable_cores
 
+    from . import linear
     from .threads import thread_count
 
     yield f"namedmask {version('namedmask')}, Python {platform.python_version()}, {platform.platform()}"
@@ -34,6 +35,7 @@ def examine() -> Iterator[str]:
     yield f"cpu: {os.cpu_count()} cores, of which this process may use {usable_cores()}; {thread_count()} threads"
     if (native := backends.native()) is not None:
         yield f"  C++ kernels for {native.level()} (set NMK_LEVEL to choose another)"
+    yield f"  with --precision bfloat16: {linear.explain(torch.device('cpu'), torch.bfloat16)}"
     if not torch.cuda.is_available():
         yield "cuda: no device" + ("" if torch.version.cuda else " (this torch is built without CUDA)")
     for index in range(torch.cuda.device_count()):

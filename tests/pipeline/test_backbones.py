@@ -7,7 +7,7 @@ import timm
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from namedmask import backbones
+from namedmask import backbones, linear
 from namedmask.errors import UserError
 from namedmask_kernels import Ragged
 
@@ -110,12 +110,13 @@ def test_taps_do_not_depend_on_each_other(tap):
 def test_last_block_computes_only_the_requested_taps():
     backbone = make(FAMILIES[0])
     last, ran = backbone.model.blocks[-1], []
-    for module in (last.norm1, last.norm2, last.mlp, last.attn.proj, backbone.model.norm, backbone.model.blocks[1].mlp):
+    middle = backbone.model.blocks[1]
+    for module in (last.norm1, last.norm2, last.mlp.act, last.attn.norm, backbone.model.norm, middle.mlp.act):
         module.register_forward_hook(lambda module, *_: ran.append(module))
     backbone.extract(
         patches_of(backbone, photos_for(backbone, (4, 6))), ["keys", "queries", "values", "cls_attention", "tokens.1"]
     )
-    assert ran == [backbone.model.blocks[1].mlp, last.norm1]
+    assert ran == [middle.mlp.act, last.norm1]
     ran.clear()
     backbone.extract(patches_of(backbone, photos_for(backbone, (4, 6))), ["keys.0"])
     assert ran == []
@@ -137,8 +138,15 @@ def test_results_do_not_depend_on_batch_composition(name, dtype):
             assert torch.equal(alone[tap].rows, together[tap].grids()[at].flatten(0, 1)), tap
 
 
+@pytest.fixture(params=[False, True], ids=["torch", "oneDNN"])
+def library(request, monkeypatch):
+    """The library of linear layers; both run on any CPU."""
+    monkeypatch.setattr(linear, "rates", lambda: linear.Rates(True, request.param, "a test"))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("library")
 def test_tiny_photos_do_not_depend_on_batch_composition(dtype, threads):
     """At the real width, where a BLAS sums in another order for few rows than for many."""
     backbone = make(FAMILIES[0], depth=2, dtype=dtype, width=384)
@@ -155,14 +163,13 @@ def test_tiny_photos_do_not_depend_on_batch_composition(dtype, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("amx", [False, True], ids=["float32 layers", "bfloat16 layers"])
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32 layers", "bfloat16 layers"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_bfloat16_is_as_accurate_as_timm(name, amx, monkeypatch):
-    """On a CPU with AMX and on one without; both code paths run on any CPU."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+def test_bfloat16_is_as_accurate_as_timm(name, bfloat16, monkeypatch):
+    """With linear layers in the dtype of either kind of CPU; both run on any CPU."""
+    monkeypatch.setattr(linear, "rates", lambda: linear.Rates(bfloat16, bfloat16, "a test"))
     backbone = make(name, dtype=torch.bfloat16)
-    assert (backbone.dtype, backbone.attention_dtype) == (torch.bfloat16 if amx else torch.float32, torch.bfloat16)
-    assert ("linear layers in float32" in backbone.explain()) != amx
+    assert (backbone.dtype, backbone.attention_dtype) == (torch.bfloat16 if bfloat16 else torch.float32, torch.bfloat16)
     photo, model = photos_for(backbone, (9, 11))[0], make(name).model
     features = backbone.extract(patches_of(backbone, [photo]), backbones.TAPS)
     exact, theirs = timm_taps(model, photo.float()), timm_taps(copy.deepcopy(model).bfloat16(), photo.bfloat16())
