@@ -15,15 +15,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from .errors import UserError
 from .files import atomic_write
-from .masks import MaskRecord, best_masks, parse_fields, read_lines, read_masks
+from .masks import ONLY_FIELDS, MaskRecord, best_masks, parse_line, read_lines, read_masks
 
 FILE = "review.jsonl"
 Verdict = Literal["accept", "reject", "detector"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    photo: str
+    category: str
+    verdict: Verdict
+    __pydantic_config__ = ONLY_FIELDS
+
+
 Review = dict[tuple[str, str], Verdict]  # by photo and category
 
 
@@ -38,21 +49,15 @@ def read_review(out: str | os.PathLike) -> Review:
 
 
 def _parse(line: bytes) -> tuple[tuple[str, str], Verdict]:
-    fields = parse_fields(line, ("photo", "category", "verdict"))
-    for key in ("photo", "category"):
-        if not isinstance(fields[key], str):
-            raise ValueError(f"{key}: expected a string, got {fields[key]!r}")
-    if fields["verdict"] not in get_args(Verdict):
-        raise ValueError(f"verdict: expected one of {', '.join(get_args(Verdict))}, got {fields['verdict']!r}")
-    return (fields["photo"], fields["category"]), fields["verdict"]
+    one = parse_line(_Line, line)
+    return (one.photo, one.category), one.verdict
 
 
 def write_review(out: str | os.PathLike, verdicts: Mapping[tuple[str, str], Verdict]) -> None:
     """Writes the verdicts of a run, in their order. The file appears whole or not at all."""
     with atomic_write(Path(out, FILE)) as file:
         for (photo, category), verdict in verdicts.items():
-            line = json.dumps({"photo": photo, "category": category, "verdict": verdict})
-            file.write(line.encode() + b"\n")
+            file.write(json.dumps(asdict(_Line(photo, category, verdict))).encode() + b"\n")
 
 
 def reviewed_masks(out: str | os.PathLike) -> Iterator[MaskRecord]:
