@@ -445,7 +445,7 @@ def _evaluate(
     from .evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
     from .evaluate.scoring import evaluate_benchmark, print_benchmark, records_folder
 
-    show = print_table
+    show: Callable[[dict], None] = print_table
     given = {DETECTION_FLAGS[name]: text for name, text in options.items() if text is not None}
     values = given_settings(list(DETECTION), config, set_ or [], given)
     if preset is not None and predictions is None:

@@ -256,9 +256,10 @@ def print_run(figures: dict) -> None:
     print(figures["predictions"])
     correlation = figures["rank_correlation"]
     print(f"rank correlation of score and IoU: {'-' if correlation is None else f'{correlation:.2f}'}")
-    kept = (
-        f"{figures['kept_masks']} of {figures['masks']} masks, with a mean IoU of {percent(figures['kept_mean_iou'])} %"
+    cut, kept, masks = (figures[name] for name in ("suggested_min_score", "kept_masks", "masks"))
+    print(
+        f"suggested --min-score {cut:g}: keeps {kept} of {masks} masks, with a mean IoU of "
+        f"{percent(figures['kept_mean_iou'])} % (best F1 of mean IoU and share of the summed IoU kept)"
     )
-    print(f"suggested --min-score {figures['suggested_min_score']:g}: keeps {kept}")
     if figures["masks"] < FEW:
         warn(f"only {figures['masks']} masks have a label: a few dozen are needed")
