@@ -396,12 +396,13 @@ def _evaluate(
         Path | None,
         typer.Argument(
             metavar="PREDICTIONS",
-            help="Folder of PNG masks, or the OUT of `segment`; WEIGHTS with --photos; any of these, WEIGHTS or a run "
-            "with --benchmark.",
+            help="Folder of PNG masks, or the OUT of `segment`; a run, or its folder of masks; WEIGHTS with --photos "
+            "or --benchmark.",
         ),
     ] = None,
     truth: Annotated[
-        Path | None, typer.Argument(metavar="TRUTH", help="Folder of PNG masks with the same names.")
+        Path | None,
+        typer.Argument(metavar="TRUTH", help="Folder of PNG masks with the same names; for a run also a COCO file."),
     ] = None,
     photos: Annotated[
         Path | None, typer.Option("--photos", help="Photos to segment; PREDICTIONS are the weights of a segmenter.")
@@ -437,11 +438,14 @@ def _evaluate(
     """Evaluate masks: IoU and pixel accuracy.
 
     Prints the IoU of each class, the mIoU and the pixel accuracy. Label 0 is the background, label k the k-th category.
-    With --benchmark, it reads a public benchmark as it was unpacked. The benchmarks of salient objects also score a
-    detector, without PREDICTIONS: --detector and the options that follow it.
+    Of a run, it scores the masks of the photos in TRUTH, and suggests a --min-score for trainings. With --benchmark, it
+    reads a public benchmark as it was unpacked. The benchmarks of salient objects also score a detector, without
+    PREDICTIONS: --detector and the options that follow it.
     """
     from .evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
+    from .evaluate.scoring import evaluate_benchmark, print_benchmark, records_folder
 
+    show: Callable[[dict], None] = print_table
     given = {DETECTION_FLAGS[name]: text for name, text in options.items() if text is not None}
     values = given_settings(list(DETECTION), config, set_ or [], given)
     if preset is not None and predictions is None:
@@ -457,8 +461,6 @@ def _evaluate(
         return _load_segmenter(predictions, fallback, encoder)
 
     if benchmark is not None:
-        from .evaluate.scoring import evaluate_benchmark, print_benchmark
-
         taken = {"TRUTH": truth, "--photos": photos, "--ignore": ignore, "--red-green": red_green or None}
         if wrong := [name for name, value in taken.items() if value is not None]:
             raise UserError(f"leave out {', '.join(wrong)}: --benchmark {benchmark} has its own")
@@ -469,11 +471,15 @@ def _evaluate(
         if predictions is not None and values:
             raise UserError("pass PREDICTIONS or a detector with its settings, not both")
         source = predictions or make_config({"photos": absolute(root), **values})
-        figures = evaluate_benchmark(benchmark, root, split, source, names, load, _device())
+        figures, show = evaluate_benchmark(benchmark, root, split, source, names, load, _device()), print_benchmark
     elif predictions is None or truth is None:
         raise UserError("pass PREDICTIONS and TRUTH, or a --benchmark")
     elif wrong := [name for name, value in (("--root", root), ("--split", split), ("a detector", values)) if value]:
         raise UserError(f"{wrong[0]} requires --benchmark")
+    elif photos is None and (masks := records_folder(predictions)):
+        from .evaluate.runs import evaluate_run, print_run
+
+        figures, show = evaluate_run(masks, truth, names, ignore, red_green), print_run
     elif photos is None:
         figures = evaluate_folders(predictions, truth, names, ignore, red_green)
     else:
@@ -482,7 +488,7 @@ def _evaluate(
         figures = evaluate_segmenter(load(names), open_source(photos), truth, ignore, red_green)
     if json_file is not None:  # before anything is printed: whatever happens to the output, the figures are there
         write_json(json_file, figures)
-    print_table(figures) if benchmark is None else print_benchmark(figures)
+    show(figures)
 
 
 app.command("evaluate")(command_with_settings(_evaluate, DETECTION_FLAGS.values()))

@@ -31,6 +31,7 @@ from pydantic.fields import FieldInfo
 
 from .errors import UserError
 from .files import absolute
+from .selection import Selection
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -257,6 +258,13 @@ class SegmenterTraining(Section):
     paste_objects: Annotated[tuple[int, int], Field(strict=False)] = setting(
         (0, 1), "Objects of other photos pasted into a training photo: low, high."
     )
+    min_score: float = setting(0.0, "Train on masks with at least this score.", ge=0, le=1)
+    keep_fraction: float = setting(
+        1.0, "Fraction of the masks of each category to train on, best scores first.", gt=0, le=1
+    )
+    per_category: int = setting(
+        0, "Masks of each category to train on, best scores first; 0 for all.", ge=0, le=1_000_000_000
+    )
     empty_masks: Literal["background", "skip"] = setting(
         "background", "Photos with an empty mask: train on them as background, or leave them out."
     )
@@ -275,6 +283,11 @@ class SegmenterTraining(Section):
     precision: Precision = setting("float32", "Floating-point format of matrix products; weights stay float32.")
     allow_empty: bool = setting(False, "Train although categories have no usable mask, without them.")
     seed: int = setting(0, "Random seed.", ge=0, le=2**32 - 1)
+
+    @property
+    def selection(self) -> Selection:
+        """Which masks are trained on."""
+        return Selection(self.min_score, self.keep_fraction, self.per_category or None)
 
     @field_validator("paste_objects")
     @classmethod

@@ -25,7 +25,7 @@ error, or with `allow_empty` has no expert and keeps its records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -42,7 +42,7 @@ from .archive import read_archive
 from .backbones import Encoder, untrained_encoder
 from .config import ExpertTraining
 from .distributed import Worker
-from .errors import DamagedFile, UserError
+from .errors import DamagedFile, UserError, listed
 from .files import atomic_write, fitted, make_folder, remove_empty, remove_stale
 from .mask_counts import check_mask_counts, show_mask_counts
 from .masks import (
@@ -58,11 +58,14 @@ from .masks import (
     write_shard,
 )
 from .photos import Photo, PhotoError, PhotoSource
-from .progress import Progress
+from .progress import Progress, warn
+from .review import read_review
 from .segmenter.augment import IGNORE
 from .segmenter.deeplab import DeepLab
 from .segmenter.predict import Segmenter, upsampled_argmax
-from .segmenter.training import Sample, train, training_records
+from .segmenter.training import Sample, samples_digest, train, training_records
+from .selection import select
+from .training import trained_on
 
 SHARED = "shared"
 SHARD_SIZE = 64  # minimum number of records in a shard of the mode "shared", except for the last
@@ -172,12 +175,12 @@ def expert_samples(
     """The training samples of experts.
 
     Args:
-        records: Masks by category.
+        records: Selected masks by category.
         names: Categories of the experts that share a network.
         settings: Settings of the training.
 
     Returns:
-        The masks of each category that `training_records` selects. Of the k-th category, background has the label 2 k
+        The masks of each category to train on (`training_records`). Of the k-th category, background has the label 2 k
         and the object 2 k + 1.
     """
     return [
@@ -213,8 +216,9 @@ def train_experts(
 ) -> None:
     """Trains the experts of the run folder `out` and writes OUT/refined; continues where it was interrupted.
 
-    With `imported`, OUT/experts holds a network of every category already. Nothing is trained, and categories without
-    a usable mask are relabeled too.
+    It trains on the masks of the detector that `settings.selection` and the review of the run keep, and relabels all
+    photos. A warning says which finished networks were trained on other masks. With `imported`, OUT/experts holds a
+    network of every category already. Nothing is trained, and categories without a usable mask are relabeled too.
 
     Every worker calls it. On the CPU, an interrupted training ends with weights that are bit-identical to those of one
     that was not, with the same number of threads; with another number, they are equal up to rounding. All records are
@@ -227,10 +231,13 @@ def train_experts(
     if is_refined(out) and not (out / "masks").is_dir():
         progress.note = "done before"
         return
-    records: dict[str, list[MaskRecord]] = {name: [] for name in read_archive(out / "archive.json").categories}
-    for record in read_masks(out / "masks"):
-        records.setdefault(record.category, []).append(record)
-    experts = _Experts(out, source, settings, records, worker, device, progress, imported)
+    masks = list(read_masks(out / "masks"))
+    selected = select(masks, settings.selection, read_review(out))
+    records = _by_category(masks, read_archive(out / "archive.json").categories)
+    training = _by_category(selected, list(records))
+    experts = _Experts(out, source, settings, records, training, worker, device, progress, imported)
+    if worker.is_main and not imported:
+        experts.warn_of_other_masks()
     if worker.is_main and is_refined(out):
         names = [experts.shard(number).name for number in range(experts.shard_count())]
         if not all((out / "refined" / name).exists() for name in names):  # one was deleted because it was damaged
@@ -239,9 +246,8 @@ def train_experts(
     if is_refined(out):
         progress.note = "done before"
         return
-    everything = [record for masks in records.values() for record in masks]
     if not imported:
-        check_mask_counts(list(records), everything, out / "masks", settings.allow_empty, worker)
+        check_mask_counts(list(records), masks, selected, out / "masks", settings.allow_empty, worker)
     for folder in ("experts", "refining"):
         make_folder(out / folder)
     if settings.mode == SHARED:
@@ -253,7 +259,15 @@ def train_experts(
         if not all(experts.shard(number).exists() for number in range(experts.shard_count())):
             raise UserError("a worker died before it finished its shard; run the same command again to continue")
         _move_shards(out / "refining", out / "refined")
-        show_mask_counts(list(records), read_masks(out / "refined"), out / "refined")
+        show_mask_counts(list(records), list(read_masks(out / "refined")), out / "refined")
+
+
+def _by_category(records: Iterable[MaskRecord], categories: Sequence[str]) -> dict[str, list[MaskRecord]]:
+    """The masks of each category, in order; of these categories at least."""
+    grouped: dict[str, list[MaskRecord]] = {name: [] for name in categories}
+    for record in records:
+        grouped.setdefault(record.category, []).append(record)
+    return grouped
 
 
 def _move_shards(source: Path, target: Path) -> None:
@@ -279,7 +293,8 @@ class _Experts:
     out: Path
     source: PhotoSource
     settings: ExpertTraining
-    records: dict[str, list[MaskRecord]]
+    records: dict[str, list[MaskRecord]]  # all masks, by category
+    selected: dict[str, list[MaskRecord]]  # those to train on
     worker: Worker
     device: str
     progress: Progress
@@ -294,6 +309,22 @@ class _Experts:
     def shard_count(self) -> int:
         return len(self._shared_shards() if self.settings.mode == SHARED else self.records)
 
+    def warn_of_other_masks(self) -> None:
+        """Warns of finished networks that were trained on other masks than are selected now."""
+        names = list(self.records)
+        networks = {SHARED: names} if self.settings.mode == SHARED else {name: [name] for name in names}
+        changed = []
+        for name, categories in networks.items():
+            if (path := network_path(self.out, name)).exists():
+                samples = expert_samples(self.selected, categories, self.settings)
+                if trained_on(path.with_suffix(""), f"namedmask experts {self.out}") != samples_digest(samples):
+                    changed.append(path.name)
+        if changed:
+            warn(
+                f"{listed(changed)} in {self.out / 'experts'}: trained on other masks than {self.out / 'masks'} and "
+                "review.jsonl give now; start over with --overwrite to train on these"
+            )
+
     def _shared_shards(self) -> list[list[MaskRecord]]:
         """Sorted by photo, so that one forward pass serves all categories of a photo."""
         records = sorted((record for masks in self.records.values() for record in masks), key=lambda r: r.photo)
@@ -307,7 +338,7 @@ class _Experts:
             name, records = names[number], self.records[names[number]]
             if self.shard(number).exists():
                 self.progress.advance(self.views + len(records), existing=True)
-            elif self.imported or any(record.area for record in records):
+            elif self.imported or any(record.area for record in self.selected[name]):
                 segmenter = Segmenter(self._expert(name, [name], Worker()), [name], self.device)
                 self._refine(number, records, segmenter, lambda logits, _: logits[1] - logits[0])
             else:
@@ -321,7 +352,7 @@ class _Experts:
         network = self._expert(SHARED, names, self.worker)
         assert isinstance(network, SharedExperts)
         layers, segmenter = network.layers, Segmenter(network, names, self.device)
-        trained = {name for name, masks in self.records.items() if any(record.area for record in masks)}
+        trained = {name for name, masks in self.selected.items() if any(record.area for record in masks)}
         indices = {name: torch.tensor([index], device=segmenter.device) for index, name in enumerate(names)}
 
         def logits(features: Tensor, name: str) -> Tensor:
@@ -348,7 +379,7 @@ class _Experts:
             make_folder(folder)
             if worker.is_main:
                 remove_stale(folder)
-            samples = expert_samples(self.records, categories, self.settings)
+            samples = expert_samples(self.selected, categories, self.settings)
             progress = _ExpertProgress(self.progress, name)
             network = train(
                 self.source, samples, classes, folder, self.settings, worker, self.device, progress, network_type

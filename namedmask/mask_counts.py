@@ -1,35 +1,41 @@
 # SPDX-License-Identifier: MIT
-"""Counts the usable masks of each category before a training relies on them."""
+"""Counts the selected and the usable masks of each category before a training relies on them."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .distributed import Worker
 from .errors import UserError
 from .masks import MaskRecord
-from .progress import warn
+from .progress import plain_console, warn
 
 FEW = 10  # a category with fewer usable masks is worth a warning
 LISTED = 20  # number of categories that are listed one by one
 
 
-def show_mask_counts(categories: Sequence[str], records: Iterable[MaskRecord], masks: Path) -> None:
+def show_mask_counts(
+    categories: Sequence[str], records: Sequence[MaskRecord], masks: Path, selected: Sequence[MaskRecord] | None = None
+) -> None:
     """Prints how many masks of each category are usable, that is not empty, and warns of those with few.
 
     Args:
         categories: Names of the categories.
         records: All masks.
         masks: The folder that they are from, for messages.
+        selected: Those to train on: no other is usable. None: all, without a column of their own.
     """
-    total: Counter[str] = Counter()
-    usable: Counter[str] = Counter()
-    for record in records:
-        total[record.category] += 1
-        usable[record.category] += record.area > 0
+    from rich.table import Table
+
+    candidates = records if selected is None else selected
+    total = Counter(record.category for record in records)
+    usable = Counter(record.category for record in candidates if record.area)
+    columns = {"masks": total, "selected": Counter(record.category for record in candidates), "usable": usable}
+    if selected is None:
+        del columns["selected"]
     counts = [usable[name] for name in categories]
     print(
         f"usable masks in {masks}: {sum(counts)} of {total.total()}; per category {min(counts)} to {max(counts)}, "
@@ -37,35 +43,48 @@ def show_mask_counts(categories: Sequence[str], records: Iterable[MaskRecord], m
         flush=True,
     )
     few = [name for name in categories if usable[name] < FEW]
-    for name in categories if len(categories) <= LISTED else few[:LISTED]:
-        print(f"  {name}: {usable[name]} of {total[name]}", flush=True)
+    if listed := list(categories) if len(categories) <= LISTED else few[:LISTED]:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        table.add_column("category", overflow="fold")
+        for title in columns:
+            table.add_column(title, justify="right", no_wrap=True)
+        for name in listed:
+            table.add_row(name, *(str(column[name]) for column in columns.values()))
+        plain_console().print(table)
     if few:
         warn(f"{_some(few)} fewer than {FEW} usable masks")
 
 
 def check_mask_counts(
-    categories: Sequence[str], records: Sequence[MaskRecord], masks: Path, allow_empty: bool, worker: Worker
+    categories: Sequence[str],
+    records: Sequence[MaskRecord],
+    selected: Sequence[MaskRecord],
+    masks: Path,
+    allow_empty: bool,
+    worker: Worker,
 ) -> None:
     """Shows the masks of each category (`show_mask_counts`) before a training. Every worker calls it.
 
     Raises:
-        UserError: If a category has no usable mask and `allow_empty` is false, or if none has any.
+        UserError: If a category has no usable mask among the selected ones and `allow_empty` is false, or if none has
+            any.
     """
     if worker.is_main:
-        show_mask_counts(categories, records, masks)
-    usable = {record.category for record in records if record.area}
-    if not usable:
+        show_mask_counts(categories, records, masks, selected)
+    usable, before = ({record.category for record in some if record.area} for some in (selected, records))
+    if not before:
         raise UserError(f"all masks in {masks} are empty, so there is nothing to learn from")
     empty = [name for name in categories if name not in usable]
-    if empty and not allow_empty:
+    if usable and (not empty or allow_empty):
+        return
+    if lost := [name for name in empty if name in before]:
+        which, remedy = f"{_some(lost)} no usable mask that is selected", "lower --min-score or change review.jsonl"
+    else:
+        which, remedy = f"{_some(empty)} no usable mask in {masks}", "detect with other settings"
         if masks.name == "refined":
             remedy = f"train the experts again with other settings, delete {masks} to use the detector's masks"
-        else:
-            remedy = "detect with other settings"
-        raise UserError(
-            f"{_some(empty)} no usable mask in {masks}: {remedy}, leave the categories out, or train without them "
-            "with --allow-empty"
-        )
+    more = ", leave the categories out, or train without them with --allow-empty" if usable else ""
+    raise UserError(f"{which}: {remedy}{more}")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -7,18 +7,21 @@ there are none: an existing shard always has its errors, and a recomputed shard 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import numpy as np
 from pycocotools import mask as coco
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from namedmask.config import describe
 from namedmask.errors import DamagedFile
 from namedmask.files import atomic_write, open_file
 
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
     from namedmask_kernels import Ragged
 
 RESIZED = "has changed since its mask was made: it has another size"  # the reason of an error
+
+Side = Annotated[int, Field(strict=True, gt=0)]
+Count = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+ONLY_FIELDS = ConfigDict(extra="forbid")
 
 _ERRORS_SUFFIX = ".errors.jsonl"
 _Record = TypeVar("_Record")
@@ -113,13 +121,14 @@ class MaskRecord:
     """
 
     photo: str
-    size: tuple[int, int]
+    size: tuple[Side, Side]
     category: str
-    category_score: float | None
+    category_score: Number | None
     rle: str
-    score: float
-    area: int
-    bbox: tuple[int, int, int, int]
+    score: Number
+    area: Count
+    bbox: tuple[Count, Count, Count, Count]
+    __pydantic_config__ = ONLY_FIELDS
 
     @classmethod
     def from_mask(
@@ -156,26 +165,16 @@ class MaskRecord:
 
     def to_json(self) -> str:
         """Returns one line of ASCII with the fields in order; `score` has 4 decimals, `category_score` 6."""
-        fields = asdict(self)
-        fields["score"] = round(float(self.score), 4)
+        values = asdict(self)
+        values["score"] = round(float(self.score), 4)
         if self.category_score is not None:
-            fields["category_score"] = round(float(self.category_score), 6)
-        return json.dumps(fields, allow_nan=False)
+            values["category_score"] = round(float(self.category_score), 6)
+        return json.dumps(values, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str | bytes) -> MaskRecord:
         """Parses a line. Raises ValueError with a message of one line if it is not a mask record."""
-        fields = parse_fields(line, cls.__slots__)
-        for key in ("photo", "category", "rle"):
-            _expect(fields, key, "a string", isinstance(fields[key], str))
-        for key, length in (("size", 2), ("bbox", 4)):
-            _expect(fields, key, f"{length} whole numbers", _is_counts(fields[key], length))
-        _expect(fields, "size", "a height and a width", min(fields["size"]) > 0)
-        _expect(fields, "area", "a whole number", _is_counts([fields["area"]], 1))
-        _expect(fields, "score", "a number", _is_number(fields["score"]))
-        score = fields["category_score"]
-        _expect(fields, "category_score", "a number or null", score is None or _is_number(score))
-        record = cls(**{**fields, "size": tuple(fields["size"]), "bbox": tuple(fields["bbox"])})
+        record = parse_line(cls, line)
         record._check_rle()
         return record
 
@@ -270,16 +269,18 @@ def digest(records: Iterable[MaskRecord], labels: Sequence = ()) -> str:
     return sha256.hexdigest()
 
 
-class ErrorRecord(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ErrorRecord:
     """A photo that could not be used."""
 
     photo: str
     stage: str  # the stage in which it failed, such as "index"
     reason: str
+    __pydantic_config__ = ONLY_FIELDS
 
     def to_line(self) -> bytes:
         """Returns a line of JSON, in ASCII."""
-        return json.dumps(self._asdict()).encode() + b"\n"
+        return json.dumps(asdict(self)).encode() + b"\n"
 
 
 def errors_path(shard: str | os.PathLike) -> Path:
@@ -301,7 +302,7 @@ def write_errors(path: str | os.PathLike, errors: Iterable[ErrorRecord]) -> None
 
 def read_errors(path: str | os.PathLike) -> Iterator[ErrorRecord]:
     """Yields the errors in a file. Raises DamagedFile with the file and the line number at an invalid line."""
-    return read_lines(path, _parse_error)
+    return read_lines(path, functools.partial(parse_line, ErrorRecord))
 
 
 def assemble_errors(out: str | os.PathLike, parts: Iterable[str | os.PathLike]) -> None:
@@ -337,40 +338,38 @@ def read_lines(path: str | os.PathLike, parse: Callable[[bytes], _Record], remed
             yield record
 
 
-def parse_fields(line: str | bytes, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The object in a line of JSON that has these keys. Raises ValueError if it is something else."""
+_adapter = functools.cache(TypeAdapter)  # building one takes milliseconds
+
+
+def parse_line(kind: type[_Record], line: str | bytes) -> _Record:
+    """Parses a line that holds a JSON object with the fields of a dataclass.
+
+    Numbers are not converted from strings or bools.
+
+    Raises:
+        ValueError: If it is something else, with a message of one line that names the field and what was expected.
+    """
     try:
-        fields = json.loads(line)
+        value = json.loads(line)  # pydantic would reject the lone surrogates of names that are not UTF-8
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
         raise ValueError(f"not a line of JSON: {error}") from None
-    if not isinstance(fields, dict) or set(fields) != set(keys):
-        actual = ", ".join(map(repr, fields)) if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"expected an object with the keys {', '.join(keys)}; got {actual}")
-    return fields
+    try:
+        return _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a class is hashable
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] in ("missing", "unexpected_keyword_argument", "dataclass_type") and len(first["loc"]) < 2:
+            keys = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
+            actual = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"expected an object with the keys {keys}; got {actual}") from None
+        raise ValueError(describe(".".join(map(str, first["loc"])), first)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    photo: str
+    __pydantic_config__ = ONLY_FIELDS
 
 
 def parse_photo(line: bytes) -> str:
     """The name in a line of photos.jsonl. Raises ValueError if it is something else."""
-    fields = parse_fields(line, ("photo",))
-    _expect(fields, "photo", "a string", isinstance(fields["photo"], str))
-    return fields["photo"]
-
-
-def _parse_error(line: bytes) -> ErrorRecord:
-    fields = parse_fields(line, ErrorRecord._fields)
-    for key in fields:
-        _expect(fields, key, "a string", isinstance(fields[key], str))
-    return ErrorRecord(**fields)
-
-
-def _expect(fields: dict[str, Any], key: str, what: str, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"{key}: expected {what}, got {fields[key]!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # excludes bool, a subclass of int
-
-
-def _is_counts(value: Any, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length and all(type(v) is int and v >= 0 for v in value)
+    return parse_line(_Listed, line).photo

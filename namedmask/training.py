@@ -42,6 +42,24 @@ NOTE_EVERY = 10  # steps; reading a loss makes the CPU wait for a GPU
 Result = TypeVar("Result")
 
 
+def trained_on(folder: Path, again: str) -> str:
+    """Returns the digest of the masks that a finished training was about, from its metrics.jsonl.
+
+    Args:
+        folder: Folder of the training.
+        again: The command that repeats it, for the message.
+
+    Raises:
+        DamagedFile: If the file has none.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        with path.open("rb") as lines:
+            return json.loads(next(lines))["masks"]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
+        raise DamagedFile(path, error, remedy=f"train the network again with `{again} --overwrite`") from None
+
+
 class TrainingState:
     """The state of a training on disk. `step` is the number of finished steps.
 
@@ -158,8 +176,8 @@ class TrainingState:
                 raise DamagedFile(checkpoint, error, remedy=remedy) from None
             if about != self.about:
                 raise UserError(
-                    f"{checkpoint} is of a training with other settings or masks; continue with those, or start over "
-                    "with --overwrite"
+                    f"{checkpoint} is of a training with other settings or masks, or review.jsonl has changed since; "
+                    "continue with those, or start over with --overwrite"
                 )
             try:
                 self._load(state)

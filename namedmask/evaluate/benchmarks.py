@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,7 +112,7 @@ def read_coco(root: Path, split: str | None) -> Split:
     photos = _folder(base, f"{split}{year}", f"images/{split}{year}")
     path = annotations / f"{prefix}{split}{year}.json"
     on_disk = {entry.name: entry.name for entry in os.scandir(photos) if _is_photo(entry.name)}
-    return _paired(photos, on_disk, _instances(path))
+    return _paired(photos, on_disk, _coco_truth(path))
 
 
 def read_coca(root: Path, split: str | None) -> Split:
@@ -220,40 +220,72 @@ def _read_mapped(path: Path, table: np.ndarray) -> np.ndarray:
     return table[labels]
 
 
-def _instances(path: Path) -> dict[str, Truth]:
-    """Reads a COCO file of instances: the ground truth by the file name of the photo."""
-    remedy = "unpack annotations_trainval2017.zip again"
-    label_of = {key_of(name): label for label, name in enumerate(category_names("coco2017") or [], 1)}
+class Instances(NamedTuple):
+    """The instances of a photo in a COCO file.
+
+    Attributes:
+        size: (height, width) of the photo.
+        instances: Label, segmentation and id of each, in the order of the file. The label None is of no class.
+    """
+
+    size: tuple[int, int]
+    instances: list[tuple[int | None, Any, int]]
+
+    def labels(self, only: int | None = None) -> np.ndarray:
+        """Paints the instances in their order, later ones over earlier ones; `only` those of this label.
+
+        Raises:
+            ValueError: If a segmentation is damaged.
+        """
+        labels = np.zeros(self.size, np.uint16)
+        for label, segmentation, number in self.instances:
+            if label is None or only not in (None, label):
+                continue
+            try:
+                labels[_rasterized(segmentation, *self.size)] = label
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                raise ValueError(f"the segmentation of annotation {number} is damaged: {error}") from None
+        return labels
+
+
+def read_instances(path: Path, label_of: Callable[[str], int | None], remedy: str) -> dict[str, Instances]:
+    """Reads a COCO file of instances: those of each photo, by its file name.
+
+    Args:
+        path: The file.
+        label_of: The label of the name of a category; None for categories that do not matter.
+        remedy: What to do if the file is damaged.
+
+    Raises:
+        DamagedFile: If it cannot be read.
+    """
     try:
         content = json.loads(read_bytes(path))
-        categories = {category["id"]: str(category["name"]) for category in content["categories"]}
-        instances: dict[int, list[tuple[int, Any, int]]] = {image["id"]: [] for image in content["images"]}
+        labels = {category["id"]: label_of(str(category["name"])) for category in content["categories"]}
+        instances: dict[int, list[tuple[int | None, Any, int]]] = {image["id"]: [] for image in content["images"]}
         for one in content["annotations"]:
             if one["image_id"] not in instances:
                 raise ValueError(f"annotation {one['id']} is of image {one['image_id']}, which is not listed")
-            name = categories[one["category_id"]]
-            if key_of(name) not in label_of:
-                raise UserError(f"{path}: {name!r} is not one of the 80 categories of COCO")
-            instances[one["image_id"]].append((label_of[key_of(name)], one["segmentation"], one["id"]))
-        truth = {}
-        for image in content["images"]:
-            size = int(image["height"]), int(image["width"])
-            where = f"{path}: {image['file_name']}"
-            truth[str(image["file_name"])] = Truth(where, partial(_paint, size, instances[image["id"]]))
+            instances[one["image_id"]].append((labels[one["category_id"]], one["segmentation"], one["id"]))
+        return {
+            str(image["file_name"]): Instances((int(image["height"]), int(image["width"])), instances[image["id"]])
+            for image in content["images"]
+        }
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(path, error, remedy=remedy) from None
-    return truth
 
 
-def _paint(size: tuple[int, int], instances: Iterable[tuple[int, Any, int]]) -> np.ndarray:
-    """Paints instances (label, segmentation, id) in the order of the file, later ones over earlier ones."""
-    labels = np.zeros(size, np.uint8)
-    for label, segmentation, number in instances:
-        try:
-            labels[_rasterized(segmentation, *size)] = label
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise ValueError(f"the segmentation of annotation {number} is damaged: {error}") from None
-    return labels
+def _coco_truth(path: Path) -> dict[str, Truth]:
+    """The ground truth of COCO 2017 by the file name of the photo."""
+    known = {key_of(name): label for label, name in enumerate(category_names("coco2017") or [], 1)}
+
+    def label_of(name: str) -> int:
+        if key_of(name) not in known:
+            raise UserError(f"{path}: {name!r} is not one of the 80 categories of COCO")
+        return known[key_of(name)]
+
+    photos = read_instances(path, label_of, "unpack annotations_trainval2017.zip again")
+    return {name: Truth(f"{path}: {name}", photo.labels) for name, photo in photos.items()}
 
 
 def _rasterized(segmentation: Any, height: int, width: int) -> np.ndarray:

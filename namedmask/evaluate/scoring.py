@@ -7,7 +7,7 @@ names, and weights without names, have the ids of the benchmark.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -164,7 +164,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 class PhotoMatcher:
-    """Finds photos of a benchmark by the names that they have elsewhere.
+    """Finds photos by the names that they have elsewhere.
 
     Two names match if they agree in all their folders from the end, as far as the shorter one goes; suffixes such as
     .jpg do not count. Of several names for a photo, the one that agrees in most folders counts.
@@ -204,12 +204,13 @@ class PhotoMatcher:
         (shared, photo), *others = found
         if others and others[0][0] == shared:
             raise UserError(
-                f"{name!r} may be {others[0][1]} or {photo} of the benchmark: names must include the folders"
+                f"{name!r} may be {others[0][1]} or {photo} in {self.folder}: names must include the folders"
             )
         known, other = self.matches.get(photo, (0, ""))
         if shared == known and other != name:
             raise UserError(
-                f"{other!r} and {name!r} may both be {self.folder / photo}: score the photos of the benchmark apart"
+                f"{other!r} and {name!r} may both be {self.folder / photo}: names must include the folders, or score "
+                "the photos apart"
             )
         if shared > known:
             self.matches[photo] = shared, name
@@ -239,14 +240,26 @@ def _is_weights(path: Path) -> bool:
     return path.is_file() or (path / "model.safetensors").exists()
 
 
-def _records_folder(path: Path) -> Path | None:
+def records_folder(path: Path) -> Path | None:
     """The folder of the masks of a run, if `path` is a run or such a folder."""
     return next((folder for folder in (best_masks(path), path) if next(folder.glob("*[0-9].jsonl"), None)), None)
 
 
-def _matched_records(folder: Path, data: Split) -> tuple[dict[str, list[MaskRecord]], str]:
-    """The masks of a run that belong to photos of a benchmark, by photo, and a note that says how many."""
-    matcher = PhotoMatcher(data.photos, data.truth)
+def matched_records(folder: Path, photos: Path, names: Collection[str]) -> tuple[dict[str, list[MaskRecord]], str]:
+    """Finds the masks of a run that are of given photos (`PhotoMatcher`).
+
+    Args:
+        folder: Folder of the masks.
+        photos: Folder of the photos.
+        names: Their names, below it.
+
+    Returns:
+        The masks by these names, and a note that says how many there are.
+
+    Raises:
+        UserError: If there are none.
+    """
+    matcher = PhotoMatcher(photos, names)
     records: dict[str, list[MaskRecord]] = {}  # by the name of the photo in the run
     others: set[str] = set()
     for record in read_masks(folder):
@@ -254,12 +267,14 @@ def _matched_records(folder: Path, data: Split) -> tuple[dict[str, list[MaskReco
             records.setdefault(record.photo, []).append(record)
         else:
             others.add(record.photo)
-    matched = f"{len(matcher.matches)} of {len(data.truth)} photos"
+    matched = f"{len(matcher.matches)} of {len(names)} photos"
     note = f"{matched} have masks in {folder}, {len(others)} others are not scored"
     if not records and not others:
         raise UserError(f"there are no masks in {folder}")
     if not records:
-        raise UserError(f"{note}: no photo, such as {next(iter(others))!r}, has the name of one in {data.photos}")
+        raise UserError(
+            f"{note}: no photo, such as {min(others)!r}, has the name of one in {photos}, such as {next(iter(names))!r}"
+        )
     return {photo: records[name] for photo, (_, name) in sorted(matcher.matches.items())}, note
 
 
@@ -301,8 +316,8 @@ def _score_labels(
         segmenter = load(known or data.categories)
         own = segmenter.names[1:]
         pairs = masks_of(segmenter, PhotoSource(data.photos, upright=False), photos)
-    elif folder := _records_folder(predictions):
-        records, note = _matched_records(folder, data)
+    elif folder := records_folder(predictions):
+        records, note = matched_records(folder, data.photos, data.truth)
         own = _categories_of(folder.parent / "archive.json", records, known)
         photos, pairs = list(records), _as_stored(data, _painted(records, own))
     else:
@@ -376,8 +391,8 @@ def _score_saliency(
         raise UserError(
             f"{predictions}: {benchmark} scores masks of objects: pass a run, a folder of PNG files or --detector"
         )
-    elif folder := _records_folder(predictions):
-        records, note = _matched_records(folder, data)
+    elif folder := records_folder(predictions):
+        records, note = matched_records(folder, data.photos, data.truth)
         photos, pairs = list(records), _as_stored(data, _united(records))
     else:
         files = _png_files(predictions, data)

@@ -23,7 +23,6 @@ batch; their losses and gradients are those of the whole batch, up to rounding.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,14 +39,16 @@ from torchvision.transforms.v2 import functional as TF
 from ..backbones import load as load_backbone
 from ..config import SaliencyTraining, SegmenterTraining
 from ..distributed import Worker
-from ..errors import DamagedFile, UserError
+from ..errors import UserError
 from ..files import atomic_write, make_folder
 from ..masks import MaskRecord, digest, read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
+from ..review import read_review
 from ..segmenter.augment import recolored
+from ..selection import Selection, select
 from ..threads import map_ahead, thread_count
-from ..training import TrainingPhotos, TrainingState, fit
+from ..training import TrainingPhotos, TrainingState, fit, trained_on
 from .selfmask import SelfMask
 from .selfmask import load as load_selfmask
 
@@ -66,12 +67,12 @@ def train_saliency(
         UserError: there are no masks; a finished network or a checkpoint is of other masks than `out` has now; the
             batch cannot be split evenly among the workers.
     """
-    records = ranked_masks(out / "masks")
+    records = ranked_masks(out)
     folder, path = out / "saliency", out / "saliency" / "model.safetensors"
     make_folder(folder)
     about = {"settings": settings.without_files(), "masks": digest(records)}
     if path.exists():
-        if _trained_masks(folder / "metrics.jsonl", out) != about["masks"]:
+        if trained_on(folder, f"namedmask train-saliency {out}") != about["masks"]:
             raise UserError(f"{path} was trained on other masks than {out} has now; start over with --overwrite")
         progress.note = "done before"
         return
@@ -132,21 +133,15 @@ def expect_even_batch(settings: SaliencyTraining, workers: int) -> None:
         )
 
 
-def _trained_masks(metrics: Path, out: Path) -> str:
-    """The digest in metrics.jsonl of the masks that a finished network was trained on."""
-    try:
-        with metrics.open("rb") as lines:
-            return json.loads(next(lines))["masks"]
-    except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
-        remedy = f"train the network again with `namedmask train-saliency {out} --overwrite`"
-        raise DamagedFile(metrics, error, remedy=remedy) from None
+def ranked_masks(out: Path) -> list[MaskRecord]:
+    """The non-empty masks of the detector that the review does not reject, one per photo, best scores first.
 
-
-def ranked_masks(folder: Path) -> list[MaskRecord]:
-    """The non-empty masks of a run, one per photo, best scores first; ties by name."""
-    by_photo = {record.photo: record for record in read_masks(folder) if record.area}
+    Ties are in the order of the names.
+    """
+    records = select(read_masks(out / "masks"), Selection(), read_review(out))
+    by_photo = {record.photo: record for record in records if record.area}
     if not by_photo:
-        raise UserError(f"there are no masks in {folder}; make them with `namedmask-pseudolabel`")
+        raise UserError(f"there are no masks in {out / 'masks'}; make them with `namedmask-pseudolabel`")
     return sorted(by_photo.values(), key=lambda record: (-record.score, record.photo))
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -39,7 +40,7 @@ from ..files import (
     sha256,
 )
 from ..formats import label_palette, write_label_map
-from ..masks import ErrorRecord, parse_fields, read_lines, write_errors
+from ..masks import ONLY_FIELDS, ErrorRecord, parse_line, read_lines, write_errors
 from ..memory import DECODE_SHARE, photo_budget
 from ..photos import SEGMENT_RECORD, Photo, PhotoError, PhotoSource
 from ..progress import Progress
@@ -120,11 +121,18 @@ def segmented_photos(out: Path) -> dict[str, str]:
     return dict(read_lines(path, _parse_photo, remedy)) if path.exists() else {}
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A line of photos.jsonl."""
+
+    photo: str
+    mask: str
+    __pydantic_config__ = ONLY_FIELDS
+
+
 def _parse_photo(line: bytes) -> tuple[str, str]:
-    fields = parse_fields(line, ("photo", "mask"))
-    photo, mask = fields["photo"], fields["mask"]
-    if not isinstance(photo, str) or not isinstance(mask, str):
-        raise ValueError(f"expected two names, got {photo!r} and {mask!r}")
+    written = parse_line(_Written, line)
+    photo, mask = written.photo, written.mask
     parts = PurePosixPath(mask).parts
     if len(parts) < 2 or parts[0] != "masks" or ".." in parts or not mask.endswith(".png"):
         raise ValueError(f"mask: expected masks/NAME.png, got {mask!r}")

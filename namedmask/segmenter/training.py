@@ -32,9 +32,11 @@ from ..distributed import Worker
 from ..errors import UserError, listed
 from ..files import make_folder
 from ..mask_counts import check_mask_counts
-from ..masks import MaskRecord, best_masks, digest, read_masks
+from ..masks import MaskRecord, best_masks, digest
 from ..photos import PhotoSource
 from ..progress import Progress
+from ..review import current_masks, read_review
+from ..selection import select
 from ..threads import map_ahead, thread_count, use_one_torch_thread
 from ..training import TrainingPhotos, TrainingState, fit
 from .augment import IGNORE, View, augment, copy_paste
@@ -61,37 +63,40 @@ def train_segmenter(
 ) -> None:
     """Trains on the masks of the run folder `out`, unless that is done; continues from a checkpoint.
 
-    It uses the masks of the experts (OUT/refined) if there are any, else OUT/masks. Class i + 1 is the i-th category of
-    the archive. Every worker calls it.
+    It uses the masks of the experts (OUT/refined) if there are any, else OUT/masks, and of those the ones that
+    `settings.selection` and the review of the run keep. Class i + 1 is the i-th category of the archive. Every worker
+    calls it.
 
     Raises:
         UserError: If there are no masks, if a category has none (`check_mask_counts`), if a finished segmenter was
-            trained on other masks than `out` has now, or as `train` does.
+            trained on other masks than `out` and its review give now, or as `train` does.
     """
     folder = out / "segmenter"
     make_folder(folder)
     categories = read_archive(out / "archive.json").categories
-    masks = best_masks(out)
-    records = list(read_masks(masks))
+    masks, review = best_masks(out), read_review(out)
+    records = list(current_masks(out, review))
     if not records:
         raise UserError(f"there are no masks in {masks}; make them with `namedmask-pseudolabel`")
     if unknown := sorted({record.category for record in records} - set(categories)):
         raise UserError(f"{masks} has masks of {listed(unknown)}, which {out / 'archive.json'} does not list")
     label = {name: number for number, name in enumerate(categories, 1)}
-    samples = [Sample(record, label[record.category]) for record in training_records(records, settings)]
+    selected = select(records, settings.selection, review)
+    samples = [Sample(record, label[record.category]) for record in training_records(selected, settings)]
     if (folder / "model.safetensors").exists():
         remedy = f"train it again with `namedmask train {out} --overwrite`"
-        if read_about(folder / "categories.json", remedy).get("masks") != _digest(samples):
-            raise UserError(f"{folder} was trained on other masks than {masks} has now; start over with --overwrite")
+        if read_about(folder / "categories.json", remedy).get("masks") != samples_digest(samples):
+            now = f"{masks} and review.jsonl give now" if review else f"{masks} has now"
+            raise UserError(f"{folder} was trained on other masks than {now}; start over with --overwrite")
         if worker.is_main:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         progress.note = "done before"
         return
-    check_mask_counts(categories, records, masks, settings.allow_empty, worker)
+    check_mask_counts(categories, records, selected, masks, settings.allow_empty, worker)
     progress.total = settings.steps * settings.batch_size
     network = train(source, samples, len(categories) + 1, folder, settings, worker, device, progress)
     if worker.is_main:
-        save_segmenter(folder, network, categories, _digest(samples))
+        save_segmenter(folder, network, categories, samples_digest(samples))
         (folder / "checkpoint.pt").unlink()
 
 
@@ -150,7 +155,7 @@ def train(
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    about = {"settings": settings.without_files(), "samples": _digest(samples)}
+    about = {"settings": settings.without_files(), "masks": samples_digest(samples)}
 
     def learning_rate(step: int, highest: float) -> float:
         decayed = highest * (1 - step / settings.steps) ** settings.poly_power
@@ -304,6 +309,6 @@ def make_view(sample: Sample, pixels: np.ndarray, settings: SegmenterTraining, r
     return augment(pixels, labels, settings, rng)
 
 
-def _digest(samples: Sequence[Sample]) -> str:
+def samples_digest(samples: Sequence[Sample]) -> str:
     """A digest of the samples."""
     return digest((sample.record for sample in samples), [(sample.label, sample.background) for sample in samples])

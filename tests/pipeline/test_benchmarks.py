@@ -22,7 +22,7 @@ from namedmask.errors import UserError
 from namedmask.evaluate import BenchmarkName, saliency
 from namedmask.evaluate.benchmarks import (
     BENCHMARKS,
-    _paint,
+    Instances,
     _rasterized,
     category_names,
     key_of,
@@ -546,8 +546,10 @@ def test_segmentations_of_coco():
     ):
         with pytest.raises(ValueError, match=message):
             _rasterized(segmentation, 4, 6)
-    painted = _paint((4, 6), [(3, [square], 1), (7, columns | {"counts": [0, 6, 18]}, 2)])
-    assert painted.dtype == np.uint8 and painted[:, 0].tolist() == [7] * 4 and painted[:2, 1].tolist() == [7, 7]
+    photo = Instances((4, 6), [(3, [square], 1), (None, [square], 5), (7, columns | {"counts": [0, 6, 18]}, 2)])
+    painted = photo.labels()
+    assert (photo.labels(3) == 3 * _rasterized([square], 4, 6)).all()
+    assert painted[:, 0].tolist() == [7] * 4 and painted[:2, 1].tolist() == [7, 7]
     assert (painted[2, 1:4] == 3).all() and painted[3].tolist() == [7, 0, 0, 0, 0, 0]
 
 

@@ -24,11 +24,15 @@ from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained_encoder
 from namedmask.config import ExpertTraining, make_config
 from namedmask.errors import UserError
-from namedmask.experts import SharedExperts, certainty, expert_samples, file_name
+from namedmask.experts import SharedExperts, _by_category, certainty, expert_samples, file_name
 from namedmask.masks import MaskRecord, best_masks, mask_score, read_errors, read_masks, read_shard, write_shard
 from namedmask.report import write_report
+from namedmask.review import write_review
 from namedmask.segmenter.augment import IGNORE
 from namedmask.segmenter.deeplab import DeepLab
+from namedmask.segmenter.training import samples_digest
+from namedmask.selection import Selection, select
+from namedmask.training import trained_on
 
 ENCODER = "test_resnet"  # timm's, for tests
 COLORS = {"cat": (220, 60, 40), "hot/dog": (40, 90, 220)}  # one name cannot be a file name
@@ -204,6 +208,31 @@ def test_changed_settings_raise_with_the_difference(world, tmp_path):
     assert [p.name for p in (out / "experts").glob("*.safetensors")] == ["shared.safetensors"]
     with pytest.raises(UserError, match="one object, so nothing is pasted"):
         make_config({"photos": "p", "experts": {"paste_objects": (1, 2)}})
+
+
+@pytest.mark.parametrize("mode", ["separate", "shared"])
+def test_experts_train_on_the_selected_masks_and_relabel_all(world, tmp_path, capsys, mode):
+    original, settings, _ = world
+    out = copy_of(original, tmp_path)
+    records = list(read_masks(out / "masks"))
+    review = {(r.photo, r.category): "reject" for r in records if r.photo in ("00.png", "01.png", "06.png")}
+    write_review(out, review)
+    start(out, {**settings, "mode": mode, "steps": 1, "per_category": 5})
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("cat ")] == [
+        ["cat", str(ONE + BOTH), "5", "5"], ["cat", str(ONE + BOTH), str(ONE + BOTH)],
+    ]  # fmt: skip
+    assert len(list(read_masks(out / "refined"))) == len(records)
+    kept = _by_category(select(records, Selection(per_category=5), review), list(COLORS))
+    networks = {"shared": list(COLORS)} if mode == "shared" else {"cat": ["cat"], "hot%2Fdog": ["hot/dog"]}
+    for name, categories in networks.items():
+        samples = expert_samples(kept, categories, ExpertTraining())
+        assert trained_on(out / "experts" / name, "") == samples_digest(samples)
+    start(out, {})
+    assert "trained on other masks" not in capsys.readouterr().err
+    write_review(out, {("00.png", "cat"): "accept"})
+    start(out, {})
+    changed = "shared.safetensors" if mode == "shared" else "cat.safetensors, hot%2Fdog.safetensors"
+    assert f"warning: {changed} in {out / 'experts'}: trained on other masks" in capsys.readouterr().err
 
 
 def test_empty_masks_and_missing_photos(world, tmp_path, capsys):

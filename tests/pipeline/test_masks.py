@@ -174,17 +174,21 @@ def changed(**fields):
         ("[]", "got list"),
         ('{"photo": "a"}', "expected an object with the keys photo, size"),
         (changed(extra=1), "'extra'"),
-        (changed(photo=1), "photo: expected a string, got 1"),
-        (changed(rle=None), "rle: expected a string"),
-        (changed(size=[4]), "size: expected 2 whole numbers"),
-        (changed(size=[4, 0]), "size: expected a height and a width"),
-        (changed(size=[4, 6.0]), "size: expected 2 whole numbers"),
-        (changed(bbox=[0, 0, 1, -1]), "bbox: expected 4 whole numbers"),
-        (changed(area="6"), "area: expected a whole number"),
-        (changed(area=True), "area: expected a whole number"),
-        (changed(score=None), "score: expected a number"),
-        (changed(score=float("nan")), "score: expected a number"),
-        (changed(category_score="high"), "category_score: expected a number or null"),
+        (changed(photo=1), "photo: expected a valid string, got 1"),
+        (changed(rle=None), "rle: expected a valid string, got None"),
+        (changed(size=[4]), "size.1: required"),
+        (changed(size=[4, 6, 3]), "size: Tuple should have at most 2 items"),
+        (changed(size="46"), "size: expected a valid tuple, got '46'"),
+        (changed(size=[4, 0]), "size.1: expected above 0, got 0"),
+        (changed(size=[4, 6.0]), "size.1: expected a valid integer, got 6.0"),
+        (changed(bbox=[0, 0, 1, -1]), "bbox.3: expected at least 0, got -1"),
+        (changed(area="6"), "area: expected a valid integer, got '6'"),
+        (changed(area=True), "area: expected a valid integer, got True"),
+        (changed(score=None), "score: expected a valid number"),
+        (changed(score=True), "score: expected a valid number, got True"),
+        (changed(score=10**400), "score: expected a valid number, got 1000"),
+        (changed(score=float("nan")), "score: expected a finite number"),
+        (changed(category_score="high"), "category_score: expected a valid number, got 'high'"),
     ],
 )
 def test_invalid_lines_raise_value_error_of_one_line(line, says):
@@ -239,7 +243,7 @@ def test_lines_of_other_files_are_checked(tmp_path):
     (tmp_path / "a").write_text('{"photo": "x"}\n{"photo": 3}\n')
     names = read_lines(tmp_path / "a", parse_photo, "make it again")
     assert next(names) == "x"
-    with pytest.raises(DamagedFile, match=r"a:2: photo: expected a string, got 3; .*: make it again"):
+    with pytest.raises(DamagedFile, match=r"a:2: photo: expected a valid string, got 3; .*: make it again"):
         next(names)
     with pytest.raises(DamagedFile, match=r"none: No such file or directory; .*: make it again"):
         next(read_lines(tmp_path / "none", parse_photo, "make it again"))
@@ -363,5 +367,5 @@ def test_merged_errors_are_unique_and_sorted_by_stage_then_shard(tmp_path):
 def test_invalid_error_lines_raise_value_error(tmp_path):
     path = tmp_path / "errors.jsonl"
     path.write_text('{"photo": "a", "stage": "index", "reason": 3}\n')
-    with pytest.raises(ValueError, match=r"errors\.jsonl:1: reason: expected a string, got 3"):
+    with pytest.raises(ValueError, match=r"errors\.jsonl:1: reason: expected a valid string, got 3"):
         list(read_errors(path))

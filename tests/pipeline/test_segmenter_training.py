@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from namedmask.masks import RESIZED, MaskRecord, read_errors, write_shard
 from namedmask.photos import PhotoSource
 from namedmask.progress import Progress
 from namedmask.record import read_config
+from namedmask.review import write_review
 from namedmask.segmenter import training as segmenter_training
 from namedmask.segmenter.augment import IGNORE, View
 from namedmask.segmenter.batch_norm import GlobalBatchNorm
@@ -42,6 +44,7 @@ from namedmask.segmenter.training import (
     batches,
     dropout_seed,
     expect_even_batch,
+    samples_digest,
     train,
 )
 from namedmask.training import TrainingPhotos
@@ -265,6 +268,35 @@ def test_segmenter_of_other_masks_raises_user_error(run_of_discs, small):
     assert CliRunner().invoke(app, [*words, "--overwrite"]).exit_code == 0
     assert (folder / "model.safetensors").read_bytes() != weights
     assert CliRunner().invoke(app, words).exit_code == 0
+
+
+def test_training_uses_the_selected_masks_and_notices_a_changed_review(run_of_discs, small):
+    records = [sample.record for sample in samples_of(run_of_discs)[0]]
+    scored = [replace(record, score=0.1 * (number % 8)) for number, record in enumerate(records)]  # 0 to 0.7
+    write_shard(run_of_discs / "masks" / "00000.jsonl", scored)
+    review = {("cat/0.png", "cat"): "accept", ("dog/7.png", "dog"): "reject"}
+    write_review(run_of_discs, review)
+    words = ["train", str(run_of_discs)]
+
+    def command(*more):
+        return CliRunner().invoke(app, [*words, *map(str, more)])
+
+    train_run(run_of_discs, {**small, "steps": 1, "min_score": 0.3, "keep_fraction": 0.8, "per_category": 3})
+    trained_on = json.loads((run_of_discs / "segmenter" / "categories.json").read_text())["masks"]
+    kept = [scored[0], *scored[6:8], *scored[12:15]]
+    assert trained_on == samples_digest([Sample(record, 1 + (record.category == "dog")) for record in kept])
+    assert lines(run_of_discs)[0]["masks"] == trained_on
+    write_review(run_of_discs, {**review, ("dog/6.png", "dog"): "accept"})  # as the selection has it already
+    assert command().exit_code == 0
+    changed = command("--min-score", 0.2)
+    assert changed.exit_code == 2 and "segmenter.min_score: 0.3 -> 0.2" in changed.stderr
+    write_review(run_of_discs, {**review, ("dog/6.png", "dog"): "reject"})
+    changed = command()
+    assert changed.exit_code == 2 and "other masks than" in changed.stderr and "review.jsonl give" in changed.stderr
+    again = command("--overwrite")
+    assert again.exit_code == 0 and [line.split() for line in again.stdout.splitlines() if "dog" in line] == [
+        ["dog", "8", "2", "2"]
+    ]
 
 
 def test_unfinished_masks_raise_user_error(run_of_discs):

@@ -31,6 +31,7 @@ from namedmask.photos import Photo, PhotoSource
 from namedmask.presets import preset
 from namedmask.progress import Progress
 from namedmask.pseudolabel import Labeler
+from namedmask.review import write_review
 from namedmask.saliency import make_detector, selfmask_training
 from namedmask.saliency.selfmask import SelfMask, agreement, certainty
 from namedmask.saliency.selfmask_training import (
@@ -254,10 +255,12 @@ def last_metrics(out: Path) -> list[float]:
 
 
 def test_training_uses_the_masks_with_the_best_scores(run_of_discs):
-    records = ranked_masks(run_of_discs / "masks")
+    records = ranked_masks(run_of_discs)
     trained = records[: training_count(records, SaliencyTraining(**SMALL))]
     assert len(records) == 24 and {int(record.photo[5:-4]) for record in trained} == set(range(1, 24, 2))
     assert [training_count(records[:n], SaliencyTraining(keep_fraction=0.1)) for n in (1, 14, 16, 24)] == [1, 1, 2, 2]
+    write_review(run_of_discs, {(records[0].photo, "disc"): "reject"})
+    assert ranked_masks(run_of_discs) == records[1:]
 
 
 @pytest.mark.parametrize("protocol", [{}, DEMO])
