@@ -36,7 +36,7 @@ from ..masks import MaskRecord, best_masks, digest, read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
 from ..threads import map_ahead, thread_count, use_one_torch_thread
-from ..training import TrainingPhotos, TrainingState, fit
+from ..training import TrainingPhotos, TrainingState, fit, take_outdated
 from .augment import IGNORE, View, augment, copy_paste
 from .batch_norm import synchronize
 from .deeplab import DeepLab, on_device, read_about, save_segmenter
@@ -79,10 +79,16 @@ def train_segmenter(
         raise UserError(f"{masks} has masks of {listed(unknown)}, which {out / 'archive.json'} does not list")
     label = {name: number for number, name in enumerate(categories, 1)}
     samples = [Sample(record, label[record.category]) for record in training_records(records, settings)]
+    if worker.is_main:
+        take_outdated(out, folder, training_about(settings, samples, len(categories) + 1))
+    worker.barrier("an earlier segmenter is taken")
     if (folder / "model.safetensors").exists():
         remedy = f"train it again with `namedmask train {out} --overwrite`"
         if read_about(folder / "categories.json", remedy).get("masks") != _digest(samples):
-            raise UserError(f"{folder} was trained on other masks than {masks} has now; start over with --overwrite")
+            raise UserError(
+                f"{folder} was trained on other masks than {masks} has now; `namedmask train {out} --update` trains "
+                "it again"
+            )
         if worker.is_main:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         progress.note = "done before"
@@ -150,7 +156,7 @@ def train(
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    about = {"settings": settings.without_files(), "samples": _digest(samples)}
+    about = training_about(settings, samples, classes)
 
     def learning_rate(step: int, highest: float) -> float:
         decayed = highest * (1 - step / settings.steps) ** settings.poly_power
@@ -167,6 +173,11 @@ def train(
         remaining = batches(photos, samples, settings, worker, range(state.step, settings.steps))
         fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
     return network
+
+
+def training_about(settings: SegmenterTraining, samples: Sequence[Sample], classes: int) -> dict:
+    """What a network depends on, as for `TrainingState`."""
+    return {"settings": settings.without_files(), "samples": _digest(samples), "classes": classes}
 
 
 def expect_even_batch(settings: SegmenterTraining, workers: int) -> None:
