@@ -221,13 +221,14 @@ def build_index(
             names = list(itertools.islice(photos, first - at, first - at + size))
             at = first + size
             new = [name for name in names if name not in known]
+            if len(new) < size:
+                advance(size - len(new), existing=True)
             if new:
                 claimed.append((shard, names, len(new)))
                 yield new
             else:
                 path = known.places[names[0]][0]
                 _write_shard(shard_path(folder, shard), first, [(name, known[name]) for name in names], _protocol(path))
-                advance(size, existing=True)
 
     ahead = new_photos()
     first = next(ahead, None)
@@ -242,7 +243,6 @@ def build_index(
         found = iter([result, *itertools.islice(results, new - 1)])
         rows = [(name, known[name]) if name in known else next(found) for name in names]
         _write_shard(shard_path(folder, shard), shard * config.shard_size, rows, embedder.protocol)
-        advance(len(names) - new, existing=True)
         advance(new, existing=False)
     return embedder
 

@@ -289,7 +289,8 @@ def pseudolabel(
             if shard_path(folder, shard).exists():
                 advance(len(part), existing=True)
                 continue
-            advance(len(part) - len(new), existing=True)
+            if len(new) < len(part):
+                advance(len(part) - len(new), existing=True)
             if not new:
                 write(shard, {})
             yield from new

@@ -186,7 +186,7 @@ def settle(
             new.settings = {name: value for name, value in new.settings.items() if name in flatten(given)}
         new.made_with = old.made_with if old and keeps else made_with() | ({IMPORTED: imported} if imported else {})
         if stage in outdated:
-            new.made_with = made_with() | {UPDATED: "; ".join(differences)}
+            new.made_with = made_with() | {UPDATED: "; ".join(differences) or "photos"}
         settled.stages[stage.name] = old if old and kept_import else new
         kept_imports |= {stage.name} if kept_import else set()
     if outdated:
@@ -462,9 +462,7 @@ def _print_outdated(out: Path, stages: Sequence[str]) -> None:
         if name not in stages and stage.sections and stage.outdated_files(out):
             print(f"the results of `{name}` are out of date: `namedmask {_command(stage, out)}` makes what is new")
     if "train" in record.stages and LEFT_BEHIND in record.stages["train"].made_with:
-        print(
-            f"{out / 'segmenter'} is from before the update: `namedmask train {out} --update` trains it on what is new"
-        )
+        print(f"{out / 'segmenter'} is from before the update: `namedmask train {out} --update` trains another one")
 
 
 def _remove_outdated(out: Path, stages: Sequence[str]) -> None:

@@ -105,7 +105,7 @@ class Stage:
         return [*self.present_files(out), *self.outdated_files(out)]
 
     def present_files(self, folder: Path) -> list[Path]:
-        """The files below a folder that have the names of those that it makes. A folder of such a name is the user's."""
+        """The files below a folder that have names of its results. A folder of such a name is the user's."""
         paths = (path for pattern in self.files for path in sorted(folder.glob(pattern)))
         return [path for path in paths if path.is_symlink() or not path.is_dir()]
 

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from .distributed import Worker
 from .errors import DamagedFile, UserError
-from .files import atomic_write, move, outdated_folders, write_error
+from .files import atomic_write, move, outdated_folders, remove_empty, write_error
 from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path
 from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
@@ -214,6 +214,7 @@ def take_outdated(out: Path, folder: Path, about: dict, *results: Path) -> bool:
             files += [path for result in results if (path := outdated / result.relative_to(out)).exists()]
             for path in (*files, metrics):  # the metrics last: they identify the others
                 move(path, out / path.relative_to(outdated))
+                remove_empty(path.parent, out)
             return True
     return False
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_bfloat16_embeddings_are_those_of_float32(world, clip):
     names = list(read_photos(out / "index"))
     half = Clip(IndexConfig(clip_model="namedmask-demo"), "cpu")
     half.use(torch.bfloat16)
-    found = dict(half.images(PhotoSource(folder), [names[number] for number in photo]))
+    found = dict(half.images(PhotoSource(folder), [[names[number] for number in photo]]))
     embeddings = np.stack(list(found.values()))
     assert embeddings.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
@@ -145,15 +146,15 @@ def test_batches_are_bounded_by_photos_and_bytes(world, clip, monkeypatch):
     sizes = []
     prepare = clip.prepare
     monkeypatch.setattr(clip, "prepare", lambda photos: sizes.append([p.nbytes for p in photos]) or prepare(photos))
-    expected = dict(clip.images(PhotoSource(folder), names))
+    expected = dict(clip.images(PhotoSource(folder), [names]))
     assert [len(batch) for batch in sorted(sizes, key=len)] == [7, 16]
     sizes.clear()
-    clip_of_shards = dict(clip.images(PhotoSource(folder), names, shard_size=10))
+    clip_of_shards = dict(clip.images(PhotoSource(folder), [names[:10], names[10:20], names[20:]]))
     assert [len(batch) for batch in sorted(sizes, key=len)] == [3, 10, 10]
     np.testing.assert_allclose(clip_of_shards[names[-1]], expected[names[-1]], atol=1e-5)
     sizes.clear()
     monkeypatch.setattr("namedmask.index.BATCH_BYTES", 150_000)
-    result = dict(clip.images(PhotoSource(folder), names))
+    result = dict(clip.images(PhotoSource(folder), [names]))
     assert len(sizes) > 2 and all(sum(batch) <= 150_000 or len(batch) == 1 for batch in sizes)
     for name in names:
         if name != BROKEN:
@@ -263,8 +264,8 @@ class Rows:
 
     about, protocol = "rows", ""
 
-    def images(self, source, names, shard_size):
-        for name in names:
+    def images(self, source, shards):
+        for name in itertools.chain.from_iterable(shards):
             yield name, PhotoError(name, "no photo") if name == "bad" else np.full(4, float(name[1:]), np.float32)
 
     def texts(self, names, prompts):
@@ -387,7 +388,7 @@ def test_protocol_of_an_index_is_that_of_its_embedder(tmp_path, recorded, own, f
 def test_unknown_photos_and_names_of_embeddings_are_named(tmp_path):
     embeddings = write_embeddings(tmp_path / "e.safetensors", torch.randn(2, 8), torch.randn(2, 8))
     assert (embeddings.protocol, embeddings.about) == ("", f"embeddings of {tmp_path / 'e.safetensors'}")
-    (name, error), (_, row) = embeddings.images(None, ["x.jpg", "0.jpg"])
+    (name, error), (_, row) = embeddings.images(None, [["x.jpg", "0.jpg"]])
     assert (name, error.reason) == ("x.jpg", "e.safetensors has no embedding of this photo") and row.shape == (8,)
     with pytest.raises(UserError, match=r"e.safetensors has no text embedding of fish$"):
         embeddings.texts(["cat", "fish"], [])
@@ -460,7 +461,7 @@ def write_embeddings(path: Path, image: torch.Tensor, text: torch.Tensor) -> Pre
 def test_embeddings_of_any_floating_point_format(dtype, tmp_path):
     image, text = torch.randn(3, 8).to(dtype), torch.randn(2, 8).to(dtype)
     embeddings = write_embeddings(tmp_path / "e.safetensors", image, text)
-    rows = [row for _, row in embeddings.images(None, ["2.jpg", "0.jpg"])]
+    rows = [row for _, row in embeddings.images(None, [["2.jpg", "0.jpg"]])]
     expected = torch.nn.functional.normalize(image[[2, 0]].float(), dim=1)
     np.testing.assert_allclose(np.stack(rows), expected, atol=1e-6)
     expected = torch.nn.functional.normalize(text.float(), dim=1)
@@ -472,7 +473,7 @@ def test_embeddings_without_a_direction_are_named(value, tmp_path):
     image, text = torch.randn(3, 8), torch.randn(2, 8)
     image[1], text[1] = value, value
     embeddings = write_embeddings(tmp_path / "e.safetensors", image, text)
-    results = dict(embeddings.images(None, ["0.jpg", "1.jpg", "2.jpg"]))
+    results = dict(embeddings.images(None, [["0.jpg", "1.jpg", "2.jpg"]]))
     assert results["1.jpg"].reason == "its embedding in e.safetensors is NaN, infinite or zero"
     assert all(isinstance(results[name], np.ndarray) for name in ("0.jpg", "2.jpg"))
     assert embeddings.texts(["cat"], []).shape == (1, 8)

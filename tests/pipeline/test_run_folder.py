@@ -45,7 +45,7 @@ def started(monkeypatch):
     seen = SimpleNamespace(calls=[], worker=Worker(), gpus=0, masks=True)
 
     def note(name, result=None):
-        return lambda *arguments: seen.calls.append((name, *arguments)) or (result() if result else None)
+        return lambda *arguments, **_: seen.calls.append((name, *arguments)) or (result() if result else None)
 
     monkeypatch.setattr(run.distributed, "current", lambda: seen.worker)
     monkeypatch.setattr(run.distributed, "count_gpus", lambda gpus, workers: seen.gpus if gpus is None else gpus)
