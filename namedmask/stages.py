@@ -126,7 +126,7 @@ def _check_embedder(plan: Plan) -> None:
 
     config, folder = plan.config, plan.out / "index"
     if "archive" in plan.stages and not config.categories:
-        _class_folders(plan)
+        _class_folders(plan.source)
         return
     if "index" in plan.stages:
         _expect_photos(plan)
@@ -214,19 +214,19 @@ def _archive(ctx: Context) -> None:
     write_archive(path, archive)
 
 
-def _class_folders(plan: Plan | Context, errors: list[ErrorRecord] | None = None) -> dict[str, list[str]]:
+def _class_folders(source: PhotoSource, errors: list[ErrorRecord] | None = None) -> dict[str, list[str]]:
     """The photos of each class folder. Raises UserError if there are none, or if two names are too similar."""
     from .archive import expect_distinct
     from .masks import ErrorRecord
 
     errors = [] if errors is None else errors
     try:
-        folders = plan.source.categories(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason)))
+        folders = source.categories(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason)))
     except ValueError as error:
         raise UserError(str(error)) from None
     if not folders:
-        raise UserError(f"there are no photos in the folders of {plan.config.photos}")
-    expect_distinct(folders, plan.config.photos)
+        raise UserError(f"there are no photos in the folders of {source.path}")
+    expect_distinct(folders, source.path)
     return folders
 
 
@@ -237,7 +237,7 @@ def _lists_other_class_folders(out: Path, config: RunConfig, source: PhotoSource
         return False
     archive = read_archive(out / "archive.json")
     before = {name: [entry.photo for entry in archive.photos[name]] for name in archive.categories}
-    return source.categories(lambda error: None) != before
+    return _class_folders(source) != before
 
 
 def _archive_of_class_folders(ctx: Context) -> Archive:
@@ -245,7 +245,7 @@ def _archive_of_class_folders(ctx: Context) -> Archive:
     from .masks import errors_path, write_errors
 
     errors: list[ErrorRecord] = []
-    folders = _class_folders(ctx, errors)
+    folders = _class_folders(ctx.source, errors)
     make_folder(ctx.out / "index")
     write_errors(errors_path(ctx.out / "index" / "photos.jsonl"), errors)
     return Archive(list(folders), {name: [Retrieved(p, None) for p in photos] for name, photos in folders.items()})
