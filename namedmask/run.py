@@ -56,7 +56,7 @@ from .stages import STAGES, Context, Plan, Stage
 
 FILES = ("run.toml", "errors.jsonl", "report.html", "sheets.json")  # of a run, besides the outputs of its stages
 CHECKED_PHOTOS = 1000  # of a run whose photos have moved or changed
-GROWING = ("categories:", "archive.")  # what the settings that --update accepts begin with
+GROWING = ("categories:", "archive.", "index.embeddings:")  # what the differences that --update accepts begin with
 
 
 @contextmanager
@@ -180,6 +180,8 @@ def settle(
             changed = differences or any(one.name in stage.made_from for one in outdated)
             if changed or stage.outdated(out, config, source):
                 outdated.append(stage)
+                if stage.name == "index" and differences:  # other embeddings: the file has all of them
+                    leftovers.append(stage)
         if differences and not has_results:
             leftovers.append(stage)
         if imported:
@@ -248,9 +250,9 @@ def _outdated_by(outdated: Sequence[Stage], todo: Sequence[Stage], settled: RunR
     found: list[Stage] = []
     for stage in STAGES.values():
         names = {one.name for one in (*outdated, *found)} & set(stage.made_from)
-        if not names or stage in todo or stage.name == "train" or not stage.sections or not stage.has_results(out):
+        own = settled.stages.get(stage.name)
+        if not names or own is None or stage in todo or stage.name == "train" or not stage.has_results(out):
             continue
-        own = settled.stages[stage.name]
         if (origin := own.made_with.get(IMPORTED)) and not stage.continues_imported:
             raise _imported(out, stage, origin)
         files = {name: digest for name, digest in own.files.items() if name in own.settings}

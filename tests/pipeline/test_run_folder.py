@@ -172,7 +172,9 @@ def test_index_is_left_out_where_nobody_needs_it(tmp_path, photos, monkeypatch, 
     seen = []
     for name in ("index", "archive"):
         stage = SimpleNamespace(
-            run=lambda ctx, name=name: seen.append((name, ctx.device)), outputs=STAGES[name].outputs
+            run=lambda ctx, name=name: seen.append((name, ctx.device)),
+            outputs=STAGES[name].outputs,
+            outdated_files=STAGES[name].outdated_files,
         )
         monkeypatch.setitem(run.STAGES, name, stage)
     RunRecord(str(photos), {"archive": StageRecord({"categories": categories})}).write(tmp_path)

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from namedmask import files, index, pseudolabel, run
+from namedmask import files, index, pseudolabel
 from namedmask.archive import read_archive
 from namedmask.files import OUTDATED
 from namedmask.index import PrecomputedEmbeddings
+from namedmask.masks import read_masks
 from namedmask.pseudolabel import Labeler
 from namedmask.record import UPDATED, read_record
 from small_world import command, draw_photo, files_of, small_run
@@ -151,6 +153,19 @@ def test_names_can_change_during_an_update(world, tmp_path, monkeypatch):
     assert read_archive(out / "archive.json").categories == ["dog", "cat"] and not (out / OUTDATED).exists()
 
 
+def test_embeddings_of_an_update_are_those_of_its_file(world, tmp_path):
+    """The names of the new file are swapped, so that each has the other one's photos."""
+    out = world.copy("all", tmp_path / "out")
+    before, masks = read_archive(out / "archive.json").photos, list(read_masks(out / "masks"))
+    file = Path(shutil.copy(world.options[1], tmp_path / "swapped.safetensors"))
+    lists = json.loads(world.options[1].with_suffix(".json").read_text())
+    file.with_suffix(".json").write_text(json.dumps(lists | {"names": ["dog", "cat"]}))
+    options = ["--embeddings", file, *world.options[2:], "--keep-detected", "--out", out, "--update"]
+    assert "0 photos labeled" in succeed("run", world.photos, *options)
+    assert read_archive(out / "archive.json").photos == {"cat": before["dog"], "dog": before["cat"]}
+    assert sorted(record.rle for record in read_masks(out / "masks")) == sorted(record.rle for record in masks)
+
+
 def test_experts_of_unchanged_categories_are_kept(world, tmp_path):
     grown, whole = world.copy("first", tmp_path / "grown"), world.copy("all", tmp_path / "all")
     succeed(*world.words, "cat", "--out", grown, "--update")  # the other photos
@@ -237,12 +252,11 @@ def test_run_moves_between_machines(world, tmp_path):
     assert "does not exist" not in (out / "report.html").read_text()
     succeed("pseudolabel", out)
     shutil.rmtree(out / "refined")
-    succeed("experts", out)  # relabels: the networks are there
+    assert "--encoder-weights /gone/encoder.safetensors: there is no such file" in fail("experts", out)
+    succeed("experts", out, "--encoder-weights", world.root / "encoder.safetensors")  # relabels: the networks are there
     assert results(out) == before and (out / "refined").exists()
-    elsewhere = ["--embeddings", world.options[1], *world.options[2:-4]]
     shutil.copy(world.root / GONE, photos)
-    assert "1 new photos indexed" in succeed("run", photos, *elsewhere, "--out", out, "--update")
+    assert "1 new photos indexed" in succeed("run", photos, *world.options, "--out", out, "--update")
     shutil.copytree(photos, tmp_path / "third")
     assert f"{out}/report.html" in succeed("report", out, "--photos", tmp_path / "third").replace("\n", "")
     assert read_record(out).photos == str(tmp_path / "third")
-    run.settle(out, {}, ["index"])
