@@ -23,6 +23,7 @@ from namedmask.errors import DamagedFile, UserError
 from namedmask.index import (
     TEXT_BATCH,
     Clip,
+    KnownEmbeddings,
     PrecomputedEmbeddings,
     _normalized,
     build_index,
@@ -259,6 +260,36 @@ def test_progress_counts_every_photo_once(world, tmp_path):
     assert advanced == [(16, True), (16, True), (PHOTOS + 1 - 32, True)]
 
 
+@pytest.mark.parametrize("step", [2, 12])
+def test_new_photos_are_added_to_known_embeddings(world, tmp_path, monkeypatch, step):
+    """New rows may differ in the last bit, since a network as small as this one rounds by the size of the batch."""
+    folder, out = world
+    config, names = IndexConfig(clip_model="namedmask-demo", shard_size=16), list(read_photos(out / "index"))
+    list_of(tmp_path / "before", [name for number, name in enumerate(names) if number % step])
+    advanced: list[tuple[int, bool]] = []
+    build = lambda index, *known: build_index(  # noqa: E731
+        PhotoSource(folder), index, config, Worker(), "cpu", lambda n, existing: advanced.append((n, existing)), *known
+    )
+    build(tmp_path / "before")
+    known = KnownEmbeddings([tmp_path / "none", tmp_path / "before"], config)
+    list_of(tmp_path / "index", names)
+    advanced.clear()
+    build(tmp_path / "index", known)
+    image, photo = rows(tmp_path)
+    expected, numbers = rows(out)
+    np.testing.assert_array_equal(photo, numbers)
+    np.testing.assert_allclose(image.astype(np.float32), expected.astype(np.float32), atol=2e-4)
+    for row, number in zip(image, photo, strict=True):
+        assert names[number] not in known or (row == known[names[number]]).all()
+    new = [name for name in names if name not in known]
+    assert sum(n for n, existing in advanced if not existing) == len(new) and len(known.places) > PHOTOS // 3
+    monkeypatch.setattr("namedmask.index.make_embedder", lambda *_: pytest.fail("needed"))
+    list_of(tmp_path / "fewer" / "index", [name for name in names if name in known])
+    assert build(tmp_path / "fewer" / "index", known) is None  # nothing is new
+    kept, _ = rows(tmp_path / "fewer")
+    np.testing.assert_array_equal(kept, image[[name in known for name in names if name != BROKEN]])
+
+
 class Rows:
     """An embedder whose rows are numbered; photos named "bad" have none."""
 
@@ -273,7 +304,7 @@ class Rows:
 
 
 def list_of(folder: Path, names: list[str]) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "photos.jsonl").write_text("".join(json.dumps({"photo": name}) + "\n" for name in names))
 
 
