@@ -220,9 +220,9 @@ def test_index(benchmark, source, tmp_path, quick):
         config = IndexConfig(clip_model="ViT-L-14-336-quickgelu", clip_weights=str(tmp_path / "clip.safetensors"))
         del model
     clip = Clip(config, DEVICE)
-    assert len(list(clip.images(source, names[:256]))) == min(256, len(names))
+    assert len(list(clip.images(source, [names[:256]]))) == min(256, len(names))
     began = time.perf_counter()
-    benchmark.pedantic(lambda: list(clip.images(source, names)), rounds=1)
+    benchmark.pedantic(lambda: list(clip.images(source, [names])), rounds=1)
     row = {"photos": len(names), "photos/s": len(names) / (time.perf_counter() - began)}
     report_row(f"CLIP index, {config.clip_model}, {DEVICE}", row, benchmark)
 

@@ -76,11 +76,11 @@ def test_index(benchmark, tmp_path, quick):
 
     single_thread()
     rows, decode, network = single_thread()
-    np.testing.assert_allclose(np.stack([row for _, row in clip.images(source, names)]), rows, atol=1e-5)
+    np.testing.assert_allclose(np.stack([row for _, row in clip.images(source, [names])]), rows, atol=1e-5)
     rate(
         f"index: the demo's CLIP, photos of 128 to 192 pixels, {thread_count()} threads",
         benchmark,
-        lambda: list(clip.images(source, names)),
+        lambda: list(clip.images(source, [names])),
         len(names),
         **{"decode, ms per photo": 1e3 * decode / len(names), "network, ms per photo": 1e3 * network / len(names)},
         **{"share of decode": f"{decode / (decode + network):.0%}"},

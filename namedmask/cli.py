@@ -107,6 +107,10 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Start over; replace the results of this command and those made from them."),
 ]
+Update = Annotated[
+    bool,
+    typer.Option("--update", help="Add names or photos to the results; computes only what is new."),
+]
 OverwriteFolder = Annotated[bool, typer.Option("--overwrite", help="Start over; replace the earlier results.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 WeightsArgument = Annotated[
@@ -172,10 +176,13 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
         set_: list[str] | None = None,
         workers: int = 1,
         gpus: int | None = None,
+        update: bool = False,
         overwrite: bool = False,
         trace: Path | None = None,
         **options: str | None,
     ) -> None:
+        if update and overwrite:
+            raise UserError("pass --update, which keeps what still holds, or --overwrite, not both")
         given = given_settings(
             sections,
             config,
@@ -198,7 +205,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
             given["photos"] = absolute(photos)
         from . import run
 
-        if not run.start(out, given, stages, workers, gpus, overwrite, trace):
+        if not run.start(out, given, stages, workers, gpus, overwrite, trace, update):
             raise typer.Exit(3)
 
     folder = {"photos": (Photos, None), "out": (Out, Path("run"))}
@@ -213,6 +220,8 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
     parameters |= {"workers": (Workers, 1), "gpus": (Gpus, None)}
     if "pseudolabel" in stages:
         parameters["trace"] = Trace, None
+    if stages != ("train-saliency",):  # whose network is of no stage
+        parameters["update"] = Update, False
     parameters |= {"overwrite": (Overwrite, False), "debug": (Debug, False)}
     wrapper = command(run_stages)
     _give_signature(wrapper, parameters)
@@ -312,9 +321,13 @@ for _stage in STAGES.values():
 
 @app.command(help=STAGES["report"].summary)
 @command
-def report(out: RunFolder, debug: Debug = False) -> None:
+def report(out: RunFolder, photos: MovedPhotos = None, debug: Debug = False) -> None:
+    from . import run
     from .report import write_report
 
+    if photos is not None:
+        with run.locked(out):
+            run.settle(out, {"photos": absolute(photos)}, ["report"])
     print(write_report(out))
 
 

@@ -25,6 +25,7 @@ error, or with `allow_empty` has no expert and keeps its records.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ from .backbones import Encoder, untrained_encoder
 from .config import ExpertTraining
 from .distributed import Worker
 from .errors import DamagedFile, UserError, listed
-from .files import atomic_write, fitted, make_folder, remove_empty, remove_stale
+from .files import atomic_write, fitted, make_folder, outdated_folders, remove_empty, remove_stale
 from .mask_counts import check_mask_counts, show_mask_counts
 from .masks import (
     RESIZED,
@@ -54,6 +55,7 @@ from .masks import (
     errors_path,
     is_refined,
     read_masks,
+    read_shard,
     write_errors,
     write_shard,
 )
@@ -63,11 +65,12 @@ from .review import read_review
 from .segmenter.augment import IGNORE
 from .segmenter.deeplab import DeepLab
 from .segmenter.predict import Segmenter, upsampled_argmax
-from .segmenter.training import Sample, samples_digest, train, training_records
+from .segmenter.training import Sample, samples_digest, train, training_about, training_records
 from .selection import select
-from .training import trained_on
+from .training import take_outdated, trained_on
 
 SHARED = "shared"
+KEPT = "experts/kept"  # counter of the networks from before an update
 SHARD_SIZE = 64  # minimum number of records in a shard of the mode "shared", except for the last
 
 ObjectLogits = Callable[[Tensor, str], Tensor]  # coarse output [C, h, w] and category -> logits of the object [h, w]
@@ -256,6 +259,9 @@ def train_experts(
         experts.train_separate()
     worker.barrier("all photos are relabeled")
     if worker.is_main:
+        if kept := worker.count_done(KEPT, 0):
+            kept_networks = f"{kept} network{'s' * (kept > 1)} kept"
+            progress.note = "; ".join(filter(None, (kept_networks, progress.note)))
         if not all(experts.shard(number).exists() for number in range(experts.shard_count())):
             raise UserError("a worker died before it finished its shard; run the same command again to continue")
         _move_shards(out / "refining", out / "refined")
@@ -339,8 +345,10 @@ class _Experts:
             if self.shard(number).exists():
                 self.progress.advance(self.views + len(records), existing=True)
             elif self.imported or any(record.area for record in self.selected[name]):
-                segmenter = Segmenter(self._expert(name, [name], Worker()), [name], self.device)
-                self._refine(number, records, segmenter, lambda logits, _: logits[1] - logits[0])
+                network = self._expert(name, [name], Worker())
+                if not self._take_shard(number, records, name):
+                    segmenter = Segmenter(network, [name], self.device)
+                    self._refine(number, records, segmenter, lambda logits, _: logits[1] - logits[0])
             else:
                 self._write(number, records, [])
                 self.progress.advance(self.views + len(records), existing=True)
@@ -364,7 +372,7 @@ class _Experts:
         for number in self.worker.claim("experts", len(shards)):
             if self.shard(number).exists():
                 self.progress.advance(len(shards[number]), existing=True)
-            else:
+            elif not self._take_shard(number, shards[number], SHARED):
                 self._refine(number, shards[number], segmenter, logits)
 
     def _expert(self, name: str, categories: list[str], worker: Worker) -> DeepLab:
@@ -373,13 +381,17 @@ class _Experts:
         network_type, classes = (SharedExperts, len(categories)) if shared else (DeepLab, 2)
         path = network_path(self.out, name)
         folder = path.with_suffix("")
+        samples = expert_samples(self.selected, categories, self.settings)
+        if worker.is_main and not path.exists():
+            about = training_about(self.settings, samples, classes)
+            self.worker.count_done(KEPT, int(take_outdated(self.out, folder, about, path)))
+        worker.barrier(f"an earlier {path.name} is taken")
         if path.exists():
             self.progress.advance(self.views if worker.is_main else 0, existing=True)
         else:
             make_folder(folder)
             if worker.is_main:
                 remove_stale(folder)
-            samples = expert_samples(self.selected, categories, self.settings)
             progress = _ExpertProgress(self.progress, name)
             network = train(
                 self.source, samples, classes, folder, self.settings, worker, self.device, progress, network_type
@@ -399,6 +411,28 @@ class _Experts:
 
     def shard(self, number: int) -> Path:
         return self.out / "refining" / f"{number:05}.jsonl"
+
+    @functools.cached_property
+    def _outdated_shards(self) -> dict[tuple, Path]:
+        """The shards from before an update by what they are made of, apart from the network."""
+        folders = [outdated / name for outdated in outdated_folders(self.out) for name in ("refined", "refining")]
+        paths = [path for folder in folders for path in sorted(folder.glob("*[0-9].jsonl"))]
+        return {_made_of(read_shard(path)): path for path in paths}
+
+    def _take_shard(self, number: int, records: list[MaskRecord], name: str) -> bool:
+        """Writes a shard from before an update, if there is one of the same masks and its network has been kept.
+
+        Args:
+            number: Number of the shard.
+            records: Its masks.
+            name: Name of its network.
+        """
+        replaced = any(network_path(outdated, name).exists() for outdated in outdated_folders(self.out))
+        path = None if replaced else self._outdated_shards.get(_made_of(records))
+        if path is not None:
+            self._write(number, list(read_shard(path)), [])
+            self.progress.advance(len(records), existing=True)
+        return path is not None
 
     def _refine(self, number: int, records: list[MaskRecord], segmenter: Segmenter, logits: ObjectLogits) -> None:
         """Writes a shard: the records with the experts' masks."""
@@ -421,6 +455,11 @@ class _Experts:
         self.empty += sum(not record.area for record in records)
         if self.empty:
             self.progress.note = f"{self.empty} empty masks"
+
+
+def _made_of(records: Iterable[MaskRecord]) -> tuple:
+    """What the experts' masks for these records are made of, besides the networks."""
+    return tuple((record.photo, record.size, record.category, record.category_score) for record in records)
 
 
 class _ExpertProgress(Progress):

@@ -22,6 +22,7 @@ TEMPORARY_PREFIX = ".tmp-"
 MAX_NAME = 255  # bytes of a file name
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 OLD = ".replaced"  # in an output folder: the results that a command with --overwrite is replacing
+OUTDATED = ".outdated"  # in a run folder: results from before an update, of which new ones take what still holds
 
 
 class _File(io.FileIO):
@@ -192,15 +193,34 @@ def set_aside(out: Path, files: Iterable[Path]) -> None:
 def put_back_files(out: Path, files: Iterable[Path]) -> None:
     """Moves files of out/.replaced back to where they were."""
     for path in files:
-        target = out / path.relative_to(out / OLD)
-        make_folder(target.parent)
-        try:
-            path.replace(target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            shutil.move(path, target)
+        move(path, out / path.relative_to(out / OLD))
         remove_empty(path.parent, out)
+
+
+def set_outdated(out: Path, files: Iterable[Path]) -> None:
+    """Moves files of the folder `out` to the last of its `outdated_folders`, and removes the folders that are empty."""
+    folder = outdated_folders(out)[-1]
+    for path in files:
+        move(path, folder / path.relative_to(out))
+        remove_empty(path.parent, out)
+
+
+def outdated_folders(out: Path) -> list[Path]:
+    """The folders out/.outdated/0, out/.outdated/1 and so on, which updates have made, in order."""
+    return sorted((out / OUTDATED).glob("*"), key=lambda path: (len(path.name), path.name))
+
+
+def move(path: Path, target: Path) -> None:
+    """Moves a file, perhaps to another disk. It is complete at one of the two places at any time."""
+    make_folder(target.parent)
+    try:
+        path.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with path.open("rb") as source, atomic_write(target) as file:
+            shutil.copyfileobj(source, file)
+        path.unlink()
 
 
 def remove_files(out: Path, files: Iterable[Path]) -> None:

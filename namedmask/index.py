@@ -9,9 +9,9 @@ index/00000.errors.jsonl    photos of the shard without a row, with the reason
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +35,9 @@ MAX_ASPECT = 16  # of a photo that is resized for CLIP
 CLIP_BATCH = {"cpu": 16, "cuda": 256}  # photos
 TEXT_BATCH = {"cpu": 128, "cuda": 512}  # prompts
 BATCH_BYTES = 1 << 28  # of the pixels of a batch, unless a single photo has more; 290 photos of 480 x 640
+SAME_KERNELS = (
+    4  # photos; from here on, the matrix products of a ViT-B/32 or larger round alike for any number, on a CPU
+)
 
 Loaded = tuple[str, np.ndarray | PhotoError]  # a photo's name and pixels
 
@@ -51,15 +54,23 @@ class Embedder(Protocol):
     protocol: str
 
     def images(
-        self, source: PhotoSource, names: Iterable[str], shard_size: int = sys.maxsize
+        self, source: PhotoSource, shards: Iterable[Sequence[str]]
     ) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
         """Yields each name with the photo's embedding, float32 [d] L2-normalized, or with the photo's error, in order.
 
-        Names are taken ahead of the results. Photos of different shards, `shard_size` names each, share no batch.
+        Shards, the names of some photos each, are taken ahead of the results. Different shards share no batch.
         """
 
     def texts(self, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         """Returns one row per name, float32 [k, d], L2-normalized."""
+
+
+def lists_other_photos(folder: Path, source: PhotoSource) -> bool:
+    """Whether a source has other photos now than those in photos.jsonl, if there is such a list."""
+    if not (folder / "photos.jsonl").exists():
+        return False
+    pairs = itertools.zip_longest(read_photos(folder), source.names(lambda error: None))
+    return any(before != now for before, now in pairs)
 
 
 def list_photos(source: PhotoSource, folder: Path) -> None:
@@ -131,6 +142,45 @@ def read_shard(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return image, photo
 
 
+class KnownEmbeddings:
+    """The embeddings in indexes from before an update. They are known by the names of their photos.
+
+    The names are held in memory, about 200 bytes each.
+
+    Args:
+        folders: Folders of the indexes.
+        config: Settings of the index.
+
+    Attributes:
+        places: Shard and row of the embedding of each photo. A later folder goes over an earlier one.
+
+    Raises:
+        DamagedFile: If a file cannot be read.
+    """
+
+    def __init__(self, folders: Sequence[Path], config: IndexConfig):
+        self.folders = [folder for folder in folders if (folder / "photos.jsonl").exists()]
+        self.places: dict[str, tuple[Path, int]] = {}
+        for folder in self.folders:
+            names = read_photos(folder)
+            for shard in itertools.count():
+                if not (part := list(itertools.islice(names, config.shard_size))):
+                    break
+                if (path := shard_path(folder, shard)).exists():
+                    first = shard * config.shard_size
+                    for row, number in enumerate(read_shard(path)[1].tolist()):
+                        self.places[part[number - first]] = path, row
+        self._images = functools.lru_cache(maxsize=8)(lambda path: read_shard(path)[0])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.places
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The embedding of a photo, float16 [d]."""
+        path, row = self.places[name]
+        return self._images(path)[row]
+
+
 def build_index(
     source: PhotoSource,
     folder: Path,
@@ -138,6 +188,7 @@ def build_index(
     worker: Worker,
     device: str,
     advance: Callable[..., None],
+    known: KnownEmbeddings | None = None,
 ) -> Embedder | None:
     """Embeds the photos of photos.jsonl, shard by shard. Existing shards are kept.
 
@@ -147,7 +198,8 @@ def build_index(
         config: Settings of the index.
         worker: This process, which claims its shards.
         device: Device as torch names it.
-        advance: Called as `advance(photos, existing=...)` after each shard; `existing`: the shard existed already.
+        advance: Called as `advance(photos, existing=...)` after each shard; `existing`: they had embeddings already.
+        known: Embeddings that are copied.
 
     Returns:
         The embedder; None if this worker had nothing to do.
@@ -155,33 +207,45 @@ def build_index(
     Raises:
         UserError: If the embedder cannot be created, or if existing shards are of another protocol.
     """
+    known = known or KnownEmbeddings((), config)
     count = sum(1 for _ in read_photos(folder))
     shards = -(-count // config.shard_size)
-    claimed: deque[int] = deque()  # shards that are being embedded
+    claimed: deque[tuple[int, list[str], int]] = deque()  # being embedded: shard, its photos, how many are new
 
-    def names() -> Iterator[str]:
-        """Photos of the shards that this worker claims, one after another, as the photos before them are decoded."""
+    def new_photos() -> Iterator[list[str]]:
+        """New photos of each shard that this worker claims, taken as the photos before them are decoded."""
         photos, at = read_photos(folder), 0  # claimed shards ascend, so one pass is enough
         for shard in worker.claim("index", shards):
             first, size = shard * config.shard_size, min(config.shard_size, count - shard * config.shard_size)
             if shard_path(folder, shard).exists():
                 advance(size, existing=True)
                 continue
-            claimed.append(shard)
-            yield from itertools.islice(photos, first - at, first - at + size)
+            names = list(itertools.islice(photos, first - at, first - at + size))
             at = first + size
+            new = [name for name in names if name not in known]
+            if len(new) < size:
+                advance(size - len(new), existing=True)
+            if new:
+                claimed.append((shard, names, len(new)))
+                yield new
+            else:
+                path = known.places[names[0]][0]
+                _write_shard(shard_path(folder, shard), first, [(name, known[name]) for name in names], _protocol(path))
 
-    ahead = names()
+    ahead = new_photos()
     first = next(ahead, None)
     if first is None:
         return None
     embedder = make_embedder(config, device)
-    expect_protocol(folder, embedder)
-    results = embedder.images(source, itertools.chain([first], ahead), config.shard_size)
-    while batch := list(itertools.islice(results, config.shard_size)):
-        shard = claimed.popleft()
-        _write_shard(shard_path(folder, shard), shard * config.shard_size, batch, embedder.protocol)
-        advance(len(batch), existing=False)
+    for index in (folder, *known.folders):
+        expect_protocol(index, embedder)
+    results = embedder.images(source, itertools.chain([first], ahead))
+    for result in results:
+        shard, names, new = claimed.popleft()
+        found = iter([result, *itertools.islice(results, new - 1)])
+        rows = [(name, known[name]) if name in known else next(found) for name in names]
+        _write_shard(shard_path(folder, shard), shard * config.shard_size, rows, embedder.protocol)
+        advance(new, existing=False)
     return embedder
 
 
@@ -205,19 +269,23 @@ def _write_shard(path: Path, first: int, results: list[tuple[str, np.ndarray | P
 
 def expect_protocol(folder: Path, embedder: Embedder) -> None:
     """Raises UserError if the shards of an index are of another protocol than an embedder's."""
-    from safetensors import SafetensorError, safe_open
-
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "np") as file:
-                used = (file.metadata() or {}).get("protocol", "")
-        except (OSError, SafetensorError) as error:
-            raise DamagedFile(path, error) from None
-        if used != embedder.protocol:
+        if (used := _protocol(path)) != embedder.protocol:
             raise UserError(
                 f"{path} was computed with {used or 'an unknown activation and preprocessing'}, but the model has "
                 f"{embedder.protocol or 'none'}: their embeddings cannot be compared; {_remedy(folder)}"
             )
+
+
+def _protocol(path: Path) -> str:
+    """The protocol of a shard. Raises DamagedFile if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return (file.metadata() or {}).get("protocol", "")
+    except (OSError, SafetensorError) as error:
+        raise DamagedFile(path, error) from None
 
 
 def make_embedder(config: IndexConfig, device: str) -> Embedder:
@@ -321,25 +389,34 @@ class Clip:
         ).rows.view(crops.shape).permute(0, 3, 1, 2)  # fmt: skip
 
     def images(
-        self, source: PhotoSource, names: Iterable[str], shard_size: int = sys.maxsize
+        self, source: PhotoSource, shards: Iterable[Sequence[str]]
     ) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
         import torch
+
+        shard_of: deque[int] = deque()  # of the photos that are being decoded
+
+        def names() -> Iterator[str]:
+            for number, shard in enumerate(shards):
+                for name in shard:
+                    shard_of.append(number)
+                    yield name
 
         def embed(batch: list[Loaded]) -> list[tuple[str, np.ndarray | PhotoError]]:
             photos = [photo for _, photo in batch if not isinstance(photo, PhotoError)]
             if photos:
                 with torch.inference_mode():
-                    embeddings = self.model.encode_image(self.prepare(photos)).float()
+                    pixels = self.prepare(photos)
+                    if self.kind == "cpu" and len(pixels) < SAME_KERNELS:
+                        pixels = torch.cat([pixels, pixels.new_zeros(SAME_KERNELS - len(pixels), *pixels.shape[1:])])
+                    embeddings = self.model.encode_image(pixels)[: len(photos)].float()
                     rows = iter(torch.nn.functional.normalize(embeddings, dim=-1).cpu().numpy())
             return [
                 (name, photo if isinstance(photo, PhotoError) else _usable(name, next(rows))) for name, photo in batch
             ]
 
-        loaded = enumerate(decode_ahead(source, names, lambda name: middle(source.decode(name).pixels)))
-        shards = itertools.groupby(loaded, lambda item: item[0] // shard_size)
-        batches = (
-            batch for _, shard in shards for batch in _batches((photo for _, photo in shard), CLIP_BATCH[self.kind])
-        )
+        loaded = decode_ahead(source, names(), lambda name: middle(source.decode(name).pixels))
+        groups = itertools.groupby(loaded, lambda _: shard_of.popleft())
+        batches = (batch for _, group in groups for batch in _batches(group, CLIP_BATCH[self.kind]))
         for batch in map_batches(embed, batches, self.device):
             yield from batch
 
@@ -448,9 +525,9 @@ class PrecomputedEmbeddings:
         self.text, self.names = text, {name: row for row, name in enumerate(names)}
 
     def images(
-        self, source: PhotoSource, names: Iterable[str], shard_size: int = sys.maxsize
+        self, source: PhotoSource, shards: Iterable[Sequence[str]]
     ) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
-        for name in names:
+        for name in itertools.chain.from_iterable(shards):
             row = self.rows.get(name)
             if row is None:
                 yield name, PhotoError(name, f"{Path(self.path).name} has no embedding of this photo")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,16 @@ from .config import RunConfig
 from .distributed import Worker
 from .errors import first_line
 from .files import make_folder
-from .masks import EncodedMask, ErrorRecord, MaskRecord, encode_masks, errors_path, write_errors, write_shard
+from .masks import (
+    EncodedMask,
+    ErrorRecord,
+    MaskRecord,
+    encode_masks,
+    errors_path,
+    read_masks,
+    write_errors,
+    write_shard,
+)
 from .memory import BATCH_PIXELS, processing_budget
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .progress import warn
@@ -69,6 +79,33 @@ class Labeled(NamedTuple):
     mask: EncodedMask
     score: float
     detected: EncodedMask | None
+
+
+def known_labels(folders: Iterable[Path], keep_detected: bool) -> dict[str, Labeled]:
+    """The pseudo-labels of photos in folders of masks from before an update, by the names of the photos.
+
+    They do not depend on the category of a photo. All of them are held in memory, as run lengths.
+
+    Args:
+        folders: Folders of masks.
+        keep_detected: Whether masks before refinement are needed as well; photos without one are left out.
+
+    Raises:
+        DamagedFile: If a file cannot be read.
+    """
+    labels: dict[str, Labeled] = {}
+    for folder in folders:
+        before = folder.parent / "detected"
+        detected = {record.photo: _encoded(record) for record in read_masks(before)} if keep_detected else {}
+        for record in read_masks(folder):
+            if record.photo in detected or not keep_detected:
+                labels[record.photo] = Labeled(_encoded(record), record.score, detected.get(record.photo))
+    return labels
+
+
+def _encoded(record: MaskRecord) -> EncodedMask:
+    """The mask of a record, without its border, which its score takes into account already."""
+    return EncodedMask(record.size, record.rle, record.area, record.bbox, border=0)
 
 
 Decoded = tuple[str, Photo | PhotoError]
@@ -217,6 +254,7 @@ def pseudolabel(
     device: str,
     advance: Callable[..., None],
     trace: Path | None = None,
+    known: Mapping[str, Labeled] = MappingProxyType({}),
 ) -> Labeler | None:
     """Computes all shards of masks that do not exist yet. Every worker calls it.
 
@@ -228,8 +266,9 @@ def pseudolabel(
         config: Settings of the run.
         worker: This worker.
         device: "cpu", or this worker's GPU as torch names it.
-        advance: Called as `advance(photos, existing=...)` when photos are done; `existing`: their shard existed.
+        advance: Called as `advance(photos, existing=...)` when photos are done; `existing`: they had masks already.
         trace: File for torch's profiler trace of some of the batches.
+        known: Labels that are taken over.
 
     Returns:
         The labeler, for its timings; None if this worker had nothing to do.
@@ -237,14 +276,24 @@ def pseudolabel(
     work, size = work_of(archive), config.pseudolabel.shard_size
     numbers = {name: number for number, (name, _) in enumerate(work)}
 
+    def write(shard: int, labels: Mapping[str, Labeled | PhotoError]) -> None:
+        part = work[shard * size : (shard + 1) * size]
+        of_part = {name: known[name] if name in known else labels[name] for name, _ in part}
+        _write_shard(folder, shard, part, of_part, config.pseudolabel.keep_detected)
+
     def claimed() -> Iterator[str]:
         """Photos of the shards that this worker claims, one after another, as the photos before them are decoded."""
         for shard in worker.claim("pseudolabel", -(-len(work) // size)):
             part = work[shard * size : (shard + 1) * size]
+            new = [name for name, _ in part if name not in known]
             if shard_path(folder, shard).exists():
                 advance(len(part), existing=True)
-            else:
-                yield from (name for name, _ in part)
+                continue
+            if len(new) < len(part):
+                advance(len(part) - len(new), existing=True)
+            if not new:
+                write(shard, {})
+            yield from new
 
     names = claimed()
     first = next(names, None)
@@ -256,15 +305,14 @@ def pseudolabel(
         labels |= batch
         advance(len(batch))
         shard = numbers[batch[0][0]] // size
-        part = work[shard * size : (shard + 1) * size]
-        if len(labels) == len(part):
-            _write_shard(folder, shard, part, labels, config.pseudolabel.keep_detected)
+        if len(labels) == sum(name not in known for name, _ in work[shard * size : (shard + 1) * size]):
+            write(shard, labels)
             labels = {}
     return labeler
 
 
 def _write_shard(
-    folder: Path, shard: int, part: Work, labels: dict[str, Labeled | PhotoError], keep_detected: bool
+    folder: Path, shard: int, part: Work, labels: Mapping[str, Labeled | PhotoError], keep_detected: bool
 ) -> None:
     """Writes the masks and errors of the photos `part`, in their order."""
     records: list[MaskRecord] = []

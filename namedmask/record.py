@@ -5,13 +5,15 @@
      "stages": {"archive": {"settings": {"categories": ..., ...}, "upstream": {...}, "files": {...},
                             "made_with": {"torch": "2.10.0", "device": ..., ...}}, ...},
      "digests": {"/weights/clip.safetensors": [size, mtime_ns, sha256], ...},
-     "replaced": {"photos": ..., "stages": {...}}}
+     "replaced": {"photos": ..., "stages": {...}},
+     "outdating": ["archive", ...]}
 
 photos:   where the photos were when the run was last used; stages know them by their names below that
 settings: those of the stage itself, by their dotted names
 upstream: those of earlier stages whose results it was made from
 files:    SHA-256 digests of the local files among them, which are compared instead of their paths
 replaced: photos and stages of the results in OUT/.replaced, while a command with --overwrite has not finished
+outdating: stages whose results --update is moving to OUT/.outdated
 
 Only commands write it. run.toml shows the same settings to people and is never read back. The output folder of
 `namedmask segment` has a record of the same form, segment.json.
@@ -34,7 +36,10 @@ from .errors import DamagedFile, UserError
 from .files import atomic_write, read_bytes, sha256
 
 FILE = "stages.json"
-IMPORTED = "imported"  # key of made_with: the file or folder that the results of a stage were imported from
+# Keys of made_with
+UPDATED = "updated"  # which settings the last --update has changed
+LEFT_BEHIND = "outdated"  # the update of earlier stages since
+IMPORTED = "imported"  # the file or folder that the results of a stage were imported from
 REMEDY = "choose another --out, or restore the file from a copy"
 
 
@@ -90,6 +95,7 @@ class RunRecord:
     stages: dict[str, StageRecord] = field(default_factory=dict)
     digests: Digests = field(default_factory=Digests)
     replaced: RunRecord | None = None
+    outdating: list[str] = field(default_factory=list)
 
     def settings(self) -> dict[str, Any]:
         """The settings of all stages, by dotted names. Each stage's own ones count, not what later stages recorded."""
@@ -133,7 +139,10 @@ def _parse(data: dict[str, Any]) -> RunRecord:
         raise ValueError("digests: expected [size, mtime_ns, sha256]")
     if data["photos"] is not None and not isinstance(data["photos"], str):
         raise ValueError("photos: expected a path")
-    return RunRecord(data["photos"], stages, digests)
+    outdating = data.get("outdating", [])
+    if not isinstance(outdating, list) or not all(name in stages for name in outdating):
+        raise ValueError("outdating: expected names of stages")
+    return RunRecord(data["photos"], stages, digests, outdating=outdating)
 
 
 def _no_constant(name: str) -> None:

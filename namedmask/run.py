@@ -4,6 +4,7 @@
 run.toml  stages.json  index/  archive.json  masks/  errors.jsonl  saliency/  experts/  refined/  segmenter/
 report.html  (each described where it is made)
 .replaced/   what a command with --overwrite replaces, until it has finished
+.outdated/   what --update has set aside, until the stage that takes what still holds has finished
 """
 
 from __future__ import annotations
@@ -21,22 +22,27 @@ from . import distributed, hub, process
 from .archive import expect_distinct, read_archive
 from .config import RunConfig, flatten, make_config, merge, nest, to_toml
 from .distributed import Worker
-from .errors import NothingUsable, UserError, explained
+from .errors import NothingUsable, UserError, explained, listed
 from .files import (
     OLD,
+    OUTDATED,
     atomic_write,
     make_folder,
+    outdated_folders,
     put_back_files,
     remove_empty,
     remove_files,
     remove_stale,
     set_aside,
+    set_outdated,
     write_error,
 )
 from .masks import read_errors, read_masks
 from .photos import PhotoSource
 from .record import (
     IMPORTED,
+    LEFT_BEHIND,
+    UPDATED,
     RunRecord,
     StageRecord,
     expect_no_files,
@@ -49,7 +55,8 @@ from .record import (
 from .stages import STAGES, Context, Plan, Stage
 
 FILES = ("run.toml", "errors.jsonl", "report.html", "sheets.json")  # of a run, besides the outputs of its stages
-CHECKED_PHOTOS = 1000  # of a run whose photos have moved
+CHECKED_PHOTOS = 1000  # of a run whose photos have moved or changed
+GROWING = ("categories:", "archive.", "index.embeddings:")  # what the differences that --update accepts begin with
 
 
 @contextmanager
@@ -90,6 +97,7 @@ def settle(
     overwrite: bool = False,
     workers: int | None = None,
     imported: str = "",
+    update: bool = False,
 ) -> RunConfig:
     """Determines the settings of a run folder, records those of `stages` and writes run.toml.
 
@@ -106,12 +114,16 @@ def settle(
             are complete. None: the stages do not run now and are not checked.
         imported: The file or folder from which the results of `stages` are imported, instead of running them. Only
             the given settings are recorded for them. "": they are not imported.
+        update: Accept other category names and another size of the archive, and photos that were added or removed. The
+            results of `stages` that this changes, and those made from them, are moved to OUT/.outdated, where the
+            stages find what still holds. A segmenter stays, unless `stages` name it.
 
     Raises:
         UserError: If existing results were made with other settings or other photos, or not by a run at all, or if a
             check fails. With `imported`, if there are results. Nothing is removed or recorded then.
     """
     record, todo = read_record(out), [STAGES[name] for name in stages]
+    _outdate(out, record)  # that a kill interrupted
     aside = record.replaced.stages if record.replaced else {}  # of an unfinished command
     if record.photos is None:
         expect_no_files(out, FILES)
@@ -131,6 +143,7 @@ def settle(
     _expect_categories(config, source, stages)
     replaced = _made_from(todo, record) if overwrite else []
     leftovers: list[Stage] = []  # of attempts with other settings
+    outdated: list[Stage] = []
     kept_imports: set[str] = set()
     settled = RunRecord(config.photos, dict(record.stages), record.digests, record.replaced)
     for stage in (one for one in todo if one.sections):
@@ -147,36 +160,47 @@ def settle(
         if imported and keeps:
             raise UserError(f"{out} has results of `{stage.name}` already; --overwrite replaces them")
         if kept_import and not stage.continues_imported:
-            raise UserError(
-                f"the results of `{stage.name}` in {out} were imported from {kept_import} and serve the later stages "
-                f"as they are; `namedmask {_command(stage, out)} --overwrite` replaces them"
-            )
+            raise _imported(out, stage, kept_import)
         if kept_import and differences:
             raise UserError(
                 f"the results of `{stage.name}` in {out} were imported from {kept_import}, so these options have no "
                 f"effect: {'; '.join(differences)} (leave them out, or replace the imported results with "
                 f"`namedmask {_command(stage, out)} --overwrite`)"
             )
-        if differences and keeps:
+        grows = all(line.startswith(GROWING) for line in differences)
+        if differences and keeps and not (update and grows):
+            updates = ", bring it up to date with --update, which computes only what is new" if grows else ""
             raise UserError(
                 f"{out / stage.outputs[0]} was made with other settings: {'; '.join(differences)} (leave these "
-                "options out to continue with the old ones, use another run folder, or make it again with these "
-                f"options and `namedmask {_command(stage, out)} --overwrite`, which keeps what earlier stages made)"
+                f"options out to continue with the old ones{updates}, use another run folder, or make it again with "
+                f"these options and `namedmask {_command(stage, out)} --overwrite`, which keeps what earlier stages "
+                "made)"
             )
+        if update and keeps and not kept_import:
+            changed = differences or any(one.name in stage.made_from for one in outdated)
+            if changed or stage.outdated(out, config, source):
+                outdated.append(stage)
+                if stage.name == "index" and differences:  # other embeddings: the file has all of them
+                    leftovers.append(stage)
         if differences and not has_results:
             leftovers.append(stage)
         if imported:
             new.settings = {name: value for name, value in new.settings.items() if name in flatten(given)}
         new.made_with = old.made_with if old and keeps else made_with() | ({IMPORTED: imported} if imported else {})
+        if stage in outdated:
+            new.made_with = made_with() | {UPDATED: "; ".join(differences) or "photos"}
         settled.stages[stage.name] = old if old and kept_import else new
         kept_imports |= {stage.name} if kept_import else set()
+    if outdated:
+        _expect_update(out, config, source, record)
+        outdated += _outdated_by(outdated, todo, settled, out)
     if record.photos not in (None, config.photos):
         if not any(stage.has_results(out) for stage in STAGES.values()):
             leftovers.append(STAGES["index"])  # the list of the other photos
         elif not (overwrite and ("index" if STAGES["index"].has_results(out) else "archive") in stages):
             _expect_same_photos(out, source, record)
     if workers is not None:
-        ahead = [stage for stage in todo if stage in replaced or not stage.complete(out, config)]
+        ahead = [stage for stage in todo if stage in (*replaced, *outdated) or not stage.complete(out, config)]
         _check(out, config, source, stages, workers, ahead, frozenset(kept_imports))
     for stage in leftovers:
         remove_files(out, stage.own_files(out))
@@ -189,11 +213,68 @@ def settle(
             set_aside(out, stage.own_files(out))
             settled.replaced = settled.replaced or RunRecord(record.photos)
             settled.replaced.stages[stage.name] = record.stages.get(stage.name, StageRecord())
+    if outdated:
+        if "train" in settled.stages and STAGES["train"] not in outdated:
+            settled.stages["train"].made_with[LEFT_BEHIND] = f"by an update of {', '.join(s.name for s in outdated)}"
+        make_folder(out / OUTDATED / str(len(outdated_folders(out))))
+        settled.outdating = [stage.name for stage in outdated]
     settled.write(out)
+    _outdate(out, settled)
     with atomic_write(out / "run.toml") as file:
         text = to_toml(config, {name: stage.made_with for name, stage in settled.stages.items()})
         file.write(text.encode(errors="backslashreplace"))  # names that are not UTF-8
     return config
+
+
+def _imported(out: Path, stage: Stage, origin: str) -> UserError:
+    return UserError(
+        f"the results of `{stage.name}` in {out} were imported from {origin} and serve the later stages as they are; "
+        f"`namedmask {_command(stage, out)} --overwrite` replaces them"
+    )
+
+
+def _expect_update(out: Path, config: RunConfig, source: PhotoSource, record: RunRecord) -> None:
+    """Raises UserError if --update would drop all names, or most photos, of a run: that is more likely a mistake."""
+    before = record.settings().get("categories", [])
+    if before and not set(before) & set(config.categories):
+        raise UserError(
+            f"--update keeps the names that --categories lists, and it lists none of {out}: {listed(before)}. List old "
+            "and new names, or use another run folder"
+        )
+    _expect_same_photos(out, source, record)
+
+
+def _outdated_by(outdated: Sequence[Stage], todo: Sequence[Stage], settled: RunRecord, out: Path) -> list[Stage]:
+    """The later stages whose results do not fit to those of `outdated` any more. Their records in `settled` get the
+    settings that the results will be made from. A segmenter stays: it is useful until another one is trained."""
+    found: list[Stage] = []
+    for stage in STAGES.values():
+        names = {one.name for one in (*outdated, *found)} & set(stage.made_from)
+        own = settled.stages.get(stage.name)
+        if not names or own is None or stage in todo or stage.name == "train" or not stage.has_results(out):
+            continue
+        if (origin := own.made_with.get(IMPORTED)) and not stage.continues_imported:
+            raise _imported(out, stage, origin)
+        files = {name: digest for name, digest in own.files.items() if name in own.settings}
+        settled.stages[stage.name] = renewed = StageRecord(own.settings, {}, files, own.made_with)
+        for earlier in stage.made_from:
+            if earlier in settled.stages:
+                renewed.upstream |= settled.stages[earlier].settings
+                renewed.files |= settled.stages[earlier].files
+        found.append(stage)
+    return found
+
+
+def _outdate(out: Path, record: RunRecord) -> None:
+    """Moves the results of the stages in record.outdating to OUT/.outdated. Imported networks stay."""
+    for name in record.outdating:
+        files = STAGES[name].present_files(out)
+        if IMPORTED in record.stages[name].made_with:
+            files = [path for path in files if path.parts[len(out.parts)] != "experts"]
+        set_outdated(out, files)
+    if record.outdating:
+        record.outdating = []
+        record.write(out)
 
 
 def _check(
@@ -316,6 +397,7 @@ def start(
     gpus: int | None = None,
     overwrite: bool = False,
     trace: Path | None = None,
+    update: bool = False,
 ) -> bool:
     """Runs stages of the run folder `out`; prints progress.
 
@@ -326,6 +408,7 @@ def start(
         workers: number of processes on the CPU.
         gpus: number of processes with a GPU each, instead; None: one if there is a GPU.
         trace: file for torch's profiler trace of some batches of `pseudolabel`, from worker 0.
+        update: as for `settle`.
 
     Returns:
         False if masks were to be made and there is none, else True.
@@ -348,7 +431,8 @@ def start(
             pass
     with locked(out):
         try:
-            settle(out, given, stages, overwrite and worker.attempt == 0, max(worker.count, workers, gpus))
+            count = max(worker.count, workers, gpus)
+            settle(out, given, stages, overwrite and worker.attempt == 0, count, update=update)
         except UserError as error:
             worker.fail(str(error))
             raise
@@ -368,7 +452,27 @@ def start(
     for stage in stages:
         if STAGES[stage].done:
             print(STAGES[stage].done.format(out=out))
+    if update:
+        _print_outdated(out, stages)
     return has_masks
+
+
+def _print_outdated(out: Path, stages: Sequence[str]) -> None:
+    """Prints which results of later stages an update has left behind."""
+    record = read_record(out)
+    for name, stage in STAGES.items():
+        if name not in stages and stage.sections and stage.outdated_files(out):
+            print(f"the results of `{name}` are out of date: `namedmask {_command(stage, out)}` makes what is new")
+    if "train" in record.stages and LEFT_BEHIND in record.stages["train"].made_with:
+        print(f"{out / 'segmenter'} is from before the update: `namedmask train {out} --update` trains another one")
+
+
+def _remove_outdated(out: Path, stages: Sequence[str]) -> None:
+    """Removes the results of stages from before an update, when the stages have finished."""
+    for stage in stages:
+        remove_files(out, STAGES[stage].outdated_files(out))
+    for folder in outdated_folders(out):
+        remove_empty(folder, out)
 
 
 def _keep_replaced(out: Path, error: Exception) -> None:
@@ -413,7 +517,7 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str, trace: P
         limit_torch_threads()
         device = worker.device(device)
         config = read_config(out)
-        source = open_source(config.photos)
+        source, asked = open_source(config.photos), stages
         if "archive" in stages and (not config.categories or (out / "archive.json").exists()):
             stages = [stage for stage in stages if stage != "index"]  # class folders, or retrieved already
         for folder in (out, *(out / name for stage in STAGES.values() for name in stage.outputs)):
@@ -425,6 +529,8 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str, trace: P
                 traced = trace if worker.is_main else None
                 STAGES[stage].run(Context(out, config, source, worker, device, progress, traced))
         worker.barrier("end")
+        if worker.is_main:
+            _remove_outdated(out, asked)
     except Exception as error:
         worker.fail(str(error))
         raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import NothingUsable, UserError
-from .files import make_folder
+from .files import make_folder, outdated_folders
 
 if TYPE_CHECKING:  # --help imports this module: what a stage needs is imported when it runs
     from .archive import Archive
@@ -71,6 +71,8 @@ class Stage:
                what earlier stages make, unless they are among the stages of the plan
     sections:  of RunConfig, that it reads
     made_from: stages whose output goes into its own; when they are made again, so is it
+    outdated:  whether --update has to make its results again although no setting differs; it may take what still holds
+               from OUT/.outdated
     done:      what to print at the end, with {out} for the run folder
     continues_imported: whether it accepts imported results of its own; else they can only be replaced
     """
@@ -84,6 +86,7 @@ class Stage:
     check: Callable[[Plan], None] = lambda plan: None
     sections: tuple[str, ...] = ()
     made_from: tuple[str, ...] = ()
+    outdated: Callable[[Path, RunConfig, PhotoSource], bool] = lambda out, config, source: False
     done: str = ""
     continues_imported: bool = False
 
@@ -93,12 +96,22 @@ class Stage:
         return tuple(dict.fromkeys(pattern.partition("/")[0] for pattern in self.files))
 
     def has_results(self, out: Path) -> bool:
-        return any(next(out.glob(pattern), None) is not None for pattern in self.finished)
+        """Whether `out` has results of it, present ones or those from before an update."""
+        folders = (out, *outdated_folders(out))
+        return any(next(folder.glob(pattern), None) is not None for folder in folders for pattern in self.finished)
 
     def own_files(self, out: Path) -> list[Path]:
-        """The files below `out` that it has made. A folder of the name of one is the user's."""
-        paths = (path for pattern in self.files for path in sorted(out.glob(pattern)))
+        """The files below `out` that it has made, those from before an update included."""
+        return [*self.present_files(out), *self.outdated_files(out)]
+
+    def present_files(self, folder: Path) -> list[Path]:
+        """The files below a folder that have names of its results. A folder of such a name is the user's."""
+        paths = (path for pattern in self.files for path in sorted(folder.glob(pattern)))
         return [path for path in paths if path.is_symlink() or not path.is_dir()]
+
+    def outdated_files(self, out: Path) -> list[Path]:
+        """The files from before an update."""
+        return [path for folder in outdated_folders(out) for path in self.present_files(folder)]
 
 
 def _expect_photos(plan: Plan) -> None:
@@ -113,7 +126,7 @@ def _check_embedder(plan: Plan) -> None:
 
     config, folder = plan.config, plan.out / "index"
     if "archive" in plan.stages and not config.categories:
-        _class_folders(plan)
+        _class_folders(plan.source)
         return
     if "index" in plan.stages:
         _expect_photos(plan)
@@ -131,18 +144,32 @@ def _has_all_embeddings(out: Path, config: RunConfig) -> bool:
     return (out / "index" / "photos.jsonl").exists() and not missing_shards(out / "index", config.index)
 
 
+def _lists_other_photos(out: Path, config: RunConfig, source: PhotoSource) -> bool:
+    from .index import lists_other_photos
+
+    return lists_other_photos(out / "index", source)
+
+
 def _index(ctx: Context) -> None:
-    from .index import build_index, list_photos, read_photos
+    from .index import KnownEmbeddings, build_index, list_photos, read_photos
 
     folder = ctx.out / "index"
     make_folder(folder)
     if ctx.worker.is_main and not (folder / "photos.jsonl").exists():
         list_photos(ctx.source, folder)
     ctx.worker.barrier("photos are listed")
-    ctx.progress.total = sum(1 for _ in read_photos(folder))
-    embedder = build_index(ctx.source, folder, ctx.config.index, ctx.worker, ctx.device, ctx.progress.advance)
+    known = KnownEmbeddings([outdated / "index" for outdated in outdated_folders(ctx.out)], ctx.config.index)
+    ctx.progress.total, kept = 0, 0
+    for name in read_photos(folder):
+        ctx.progress.total += 1
+        kept += name in known
+    embedder = build_index(ctx.source, folder, ctx.config.index, ctx.worker, ctx.device, ctx.progress.advance, known)
     if embedder is not None:
         ctx.progress.note = embedder.about
+    if known.places:
+        gone = len(known.places) - kept
+        counts = f"{ctx.progress.total - kept:,} new photos indexed, {kept:,} kept" + f", {gone:,} gone" * (gone > 0)
+        ctx.progress.note = "; ".join(filter(None, (counts, ctx.progress.note)))
     ctx.worker.barrier("photos are indexed")
     if ctx.worker.is_main:
         _expect_an_embedding(ctx)
@@ -187,20 +214,30 @@ def _archive(ctx: Context) -> None:
     write_archive(path, archive)
 
 
-def _class_folders(plan: Plan | Context, errors: list[ErrorRecord] | None = None) -> dict[str, list[str]]:
+def _class_folders(source: PhotoSource, errors: list[ErrorRecord] | None = None) -> dict[str, list[str]]:
     """The photos of each class folder. Raises UserError if there are none, or if two names are too similar."""
     from .archive import expect_distinct
     from .masks import ErrorRecord
 
     errors = [] if errors is None else errors
     try:
-        folders = plan.source.categories(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason)))
+        folders = source.categories(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason)))
     except ValueError as error:
         raise UserError(str(error)) from None
     if not folders:
-        raise UserError(f"there are no photos in the folders of {plan.config.photos}")
-    expect_distinct(folders, plan.config.photos)
+        raise UserError(f"there are no photos in the folders of {source.path}")
+    expect_distinct(folders, source.path)
     return folders
+
+
+def _lists_other_class_folders(out: Path, config: RunConfig, source: PhotoSource) -> bool:
+    from .archive import read_archive
+
+    if config.categories or not (out / "archive.json").exists():
+        return False
+    archive = read_archive(out / "archive.json")
+    before = {name: [entry.photo for entry in archive.photos[name]] for name in archive.categories}
+    return _class_folders(source) != before
 
 
 def _archive_of_class_folders(ctx: Context) -> Archive:
@@ -208,7 +245,7 @@ def _archive_of_class_folders(ctx: Context) -> Archive:
     from .masks import errors_path, write_errors
 
     errors: list[ErrorRecord] = []
-    folders = _class_folders(ctx, errors)
+    folders = _class_folders(ctx.source, errors)
     make_folder(ctx.out / "index")
     write_errors(errors_path(ctx.out / "index" / "photos.jsonl"), errors)
     return Archive(list(folders), {name: [Retrieved(p, None) for p in photos] for name, photos in folders.items()})
@@ -237,14 +274,23 @@ def _has_all_masks(out: Path, config: RunConfig) -> bool:
 def _pseudolabel(ctx: Context) -> None:
     from .archive import read_archive
     from .distributed import Worker
-    from .pseudolabel import pseudolabel, work_of
+    from .pseudolabel import known_labels, pseudolabel, work_of
 
     archive, folder, progress = read_archive(ctx.out / "archive.json"), ctx.out / "masks", ctx.progress
     make_folder(folder)
-    progress.total = len(work_of(archive))
-    labeler = pseudolabel(ctx.source, archive, folder, ctx.config, ctx.worker, ctx.device, progress.advance, ctx.trace)
+    work = work_of(archive)
+    before = [outdated / "masks" for outdated in outdated_folders(ctx.out)]
+    known = known_labels(before, ctx.config.pseudolabel.keep_detected)
+    progress.total = len(work)
+    labeler = pseudolabel(
+        ctx.source, archive, folder, ctx.config, ctx.worker, ctx.device, progress.advance, ctx.trace, known
+    )
     if labeler is not None:
         progress.note = labeler.times.summary()
+    if known:
+        kept = sum(photo in known for photo, _ in work)
+        counts = f"{len(work) - kept:,} photos labeled, {kept:,} kept"
+        progress.note = "; ".join(filter(None, (counts, progress.note)))
     ctx.worker.barrier("masks are made")
     if not ctx.worker.is_main:
         return
@@ -254,7 +300,7 @@ def _pseudolabel(ctx: Context) -> None:
             if not existing:
                 progress.advance(photos)
 
-        pseudolabel(ctx.source, archive, folder, ctx.config, Worker(), ctx.device, advance)
+        pseudolabel(ctx.source, archive, folder, ctx.config, Worker(), ctx.device, advance, known=known)
     _assemble_errors(ctx)
 
 
@@ -355,6 +401,11 @@ def _finish(ctx: Context) -> None:
 
 def _check_train(plan: Plan) -> None:
     _expect_all_masks(plan)
+    if STAGES["experts"].outdated_files(plan.out):
+        raise UserError(
+            f"the experts' masks of {plan.out} are from before the update; `namedmask experts {plan.out}` makes them "
+            "again and keeps what still holds"
+        )
     _check_training(plan, plan.config.segmenter, plan.workers)
 
 
@@ -388,6 +439,7 @@ STAGES = {
             complete=_has_all_embeddings,
             check=_check_embedder,
             sections=("index",),
+            outdated=_lists_other_photos,
         ),
         Stage(
             "archive",
@@ -399,6 +451,7 @@ STAGES = {
             check=_check_embedder,
             sections=("categories", "archive"),
             made_from=("index",),
+            outdated=_lists_other_class_folders,
             continues_imported=True,
         ),
         Stage(
@@ -443,6 +496,7 @@ STAGES = {
             check=_check_experts,
             sections=("experts",),
             made_from=("index", "archive", "pseudolabel"),
+            outdated=lambda out, config, source: True,  # its digests of the masks decide what it takes
             done="the experts' masks are in {out}/refined",
             continues_imported=True,
         ),
@@ -460,6 +514,7 @@ STAGES = {
             check=_check_train,
             sections=("segmenter",),
             made_from=("index", "archive", "pseudolabel", "experts"),
+            outdated=lambda out, config, source: True,
             done="the segmenter is in {out}/segmenter",
         ),
         Stage(

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from .distributed import Worker
 from .errors import DamagedFile, UserError
-from .files import atomic_write, write_error
+from .files import atomic_write, move, outdated_folders, remove_empty, write_error
 from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path
 from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
@@ -208,6 +208,33 @@ class TrainingState:
             return 0 < json.loads(line).get("step", 0) <= self.step
         except (ValueError, AttributeError, TypeError):
             return False
+
+
+def take_outdated(out: Path, folder: Path, about: dict, *results: Path) -> bool:
+    """Moves a training from before an update of the run folder `out` back, if there is one about the same.
+
+    If it is killed, the next call continues it.
+
+    Args:
+        out: The run folder.
+        folder: Where the training is to be, below `out`.
+        about: What the result depends on, as for `TrainingState`.
+        results: Files of the training outside `folder`.
+
+    Returns:
+        Whether there is one.
+    """
+    for outdated in reversed(outdated_folders(out)):
+        before = outdated / folder.relative_to(out)
+        metrics = before / "metrics.jsonl"
+        if metrics.exists() and metrics.read_text(errors="replace").partition("\n")[0] == json.dumps(about):
+            files = [path for path in sorted(before.rglob("*")) if path.is_file() and path != metrics]
+            files += [path for result in results if (path := outdated / result.relative_to(out)).exists()]
+            for path in (*files, metrics):  # the metrics last: they identify the others
+                move(path, out / path.relative_to(outdated))
+                remove_empty(path.parent, out)
+            return True
+    return False
 
 
 class TrainingPhotos:

@@ -112,7 +112,7 @@ def _pseudo_labels(
     clip = make_embedder(config.index, device)
     text = clip.texts(KINDS, prompts())
     photos: dict[str, list[Retrieved]] = {kind: [] for kind in KINDS}
-    for name, embedding in clip.images(source, names):
+    for name, embedding in clip.images(source, [names]):
         if isinstance(embedding, PhotoError):
             raise embedding
         similarity = text @ embedding

@@ -38,7 +38,7 @@ from ..progress import Progress
 from ..review import current_masks, read_review
 from ..selection import select
 from ..threads import map_ahead, thread_count, use_one_torch_thread
-from ..training import TrainingPhotos, TrainingState, fit
+from ..training import TrainingPhotos, TrainingState, fit, take_outdated
 from .augment import IGNORE, View, augment, copy_paste
 from .batch_norm import synchronize
 from .deeplab import DeepLab, on_device, read_about, save_segmenter
@@ -83,11 +83,16 @@ def train_segmenter(
     label = {name: number for number, name in enumerate(categories, 1)}
     selected = select(records, settings.selection, review)
     samples = [Sample(record, label[record.category]) for record in training_records(selected, settings)]
+    if worker.is_main:
+        take_outdated(out, folder, training_about(settings, samples, len(categories) + 1))
+    worker.barrier("an earlier segmenter is taken")
     if (folder / "model.safetensors").exists():
         remedy = f"train it again with `namedmask train {out} --overwrite`"
         if read_about(folder / "categories.json", remedy).get("masks") != samples_digest(samples):
             now = f"{masks} and review.jsonl give now" if review else f"{masks} has now"
-            raise UserError(f"{folder} was trained on other masks than {now}; start over with --overwrite")
+            raise UserError(
+                f"{folder} was trained on other masks than {now}; `namedmask train {out} --update` trains it again"
+            )
         if worker.is_main:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         progress.note = "done before"
@@ -155,7 +160,7 @@ def train(
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    about = {"settings": settings.without_files(), "masks": samples_digest(samples)}
+    about = training_about(settings, samples, classes)
 
     def learning_rate(step: int, highest: float) -> float:
         decayed = highest * (1 - step / settings.steps) ** settings.poly_power
@@ -172,6 +177,11 @@ def train(
         remaining = batches(photos, samples, settings, worker, range(state.step, settings.steps))
         fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
     return network
+
+
+def training_about(settings: SegmenterTraining, samples: Sequence[Sample], classes: int) -> dict:
+    """What a network depends on, as for `TrainingState`."""
+    return {"settings": settings.without_files(), "masks": samples_digest(samples), "classes": classes}
 
 
 def expect_even_batch(settings: SegmenterTraining, workers: int) -> None:

@@ -586,7 +586,7 @@ def write_vectors(path: Path, kind: str) -> Path:
 
 def embedded(out: Path, photos: Path) -> dict[str, np.ndarray]:
     """The embeddings of the photos as the index gets them."""
-    found = PrecomputedEmbeddings(str(out)).images(PhotoSource(photos), sorted(PhotoSource(photos)))
+    found = PrecomputedEmbeddings(str(out)).images(PhotoSource(photos), [sorted(PhotoSource(photos))])
     return {name: row for name, row in found if not isinstance(row, PhotoError)}
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from namedmask.errors import DamagedFile, UserError
 from namedmask.index import (
     TEXT_BATCH,
     Clip,
+    KnownEmbeddings,
     PrecomputedEmbeddings,
     _normalized,
     build_index,
@@ -131,7 +133,7 @@ def test_bfloat16_embeddings_are_those_of_float32(world, clip):
     names = list(read_photos(out / "index"))
     half = Clip(IndexConfig(clip_model="namedmask-demo"), "cpu")
     half.use(torch.bfloat16)
-    found = dict(half.images(PhotoSource(folder), [names[number] for number in photo]))
+    found = dict(half.images(PhotoSource(folder), [[names[number] for number in photo]]))
     embeddings = np.stack(list(found.values()))
     assert embeddings.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
@@ -145,15 +147,15 @@ def test_batches_are_bounded_by_photos_and_bytes(world, clip, monkeypatch):
     sizes = []
     prepare = clip.prepare
     monkeypatch.setattr(clip, "prepare", lambda photos: sizes.append([p.nbytes for p in photos]) or prepare(photos))
-    expected = dict(clip.images(PhotoSource(folder), names))
+    expected = dict(clip.images(PhotoSource(folder), [names]))
     assert [len(batch) for batch in sorted(sizes, key=len)] == [7, 16]
     sizes.clear()
-    clip_of_shards = dict(clip.images(PhotoSource(folder), names, shard_size=10))
+    clip_of_shards = dict(clip.images(PhotoSource(folder), [names[:10], names[10:20], names[20:]]))
     assert [len(batch) for batch in sorted(sizes, key=len)] == [3, 10, 10]
     np.testing.assert_allclose(clip_of_shards[names[-1]], expected[names[-1]], atol=1e-5)
     sizes.clear()
     monkeypatch.setattr("namedmask.index.BATCH_BYTES", 150_000)
-    result = dict(clip.images(PhotoSource(folder), names))
+    result = dict(clip.images(PhotoSource(folder), [names]))
     assert len(sizes) > 2 and all(sum(batch) <= 150_000 or len(batch) == 1 for batch in sizes)
     for name in names:
         if name != BROKEN:
@@ -258,13 +260,43 @@ def test_progress_counts_every_photo_once(world, tmp_path):
     assert advanced == [(16, True), (16, True), (PHOTOS + 1 - 32, True)]
 
 
+@pytest.mark.parametrize("step", [2, 12])
+def test_new_photos_are_added_to_known_embeddings(world, tmp_path, monkeypatch, step):
+    """New rows may differ in the last bit, since a network as small as this one rounds by the size of the batch."""
+    folder, out = world
+    config, names = IndexConfig(clip_model="namedmask-demo", shard_size=16), list(read_photos(out / "index"))
+    list_of(tmp_path / "before", [name for number, name in enumerate(names) if number % step])
+    advanced: list[tuple[int, bool]] = []
+    build = lambda index, *known: build_index(  # noqa: E731
+        PhotoSource(folder), index, config, Worker(), "cpu", lambda n, existing: advanced.append((n, existing)), *known
+    )
+    build(tmp_path / "before")
+    known = KnownEmbeddings([tmp_path / "none", tmp_path / "before"], config)
+    list_of(tmp_path / "index", names)
+    advanced.clear()
+    build(tmp_path / "index", known)
+    image, photo = rows(tmp_path)
+    expected, numbers = rows(out)
+    np.testing.assert_array_equal(photo, numbers)
+    np.testing.assert_allclose(image.astype(np.float32), expected.astype(np.float32), atol=2e-4)
+    for row, number in zip(image, photo, strict=True):
+        assert names[number] not in known or (row == known[names[number]]).all()
+    new = [name for name in names if name not in known]
+    assert sum(n for n, existing in advanced if not existing) == len(new) and len(known.places) > PHOTOS // 3
+    monkeypatch.setattr("namedmask.index.make_embedder", lambda *_: pytest.fail("needed"))
+    list_of(tmp_path / "fewer" / "index", [name for name in names if name in known])
+    assert build(tmp_path / "fewer" / "index", known) is None  # nothing is new
+    kept, _ = rows(tmp_path / "fewer")
+    np.testing.assert_array_equal(kept, image[[name in known for name in names if name != BROKEN]])
+
+
 class Rows:
     """An embedder whose rows are numbered; photos named "bad" have none."""
 
     about, protocol = "rows", ""
 
-    def images(self, source, names, shard_size):
-        for name in names:
+    def images(self, source, shards):
+        for name in itertools.chain.from_iterable(shards):
             yield name, PhotoError(name, "no photo") if name == "bad" else np.full(4, float(name[1:]), np.float32)
 
     def texts(self, names, prompts):
@@ -272,7 +304,7 @@ class Rows:
 
 
 def list_of(folder: Path, names: list[str]) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "photos.jsonl").write_text("".join(json.dumps({"photo": name}) + "\n" for name in names))
 
 
@@ -387,7 +419,7 @@ def test_protocol_of_an_index_is_that_of_its_embedder(tmp_path, recorded, own, f
 def test_unknown_photos_and_names_of_embeddings_are_named(tmp_path):
     embeddings = write_embeddings(tmp_path / "e.safetensors", torch.randn(2, 8), torch.randn(2, 8))
     assert (embeddings.protocol, embeddings.about) == ("", f"embeddings of {tmp_path / 'e.safetensors'}")
-    (name, error), (_, row) = embeddings.images(None, ["x.jpg", "0.jpg"])
+    (name, error), (_, row) = embeddings.images(None, [["x.jpg", "0.jpg"]])
     assert (name, error.reason) == ("x.jpg", "e.safetensors has no embedding of this photo") and row.shape == (8,)
     with pytest.raises(UserError, match=r"e.safetensors has no text embedding of fish$"):
         embeddings.texts(["cat", "fish"], [])
@@ -460,7 +492,7 @@ def write_embeddings(path: Path, image: torch.Tensor, text: torch.Tensor) -> Pre
 def test_embeddings_of_any_floating_point_format(dtype, tmp_path):
     image, text = torch.randn(3, 8).to(dtype), torch.randn(2, 8).to(dtype)
     embeddings = write_embeddings(tmp_path / "e.safetensors", image, text)
-    rows = [row for _, row in embeddings.images(None, ["2.jpg", "0.jpg"])]
+    rows = [row for _, row in embeddings.images(None, [["2.jpg", "0.jpg"]])]
     expected = torch.nn.functional.normalize(image[[2, 0]].float(), dim=1)
     np.testing.assert_allclose(np.stack(rows), expected, atol=1e-6)
     expected = torch.nn.functional.normalize(text.float(), dim=1)
@@ -472,7 +504,7 @@ def test_embeddings_without_a_direction_are_named(value, tmp_path):
     image, text = torch.randn(3, 8), torch.randn(2, 8)
     image[1], text[1] = value, value
     embeddings = write_embeddings(tmp_path / "e.safetensors", image, text)
-    results = dict(embeddings.images(None, ["0.jpg", "1.jpg", "2.jpg"]))
+    results = dict(embeddings.images(None, [["0.jpg", "1.jpg", "2.jpg"]]))
     assert results["1.jpg"].reason == "its embedding in e.safetensors is NaN, infinite or zero"
     assert all(isinstance(results[name], np.ndarray) for name in ("0.jpg", "2.jpg"))
     assert embeddings.texts(["cat"], []).shape == (1, 8)

@@ -132,6 +132,7 @@ def test_record_round_trip(tmp_path):
         ({"digests": []}, "AttributeError"),
         ({"replaced": {"photos": 3, "stages": {}}}, "photos: expected a path"),
         ({"replaced": {"photos": "p"}}, "KeyError: 'stages'"),
+        ({"outdating": ["b"]}, "outdating: expected names of stages"),
         ({"photos": float("nan")}, "NaN is not JSON"),
     ],
 )

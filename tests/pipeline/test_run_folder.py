@@ -45,7 +45,7 @@ def started(monkeypatch):
     seen = SimpleNamespace(calls=[], worker=Worker(), gpus=0, masks=True)
 
     def note(name, result=None):
-        return lambda *arguments: seen.calls.append((name, *arguments)) or (result() if result else None)
+        return lambda *arguments, **_: seen.calls.append((name, *arguments)) or (result() if result else None)
 
     monkeypatch.setattr(run.distributed, "current", lambda: seen.worker)
     monkeypatch.setattr(run.distributed, "count_gpus", lambda gpus, workers: seen.gpus if gpus is None else gpus)
@@ -172,7 +172,9 @@ def test_index_is_left_out_where_nobody_needs_it(tmp_path, photos, monkeypatch, 
     seen = []
     for name in ("index", "archive"):
         stage = SimpleNamespace(
-            run=lambda ctx, name=name: seen.append((name, ctx.device)), outputs=STAGES[name].outputs
+            run=lambda ctx, name=name: seen.append((name, ctx.device)),
+            outputs=STAGES[name].outputs,
+            outdated_files=STAGES[name].outdated_files,
         )
         monkeypatch.setitem(run.STAGES, name, stage)
     RunRecord(str(photos), {"archive": StageRecord({"categories": categories})}).write(tmp_path)

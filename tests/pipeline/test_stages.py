@@ -216,7 +216,7 @@ def context(out, source, stage, worker=None, **values) -> Context:
 def test_index_is_built_from_the_list_of_photos(tmp_path, photos, monkeypatch):
     built = []
 
-    def build(source, folder, config, worker, device, advance):
+    def build(source, folder, config, worker, device, advance, known):
         built.append(device)
         finish_index(tmp_path, 3)
         return SimpleNamespace(about="the model")
@@ -289,7 +289,7 @@ def test_main_worker_computes_what_lost_workers_have_claimed(tmp_path, photos, m
     write_archive(tmp_path / "archive.json", Archive(["cat"], {"cat": [Retrieved(f"{n}", None) for n in range(3)]}))
     called = []
 
-    def pseudolabel(source, archive, folder, config, own, device, advance, trace=None):
+    def pseudolabel(source, archive, folder, config, own, device, advance, trace=None, known=None):
         called.append(own)
         advance(2 if len(called) == 1 else 3)
         advance(3 if len(called) == 1 else 9, existing=True)
