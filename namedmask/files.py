@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -221,8 +222,14 @@ def remove_empty(folder: Path, out: Path) -> None:
 
 
 def absolute(path: str | os.PathLike) -> str:
-    """An absolute path that keeps symbolic links, which the user may point elsewhere later."""
-    return os.path.abspath(path)  # noqa: PTH100
+    """An absolute path that keeps symbolic links, which the user may point elsewhere later. A URL stays as it is."""
+    text = os.fsdecode(path)
+    return text if is_url(text) else os.path.abspath(text)  # noqa: PTH100
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
 
 
 def sha256(path: str | os.PathLike) -> str:

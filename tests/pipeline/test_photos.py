@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from namedmask import photos
+from namedmask import photos, tars
 from namedmask.photos import PhotoError, PhotoSource, as_stored, decode_ahead, pixels_of
 
 
@@ -552,7 +552,7 @@ def test_rewritten_tar_is_scanned_again(tmp_path):
 
 
 def test_tar_indexes_are_cached_up_to_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(photos, "_tar_indexes", photos._TarIndexes(16))
+    monkeypatch.setattr(tars, "indexes", tars.TarIndexes(16))
     for i in range(40):
         make_tar(tmp_path / f"{i:02}.tar", {"a.jpg": PNG})
     source = PhotoSource(tmp_path)
@@ -560,7 +560,7 @@ def test_tar_indexes_are_cached_up_to_a_limit(tmp_path, monkeypatch):
     assert len(names) == 40
     for name in names:
         source.read(name)
-    assert photos._tar_indexes.members <= 16
+    assert tars.indexes.members <= 16
     opened, open_tar = [], tarfile.open
     monkeypatch.setattr(tarfile, "open", lambda *a, **k: opened.append(1) or open_tar(*a, **k))
     for _ in range(3):
@@ -575,14 +575,14 @@ def test_least_recently_used_tar_index_is_dropped_first(tmp_path):
 
     def use(indexes, *numbers):
         for number in numbers:
-            assert list(indexes.get(paths[number], Path(paths[number]).stat()).members) == ["m.jpg"]
+            assert list(indexes.local(paths[number], Path(paths[number]).stat()).members) == ["m.jpg"]
         return [paths.index(path) for path, _, _ in indexes.indexes]
 
-    indexes = photos._TarIndexes(5)  # an index counts as its members and one more
+    indexes = tars.TarIndexes(5)  # an index counts as its members and one more
     assert use(indexes, 0, 1, 0, 2) == [0, 2] and indexes.members == 4
-    assert use(photos._TarIndexes(4), 0, 1) == [0, 1]  # exactly the limit
-    assert use(photos._TarIndexes(1), 0) == [0]  # the last one stays
-    assert use(photos._TarIndexes(1), 0, 1) == [1]
+    assert use(tars.TarIndexes(4), 0, 1) == [0, 1]  # exactly the limit
+    assert use(tars.TarIndexes(1), 0) == [0]  # the last one stays
+    assert use(tars.TarIndexes(1), 0, 1) == [1]
 
 
 def test_sparse_members_are_errors(tmp_path):
