@@ -294,7 +294,7 @@ class PhotoSource:
             try:
                 with _open_image(io.BufferedReader(part), name, self.max_pixels) as image:
                     yield image, size
-            except (PhotoError, RemoteError):
+            except (PhotoError, RemoteError, UserError):
                 raise
             except Exception as error:  # broad on purpose, as in `decode`
                 part.seek(0)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from .errors import first_line
+from .errors import UserError, first_line
 from .files import is_url
 
 BLOCK = 4 << 20  # bytes per request of sequential reading
@@ -29,6 +29,7 @@ CACHE_BYTES = 256 << 20  # per process, see `cache_limit`
 OPEN_FILES = 64  # whose sizes and connections are kept
 NEAR = 1 << 20  # reading is sequential if it continues within so many bytes after an earlier read
 RETRY_SECONDS = 60.0  # until the last attempt of a request begins
+GIVE_UP = 8  # requests in a row that have failed for so long
 STALLED_SECONDS = 30  # without any byte, after which a request is repeated
 REQUEST_SECONDS = 600
 
@@ -221,12 +222,13 @@ class _Cache:
 
 
 class _State:
-    """The cache and the open files of this process."""
+    """What the threads of this process share: the cache and the open files."""
 
     def __init__(self) -> None:
         self.cache = _Cache(cache_limit())
         self.files: OrderedDict[str, RemoteFile] = OrderedDict()
         self.lock = threading.Lock()
+        self.failures = 0  # requests for parts of files in a row that have failed, in spite of repetitions
 
 
 _state: _State | None = None
@@ -327,11 +329,24 @@ class RemoteFile:
         return _shared().cache.get((self.url, start, end), end - start, lambda: self.fetch(start, end))
 
     def fetch(self, start: int, end: int) -> bytes:
-        """Reads a range. Raises RemoteError."""
-        if self.ranges:
-            return _retried(self.url, lambda: _get_range(self.url, start, end, self.size))
-        with self._lock:
-            return _retried(self.url, lambda: self._streamed(start, end))
+        """Reads a range. Raises RemoteError, and UserError if the server seems to be down."""
+        state = _shared()
+        try:
+            if self.ranges:
+                data = _retried(self.url, lambda: _get_range(self.url, start, end, self.size))
+            else:
+                with self._lock:
+                    data = _retried(self.url, lambda: self._streamed(start, end))
+        except RemoteError as error:
+            state.failures += error.transient
+            if state.failures >= GIVE_UP:  # else every photo that is left would become an error
+                raise UserError(
+                    f"{error.strerror}; the last {state.failures} requests have failed: run the same command again "
+                    "when the server can be reached"
+                ) from None
+            raise
+        state.failures = 0
+        return data
 
     def close(self) -> None:
         """Closes the connection, if one is open. The file can still be read."""

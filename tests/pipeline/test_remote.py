@@ -377,6 +377,27 @@ def test_a_server_that_stays_down(server, tmp_path):
     assert len(server.requests) == requests + 1  # not repeated
 
 
+def test_a_run_stops_when_the_server_goes_down(server, monkeypatch):
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0)
+    server.files["/0.tar"] = tar_of({f"{i:02}.png": bytes([i]) * 2000 for i in range(20)})
+    source = PhotoSource(f"{server.url}/0.tar")
+    names = list(source)
+    monkeypatch.setattr(remote, "NEAR", -1)
+    server.trouble = lambda number: 503
+    remote._shared().cache.entries.clear()
+    for name in names[: remote.GIVE_UP - 1]:
+        assert "503" in reason(source, name)
+    server.trouble = lambda number: None
+    assert source.read(names[10]) == bytes([10]) * 2000  # counting starts again
+    server.trouble = lambda number: 503
+    for name in names[: remote.GIVE_UP - 1]:
+        assert "503" in reason(source, name)
+    with pytest.raises(UserError, match="the last 8 requests have failed: run the same command again"):
+        source.decode(names[11])
+    with pytest.raises(UserError, match="have failed"):
+        source.size(names[12])
+
+
 def test_tars_that_are_missing_damaged_or_replaced(server):
     whole = tar_of({f"{i}.png": png(i) for i in range(5)})
     server.files |= {"/0.tar": whole[:3000], "/2.tar": b"", "/3.tar": whole}
