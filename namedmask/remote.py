@@ -85,10 +85,13 @@ def clean_url(url: str) -> str:
     The query of a tar is dropped whole, so that names of its members can follow.
     """
     protocol, _, rest = url.partition("://")
+    if protocol.lower() in ("http", "https"):
+        rest = rest.partition("#")[0]
+    rest, _, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
     if protocol.lower() not in _CONTAINERS or ":" in authority.partition("@")[0]:
         authority = authority.rpartition("@")[2]
-    path, _, query = (authority + slash + path).partition("?")
+    path = authority + slash + path
     if path.lower().endswith(".tar"):
         query = ""
     parts = query.split("&")
@@ -228,6 +231,7 @@ class _State:
         self.cache = _Cache(cache_limit())
         self.files: OrderedDict[str, RemoteFile] = OrderedDict()
         self.lock = threading.Lock()
+        self.one_at_a_time = threading.Lock()  # for file systems of which nobody says that threads may share them
         self.failures = 0  # requests for parts of files in a row that have failed, in spite of repetitions
 
 
@@ -338,6 +342,8 @@ class RemoteFile:
                 with self._lock:
                     data = _retried(self.url, lambda: self._streamed(start, end))
         except RemoteError as error:
+            if not error.transient:  # replaced, perhaps: ask for its size again
+                state.files.pop(self.url, None)
             state.failures += error.transient
             if state.failures >= GIVE_UP:  # else every photo that is left would become an error
                 raise UserError(
@@ -463,8 +469,10 @@ def _is_http(fs: Any) -> bool:
 
 def _call(fs: Any, name: str, path: str, **options: Any) -> Any:
     """Calls a method of a file system, with a time limit if it can have one."""
-    limit = {"timeout": REQUEST_SECONDS} if fs.async_impl else {}
-    return getattr(fs, name)(path, **options, **limit)
+    if fs.async_impl:
+        return getattr(fs, name)(path, **options, timeout=REQUEST_SECONDS)
+    with _shared().one_at_a_time:
+        return getattr(fs, name)(path, **options)
 
 
 def _wait(fs: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -593,6 +601,11 @@ class _Stream:
         return data
 
     def close(self) -> None:
-        """Closes the connection."""
-        self.response.close()
-        _wait(self.fs, self.stack.aclose)
+        """Closes the connection, whatever state it is in."""
+
+        async def close() -> None:
+            self.response.close()
+            await self.stack.aclose()
+
+        with contextlib.suppress(Exception):
+            _wait(self.fs, close)

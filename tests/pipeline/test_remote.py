@@ -137,6 +137,8 @@ def reason(source, name):
         (f"https://u:{SECRET}@h/a.jpg", "https://h/a.jpg"),
         (f"https://h/a.jpg?w=1&X-Amz-Signature={SECRET}&X-Amz-Date=2", "https://h/a.jpg?w=1"),
         (f"https://h/a.jpg?sv=1&se=2&sig={SECRET}", "https://h/a.jpg"),
+        (f"https://h/a.jpg#access_token={SECRET}", "https://h/a.jpg"),
+        ("https://h?q=a@b", "https://h?q=a@b"),
         ("https://h/a.jpg?sp=1", "https://h/a.jpg?sp=1"),  # Azure's parameters are usual words
         (f"https://h/a?Expires=1&Key-Pair-Id={SECRET}&Signature={SECRET}", "https://h/a"),
         (f"https://h/a?access_token={SECRET}&design=3&key={SECRET}&api_key={SECRET}", "https://h/a?design=3"),
@@ -407,7 +409,9 @@ def test_tars_that_are_missing_damaged_or_replaced(server):
     assert "damaged tar" in errors[0][1] and errors[1][1].endswith("HTTP 404 Not Found")
     server.files["/3.tar"] = whole + whole
     remote._shared().cache.entries.clear()
-    assert "has changed while it is read" in reason(PhotoSource(f"{server.url}/{{0..3}}.tar"), "3.tar/4.png")
+    source = PhotoSource(f"{server.url}/{{0..3}}.tar")
+    assert "has changed while it is read" in reason(source, "3.tar/4.png")
+    assert source.read("3.tar/4.png") == png(4)  # by the index of the new tar
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------
