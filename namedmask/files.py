@@ -8,7 +8,6 @@ import errno
 import hashlib
 import io
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from .errors import UserError, WriteError
+from .urls import is_url
 
 TEMPORARY_PREFIX = ".tmp-"
 MAX_NAME = 255  # bytes of a file name
@@ -225,11 +225,6 @@ def absolute(path: str | os.PathLike) -> str:
     """An absolute path that keeps symbolic links, which the user may point elsewhere later. A URL stays as it is."""
     text = os.fsdecode(path)
     return text if is_url(text) else os.path.abspath(text)  # noqa: PTH100
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is a URL."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -34,13 +34,13 @@ from .decoding import (
 from .decoding import as_stored as as_stored
 from .decoding import pixels_of as pixels_of
 from .errors import UserError
-from .files import is_url
 from .memory import CACHE_SHARE, DECODE_SHARE, photo_budget
-from .remote import RemoteError, clean_url, path_part
+from .remote import RemoteError
 from .suffixes import COMPRESSED, LISTED
 from .suffixes import PHOTO_SUFFIXES as PHOTO_SUFFIXES
 from .suffixes import is_hidden as is_hidden
 from .threads import map_ahead, thread_count
+from .urls import clean_url, is_url, path_part, url_problem
 
 SEGMENT_RECORD = "segment.json"  # in the output folders of `namedmask segment`
 MAX_BYTES = 1 << 30
@@ -91,7 +91,7 @@ class PhotoSource:
       missing is an error; at least one must exist here.
     - URL: a tar, a pattern or a list. Names are the same as of the files in a folder. A line of a list may be the URL
       of a photo or a tar, in a list at a URL it must be; its name is that URL without what a signature adds to it (see
-      `remote.clean_url`).
+      `urls.clean_url`).
 
     Photos in formats that cannot be read (`UNREAD_SUFFIXES`, and HEIC or AVIF without a decoder) are errors.
 
@@ -268,12 +268,16 @@ class PhotoSource:
             raise PhotoError(name, f"cannot be read: {str(error) or 'out of memory'}") from error
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file, or a member of a tar, of this name. It may not be a readable photo."""
+        """Whether there is a file, or a member of a tar, of this name. It may not be a readable photo. Raises UserError
+        if its server cannot be reached."""
         try:
             path, member = self._locate(name)
             if member is not None:
                 _place(_index_of(path), member, name)
             return remote.exists(path) if is_url(path) else os.path.isfile(path)
+        except RemoteError as error:
+            _expect_permanent(error)
+            return False
         except (PhotoError, OSError, ValueError):
             return False
 
@@ -331,7 +335,7 @@ class PhotoSource:
             name = line
             if is_url(line):
                 name = clean_url(line)
-                if problem := remote.url_problem(line, remote_list=is_url(self.path)):
+                if problem := url_problem(line, remote_list=is_url(self.path)):
                     on_error(PhotoError(name, problem))
                     continue
             elif is_url(self.path):
@@ -383,8 +387,7 @@ class PhotoSource:
         try:
             index = _index_of(self._full(name))
         except RemoteError as error:
-            if error.transient:  # the list of photos is made once: it must not lack those of this tar
-                raise UserError(f"{error.strerror}; run the same command again") from None
+            _expect_permanent(error)  # the list of photos is made once: it must not lack those of this tar
             on_error(PhotoError(name, f"tar cannot be read: {error.strerror}"))
             return
         except (OSError, ValueError) as error:
@@ -426,7 +429,7 @@ class PhotoSource:
             raise PhotoError(name, "not a path inside the photo source")
         if self._kind == "txt" and not is_url(name):
             raise PhotoError(name, _NO_URL)
-        if self._kind == "txt" and (problem := remote.url_problem(name, remote_list=is_url(self.path))):
+        if self._kind == "txt" and (problem := url_problem(name, remote_list=is_url(self.path))):
             raise PhotoError(name, problem)
         return self._full("/".join(parts[:shard])), member
 
@@ -509,7 +512,7 @@ def _digest(text: bytes) -> bytes:
 def _expect_usable(url: str) -> None:
     """Raises ValueError if a source at a URL cannot be opened or must not be recorded. It requests nothing."""
     shown, lower = clean_url(url), url.lower()
-    problem = remote.url_problem(url)
+    problem = url_problem(url)
     if not problem and lower.endswith(COMPRESSED):
         problem = _UNPACK
     elif not problem and "?" in url:
@@ -529,12 +532,19 @@ def _expect_usable(url: str) -> None:
         break
 
 
+def _expect_permanent(error: RemoteError) -> None:
+    """Raises UserError if the cause of an error may be gone soon."""
+    if error.transient:
+        raise UserError(f"{error.strerror}; run the same command again") from None
+
+
 def _lines(path: str) -> Iterator[str]:
     """The lines of a list that are not blank. Raises UserError if it is at a URL and cannot be read."""
     try:
         file = io.BytesIO(remote.read(path, MAX_BYTES)) if is_url(path) else open(path, "rb")  # noqa: SIM115
     except RemoteError as error:
-        raise UserError(f"photos: {error.strerror}{'; run the same command again' * error.transient}") from None
+        _expect_permanent(error)
+        raise UserError(f"photos: {error.strerror}") from None
     with file:
         for number, line in enumerate(file):
             line = line.removeprefix(codecs.BOM_UTF8 if number == 0 else b"").rstrip(b"\r\n")

@@ -13,16 +13,14 @@ import errno
 import io
 import os
 import random
-import re
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from .errors import UserError, first_line
-from .files import is_url
+from .urls import clean_url, protocol_of, without_secrets
 
 BLOCK = 4 << 20  # bytes per request of sequential reading
 CACHE_BYTES = 256 << 20  # per process, see `cache_limit`
@@ -33,20 +31,6 @@ GIVE_UP = 8  # requests in a row that have failed for so long
 STALLED_SECONDS = 30  # without any byte, after which a request is repeated
 REQUEST_SECONDS = 600
 
-_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)\]]+")
-_SECRET = re.compile(  # names of parameters that carry a signature or a key, or change with it
-    r"(x-(amz|goog|oss|ms|cos)-.*|(.*[-_])?sig(nature)?|.*(token|auth|secret|passw|credential|hmac|apikey|hdnt).*"
-    r"|(.*[-_])?key([-_]?(pair[-_]?)?id)?|policy|expires|.*accesskeyid|googleaccessid)",
-    re.IGNORECASE,
-)
-_AZURE = {"se", "sp", "sv", "sr", "st", "spr", "skoid", "sktid", "skt", "ske", "sks", "skv", "sip", "ss", "srt"}
-_LOCAL = {"file", "local", "dir"}
-# What a list that is itself at a URL may name.
-_NETWORK = {
-    *("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "oss", "oci"),
-    *("ftp", "sftp", "hdfs", "webhdfs"),
-}
-_CONTAINERS = {"abfs", "abfss", "wasb", "wasbs"}  # container@account
 _PACKAGES = {
     **dict.fromkeys(("http", "https"), "'namedmask[remote]'"),
     **dict.fromkeys(("s3", "s3a"), "s3fs"),
@@ -69,66 +53,6 @@ class RemoteError(OSError):
         self.transient = transient
 
 
-def protocol_of(url: str) -> str:
-    """The protocol of a URL, in lower case."""
-    return url.partition("://")[0].lower()
-
-
-def path_part(path: str) -> str:
-    """A URL without its query; a path as it is."""
-    return path.partition("?")[0] if is_url(path) else path
-
-
-def clean_url(url: str) -> str:
-    """A URL without user name, password and the parameters of a signature, which must not be written anywhere.
-
-    The query of a tar is dropped whole, so that names of its members can follow.
-    """
-    protocol, _, rest = url.partition("://")
-    if protocol.lower() in ("http", "https"):
-        rest = rest.partition("#")[0]
-    rest, _, query = rest.partition("?")
-    authority, slash, path = rest.partition("/")
-    if protocol.lower() not in _CONTAINERS or ":" in authority.partition("@")[0]:
-        authority = authority.rpartition("@")[2]
-    path = authority + slash + path
-    if path.lower().endswith(".tar"):
-        query = ""
-    parts = query.split("&")
-    names = [part.partition("=")[0] for part in parts]
-    signed = "sig" in map(str.lower, names)
-    kept = [
-        part
-        for part, name in zip(parts, names, strict=True)
-        if part and not _SECRET.fullmatch(name) and not (signed and name.lower() in _AZURE)
-    ]
-    return f"{protocol}://{path}" + ("?" + "&".join(kept) if kept else "")
-
-
-def url_problem(url: str, remote_list: bool = False) -> str | None:
-    """Why a URL is not read; None if it is. Nothing is requested.
-
-    Args:
-        url: The URL.
-        remote_list: It stands in a list that is at a URL, which may not name files of this machine.
-    """
-    protocol = protocol_of(url)
-    if protocol in _LOCAL or (remote_list and protocol not in _NETWORK):
-        return f"{protocol}:// is not read" + (" from a list at a URL" if remote_list else ": write the path alone")
-    if "::" in url.partition("?")[0]:
-        return "chained URLs are not read"
-    try:
-        user = urlsplit(url).netloc.rpartition("@")[0]
-    except ValueError:
-        return "not a valid URL"
-    if user and (protocol not in _CONTAINERS or ":" in user):
-        return (
-            "the URL holds a user name or password: leave them out, and give them to fsspec (in its configuration or "
-            "in environment variables)"
-        )
-    return None
-
-
 def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the URL as it takes it.
 
@@ -139,13 +63,16 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        return url_to_fs(url)
+        fs, path = url_to_fs(url)
     except ImportError as error:
         package = _PACKAGES.get(protocol)
         how = f"pip install {package}" if package else first_line(error)
         raise RemoteError(url, f"a package for {protocol}:// is missing: {how}") from None
     except Exception as error:  # file systems check their configuration in their own ways
         raise _failure(url, error) from None
+    if fs.async_impl:  # fsspec creates one per thread, and each would connect and log in by itself
+        fs = _filesystems.setdefault((type(fs), repr(fs.storage_options)), fs)
+    return fs, path
 
 
 def cache_limit() -> int:
@@ -231,16 +158,17 @@ class _State:
         self.cache = _Cache(cache_limit())
         self.files: OrderedDict[str, RemoteFile] = OrderedDict()
         self.lock = threading.Lock()
-        self.one_at_a_time = threading.Lock()  # for file systems of which nobody says that threads may share them
         self.failures = 0  # requests for parts of files in a row that have failed, in spite of repetitions
 
 
 _state: _State | None = None
 _state_lock = threading.Lock()
+_filesystems: dict[tuple, Any] = {}
 
 
 def _forget() -> None:
     global _state, _state_lock
+    _filesystems.clear()
     _state, _state_lock = None, threading.Lock()
 
 
@@ -343,7 +271,8 @@ class RemoteFile:
                     data = _retried(self.url, lambda: self._streamed(start, end))
         except RemoteError as error:
             if not error.transient:  # replaced, perhaps: ask for its size again
-                state.files.pop(self.url, None)
+                with state.lock:
+                    state.files.pop(self.url, None)
             state.failures += error.transient
             if state.failures >= GIVE_UP:  # else every photo that is left would become an error
                 raise UserError(
@@ -449,18 +378,15 @@ def _failure(url: str, error: Exception) -> RemoteError:
     if isinstance(error, FileNotFoundError):
         return RemoteError(url, "not found")
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-        return RemoteError(url, f"access denied ({_text(error)}); fsspec's configuration holds the credentials")
+        return RemoteError(
+            url, f"access denied ({without_secrets(first_line(error))}); fsspec's configuration holds the credentials"
+        )
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:  # asyncio's own one on Python 3.10
         return RemoteError(url, "timed out", transient=True)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     transient = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "ConnectionError"} & kinds
     temporary = type(error) is OSError and error.errno != errno.EINVAL
-    return RemoteError(url, _text(error), bool(transient) or temporary)
-
-
-def _text(error: Exception) -> str:
-    """What an exception says, without secrets."""
-    return _URL_IN_TEXT.sub(lambda url: clean_url(url[0]), first_line(error))
+    return RemoteError(url, without_secrets(first_line(error)), bool(transient) or temporary)
 
 
 def _is_http(fs: Any) -> bool:
@@ -469,10 +395,8 @@ def _is_http(fs: Any) -> bool:
 
 def _call(fs: Any, name: str, path: str, **options: Any) -> Any:
     """Calls a method of a file system, with a time limit if it can have one."""
-    if fs.async_impl:
-        return getattr(fs, name)(path, **options, timeout=REQUEST_SECONDS)
-    with _shared().one_at_a_time:
-        return getattr(fs, name)(path, **options)
+    limit = {"timeout": REQUEST_SECONDS} if fs.async_impl else {}
+    return getattr(fs, name)(path, **options, **limit)
 
 
 def _wait(fs: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -533,7 +457,7 @@ async def _http(fs: Any, url: str, byte_range: str = ""):
             raise RemoteError(url, "redirects to an unencrypted address")
         if response.status >= 400:
             transient = response.status >= 500 or response.status in (408, 425, 429)
-            raise RemoteError(url, f"HTTP {response.status} {_text(Exception(response.reason or ''))}", transient)
+            raise RemoteError(url, f"HTTP {response.status} {without_secrets(response.reason or '')}", transient)
         yield response
 
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from .files import atomic_write
-from .remote import RemoteError, RemoteFile, clean_url
+from .remote import RemoteError, RemoteFile
 from .suffixes import LISTED, is_hidden
+from .urls import clean_url
 
 MAX_SHARDS = 1_000_000  # of a pattern
 FAR = 1 << 18  # bytes between two headers of a remote tar, above which the second is requested alone

@@ -18,6 +18,7 @@ from PIL import Image
 from namedmask import photos, remote, tars
 from namedmask.errors import UserError
 from namedmask.photos import PhotoError, PhotoSource, decode_ahead
+from namedmask.urls import clean_url
 from small_world import command, draw_photos, files_of, write_embeddings
 
 pytest.importorskip("aiohttp")
@@ -147,7 +148,7 @@ def reason(source, name):
     ],
 )
 def test_secrets_are_removed_from_urls(url, clean):
-    assert remote.clean_url(url) == clean and SECRET not in clean
+    assert clean_url(url) == clean and SECRET not in clean
     assert SECRET not in str(remote.RemoteError(url, "x"))
 
 
@@ -370,6 +371,10 @@ def test_a_server_that_stays_down(server, tmp_path):
     forget()
     with pytest.raises(UserError, match=r"0\.tar: HTTP 503 .*; run the same command again"):
         list(source)  # photos must not be missing for a moment's trouble
+    with pytest.raises(UserError, match="run the same command again"):
+        source.exists(name)
+    with pytest.raises(UserError, match=r"list\.txt: HTTP 503 .*; run the same command again"):
+        list(PhotoSource(f"{server.url}/list.txt"))
     server.trouble = lambda number: 403
     assert names_and_errors(f"{server.url}/0.tar")[1] == [
         ("0.tar", f"tar cannot be read: {server.url}/0.tar: HTTP 403 Forbidden")
@@ -377,6 +382,8 @@ def test_a_server_that_stays_down(server, tmp_path):
     requests = len(server.requests)
     list(PhotoSource(f"{server.url}/0.tar").names(lambda _: None))
     assert len(server.requests) == requests + 1  # not repeated
+    with pytest.raises(UserError, match=r"^photos: .*list\.txt: HTTP 403 Forbidden$"):
+        list(PhotoSource(f"{server.url}/list.txt"))
 
 
 def test_a_run_stops_when_the_server_goes_down(server, monkeypatch):
