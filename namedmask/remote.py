@@ -131,10 +131,20 @@ class _Cache:
         return loading.data
 
     def offer(self, key: tuple, data: bytes) -> None:
-        """Keeps bytes that nobody has asked for yet, if there is room."""
+        """Gives bytes to those who wait for them, or keeps them if there is room."""
         with self.changed:
-            if key not in self.entries:
+            entry = self.entries.get(key)
+            if entry is None:
                 self._put(key, data)
+            elif isinstance(entry, _Loading):
+                entry.data = data
+                self.changed.notify_all()
+
+    def offered(self, key: tuple) -> bytes | None:
+        """What `offer` has given to a call of `get` that is waiting for its `fetch`."""
+        with self.changed:
+            entry = self.entries.get(key)
+            return entry.data if isinstance(entry, _Loading) else entry
 
     def _put(self, key: tuple, data: bytes) -> None:
         self._make_room(len(data))
@@ -210,15 +220,12 @@ def open_file(url: str) -> RemoteFile:
     """A file whose parts are to be read. Raises RemoteError if it cannot be read, or has no known size."""
     state = _shared()
     with state.lock:
-        if url in state.files:
-            state.files.move_to_end(url)
-            return state.files[url]
-    opened = RemoteFile(url)
-    with state.lock:
-        file = state.files.setdefault(url, opened)
+        file = state.files.setdefault(url, RemoteFile(url))
+        state.files.move_to_end(url)
         dropped = [state.files.popitem(last=False)[1] for _ in range(len(state.files) - OPEN_FILES)]
     for old in dropped:
         old.close()
+    file.find()
     return file
 
 
@@ -236,14 +243,19 @@ class RemoteFile:
     """
 
     def __init__(self, url: str):
-        self.url = url
-        size, self.stamp, self.ranges = _retried(url, lambda: _status(url))
-        if size is None:
-            raise RemoteError(url, "the server does not say its size")
-        self.size: int = size
+        self.url, self.size, self.stamp, self.ranges = url, 0, "", False  # until `find`
         self._ends: deque[int] = deque(maxlen=512)  # of the parts that were opened last
         self._stream: _Stream | None = None
         self._lock = threading.Lock()
+
+    def find(self) -> None:
+        """Asks the server for the file, once. Raises RemoteError."""
+        with self._lock:
+            if not self.stamp:
+                size, stamp, ranges = _retried(self.url, lambda: _status(self.url))
+                if size is None:
+                    raise RemoteError(self.url, "the server does not say its size")
+                self.size, self.stamp, self.ranges = size, stamp, ranges
 
     def part(self, offset: int, size: int) -> RemotePart:
         """A part, as a file for reading."""
@@ -295,6 +307,9 @@ class RemoteFile:
 
     def _streamed(self, start: int, end: int) -> bytes:
         """Reads a range of a file that the server sends from its beginning, on with the connection if it can."""
+        cache = _shared().cache
+        if (passed := cache.offered((self.url, start, end))) is not None:
+            return passed
         try:
             if self._stream is None or self._stream.position > start:
                 self._close_stream()
@@ -303,7 +318,7 @@ class RemoteFile:
                 size = min(BLOCK, start - at)
                 data = self._stream.read(size)
                 if at % BLOCK == 0 and size == BLOCK:  # another thread may have asked for it in the meantime
-                    _shared().cache.offer((self.url, at, at + size), data)
+                    cache.offer((self.url, at, at + size), data)
             data = self._stream.read(end - start)
         except BaseException:
             self._close_stream()
