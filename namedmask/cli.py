@@ -64,15 +64,14 @@ pseudolabel_app = typer.Typer(context_settings=HELP, **PLAIN)
 
 LABELING = ("index", "archive", "pseudolabel", "report")  # what `namedmask run` runs
 
+PHOTOS_HELP = "Folder, list file (.txt), .tar or '{000..146}.tar' of photos, or a URL of the latter three."
 Photos = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[PHOTOS]", help="Folder, list file (.txt) or .tar of photos. Default: those of the run in --out."
-    ),
+    str | None,
+    typer.Argument(metavar="[PHOTOS]", help=f"{PHOTOS_HELP} Default: those of the run in --out."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Run folder; created if missing, continued if it exists.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Run folder.")]
-MovedPhotos = Annotated[Path | None, typer.Option("--photos", help="Where the photos are now, if they have moved.")]
+MovedPhotos = Annotated[str | None, typer.Option("--photos", help="Where the photos are now, if they have moved.")]
 Categories = Annotated[
     str | None,
     typer.Option("--categories", metavar="NAME,...", help="Category names in class order, for weights without them."),
@@ -169,7 +168,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
 
     def run_stages(
         out: Path,
-        photos: Path | None = None,
+        photos: str | None = None,
         categories_file: Path | None = None,
         preset: str | None = None,
         config: Path | None = None,
@@ -370,7 +369,7 @@ def _load_segmenter(weights: Path, names: list[str] | None, encoder: str, precis
 @command
 def segment(
     weights: WeightsArgument,
-    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="Folder, list file (.txt) or .tar of photos.")],
+    photos: Annotated[str, typer.Argument(metavar="PHOTOS", help=PHOTOS_HELP)],
     out: Annotated[Path, typer.Option("--out", help="Folder for masks and overlays; continued if it exists.")],
     categories: Categories = None,
     categories_file: CategoriesFile = None,
@@ -418,7 +417,7 @@ def _evaluate(
         typer.Argument(metavar="TRUTH", help="Folder of PNG masks with the same names; for a run also a COCO file."),
     ] = None,
     photos: Annotated[
-        Path | None, typer.Option("--photos", help="Photos to segment; PREDICTIONS are the weights of a segmenter.")
+        str | None, typer.Option("--photos", help="Photos to segment; PREDICTIONS are the weights of a segmenter.")
     ] = None,
     benchmark: Annotated[
         BenchmarkName | None, typer.Option("--benchmark", help="Public benchmark, instead of TRUTH; requires --root.")
@@ -563,7 +562,7 @@ def import_archive(
         Path,
         typer.Argument(metavar="FILE", help="JSON {name: [path, ...]}, or JSON or CSV: name, photo, score."),
     ],
-    photos: Annotated[Path, typer.Option("--photos", help="Folder, list file (.txt) or .tar of the photos.")],
+    photos: Annotated[str, typer.Option("--photos", help=PHOTOS_HELP)],
     out: Out = Path("run"),
     categories: Annotated[
         str | None, typer.Option("--categories", metavar="NAME,...", help="Categories to import, in class order.")
@@ -593,7 +592,7 @@ def import_masks(
     ],
     out: ImportOut,
     photos: Annotated[
-        Path | None, typer.Option("--photos", help="Photos of a new run without archive, or where they are now.")
+        str | None, typer.Option("--photos", help="Photos of a new run without archive, or where they are now.")
     ] = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -633,7 +632,7 @@ def import_experts(
 def _import_embeddings(
     path: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="{photo: vector}, or clip-retrieval's output.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="File to write.")],
-    photos: Annotated[Path | None, typer.Option("--photos", help="Folder, list file (.txt) or .tar of photos.")] = None,
+    photos: Annotated[str | None, typer.Option("--photos", help=PHOTOS_HELP)] = None,
     categories: Annotated[
         str | None, typer.Option("--categories", metavar="NAME,...", help="Names to embed with CLIP.")
     ] = None,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from .errors import UserError, WriteError
+from .urls import is_url
 
 TEMPORARY_PREFIX = ".tmp-"
 MAX_NAME = 255  # bytes of a file name
@@ -241,8 +242,9 @@ def remove_empty(folder: Path, out: Path) -> None:
 
 
 def absolute(path: str | os.PathLike) -> str:
-    """An absolute path that keeps symbolic links, which the user may point elsewhere later."""
-    return os.path.abspath(path)  # noqa: PTH100
+    """An absolute path that keeps symbolic links, which the user may point elsewhere later. A URL stays as it is."""
+    text = os.fsdecode(path)
+    return text if is_url(text) else os.path.abspath(text)  # noqa: PTH100
 
 
 def sha256(path: str | os.PathLike) -> str:

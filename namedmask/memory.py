@@ -21,6 +21,7 @@ CAP_PER_THREAD = 384 << 20  # bytes; a ResNet-50 segmenter takes this much for h
 BATCH_PIXELS = 1 << 24  # maximum number of pixels in a batch of several photos
 
 DECODE_SHARE = 0.25  # of the budget; the rest is for what follows
+CACHE_SHARE = DECODE_SHARE / 4  # of the budget, for what is read from URLs; it is part of DECODE_SHARE
 
 
 def photo_budget() -> int:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 # Names are kept byte by byte: pathlib would normalize them ("./a", "a//b"), and it is slow for millions of names.
-# ruff: noqa: PTH110, PTH112, PTH113, PTH116, PTH118, PTH119, PTH120, PTH123
-"""Sources of photos, and safe decoding.
+# ruff: noqa: PTH110, PTH112, PTH113, PTH116, PTH118, PTH120, PTH123
+"""Sources of photos.
 
-A `PhotoSource` is a folder, a list file or a tar shard. It streams the names of its photos in a fixed order and decodes
-a photo by its name. Photos are untrusted: any problem with one raises `PhotoError`, and no content of a tar can make
-the source read another file.
+A `PhotoSource` is a folder, a list file or one or many tars, here or at a URL. It streams the names of its photos in a
+fixed order and decodes a photo by its name. Photos are untrusted: any problem with one raises `PhotoError`, and no
+content of a tar can make the source read another file.
 """
 
 import codecs
@@ -13,93 +13,45 @@ import contextlib
 import functools
 import hashlib
 import io
-import logging
 import os
 import stat
-import tarfile
-import threading
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image
 
-from .memory import DECODE_SHARE, photo_budget
+from . import remote, tars
+from .decoding import (
+    MAX_PIXELS,
+    PhotoError,
+    decode_bytes,
+    explain,
+    open_image,
+    swaps_sides,
+    why_unread,
+)
+from .decoding import as_stored as as_stored
+from .decoding import pixels_of as pixels_of
+from .errors import UserError
+from .memory import CACHE_SHARE, DECODE_SHARE, photo_budget
+from .remote import RemoteError
+from .suffixes import COMPRESSED, LISTED
+from .suffixes import PHOTO_SUFFIXES as PHOTO_SUFFIXES
+from .suffixes import is_hidden as is_hidden
 from .threads import map_ahead, thread_count
+from .urls import clean_url, is_url, path_part, url_problem
 
-# HEIC and AVIF are read if Pillow can, see `_formats`.
-PHOTO_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
-    *(".heic", ".heif", ".hif", ".avif"),
-)
-# Photos that are listed as errors, so that nobody believes that they were used.
-UNREAD_SUFFIXES = (
-    *(".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".psd", ".exr", ".hdr", ".tga"),
-    *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw", ".x3f", ".3fr"),
-)
 SEGMENT_RECORD = "segment.json"  # in the output folders of `namedmask segment`
-MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
+SCANS_AHEAD = 8  # tars at URLs, whose headers are read at the same time
 DECODING_BYTES = 16  # per pixel at the peak of decoding; measured: 10 (JPEG) to 18 (WebP)
 
 _Result = TypeVar("_Result")
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-_SIGNATURES = {
-    b"\xff\xd8": "JPEG",
-    b"\x89PNG": "PNG",
-    b"RIFF": "WebP",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"GIF8": "GIF",
-}
-# The beginning of the brand in a container of HEIC, AVIF or videos.
-_BRANDS = {b"avi": ".avif", b"hei": ".heic", b"hev": ".heic", b"mif": ".heic", b"msf": ".heic"}
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
-_LISTED = (*PHOTO_SUFFIXES, *UNREAD_SUFFIXES, ".tar", *_COMPRESSED)  # photos and archives
-_CONVERT = "format that is not read: convert it to JPEG or PNG"
-_HEIC = "HEIC photo: install pillow-heif (pip install 'namedmask[heif]'), or convert it to JPEG"
-_AVIF = "AVIF photo: install pillow 11.3 or later, or convert it to JPEG"
+_NO_URL = "not a URL: in a list at a URL, each line must be one"
 _NESTED = "a tar inside a tar is not read: unpack the outer one"
 _UNPACK = "compressed archives cannot be read in place: unpack it into a folder or a plain .tar"
-
-_ARRAYS = {(dtype, 1) for dtype in ("bool", "uint8", "uint16", "int32", "float32")} | {("uint8", c) for c in (2, 3, 4)}
-_EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SWAPPING = (
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
-
-# The inverse for arrays.
-_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: np.fliplr,
-    3: lambda pixels: np.rot90(pixels, 2),
-    4: np.flipud,
-    5: np.transpose,
-    6: np.rot90,
-    7: lambda pixels: np.rot90(pixels, 2).T,
-    8: lambda pixels: np.rot90(pixels, -1),
-}
-
-# Pillow's warnings about unusual photos must not disturb the progress bar. `warnings.catch_warnings` around each decode
-# is no solution: it swaps global state, and several threads decode. (The line that libtiff itself prints for a damaged
-# TIFF cannot be silenced from here.)
-warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class Photo(NamedTuple):
@@ -114,29 +66,13 @@ class Photo(NamedTuple):
         return self.pixels.shape[0], self.pixels.shape[1]
 
 
-class PhotoError(Exception):
-    """A photo, a shard or a folder that cannot be used.
-
-    Attributes:
-        photo: Its name.
-        reason: Why it cannot be used, in one line.
-    """
-
-    def __init__(self, photo: str, reason: str):
-        super().__init__(photo, " ".join(reason.split()))
-        self.photo, self.reason = self.args
-
-    def __str__(self) -> str:
-        # repr: a name may contain newlines or bytes that a terminal cannot show.
-        return f"{self.photo!r}: {self.reason}"
-
-
 class RepeatedPhotos(PhotoError):
     """A note that a list names photos more than once. They are used once, so nothing is lost."""
 
 
 class PhotoSource:
-    """The photos of a folder (with its subfolders), of a list file (`.txt`) or of one `.tar` shard.
+    """The photos of a folder (with its subfolders), of a list file (`.txt`), of a `.tar`, or of the tars of a pattern
+    such as `{000..146}.tar`. Lists and tars may be at URLs, which fsspec opens.
 
     Names are `str`; bytes that are not UTF-8 are kept by surrogateescape, so `os.fsencode(name)` restores them.
 
@@ -151,6 +87,11 @@ class PhotoSource:
       of bytes in the shard. If several members have the same name, the last one counts, as in tar. Hard links to
       earlier photos of the tar are resolved; symbolic links and sparse members are errors. Concatenated tars are read
       to the end.
+    - Pattern: the tars of a brace pattern, whose names are relative to the folder before the first brace. A tar that is
+      missing is an error; at least one must exist here.
+    - URL: a tar, a pattern or a list. Names are the same as of the files in a folder. A line of a list may be the URL
+      of a photo or a tar, in a list at a URL it must be; its name is that URL without what a signature adds to it (see
+      `urls.clean_url`).
 
     Photos in formats that cannot be read (`UNREAD_SUFFIXES`, and HEIC or AVIF without a decoder) are errors.
 
@@ -161,13 +102,13 @@ class PhotoSource:
     A source is cheap to pickle, survives a fork and may be used from several threads.
 
     Args:
-        path: The folder, list file or tar.
+        path: The folder, list file, tar, pattern or URL.
         max_pixels: Photos with more pixels are rejected before they are decoded. Pillow's own limit of 179 million
             pixels always applies.
         upright: Apply the EXIF orientation of photos. Benchmarks label the pixels as they are stored.
 
     Raises:
-        ValueError: If `path` is none of the three.
+        ValueError: If `path` is none of these, or a URL with a password or a signature, which would be recorded.
     """
 
     def __init__(self, path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, upright: bool = True):
@@ -175,16 +116,31 @@ class PhotoSource:
         self.max_pixels = max_pixels
         self.upright = upright
         lower = self.path.lower()
-        if os.path.isdir(self.path):
+        self._kind = lower[-3:]
+        self._root = os.path.dirname(self.path.partition("{")[0] if self._is_pattern() else self.path)
+        if is_url(self.path):
+            _expect_usable(self.path)
+        elif os.path.isdir(self.path):
             self._kind, self._root = "folder", self.path
+        elif self._is_pattern():
+            if not any(os.path.exists(path) for path in tars.expand_braces(self.path)):
+                raise ValueError(f"photos: {self.path!r}: none of these tars exists")
         elif not os.path.exists(self.path):
             raise ValueError(f"photos: {self.path!r} does not exist")
-        elif lower.endswith(_COMPRESSED):
+        elif lower.endswith(COMPRESSED):
             raise ValueError(f"photos: {self.path!r}: {_UNPACK}")
-        elif lower.endswith((".txt", ".tar")):
-            self._kind, self._root = lower[-3:], os.path.dirname(self.path)
-        else:
+        elif not lower.endswith((".txt", ".tar")):
             raise ValueError(f"photos: {self.path!r} is not a folder, a .txt list or a .tar")
+
+    def _is_pattern(self) -> bool:
+        """Whether the path stands for several tars."""
+        is_tar = self.path.lower().endswith(".tar") and tars.is_pattern(self.path)
+        return is_tar and (is_url(self.path) or not os.path.exists(self.path))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of memory that this source may keep of files at URLs."""
+        return int(photo_budget() * CACHE_SHARE) if is_url(self.path) or self._kind == "txt" else 0
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names in order. Raises PhotoError at the first photo, folder or shard that cannot be read."""
@@ -201,7 +157,7 @@ class PhotoSource:
         if self._kind == "folder":
             return self._folder_names(on_error)
         if self._kind == "tar":
-            return self._tar_names(os.path.basename(self.path), on_error)
+            return self._shard_names(on_error)
         return self._list_names(on_error)
 
     def categories(self, on_error: Callable[[PhotoError], None]) -> dict[str, list[str]]:
@@ -269,7 +225,7 @@ class PhotoSource:
         with self._image(name) as (image, _):
             if image.format != "JPEG":
                 image.load()  # see `pixels_of`
-            swapped = self.upright and _UPRIGHT.get(_orientation(image)) in _SWAPPING
+            swapped = self.upright and swaps_sides(image)
             return image.size if swapped else image.size[::-1]
 
     @contextlib.contextmanager
@@ -277,24 +233,29 @@ class PhotoSource:
         """Opens a photo whose pixels are not decoded yet, with the size of its file. All errors are PhotoErrors."""
         with self._opened(name) as (part, size):
             try:
-                with _open_image(io.BufferedReader(part), name, self.max_pixels) as image:
+                with open_image(io.BufferedReader(part), name, self.max_pixels) as image:
                     yield image, size
-            except PhotoError:
+            except (PhotoError, RemoteError, UserError):
                 raise
             except Exception as error:  # broad on purpose, as in `decode`
                 part.seek(0)
-                raise PhotoError(name, _explain(error, part.read(40))) from error
+                raise PhotoError(name, explain(error, part.read(40))) from error
 
     @contextlib.contextmanager
-    def _opened(self, name: str) -> Iterator[tuple["_Part", int]]:
+    def _opened(self, name: str) -> Iterator[tuple[io.RawIOBase, int]]:
         """Opens the file of a photo, or its part of a tar. All errors within the context are PhotoErrors."""
         path, member = self._locate(name)
         try:
+            if is_url(path):
+                yield _remote_part(path, member, name)
+                return
             status = os.stat(path)
             # Before opening: opening a FIFO waits for a writer, and opening a device may have side effects.
             if not stat.S_ISREG(status.st_mode):
                 raise PhotoError(name, "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")
-            offset, size = (0, status.st_size) if member is None else _find_member(path, status, member, name)
+            offset, size = 0, status.st_size
+            if member is not None:
+                offset, size = _place(tars.indexes.local(path, status), member, name)
             if size == 0:
                 raise PhotoError(name, "empty file")
             with open(path, "rb") as file:
@@ -307,12 +268,16 @@ class PhotoSource:
             raise PhotoError(name, f"cannot be read: {str(error) or 'out of memory'}") from error
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file, or a member of a tar, of this name. It may not be a readable photo."""
+        """Whether there is a file, or a member of a tar, of this name. It may not be a readable photo. Raises UserError
+        if its server cannot be reached."""
         try:
             path, member = self._locate(name)
             if member is not None:
-                _find_member(path, os.stat(path), member, name)
-            return os.path.isfile(path)
+                _place(_index_of(path), member, name)
+            return remote.exists(path) if is_url(path) else os.path.isfile(path)
+        except RemoteError as error:
+            _expect_permanent(error)
+            return False
         except (PhotoError, OSError, ValueError):
             return False
 
@@ -328,13 +293,13 @@ class PhotoSource:
         """
         data = self.read(name)
         try:
-            return Photo(name, _decode(data, name, self.max_pixels, self.upright))
+            return Photo(name, decode_bytes(data, name, self.max_pixels, self.upright))
         except PhotoError:
             raise
         except Exception as error:
             # Broad on purpose: for damaged or malicious bytes Pillow raises OSError, SyntaxError, ValueError,
             # struct.error, zlib.error, EOFError, IndexError, KeyError, MemoryError, DecompressionBombError and more.
-            raise PhotoError(name, _explain(error, data)) from error
+            raise PhotoError(name, explain(error, data)) from error
 
     def _folder_names(self, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
         # An explicit stack of (identity, prefix, remaining entries): folders may be nested deeper than Python recurses.
@@ -366,67 +331,107 @@ class PhotoSource:
     def _list_names(self, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
         listed: set[bytes] = set()
         repeats, example = 0, ""
-        with open(self.path, "rb") as lines:
-            for number, line in enumerate(lines):
-                line = line.removeprefix(codecs.BOM_UTF8 if number == 0 else b"").rstrip(b"\r\n")
-                if not line.strip():
+        for line in _lines(self.path):
+            name = line
+            if is_url(line):
+                name = clean_url(line)
+                if problem := url_problem(line, remote_list=is_url(self.path)):
+                    on_error(PhotoError(name, problem))
                     continue
-                key = _same_path(os.path.join(os.fsencode(self._root), line))
-                if key in listed:
-                    repeats += 1
-                    example = example or os.fsdecode(line)
-                else:
-                    listed.add(key)
-                    yield from self._file_names(os.fsdecode(line), on_error)
+            elif is_url(self.path):
+                on_error(PhotoError(name, _NO_URL))
+                continue
+            file = os.fsencode(name if is_url(name) else os.path.join(self._root, name))
+            key = _digest(file) if is_url(name) else _same_path(file)
+            if key in listed:
+                repeats += 1
+                example = example or name
+            else:
+                listed.add(key)
+                yield from self._file_names(name, on_error)
         if repeats:
             lines_repeat = "1 line repeats an earlier one" if repeats == 1 else f"{repeats} lines repeat earlier ones"
             on_error(RepeatedPhotos(self.path, f"{lines_repeat}, such as {example!r}; each photo is used once"))
 
     def _file_names(self, name: str, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
         """The names of a file in a folder or a list: its own, or those of the members of a shard."""
-        lower = name.lower()
-        if lower.endswith(_COMPRESSED):
+        lower = path_part(name).lower()
+        if lower.endswith(COMPRESSED):
             on_error(PhotoError(name, _UNPACK))
-        elif problem := _unread(name):
+        elif problem := why_unread(lower):
             on_error(PhotoError(name, problem))
         elif lower.endswith(".tar"):
             yield from self._tar_names(name, on_error)
         else:
             yield name
 
+    def _shard_names(self, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
+        """The names of the photos in the tars of the source."""
+        paths = list(tars.expand_braces(self.path)) if self._is_pattern() else [self.path]
+        shards = [path[len(self._root) :].lstrip("/") for path in paths]
+        if not is_url(self.path):
+            for shard in shards:
+                yield from self._tar_names(shard, on_error)
+            return
+
+        def scan(shard: str) -> tuple[list[str], list[PhotoError]]:
+            errors: list[PhotoError] = []
+            return list(self._tar_names(shard, errors.append)), errors
+
+        for names, errors in map_ahead(scan, shards, SCANS_AHEAD):
+            yield from names
+            for error in errors:
+                on_error(error)
+
     def _tar_names(self, name: str, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
-        path = os.path.join(self._root, name)
         try:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("not a regular file")
-            index = _tar_indexes.get(path, status)
+            index = _index_of(self._full(name))
+        except RemoteError as error:
+            _expect_permanent(error)  # the list of photos is made once: it must not lack those of this tar
+            on_error(PhotoError(name, f"tar cannot be read: {error.strerror}"))
+            return
         except (OSError, ValueError) as error:
             on_error(PhotoError(name, f"tar cannot be read: {getattr(error, 'strerror', None) or error}"))
             return
         for member in index.members:
-            if problem := _unread(member) or _archive_problem(member):
+            if problem := why_unread(member) or _archive_problem(member):
                 on_error(PhotoError(f"{name}/{member}", problem))
             else:
                 yield f"{name}/{member}"
         if index.problem:
             on_error(PhotoError(name, index.problem))
 
+    def _full(self, name: str) -> str:
+        """The path or URL of a file by its name."""
+        if self._kind == "txt" and is_url(name):
+            return _signed_urls(self.path).get(name, name)
+        return os.path.join(self._root, name)
+
     def _locate(self, name: str) -> tuple[str, str | None]:
         """The file that holds a photo, and the member of the tar that the photo is (None: the file itself)."""
+        at_url = is_url(self.path) or (self._kind == "txt" and is_url(name))
         parts = name.split("/")
         shard = len(parts)
         for end, part in enumerate(parts, 1):
             if part.lower().endswith(".tar"):
                 shard = min(shard, end)
                 path = os.path.join(self._root, "/".join(parts[:end]))
-                if os.path.isfile(path):
+                if not at_url and os.path.isfile(path):
                     return path, "/".join(parts[end:])
         # A path in a list is trusted up to a shard. All other parts are untrusted and must not leave the source.
         untrusted = parts[shard:] if self._kind == "txt" else parts
-        if ".." in untrusted or (self._kind != "txt" and name.startswith("/")):
+        if ".." in untrusted or (self._kind != "txt" and (name.startswith("/") or is_url(name))):
             raise PhotoError(name, "not a path inside the photo source")
-        return os.path.join(self._root, name), None
+        if not at_url:
+            return os.path.join(self._root, name), None
+        member = "/".join(parts[shard:]) if parts[shard - 1].lower().endswith(".tar") else None
+        if self._kind == "tar" and not member:
+            raise PhotoError(name, "not a path inside the photo source")
+        if self._kind == "txt" and not is_url(name):
+            raise PhotoError(name, _NO_URL)
+        if self._kind == "txt" and (problem := url_problem(name, remote_list=is_url(self.path))):
+            raise PhotoError(name, problem)
+        return self._full("/".join(parts[:shard])), member
 
 
 def decode_ahead(
@@ -464,7 +469,7 @@ def decode_ahead(
         map_ahead(cost, names, thread_count()),
         thread_count(),
         cost=lambda item: item[1] if isinstance(item[1], int) else 0,
-        limit=int(photo_budget() * DECODE_SHARE),
+        limit=int(photo_budget() * DECODE_SHARE) - source.cache_bytes,
     )
 
 
@@ -497,12 +502,102 @@ def _same_path(path: bytes) -> bytes:
     """A digest that is equal for different spellings of a path."""
     parts = [part for part in path.split(b"/") if part not in (b"", b".")]
     path = os.path.realpath(path) if b".." in parts else b"/" + b"/".join(parts)
-    return hashlib.blake2b(path, digest_size=16).digest()
+    return _digest(path)
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is skipped."""
-    return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def _expect_usable(url: str) -> None:
+    """Raises ValueError if a source at a URL cannot be opened or must not be recorded. It requests nothing."""
+    shown, lower = clean_url(url), url.lower()
+    problem = url_problem(url)
+    if not problem and lower.endswith(COMPRESSED):
+        problem = _UNPACK
+    elif not problem and "?" in url:
+        problem = (
+            "the URL has a query, which may hold a signature, and the run folder records the URL: write it into a .txt "
+            "list and pass the list (signatures in lists are not recorded)"
+        )
+    elif not problem and not lower.endswith((".txt", ".tar")):
+        problem = "the URL is not that of a .tar, of tars such as {000..146}.tar or of a .txt list"
+    if problem:
+        raise ValueError(f"photos: {shown!r}: {problem}")
+    try:
+        remote.filesystem(url)
+    except RemoteError as error:
+        raise ValueError(f"photos: {error.strerror}") from None
+    for _ in tars.expand_braces(url):  # an error if it cannot be expanded
+        break
+
+
+def _expect_permanent(error: RemoteError) -> None:
+    """Raises UserError if the cause of an error may be gone soon."""
+    if error.transient:
+        raise UserError(f"{error.strerror}; run the same command again") from None
+
+
+def _lines(path: str) -> Iterator[str]:
+    """The lines of a list that are not blank. Raises UserError if it is at a URL and cannot be read."""
+    try:
+        file = io.BytesIO(remote.read(path, MAX_BYTES)) if is_url(path) else open(path, "rb")  # noqa: SIM115
+    except RemoteError as error:
+        _expect_permanent(error)
+        raise UserError(f"photos: {error.strerror}") from None
+    with file:
+        for number, line in enumerate(file):
+            line = line.removeprefix(codecs.BOM_UTF8 if number == 0 else b"").rstrip(b"\r\n")
+            if line.strip():
+                yield os.fsdecode(line)
+
+
+def _signed_urls(path: str) -> dict[str, str]:
+    """The URLs in a list by their names, as far as these differ. They are read from the list as it is now."""
+    try:
+        return _read_signed_urls(path, 0 if is_url(path) else os.stat(path).st_mtime_ns)
+    except OSError:
+        return {}
+
+
+@functools.lru_cache(maxsize=4)
+def _read_signed_urls(path: str, changed: int) -> dict[str, str]:
+    return {name: line for line in _lines(path) if is_url(line) and (name := clean_url(line)) != line}
+
+
+def _index_of(path: str) -> tars.TarIndex:
+    """The index of a tar. Raises OSError if it cannot be read."""
+    if is_url(path):
+        return tars.indexes.remote(remote.open_file(path))
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a regular file")
+    return tars.indexes.local(path, status)
+
+
+def _place(index: tars.TarIndex, member: str, name: str) -> tuple[int, int]:
+    """Where a photo lies in its tar: offset and size."""
+    if member not in index.members:
+        raise PhotoError(name, "vanished: no such photo in the tar")
+    place = index.members[member]
+    if place is None:
+        raise PhotoError(name, "a link or special file in a tar; these are never followed")
+    return place
+
+
+def _remote_part(url: str, member: str | None, name: str) -> tuple[io.RawIOBase, int]:
+    """A photo at a URL, or in a tar at a URL, as a file for reading, and its size."""
+    if member is None:
+        data = remote.read(url, MAX_BYTES)
+        part: io.RawIOBase = _Part(io.BytesIO(data), 0, len(data))
+        size = len(data)
+    else:
+        file = remote.open_file(url)
+        offset, size = _place(tars.indexes.remote(file), member, name)
+        part = file.part(offset, size)
+    if size == 0:
+        raise PhotoError(name, "empty file")
+    return part, size
 
 
 def _list_folder(path: str) -> list[tuple[bytes, bool]]:
@@ -513,256 +608,16 @@ def _list_folder(path: str) -> list[tuple[bytes, bool]]:
             if is_hidden(entry.name):
                 continue
             is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-            if is_folder or entry.name.lower().endswith(_LISTED):
+            if is_folder or entry.name.lower().endswith(LISTED):
                 entries.append((os.fsencode(entry.name), is_folder))
     if os.path.exists(os.path.join(path, SEGMENT_RECORD)):  # its masks and overlays are no photos
         entries = [entry for entry in entries if entry not in ((b"masks", True), (b"overlays", True))]
     return sorted(entries)
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """The formats that Pillow may open here."""
-    formats: tuple[str, ...] = _FORMATS
-    if features.check("avif"):
-        formats += ("AVIF",)
-    with contextlib.suppress(ImportError):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener(thumbnails=False)
-        formats += ("HEIF",)
-    return formats
-
-
-def _unread(name: str) -> str | None:
-    """Why a file with this suffix cannot be read; None if it can."""
-    lower = name.lower()
-    if lower.endswith(UNREAD_SUFFIXES):
-        return _CONVERT
-    if lower.endswith((".heic", ".heif", ".hif")) and "HEIF" not in _formats():
-        return _HEIC
-    return _AVIF if lower.endswith(".avif") and "AVIF" not in _formats() else None
-
-
 def _archive_problem(member: str) -> str | None:
     """Why a member of a tar is no photo, if it is an archive itself."""
     lower = member.lower()
-    if lower.endswith(_COMPRESSED):
+    if lower.endswith(COMPRESSED):
         return _UNPACK
     return _NESTED if lower.endswith(".tar") else None
-
-
-class _TarIndex(NamedTuple):
-    members: dict[str, tuple[int, int] | None]  # name -> (offset, size); None: not a plain file, never followed
-    problem: str | None  # what is wrong with the tar itself
-
-
-class _TarIndexes:
-    """A cache of the indexes of tars, least recently used ones first, for up to `limit` members in all.
-
-    It belongs to the module, so that sources stay cheap to pickle. Two threads may scan the same tar; it is harmless.
-    """
-
-    def __init__(self, limit: int):
-        self.limit, self.members = limit, 0
-        self.indexes: OrderedDict[tuple[str, int, int], _TarIndex] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def get(self, path: str, status: os.stat_result) -> _TarIndex:
-        """The index of a tar. Its size and time are part of the key: a tar may be rewritten."""
-        key = path, status.st_size, status.st_mtime_ns
-        with self.lock:
-            if key in self.indexes:
-                self.indexes.move_to_end(key)
-                return self.indexes[key]
-        index = _index_tar(path, status.st_size)
-        with self.lock:
-            if key not in self.indexes:
-                self.indexes[key] = index
-                self.members += len(index.members) + 1
-            while self.members > self.limit and len(self.indexes) > 1:
-                self.members -= len(self.indexes.popitem(last=False)[1].members) + 1
-        return index
-
-
-_tar_indexes = _TarIndexes(1 << 19)  # about 250 bytes per member
-
-
-def _index_tar(path: str, size: int) -> _TarIndex:
-    """Positions of the photos in a tar."""
-    members: dict[str, tuple[int, int] | None] = {}
-    problem = None
-    with open(path, "rb") as file:
-        try:
-            start = _index_members(file, 0, members)
-            while start < size:
-                start = _index_members(file, start, members)
-        except Exception as error:
-            # Broad on purpose: for damaged or malicious bytes tarfile raises far more than its own errors
-            # (OverflowError, RecursionError, ...). The members before the damage are kept.
-            problem = f"damaged tar, only the photos before the damage are listed: {error}"
-    return _TarIndex(members, problem)
-
-
-def _index_members(file: BinaryIO, start: int, members: dict[str, tuple[int, int] | None]) -> int:
-    """Adds the photos of the tar that begins at `start`; returns where the next of several concatenated tars begins."""
-    file.seek(start)
-    # Names must not depend on the user's locale.
-    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-        reached = start
-        while (member := tar.next()) is not None:
-            if member.size < 0 or tar.offset <= reached:
-                raise tarfile.ReadError("header points backwards")
-            reached = tar.offset
-            cast(Any, tar).members.clear()  # tarfile keeps every header that it has read
-            hidden = any(is_hidden(part) for part in member.name.split("/"))
-            if member.isdir() or hidden or not member.name.lower().endswith(_LISTED):
-                continue
-            if member.isreg() and not member.issparse():
-                members[member.name] = member.offset_data, member.size
-            else:
-                members[member.name] = members.get(member.linkname) if member.islnk() else None
-        # tarfile stops silently at a damaged header: the end is real only if it is marked.
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no header and no end mark at byte {tar.offset}")
-    while block := file.read(tarfile.BLOCKSIZE):
-        if any(block):
-            return file.tell() - len(block)
-    return file.tell()
-
-
-def _find_member(path: str, status: os.stat_result, member: str, name: str) -> tuple[int, int]:
-    members = _tar_indexes.get(path, status).members
-    if member not in members:
-        raise PhotoError(name, "vanished: no such photo in the tar")
-    place = members[member]
-    if place is None:
-        raise PhotoError(name, "a link or special file in a tar; these are never followed")
-    return place
-
-
-def _open_image(file: Any, name: str, max_pixels: int) -> Image.Image:
-    """Reads the header of an image. Raises PhotoError if it has too many pixels."""
-    image = Image.open(file, formats=_formats())
-    width, height = image.size
-    if width * height > max_pixels:
-        megapixels, limit = width * height / 1e6, max_pixels / 1e6
-        raise PhotoError(name, f"{megapixels:.4g} megapixels, more than the limit of {limit:.4g}")
-    return image
-
-
-def _decode(data: bytes, name: str, max_pixels: int, upright: bool) -> np.ndarray:
-    with _open_image(io.BytesIO(data), name, max_pixels) as image:
-        return pixels_of(image, upright)
-
-
-def pixels_of(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarray:
-    """Converts an image of any kind by the rules of `PhotoSource.decode`: the pixels of a file, of Pillow's image of it
-    and of the array of that are the same, except that an array has no EXIF orientation and no palette.
-
-    Args:
-        image: Image of any mode of Pillow; or array [H, W], bool, uint8, uint16, int32 or float32, or [H, W, C], uint8,
-            with C = 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA).
-        upright: Apply the EXIF orientation.
-
-    Returns:
-        uint8 RGB [H, W, 3], C-contiguous; the array itself if it is that already.
-
-    Raises:
-        ValueError: If an array has another shape or dtype, or no pixels.
-        OSError: If the file of a lazy image is damaged. Pillow may raise other exceptions, too.
-    """
-    if isinstance(image, np.ndarray):
-        kind = (image.dtype.name, image.shape[2] if image.ndim == 3 else 1)
-        if not image.size or image.ndim not in (2, 3) or kind not in _ARRAYS:
-            shapes = "[H, W] or [H, W, 1 to 4], uint8, or [H, W], bool, uint16, int32 or float32"
-            raise ValueError(f"expected an image {shapes}, got {image.dtype} {list(image.shape)}")
-        if kind == ("uint8", 3):
-            return np.ascontiguousarray(image)
-        image = image.reshape(image.shape[:2]) if kind[1] == 1 else image
-        image = Image.fromarray(np.ascontiguousarray(image))
-    image.load()
-    # After load: the EXIF of a PNG may follow the pixels, and Pillow itself rotates TIFFs while loading.
-    transpose = _UPRIGHT.get(_orientation(image)) if upright else None
-    rgb = _to_rgb(image if transpose is None else image.transpose(transpose))
-    width, height = rgb.size
-    # The buffer of a BytesIO is writable, and CPython does not copy the bytes because there is no other reference.
-    pixels = np.frombuffer(io.BytesIO(rgb.tobytes()).getbuffer(), np.uint8)
-    return pixels.reshape(height, width, 3)
-
-
-def as_stored(path: str | os.PathLike[str], pixels: np.ndarray) -> np.ndarray:
-    """Turns an array of an upright photo, such as its mask, to the orientation in which its file stores the pixels.
-
-    Args:
-        path: The photo. Only its header is read.
-        pixels: Array [H, W].
-
-    Returns:
-        A view of the array, [H, W] or [W, H].
-
-    Raises:
-        PhotoError: If the file is not an image.
-    """
-    try:
-        with Image.open(path, formats=_formats()) as image:
-            orientation = _orientation(image)
-    except Exception as error:  # broad on purpose, as in `decode`
-        raise PhotoError(os.fsdecode(path), _explain(error, b"")) from error
-    return _STORED[orientation](pixels) if orientation in _STORED else pixels
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:
-        # Broad on purpose: damaged EXIF raises many exceptions, and must not make the photo unusable.
-        return 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
-    elif image.has_transparency_data:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
-        return white
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Grayscale [h, w] of uint16, int32 or float32 -> uint8, by the rules of `PhotoSource.decode`."""
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values, posinf=0, neginf=0)
-    low, high = float(values.min()), float(values.max())
-    result = np.empty(values.shape, np.uint8)
-    for first in range(0, len(values), 256):  # temporary float64 arrays of a few rows only
-        rows = values[first : first + 256]
-        if values.dtype.kind == "f" and low >= 0 and high <= 1:
-            rows = np.rint(rows.astype(np.float64) * 255)
-        elif values.dtype.kind != "f" and low >= 0 and high <= 0xFFFF:
-            rows = rows >> 8
-        else:
-            rows = np.rint((rows.astype(np.float64) - low) * (255 / (high - low or 1)))
-        result[first : first + 256] = rows.astype(np.uint8)
-    return result
-
-
-def _explain(error: Exception, data: bytes) -> str:
-    """The reason of a failure of Pillow, as a message for the user."""
-    if isinstance(error, Image.DecompressionBombError):
-        return f"too many megapixels: {error}"
-    if not isinstance(error, Image.UnidentifiedImageError):
-        text = str(error) or type(error).__name__
-        return f"truncated: {text}" if "truncated" in text.lower() else f"cannot be decoded: {text}"
-    head = data[:40]
-    if head[4:8] == b"ftyp" and (suffix := _BRANDS.get(head[8:11])) and (problem := _unread(suffix)):
-        return problem
-    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
-        return f"not an image: text begins with {head.decode('ascii')!r}"
-    for signature, kind in _SIGNATURES.items():
-        if head.startswith(signature):
-            return f"cannot be decoded: the header of this {kind} file is damaged"
-    return f"not an image in a supported format: begins with bytes {head[:16].hex(' ')}"

@@ -382,7 +382,7 @@ def _expect_same_photos(out: Path, source: PhotoSource, record: RunRecord) -> No
 
 
 def open_source(photos: str | os.PathLike) -> PhotoSource:
-    """The photos of a folder, list or tar; UserError if there are none."""
+    """The photos of a folder, list, tar, pattern or URL; UserError if there are none."""
     try:
         return PhotoSource(photos)
     except ValueError as error:

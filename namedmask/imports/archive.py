@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,11 @@ Listing = dict[str, list[Retrieved]]
 
 
 def import_archive(
-    file: Path, photos: Path, out: Path, categories: Sequence[str] | None = None, overwrite: bool = False
+    file: Path,
+    photos: str | os.PathLike,
+    out: Path,
+    categories: Sequence[str] | None = None,
+    overwrite: bool = False,
 ) -> Archive:
     """Writes the archive.json of a run folder.
 

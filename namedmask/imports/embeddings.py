@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 from collections import OrderedDict
@@ -31,7 +32,7 @@ TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch's old file
 def import_embeddings(
     path: Path,
     out: Path,
-    photos: Path | None = None,
+    photos: str | os.PathLike | None = None,
     categories: Sequence[str] = (),
     clip: IndexConfig | None = None,
     allow_pickle: bool = False,

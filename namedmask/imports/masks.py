@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +27,9 @@ from . import category_of, imported_results, match_photos, read_json, some, unre
 OBJECT = "object"  # the category of masks that are imported without an archive
 
 
-def import_masks(path: Path, out: Path, photos: Path | None = None, overwrite: bool = False) -> tuple[int, int]:
+def import_masks(
+    path: Path, out: Path, photos: str | os.PathLike | None = None, overwrite: bool = False
+) -> tuple[int, int]:
     """Writes the masks of a run folder.
 
     Args:

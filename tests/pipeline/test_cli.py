@@ -454,7 +454,7 @@ def test_other_commands(calls):
 def test_import_commands(calls):
     result = invoke("import", "archive", "f", "--photos", "p", "--categories", "cat,dog")
     assert result.output == "1,001 photos of 2 categories are in run/archive.json\n"
-    assert calls["import_archive"] == (Path("f"), Path("p"), Path("run"), ["cat", "dog"], False)
+    assert calls["import_archive"] == (Path("f"), "p", Path("run"), ["cat", "dog"], False)
     result = invoke("import", "masks", "f", "--out", "o", "--overwrite")
     assert result.output == "1,234 masks are in o/masks\n"
     assert calls["import_masks"] == (Path("f"), Path("o"), None, True)

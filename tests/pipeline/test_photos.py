@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from namedmask import photos
+from namedmask import decoding, photos, tars
 from namedmask.photos import PhotoError, PhotoSource, as_stored, decode_ahead, pixels_of
 
 
@@ -320,7 +320,7 @@ def test_compressed_shards_in_a_folder_are_reported(tmp_path):
 
 
 def test_photos_that_cannot_be_read_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(photos, "_formats", lambda: photos._FORMATS)
+    monkeypatch.setattr(decoding, "formats", lambda: decoding._FORMATS)
     for name in ("a.HEIC", "b.avif", "c.jxl", "d.CR2"):
         (tmp_path / name).write_bytes(b"\0\0\0\x1cftypheic" + bytes(100))
     (tmp_path / "e.jpg").write_bytes((tmp_path / "a.HEIC").read_bytes())
@@ -335,7 +335,7 @@ def test_photos_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 def test_avif_and_heic_are_read_where_pillow_can(tmp_path, kind):
     if kind == "HEIF":
         pytest.importorskip("pillow_heif")
-    if kind not in photos._formats():
+    if kind not in decoding.formats():
         pytest.skip(f"Pillow has no {kind}")
     name = {"AVIF": "a.avif", "HEIF": "a.heic"}[kind]
     (tmp_path / name).write_bytes(encoded(scene(), kind, quality=95))
@@ -552,7 +552,7 @@ def test_rewritten_tar_is_scanned_again(tmp_path):
 
 
 def test_tar_indexes_are_cached_up_to_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(photos, "_tar_indexes", photos._TarIndexes(16))
+    monkeypatch.setattr(tars, "indexes", tars.TarIndexes(16))
     for i in range(40):
         make_tar(tmp_path / f"{i:02}.tar", {"a.jpg": PNG})
     source = PhotoSource(tmp_path)
@@ -560,7 +560,7 @@ def test_tar_indexes_are_cached_up_to_a_limit(tmp_path, monkeypatch):
     assert len(names) == 40
     for name in names:
         source.read(name)
-    assert photos._tar_indexes.members <= 16
+    assert tars.indexes.members <= 16
     opened, open_tar = [], tarfile.open
     monkeypatch.setattr(tarfile, "open", lambda *a, **k: opened.append(1) or open_tar(*a, **k))
     for _ in range(3):
@@ -575,14 +575,14 @@ def test_least_recently_used_tar_index_is_dropped_first(tmp_path):
 
     def use(indexes, *numbers):
         for number in numbers:
-            assert list(indexes.get(paths[number], Path(paths[number]).stat()).members) == ["m.jpg"]
+            assert list(indexes.local(paths[number], Path(paths[number]).stat()).members) == ["m.jpg"]
         return [paths.index(path) for path, _, _ in indexes.indexes]
 
-    indexes = photos._TarIndexes(5)  # an index counts as its members and one more
+    indexes = tars.TarIndexes(5)  # an index counts as its members and one more
     assert use(indexes, 0, 1, 0, 2) == [0, 2] and indexes.members == 4
-    assert use(photos._TarIndexes(4), 0, 1) == [0, 1]  # exactly the limit
-    assert use(photos._TarIndexes(1), 0) == [0]  # the last one stays
-    assert use(photos._TarIndexes(1), 0, 1) == [1]
+    assert use(tars.TarIndexes(4), 0, 1) == [0, 1]  # exactly the limit
+    assert use(tars.TarIndexes(1), 0) == [0]  # the last one stays
+    assert use(tars.TarIndexes(1), 0, 1) == [1]
 
 
 def test_sparse_members_are_errors(tmp_path):
@@ -866,12 +866,12 @@ WIDE = (np.arange(24 * 40).reshape(24, 40) * 68).astype(np.uint16)  # 0 ... 6521
     ],
 )
 def test_grayscale_up_to_1_or_16_bits_keeps_its_scale(values, expected):
-    assert photos._to_8_bits(values).tolist() == expected
+    assert decoding._to_8_bits(values).tolist() == expected
 
 
 def test_grayscale_with_many_rows_has_one_scale():
     values = np.arange(-100, 700, dtype=np.int32)[:, None]
-    np.testing.assert_array_equal(photos._to_8_bits(values), np.rint((values + 100) * (255 / 799)))
+    np.testing.assert_array_equal(decoding._to_8_bits(values), np.rint((values + 100) * (255 / 799)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

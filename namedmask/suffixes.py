@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: MIT
+"""Which files are photos, by their names."""
+
+# HEIC and AVIF are read if Pillow can, see `photos`.
+PHOTO_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".heic", ".heif", ".hif", ".avif"),
+)
+# Photos that are listed as errors, so that nobody believes that they were used.
+UNREAD_SUFFIXES = (
+    *(".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".psd", ".exr", ".hdr", ".tga"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw", ".x3f", ".3fr"),
+)
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+LISTED = (*PHOTO_SUFFIXES, *UNREAD_SUFFIXES, ".tar", *COMPRESSED)  # photos and archives
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is skipped."""
+    return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
