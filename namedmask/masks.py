@@ -301,7 +301,7 @@ def write_errors(path: str | os.PathLike, errors: Iterable[ErrorRecord]) -> None
 
 def read_errors(path: str | os.PathLike) -> Iterator[ErrorRecord]:
     """Yields the errors in a file. Raises DamagedFile with the file and the line number at an invalid line."""
-    return read_lines(path, _parse_error)
+    return read_lines(path, parse_error)
 
 
 def assemble_errors(out: str | os.PathLike, parts: Iterable[str | os.PathLike]) -> None:
@@ -356,7 +356,8 @@ def parse_photo(line: bytes) -> str:
     return fields["photo"]
 
 
-def _parse_error(line: bytes) -> ErrorRecord:
+def parse_error(line: bytes) -> ErrorRecord:
+    """The error in a line of errors.jsonl. Raises ValueError if it is something else."""
     fields = parse_fields(line, ErrorRecord._fields)
     for key in fields:
         _expect(fields, key, "a string", isinstance(fields[key], str))
