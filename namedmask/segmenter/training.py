@@ -105,7 +105,7 @@ def train_segmenter(
         print(note, flush=True)
     seen = [sample for sample in samples if sample.record.photo not in photos]
     held_out = [sample for sample in samples if sample.record.photo in photos]
-    network = train(source, seen, len(categories) + 1, folder, settings, worker, device, progress, held_out=held_out)
+    network = train(source, seen, len(categories) + 1, folder, settings, worker, device, progress, DeepLab, held_out)
     if worker.is_main:
         save_segmenter(folder, network, categories, _digest(samples))
         (folder / "checkpoint.pt").unlink()
