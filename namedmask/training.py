@@ -163,7 +163,7 @@ class TrainingState:
         is_best = self.best is None or value > self.best.value
         self.best = self.latest if is_best else self.best
         if self.worker.is_main:
-            self._write_metrics({AGREEMENT.replace(" ", "_"): value})
+            self._write_metrics({"agreement_with_held_out_masks": value})
             if is_best:
                 self._expect_finite_weights()
                 write(self.folder / "best.safetensors", self.network)

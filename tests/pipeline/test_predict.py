@@ -288,7 +288,7 @@ def test_scores_and_files_do_not_depend_on_workers_or_interruptions(weights, tmp
     assert segment(*words, tmp_path / "one").exit_code == 0 and results_of(tmp_path / "one") == expected
     (tmp_path / "one" / "scores.jsonl").write_text("{}\n")
     result = segment(*words, tmp_path / "one")
-    assert result.exit_code == 2 and "scores.jsonl, line 1" in result.stderr, result.stderr
+    assert result.exit_code == 2 and "scores.jsonl:1: expected an object" in result.stderr, result.stderr
 
 
 def test_photos_of_a_lost_worker_are_segmented_by_the_main_one(weights, tmp_path, monkeypatch):
