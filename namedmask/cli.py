@@ -359,10 +359,10 @@ def _device() -> str:
     return "cuda" if count_gpus(None, 1) else "cpu"
 
 
-def _load_segmenter(weights: Path, names: list[str] | None, encoder: str, precision: str | None = None):
+def _load_segmenter(weights: Path, names: list[str] | None, encoder: str):
     from .segmenter.predict import Segmenter
 
-    return Segmenter.load(weights, categories=names, encoder=encoder, device=_device(), precision=precision)
+    return Segmenter.load(weights, categories=names, encoder=encoder, device=_device())
 
 
 @app.command()
@@ -376,25 +376,40 @@ def segment(
     preset: PresetNames = None,
     encoder: EncoderName = "resnet50",
     precision: PrecisionName = None,
+    overlays: Annotated[
+        Literal["none", "sample", "all"],
+        typer.Option("--overlays", help="Photos that get an overlay; sample: 100, evenly spaced."),
+    ] = "sample",
+    workers: Workers = 1,
+    gpus: Gpus = None,
     overwrite: OverwriteFolder = False,
     debug: Debug = False,
 ) -> None:
     """Segment photos with a trained segmenter.
 
-    Writes a label map and an overlay per photo, on a GPU if there is one. Run it again to continue.
+    Writes a label map and scores per photo, and overlays, on a GPU if there is one. Run it again to continue.
     """
-    segmenter = _load_segmenter(weights, _names(categories, categories_file, preset), encoder, precision)
-    from . import run
-    from .distributed import Worker
-    from .progress import Progress
     from .segmenter.folder import segment_photos
 
-    source = run.open_source(photos)
     if os.path.realpath(out) == os.path.realpath(weights if weights.is_dir() else weights.parent):
         raise UserError(f"{out} holds the weights: choose another --out, as their files would be overwritten")
-    with run.locked(out), Progress("segment", Worker()) as progress:
-        made, failed = segment_photos(segmenter, weights, source, out, progress, overwrite)
-    print(f"masks and overlays are in {out}" + (f"; {failed} photos failed: {out / 'errors.jsonl'}" if failed else ""))
+    counts = segment_photos(
+        weights,
+        photos,
+        out,
+        categories=_names(categories, categories_file, preset),
+        encoder=encoder,
+        precision=precision,
+        overlays=overlays,
+        workers=workers,
+        gpus=gpus,
+        overwrite=overwrite,
+    )
+    if counts is None:  # the main worker prints
+        return
+    made, failed = counts
+    what = "masks" if overlays == "none" else "masks and overlays"
+    print(f"{what} are in {out}" + (f"; {failed} photos failed: {out / 'errors.jsonl'}" if failed else ""))
     if not made:
         raise typer.Exit(3)
 

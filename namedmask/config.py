@@ -236,8 +236,8 @@ class SaliencyTraining(Section):
         return ordered(value, 1)
 
 
-class SegmenterTraining(Section):
-    """A segmenter of all categories, trained on the masks of a run with the paper's settings.
+class DeepLabTraining(Section):
+    """What the trainings of the segmenter and of the experts share.
 
     `batch_size` is that of all workers together, so the result does not depend on their number, up to rounding.
     """
@@ -309,7 +309,19 @@ class SegmenterTraining(Section):
         return ordered(value)
 
 
-class ExpertTraining(SegmenterTraining):
+class SegmenterTraining(DeepLabTraining):
+    """A segmenter of all categories, trained on the masks of a run with the paper's settings.
+
+    `batch_size` is that of all workers together, so the result does not depend on their number, up to rounding.
+    """
+
+    held_out: float = setting(
+        0.05, "Fraction of the photos that are held out, to score the network on their masks; 0 for none.", ge=0, le=0.5
+    )
+    score_every: int = setting(500, "Steps between two scores on the held-out masks.", ge=1, le=1_000_000_000)
+
+
+class ExpertTraining(DeepLabTraining):
     """One binary segmenter per category, trained on the masks of its archive with the paper's settings.
 
     A photo shows one object, so nothing is pasted.

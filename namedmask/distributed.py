@@ -269,14 +269,15 @@ def threads_per_worker(cores: int, workers: int) -> int:
     return max(1, cores // workers)
 
 
-def launch(arguments: Sequence[str], workers: int) -> None:
-    """Runs `python -m namedmask.run ARGUMENTS` in several processes and waits until all have finished.
+def launch(arguments: Sequence[str], workers: int, module: str = "namedmask.run") -> None:
+    """Runs `python -m MODULE LAUNCHER ARGUMENTS` in several processes and waits until all have finished.
 
     If one dies, all are restarted, up to MAX_RESTARTS times.
 
     Args:
         arguments: Command line arguments.
         workers: Number of processes.
+        module: The module, which calls `run.as_worker`.
 
     Raises:
         UserError: If a worker died again after the last restart.
@@ -309,7 +310,7 @@ def launch(arguments: Sequence[str], workers: int) -> None:
         signals_to_handle="SIGTERM",
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "namedmask.run", str(os.getpid()), *arguments)
+        elastic_launch(config, sys.executable)("-m", module, str(os.getpid()), *arguments)
     except SignalException as error:  # how the launcher reports SIGTERM; it has stopped the workers
         raise process.Interrupted(error.sigval) from None
     except ChildFailedError as error:

@@ -33,7 +33,6 @@ from urllib.parse import quote
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from namedmask_kernels import Ragged
@@ -397,8 +396,7 @@ class _Experts:
                 self.source, samples, classes, folder, self.settings, worker, self.device, progress, network_type
             )
             if worker.is_main:
-                with atomic_write(path) as file:
-                    file.write(save({key: tensor.contiguous() for key, tensor in network.state_dict().items()}))
+                stored.write(path, network)
             worker.barrier(f"{path.name} is written")
         if worker.is_main:
             (folder / "checkpoint.pt").unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import contextlib
 import fcntl
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -497,10 +497,17 @@ def _print_counts(out: Path) -> bool:
 
 
 def _start_workers(out: Path, stages: Sequence[str], count: int, device: str, trace: Path | None = None) -> None:
+    with reason_of_failure(out):
+        distributed.launch([str(out), device, str(trace or ""), *stages], count)
+
+
+@contextmanager
+def reason_of_failure(out: Path) -> Iterator[None]:
+    """Within the context, `distributed.launch` raises the UserError of a worker that `as_worker` runs on `out`."""
     failure = out / ".failed"
     failure.unlink(missing_ok=True)
     try:
-        distributed.launch([str(out), device, str(trace or ""), *stages], count)
+        yield
     except UserError:
         if failure.exists():  # a worker has said what is wrong, and a restart would not help
             code, _, reason = failure.read_text(encoding="utf-8", errors="surrogateescape").partition(" ")
@@ -536,9 +543,17 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str, trace: P
         raise
 
 
-def _main() -> None:
-    """A worker that `distributed.launch` has started: python -m namedmask.run LAUNCHER OUT DEVICE STAGE..."""
-    launcher, out, device, trace, *stages = sys.argv[1:]
+def _work(out: Path, worker: Worker, device: str, trace: str, *stages: str) -> None:
+    work(out, stages, worker, device, Path(trace) if trace else None)
+
+
+def as_worker(function: Callable[..., None]) -> None:
+    """Runs a worker that `distributed.launch` has started: python -m MODULE LAUNCHER OUT DEVICE ARGUMENT...
+
+    Args:
+        function: Called with OUT, the worker, DEVICE ("cpu" or "cuda") and the other arguments.
+    """
+    launcher, out, device, *arguments = sys.argv[1:]
     distributed.die_with(int(launcher))
     process.prepare()
     failure = Path(out) / ".failed"
@@ -548,7 +563,7 @@ def _main() -> None:
         worker = distributed.current()
         if device != "cpu":
             distributed.warm_up(worker.device(device))
-        work(Path(out), stages, worker, device, Path(trace) if trace else None)
+        function(Path(out), worker, device, *arguments)
     except Exception as error:
         if not isinstance(why := explained(error), UserError):
             raise
@@ -561,4 +576,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    as_worker(_work)

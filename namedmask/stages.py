@@ -16,7 +16,7 @@ from .files import make_folder, outdated_folders
 
 if TYPE_CHECKING:  # --help imports this module: what a stage needs is imported when it runs
     from .archive import Archive
-    from .config import RunConfig, SegmenterTraining
+    from .config import DeepLabTraining, RunConfig
     from .distributed import Worker
     from .hub import Published
     from .masks import ErrorRecord
@@ -356,7 +356,7 @@ def _train_saliency(ctx: Context) -> None:
     _finish(ctx)
 
 
-def _check_training(plan: Plan, settings: SegmenterTraining, workers: int) -> None:
+def _check_training(plan: Plan, settings: DeepLabTraining, workers: int) -> None:
     from .hub import require
     from .segmenter.training import expect_even_batch, initial_network
 
@@ -506,6 +506,7 @@ STAGES = {
             _train,
             files=(
                 "segmenter/model.safetensors",
+                "segmenter/best.safetensors",
                 "segmenter/categories.json",
                 *(f"segmenter/{name}" for name in _TRAINING),
             ),

@@ -3,8 +3,10 @@
 
 A training's folder:
   metrics.jsonl   the settings in the first line, then a line every LOG_EVERY steps with means since the last
+                  and, if photos are held out, a line per score
   tensorboard/    the same for TensorBoard, if it is installed
   checkpoint.pt   the whole state, every SAVE_EVERY seconds and at the end
+  best.safetensors   the network at its best score, if photos are held out
   00000.errors.jsonl   photos that the first worker could not read, and so on
 """
 
@@ -18,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -32,12 +34,13 @@ from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path
 from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
 from .progress import Progress, warn
-from .weights import read
+from .weights import read, write
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 60.0  # seconds
 BYTES_PER_PIXEL = 24  # of a photo in a training: decoding, or pixels, mask and labels
 NOTE_EVERY = 10  # steps; reading a loss makes the CPU wait for a GPU
+AGREEMENT = "agreement with held-out masks"
 
 Result = TypeVar("Result")
 
@@ -60,14 +63,42 @@ def trained_on(folder: Path, again: str) -> str:
         raise DamagedFile(path, error, remedy=f"train the network again with `{again} --overwrite`") from None
 
 
+class Scoring(NamedTuple):
+    """How a training is scored.
+
+    Attributes:
+        score: The agreement with held-out masks, the same in every worker; None if none of their photos can be read.
+        every: Steps between two scores. The last step is scored, too.
+    """
+
+    score: Callable[[], float | None]
+    every: int
+
+
+class Score(NamedTuple):
+    """A score and the number of steps after which it was reached."""
+
+    value: float
+    step: int
+
+
 class TrainingState:
-    """The state of a training on disk. `step` is the number of finished steps.
+    """The state of a training on disk. `step` is the number of finished steps, `latest` and `best` are its scores.
 
     A training that derives the randomness of step i from its seed and i ends with the same weights however often it was
     interrupted. The main worker writes; all workers restore.
     """
 
-    def __init__(self, folder: Path, about: dict, network: nn.Module, optimizer: Optimizer, steps: int, worker: Worker):
+    def __init__(
+        self,
+        folder: Path,
+        about: dict,
+        network: nn.Module,
+        optimizer: Optimizer,
+        steps: int,
+        worker: Worker,
+        scoring: Scoring | None = None,
+    ):
         """
         Args:
             folder: where the files are.
@@ -75,12 +106,15 @@ class TrainingState:
             network: restored from the checkpoint, if there is one, and saved.
             optimizer: likewise.
             steps: length of the training.
+            scoring: how the network is scored; None: it is not.
 
         Raises:
             UserError: the checkpoint in `folder` is of a training about something else.
         """
         self.folder, self.about, self.network, self.optimizer = folder, about, network, optimizer
-        self.steps, self.worker = steps, worker
+        self.steps, self.worker, self.scoring = steps, worker, scoring
+        self.latest: Score | None = None
+        self.best: Score | None = None
         self.step, self.photos = 0, 0
         self.sums: dict[str, Tensor] = {}  # of the values since the last line
         self.unchecked: list[Tensor] = []  # sums of the losses of the latest steps
@@ -98,7 +132,7 @@ class TrainingState:
             self.board.close()
 
     def end_step(self, photos: int, values: dict[str, Tensor]) -> None:
-        """Counts a finished step; logs and saves when it is time.
+        """Counts a finished step; scores, logs and saves when it is time. Every worker calls it.
 
         Args:
             photos: number of photos that all workers have seen in it.
@@ -112,6 +146,8 @@ class TrainingState:
         last = self.step == self.steps
         if self.step % NOTE_EVERY == 0 or last or self.unchecked[-1].device.type == "cpu":
             self._expect_finite_losses()
+        if self.scoring and (self.step % self.scoring.every == 0 or last):
+            self._score(self.scoring.score)
         if not self.worker.is_main:
             return
         if self.step % LOG_EVERY == 0 or last:
@@ -135,11 +171,35 @@ class TrainingState:
             f"{kept}"
         )
 
+    def _score(self, score: Callable[[], float | None]) -> None:
+        """Scores the network and keeps it if it is the best so far."""
+        began = time.monotonic()
+        self._expect_finite_losses()
+        if (value := score()) is None:
+            return
+        self.latest = Score(value, self.step)
+        is_best = self.best is None or value > self.best.value
+        self.best = self.latest if is_best else self.best
+        if self.worker.is_main:
+            self._write_metrics({"agreement_with_held_out_masks": value})
+            if is_best:
+                self._expect_finite_weights()
+                write(self.folder / "best.safetensors", self.network)
+        self.logged += time.monotonic() - began  # photos_per_second is that of the training
+
+    def note(self) -> str:
+        """The latest score, for the progress; "" if there is none."""
+        return f"{AGREEMENT} {self.latest.value:.3f}" if self.latest else ""
+
     def _log(self) -> None:
         now = time.monotonic()
         count = (self.step - 1) % LOG_EVERY + 1
         line = {name: float(value) / count for name, value in self.sums.items()}
         line["photos_per_second"] = self.photos / (now - self.logged)
+        self._write_metrics(line)
+        self.logged, self.photos, self.sums = now, 0, {}
+
+    def _write_metrics(self, line: dict[str, float]) -> None:
         rounded = {name: round(value, 4) for name, value in line.items()}
         text = json.dumps({"step": self.step} | rounded, allow_nan=False) + "\n"
         path = self.folder / "metrics.jsonl"
@@ -153,16 +213,18 @@ class TrainingState:
                 self.board.flush()
         except OSError as error:
             raise write_error(path, error) from error
-        self.logged, self.photos, self.sums = now, 0, {}
 
-    def _save(self) -> None:
-        self._expect_finite_losses()
+    def _expect_finite_weights(self) -> None:
         for name, tensor in self.network.state_dict().items():
             if not tensor.isfinite().all():
                 self._fail(f"{name} is NaN or infinite after step {self.step}")
+
+    def _save(self) -> None:
+        self._expect_finite_losses()
+        self._expect_finite_weights()
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
         with atomic_write(self.folder / "checkpoint.pt") as file:
-            torch.save({**state, "sums": self.sums, "about": self.about}, file)
+            torch.save({**state, "sums": self.sums, "best": self.best and tuple(self.best), "about": self.about}, file)
 
     def _restore(self) -> None:
         """Loads the checkpoint, if there is one, and drops the metrics of later steps."""
@@ -199,6 +261,10 @@ class TrainingState:
             raise ValueError("it has values that are not finite")
         if type(state["step"]) is not int or not 0 < state["step"] <= self.steps:
             raise ValueError(f"step: expected 1 to {self.steps}, got {state['step']!r}")
+        if state["best"] is not None:
+            self.best = Score(*state["best"])
+            if not 0 <= self.best.value <= 1 or not 0 < self.best.step <= state["step"]:
+                raise ValueError(f"best: expected a score and its step, got {state['best']!r}")
         device = next(self.network.parameters()).device
         self.step, self.sums = state["step"], {name: value.to(device) for name, value in state["sums"].items()}
 
@@ -270,21 +336,28 @@ class TrainingPhotos:
             UserError: If no photo can be read.
         """
         for number in numbers:
-            record = self.records[number]
-            if record.photo in self.unusable:
-                continue
-            try:
-                with self.budget.hold(math.prod(record.size) * BYTES_PER_PIXEL):
-                    pixels = self.source.decode(record.photo).pixels
-                    if pixels.shape[:2] != record.size:
-                        raise PhotoError(record.photo, RESIZED)
-                    return function(number, pixels)
-            except PhotoError as error:
-                self._report(error)
+            if (result := self.use_one(number, function)) is not None:
+                return result
+        record = self.records[number]
         raise UserError(
             f"none of the photos of {record.category!r} can be read any more (the last one: {record.photo!r}): restore "
             "them, or remove the category and its masks"
         )
+
+    def use_one(self, number: int, function: Callable[[int, np.ndarray], Result]) -> Result | None:
+        """Calls `function` with a sample, as `use` does. Returns None if its photo cannot be read."""
+        record = self.records[number]
+        if record.photo in self.unusable:
+            return None
+        try:
+            with self.budget.hold(math.prod(record.size) * BYTES_PER_PIXEL):
+                pixels = self.source.decode(record.photo).pixels
+                if pixels.shape[:2] != record.size:
+                    raise PhotoError(record.photo, RESIZED)
+                return function(number, pixels)
+        except PhotoError as error:
+            self._report(error)
+            return None
 
     def _report(self, error: PhotoError) -> None:
         with self.lock:
@@ -326,7 +399,7 @@ def fit(
         state.end_step(batch_size, {**losses, "seconds_waiting_for_photos": waited})
         if state.step % NOTE_EVERY == 0:
             name, value = next(iter(losses.items()))
-            progress.note = f"{name} {float(value):.3f}"
+            progress.note = ", ".join(filter(None, (f"{name} {float(value):.3f}", state.note())))
         progress.advance(share)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .errors import UserError, first_line, listed
-from .files import open_file, read_bytes
+from .files import atomic_write, open_file, read_bytes
 
 State = dict[str, Tensor]
 Converter = Callable[..., Mapping[str, Tensor]]  # (tensors, network) -> tensors under the network's names
@@ -94,6 +94,14 @@ def read(path: str | Path, option: str = "") -> Weights:
     if not claimed:
         raise UserError(f"{source} holds no named tensors")
     return Weights(tree, source)
+
+
+def write(path: Path, network: nn.Module) -> None:
+    """Writes the tensors of a network to a safetensors file, which appears whole or not at all."""
+    from safetensors.torch import save
+
+    with atomic_write(path) as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))
 
 
 def _is_utf8(path: Path) -> bool:

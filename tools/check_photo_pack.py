@@ -64,6 +64,7 @@ def settings(photos: Path, standin: Path) -> dict:
             "scale": (0.3, 1.0),
             "steps": 250,
             "lr": 2e-3,
+            "held_out": 0.0,
         },
     }
 

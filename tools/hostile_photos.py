@@ -35,11 +35,9 @@ from namedmask.config import RunConfig, make_config
 from namedmask.distributed import Worker
 from namedmask.masks import ErrorRecord, read_errors, read_masks
 from namedmask.photos import PhotoSource
-from namedmask.progress import Progress
 from namedmask.pseudolabel import pseudolabel
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
 from namedmask.segmenter.folder import segment_photos
-from namedmask.segmenter.predict import Segmenter
 
 BACKBONE, ENCODER = "vit_tiny_patch16_224", "test_resnet"
 REFINERS = ("bilateral", "crf", "pamr", "none")
@@ -166,12 +164,9 @@ def label(source: PhotoSource, names: list[str], out: Path, config: RunConfig) -
     return {record.photo for record in read_masks(out / "masks")} | {error.photo for error in errors}
 
 
-def segment(source: PhotoSource, out: Path, segmenter: Segmenter, weights: Path) -> tuple[set[str], set[str]]:
+def segment(source: PhotoSource, out: Path, weights: Path) -> tuple[set[str], set[str]]:
     """The names of the photos that have a mask, and of those that have an error, after segmentation."""
-    out.mkdir()
-    progress = Progress("segment", Worker())
-    progress.start = progress.last_line = float("inf")  # silent
-    segment_photos(segmenter, weights, source, out, progress)
+    segment_photos(weights, Path(source.path), out)
     masks = {line["photo"]: line["mask"] for line in map(json.loads, (out / "photos.jsonl").open())}
     return {n for n, mask in masks.items() if (out / mask).exists()}, {
         e.photo for e in read_errors(out / "errors.jsonl")
@@ -191,7 +186,6 @@ def main() -> None:
         save_file(timm.create_model(BACKBONE, num_classes=0).state_dict(), root / "vit.safetensors")
         (root / "weights").mkdir()
         save_segmenter(root / "weights", DeepLab(untrained_encoder(ENCODER), 3, 16), ["cat", "dog"])
-        segmenter = Segmenter.load(root / "weights")
         for part, first in enumerate(range(0, options.count, FOLDER)):
             photos, out = root / f"photos{part}", root / f"out{part}"
             count = min(FOLDER, options.count - first)
@@ -210,7 +204,7 @@ def main() -> None:
                 figures["crashes in labeling"] += 1
                 traceback.print_exc()
             try:
-                masks, failed = segment(source, out / "segmented", segmenter, root / "weights")
+                masks, failed = segment(source, out / "segmented", root / "weights")
                 figures["masks"] += len(masks)
                 figures["errors"] += len(failed)
                 figures["lost in segmentation"] += len(set(names) - masks - failed)

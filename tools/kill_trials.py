@@ -73,7 +73,8 @@ class World:
                 Case("train", workers, training, "run-1"),
             )
         ]
-        self.cases.append(Case("segment", 1, (str(folder / "train-1" / "segmenter"), photos), None))
+        segment = (str(folder / "train-1" / "segmenter"), photos)
+        self.cases += [Case("segment", workers, segment, None) for workers in (1, 2)]
         self.seconds: dict[Case, float] = {}
         for case in self.cases:
             start = time.monotonic()
@@ -92,8 +93,7 @@ class World:
         words = [sys.executable, "-m", "namedmask", case.name]
         if case.name in ("experts", "train"):
             return [*words, str(out), *case.arguments, "--workers", str(case.workers)]
-        workers = ["--workers", str(case.workers)] if case.name == "run" else []
-        return [*words, *case.arguments, "--out", str(out), *workers]
+        return [*words, *case.arguments, "--out", str(out), "--workers", str(case.workers)]
 
 
 def _write_weights(backbone: Path, encoder: Path) -> None:

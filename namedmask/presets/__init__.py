@@ -68,7 +68,7 @@ NAMEDMASK = {
     "archive": {"photos_per_category": 500},
     **SELFMASK,
     "experts": {**DEEPLAB, "mode": "separate", "batch_size": 8, "steps": 5_000},
-    "segmenter": {**DEEPLAB, "paste_objects": [0, 1], "batch_size": 16, "steps": 20_000},
+    "segmenter": {**DEEPLAB, "paste_objects": [0, 1], "batch_size": 16, "steps": 20_000, "held_out": 0.0},
 }
 
 # Name of each preset -> what it is, and the benchmark of its categories.

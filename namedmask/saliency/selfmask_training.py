@@ -31,16 +31,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
 
+from .. import weights as stored
 from ..backbones import load as load_backbone
 from ..config import SaliencyTraining, SegmenterTraining
 from ..distributed import Worker
 from ..errors import UserError
-from ..files import atomic_write, make_folder
+from ..files import make_folder
 from ..masks import MaskRecord, digest, read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
@@ -119,8 +119,7 @@ def train_saliency(
         remaining = batches(photos, settings, network, worker, range(state.step, steps))
         fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
     if worker.is_main:
-        with atomic_write(path) as file:
-            file.write(save({name: value.contiguous() for name, value in network.state_dict().items()}))
+        stored.write(path, network)
         (folder / "checkpoint.pt").unlink()
 
 

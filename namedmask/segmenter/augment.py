@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from ..config import SegmenterTraining
+from ..config import DeepLabTraining
 
 IGNORE = -1  # label of pixels that are excluded from the loss and never pasted
 BLUR_KERNEL = 39  # side in pixels; taps below 1/3000 of the central weight are omitted
@@ -41,7 +41,7 @@ class View(NamedTuple):
     labels: Tensor
 
 
-def augment(pixels: np.ndarray, labels: np.ndarray, settings: SegmenterTraining, rng: np.random.Generator) -> View:
+def augment(pixels: np.ndarray, labels: np.ndarray, settings: DeepLabTraining, rng: np.random.Generator) -> View:
     """Randomly scales, crops, flips, recolors and blurs a photo.
 
     The scale factor is drawn from `settings.scale`. If a scaled side is longer than the view, a window at a uniformly
@@ -75,7 +75,25 @@ def augment(pixels: np.ndarray, labels: np.ndarray, settings: SegmenterTraining,
     return View(recolored(view, settings, rng).mul(255).round_().clamp_(0, 255).to(torch.uint8), padded)
 
 
-def recolored(photo: Tensor, settings: SegmenterTraining, rng: np.random.Generator) -> Tensor:
+def whole_view(pixels: np.ndarray, labels: np.ndarray, size: int) -> View:
+    """The whole photo, reduced to fit into a view if it is larger, at the top left; the rest is padded as in `augment`.
+
+    Args:
+        pixels: Photo, uint8 [H, W, 3].
+        labels: Its labels, int32 [H, W].
+        size: Side of the view.
+    """
+    scale = min(1.0, size / max(labels.shape))
+    h, w = (max(1, round(scale * side)) for side in labels.shape)
+    photo = TF.resize(torch.from_numpy(pixels).permute(2, 0, 1), [h, w], antialias=True)
+    view = photo.float().mean((1, 2)).round_().to(torch.uint8).view(3, 1, 1).repeat(1, size, size)
+    view[:, :h, :w] = photo
+    padded = torch.full((size, size), IGNORE, dtype=torch.int32)
+    padded[:h, :w] = TF.resize(torch.from_numpy(labels)[None], [h, w], TF.InterpolationMode.NEAREST_EXACT)[0]
+    return View(view, padded)
+
+
+def recolored(photo: Tensor, settings: DeepLabTraining, rng: np.random.Generator) -> Tensor:
     """Randomly changes the colors of a photo, makes it gray, and blurs it, each with its own probability.
 
     Args:

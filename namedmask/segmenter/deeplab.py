@@ -5,7 +5,8 @@ Chen et al., "Encoder-decoder with atrous separable convolution for semantic ima
 of a state dict have the names of NamedMask's released weights.
 
 A trained network is stored in a folder as
-  model.safetensors   its tensors
+  model.safetensors   its tensors after the last step
+  best.safetensors    those with the best agreement with held-out masks, if photos were held out (see `training`)
   categories.json     {"categories": names, "encoder": timm name, "masks": digest of the masks it was trained on};
                       class 0 is the background, i + 1 the i-th name
 """
@@ -19,7 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import weights as stored
@@ -242,8 +242,7 @@ def save_segmenter(folder: Path, network: DeepLab, categories: Sequence[str], ma
     with atomic_write(folder / "categories.json") as file:
         file.write(json.dumps(about, indent=1).encode())
     path = folder / "model.safetensors"
-    with atomic_write(path) as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))
+    stored.write(path, network)
     return path
 
 

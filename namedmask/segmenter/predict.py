@@ -2,7 +2,7 @@
 """Inference with a trained segmenter, at a single scale and the photo's own size.
 
     segmenter = Segmenter.load("run/segmenter")
-    mask, names = segmenter("photo.jpg")        # names[mask[y, x]]
+    mask, names, scores = segmenter("photo.jpg")        # names[mask[y, x]], scores.confidence
 
 On the CPU, each thread processes one photo at a time, in float32: a mask depends on its photo alone. On two AVX-512
 cores, neither bfloat16 (whose convolutions are slower there) nor channels-last memory was faster; both are for GPUs.
@@ -14,6 +14,7 @@ batch, so pixels where two classes nearly tie may differ.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,16 +45,42 @@ Item = tuple[int, str, Photo | PhotoError]  # number, name, and photo or error
 Prediction = tuple[str, Photo | PhotoError, Any]  # name, photo and result; or name, error and None
 
 
+class MaskScore(NamedTuple):
+    """Score of the mask of a category.
+
+    Attributes:
+        confidence: Mean probability of the category over the pixels of its mask, in (0, 1].
+        area: Number of these pixels relative to the photo's, in (0, 1].
+    """
+
+    confidence: float
+    area: float
+
+
+class Scores(NamedTuple):
+    """Scores of a photo and its masks. Probabilities are those of the softmax at the size of the photo.
+
+    Attributes:
+        confidence: Mean probability of the predicted class, the background included, over all pixels, in (0, 1].
+        categories: Scores of the categories that the photo shows, by name, in class order.
+    """
+
+    confidence: float
+    categories: dict[str, MaskScore]
+
+
 class Segmentation(NamedTuple):
     """Segmentation of a photo.
 
     Attributes:
         mask: Class of every pixel, uint16 [H, W].
         names: Names of the classes, the background first.
+        scores: How confident the network is.
     """
 
     mask: np.ndarray
     names: list[str]
+    scores: Scores
 
 
 class Segmenter:
@@ -110,7 +137,7 @@ class Segmenter:
                 orientation of PIL images and files is applied.
 
         Returns:
-            The mask, at the size of the photo, and the names of the classes.
+            The mask, at the size of the photo, the names of the classes, and the scores.
 
         Raises:
             PhotoError: If the file cannot be read.
@@ -124,7 +151,28 @@ class Segmenter:
                 pixels = PhotoSource(folder or ".").decode(name).pixels
             except ValueError:  # there is no such folder
                 raise PhotoError(os.fsdecode(image), "vanished") from None
-        return Segmentation(self.masks([pixels])[0], self.names)
+        return self.segmentations([pixels])[0]
+
+    def segmentations(self, images: Sequence[np.ndarray]) -> list[Segmentation]:
+        """Segments photos of one `network_size`, with scores.
+
+        Args:
+            images: Photos, uint8 [H, W, 3] each.
+        """
+        results = []
+        for image, logits in zip(images, self.coarse_logits(images), strict=True):
+            labels, pixels, certainty = scored_argmax(logits, *image.shape[:2])
+            mask = labels.to(torch.int16).cpu().numpy().view(np.uint16)
+            results.append(Segmentation(mask, self.names, self._scores(pixels.tolist(), certainty.tolist())))
+        return results
+
+    def _scores(self, pixels: list[int], certainty: list[float]) -> Scores:
+        total = sum(pixels)
+        found = [number for number in range(1, len(pixels)) if pixels[number]]
+        return Scores(
+            sum(certainty) / total,
+            {self.names[n]: MaskScore(certainty[n] / pixels[n], pixels[n] / total) for n in found},
+        )
 
     def masks(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Segments photos of one `network_size`.
@@ -172,7 +220,11 @@ class Segmenter:
         return self.map_photos(source, names, lambda photos: self.masks([photo.pixels for photo in photos]))
 
     def map_photos(
-        self, source: PhotoSource, names: Iterable[str], predict: Callable[[list[Photo]], Sequence[Any]]
+        self,
+        source: PhotoSource,
+        names: Iterable[str],
+        predict: Callable[[list[Photo]], Sequence[Any]],
+        shard: Callable[[str], int] = lambda name: 0,
     ) -> Iterator[list[Prediction]]:
         """Like `segment`, with other results than masks.
 
@@ -181,6 +233,7 @@ class Segmenter:
             names: Names of the photos.
             predict: Results for photos of one `network_size`. It is called from several threads, on the CPU with one
                 photo at a time.
+            shard: Function of a name. Photos with different values are never in the same batch.
 
         Yields:
             A few photos at a time, in order: the name, the photo and its result; or the name, the error and None.
@@ -201,7 +254,8 @@ class Segmenter:
             return sum(MASK_BYTES * count + network_bytes * min(count, MAX_PIXELS) for count in pixels)
 
         decoded = ((number, *item) for number, item in enumerate(decode_ahead(source, names, source.decode)))
-        batches = batches_by_shape(decoded, self.window)
+        shards = itertools.groupby(decoded, lambda item: shard(item[1]))
+        batches = (batch for _, items in shards for batch in batches_by_shape(items, self.window))
         done: dict[int, Prediction] = {}
         following = 0
         for results in map_batches(predict_batch, batches, str(self.device), cost, processing_budget()):
@@ -283,19 +337,57 @@ def upsampled_argmax(logits: Tensor, height: int, width: int) -> Tensor:
     Returns:
         int32 [height, width].
     """
-    rows = _interpolation(logits.shape[1], height, logits.device)
-    columns = _interpolation(logits.shape[2], width, logits.device)
-    coarse = logits.argmax(0)
     labels = torch.empty((height, width), dtype=torch.int32, device=logits.device)
-    size = max(1, ROWS_AT_ONCE // width)
-    for first in range(0, height, size):
-        part = _Interpolation(*(axis[first : first + size] for axis in rows))
-        labels[first : first + size] = _interpolated_argmax(logits, coarse, part, columns)
+    coarse = logits.argmax(0)
+    for rows, part, columns in _blocks(logits, height, width):
+        labels[rows] = _interpolated_argmax(logits, coarse, part, columns)
     return labels
 
 
-def _interpolated_argmax(logits: Tensor, coarse: Tensor, rows: _Interpolation, columns: _Interpolation) -> Tensor:
-    """`upsampled_argmax` for some rows of the result, int64; `coarse` is the argmax of the logits."""
+def scored_argmax(logits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`upsampled_argmax`, with the probability of the predicted classes.
+
+    Near edges, probabilities are the softmax of the interpolated logits; elsewhere, the interpolated softmax.
+
+    Args:
+        logits: [classes, h, w].
+        height: Height of the result.
+        width: Width of the result.
+
+    Returns:
+        The labels, int32 [height, width]; the number of pixels of each class, int64 [classes]; and the sum of their
+        probabilities of this class, float64 [classes].
+    """
+    labels = torch.empty((height, width), dtype=torch.int32, device=logits.device)
+    pixels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    certainty = pixels.double()
+    coarse, probability = logits.argmax(0), (logits.amax(0) - logits.logsumexp(0)).exp()
+    for rows, part, columns in _blocks(logits, height, width):
+        soft = torch.lerp(probability[part.low], probability[part.high], part.weight[:, None])
+        soft = torch.lerp(soft[:, columns.low], soft[:, columns.high], columns.weight)
+        labels[rows] = _interpolated_argmax(logits, coarse, part, columns, soft)
+        flat = labels[rows].flatten()
+        pixels += torch.bincount(flat, minlength=len(logits))
+        certainty += torch.bincount(flat, soft.flatten().double(), minlength=len(logits))
+    return labels, pixels, certainty
+
+
+def _blocks(logits: Tensor, height: int, width: int) -> Iterator[tuple[slice, _Interpolation, _Interpolation]]:
+    """Some rows of the result at a time: which, and the interpolation along rows and columns."""
+    rows = _interpolation(logits.shape[1], height, logits.device)
+    columns = _interpolation(logits.shape[2], width, logits.device)
+    size = max(1, ROWS_AT_ONCE // width)
+    for first in range(0, height, size):
+        yield slice(first, first + size), _Interpolation(*(axis[first : first + size] for axis in rows)), columns
+
+
+def _interpolated_argmax(
+    logits: Tensor, coarse: Tensor, rows: _Interpolation, columns: _Interpolation, soft: Tensor | None = None
+) -> Tensor:
+    """`upsampled_argmax` for some rows of the result, int64; `coarse` is the argmax of the logits.
+
+    With `soft`, the probabilities of the labels at pixels that are interpolated are written to it.
+    """
     corners = [coarse[y][:, x] for y in (rows.low, rows.high) for x in (columns.low, columns.high)]
     labels = corners[0]
     mixed = (corners[1] != labels) | (corners[2] != labels) | (corners[3] != labels)
@@ -305,7 +397,10 @@ def _interpolated_argmax(logits: Tensor, coarse: Tensor, rows: _Interpolation, c
             torch.lerp(logits[:, row, columns.low[x]], logits[:, row, columns.high[x]], columns.weight[x])
             for row in (rows.low[y], rows.high[y])
         )
-        labels[y, x] = torch.lerp(upper, lower, rows.weight[y]).argmax(0)
+        mixed_logits = torch.lerp(upper, lower, rows.weight[y])
+        labels[y, x] = mixed_logits.argmax(0)
+        if soft is not None:
+            soft[y, x] = (mixed_logits.amax(0) - mixed_logits.logsumexp(0)).exp()
     return labels
 
 

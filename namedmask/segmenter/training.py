@@ -3,12 +3,16 @@
 
 OUT/segmenter/
   model.safetensors, categories.json   the network (see `deeplab`), written last
+  best.safetensors   the network at its best agreement with held-out masks
   metrics.jsonl, tensorboard/, checkpoint.pt   see `namedmask.training`; the checkpoint is removed at the end
 
 Every step derives its photos, their augmentation and their dropout from the seed and the step number. On the CPU, an
 interrupted training therefore ends with weights that are bit-identical to those of one that was not; on a GPU, some of
 torch's gradients are not reproducible. Several workers share each batch; BatchNorm and the loss are those of the whole
 batch, so that the result does not depend on the number of workers, up to rounding.
+
+A share of the photos is held out: the network is not trained on them, and scored by the mean IoU of its predictions and
+their masks. These masks are no ground truth, so the score is called agreement. Scoring changes nothing in the training.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..archive import read_archive
 from ..backbones import load_encoder
-from ..config import SegmenterTraining
+from ..config import DeepLabTraining, SegmenterTraining
 from ..distributed import Worker
 from ..errors import UserError, listed
-from ..files import make_folder
+from ..evaluate.metrics import Confusion
+from ..files import make_folder, name_digest
 from ..mask_counts import check_mask_counts
 from ..masks import MaskRecord, best_masks, digest
 from ..photos import PhotoSource
@@ -38,10 +45,14 @@ from ..progress import Progress
 from ..review import current_masks, read_review
 from ..selection import select
 from ..threads import map_ahead, thread_count, use_one_torch_thread
-from ..training import TrainingPhotos, TrainingState, fit, take_outdated
-from .augment import IGNORE, View, augment, copy_paste
+from ..training import Scoring, TrainingPhotos, TrainingState, fit, take_outdated
+from .augment import IGNORE, View, augment, copy_paste, whole_view
 from .batch_norm import synchronize
 from .deeplab import DeepLab, on_device, read_about, save_segmenter
+from .predict import upsampled_argmax
+
+FEWEST_HELD_OUT = 20  # photos; an agreement with fewer masks says little
+SCORED_SHARE = 0.1  # of the photos trained on between two scores; a forward pass takes a third of a training step
 
 
 class Sample(NamedTuple):
@@ -64,8 +75,8 @@ def train_segmenter(
     """Trains on the masks of the run folder `out`, unless that is done; continues from a checkpoint.
 
     It uses the masks of the experts (OUT/refined) if there are any, else OUT/masks, and of those the ones that
-    `settings.selection` and the review of the run keep. Class i + 1 is the i-th category of the archive. Every worker
-    calls it.
+    `settings.selection` and the review of the run keep. A share of the photos is held out (`held_out_photos`). Class
+    i + 1 is the i-th category of the archive. Every worker calls it.
 
     Raises:
         UserError: If there are no masks, if a category has none (`check_mask_counts`), if a finished segmenter was
@@ -83,8 +94,11 @@ def train_segmenter(
     label = {name: number for number, name in enumerate(categories, 1)}
     selected = select(records, settings.selection, review)
     samples = [Sample(record, label[record.category]) for record in training_records(selected, settings)]
+    photos, note = held_out_photos(samples, settings)
+    seen = [sample for sample in samples if sample.record.photo not in photos]
+    held_out = [sample for sample in samples if sample.record.photo in photos]
     if worker.is_main:
-        take_outdated(out, folder, training_about(settings, samples, len(categories) + 1))
+        take_outdated(out, folder, training_about(settings, seen, len(categories) + 1, held_out))
     worker.barrier("an earlier segmenter is taken")
     if (folder / "model.safetensors").exists():
         remedy = f"train it again with `namedmask train {out} --overwrite`"
@@ -99,13 +113,15 @@ def train_segmenter(
         return
     check_mask_counts(categories, records, selected, masks, settings.allow_empty, worker)
     progress.total = settings.steps * settings.batch_size
-    network = train(source, samples, len(categories) + 1, folder, settings, worker, device, progress)
+    if worker.is_main and note:
+        print(note, flush=True)
+    network = train(source, seen, len(categories) + 1, folder, settings, worker, device, progress, DeepLab, held_out)
     if worker.is_main:
         save_segmenter(folder, network, categories, samples_digest(samples))
         (folder / "checkpoint.pt").unlink()
 
 
-def training_records(records: Iterable[MaskRecord], settings: SegmenterTraining) -> list[MaskRecord]:
+def training_records(records: Iterable[MaskRecord], settings: DeepLabTraining) -> list[MaskRecord]:
     """The masks to train on, in order: all masks of the categories that have a mask that is not empty.
 
     Photos with an empty mask are background photos, or are left out if `settings.empty_masks` is "skip".
@@ -116,16 +132,57 @@ def training_records(records: Iterable[MaskRecord], settings: SegmenterTraining)
     return [record for record in records if record.area or (keep_empty and record.category in usable)]
 
 
+def held_out_photos(samples: Sequence[Sample], settings: SegmenterTraining) -> tuple[set[str], str]:
+    """Chooses the photos to hold out.
+
+    Photos with a usable mask are ordered by a digest of the seed and their name, so the choice depends neither on the
+    order of the samples nor on workers, and changes little when photos are added. The first `settings.held_out` of them
+    are held out, of each category at most that share, rounded up; a category keeps at least one. Scoring may take at
+    most `SCORED_SHARE` of the photos that are trained on in the same time, so there may be fewer.
+
+    Args:
+        samples: All samples.
+        settings: Settings of the training.
+
+    Returns:
+        The names of the photos, none or at least `FEWEST_HELD_OUT`; and a line about them for the user.
+    """
+    if not settings.held_out:
+        return set(), ""
+    labels: dict[str, set[int]] = {}
+    for sample in samples:
+        if sample.record.area:
+            labels.setdefault(sample.record.photo, set()).add(sample.label)
+    every = min(settings.score_every, settings.steps)
+    most = int(SCORED_SHARE * every * settings.batch_size)
+    count = min(round(settings.held_out * len(labels)), most)
+    left = Counter(label for own in labels.values() for label in own)
+    kept = {label: max(1, number - math.ceil(settings.held_out * number)) for label, number in left.items()}
+    chosen: set[str] = set()
+    for photo in sorted(labels, key=lambda name: name_digest(f"{settings.seed} {name}")):
+        if len(chosen) < count and all(left[label] > kept[label] for label in labels[photo]):
+            chosen.add(photo)
+            left.subtract(labels[photo])
+    if len(chosen) >= FEWEST_HELD_OUT:
+        return chosen, f"held out: {len(chosen)} of {len(labels)} photos, scored every {every} steps"
+    if most < FEWEST_HELD_OUT:
+        why = f"every {every} steps of {settings.batch_size} photos, at most {most} could be scored (--score-every)"
+    else:
+        why = f"it would be {len(chosen)} of {len(labels)} (--held-out)"
+    return set(), f"no photo is held out: at least {FEWEST_HELD_OUT} are needed, and {why}"
+
+
 def train(
     source: PhotoSource,
     samples: Sequence[Sample],
     classes: int,
     folder: Path,
-    settings: SegmenterTraining,
+    settings: DeepLabTraining,
     worker: Worker,
     device: str,
     progress: Progress,
     network_type: type[DeepLab] = DeepLab,
+    held_out: Sequence[Sample] = (),
 ) -> DeepLab:
     """Trains a network, continuing from the checkpoint in `folder` if there is one. Every worker calls it.
 
@@ -139,6 +196,8 @@ def train(
         device: "cpu", or this worker's GPU as torch names it.
         progress: Advances with every photo, by `settings.steps * settings.batch_size` in all.
         network_type: Class of the network.
+        held_out: Samples on which the network is scored every `settings.score_every` steps. The best network is kept in
+            `folder`/best.safetensors.
 
     Returns:
         The trained network, the same in every worker.
@@ -160,13 +219,21 @@ def train(
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    about = training_about(settings, samples, classes)
+    about = training_about(settings, samples, classes, held_out)
+    scoring = None
+    if isinstance(settings, SegmenterTraining) and held_out:
+        unseen = TrainingPhotos(source, [sample.record for sample in held_out], folder, progress)
+        score = functools.partial(agreement, network, unseen, held_out, settings, worker, device)
+        scoring = Scoring(score, settings.score_every)
 
     def learning_rate(step: int, highest: float) -> float:
         decayed = highest * (1 - step / settings.steps) ** settings.poly_power
         return max(decayed, min(highest, settings.min_lr))
 
-    with worker.collective(device), TrainingState(folder, about, network, optimizer, settings.steps, worker) as state:
+    with (
+        worker.collective(device),
+        TrainingState(folder, about, network, optimizer, settings.steps, worker, scoring) as state,
+    ):
         parallel = DistributedDataParallel(network, broadcast_buffers=False) if worker.count > 1 else None
 
         def step(photos: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -176,15 +243,67 @@ def train(
         photos = TrainingPhotos(source, [sample.record for sample in samples], folder, progress)
         remaining = batches(photos, samples, settings, worker, range(state.step, settings.steps))
         fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
+        if state.latest and state.best:
+            progress.note = f"{state.note()}; best {state.best.value:.3f} after step {state.best.step}"
     return network
 
 
-def training_about(settings: SegmenterTraining, samples: Sequence[Sample], classes: int) -> dict:
+def training_about(
+    settings: DeepLabTraining, samples: Sequence[Sample], classes: int, held_out: Sequence[Sample] = ()
+) -> dict:
     """What a network depends on, as for `TrainingState`."""
-    return {"settings": settings.without_files(), "masks": samples_digest(samples), "classes": classes}
+    about = {"settings": settings.without_files(), "masks": samples_digest(samples), "classes": classes}
+    return {**about, "held_out": samples_digest(held_out)} if held_out else about
 
 
-def expect_even_batch(settings: SegmenterTraining, workers: int) -> None:
+@torch.inference_mode()
+def agreement(
+    network: DeepLab,
+    photos: TrainingPhotos,
+    samples: Sequence[Sample],
+    settings: DeepLabTraining,
+    worker: Worker,
+    device: str,
+) -> float | None:
+    """Mean IoU of the predictions of a network and the masks of samples. Every worker calls it and scores a share.
+
+    Photos are scored whole, reduced to the size of the training views (`whole_view`). The IoU of a class is that over
+    all samples; the mean is over the background and the categories that are in a mask or predicted.
+
+    Args:
+        network: The network. It is in training mode before and after.
+        photos: The photos of the samples. Those that cannot be read are reported and left out.
+        samples: The samples.
+        settings: Settings of the training.
+        worker: This worker.
+        device: "cpu", or this worker's GPU as torch names it.
+
+    Returns:
+        A number in [0, 1], the same for every worker; None if no photo can be read. On the CPU, it is the same for any
+        number of workers with the same network, up to rounding.
+    """
+    size, batch = settings.crop_size, settings.batch_size // settings.grad_accum_steps // worker.count
+
+    def load(number: int) -> View | None:
+        return photos.use_one(number, lambda chosen, pixels: whole_view(pixels, labels_of(samples[chosen]), size))
+
+    views = map_ahead(load, worker.share(0, len(samples)), thread_count(), use_one_torch_thread)
+    readable = (view for view in views if view is not None)
+    precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+    confusion = Confusion(network.classes, ignore=IGNORE)
+    network.eval()
+    while part := list(itertools.islice(readable, max(1, batch))):
+        with precision:
+            logits = network.coarse_logits(network.normalized(torch.stack([view.photo for view in part]).to(device)))
+        for own, view in zip(logits.float(), part, strict=True):
+            confusion.add(upsampled_argmax(own, size, size).cpu().numpy(), view.labels.numpy())
+    network.train()
+    confusion.counts = worker.sum(torch.from_numpy(confusion.counts).to(device)).cpu().numpy()
+    score = confusion.metrics().mean_iou
+    return None if math.isnan(score) else score
+
+
+def expect_even_batch(settings: DeepLabTraining, workers: int) -> None:
     """Raises UserError if a batch cannot be split evenly, or into parts of at least two photos."""
     if settings.batch_size % (workers * settings.grad_accum_steps):
         raise UserError(
@@ -197,7 +316,7 @@ def expect_even_batch(settings: SegmenterTraining, workers: int) -> None:
         )
 
 
-def initial_network(settings: SegmenterTraining, classes: int, network_type: type[DeepLab] = DeepLab) -> DeepLab:
+def initial_network(settings: DeepLabTraining, classes: int, network_type: type[DeepLab] = DeepLab) -> DeepLab:
     """The network with which a training starts. Raises UserError if its encoder or weights cannot be loaded."""
     torch.manual_seed(settings.seed)
     encoder = load_encoder(settings.encoder, settings.encoder_weights)
@@ -209,7 +328,7 @@ def accumulate_gradients(
     parallel: DistributedDataParallel | None,
     photos: Tensor,
     labels: Tensor,
-    settings: SegmenterTraining,
+    settings: DeepLabTraining,
     worker: Worker,
     first: int = 0,
 ) -> Tensor:
@@ -252,7 +371,7 @@ def dropout_seed(seed: int, number: int) -> int:
 
 
 def batches(
-    photos: TrainingPhotos, samples: Sequence[Sample], settings: SegmenterTraining, worker: Worker, steps: range
+    photos: TrainingPhotos, samples: Sequence[Sample], settings: DeepLabTraining, worker: Worker, steps: range
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This worker's part of the batch of each step.
 
@@ -306,7 +425,7 @@ def batches(
         yield torch.stack(pixels), torch.stack(labels)
 
 
-def make_view(sample: Sample, pixels: np.ndarray, settings: SegmenterTraining, rng: np.random.Generator) -> View:
+def make_view(sample: Sample, pixels: np.ndarray, settings: DeepLabTraining, rng: np.random.Generator) -> View:
     """Augments the photo of a sample.
 
     Args:
@@ -315,8 +434,12 @@ def make_view(sample: Sample, pixels: np.ndarray, settings: SegmenterTraining, r
         settings: Settings of the augmentation.
         rng: Source of randomness.
     """
-    labels = np.where(sample.record.mask(), np.int32(sample.label), np.int32(sample.background))
-    return augment(pixels, labels, settings, rng)
+    return augment(pixels, labels_of(sample), settings, rng)
+
+
+def labels_of(sample: Sample) -> np.ndarray:
+    """The labels of the pixels of a sample's photo, int32 [H, W]."""
+    return np.where(sample.record.mask(), np.int32(sample.label), np.int32(sample.background))
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

@@ -339,22 +339,21 @@ def test_segment_command(calls, tmp_path):
     result = invoke(
         *words, "--categories", "cat,dog", "--encoder", "resnet18", "--precision", "bfloat16", "--overwrite"
     )
-    assert result.exit_code == 0 and result.output.endswith("\nmasks and overlays are in out\n")
-    more = {"categories": ["cat", "dog"], "encoder": "resnet18", "device": "cpu", "precision": "bfloat16"}
-    assert calls["load"] == (Path("w.pth"), more)
-    segmenter, weights, source, out, _, overwrite = calls["segment_photos"]
-    assert (segmenter, weights, source_path(source), out, overwrite) == (
-        "segmenter",
-        Path("w.pth"),
-        "photos",
-        Path("out"),
-        True,
-    )
+    assert result.exit_code == 0 and result.output == "masks and overlays are in out\n"
+    more = {"categories": ["cat", "dog"], "encoder": "resnet18", "precision": "bfloat16", "overwrite": True}
+    unset = {"overlays": "sample", "workers": 1, "gpus": None}
+    assert calls["segment_photos"] == (Path("w.pth"), Path("photos"), Path("out"), more | unset)
     calls["segment_photos returns"] = 0, 2
     result = invoke(*words)
     assert result.exit_code == 3 and result.output.endswith("; 2 photos failed: out/errors.jsonl\n")
-    assert calls["load"][1] == {"categories": None, "encoder": "resnet50", "device": "cpu", "precision": None}
-    assert calls["segment_photos"][-1] is False
+    more = {"categories": None, "encoder": "resnet50", "precision": None, "overwrite": False}
+    assert calls["segment_photos"][-1] == more | unset
+    result = invoke(*words, "--overlays", "none", "--workers", 2, "--gpus", 0)
+    assert calls["segment_photos"][-1] == more | {"overlays": "none", "workers": 2, "gpus": 0}
+    assert result.output.startswith("masks are in out; 2 photos failed")
+    calls["segment_photos returns"] = None  # not the main worker of torchrun
+    result = invoke(*words)
+    assert result.exit_code == 0 and not result.output
     for weights, out in (("w.pth", "."), ("photos", "photos"), ("photos", tmp_path / "photos")):
         result = invoke("segment", weights, "photos", "--out", out)
         assert result.exit_code == 2 and "holds the weights: choose another --out" in result.stderr

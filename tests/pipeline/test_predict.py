@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import tarfile
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 from golden import GOLDEN, fill_weights
 from namedmask import cli
 from namedmask.backbones import untrained_encoder
+from namedmask.distributed import Worker
 from namedmask.formats import read_label_map, write_label_map
 from namedmask.masks import read_errors
 from namedmask.photos import Photo, PhotoError, PhotoSource
@@ -26,7 +29,7 @@ from namedmask.segmenter import folder, predict
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
 from namedmask.segmenter.folder import overlay, stem
 from namedmask.segmenter.predict import Segmenter, batches_by_shape, fold_batch_norms, upsampled_argmax
-from small_world import draw_photo, draw_photos
+from small_world import draw_photo, draw_photos, files_of
 
 TINY = "test_resnet"
 SIZES = [(37, 53), (64, 48), (33, 1), (1, 1), (90, 121)]
@@ -73,9 +76,16 @@ def assert_masks(labels: np.ndarray, logits: torch.Tensor) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_masks_equal_those_of_the_plain_network(weights, size):
     image = make_photo(*size)
-    mask, names = Segmenter.load(weights)(image)
+    mask, names, scores = Segmenter.load(weights)(image)
     assert mask.shape == size and mask.dtype == np.uint16 and names == ["background", "cat", "dog"]
     assert_masks(mask, plain_logits(image))
+    probability = plain_logits(image).softmax(0).amax(0).numpy()
+    assert scores.confidence == pytest.approx(probability.mean(), abs=0.005)
+    found = {names[label]: mask == label for label in np.unique(mask) if label}
+    assert list(scores.categories) == list(found)
+    for name, pixels in found.items():
+        assert scores.categories[name].area == pytest.approx(pixels.mean())
+        assert scores.categories[name].confidence == pytest.approx(probability[pixels].mean(), abs=0.02)
     if size[0] > 60:
         assert len(np.unique(mask)) > 1
 
@@ -231,6 +241,76 @@ def test_segment_command(weights, tmp_path):
     write_label_map(out / "masks" / "other.png", np.zeros((3, 3), int), 3)
     done = evaluated(weights, out / "masks", "--photos", photos)
     assert done.exit_code == 2 and "there is no photo called other" in done.stderr
+
+
+def results_of(out: Path) -> dict[str, bytes]:
+    """All files but the record."""
+    return {name: data for name, data in files_of(out).items() if name != "segment.json"}
+
+
+def test_scores_and_files_do_not_depend_on_workers_or_interruptions(weights, tmp_path, monkeypatch):
+    names = sorted([*draw_photos(tmp_path / "photos", 9, (60, 40)), "bad.jpg"])
+    (tmp_path / "photos" / "bad.jpg").write_text("no photo")
+    monkeypatch.setattr(folder, "SHARD", 4)
+    words = (weights, tmp_path / "photos", "--out")
+    assert segment(*words, tmp_path / "one").exit_code == 0
+    expected, segmenter = results_of(tmp_path / "one"), Segmenter.load(weights)
+    lines = [json.loads(line) for line in expected["scores.jsonl"].splitlines()]
+    assert [line["photo"] for line in lines] == [name for name in names if name != "bad.jpg"]
+    for line, (name, scores) in zip(lines, folder.read_scores(tmp_path / "one").items(), strict=True):
+        own = segmenter(tmp_path / "photos" / name).scores
+        assert line["photo"] == name and scores.confidence == line["confidence"] == round(own.confidence, 4)
+        assert scores.categories.keys() == own.categories.keys()
+        assert all(scores.categories[n].area == round(own.categories[n].area, 6) for n in own.categories)
+    # Interrupted: the next command makes what is missing.
+    write, made = folder.write_label_map, []
+
+    def interrupted(*arguments):
+        made.append(arguments)
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "write_label_map", interrupted)
+        assert segment(*words, tmp_path / "two").exit_code == 130
+    journal = next((tmp_path / "two" / ".segmenting").glob("*.scores.jsonl"))
+    with journal.open("ab") as file:
+        file.write(b'{"photo": "cut')
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "two" / "masks").iterdir()}
+    scored = len(journal.read_text().splitlines()) - 1
+    # Two workers, and a shard that a lost one had claimed.
+    assert segment(*words, tmp_path / "two", "--workers", 2).exit_code == 0
+    assert results_of(tmp_path / "two") == expected
+    assert sum(path.stat().st_mtime_ns == time for path, time in kept.items()) >= scored > 0
+    # Without its score, a photo is segmented again.
+    (tmp_path / "one" / "scores.jsonl").unlink()
+    assert segment(*words, tmp_path / "one").exit_code == 0 and results_of(tmp_path / "one") == expected
+    (tmp_path / "one" / "scores.jsonl").write_text("{}\n")
+    result = segment(*words, tmp_path / "one")
+    assert result.exit_code == 2 and "scores.jsonl:1: expected an object" in result.stderr, result.stderr
+
+
+def test_photos_of_a_lost_worker_are_segmented_by_the_main_one(weights, tmp_path, monkeypatch):
+    draw_photos(tmp_path / "photos", 4, (60, 40))
+    monkeypatch.setattr(folder, "SHARD", 2)
+    lost = types.SimpleNamespace(rank=0, count=2, is_main=True, attempt=0, barrier=lambda name: None,
+                                 device=lambda kind: kind, count_done=Worker().count_done, fail=print,
+                                 claim=lambda stage, shards: iter([1]))  # fmt: skip
+    monkeypatch.setattr(folder.distributed, "current", lambda: lost)
+    assert folder.segment_photos(weights, tmp_path / "photos", tmp_path / "out") == (4, 0)
+    assert len(folder.read_scores(tmp_path / "out")) == 4 and not (tmp_path / "out" / ".segmenting").exists()
+
+
+def test_overlays_of_none_a_sample_or_all_photos(weights, tmp_path, monkeypatch):
+    names = draw_photos(tmp_path / "photos", 5, (40, 30))
+    monkeypatch.setattr(folder, "SAMPLE", 2)
+    for overlays, shown in (("none", []), ("sample", [0, 2]), ("all", range(5))):  # each continues
+        assert segment(weights, tmp_path / "photos", "--out", tmp_path / "out", "--overlays", overlays).exit_code == 0
+        made = {path.name for path in (tmp_path / "out").glob("overlays/*")}
+        assert made == {sorted(names)[number] for number in shown}
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 5
+    assert folder.shown_photos(["a"] * 2, "sample") == {"a"}
 
 
 def test_segment_reports_errors_in_one_line(weights, tmp_path):

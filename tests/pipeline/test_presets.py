@@ -43,7 +43,7 @@ def test_the_paper(name):
 SETTINGS = """
 index.clip_model ViT-L-14-336-quickgelu:openai; archive.photos_per_category 500
 experts.mode separate; experts.batch_size 8; experts.steps 5000
-segmenter.paste_objects [0, 1]; segmenter.batch_size 16; segmenter.steps 20000
+segmenter.paste_objects [0, 1]; segmenter.batch_size 16; segmenter.steps 20000; segmenter.held_out 0.0
 """
 SELFMASK = """
 detector.name selfmask; detector.backbone vit_small_patch8_224.dino; detector.image_size 512

@@ -41,9 +41,11 @@ from namedmask.segmenter.deeplab import DeepLab, load_segmenter
 from namedmask.segmenter.training import (
     Sample,
     accumulate_gradients,
+    agreement,
     batches,
     dropout_seed,
     expect_even_batch,
+    held_out_photos,
     samples_digest,
     train,
 )
@@ -468,6 +470,129 @@ def test_training_does_not_depend_on_the_number_of_workers(run_of_discs, small, 
     assert lines(run_of_discs)[-1]["loss"] == pytest.approx(loss, abs=2e-4)
     difference = np.mean([float((single[n] - double[n]).abs().float().mean()) for n in single if "weight" in n])
     assert difference < 0.05 * 4e-4  # relative to four steps of Adam: gradients near 0 may change sign
+
+
+def record_of(photo: str, category: str, empty: bool = False) -> MaskRecord:
+    return MaskRecord.from_mask(photo, np.full((2, 2), not empty), category, None, 0.5)
+
+
+def test_held_out_photos():
+    """A share of the photos with an object, of every category, whatever the order; stable when photos are added."""
+    samples = [Sample(record_of(f"{n}.png", f"{n % 4}"), n % 4 + 1) for n in range(400)]
+    samples += [Sample(record_of(f"{n}.png", "4"), 5) for n in range(40)]  # of two categories
+    samples += [Sample(record_of("empty.png", "4", empty=True), 5), Sample(record_of("only.png", "5"), 6)]
+    settings = SegmenterTraining(held_out=0.1)
+    chosen, note = held_out_photos(samples, settings)
+    assert len(chosen) == 40 and note == "held out: 40 of 401 photos, scored every 500 steps"
+    assert chosen.isdisjoint({"empty.png", "only.png"})
+    counts = Counter(sample.label for sample in samples if sample.record.photo in chosen)
+    assert set(counts) == {1, 2, 3, 4, 5} and max(counts.values()) <= 10
+    assert held_out_photos(samples[::-1], settings)[0] == chosen
+    assert held_out_photos(samples, SegmenterTraining(held_out=0.1, seed=1))[0] != chosen
+    more = [*samples, *(Sample(record_of(f"new{n}.png", "0"), 1) for n in range(40))]
+    assert len(held_out_photos(more, settings)[0] & chosen) > 30
+    # Scoring takes a tenth of the photos at most; too few photos say nothing.
+    limited = SegmenterTraining(held_out=0.1, batch_size=4, score_every=60)
+    assert len(held_out_photos(samples, limited)[0]) == 24
+    assert held_out_photos(samples, SegmenterTraining(held_out=0.0)) == (set(), "")
+    for changed, why in (
+        ({"held_out": 0.04}, "it would be 16 of 401 (--held-out)"),
+        ({"steps": 10}, "every 10 steps of 16 photos, at most 16 could be scored (--score-every)"),
+    ):
+        note = f"no photo is held out: at least 20 are needed, and {why}"
+        assert held_out_photos(samples, SegmenterTraining(**changed)) == (set(), note)
+
+
+class ByColor(torch.nn.Module):
+    """Predicts the category whose color is nearest at each cell of 4 x 4 pixels."""
+
+    classes = 3
+
+    def __init__(self, order: tuple[int, ...]):
+        super().__init__()
+        self.colors = torch.tensor([(125, 125, 125), *COLORS.values()])[list(order)]
+
+    def normalized(self, photos):
+        return photos.float()
+
+    def coarse_logits(self, photos):
+        assert not self.training
+        cells = torch.nn.functional.interpolate(photos, scale_factor=0.25, mode="area")
+        return -(cells[:, None] - self.colors[None, :, :, None, None]).square().sum(2)
+
+
+def test_agreement_is_the_mean_iou_with_the_masks(run_of_discs, small):
+    samples, source = samples_of(run_of_discs)
+    settings = SegmenterTraining(**{**small, "crop_size": 76})
+
+    def score(network, worker=None):
+        photos = photos_of(run_of_discs, samples, source)
+        return agreement(network, photos, samples, settings, worker or Worker(), "cpu")
+
+    network = ByColor((0, 1, 2))
+    right, swapped = score(network), score(ByColor((0, 2, 1)))
+    assert right > 0.75 and network.training
+    assert 0.25 < swapped < 0.34  # the background alone
+
+    class Other(Worker):
+        def sum(self, tensor):
+            shares.append(tensor.clone())
+            return sum(shares)
+
+    shares = []
+    assert score(network, Other(1, 2)) != right and score(network, Other(0, 2)) == right and len(shares) == 2
+    for category in COLORS:
+        shutil.rmtree(run_of_discs.parent / "photos" / category)
+    assert score(network) is None
+
+
+def test_best_and_last_network(run_of_discs, small, monkeypatch):
+    """Agreement is scored at fixed steps; an interrupted training ends with the same files."""
+    settings = {**small, "steps": 12, "score_every": 5, "held_out": 0.25}
+    folder = run_of_discs / "segmenter"
+    monkeypatch.setattr(segmenter_training, "FEWEST_HELD_OUT", 2)
+    samples, _ = samples_of(run_of_discs)
+    held_out, _ = held_out_photos(samples, SegmenterTraining(**settings))
+    assert len(held_out) == 2
+    unreadable = run_of_discs.parent / "photos" / sorted(held_out)[0]
+    unreadable.write_bytes(b"")
+    scores, original = iter([0.25, 0.75, 0.5] * 2), agreement
+
+    def known(network, photos, given, *rest):
+        assert {sample.record.photo for sample in given} == held_out
+        assert 0 < original(network, photos, given, *rest) < 1
+        return next(scores)
+
+    monkeypatch.setattr(segmenter_training, "agreement", known)
+    last = train_run(run_of_discs, settings)
+    best = (folder / "best.safetensors").read_bytes()
+    metrics = lines(run_of_discs)
+    key = "agreement_with_held_out_masks"
+    assert [(line["step"], line[key]) for line in metrics[1:] if key in line] == [(5, 0.25), (10, 0.75), (12, 0.5)]
+    assert not all(torch.equal(load_file(folder / "best.safetensors")[name], last[name]) for name in last)
+    errors = list(read_errors(run_of_discs / "errors.jsonl"))
+    assert [error.photo for error in errors] == [str(unreadable.relative_to(run_of_discs.parent / "photos"))]
+    # Interrupted after the best step.
+    shutil.rmtree(folder)
+    steps = iter(range(11))
+
+    def interrupted(*arguments):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return accumulate_gradients(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "SAVE_EVERY", 0)
+        patch.setattr(segmenter_training, "accumulate_gradients", interrupted)
+        train_run(run_of_discs, settings)
+    checkpoint = torch.load(folder / "checkpoint.pt")
+    assert checkpoint["step"] == 11 and tuple(checkpoint["best"]) == (0.75, 10)
+    resumed = train_run(run_of_discs, settings)
+    assert all(torch.equal(resumed[name], last[name]) for name in last)
+    assert (folder / "best.safetensors").read_bytes() == best
+    again = [{name: line[name] for name in line if name in ("step", key, "loss")} for line in lines(run_of_discs)]
+    assert again == [{name: line[name] for name in line if name in ("step", key, "loss")} for line in metrics]
+    assert load_segmenter(folder / "best.safetensors")[1] == list(COLORS)
 
 
 def test_gradient_accumulation_equals_the_whole_batch():
