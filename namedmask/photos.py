@@ -266,11 +266,30 @@ class PhotoSource:
         Raises:
             PhotoError: If the file cannot be read, or if `decode` would reject its header.
         """
+        return self.layout(name)[0]
+
+    def layout(self, name: str) -> tuple[tuple[int, int], bool]:
+        """Returns the size of a photo as `size` does, and whether its EXIF orientation says to rotate or flip it.
+
+        Raises:
+            PhotoError: As `size`.
+        """
         with self._image(name) as (image, _):
             if image.format != "JPEG":
                 image.load()  # see `pixels_of`
-            swapped = self.upright and _UPRIGHT.get(_orientation(image)) in _SWAPPING
-            return image.size if swapped else image.size[::-1]
+            transpose = _UPRIGHT.get(_orientation(image))
+            swapped = self.upright and transpose in _SWAPPING
+            return image.size if swapped else image.size[::-1], transpose is not None
+
+    def file(self, name: str) -> str | None:
+        """Returns the path of a photo's file; None if the photo is part of a tar."""
+        path, member = self._locate(name)
+        return path if member is None else None
+
+    @property
+    def root(self) -> str:
+        """The folder that names of photos start from."""
+        return self._root or "."
 
     @contextlib.contextmanager
     def _image(self, name: str) -> Iterator[tuple[Image.Image, int]]:
