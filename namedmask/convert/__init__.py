@@ -142,15 +142,16 @@ def convert(
 def describe(converted: Converted, to: str, out: Path) -> list[str]:
     """What a command prints about a result, one line each."""
     splits = ", ".join(f"{count:,} {split}" for split, count in converted.photos.items())
-    lines = [f"{converted.masks:,} masks of {sum(converted.photos.values()):,} photos ({splits}) are in {out}"]
+    total = f"{sum(converted.photos.values()):,}"
+    lines = [f"{converted.masks:,} masks of {total} photos ({splits}) are in {out}"]
     if FORMATS[to].photos == "path" and converted.root != out:
         lines.append(f"paths of photos start from {converted.root}")
     if converted.rotated:
         names = listed([repr(name) for name in converted.rotated])
         lines.append(
-            f"{len(converted.rotated)} photos are stored rotated (EXIF): {names}; {out / 'rotated.txt'} lists them. "
-            "Masks fit them as viewers show them; for tools that ignore EXIF, add --upright"
+            f"stored rotated (EXIF): {len(converted.rotated)} of {total} photos, {names}; {out / 'rotated.txt'} lists "
+            "them. Masks fit photos as viewers show them; for tools that ignore EXIF, add --upright"
         )
     if converted.failed:
-        lines.append(f"{converted.failed} photos could not be used: {out / 'errors.jsonl'}")
+        lines.append(f"could not be used: {converted.failed} photos, listed in {out / 'errors.jsonl'}")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from .dataset import Dataset, Item
 
@@ -23,7 +24,11 @@ def write(dataset: Dataset) -> None:
     def annotations(item: Item) -> list[str]:
         lines = []
         for number, record in enumerate(item.masks, item.first):
-            fields = {"id": number, "image_id": item.number, "category_id": dataset.ids[record.category]}
+            fields: dict[str, Any] = {
+                "id": number,
+                "image_id": item.number,
+                "category_id": dataset.ids[record.category],
+            }
             fields |= {"segmentation": {"size": record.size, "counts": record.rle}, "area": record.area}
             fields |= {"bbox": record.bbox, "iscrowd": 0}
             lines.append(json.dumps(fields | ({"score": record.score} if dataset.has_scores else {})))

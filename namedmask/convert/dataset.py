@@ -287,15 +287,16 @@ class Dataset:
                 yield replace(record, rle="", area=len(places) - 1)
             self._file.flush()
 
-        entries: dict[str, _Entry] = {photo: _Entry(photo, size, []) for photo, size in empty.items()}
         chosen = select(light(), self.options.selection, review)
-        if not places and not entries:
+        entries: dict[str, _Entry] = {}
+        if not places and not empty:
             raise UserError(f"{path} has no masks; `namedmask run` makes them")
-        if not chosen and not entries:
+        if not chosen and not empty:
             raise UserError(f"none of the {len(places):,} masks of {path} is chosen; lower --min-score")
         for record in chosen:
             entry = entries.setdefault(record.photo, _Entry(record.photo, record.size, []))
             entry.places.append(places[record.area])
+        entries |= {photo: _Entry(photo, size, []) for photo, size in empty.items()}
         return list(entries.values())
 
     def _usable(self, entries: list[_Entry]) -> dict[str, _Entry]:
@@ -388,7 +389,8 @@ def split_photos(photos: Sequence[str], shares: tuple[float, float, float] | Non
         return hashlib.blake2b(f"{seed}:{photo}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
     ranked = sorted(photos, key=key)
-    result, first = {}, 0
+    result: dict[str, str] = {}
+    first = 0
     for share, end, split in zip(shares, np.cumsum(shares), (TRAIN, VAL, TEST), strict=True):
         last = round(end * len(ranked))
         if share and ranked and last == first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
@@ -26,11 +27,11 @@ def write(dataset: Dataset) -> None:
         (height, width), results = item.size, []
         for record in item.masks:
             value = {"format": "rle", "rle": brush_rle(record.mask()), "brushlabels": [record.category]}
-            result = {"id": f"{dataset.ids[record.category]}", "type": "brushlabels", "value": value}
+            result: dict[str, Any] = {"id": f"{dataset.ids[record.category]}", "type": "brushlabels", "value": value}
             result |= {"from_name": "label", "to_name": "image", "image_rotation": 0}
             result |= {"original_width": width, "original_height": height}
             results.append(result | ({"score": record.score} if dataset.has_scores else {}))
-        prediction = {"model_version": "namedmask", "result": results}
+        prediction: dict[str, Any] = {"model_version": "namedmask", "result": results}
         if dataset.has_scores and item.masks:
             prediction["score"] = min(record.score for record in item.masks)
         data = {"image": f"/data/local-files/?d={path}", "photo": printable(item.photo)}
