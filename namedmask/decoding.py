@@ -181,9 +181,10 @@ def as_stored(path: str | os.PathLike[str], pixels: np.ndarray) -> np.ndarray:
     return _STORED[orientation](pixels) if orientation in _STORED else pixels
 
 
-def swaps_sides(image: Image.Image) -> bool:
-    """Whether the EXIF orientation of a photo turns it by 90 degrees."""
-    return _UPRIGHT.get(_orientation(image)) in _SWAPPING
+def rotation(image: Image.Image) -> tuple[bool, bool]:
+    """Whether the EXIF orientation of a photo says to rotate or flip it, and whether that swaps its sides."""
+    transpose = _UPRIGHT.get(_orientation(image))
+    return transpose is not None, transpose in _SWAPPING
 
 
 def _orientation(image: Image.Image) -> int:

@@ -9,6 +9,7 @@ ImageNet-S, where the id is R + 256 G.
 from __future__ import annotations
 
 import functools
+import io
 from pathlib import Path
 
 import numpy as np
@@ -37,27 +38,31 @@ def label_palette() -> np.ndarray:
 
 
 def write_label_map(path: Path, labels: np.ndarray, classes: int) -> None:
-    """Writes a label map as a PNG file: indexed for up to 256 classes, else grayscale with 16 bits.
+    """Writes a label map as a PNG file, see `encode_label_map`. The file appears whole or not at all."""
+    data = encode_label_map(labels, classes)
+    with atomic_write(path) as file:
+        file.write(data)
 
-    The file appears whole or not at all.
+
+def encode_label_map(labels: np.ndarray, classes: int, gray: bool = False) -> bytes:
+    """Encodes a label map as a PNG: indexed for up to 256 classes, else grayscale with 16 bits.
 
     Args:
-        path: The file.
         labels: Integer ids [H, W].
         classes: Number of classes; ids are 0 to classes - 1.
+        gray: Grayscale with 8 bits instead of indexed: OpenCV and others read the colors of an indexed file.
 
     Raises:
         ValueError: If the labels have another shape or an id is not a class.
     """
     if labels.ndim != 2 or (labels.size and not 0 <= labels.min() <= labels.max() < classes <= MAX_LABEL + 1):
-        raise ValueError(f"write_label_map: expected labels [H, W] of {classes} classes, at most {MAX_LABEL + 1}")
-    if classes <= 256:
-        image = Image.fromarray(labels.astype(np.uint8))
+        raise ValueError(f"encode_label_map: expected labels [H, W] of {classes} classes, at most {MAX_LABEL + 1}")
+    image = Image.fromarray(labels.astype(np.uint8 if classes <= 256 else np.uint16))
+    if classes <= 256 and not gray:
         image.putpalette(label_palette().tobytes())
-    else:
-        image = Image.fromarray(labels.astype(np.uint16))
-    with atomic_write(path) as file:
-        image.save(file, "png")
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
 
 
 def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:

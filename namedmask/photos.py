@@ -28,7 +28,7 @@ from .decoding import (
     decode_bytes,
     explain,
     open_image,
-    swaps_sides,
+    rotation,
     why_unread,
 )
 from .decoding import as_stored as as_stored
@@ -222,11 +222,29 @@ class PhotoSource:
         Raises:
             PhotoError: If the file cannot be read, or if `decode` would reject its header.
         """
+        return self.layout(name)[0]
+
+    def layout(self, name: str) -> tuple[tuple[int, int], bool]:
+        """Returns the size of a photo as `size` does, and whether its EXIF orientation says to rotate or flip it.
+
+        Raises:
+            PhotoError: As `size`.
+        """
         with self._image(name) as (image, _):
             if image.format != "JPEG":
                 image.load()  # see `pixels_of`
-            swapped = self.upright and swaps_sides(image)
-            return image.size if swapped else image.size[::-1]
+            turned, swapped = rotation(image)
+            return image.size if self.upright and swapped else image.size[::-1], turned
+
+    def file(self, name: str) -> str | None:
+        """Returns the path of a photo's file; None if the photo is part of a tar or at a URL."""
+        path, member = self._locate(name)
+        return None if member is not None or is_url(path) else path
+
+    @property
+    def root(self) -> str:
+        """The folder that names of photos start from."""
+        return self._root or "."
 
     @contextlib.contextmanager
     def _image(self, name: str) -> Iterator[tuple[Image.Image, int]]:

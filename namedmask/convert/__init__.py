@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""`namedmask convert`: the masks of a run, or of `namedmask segment`, as a data set for other tools.
+
+A module per format writes a `dataset.Dataset` into a folder, photo by photo. The folder appears whole or not at all
+(`folder`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from ..errors import NothingUsable, UserError, listed
+from ..selection import Selection
+
+PhotoMode = Literal["path", "link", "copy", "inside"]
+
+
+class Format(NamedTuple):
+    """How a data set of a format is written.
+
+    Attributes:
+        writer: Function `module:name` that takes a Dataset and writes it into `dataset.folder`.
+        photos: What happens with photos by default: "path", the data set refers to them where they are; "link", tools
+            look for them in the data set; "inside", their bytes are part of its files.
+    """
+
+    writer: str
+    photos: PhotoMode
+
+
+FORMATS = {
+    "coco": Format("coco:write", "path"),
+    "yolo-seg": Format("yolo:write_segments", "link"),
+    "yolo-semantic": Format("yolo:write_label_maps", "link"),
+    "voc": Format("voc:write", "link"),
+    "png": Format("png:write", "path"),
+    "cvat": Format("cvat:write", "path"),
+    "label-studio": Format("label_studio:write", "path"),
+    "parquet": Format("parquet:write", "inside"),
+    "webdataset": Format("webdataset:write", "inside"),
+}
+FormatName = Literal["coco", "yolo-seg", "yolo-semantic", "voc", "png", "cvat", "label-studio", "parquet", "webdataset"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `convert` writes.
+
+    Attributes:
+        selection: Which masks to use.
+        largest_part: Keep only the largest connected part of each mask.
+        photos: "link" or "copy" photos into the data set; None: the default of the format.
+        upright: Rotate photos by their EXIF orientation. Implies "copy" where the default is "path".
+        split: Shares of the photos for train, val and test; None: all photos are in train.
+        seed: Which photos are in which split.
+        gray: Write label maps as grayscale PNGs instead of indexed ones.
+    """
+
+    selection: Selection = field(default_factory=Selection)
+    largest_part: bool = False
+    photos: Literal["link", "copy"] | None = None
+    upright: bool = False
+    split: tuple[float, float, float] | None = None
+    seed: int = 0
+    gray: bool = False
+
+
+class Converted(NamedTuple):
+    """What `convert` has written.
+
+    Attributes:
+        photos: Number of photos by split.
+        masks: Number of masks.
+        failed: Number of photos that could not be used; they are in OUT/errors.jsonl.
+        rotated: Names of the photos whose files store them rotated (EXIF), unless they were written upright.
+        root: Folder that the data set's paths of photos start from.
+    """
+
+    photos: dict[str, int]
+    masks: int
+    failed: int
+    rotated: Sequence[str]
+    root: Path
+
+
+def convert(
+    path: str | os.PathLike,
+    to: FormatName,
+    out: str | os.PathLike,
+    options: Options = Options(),
+    photos: str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Writes the masks of a run, or of a folder of `namedmask segment`, as a data set.
+
+    The bytes depend on masks, photos, options and the versions of libraries alone. Masks are streamed: memory grows by
+    about 1 KB per mask.
+
+    Args:
+        path: The run folder, or the output folder of `namedmask segment`.
+        to: Name of the format.
+        out: The folder to write. It appears when it is complete.
+        options: Which masks, and how they are written.
+        photos: Where the photos are, if they have moved.
+        overwrite: Replace a data set in `out` that `convert` has written. Other files in it are kept.
+
+    Raises:
+        UserError: If masks, photos or `out` cannot be used as asked; nothing is changed then.
+        NothingUsable: If no photo can be used.
+    """
+    from ..masks import write_errors
+    from .dataset import Dataset
+    from .folder import new_folder
+
+    out, (writer, mode) = Path(out), FORMATS[to]
+    if mode == "inside" and options.photos:
+        raise UserError(f"--to {to} stores the photos in its files: leave out --{options.photos}")
+    if mode != "inside":
+        mode = options.photos or ("copy" if options.upright and mode == "path" else mode)
+    module, _, function = writer.partition(":")
+    write = getattr(importlib.import_module(f".{module}", __name__), function)
+    with new_folder(out, overwrite) as folder, Dataset(Path(path), folder, mode, options, photos) as dataset:
+        if not len(dataset):
+            why = f" ({dataset.errors[0].photo}: {dataset.errors[0].reason})" if dataset.errors else ""
+            raise NothingUsable(f"{path}: no photo of the chosen masks can be used{why}; see --photos")
+        write(dataset)
+        rotated = [] if options.upright else dataset.rotated
+        if rotated:
+            (folder / "rotated.txt").write_bytes(b"".join(os.fsencode(name) + b"\n" for name in rotated))
+        if dataset.errors:
+            write_errors(folder / "errors.jsonl", dataset.errors)
+        counts = {split: len(entries) for split, entries in dataset.splits.items()}
+        root = Path(dataset.source.root) if mode == "path" else out
+        return Converted(counts, dataset.masks, len(dataset.errors), rotated, root)
+
+
+def describe(converted: Converted, to: str, out: Path) -> list[str]:
+    """What a command prints about a result, one line each."""
+    splits = ", ".join(f"{count:,} {split}" for split, count in converted.photos.items())
+    total = f"{sum(converted.photos.values()):,}"
+    lines = [f"{converted.masks:,} masks of {total} photos ({splits}) are in {out}"]
+    if FORMATS[to].photos == "path" and converted.root != out:
+        lines.append(f"paths of photos start from {converted.root}")
+    if converted.rotated:
+        names = listed([repr(name) for name in converted.rotated])
+        lines.append(
+            f"stored rotated (EXIF): {len(converted.rotated)} of {total} photos, {names}; {out / 'rotated.txt'} lists "
+            "them. Masks fit photos as viewers show them; for tools that ignore EXIF, add --upright"
+        )
+    if converted.failed:
+        lines.append(f"could not be used: {converted.failed} photos, listed in {out / 'errors.jsonl'}")
+    return lines

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""PASCAL VOC: VOCdevkit/VOC2012 with label maps of classes and of objects."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from ..errors import UserError
+from ..formats import encode_label_map, label_palette
+from ..photos import pixels_of
+from .dataset import JPEG_QUALITY, TRAIN, VAL, Dataset, Item
+from .png import list_photos
+
+ROOT = "VOCdevkit/VOC2012"  # where torchvision's VOCSegmentation looks for the year 2012
+
+
+def write(dataset: Dataset) -> None:
+    """Writes JPEGImages, SegmentationClass, SegmentationObject, ImageSets/Segmentation and labelmap.txt.
+
+    Readers expect NAME.jpg: photos in other formats are encoded as JPEG. Objects have no border of class 255.
+    """
+    if len(dataset.categories) > 254:
+        raise UserError(f"--to voc takes 254 categories, not {len(dataset.categories)}: 255 stands for no class there")
+
+    def labels(item: Item) -> None:
+        path = dataset.folder / ROOT / "JPEGImages" / f"{item.name}.jpg"
+        dataset.place(item, path, None if item.file.endswith((".jpg", ".jpeg")) else _jpeg(dataset, item))
+        classes, objects = dataset.label_map(item), dataset.label_map(item, objects=True)
+        for folder, labels in (("SegmentationClass", classes), ("SegmentationObject", objects)):
+            data = encode_label_map(labels, 256, dataset.options.gray)
+            dataset.write(f"{ROOT}/{folder}/{item.name}.png", data)
+
+    for _ in dataset.map(labels):
+        pass
+    sets = {split: [split] for split in dataset.splits}
+    if VAL in sets:
+        sets["trainval"] = [TRAIN, VAL]
+    for name, splits in sets.items():
+        names = (item for split in splits for item in dataset.map(lambda item: item.name, split))
+        dataset.write_lines(f"{ROOT}/ImageSets/Segmentation/{name}.txt", names)
+    colors = enumerate(["background", *dataset.categories])
+    rows = (f"{name}:{','.join(map(str, label_palette()[number]))}::" for number, name in colors)
+    dataset.write_lines("labelmap.txt", rows, begin="# label:color_rgb:parts:actions\n")
+    list_photos(dataset)
+
+
+def _jpeg(dataset: Dataset, item: Item) -> bytes:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(dataset.photo_bytes(item))) as image:
+        pixels = pixels_of(image)
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(pixels)).save(file, "jpeg", quality=JPEG_QUALITY)
+    return file.getvalue()
