@@ -10,6 +10,7 @@ can fix, 3 finished but no photo could be used, 130 interrupted, 143 ended by SI
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -316,6 +317,30 @@ def report(out: RunFolder, debug: Debug = False) -> None:
     from .report import write_report
 
     print(write_report(out))
+
+
+@app.command()
+@command
+def review(
+    out: RunFolder,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on this machine; 0 for a free one.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Accept and reject masks of a run in the browser.
+
+    Serves the page of all masks on this machine alone and writes each verdict to OUT/review.jsonl. Ctrl-C ends it.
+    """
+    from .review_server import Review, ReviewServer
+
+    with ReviewServer(Review(out), port) as server:
+        print(f"{server.url}\nCtrl-C ends the review; verdicts are in {out / 'review.jsonl'}", flush=True)
+        if browser:
+            import webbrowser
+
+            webbrowser.open(server.url)
+        with contextlib.suppress(Interrupted, KeyboardInterrupt):
+            server.serve_forever()
 
 
 # -- other commands --------------------------------------------------------------------------------------------------
