@@ -311,12 +311,22 @@ for _stage in STAGES.values():
         app.command(_stage.name, help=_stage.summary)(stage_command(_stage.name, takes_photos=_stage.name == "index"))
 
 
-@app.command(help=STAGES["report"].summary)
+@app.command(help="Write the gallery of a run, or of photos that `segment` has segmented: OUT/report.html.")
 @command
-def report(out: RunFolder, debug: Debug = False) -> None:
-    from .report import write_report
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Run folder, or the OUT of `segment`.")],
+    debug: Debug = False,
+) -> None:
+    from .photos import SEGMENT_RECORD
 
-    print(write_report(out))
+    if (out / SEGMENT_RECORD).exists():
+        from .segmenter.report import write_segmented_report
+
+        print(write_segmented_report(out))
+    else:
+        from .report import write_report
+
+        print(write_report(out))
 
 
 @app.command()

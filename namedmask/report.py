@@ -124,6 +124,7 @@ class Contents:
         labels: What the page calls the masks of each folder.
         categories: By name; those of the archive first.
         review: Verdicts by photo and category.
+        scores: Scores of the masks in `review`.
 
     Raises:
         UserError: As `write_report`.
@@ -138,7 +139,7 @@ class Contents:
         archive = read_archive(out / "archive.json")
         self.categories = {name: Category(name, len(archive.photos[name])) for name in archive.categories}
         self.tiles_per_category = _tiles_per_category(len(self.categories))
-        self._reviewed: dict[Key, float] = {}  # scores
+        self.scores: dict[Key, float] = {}
         photos = array("q")  # hashes of the names: 8 bytes per mask
         for record in read(self.folders[0]) if self.folders else ():
             photos.append(hash(record.photo))
@@ -147,7 +148,7 @@ class Contents:
                 self.categories[record.category] = Category(record.category, 0)
             self.categories[record.category].add(record, self.tiles_per_category)
             if key_of(record) in self.review:
-                self._reviewed[key_of(record)] = record.score
+                self.scores[key_of(record)] = record.score
         self.photo_count = np.unique(photos).size
 
     @property
@@ -182,7 +183,7 @@ class Contents:
         low, high = (0.0, 1.0) if not scores.size else (min(0.0, scores.min()), max(1.0, scores.max()))
         cuts = [round(low + step * (high - low) / CUTS, 4) for step in range(CUTS + 1)]
         record, maker = read_record(self.out), "experts" if self.is_refined else "pseudolabel"
-        errors, error_count = _read_errors(self.out / "errors.jsonl")
+        errors, error_count = read_some_errors(self.out / "errors.jsonl")
         return template("report.html.j2").generate(
             title=Path(absolute(self.out)).name,
             note=note,
@@ -225,7 +226,7 @@ class Contents:
                     # Per category: its name, and how many masks have a score of at least each of `cuts`.
                     "categories": [[category.name, category.counts(cuts)] for category in categories],
                     # Photo, category, verdict and score; null for a verdict about a mask that the run does not have.
-                    "review": [[*key, verdict, self._reviewed.get(key)] for key, verdict in self.review.items()],
+                    "review": [[*key, verdict, self.scores.get(key)] for key, verdict in self.review.items()],
                 }
             ),
         )
@@ -412,7 +413,7 @@ def _tiles_per_category(categories: int) -> int:
     return max(2, min(PER_CATEGORY, MAX_THUMBNAILS // max(1, categories)))
 
 
-def _read_errors(path: Path) -> tuple[list[ErrorRecord], int]:
+def read_some_errors(path: Path) -> tuple[list[ErrorRecord], int]:
     """The first `ERRORS_SHOWN` errors of a run and the total number."""
     if not path.exists():
         return [], 0
@@ -508,15 +509,15 @@ def changed(record: MaskRecord, pixels: np.ndarray) -> str:
     return f"the photo has changed: the mask is {record.size[1]} x {record.size[0]}, the photo {width} x {height}"
 
 
-def thumbnail_size(size: tuple[int, ...]) -> tuple[int, int]:
+def thumbnail_size(size: tuple[int, ...], side: int = _SIDE) -> tuple[int, int]:
     """Width and height of the thumbnail of a photo of this height and width."""
-    scale = _SIDE / max(size)
+    scale = side / max(size)
     return max(1, round(size[1] * scale)), max(1, round(size[0] * scale))
 
 
-def draw_thumbnail(pixels: np.ndarray) -> bytes:
+def draw_thumbnail(pixels: np.ndarray, side: int = _SIDE) -> bytes:
     """The thumbnail of a photo, as JPEG."""
-    size = thumbnail_size(pixels.shape[:2])
+    size = thumbnail_size(pixels.shape[:2], side)
     image = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=2)
     return encode(image, "jpeg", quality=80, optimize=True)
 

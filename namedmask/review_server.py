@@ -143,7 +143,9 @@ class Review:
                 pass
         except UserError:
             note = "Another command is working on this run: verdicts cannot be saved until it has finished."
-        self.contents.review = read_review(self.out)
+        review = read_review(self.out)
+        self.contents.review = review
+        self.contents.scores = {key: record.score for key in review if (record := self.places[0].get(key))}
         return self.contents.page(note=note)
 
     def shown(self, category: int, show: str) -> list[int]:

@@ -297,7 +297,7 @@ async function load(more) {
     return;
   }
   more.replaceWith(...prepare(await answer.text()));
-  all(".more", section).forEach(item => watcher.observe(item));
+  all(".more[data-from]", section).forEach(item => watcher.observe(item));
   showCuts();
 }
 find("#show")?.addEventListener("change", () => {
@@ -310,7 +310,7 @@ find("#show")?.addEventListener("change", () => {
   }
 });
 all(".tile").forEach(prepareTile);
-all(".more", gallery).forEach(more => watcher.observe(more));
+all(".more[data-from]", gallery).forEach(more => watcher.observe(more));
 if (data.served) find("#save").hidden = true;
 showCuts();
 openLinked();

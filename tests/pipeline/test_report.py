@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The report page, checked as text, as HTML and as laid out by headless Chromium."""
+"""The report page, checked as text, and as HTML; test_pages.py looks at it in Chromium."""
 
 import dataclasses
-import html
 import json
 import os
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -366,68 +364,3 @@ def test_damaged_sheet_raises_user_error(run, tmp_path):
     (out / "red.png").write_text("not a picture")
     with pytest.raises(UserError, match=r"sheets.json: .*red.png.*; the file is damaged: delete it"):
         report.write_report(out, {"red.png": "red"})
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-CHROMIUM_OPTIONS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-]  # fmt: skip
-MEASURE = """<script>
-addEventListener("load", () => {
-  const shown = [...document.images];
-  const box = e => e.getBoundingClientRect();
-  const frames = [...document.querySelectorAll(".frame")];
-  const find = document.getElementById("find"), sort = document.getElementById("sort");
-  const first = () => document.querySelector(".contents .name").textContent;
-  const measured = {
-    inner: innerWidth,
-    images: shown.filter(i => i.naturalWidth > 0 && box(i).width > 20 && box(i).height > 1).length,
-    frames: frames.filter(f => box(f).width > 90 && box(f).height > 90).length,
-    spill: [...document.querySelectorAll(".photo")].filter(
-      p => box(p).right > box(p.parentElement).right + 1 || box(p).bottom > box(p.parentElement).bottom + 1).length,
-    wide: document.documentElement.scrollWidth - innerWidth,
-    side: box(document.querySelector("main")).left > 200,
-  };
-  sort.value = "count"; sort.dispatchEvent(new Event("change")); measured.first = first();
-  find.value = "ROUND"; find.dispatchEvent(new Event("input"));
-  measured.found = document.querySelectorAll(".contents li:not([hidden])").length;
-  document.querySelector("section:not([hidden]) .frame[role]").click();
-  measured.dialog = document.querySelector("dialog").open && document.querySelectorAll("dialog img").length;
-  document.getElementById("masks").click();
-  measured.hidden = getComputedStyle(document.querySelector("img.mask")).visibility;
-  parent.postMessage(JSON.stringify(measured), "*");
-});
-</script>"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome executable")
-@pytest.mark.parametrize("width", [400, 1400])
-def test_layout_and_controls_in_chromium(run, tmp_path, width):
-    page = tmp_path / "measured.html"
-    page.write_text((run / "report.html").read_text("utf-8").replace("</body>", MEASURE + "</body>"), "utf-8")
-    # In a frame of that width, because windows of Chromium are at least 500 pixels wide.
-    outer = tmp_path / "outer.html"
-    outer.write_text(
-        f"<iframe width={width} height=1000 frameborder=0 src=measured.html></iframe>"
-        "<script>addEventListener('message', event => document.title = event.data)</script>"
-    )
-    options = [*CHROMIUM_OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1500,1000"]
-    done = subprocess.run(
-        [CHROMIUM, *options, "--virtual-time-budget=500", "--dump-dom", outer.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    measured = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
-    assert measured == {
-        "inner": width, "images": 11 + 10, "frames": 13, "spill": 0, "wide": 0, "side": width == 1400,
-        "first": "disc", "found": 1, "dialog": 2, "hidden": "hidden",
-    }  # fmt: skip
-    screenshot = tmp_path / "page.png"
-    subprocess.run(
-        [CHROMIUM, *options, f"--screenshot={screenshot}", (run / "report.html").as_uri()],
-        capture_output=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert len(Image.open(screenshot).convert("RGB").getcolors(1 << 24)) > 50
