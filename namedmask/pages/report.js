@@ -116,20 +116,17 @@ addEventListener("beforeunload", event => {
 
 const cutOf = new Map();  // number of a category -> step of its slider
 const atLeast = (score, step) => score >= data.cuts[step];
-function stay(number, step) {
+function stay(counts, reviewed, step) {
   // A mask without a verdict stays by its score, an accepted one always, a rejected one never.
-  const [name, counts] = data.categories[number];
-  let count = counts[step];
-  for (const { category, verdict, score } of review.values()) {
-    if (category === name && score !== null) count += (verdict !== "reject") - atLeast(score, step);
-  }
-  return count;
+  return reviewed.reduce((count, { verdict, score }) => count + (verdict !== "reject") - atLeast(score, step), counts[step]);
 }
 function showCuts() {
   let stays = 0, total = 0;
+  const reviewed = new Map(data.categories.map(([name]) => [name, []]));
+  for (const one of review.values()) if (one.score !== null) reviewed.get(one.category).push(one);
   for (const section of all(".category")) {
-    const number = section.dataset.category, step = cutOf.get(number) ?? 0, left = stay(number, step);
-    const [, counts] = data.categories[number];
+    const number = section.dataset.category, step = cutOf.get(number) ?? 0;
+    const [name, counts] = data.categories[number], left = stay(counts, reviewed.get(name), step);
     stays += left;
     total += counts[0];
     const output = find("output", section);

@@ -142,7 +142,7 @@ def test_enlarged_view_compares_the_stages(page, out):
     accept = dialog.get_by_role("button", name="Accept")
     assert accept.get_attribute("aria-pressed") == "true"
     page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.closest('.tile').id") == "mask/disc/02.png"
+    expect(tile(page, "disc", 2).locator(".frame")).to_be_focused()
 
 
 def test_search_without_a_match_says_so(page, out):

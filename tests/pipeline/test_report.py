@@ -364,3 +364,54 @@ def test_damaged_sheet_raises_user_error(run, tmp_path):
     (out / "red.png").write_text("not a picture")
     with pytest.raises(UserError, match=r"sheets.json: .*red.png.*; the file is damaged: delete it"):
         report.write_report(out, {"red.png": "red"})
+
+
+def rectangle(rows: int, columns: int, hollow: bool = False) -> MaskRecord:
+    """The record of a rectangle in the corner of a photo of 40 x 50 pixels."""
+    mask = np.zeros((40, 50), bool)
+    mask[:rows, :columns] = True
+    if hollow:
+        mask[5:35, 5:45] = False
+    return MaskRecord.from_mask("a.png", mask, "dog", None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        (rectangle(0, 0), report.EMPTY),
+        (rectangle(1, 3), report.TINY),
+        (rectangle(1, 4), ""),
+        (rectangle(40, 50, hollow=True), report.FRAMES),
+        (rectangle(40, 50), ""),
+        (rectangle(40, 49, hollow=True), ""),
+    ],
+)
+def test_problems_show_in_the_fields_of_a_record(record, problem):
+    assert report.problem_of(record) == problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"), [({}, "try --largest-component"), ({"largest_component": True}, "try another --detector")]
+)
+def test_hints_name_an_option_that_is_not_used_yet(tmp_path, settings, remedy):
+    draw_photo(tmp_path / "photos" / "a.png", (40, 50))
+    records = [rectangle(40, 50, hollow=True)] * 2 + [rectangle(10, 10)] * 7
+    write_run(tmp_path / "out", tmp_path / "photos", records, ["dog"], [])
+    values = {f"refine.{name}": value for name, value in settings.items()}
+    RunRecord(str(tmp_path / "photos"), {"pseudolabel": StageRecord(values)}).write(tmp_path / "out")
+    text = " ".join(Page(report.write_report(tmp_path / "out")).text.split())
+    assert f"2 of 9 masks: frames the photo; {remedy}" in text
+    assert text.count(f"frames the photo: {remedy}") == 2
+
+
+def test_iou_of_records():
+    assert report.iou(rectangle(10, 20), rectangle(20, 10)) == 1 / 3
+    assert report.iou(rectangle(0, 0), rectangle(0, 0)) == 1 and report.iou(rectangle(0, 0), rectangle(1, 1)) == 0
+    assert report.iou(rectangle(1, 1), MaskRecord.from_mask("a.png", np.ones((2, 2), bool), "dog", None, 1)) is None
+
+
+def test_counts_at_each_cut():
+    category = report.Category("dog", 3)
+    for score in (0.2, 0.5, 0.5, 0.9):
+        category.add(dataclasses.replace(rectangle(9, 9), score=score), 3)
+    assert category.counts([0.0, 0.2, 0.21, 0.5, 0.51, 1.0]) == [4, 4, 3, 3, 1, 0]

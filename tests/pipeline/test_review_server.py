@@ -9,7 +9,11 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -175,6 +179,17 @@ def test_what_cannot_be_reviewed_is_said(tmp_path, out):
         shutil.rmtree(out / folder)
     with pytest.raises(UserError, match="has no masks yet; run `namedmask pseudolabel"):
         Review(out)
+
+
+def test_interrupt_ends_the_command(out):
+    words = [sys.executable, "-m", "namedmask", "review", str(out), "--no-browser"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().strip()
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            assert b"20.png" not in answer.read()  # tiles come later
+        process.send_signal(signal.SIGINT)
+        assert "verdicts are in" in process.stdout.read()
+    assert process.returncode == 0
 
 
 def test_taken_port_is_said(ask):
