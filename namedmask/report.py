@@ -96,7 +96,7 @@ def write_report(out: str | os.PathLike[str], sheets: Mapping[str, str] | None =
             file.write(json.dumps({"sheets": dict(sheets), "results": results_digest(out)}, indent=1).encode())
     contents = Contents(out)
     pictures = _read_sheets(out)
-    limit = contents.tiles_per_category
+    limit = _tiles_per_category(len(contents.categories))  # now all of them are known
     large = LARGE_PICTURES // max(1, len(contents.categories))
     chosen = [category.best_and_lowest(limit) for category in contents.categories.values()]
     shown = [record for best, lowest in chosen for record in (*best, *lowest)]
@@ -138,7 +138,7 @@ class Contents:
         self.review = read_review(out)
         archive = read_archive(out / "archive.json")
         self.categories = {name: Category(name, len(archive.photos[name])) for name in archive.categories}
-        self.tiles_per_category = _tiles_per_category(len(self.categories))
+        limit = _tiles_per_category(len(self.categories))
         self.scores: dict[Key, float] = {}
         photos = array("q")  # hashes of the names: 8 bytes per mask
         for record in read(self.folders[0]) if self.folders else ():
@@ -146,7 +146,7 @@ class Contents:
             # Merged or hand-edited runs may hold categories that the archive does not name.
             if record.category not in self.categories:
                 self.categories[record.category] = Category(record.category, 0)
-            self.categories[record.category].add(record, self.tiles_per_category)
+            self.categories[record.category].add(record, limit)
             if key_of(record) in self.review:
                 self.scores[key_of(record)] = record.score
         self.photo_count = np.unique(photos).size

@@ -141,8 +141,8 @@ class Review:
         try:
             with run.locked(self.out):
                 pass
-        except UserError:
-            note = "Another command is working on this run: verdicts cannot be saved until it has finished."
+        except UserError as error:
+            note = f"Verdicts cannot be saved now: {_reason(error)}."
         review = read_review(self.out)
         self.contents.review = review
         self.contents.scores = {key: record.score for key in review if (record := self.places[0].get(key))}
@@ -333,7 +333,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 self.server.review.save(verdicts)
             except UserError as error:
-                self._send(409, str(error))
+                self._send(409, _reason(error))
             else:
                 self._send(204, b"")
 
@@ -353,6 +353,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+
+def _reason(error: UserError) -> str:
+    """What is wrong, without the remedy, which is for the command line."""
+    return str(error).partition(";")[0]
 
 
 def _index(text: str) -> int:

@@ -280,6 +280,14 @@ function prepareTile(tile) {
   frame.setAttribute("role", "button");
   show(tile);
 }
+gallery.addEventListener("error", async event => {  // a photo that has gone or changed; the server says why
+  const frame = event.target.closest(".frame");
+  if (!frame || event.target.matches(".mask")) return;
+  const answer = await fetch(event.target.src).catch(() => undefined), reason = document.createElement("p");
+  reason.textContent = `Cannot be shown: ${answer ? await answer.text() : "the server has ended"}`;
+  frame.classList.add("broken");
+  find(".photo", frame)?.replaceWith(reason);
+}, true);
 const watcher = new IntersectionObserver(seen => {
   for (const { isIntersecting, target } of seen) if (isIntersecting) load(target);
 }, { rootMargin: "600px" });

@@ -185,6 +185,16 @@ def test_served_page_saves_at_once(page, out):
         server.shutdown()
 
 
+def test_served_page_says_why_a_photo_is_not_shown(browser, out):
+    (out.parent / "photos" / "01.png").unlink()
+    page = browser.new_page()
+    with serve(out) as server:
+        page.goto(server.url)
+        expect(tile(page, "disc", 1).locator(".frame")).to_have_text("Cannot be shown: '01.png': vanished")
+        server.shutdown()
+    page.close()
+
+
 def test_10000_masks_are_shown_at_once(browser, tmp_path):
     names = {f"name {c}": [f"{c}/{n}.png" for n in range(500)] for c in range(20)}
     out = reviewable_run(tmp_path / "run", names, refined=False)

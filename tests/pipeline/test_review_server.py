@@ -122,8 +122,8 @@ def test_verdicts_are_saved_at_once_and_obeyed(ask, out):
     assert ask(path, 7)[0] == 400
     with runs.locked(out):
         status, reason = ask(path, [{"photo": "06.png", "category": "disc", "verdict": "reject"}])
-        assert status == 409 and b"in use by another run" in reason
-        assert b"verdicts cannot be saved until it has finished" in ask(f"/{ask.server.token}/")[1]
+        assert status == 409 and reason.endswith(b"in use by another run")
+        assert b"Verdicts cannot be saved now: " in ask(f"/{ask.server.token}/")[1]
     assert (out / "review.jsonl").read_bytes() == before
 
 
