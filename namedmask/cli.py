@@ -10,6 +10,7 @@ can fix, 3 finished but no photo could be used, 130 interrupted, 143 ended by SI
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -319,16 +320,59 @@ for _stage in STAGES.values():
         app.command(_stage.name, help=_stage.summary)(stage_command(_stage.name, takes_photos=_stage.name == "index"))
 
 
-@app.command(help=STAGES["report"].summary)
+@app.command(help="Write the gallery of a run, or of photos that `segment` has segmented: OUT/report.html.")
 @command
-def report(out: RunFolder, photos: MovedPhotos = None, debug: Debug = False) -> None:
-    from . import run
-    from .report import write_report
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Run folder, or the OUT of `segment`.")],
+    photos: MovedPhotos = None,
+    debug: Debug = False,
+) -> None:
+    from .photos import SEGMENT_RECORD
 
+    if (out / SEGMENT_RECORD).exists():
+        from .segmenter.report import write_segmented_report
+
+        print(write_segmented_report(out))
+    else:
+        from .report import write_report
+
+        _move_photos(out, photos)
+        print(write_report(out))
+
+
+def _move_photos(out: Path, photos: Path | None) -> None:
+    """Records where the photos of a run are now, if they have moved."""
     if photos is not None:
+        from . import run
+
         with run.locked(out):
             run.settle(out, {"photos": absolute(photos)}, ["report"])
-    print(write_report(out))
+
+
+@app.command()
+@command
+def review(
+    out: RunFolder,
+    photos: MovedPhotos = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on this machine; 0 for a free one.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Accept and reject masks of a run in the browser.
+
+    Serves the page of all masks on this machine alone and writes each verdict to OUT/review.jsonl. Ctrl-C ends it.
+    """
+    from .review_server import Review, ReviewServer
+
+    _move_photos(out, photos)
+    with ReviewServer(Review(out), port) as server:
+        print(f"{server.url}\nCtrl-C ends the review; verdicts are in {out / 'review.jsonl'}", flush=True)
+        if browser:
+            import webbrowser
+
+            webbrowser.open(server.url)
+        with contextlib.suppress(Interrupted, KeyboardInterrupt):
+            server.serve_forever()
 
 
 # -- other commands --------------------------------------------------------------------------------------------------

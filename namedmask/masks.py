@@ -234,7 +234,17 @@ def read_masks(folder: str | os.PathLike) -> Iterator[MaskRecord]:
     """Yields the records of all shards of a folder, in the order of the shards.
 
     Raises:
-        DamagedFile: As `read_shard`, or if a shard of OUT/refined is missing.
+        DamagedFile: As `read_shard` and `mask_shards`.
+    """
+    for shard in mask_shards(folder):
+        yield from read_shard(shard)
+
+
+def mask_shards(folder: str | os.PathLike[str]) -> list[Path]:
+    """Returns the shards of masks in a folder, in order.
+
+    Raises:
+        DamagedFile: If a shard of OUT/refined is missing, or if one of OUT/masks has neither masks nor errors.
     """
     if Path(folder).name == "refined":  # finished: each shard has a file of errors
         for errors in sorted(Path(folder).glob(f"*{_ERRORS_SUFFIX}")):
@@ -243,10 +253,11 @@ def read_masks(folder: str | os.PathLike) -> Iterator[MaskRecord]:
                 again = f"run `namedmask experts {Path(folder).parent}` to make it again"
                 raise DamagedFile(shard, "it is missing", remedy=again)
     shards = [path for path in Path(folder).glob("*.jsonl") if not path.name.endswith(_ERRORS_SUFFIX)]
-    for shard in sorted(shards, key=lambda path: (len(path.name), path.name)):  # 99999 before 100000
+    shards.sort(key=lambda path: (len(path.name), path.name))  # 99999 before 100000
+    for shard in shards:
         if Path(folder).name == "masks" and not shard.stat().st_size and _has_no_errors(shard):
             raise DamagedFile(shard, "it is empty, and no photo of it has failed")
-        yield from read_shard(shard)
+    return shards
 
 
 def best_masks(out: str | os.PathLike) -> Path:

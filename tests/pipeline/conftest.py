@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Fixtures: a small ViT with random weights, options that select it, and a single thread for torch."""
+"""Fixtures: a small ViT with random weights, options that select it, a single thread for torch, and a browser."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,3 +46,17 @@ def run_on_one_thread() -> Iterator[None]:
 
 one_thread = pytest.fixture(run_on_one_thread)
 one_thread_in_module = pytest.fixture(scope="module")(run_on_one_thread)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """Chromium of the system, driven by Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("no chromium or google-chrome executable")
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=options)
+        yield browser
+        browser.close()

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 ENCODER = "test_resnet"  # timm's, for tests
+SIZE = 90, 120  # height and width of the photos of `reviewable_run`
 COLORS = {"cat": (200, 60, 40), "dog": (40, 90, 200)}
 
 
@@ -82,3 +84,45 @@ def small_run(root: Path, photos: int, detector_options: list[str]) -> tuple[lis
     training = ["--crop-size", 32, "--batch-size", 2, "--steps", 8, "--lr", 1e-2, "--encoder", ENCODER]
     training += ["--encoder-weights", root / "encoder.safetensors", "--head-channels", 16]
     return [*words, "--photos-per-category", photos // 2], training
+
+
+def disc(x: int) -> np.ndarray:
+    """The mask of a disc around the column x, bool of SIZE."""
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
+    return (rows - SIZE[0] // 2) ** 2 + (columns - x) ** 2 < 400
+
+
+def reviewable_run(out: Path, names: dict[str, list[str]], refined: bool = True) -> Path:
+    """Writes a run with photos of a disc, and masks that detector and experts have placed differently.
+
+    Args:
+        out: The run folder; the photos are beside it.
+        names: The photos of each category. The scores fall from 1 to 0.
+        refined: Whether there are masks of experts, and those before refinement.
+    """
+    from namedmask.masks import MaskRecord, write_errors, write_shard
+    from namedmask.record import RunRecord, StageRecord
+
+    photos = out.parent / "photos"
+    photos.mkdir()
+    picture = np.where(disc(60)[..., None], (200, 60, 20), (30, 90, 160)).astype(np.uint8)
+    Image.fromarray(picture).save(out.parent / "disc.png")
+    for name in {name for members in names.values() for name in members}:
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).hardlink_to(out.parent / "disc.png")
+    for folder, x in {"masks": 50, "refined": 60, "detected": 45}.items() if refined else [("masks", 50)]:
+        mask = MaskRecord.from_mask("", disc(x), "", 0.25, 0)
+        records = [
+            replace(mask, photo=name, category=category, score=round(1 - number / len(members), 4))
+            for category, members in names.items()
+            for number, name in enumerate(members)
+        ]
+        (out / folder).mkdir(parents=True)
+        for shard, part in enumerate((records[: len(records) // 2], records[len(records) // 2 :])):
+            write_errors(out / folder / f"{shard:05}.errors.jsonl", [])
+            write_shard(out / folder / f"{shard:05}.jsonl", part)
+    archive = {category: [{"photo": name, "score": 0.25} for name in members] for category, members in names.items()}
+    (out / "archive.json").write_text(json.dumps({"categories": list(names), "photos": archive}))
+    stages = ["archive", "pseudolabel", *["experts"] * refined]
+    RunRecord(str(photos), {stage: StageRecord() for stage in stages}).write(out)
+    return out

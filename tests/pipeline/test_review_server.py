@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: MIT
+"""`namedmask review`: who may ask the server, and what it answers."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from namedmask import run as runs
+from namedmask.errors import UserError
+from namedmask.review import read_review, reviewed_masks, write_review
+from namedmask.review_server import TILES, Review, ReviewServer
+from small_world import SIZE, disc, reviewable_run
+
+NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
+LONG = "a folder with a long name/and a photo with a name that no caption of a phone can show in one line.png"
+NAMES = {
+    "disc": [f"{n:02}.png" for n in range(30)],
+    "<i>round</i> & more": [NOT_UTF8, LONG, "00.png"],
+}
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return reviewable_run(tmp_path / "run", NAMES)
+
+
+class Client:
+    """Asks a server as a browser does."""
+
+    def __init__(self, server: ReviewServer):
+        self.server = server
+
+    def __call__(self, path: str, body: object = None, **headers: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=30)
+        data = None if body is None else json.dumps(body).encode()
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request("GET" if body is None else "POST", path, data, headers)
+        answer = connection.getresponse()
+        self.headers = answer.headers
+        content = answer.read()
+        connection.close()
+        return answer.status, content
+
+
+@pytest.fixture
+def ask(out) -> Iterator[Client]:
+    with ReviewServer(Review(out)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield Client(server)
+        server.shutdown()
+
+
+def test_only_the_page_itself_is_answered(ask, out):
+    token, port = ask.server.token, ask.server.server_port
+    assert len(token) >= 32 and ask.server.server_address[0] == "127.0.0.1"
+    assert ask(f"/{token}/")[0] == 200
+    assert "Access-Control-Allow-Origin" not in ask.headers and ask.headers["X-Frame-Options"] == "DENY"
+    for path in ("/", "/favicon.ico", f"/{token[:-1]}/", f"/{token}x/", f"/{quote('é')}/", f"/{token}"):
+        assert ask(path)[0] == 404, path
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}"):  # DNS rebinding
+        assert ask(f"/{token}/", Host=host)[0] == 403, host
+    assert ask(f"/{token}/", Host=f"localhost:{port}")[0] == 200
+    verdicts = [{"photo": "00.png", "category": "disc", "verdict": "accept"}]
+    assert ask("/wrong/review", verdicts)[0] == 404
+    assert ask(f"/{token}/review", verdicts, Host="evil.example")[0] == 403
+    assert ask(f"/{token}/review", verdicts, Origin="https://evil.example")[0] == 403
+    assert not (out / "review.jsonl").exists()
+    assert ask(f"/{token}/review", verdicts, Origin=f"http://127.0.0.1:{port}")[0] == 204
+    assert read_review(out) == {("00.png", "disc"): "accept"}
+    for path in (
+        "../run.toml",
+        "0/0/..%2f..",
+        "0/99/photo",
+        "9/0/photo",
+        "0/0/run.toml",
+        "0/0/masks-large",
+        "0/-1/photo",
+    ):
+        assert ask(f"/{token}/{path}")[0] == 404, path
+
+
+def test_verdicts_are_saved_at_once_and_obeyed(ask, out):
+    path = f"/{ask.server.token}/review"
+    write_review(out, {("kept.png", "of another run"): "reject"})
+    for photo, category, verdict in (
+        ("03.png", "disc", "reject"), ("04.png", "disc", "accept"), ("05.png", "disc", "reject"),
+        ("05.png", "disc", None),
+        (NOT_UTF8, list(NAMES)[1], "detector"),
+    ):  # fmt: skip
+        assert ask(path, [{"photo": photo, "category": category, "verdict": verdict}]) == (204, b"")
+    assert read_review(out) == {
+        ("kept.png", "of another run"): "reject", ("03.png", "disc"): "reject", ("04.png", "disc"): "accept",
+        (NOT_UTF8, list(NAMES)[1]): "detector",
+    }  # fmt: skip
+    masks = {(one.photo, one.category): one.bbox for one in reviewed_masks(out)}
+    assert len(masks) == 32 and ("03.png", "disc") not in masks
+    assert masks[NOT_UTF8, list(NAMES)[1]][0] == masks["00.png", "disc"][0] - 10
+    before = (out / "review.jsonl").read_bytes()
+    wrong = [
+        {"photo": "03.png"}, {"photo": "03.png", "category": "disc", "verdict": "maybe"}, 3,
+        {"photo": "gone.png", "category": "disc", "verdict": "reject"},
+    ]  # fmt: skip
+    for one in wrong:
+        assert ask(path, [one])[0] == 400
+    assert ask(path, 7)[0] == 400
+    with runs.locked(out):
+        status, reason = ask(path, [{"photo": "06.png", "category": "disc", "verdict": "reject"}])
+        assert status == 409 and reason.endswith(b"in use by another run")
+        assert b"Verdicts cannot be saved now: " in ask(f"/{ask.server.token}/")[1]
+    assert (out / "review.jsonl").read_bytes() == before
+
+
+def test_tiles_come_in_parts(ask, out):
+    def photos(**query: object) -> tuple[list[str], str | None]:
+        words = "&".join(
+            f"{name}={value}" for name, value in {"category": 0, "from": 0, "show": "best", **query}.items()
+        )
+        status, page = ask(f"/{ask.server.token}/tiles?{words}")
+        assert status == 200
+        keys = re.findall(r'data-key="(.*?)"', page.decode())
+        more = re.search(r'data-from="(\d+)"', page.decode())
+        return [json.loads(key.replace("&#34;", '"'))[0] for key in keys], more and more[1]
+
+    assert photos() == (NAMES["disc"][:TILES], str(TILES))
+    assert photos(**{"from": TILES}) == (NAMES["disc"][TILES:], None)
+    assert photos(show="lowest")[0] == NAMES["disc"][: -TILES - 1 : -1]
+    write_review(out, {("01.png", "disc"): "reject", ("02.png", "disc"): "detector"})
+    assert photos(show="reject") == (["01.png"], None) and photos(show="accept") == ([], None)
+    assert photos(show="open")[0][:2] == ["00.png", "03.png"]
+    linked = ask(f"/{ask.server.token}/linked?mask={quote('mask/%3Ci%3Eround%3C%2Fi%3E%20%26%20more/caf%E9.png')}")
+    assert linked[0] == 200 and b"caf\\udce9.png" in linked[1] and b"<i>" not in linked[1]
+    assert ask(f"/{ask.server.token}/linked?mask=mask/disc/gone.png")[0] == 404
+    for query in ("category=7&from=0&show=best", "category=0&from=x&show=best", "category=0", ""):
+        assert ask(f"/{ask.server.token}/tiles?{query}")[0] == 404
+
+
+def test_pictures_have_the_size_of_the_photo(ask, out):
+    sizes = {
+        "photo": SIZE[::-1],
+        "masks": SIZE[::-1],
+        "thumbnail": (224, 168),
+        "refined-thumbnail": (224, 168),
+    }
+    for kind, size in sizes.items():
+        status, data = ask(f"/{ask.server.token}/0/0/{kind}")
+        assert status == 200 and Image.open(io.BytesIO(data)).size == size, kind
+    inside = np.asarray(Image.open(io.BytesIO(ask(f"/{ask.server.token}/0/0/masks")[1]))) == 1
+    assert inside.sum() > 800 and not (inside & ~disc(50)).any()  # without its outline
+    (out.parent / "photos" / "01.png").unlink()
+    Image.new("RGB", (5, 5)).save(out.parent / "photos" / "02.png")
+    assert ask(f"/{ask.server.token}/0/1/photo")[0] == 409
+    assert b"the photo has changed" in ask(f"/{ask.server.token}/0/2/thumbnail")[1]
+    shard = out / "refined" / "00000.jsonl"
+    shard.write_bytes(shard.read_bytes()[100:])
+    assert b"has changed: run `namedmask review` again" in ask(f"/{ask.server.token}/0/3/refined")[1]
+
+
+def test_what_cannot_be_reviewed_is_said(tmp_path, out):
+    with pytest.raises(UserError, match=r"stages\.json is missing"):
+        Review(tmp_path)
+    for folder in ("masks", "refined", "detected"):
+        shutil.rmtree(out / folder)
+    with pytest.raises(UserError, match="has no masks yet; run `namedmask pseudolabel"):
+        Review(out)
+
+
+def test_interrupt_ends_the_command(out):
+    words = [sys.executable, "-m", "namedmask", "review", str(out), "--no-browser"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().strip()
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            assert b"20.png" not in answer.read()  # tiles come later
+        process.send_signal(signal.SIGINT)
+        assert "verdicts are in" in process.stdout.read()
+    assert process.returncode == 0
+
+
+def test_taken_port_is_said(ask):
+    with pytest.raises(UserError, match=f"--port {ask.server.server_port}: .*in use; leave it out"):
+        ReviewServer(ask.server.review, ask.server.server_port)
