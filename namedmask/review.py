@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""OUT/review.jsonl: what a person has decided about masks of a run.
+
+    {"photo": "cat/1.jpg", "category": "cat", "verdict": "reject"}
+
+One line per verdict; of several about the same photo and category, the last one counts.
+
+accept    the mask stays, whatever its score
+reject    the mask is left out
+detector  the mask of the detector (OUT/masks) stays instead of the expert's (OUT/refined)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+from .errors import UserError
+from .files import atomic_write
+from .masks import MaskRecord, best_masks, parse_fields, read_lines, read_masks
+
+FILE = "review.jsonl"
+Verdict = Literal["accept", "reject", "detector"]
+Review = dict[tuple[str, str], Verdict]  # by photo and category
+
+
+def read_review(out: str | os.PathLike) -> Review:
+    """Returns the verdicts of a run, by photo and category; none if there is no review.
+
+    Raises:
+        DamagedFile: With the file and the line number, at an invalid line.
+    """
+    path = Path(out, FILE)
+    return dict(read_lines(path, _parse, "correct or delete the line")) if path.exists() else {}
+
+
+def _parse(line: bytes) -> tuple[tuple[str, str], Verdict]:
+    fields = parse_fields(line, ("photo", "category", "verdict"))
+    for key in ("photo", "category"):
+        if not isinstance(fields[key], str):
+            raise ValueError(f"{key}: expected a string, got {fields[key]!r}")
+    if fields["verdict"] not in get_args(Verdict):
+        raise ValueError(f"verdict: expected one of {', '.join(get_args(Verdict))}, got {fields['verdict']!r}")
+    return (fields["photo"], fields["category"]), fields["verdict"]
+
+
+def write_review(out: str | os.PathLike, verdicts: Mapping[tuple[str, str], Verdict]) -> None:
+    """Writes the verdicts of a run, in their order. The file appears whole or not at all."""
+    with atomic_write(Path(out, FILE)) as file:
+        for (photo, category), verdict in verdicts.items():
+            line = json.dumps({"photo": photo, "category": category, "verdict": verdict})
+            file.write(line.encode() + b"\n")
+
+
+def reviewed_masks(out: str | os.PathLike) -> Iterator[MaskRecord]:
+    """Yields the best masks of a run, in order, without the rejected ones; the detector's where the review says so.
+
+    Raises:
+        DamagedFile: If the review or a shard is damaged.
+        UserError: If the review chooses a mask of the detector that OUT/masks does not have.
+    """
+    review = read_review(out)
+    for record in current_masks(out, review):
+        if review.get((record.photo, record.category)) != "reject":
+            yield record
+
+
+def current_masks(out: str | os.PathLike, review: Mapping[tuple[str, str], Verdict]) -> Iterator[MaskRecord]:
+    """Yields the best masks of a run as `reviewed_masks` does, but rejected ones as well."""
+    folder, detector = best_masks(out), Path(out, "masks")
+    chosen = {key for key, verdict in review.items() if verdict == "detector"}
+    if not chosen or folder == detector:
+        yield from read_masks(folder)
+        return
+    detected = {key: record for record in read_masks(detector) if (key := (record.photo, record.category)) in chosen}
+    for record in read_masks(folder):
+        key = record.photo, record.category
+        if key in chosen and key not in detected:
+            raise UserError(
+                f"{Path(out, FILE)} chooses the detector's mask of {record.photo!r} ({record.category}), but "
+                f"{detector} has none; remove the line"
+            )
+        yield detected.get(key, record)
