@@ -11,14 +11,14 @@ from pathlib import Path
 from .distributed import Worker
 from .errors import UserError
 from .masks import MaskRecord
-from .progress import warn
+from .progress import logger, warn
 
 FEW = 10  # a category with fewer usable masks is worth a warning
 LISTED = 20  # number of categories that are listed one by one
 
 
 def show_mask_counts(categories: Sequence[str], records: Iterable[MaskRecord], masks: Path) -> None:
-    """Prints how many masks of each category are usable, that is not empty, and warns of those with few.
+    """Logs how many masks of each category are usable, that is not empty, and warns of those with few.
 
     Args:
         categories: Names of the categories.
@@ -31,14 +31,13 @@ def show_mask_counts(categories: Sequence[str], records: Iterable[MaskRecord], m
         total[record.category] += 1
         usable[record.category] += record.area > 0
     counts = [usable[name] for name in categories]
-    print(
+    logger.info(
         f"usable masks in {masks}: {sum(counts)} of {total.total()}; per category {min(counts)} to {max(counts)}, "
-        f"median {statistics.median(counts):g}",
-        flush=True,
+        f"median {statistics.median(counts):g}"
     )
     few = [name for name in categories if usable[name] < FEW]
     for name in categories if len(categories) <= LISTED else few[:LISTED]:
-        print(f"  {name}: {usable[name]} of {total[name]}", flush=True)
+        logger.info(f"  {name}: {usable[name]} of {total[name]}")
     if few:
         warn(f"{_some(few)} fewer than {FEW} usable masks")
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from . import distributed, hub, process
+from . import distributed, hub, process, relay
 from .archive import expect_distinct, read_archive
 from .config import RunConfig, flatten, make_config, merge, nest, to_toml
 from .distributed import Worker
@@ -35,6 +35,7 @@ from .files import (
 )
 from .masks import read_errors, read_masks
 from .photos import PhotoSource
+from .progress import Progress, logger
 from .record import (
     IMPORTED,
     RunRecord,
@@ -308,6 +309,20 @@ def open_source(photos: str | os.PathLike) -> PhotoSource:
         raise UserError(str(error)) from None
 
 
+@contextmanager
+def _torch_restored() -> Iterator[None]:
+    """Restores what stages change of torch in this process: its number of threads and its random state."""
+    import torch
+
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+@_torch_restored()
 def start(
     out: Path,
     given: dict,
@@ -317,7 +332,7 @@ def start(
     overwrite: bool = False,
     trace: Path | None = None,
 ) -> bool:
-    """Runs stages of the run folder `out`; prints progress.
+    """Runs stages of the run folder `out`.
 
     Under torchrun or SLURM this process is one of many already and takes its place among them.
 
@@ -342,7 +357,7 @@ def start(
         work(out, stages, worker, device, trace)
         return True
     if worker.count > 1:
-        print(f"worker 0 of {worker.count}; waiting for the others", flush=True)
+        logger.info(f"worker 0 of {worker.count}; waiting for the others")
     if trace is not None:
         with atomic_write(trace):  # if it cannot be written, before the work
             pass
@@ -358,7 +373,7 @@ def start(
                 work(out, stages, worker, device, trace)
             else:
                 _start_workers(out, stages, gpus or workers, device, trace)
-            has_masks = "pseudolabel" not in stages or _print_counts(out)
+            has_masks = "pseudolabel" not in stages or _log_counts(out)
         except Exception as error:
             if worker.count == 1:  # else the other workers may still write
                 _keep_replaced(out, error)
@@ -367,7 +382,7 @@ def start(
             finish(out, stages)
     for stage in stages:
         if STAGES[stage].done:
-            print(STAGES[stage].done.format(out=out))
+            logger.info(STAGES[stage].done.format(out=out))
     return has_masks
 
 
@@ -383,12 +398,12 @@ def _keep_replaced(out: Path, error: Exception) -> None:
             error.args = (f"{error}; until the command has finished, the earlier results are kept in {out / OLD}",)
 
 
-def _print_counts(out: Path) -> bool:
-    """Prints how many masks a finished run has; returns whether there are any."""
+def _log_counts(out: Path) -> bool:
+    """Logs how many masks a finished run has; returns whether there are any."""
     masks = sum(1 for _ in read_masks(out / "masks"))
     errors = sum(1 for _ in read_errors(out / "errors.jsonl"))
     failed = f"; photos that could not be used: {errors}, see {out / 'errors.jsonl'}" if errors else ""
-    print(f"{masks} masks in {out / 'masks'}{failed}")
+    logger.info(f"{masks} masks in {out / 'masks'}{failed}")
     return masks > 0
 
 
@@ -406,7 +421,6 @@ def _start_workers(out: Path, stages: Sequence[str], count: int, device: str, tr
 
 def work(out: Path, stages: Sequence[str], worker: Worker, device: str, trace: Path | None = None) -> None:
     """This worker's part of the stages. device: "cpu" or "cuda". trace: see `start`."""
-    from .progress import Progress
     from .threads import limit_torch_threads
 
     try:
@@ -431,8 +445,8 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str, trace: P
 
 
 def _main() -> None:
-    """A worker that `distributed.launch` has started: python -m namedmask.run LAUNCHER OUT DEVICE STAGE..."""
-    launcher, out, device, trace, *stages = sys.argv[1:]
+    """A worker that `distributed.launch` has started: python -m namedmask.run LAUNCHER ADDRESS OUT DEVICE STAGE..."""
+    launcher, address, out, device, trace, *stages = sys.argv[1:]
     distributed.die_with(int(launcher))
     process.prepare()
     failure = Path(out) / ".failed"
@@ -442,7 +456,8 @@ def _main() -> None:
         worker = distributed.current()
         if device != "cpu":
             distributed.warm_up(worker.device(device))
-        work(Path(out), stages, worker, device, Path(trace) if trace else None)
+        with relay.sending(address):
+            work(Path(out), stages, worker, device, Path(trace) if trace else None)
     except Exception as error:
         if not isinstance(why := explained(error), UserError):
             raise

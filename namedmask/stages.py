@@ -473,3 +473,5 @@ STAGES = {
         ),
     )
 }
+
+LABELING = ("index", "archive", "pseudolabel", "report")  # what `namedmask run` runs

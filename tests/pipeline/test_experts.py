@@ -206,7 +206,7 @@ def test_changed_settings_raise_with_the_difference(world, tmp_path):
         make_config({"photos": "p", "experts": {"paste_objects": (1, 2)}})
 
 
-def test_empty_masks_and_missing_photos(world, tmp_path, capsys):
+def test_empty_masks_and_missing_photos(world, tmp_path, printing, capsys):
     """A category of empty masks is an error or keeps its records; an unreadable photo is listed in the errors."""
     original, settings, _ = world
     out = copy_of(original, tmp_path)
