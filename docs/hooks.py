@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import html
 import inspect
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ OUTSIDE = {
     "benchmarks.md": "bench/RESULTS.md",
     "ablations.md": "bench/ABLATIONS.md",
     "tools.md": "tools/README.md",
+    "quickstart.md": "docs/quickstart.ipynb",
     "demo_masks.jpg": "tests/pipeline/demo_masks.jpg",
 }
 ON_SITE = {source: name for name, source in OUTSIDE.items()}
@@ -44,8 +46,20 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     for name, source in OUTSIDE.items():
-        files.append(File.generated(config, name, abs_src_path=str(ROOT / source)))
+        if source.endswith(".ipynb"):
+            files.append(File.generated(config, name, content=notebook_as_markdown(ROOT / source)))
+        else:
+            files.append(File.generated(config, name, abs_src_path=str(ROOT / source)))
     return files
+
+
+def notebook_as_markdown(path: Path) -> str:
+    """The cells of a notebook, without outputs, and a line that links to the file."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    return "\n\n".join([*parts, f'<a href="{path.name}" download>Download this page as a notebook.</a>'])
 
 
 def on_page_markdown(markdown: str, page: Any, **others: Any) -> str:

@@ -23,12 +23,13 @@ import typer
 import typer.core
 
 from .config import Setting, find_setting, make_config, merge, nest, plain, read_settings, settings
+from .console import printing
 from .convert import FormatName
 from .errors import NothingUsable, UserError, explained
 from .evaluate import BenchmarkName
 from .files import absolute
 from .process import Interrupted, complain
-from .stages import STAGES
+from .stages import LABELING, STAGES
 
 CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, of click or of typer's own copy of it
 
@@ -63,8 +64,6 @@ PLAIN: Any = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(cls=Commands, no_args_is_help=True, context_settings=HELP, **PLAIN)
 pseudolabel_app = typer.Typer(context_settings=HELP, **PLAIN)
-
-LABELING = ("index", "archive", "pseudolabel", "report")  # what `namedmask run` runs
 
 PHOTOS_HELP = "Folder, list file (.txt), .tar or '{000..146}.tar' of photos, or a URL of the latter three."
 Photos = Annotated[
@@ -132,7 +131,8 @@ def command(function: Callable) -> Callable:
     @functools.wraps(function)
     def wrapper(debug: bool = False, **options: Any) -> None:
         try:
-            function(**options)
+            with printing():
+                function(**options)
         except UserError as error:
             if debug:
                 raise
@@ -198,8 +198,8 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
             from . import presets
 
             given = merge(presets.preset(preset), given)
-            if "archive" in stages and presets.needs_names(preset) and not _categories(given, out):
-                raise UserError(f"--preset {preset}: pass its category names as --categories-file FILE, in class order")
+            if "archive" in stages:
+                presets.expect_names(preset, given, out)
         if not takes_photos:  # a file's photos are those of the run that it comes from
             given.pop("photos", None)
         if photos is not None:
@@ -227,13 +227,6 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
     wrapper = command(run_stages)
     _give_signature(wrapper, parameters)
     return wrapper
-
-
-def _categories(given: dict, out: Path) -> Any:
-    """The category names of a run: the given ones, or those that it has recorded."""
-    from .record import read_record
-
-    return given.get("categories") or read_record(out).settings().get("categories")
 
 
 def _give_signature(function: Callable, parameters: dict[str, tuple[Any, Any]]) -> None:

@@ -583,7 +583,12 @@ def read_settings(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"--config {path}: {error}") from None
     values.pop(MADE_WITH, None)
-    make_config({"photos": "", **values})  # names each wrong name and value
+    return checked(values)
+
+
+def checked(values: dict) -> dict:
+    """Nested settings with absolute paths; UserError names each wrong name and value."""
+    make_config({"photos": "", **values})
     flat = flatten(values)
     for one in settings():
         if one.name in flat:

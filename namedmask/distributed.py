@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -270,9 +271,9 @@ def threads_per_worker(cores: int, workers: int) -> int:
 
 
 def launch(arguments: Sequence[str], workers: int, module: str = "namedmask.run") -> None:
-    """Runs `python -m MODULE LAUNCHER ARGUMENTS` in several processes and waits until all have finished.
+    """Runs `python -m MODULE LAUNCHER ADDRESS ARGUMENTS` in several processes and waits until all have finished.
 
-    If one dies, all are restarted, up to MAX_RESTARTS times.
+    If one dies, all are restarted, up to MAX_RESTARTS times. Their messages and progress come out here (`relay`).
 
     Args:
         arguments: Command line arguments.
@@ -281,20 +282,16 @@ def launch(arguments: Sequence[str], workers: int, module: str = "namedmask.run"
 
     Raises:
         UserError: If a worker died again after the last restart.
-        Interrupted: On Ctrl-C and SIGTERM, after all workers have ended.
+        Interrupted: On SIGTERM, after all workers have ended, unless this process has a handler that ends it.
     """
-    import logging
-
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from namedmask_kernels.threads import usable_cores
 
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed"):  # each has its own level
-            logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(usable_cores(), workers)))
+    from . import relay
+
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -309,9 +306,12 @@ def launch(arguments: Sequence[str], workers: int, module: str = "namedmask.run"
         # nohup ignores.
         signals_to_handle="SIGTERM",
     )
+    threads = threads_per_worker(usable_cores(), workers)
     try:
-        elastic_launch(config, sys.executable)("-m", module, str(os.getpid()), *arguments)
+        with relay.receiving() as address, _prepared_for_launch(threads):
+            elastic_launch(config, sys.executable)("-m", module, str(os.getpid()), address, *arguments)
     except SignalException as error:  # how the launcher reports SIGTERM; it has stopped the workers
+        signal.raise_signal(error.sigval)  # for the handler that this process had before
         raise process.Interrupted(error.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -320,6 +320,31 @@ def launch(arguments: Sequence[str], workers: int, module: str = "namedmask.run"
             f"worker {rank} died ({how}) again after {MAX_RESTARTS} restarts; finished shards are kept: run the same "
             "command again to continue, or with --workers 1 to see where it fails"
         ) from None
+
+
+@contextlib.contextmanager
+def _prepared_for_launch(threads: int) -> Iterator[None]:
+    """Sets the environment of workers and silences the launcher; restores both, and the signal handlers, at the end."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]
+    levels = {name: logging.getLogger(name).level for name in names}  # each has its own
+    variables = ("OMP_NUM_THREADS", "TORCHELASTIC_SIGNALS_TO_HANDLE", "TORCH_CPP_LOG_LEVEL")
+    environment = {name: os.environ.get(name) for name in variables}
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        if signal.getsignal(signal.SIGTERM) != handler:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def die_with(parent: int) -> None:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from .config import RunConfig
 from .errors import UserError, first_line
 from .files import atomic_write
+from .progress import logger
 
 ANSWER_WITHIN = 4.0  # seconds for all the server's answers together, name resolution included
 READ_TIMEOUT = 30.0  # seconds without data after which a download from a URL fails
@@ -182,7 +183,7 @@ def fetch(one: Published, others: Sequence[Published] = ()) -> Path:
         return path
     try:
         name = _within(ANSWER_WITHIN, lambda: _find(one))
-        print(f"downloading {one.what}: {one.address(name)}", flush=True)
+        logger.info(f"downloading {one.what}: {one.address(name)}")
         return _download(one, name)
     except Exception as error:  # hub, network and disk each have their own exceptions
         missing = (one, *others)

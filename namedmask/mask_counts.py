@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from .console import plain_console
 from .distributed import Worker
 from .errors import UserError
 from .masks import MaskRecord
-from .progress import plain_console, warn
+from .progress import logger, warn
 
 FEW = 10  # a category with fewer usable masks is worth a warning
 LISTED = 20  # number of categories that are listed one by one
@@ -20,7 +21,7 @@ LISTED = 20  # number of categories that are listed one by one
 def show_mask_counts(
     categories: Sequence[str], records: Sequence[MaskRecord], masks: Path, selected: Sequence[MaskRecord] | None = None
 ) -> None:
-    """Prints how many masks of each category are usable, that is not empty, and warns of those with few.
+    """Logs how many masks of each category are usable, that is not empty, and warns of those with few.
 
     Args:
         categories: Names of the categories.
@@ -37,10 +38,9 @@ def show_mask_counts(
     if selected is None:
         del columns["selected"]
     counts = [usable[name] for name in categories]
-    print(
+    logger.info(
         f"usable masks in {masks}: {sum(counts)} of {total.total()}; per category {min(counts)} to {max(counts)}, "
-        f"median {statistics.median(counts):g}",
-        flush=True,
+        f"median {statistics.median(counts):g}"
     )
     few = [name for name in categories if usable[name] < FEW]
     if listed := list(categories) if len(categories) <= LISTED else few[:LISTED]:
@@ -50,7 +50,10 @@ def show_mask_counts(
             table.add_column(title, justify="right", no_wrap=True)
         for name in listed:
             table.add_row(name, *(str(column[name]) for column in columns.values()))
-        plain_console().print(table)
+        console = plain_console()
+        with console.capture() as capture:
+            console.print(table)
+        logger.info(capture.get().removesuffix("\n"))
     if few:
         warn(f"{_some(few)} fewer than {FEW} usable masks")
 

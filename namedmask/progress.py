@@ -1,37 +1,75 @@
 # SPDX-License-Identifier: MIT
-"""Progress of a stage: a bar in a terminal, otherwise a line from time to time. The main worker shows it for all."""
+"""Messages and progress of the pipeline. It prints nothing itself: messages go to the logger "namedmask", progress to
+the listener of the caller. `console` prints both for the commands."""
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from .distributed import Worker
-from .process import complain
 
-if TYPE_CHECKING:
-    from rich import progress as rich
-    from rich.console import Console
-
-LINE_EVERY = 10.0  # seconds between lines, if the output is not a terminal
+logger = logging.getLogger("namedmask")
+logger.addHandler(logging.NullHandler())  # else Python would print warnings
+warn = logger.warning
 
 
-def warn(message: str) -> None:
-    """Prints a warning as one line on stderr."""
-    complain(f"warning: {message}")
+@dataclass(frozen=True)
+class ProgressEvent:
+    """Progress of a stage, over all workers.
+
+    Attributes:
+        stage: Name of the stage, such as "pseudolabel".
+        done: Number of photos processed so far, including the skipped ones.
+        total: Number of photos to process; 0 if it is not known.
+        note: A short text, such as the loss of a training; "" if there is none.
+        skipped: Number of photos whose results already existed.
+        seconds: Seconds since the stage began.
+        finished: Whether this is the last event of the stage. A stage that fails has none.
+    """
+
+    stage: str
+    done: int
+    total: int
+    note: str = ""
+    skipped: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+    @property
+    def rate(self) -> float:
+        """Photos per second, without the skipped ones."""
+        return (self.done - self.skipped) / max(self.seconds, 1e-9)
 
 
-def plain_console() -> Console:
-    """A console of rich that prints text as it is. By default, names such as "[red]" would color what follows."""
-    from rich.console import Console
+Listener = Callable[[ProgressEvent], object]
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
-    return Console(markup=False, emoji=False, highlight=False)
+
+@contextmanager
+def listening(listener: Listener | None) -> Iterator[None]:
+    """Within the context, stages that this thread runs report their progress to `listener`. None: to nobody."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def current_listener() -> Listener | None:
+    """The listener of the context."""
+    return _listener.get()
 
 
 class Progress:
-    """Progress of a stage, over all workers. Use it as a context manager.
+    """Progress of a stage, over all workers. The main worker reports it to the listener of the context.
+
+    Use it as a context manager.
 
     Attributes:
         total: Number of photos to process; may be set at any time.
@@ -44,10 +82,10 @@ class Progress:
         self.stage, self.worker = stage, worker
         self.total, self.note = 0, ""
         self.done = self.skipped = 0
-        self.bar: rich.Progress | None = None
+        self.listener = current_listener() if worker.is_main else None
 
     def __enter__(self) -> Progress:
-        self.start = self.last_line = time.monotonic()
+        self.start = time.monotonic()
         return self
 
     def advance(self, photos: int, existing: bool = False) -> None:
@@ -57,49 +95,22 @@ class Progress:
             photos: Number of photos.
             existing: The results already existed. Such photos do not count toward the rate.
         """
+        self._count(photos, existing)
+        self._report()
+
+    def _count(self, photos: int, existing: bool = False) -> None:
         self.skipped = self.worker.count_done(f"{self.stage}/skipped", photos if existing else 0)
         self.done = self.worker.count_done(self.stage, photos)
-        if not self.worker.is_main:
-            return
-        if sys.stdout.isatty():
-            self._draw()
-        elif (now := time.monotonic()) - self.last_line > LINE_EVERY:
-            self.last_line = now
-            rate = self._rate(now)
-            left = f", {(self.total - self.done) / rate:.0f} s left" if rate else ""
-            note = f" ({self.note})" if self.note else ""
-            print(f"{self.stage}: {self.done} of {self.total} photos, {rate:.1f}/s{left}{note}", flush=True)
 
-    def _rate(self, now: float) -> float:
-        return (self.done - self.skipped) / max(now - self.start, 1e-9)
-
-    def _draw(self) -> None:
-        from rich import progress as rich
-
-        if self.bar is None:
-            self.bar = rich.Progress(
-                rich.TextColumn("{task.description:12}", markup=False),
-                rich.BarColumn(),
-                rich.MofNCompleteColumn(),
-                rich.TextColumn("{task.fields[rate]}", markup=False),
-                rich.TimeRemainingColumn(),
-                rich.TextColumn("{task.fields[note]}", markup=False),
-                console=plain_console(),
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(self.stage, total=self.total, rate="", note="")
-        rate = self._rate(time.monotonic())
-        self.bar.update(self.task, completed=self.done, total=self.total, rate=f"{rate:.1f}/s", note=self.note)
+    def _report(self, finished: bool = False) -> None:
+        if self.listener is not None:
+            seconds = time.monotonic() - self.start
+            event = ProgressEvent(self.stage, self.done, self.total, self.note, self.skipped, seconds, finished)
+            self.listener(event)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
         if error is None and self.worker.is_main:
-            self.advance(0)
-            now = time.monotonic()
-            photos = f"{self.done} photos, {self._rate(now):.1f}/s, " if self.done > self.skipped else ""
-            skipped = f"{self.skipped} done before, " if self.skipped else ""
-            note = f" ({self.note})" if self.note else ""
-            print(f"{self.stage}: {photos}{skipped}{now - self.start:.1f} s{note}", flush=True)
+            self._count(0)
+            self._report(finished=True)

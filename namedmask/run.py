@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from . import distributed, hub, process
+from . import distributed, hub, process, relay
 from .archive import expect_distinct, read_archive
 from .config import RunConfig, flatten, make_config, merge, nest, to_toml
 from .distributed import Worker
@@ -39,6 +39,7 @@ from .files import (
 )
 from .masks import read_errors, read_masks
 from .photos import PhotoSource
+from .progress import Progress, logger
 from .record import (
     IMPORTED,
     LEFT_BEHIND,
@@ -54,7 +55,13 @@ from .record import (
 )
 from .stages import STAGES, Context, Plan, Stage
 
-FILES = ("run.toml", "errors.jsonl", "report.html", "sheets.json")  # of a run, besides the outputs of its stages
+FILES = (
+    "run.toml",
+    "errors.jsonl",
+    "report.html",
+    "review.jsonl",
+    "sheets.json",
+)  # of a run, besides the outputs of its stages
 CHECKED_PHOTOS = 1000  # of a run whose photos have moved or changed
 GROWING = ("categories:", "archive.", "index.embeddings:")  # what the differences that --update accepts begin with
 
@@ -389,6 +396,20 @@ def open_source(photos: str | os.PathLike) -> PhotoSource:
         raise UserError(str(error)) from None
 
 
+@contextmanager
+def _torch_restored() -> Iterator[None]:
+    """Restores what stages change of torch in this process: its number of threads and its random state."""
+    import torch
+
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+@_torch_restored()
 def start(
     out: Path,
     given: dict,
@@ -399,7 +420,7 @@ def start(
     trace: Path | None = None,
     update: bool = False,
 ) -> bool:
-    """Runs stages of the run folder `out`; prints progress.
+    """Runs stages of the run folder `out`.
 
     Under torchrun or SLURM this process is one of many already and takes its place among them.
 
@@ -425,7 +446,7 @@ def start(
         work(out, stages, worker, device, trace)
         return True
     if worker.count > 1:
-        print(f"worker 0 of {worker.count}; waiting for the others", flush=True)
+        logger.info(f"worker 0 of {worker.count}; waiting for the others")
     if trace is not None:
         with atomic_write(trace):  # if it cannot be written, before the work
             pass
@@ -442,7 +463,7 @@ def start(
                 work(out, stages, worker, device, trace)
             else:
                 _start_workers(out, stages, gpus or workers, device, trace)
-            has_masks = "pseudolabel" not in stages or _print_counts(out)
+            has_masks = "pseudolabel" not in stages or _log_counts(out)
         except Exception as error:
             if worker.count == 1:  # else the other workers may still write
                 _keep_replaced(out, error)
@@ -451,20 +472,24 @@ def start(
             finish(out, stages)
     for stage in stages:
         if STAGES[stage].done:
-            print(STAGES[stage].done.format(out=out))
+            logger.info(STAGES[stage].done.format(out=out))
     if update:
-        _print_outdated(out, stages)
+        _log_outdated(out, stages)
     return has_masks
 
 
-def _print_outdated(out: Path, stages: Sequence[str]) -> None:
-    """Prints which results of later stages an update has left behind."""
+def _log_outdated(out: Path, stages: Sequence[str]) -> None:
+    """Logs which results of later stages an update has left behind."""
     record = read_record(out)
     for name, stage in STAGES.items():
         if name not in stages and stage.sections and stage.outdated_files(out):
-            print(f"the results of `{name}` are out of date: `namedmask {_command(stage, out)}` makes what is new")
+            logger.info(
+                f"the results of `{name}` are out of date: `namedmask {_command(stage, out)}` makes what is new"
+            )
     if "train" in record.stages and LEFT_BEHIND in record.stages["train"].made_with:
-        print(f"{out / 'segmenter'} is from before the update: `namedmask train {out} --update` trains another one")
+        logger.info(
+            f"{out / 'segmenter'} is from before the update: `namedmask train {out} --update` trains another one"
+        )
 
 
 def _remove_outdated(out: Path, stages: Sequence[str]) -> None:
@@ -487,12 +512,12 @@ def _keep_replaced(out: Path, error: Exception) -> None:
             error.args = (f"{error}; until the command has finished, the earlier results are kept in {out / OLD}",)
 
 
-def _print_counts(out: Path) -> bool:
-    """Prints how many masks a finished run has; returns whether there are any."""
+def _log_counts(out: Path) -> bool:
+    """Logs how many masks a finished run has; returns whether there are any."""
     masks = sum(1 for _ in read_masks(out / "masks"))
     errors = sum(1 for _ in read_errors(out / "errors.jsonl"))
     failed = f"; photos that could not be used: {errors}, see {out / 'errors.jsonl'}" if errors else ""
-    print(f"{masks} masks in {out / 'masks'}{failed}")
+    logger.info(f"{masks} masks in {out / 'masks'}{failed}")
     return masks > 0
 
 
@@ -517,7 +542,6 @@ def reason_of_failure(out: Path) -> Iterator[None]:
 
 def work(out: Path, stages: Sequence[str], worker: Worker, device: str, trace: Path | None = None) -> None:
     """This worker's part of the stages. device: "cpu" or "cuda". trace: see `start`."""
-    from .progress import Progress
     from .threads import limit_torch_threads
 
     try:
@@ -548,12 +572,12 @@ def _work(out: Path, worker: Worker, device: str, trace: str, *stages: str) -> N
 
 
 def as_worker(function: Callable[..., None]) -> None:
-    """Runs a worker that `distributed.launch` has started: python -m MODULE LAUNCHER OUT DEVICE ARGUMENT...
+    """Runs a worker that `distributed.launch` has started: python -m MODULE LAUNCHER ADDRESS OUT DEVICE ARGUMENT...
 
     Args:
         function: Called with OUT, the worker, DEVICE ("cpu" or "cuda") and the other arguments.
     """
-    launcher, out, device, *arguments = sys.argv[1:]
+    launcher, address, out, device, *arguments = sys.argv[1:]
     distributed.die_with(int(launcher))
     process.prepare()
     failure = Path(out) / ".failed"
@@ -563,7 +587,8 @@ def as_worker(function: Callable[..., None]) -> None:
         worker = distributed.current()
         if device != "cpu":
             distributed.warm_up(worker.device(device))
-        function(Path(out), worker, device, *arguments)
+        with relay.sending(address):
+            function(Path(out), worker, device, *arguments)
     except Exception as error:
         if not isinstance(why := explained(error), UserError):
             raise

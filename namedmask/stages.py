@@ -529,3 +529,5 @@ STAGES = {
         ),
     )
 }
+
+LABELING = ("index", "archive", "pseudolabel", "report")  # what `namedmask run` runs

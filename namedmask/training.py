@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -405,7 +404,7 @@ def fit(
 
 @functools.cache
 def _say_that_tensorboard_is_missing() -> None:
-    print("tensorboard is not installed: metrics are in metrics.jsonl alone", file=sys.stderr)
+    warn("tensorboard is not installed: metrics are in metrics.jsonl alone")
 
 
 def _tensorboard(folder: str, first_step: int) -> Any:

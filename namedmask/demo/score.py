@@ -24,11 +24,12 @@ from rich.table import Table
 
 from ..archive import read_archive
 from ..config import DetectorConfig, RefineConfig, RunConfig
+from ..console import plain_console
 from ..distributed import Worker, count_gpus
 from ..errors import UserError
 from ..masks import read_masks
 from ..photos import PhotoSource
-from ..progress import Progress, plain_console
+from ..progress import Progress
 from ..record import read_config
 from ..threads import kernels_on_one_thread, map_ahead
 from .scenes import Scene, index_photo

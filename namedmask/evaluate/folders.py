@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..console import plain_console
 from ..distributed import Worker
 from ..errors import DamagedFile, UserError
 from ..files import atomic_write, read_bytes
 from ..formats import BACKGROUND, read_label_map
 from ..photos import is_hidden
-from ..progress import Progress, plain_console, warn
+from ..progress import Progress, warn
 from ..threads import map_ahead, thread_count
 from .metrics import Confusion
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..archive import read_archive
+from ..console import plain_console
 from ..distributed import Worker
 from ..errors import UserError, listed
 from ..formats import read_label_map
 from ..masks import MaskRecord
-from ..progress import Progress, plain_console, warn
+from ..progress import Progress, warn
 from ..threads import map_ahead, thread_count
 from .benchmarks import key_of, read_instances
 from .folders import label_maps, new_confusion, percent

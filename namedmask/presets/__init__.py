@@ -12,12 +12,14 @@ import functools
 import json
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from ..config import nearest
 from ..errors import UserError
+from ..record import read_record
 
 SELFMASK = {
     "detector": {
@@ -124,6 +126,12 @@ def describe(name: str, prompts: Sequence[str]) -> str:
         notes.append(f"{len(prompts)} prompts per category, such as {prompts[0].format('NAME')!r}")
     notes.append("weights of SelfMask: --detector-weights FILE")
     return "".join(f"# {note}\n" for note in notes) + "\n" + tomli_w.dumps(settings)
+
+
+def expect_names(name: str, given: dict, out: Path) -> None:
+    """Raises UserError if a preset needs category names, and neither the given settings nor the run `out` has any."""
+    if needs_names(name) and not (given.get("categories") or read_record(out).settings().get("categories")):
+        raise UserError(f"--preset {name}: pass its category names as --categories-file FILE, in class order")
 
 
 def needs_names(name: str) -> bool:

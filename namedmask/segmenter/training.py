@@ -41,7 +41,7 @@ from ..files import make_folder, name_digest
 from ..mask_counts import check_mask_counts
 from ..masks import MaskRecord, best_masks, digest
 from ..photos import PhotoSource
-from ..progress import Progress
+from ..progress import Progress, logger
 from ..review import current_masks, read_review
 from ..selection import select
 from ..threads import map_ahead, thread_count, use_one_torch_thread
@@ -114,7 +114,7 @@ def train_segmenter(
     check_mask_counts(categories, records, selected, masks, settings.allow_empty, worker)
     progress.total = settings.steps * settings.batch_size
     if worker.is_main and note:
-        print(note, flush=True)
+        logger.info(note)
     network = train(source, seen, len(categories) + 1, folder, settings, worker, device, progress, DeepLab, held_out)
     if worker.is_main:
         save_segmenter(folder, network, categories, samples_digest(samples))

@@ -18,10 +18,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 import typer
+from nbclient import NotebookClient
 from typer.testing import CliRunner
 
 import namedmask_kernels
@@ -132,6 +134,22 @@ def stand_ins(tmp_path_factory) -> Path:
 def test_python_examples_run(page, code, stand_ins, monkeypatch):
     monkeypatch.chdir(stand_ins)
     exec(compile(code.replace("vit_small_patch8_224.dino", "vit_namedmask_demo"), page, "exec"), {})
+
+
+def test_the_notebook_runs_and_its_page_has_its_cells(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # on a busy machine, threads that wait for each other take minutes
+    path = ROOT / "docs" / "quickstart.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # stored without outputs
+    page = hooks.notebook_as_markdown(path)
+    assert all(cell.source in page for cell in notebook.cells)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = ["".join(str(output.get("data", output.get("text"))) for output in cell.get("outputs", ()))
+               for cell in notebook.cells]  # fmt: skip
+    assert "Run('run', categories=2, stages=['index', 'archive', 'pseudolabel'])" in outputs[3]
+    assert outputs[4].count("pixels") == 8 and "image/png" in outputs[6] and "train" in outputs[8]
+    assert "'background', 'fish', 'mushroom'" in outputs[8]
 
 
 @pytest.mark.parametrize("words", commands())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,15 @@ def detector_options(backbone_weights) -> list[str]:
     """Options with which the spectral detector takes milliseconds per photo."""
     backbone = ["--backbone", BACKBONE, "--backbone-weights", str(backbone_weights)]
     return [*backbone, "--image-size", "96", "--features", "tokens", "--center-features"]
+
+
+@pytest.fixture
+def printing() -> Iterator[Any]:
+    """Messages and progress are printed, as by a command. The `Printer`."""
+    from namedmask.console import printing
+
+    with printing() as printer:
+        yield printer
 
 
 def run_on_one_thread() -> Iterator[None]:

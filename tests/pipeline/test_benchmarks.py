@@ -553,7 +553,7 @@ def test_segmentations_of_coco():
     assert (painted[2, 1:4] == 3).all() and painted[3].tolist() == [7, 0, 0, 0, 0, 0]
 
 
-def test_names_of_classes_and_photos(capsys):
+def test_names_of_classes_and_photos(printing, capsys):
     assert key_of("TV/monitor 2") == key_of("tvMonitor2") == "tvmonitor2"
     assert [_some([*"abcd"[:n]]) for n in (1, 3, 4)] == ["'a'", "'a', 'b', 'c'", "'a', 'b', 'c' and 1 more"]
     assert [_without_suffix(name) for name in ("a.jpg", "a.b.PNG", "a.b", "a", "jpg", ".jpg")] == [

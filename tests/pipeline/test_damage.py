@@ -182,7 +182,7 @@ def test_something_else_in_place_of_a_file_is_named(world, copy, file, words, re
         assert path.name in result.stderr and "--debug" not in result.stderr, (replacement, result.stderr)
 
 
-def test_tensorboard_is_left_out_of_a_folder_whose_name_is_not_utf8(tmp_path, capsys):
+def test_tensorboard_is_left_out_of_a_folder_whose_name_is_not_utf8(tmp_path, printing, capsys):
     pytest.importorskip("tensorboard")
     assert _tensorboard(f"{tmp_path}/{os.fsdecode(bytes([0xFF]))}", 1) is None
     assert "\\udcff, which is not UTF-8: metrics are in metrics.jsonl alone" in capsys.readouterr().err

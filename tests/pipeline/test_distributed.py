@@ -236,6 +236,11 @@ def launched(monkeypatch):
     def elastic_launch(config, entrypoint):
         def start(*arguments):
             call.config, call.arguments = config, (entrypoint, *arguments)
+            call.threads = os.environ["OMP_NUM_THREADS"]
+            call.level = logging.getLogger("torch.distributed.elastic").level
+            call.other_level = logging.getLogger("torch").level
+            os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM"  # as torch does
+            signal.signal(signal.SIGTERM, lambda *_: None)
             if call.fail:
                 raise call.fail
 
@@ -251,14 +256,19 @@ def launched(monkeypatch):
 @pytest.mark.parametrize(("workers", "threads"), [(2, "2"), (5, "1"), (8, "1")])
 def test_launcher_starts_workers_on_their_cores(launched, workers, threads):
     logging.getLogger("torch.distributed.elastic").setLevel(logging.DEBUG)
+    before = signal.getsignal(signal.SIGTERM)
     distributed.launch(["out", "cpu", "index"], workers)
-    assert launched.arguments == (sys.executable, "-m", "namedmask.run", str(os.getpid()), "out", "cpu", "index")
+    assert launched.arguments[:4] == (sys.executable, "-m", "namedmask.run", str(os.getpid()))
+    assert launched.arguments[5:] == ("out", "cpu", "index")
     config = launched.config
     assert (config.min_nodes, config.max_nodes, config.nproc_per_node, config.max_restarts) == (1, 1, workers, 3)
     assert (config.rdzv_endpoint, config.signals_to_handle, config.start_method) == ("localhost:0", "SIGTERM", "spawn")
-    assert os.environ["OMP_NUM_THREADS"] == threads
-    assert logging.getLogger("torch.distributed.elastic").level == logging.ERROR
-    assert logging.getLogger("torch").level != logging.ERROR
+    assert launched.threads == threads
+    assert launched.level == logging.ERROR != launched.other_level
+    # Nothing of it is left in the process that has started the workers.
+    assert "OMP_NUM_THREADS" not in os.environ and "TORCHELASTIC_SIGNALS_TO_HANDLE" not in os.environ
+    assert logging.getLogger("torch.distributed.elastic").level == logging.DEBUG
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(("code", "how"), [(-9, "signal 9"), (1, "exit code 1"), (0, "exit code 0")])
@@ -276,9 +286,14 @@ def test_sigterm_of_the_launcher_is_an_interruption(launched):
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     launched.fail = SignalException("", signal.SIGTERM)
-    with pytest.raises(process.Interrupted) as caught:
-        distributed.launch([], 2)
-    assert caught.value.exit_code == 143
+    before, seen = signal.getsignal(signal.SIGTERM), []
+    signal.signal(signal.SIGTERM, lambda signum, _: seen.append(signum))
+    try:
+        with pytest.raises(process.Interrupted) as caught:
+            distributed.launch([], 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.exit_code == 143 and seen == [signal.SIGTERM]
 
 
 def test_failure_of_a_worker_ends_the_barriers_of_others(workers):

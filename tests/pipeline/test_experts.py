@@ -211,7 +211,7 @@ def test_changed_settings_raise_with_the_difference(world, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["separate", "shared"])
-def test_experts_train_on_the_selected_masks_and_relabel_all(world, tmp_path, capsys, mode):
+def test_experts_train_on_the_selected_masks_and_relabel_all(world, tmp_path, printing, capsys, mode):
     original, settings, _ = world
     out = copy_of(original, tmp_path)
     records = list(read_masks(out / "masks"))
@@ -235,7 +235,7 @@ def test_experts_train_on_the_selected_masks_and_relabel_all(world, tmp_path, ca
     assert f"warning: {changed} in {out / 'experts'}: trained on other masks" in capsys.readouterr().err
 
 
-def test_empty_masks_and_missing_photos(world, tmp_path, capsys):
+def test_empty_masks_and_missing_photos(world, tmp_path, printing, capsys):
     """A category of empty masks is an error or keeps its records; an unreadable photo is listed in the errors."""
     original, settings, _ = world
     out = copy_of(original, tmp_path)

@@ -68,7 +68,7 @@ def from_url(url: str, folder: Path) -> Published:
     return Published("backbone x", "--backbone-weights", url=url, folder=folder)
 
 
-def test_a_file_is_downloaded_once(server, tmp_path, capsys):
+def test_a_file_is_downloaded_once(server, tmp_path, printing, capsys):
     one = from_url(f"{server}/good", tmp_path / "a" / "b")
     assert one.cached() is None
     assert hub.fetch(one).read_bytes() == b"weights" and hub.fetch(one) == one.cached() == tmp_path / "a" / "b" / "good"

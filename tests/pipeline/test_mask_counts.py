@@ -19,7 +19,7 @@ def records(category: str, usable: int, empty: int) -> list[MaskRecord]:
     return full + [MaskRecord.from_mask("a", np.zeros((2, 2), bool), category, None, 0.0)] * empty
 
 
-def test_prints_the_usable_masks_of_each_category_and_warns_of_few(capsys):
+def test_prints_the_usable_masks_of_each_category_and_warns_of_few(printing, capsys):
     masks = records("[cat]", 12, 3) + records("dog", 9, 0)
     check_mask_counts(["[cat]", "dog"], masks, masks, Path("out/masks"), False, Worker())
     printed = capsys.readouterr()
@@ -33,7 +33,7 @@ def test_prints_the_usable_masks_of_each_category_and_warns_of_few(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_of_many_categories_only_those_with_few_masks_are_listed(capsys):
+def test_of_many_categories_only_those_with_few_masks_are_listed(printing, capsys):
     names = [f"name {n}" for n in range(100)]
     masks = [r for n, name in enumerate(names) for r in records(name, 10 if n > 6 else 1, 0)]
     check_mask_counts(names, masks, masks, Path("masks"), False, Worker())
@@ -43,7 +43,7 @@ def test_of_many_categories_only_those_with_few_masks_are_listed(capsys):
 
 
 @pytest.mark.parametrize(("categories", "lines"), [(20, 20), (21, 2)])
-def test_up_to_20_categories_are_listed(categories, lines, capsys):
+def test_up_to_20_categories_are_listed(categories, lines, printing, capsys):
     names = [f"name {n}" for n in range(categories)]
     masks = [r for n, name in enumerate(names) for r in records(name, 9 if n < 2 else 10, 0)]
     check_mask_counts(names, masks, masks, Path("masks"), False, Worker())
@@ -52,14 +52,14 @@ def test_up_to_20_categories_are_listed(categories, lines, capsys):
     assert "2 categories (name 0, name 1) have fewer than 10" in printed.err
 
 
-def test_at_most_20_categories_with_few_masks_are_listed(capsys):
+def test_at_most_20_categories_with_few_masks_are_listed(printing, capsys):
     names = [f"name {n}" for n in range(30)]
     masks = [r for name in names for r in records(name, 1, 0)]
     check_mask_counts(names, masks, masks, Path("masks"), False, Worker())
     assert capsys.readouterr().out.count("\nname ") == 20
 
 
-def test_a_mask_of_one_pixel_is_usable(capsys):
+def test_a_mask_of_one_pixel_is_usable(printing, capsys):
     masks = [MaskRecord.from_mask("a", np.eye(1, 4, dtype=bool), "cat", None, 1.0)] * 10
     check_mask_counts(["cat"], masks, masks, Path("masks"), False, Worker())
     assert capsys.readouterr().err == ""

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from namedmask import progress
+from namedmask import console, progress
 from namedmask.distributed import Worker
 from namedmask.progress import Progress
 
@@ -23,7 +23,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_line_every_ten_seconds_and_one_at_the_end(clock, capsys):
+def test_a_line_every_ten_seconds_and_one_at_the_end(clock, printing, capsys):
     with Progress("index", Worker()) as shown:
         shown.total = 50
         for time, photos in ((100.0, 5), (110.0, 5), (110.5, 11), (111.0, 1), (120.0, 1), (120.6, 18)):
@@ -41,7 +41,7 @@ def test_a_line_every_ten_seconds_and_one_at_the_end(clock, capsys):
     ]
 
 
-def test_existing_photos_do_not_count_toward_the_rate(clock, capsys):
+def test_existing_photos_do_not_count_toward_the_rate(clock, printing, capsys):
     with Progress("index", Worker()) as shown:
         assert (shown.done, shown.skipped) == (0, 0)
         shown.total = 40
@@ -62,7 +62,7 @@ def test_existing_photos_do_not_count_toward_the_rate(clock, capsys):
     ]
 
 
-def test_only_the_main_worker_prints_and_only_without_an_error(clock, capsys):
+def test_only_the_main_worker_prints_and_only_without_an_error(clock, printing, capsys):
     counters: Counter[str] = Counter()
     with Progress("index", Worker(1, 2, counters=counters)) as shown:
         clock.time = 120.0
@@ -73,7 +73,7 @@ def test_only_the_main_worker_prints_and_only_without_an_error(clock, capsys):
     assert shown.done == 5 and capsys.readouterr().out == ""
 
 
-def test_lines_are_flushed(monkeypatch, clock):
+def test_lines_are_flushed(monkeypatch, clock, printing):
     """Output that goes to a file is read while a stage runs."""
     flushed = []
     monkeypatch.setattr(sys, "stdout", stream := io.StringIO())
@@ -85,7 +85,7 @@ def test_lines_are_flushed(monkeypatch, clock):
     assert flushed[-1] == 2
 
 
-def test_bar_in_a_terminal(monkeypatch, clock):
+def test_bar_in_a_terminal(monkeypatch, clock, printing):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -97,11 +97,11 @@ def test_bar_in_a_terminal(monkeypatch, clock):
         shown.total, shown.note = 8, "[red]"
         clock.time = 102.0
         shown.advance(3)
-        bar = shown.bar
+        bar = printing.bar
         assert bar is not None and bar.live.is_started
         shown.total = 9
         shown.advance(4)
-        assert shown.bar is bar and len(bar.tasks) == 1
+        assert printing.bar is bar and len(bar.tasks) == 1
         task = bar.tasks[0]
         assert (task.completed, task.total, task.description) == (7, 9, "[b]")
         assert task.fields == {"rate": "3.5/s", "note": "[red]"}
@@ -110,7 +110,7 @@ def test_bar_in_a_terminal(monkeypatch, clock):
     assert all(text in drawn for text in ("[b]", "[red]", "7/9")) and last == "7 photos, 3.5/s, 2.0 s ([red])\n"
 
 
-def test_names_are_printed_without_markup(capsys):
-    progress.plain_console().print("[red]:smile: 12 'a'")
+def test_names_are_printed_without_markup(printing, capsys):
+    console.plain_console().print("[red]:smile: 12 'a'")
     progress.warn("no photo")
     assert capsys.readouterr() == ("[red]:smile: 12 'a'\n", "namedmask: warning: no photo\n")

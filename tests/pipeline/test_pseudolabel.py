@@ -81,7 +81,7 @@ def test_photos_of_a_window_are_sorted_by_size(labeler, tmp_path, monkeypatch):
     assert [[json.loads(line)["photo"] for line in lines] for lines in shards] == [names[:4], names[4:]]
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_halved(labeler, tmp_path, monkeypatch, capsys):
+def test_a_batch_that_does_not_fit_into_memory_is_halved(labeler, tmp_path, monkeypatch, printing, capsys):
     names, source = draw_photos(tmp_path, SIZES), PhotoSource(tmp_path)
     expected = dict(pair for batch in labeler.label(source, names) for pair in batch)
     detect, calls = labeler.detector.detect, []

@@ -54,7 +54,7 @@ def started(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen.gpus)
     monkeypatch.setattr(run, "work", lambda out, stages, *more: seen.calls.append(("work", *more)))
     monkeypatch.setattr(run, "_start_workers", lambda out, stages, *more: seen.calls.append(("launch", *more)))
-    monkeypatch.setattr(run, "_print_counts", note("count", lambda: seen.masks))
+    monkeypatch.setattr(run, "_log_counts", note("count", lambda: seen.masks))
     monkeypatch.setattr(run, "finish", note("finish"))
     monkeypatch.setattr(run, "put_back", note("put back", lambda: True))
     return seen
@@ -86,7 +86,7 @@ def test_processes_of_a_command(started, tmp_path, workers, gpus, available, pro
 
 
 @pytest.mark.parametrize("attempt", [0, 1])
-def test_workers_of_a_launcher_take_their_place(started, tmp_path, capsys, attempt):
+def test_workers_of_a_launcher_take_their_place(started, tmp_path, printing, capsys, attempt):
     out, given = tmp_path / "out", {"photos": "p"}
     started.worker = Worker(0, 3, attempt=attempt)
     run.start(out, given, ["train"], overwrite=True)
@@ -153,13 +153,13 @@ def test_reason_of_a_failed_worker(tmp_path, monkeypatch, text, kind, message):
 
 
 @pytest.mark.parametrize(("masks", "failed"), [(0, 0), (1, 0), (2, 3)])
-def test_masks_and_errors_are_counted(tmp_path, capsys, masks, failed):
+def test_masks_and_errors_are_counted(tmp_path, printing, capsys, masks, failed):
     (tmp_path / "masks").mkdir()
     record = MaskRecord.from_mask("a", np.ones((2, 2), bool), "cat", None, 1.0)
     write_errors(tmp_path / "errors.jsonl", [ErrorRecord(f"{n}", "index", "") for n in range(failed)])
     write_errors(tmp_path / "masks" / "00000.errors.jsonl", [ErrorRecord("x", "pseudolabel", "")])
     write_shard(tmp_path / "masks" / "00000.jsonl", [record] * masks)
-    assert run._print_counts(tmp_path) == (masks > 0)
+    assert run._log_counts(tmp_path) == (masks > 0)
     more = f"; photos that could not be used: {failed}, see {tmp_path / 'errors.jsonl'}" if failed else ""
     assert capsys.readouterr().out == f"{masks} masks in {tmp_path / 'masks'}{more}\n"
 

@@ -206,7 +206,7 @@ def test_replaced_photos(tmp_path):
         photos.use([2, 1], lambda number, pixels: None)
 
 
-def test_tensorboard_may_be_missing_or_unable_to_write(tmp_path, monkeypatch, capsys):
+def test_tensorboard_may_be_missing_or_unable_to_write(tmp_path, monkeypatch, printing, capsys):
     def fails(folder, purge_step):
         raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogate")
 
