@@ -176,22 +176,11 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
         trace: Path | None = None,
         **options: str | None,
     ) -> None:
-        given = given_settings(
-            sections,
-            config,
-            set_ or [],
-            {flags[name]: text for name, text in options.items() if text is not None},
-        )
-        if categories_file is not None:
-            if options.get("categories") is not None:
-                raise UserError("pass --categories or --categories-file, not both")
-            given["categories"] = read_names(categories_file)
+        chosen = {flags[name]: text for name, text in options.items() if text is not None}
+        given = given_settings(sections, config, set_ or [], chosen)
+        given = with_names(given, options.get("categories"), categories_file)
         if preset is not None:
-            from . import presets
-
-            given = merge(presets.preset(preset), given)
-            if "archive" in stages and presets.needs_names(preset) and not _categories(given, out):
-                raise UserError(f"--preset {preset}: pass its category names as --categories-file FILE, in class order")
+            given = with_preset(given, preset, "archive" in stages and not _categories(given, out))
         if not takes_photos:  # a file's photos are those of the run that it comes from
             given.pop("photos", None)
         if photos is not None:
@@ -217,6 +206,24 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
     wrapper = command(run_stages)
     _give_signature(wrapper, parameters)
     return wrapper
+
+
+def with_names(given: dict, categories: str | None, file: Path | None) -> dict:
+    """Settings with the category names of --categories-file; UserError if --categories is given as well."""
+    if file is None:
+        return given
+    if categories is not None:
+        raise UserError("pass --categories or --categories-file, not both")
+    return {**given, "categories": read_names(file)}
+
+
+def with_preset(given: dict, preset: str, nameless: bool) -> dict:
+    """Settings over those of a preset; UserError if the preset has no category names and `nameless`."""
+    from . import presets
+
+    if nameless and presets.needs_names(preset):
+        raise UserError(f"--preset {preset}: pass its category names as --categories-file FILE, in class order")
+    return merge(presets.preset(preset), given)
 
 
 def _categories(given: dict, out: Path) -> Any:
@@ -316,6 +323,80 @@ def report(out: RunFolder, debug: Debug = False) -> None:
     from .report import write_report
 
     print(write_report(out))
+
+
+ESTIMATED = [section for stage in (*LABELING, "experts", "train") for section in STAGES[stage].sections]
+ESTIMATE_FLAGS = {
+    _variable(one): one
+    for one in settings()
+    if one.flag and one.name.split(".")[0] in {section for stage in LABELING for section in STAGES[stage].sections}
+}
+
+
+def _estimate(
+    photos: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[PHOTOS]", help="Folder, list file (.txt) or .tar of photos. Default: that of --config."
+        ),
+    ] = None,
+    photos_total: Annotated[
+        int | None,
+        typer.Option("--photos-total", metavar="N", min=1, help="Photos of the job, if PHOTOS has only some of them."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, help="Time to measure, besides loading the models.")
+    ] = 60.0,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Random weights for models that are not downloaded.")
+    ] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=0, max=1, help="1: measure on the GPU, 0: on the CPU. Default: 1 if any."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE.")] = None,
+    categories_file: CategoriesFile = None,
+    preset: Preset = None,
+    config: Config = None,
+    set_: Set = None,
+    **options: str | None,
+) -> None:
+    chosen = {ESTIMATE_FLAGS[name]: text for name, text in options.items() if text is not None}
+    given = with_names(
+        given_settings(ESTIMATED, config, set_ or [], chosen), options.get("categories"), categories_file
+    )
+    if preset is not None:
+        given = with_preset(given, preset, not given.get("categories"))
+    if photos is not None:
+        given["photos"] = absolute(photos)
+    if "photos" not in given:
+        raise UserError("pass PHOTOS, or a run's run.toml as --config")
+    from .distributed import count_gpus
+    from .estimate import estimate
+    from .files import atomic_write
+    from .threads import limit_torch_threads
+
+    limit_torch_threads()
+    device = "cuda:0" if count_gpus(gpus, 1) else "cpu"
+
+    def report(part: str) -> None:
+        print(f"measuring {part}", file=sys.stderr, flush=True)
+
+    found = estimate(make_config(given), device, seconds, photos_total, random_weights=random_weights, report=report)
+    if json_file is not None:
+        import json
+
+        with atomic_write(json_file) as file:
+            file.write(json.dumps(found.to_json(), indent=1).encode() + b"\n")
+    if found.random_weights:
+        print(f"random weights: {', '.join(found.random_weights)}")
+    print(f"{found.photos:,} photos, {found.categories:,} categories, one process on {found.device}")
+    print(found.table())
+
+
+app.command("estimate", help="Estimate hours, disk and memory of a run by measuring a sample of its photos.")(
+    command_with_settings(_estimate, ESTIMATE_FLAGS.values())
+)
 
 
 # -- other commands --------------------------------------------------------------------------------------------------

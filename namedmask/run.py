@@ -348,11 +348,13 @@ def start(
             pass
     with locked(out):
         try:
-            settle(out, given, stages, overwrite and worker.attempt == 0, max(worker.count, workers, gpus))
+            config = settle(out, given, stages, overwrite and worker.attempt == 0, max(worker.count, workers, gpus))
         except UserError as error:
             worker.fail(str(error))
             raise
         worker.barrier("settled")
+        if worker.count == 1 and gpus <= 1:
+            _announce(out, config, stages, worker.device(device))
         try:
             if worker.count > 1 or max(workers, gpus) == 1:
                 work(out, stages, worker, device, trace)
@@ -369,6 +371,17 @@ def start(
         if STAGES[stage].done:
             print(STAGES[stage].done.format(out=out))
     return has_masks
+
+
+def _announce(out: Path, config: RunConfig, stages: Sequence[str], device: str) -> None:
+    """Prints how long a long run will take, before it starts. One that continues shows its time as progress alone."""
+    from .estimate import LABELING, announce
+    from .threads import limit_torch_threads
+
+    if set(LABELING) <= set(stages) and not any(STAGES[name].has_results(out) for name in LABELING):
+        limit_torch_threads()
+        if line := announce(config, device):
+            print(line, flush=True)
 
 
 def _keep_replaced(out: Path, error: Exception) -> None:
