@@ -110,7 +110,10 @@ Overwrite = Annotated[
 OverwriteFolder = Annotated[bool, typer.Option("--overwrite", help="Start over; replace the earlier results.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 WeightsArgument = Annotated[
-    Path, typer.Argument(metavar="WEIGHTS", help="Segmenter folder, its model.safetensors, or NamedMask's .pth file.")
+    Path,
+    typer.Argument(
+        metavar="WEIGHTS", help="Segmenter folder, its model.safetensors, hf-hub:USER/NAME, or NamedMask's .pth file."
+    ),
 ]
 EncoderName = Annotated[
     str, typer.Option("--encoder", help="timm name of the encoder, for weights without a categories.json.")
@@ -428,6 +431,12 @@ def _device() -> str:
     return "cuda" if count_gpus(None, 1) else "cpu"
 
 
+def _local(weights: Path) -> Path:
+    from .hub import local_weights
+
+    return local_weights(weights)
+
+
 def _load_segmenter(weights: Path, names: list[str] | None, encoder: str, precision: str | None = None):
     from .segmenter.predict import Segmenter
 
@@ -452,6 +461,7 @@ def segment(
 
     Writes a label map and an overlay per photo, on a GPU if there is one. Run it again to continue.
     """
+    weights = _local(weights)
     segmenter = _load_segmenter(weights, _names(categories, categories_file, preset), encoder, precision)
     from . import run
     from .distributed import Worker
@@ -523,6 +533,7 @@ def _evaluate(
     """
     from .evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
 
+    predictions = predictions and _local(predictions)
     given = {DETECTION_FLAGS[name]: text for name, text in options.items() if text is not None}
     values = given_settings(list(DETECTION), config, set_ or [], given)
     if preset is not None and predictions is None:
@@ -588,7 +599,7 @@ def export(
     from .segmenter.predict import Segmenter
 
     names = _names(categories, categories_file, preset)
-    segmenter = Segmenter.load(weights, categories=names, encoder=encoder)
+    segmenter = Segmenter.load(_local(weights), categories=names, encoder=encoder)
     worst = export_onnx(segmenter, onnx)
     print(f"{onnx}: onnxruntime's logits differ from torch's by at most {worst:.1g} of the largest")
 

@@ -341,13 +341,10 @@ class _Job:
         """Measures each stage and forgets its models."""
         if "index" in stages:
             yield from self._index()
-            gc.collect()
         row, records = self._pseudolabel()
         yield row
-        gc.collect()
         if "experts" in stages:
             yield from self._experts(records, row.disk)
-            gc.collect()
         if "train" in stages:
             yield self._train(records)
 
