@@ -16,6 +16,7 @@ import ctypes
 import gc
 import itertools
 import json
+import logging
 import platform
 import random
 import shutil
@@ -138,20 +139,22 @@ class Estimate:
 
     def table(self) -> str:
         """The estimate as a table, with the sums and what ends first."""
-        lines = [("stage", "rate here", "of this job", "hours", "disk, GB", "memory, GB")]
-        if self.gpu_memory:
-            lines = [(*lines[0], "GPU, GB")]
+        shown = 7 if self.gpu_memory else 6
+        heads = ("stage", "rate here", "of this job", "hours", "disk, GB", "memory, GB", "GPU, GB")
+        lines: list[tuple[str, ...]] = [heads]
         for row in self.rows:
             name = f"{row.stage}: {row.part}" if row.part else row.stage
-            cells = (name, f"{_short(row.rate)} {row.unit}/s", f"{row.count:,} {row.unit}", _hours(row.seconds))
-            lines.append((*cells, *(_gb(part) for part in (row.disk, row.memory, row.gpu_memory)[: len(lines[0]) - 4])))
+            sizes = map(_gb, (row.disk, row.memory, row.gpu_memory))
+            lines.append(
+                (name, f"{_short(row.rate)} {row.unit}/s", f"{row.count:,} {row.unit}", _hours(row.seconds), *sizes)
+            )
         for name, stages in (("namedmask run", LABELING), ("everything", ())):
             chosen = [row for row in self.rows if not stages or row.stage in stages]
-            if not chosen or (len(chosen) == len(self.rows) and stages):
-                continue
-            peaks = (max(row.memory for row in chosen), max(row.gpu_memory for row in chosen))[: len(lines[0]) - 5]
-            sums = (name, "", "", _hours(self.seconds(stages)), _gb(sum(row.disk for row in chosen)), *map(_gb, peaks))
-            lines.append(sums)
+            if not stages or len(chosen) < len(self.rows):
+                peaks = (max(row.memory for row in chosen), max(row.gpu_memory for row in chosen))
+                sizes = map(_gb, (sum(row.disk for row in chosen), *peaks))
+                lines.append((name, "", "", _hours(self.seconds(stages)), *sizes))
+        lines = [line[:shown] for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join(
@@ -227,7 +230,7 @@ def estimate(
         raise UserError(f"there are no photos in {config.photos}")
     if not config.categories:  # class folders need no CLIP model
         stages = [stage for stage in stages if stage not in ("index", "archive")]
-    needed, replaced = hub.needed(config, stages), []
+    needed, replaced = hub.needed(config, stages), list[str]()
     with tempfile.TemporaryDirectory(prefix="namedmask-estimate-") as folder:
         if random_weights:
             config, replaced = _with_random_weights(config, needed, Path(folder))
@@ -617,34 +620,34 @@ def _with_random_weights(config: RunConfig, needed: Iterable[Published], folder:
 
     missing = [one.what for one in needed if one.cached() is None]
 
-    def file(what: str, make: Callable[[], torch.nn.Module]) -> str | None:
-        if what not in missing:
-            return None
-        path = folder / f"{missing.index(what)}.safetensors"
-        if not path.exists():  # float16 takes half of the disk; it is read as float32
-            state = make().state_dict().items()
-            save_file({name: t.half().contiguous() if t.is_floating_point() else t for name, t in state}, path)
-        return str(path)
+    def clip(model: str) -> torch.nn.Module:
+        return open_clip.create_model(model.partition(":")[0], load_weights=False)
 
     def encoder(name: str) -> torch.nn.Module:
         network = untrained_encoder(name).network
         return network.vit if isinstance(network, TokenPyramid) else network
 
-    clip, backbone = config.index.clip_model, config.detector.backbone
+    def file(kind: str, name: str, make: Callable[[str], torch.nn.Module]) -> str | None:
+        if (what := f"{kind} {name}") not in missing:
+            return None
+        path = folder / f"{missing.index(what)}.safetensors"
+        if not path.exists():  # float16 takes half of the disk; it is read as float32
+            logging.disable(logging.WARNING)  # open_clip warns of random weights
+            state = make(name).state_dict().items()
+            logging.disable(logging.NOTSET)
+            save_file({key: t.half().contiguous() if t.is_floating_point() else t for key, t in state}, path)
+        return str(path)
+
+    more = {name: file("backbone", name, untrained) for name in config.detector.more_backbones}
     changes: dict[str, Any] = {
-        "index": {
-            "clip_weights": file(
-                f"CLIP model {clip}", lambda: open_clip.create_model(clip.partition(":")[0], load_weights=False)
-            )
+        "index": {"clip_weights": file("CLIP model", config.index.clip_model, clip)},
+        "detector": {
+            "backbone_weights": file("backbone", config.detector.backbone, untrained),
+            "more_backbones": [f"{name}={path}" if path else name for name, path in more.items()],
         },
-        "detector": {"backbone_weights": file(f"backbone {backbone}", lambda: untrained(backbone))},
-        "experts": {"encoder_weights": file(f"encoder {(a := config.experts.encoder)}", lambda: encoder(a))},
-        "segmenter": {"encoder_weights": file(f"encoder {(b := config.segmenter.encoder)}", lambda: encoder(b))},
+        "experts": {"encoder_weights": file("encoder", config.experts.encoder, encoder)},
+        "segmenter": {"encoder_weights": file("encoder", config.segmenter.encoder, encoder)},
     }
-    if config.detector.more_backbones:
-        more = config.detector.more_backbones
-        files = {name: file(f"backbone {name}", lambda name=name: untrained(name)) for name in more}  # type: ignore[misc]
-        changes["detector"]["more_backbones"] = [f"{name}={files[name]}" if files[name] else name for name in more]
     given = nest({name: value for name, value in flatten(changes).items() if value})
     return make_config(merge(config.model_dump(), given)), missing
 

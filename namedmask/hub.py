@@ -88,7 +88,7 @@ class Published(NamedTuple):
         from huggingface_hub import try_to_load_from_cache
 
         repository, _, revision = self.repository.partition("@")
-        options = {"cache_dir": self.cache} if self.cache else {}
+        options: dict[str, Any] = {"cache_dir": self.cache} if self.cache else {}
         for name in self.names:
             if isinstance(found := try_to_load_from_cache(repository, name, revision=revision or None, **options), str):
                 return Path(found)
