@@ -201,7 +201,7 @@ def estimate(
     device: str = "cpu",
     seconds: float = 60.0,
     photos_total: int | None = None,
-    stages: Sequence[str] = (*LABELING, "experts", "train"),
+    trainings: bool = True,
     random_weights: bool = False,
     report: Callable[[str], None] = lambda stage: None,
 ) -> Estimate:
@@ -215,7 +215,7 @@ def estimate(
         device: "cpu" or a GPU as torch names it. Rates are those of one process.
         seconds: Time to measure in all.
         photos_total: Number of photos of the job; None: those that there are.
-        stages: Stages to measure; "pseudolabel" must be among them if a training is.
+        trainings: Measure `experts` and `train` besides what `namedmask run` does.
         random_weights: Use random weights for models whose published weights are not in the caches.
         report: Called with the name of each part before it is measured.
 
@@ -228,8 +228,8 @@ def estimate(
     names, found = _sample(source.names(lambda _: None), SAMPLE)
     if not names:
         raise UserError(f"there are no photos in {config.photos}")
-    if not config.categories:  # class folders need no CLIP model
-        stages = [stage for stage in stages if stage not in ("index", "archive")]
+    labeling = LABELING if config.categories else ("pseudolabel",)  # class folders need no CLIP model
+    stages = (*labeling, "experts", "train") if trainings else labeling
     needed, replaced = hub.needed(config, stages), list[str]()
     with tempfile.TemporaryDirectory(prefix="namedmask-estimate-") as folder:
         if random_weights:
@@ -263,14 +263,14 @@ def announce(config: RunConfig, device: str) -> str | None:
     """The time that a new `namedmask run` will take, in one line, measured on some of its photos within seconds.
 
     Returns:
-        None for runs of fewer than `LONG` photos, and if the photos cannot be used, which the run itself reports.
+        None for runs of fewer than `LONG` photos, and if they cannot be measured; the run itself says why.
     """
     kind = device.split(":")[0]
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, OSError):
         photos = _open(config).names(lambda _: None)
         if sum(1 for _ in itertools.islice(photos, LONG[kind])) < LONG[kind]:
             return None
-        return estimate(config, device, ANNOUNCE_WITHIN, stages=LABELING).line()
+        return estimate(config, device, ANNOUNCE_WITHIN, trainings=False).line()
     return None
 
 
@@ -570,6 +570,7 @@ class _Peak:
         if self.device != "cpu":
             import torch
 
+            torch.cuda.init()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 

@@ -17,7 +17,7 @@ CORES = 16  # of the computed column
 H100 = {
     "index": (98, "float32"),
     "pseudolabel": (21, "short side 512, an earlier engine"),
-    "experts training": (158, "float32, steps of 16 views without decoding"),
+    "experts training": (158, "float32, steps without decoding"),
     "train": (158, "float32, steps without decoding"),
 }
 
