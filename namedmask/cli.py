@@ -114,7 +114,10 @@ Update = Annotated[
 OverwriteFolder = Annotated[bool, typer.Option("--overwrite", help="Start over; replace the earlier results.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 WeightsArgument = Annotated[
-    Path, typer.Argument(metavar="WEIGHTS", help="Segmenter folder, its model.safetensors, or NamedMask's .pth file.")
+    Path,
+    typer.Argument(
+        metavar="WEIGHTS", help="Segmenter folder, its model.safetensors, hf-hub:USER/NAME, or NamedMask's .pth file."
+    ),
 ]
 EncoderName = Annotated[
     str, typer.Option("--encoder", help="timm name of the encoder, for weights without a categories.json.")
@@ -184,16 +187,9 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
     ) -> None:
         if update and overwrite:
             raise UserError("pass --update, which keeps what still holds, or --overwrite, not both")
-        given = given_settings(
-            sections,
-            config,
-            set_ or [],
-            {flags[name]: text for name, text in options.items() if text is not None},
-        )
-        if categories_file is not None:
-            if options.get("categories") is not None:
-                raise UserError("pass --categories or --categories-file, not both")
-            given["categories"] = read_names(categories_file)
+        chosen = {flags[name]: text for name, text in options.items() if text is not None}
+        given = given_settings(sections, config, set_ or [], chosen)
+        given = with_names(given, options.get("categories"), categories_file)
         if preset is not None:
             from . import presets
 
@@ -227,6 +223,15 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
     wrapper = command(run_stages)
     _give_signature(wrapper, parameters)
     return wrapper
+
+
+def with_names(given: dict, categories: str | None, file: Path | None) -> dict:
+    """Settings with the category names of --categories-file; UserError if --categories is given as well."""
+    if file is None:
+        return given
+    if categories is not None:
+        raise UserError("pass --categories or --categories-file, not both")
+    return {**given, "categories": read_names(file)}
 
 
 def _give_signature(function: Callable, parameters: dict[str, tuple[Any, Any]]) -> None:
@@ -333,7 +338,7 @@ def report(
         print(write_report(out))
 
 
-def _move_photos(out: Path, photos: Path | None) -> None:
+def _move_photos(out: Path, photos: str | None) -> None:
     """Records where the photos of a run are now, if they have moved."""
     if photos is not None:
         from . import run
@@ -368,6 +373,80 @@ def review(
             server.serve_forever()
 
 
+ESTIMATED = [section for stage in (*LABELING, "experts", "train") for section in STAGES[stage].sections]
+ESTIMATE_FLAGS = {
+    _variable(one): one
+    for one in settings()
+    if one.flag and one.name.split(".")[0] in {section for stage in LABELING for section in STAGES[stage].sections}
+}
+
+
+def _estimate(
+    photos: Annotated[
+        str | None, typer.Argument(metavar="[PHOTOS]", help=f"{PHOTOS_HELP} Default: that of --config.")
+    ] = None,
+    photos_total: Annotated[
+        int | None,
+        typer.Option("--photos-total", metavar="N", min=1, help="Photos of the job, if PHOTOS has only some of them."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, help="Time to measure, besides loading the models.")
+    ] = 60.0,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Random weights for models that are not downloaded.")
+    ] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=0, max=1, help="1: measure on the GPU, 0: on the CPU. Default: 1 if any."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE.")] = None,
+    categories_file: CategoriesFile = None,
+    preset: Preset = None,
+    config: Config = None,
+    set_: Set = None,
+    **options: str | None,
+) -> None:
+    chosen = {ESTIMATE_FLAGS[name]: text for name, text in options.items() if text is not None}
+    given = with_names(
+        given_settings(ESTIMATED, config, set_ or [], chosen), options.get("categories"), categories_file
+    )
+    if preset is not None:
+        from . import presets
+
+        given = merge(presets.preset(preset), given)
+        presets.expect_names(preset, given)
+    if photos is not None:
+        given["photos"] = absolute(photos)
+    if "photos" not in given:
+        raise UserError("pass PHOTOS, or a run's run.toml as --config")
+    from .distributed import count_gpus
+    from .estimate import estimate
+    from .files import atomic_write
+    from .threads import limit_torch_threads
+
+    limit_torch_threads()
+    device = "cuda:0" if count_gpus(gpus, 1) else "cpu"
+
+    def report(part: str) -> None:
+        print(f"measuring {part}", file=sys.stderr, flush=True)
+
+    found = estimate(make_config(given), device, seconds, photos_total, random_weights=random_weights, report=report)
+    if json_file is not None:
+        import json
+
+        with atomic_write(json_file) as file:
+            file.write(json.dumps(found.to_json(), indent=1).encode() + b"\n")
+    if found.random_weights:
+        print(f"random weights: {', '.join(found.random_weights)}")
+    print(f"{found.photos:,} photos, {found.categories:,} categories, one process on {found.device}")
+    print(found.table())
+
+
+app.command("estimate", help="Estimate hours, disk and memory of a run by measuring a sample of its photos.")(
+    command_with_settings(_estimate, ESTIMATE_FLAGS.values())
+)
+
+
 # -- other commands --------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +474,12 @@ def _device() -> str:
     from .distributed import count_gpus
 
     return "cuda" if count_gpus(None, 1) else "cpu"
+
+
+def _local(weights: Path) -> Path:
+    from .hub import local_weights
+
+    return local_weights(weights)
 
 
 def _load_segmenter(weights: Path, names: list[str] | None, encoder: str):
@@ -427,6 +512,7 @@ def segment(
 
     Writes a label map and scores per photo, and overlays, on a GPU if there is one. Run it again to continue.
     """
+    weights = _local(weights)
     from .segmenter.folder import segment_photos
 
     if os.path.realpath(out) == os.path.realpath(weights if weights.is_dir() else weights.parent):
@@ -510,6 +596,7 @@ def _evaluate(
     from .evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
     from .evaluate.scoring import evaluate_benchmark, print_benchmark, records_folder
 
+    predictions = predictions and _local(predictions)
     show: Callable[[dict], None] = print_table
     given = {DETECTION_FLAGS[name]: text for name, text in options.items() if text is not None}
     values = given_settings(list(DETECTION), config, set_ or [], given)
@@ -578,7 +665,7 @@ def export(
     from .segmenter.predict import Segmenter
 
     names = _names(categories, categories_file, preset)
-    segmenter = Segmenter.load(weights, categories=names, encoder=encoder)
+    segmenter = Segmenter.load(_local(weights), categories=names, encoder=encoder)
     worst = export_onnx(segmenter, onnx)
     print(f"{onnx}: onnxruntime's logits differ from torch's by at most {worst:.1g} of the largest")
 

@@ -8,6 +8,7 @@ asked for the file with a short time limit, so that without a network a command 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import shutil
@@ -16,7 +17,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .config import RunConfig
 from .errors import UserError, first_line
@@ -25,6 +26,11 @@ from .progress import logger
 
 ANSWER_WITHIN = 4.0  # seconds for all the server's answers together, name resolution included
 READ_TIMEOUT = 30.0  # seconds without data after which a download from a URL fails
+
+SEGMENTER = "hf-hub:"  # before the name of a segmenter's repository on the Hub, where commands take a path
+SEGMENTER_FILES = ("categories.json", "model.safetensors")
+
+_Result = TypeVar("_Result")
 
 # Weights that huggingface_hub has in two formats: safetensors is preferred.
 SAFE_NAMES = {
@@ -43,6 +49,8 @@ class Published(NamedTuple):
         file: Its name in the repository.
         url: Its address if it is in no repository.
         folder: Cache of files from URLs.
+        token: Token for the repository; None: that of the login.
+        cache: Cache of the repository; None: that of huggingface_hub.
     """
 
     what: str
@@ -51,6 +59,8 @@ class Published(NamedTuple):
     file: str = ""
     url: str = ""
     folder: Path = Path()
+    token: str | bool | None = None
+    cache: str | Path | None = None
 
     @property
     def names(self) -> list[str]:
@@ -79,8 +89,9 @@ class Published(NamedTuple):
         from huggingface_hub import try_to_load_from_cache
 
         repository, _, revision = self.repository.partition("@")
+        options: dict[str, Any] = {"cache_dir": self.cache} if self.cache else {}
         for name in self.names:
-            if isinstance(found := try_to_load_from_cache(repository, name, revision=revision or None), str):
+            if isinstance(found := try_to_load_from_cache(repository, name, revision=revision or None, **options), str):
                 return Path(found)
         return None
 
@@ -196,9 +207,78 @@ def fetch(one: Published, others: Sequence[Published] = ()) -> Path:
         ) from None
 
 
-def _within(seconds: float, function: Callable[[], str]) -> str:
+def segmenter(
+    repository: str, token: str | bool | None = None, cache_dir: str | Path | None = None, local_only: bool = False
+) -> Path:
+    """The folder of a segmenter on the Hub, in the cache or downloaded into it. The cache comes first.
+
+    Args:
+        repository: USER/NAME, perhaps with @revision.
+        token: Token for the Hub, see huggingface_hub; None: that of the login.
+        cache_dir: The cache; None: that of huggingface_hub.
+        local_only: Do not use the network.
+
+    Raises:
+        UserError: If it is not in the cache and cannot be downloaded.
+    """
+    name, _, revision = repository.partition("@")
+    try:
+        folder, at = None, repository
+        for file in SEGMENTER_FILES:
+            one = Published(f"segmenter {name}", "", at, file, token=token, cache=cache_dir)
+            if (path := one.cached()) is None:
+                if local_only:
+                    raise FileNotFoundError(f"{file} is not in the cache, and the network is not to be used")
+                _within(ANSWER_WITHIN, functools.partial(_find, one))
+                print(f"downloading {one.what}: {one.address()}", flush=True)
+                path = _download(one, file)
+            folder, at = path.parent, f"{name}@{path.parent.name}"  # of the same commit
+    except Exception as error:  # hub, network and disk each have their own exceptions
+        raise UserError(
+            f"the segmenter {name}{f' at {revision}' if revision else ''} cannot be loaded from the Hub "
+            f"({_reason(error)}): check its name, log in with `hf auth login` if it is private, and without a network "
+            "copy the cache of a machine that has it, or pass a folder"
+        ) from None
+    assert folder is not None
+    return folder
+
+
+def local_weights(path: Path) -> Path:
+    """What commands take as WEIGHTS, as a local path: hf-hub:USER/NAME[@REVISION] is downloaded once."""
+    text = str(path)
+    return segmenter(text.removeprefix(SEGMENTER)) if text.startswith(SEGMENTER) else path
+
+
+def push(folder: Path, repository: str, message: str, private: bool = False, token: str | bool | None = None) -> str:
+    """Uploads a folder to a repository of the Hub, which is created if it does not exist.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: If the Hub does not answer or refuses.
+    """
+    from huggingface_hub import HfApi, constants
+
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        api = HfApi(token=token)
+        create = functools.partial(api.create_repo, repository, private=private, exist_ok=True)
+        with _quiet():
+            url = _within(2 * ANSWER_WITHIN, create)
+            api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message)
+    except Exception as error:  # hub and network each have their own exceptions
+        raise UserError(
+            f"{repository} cannot be written on the Hub ({_reason(error)}): log in with `hf auth login` or pass a "
+            "token that may write"
+        ) from None
+    return str(url)
+
+
+def _within(seconds: float, function: Callable[[], _Result]) -> _Result:
     """Calls a function that may take longer than the time limits of sockets, as name resolution does."""
-    results: list[str | Exception] = []
+    results: list[_Result | Exception] = []
 
     def run() -> None:
         try:
@@ -227,7 +307,8 @@ def _find(one: Published) -> str:
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set")
     for name in one.names:
-        answer = get_session().head(one.address(name), headers=build_hf_headers(), timeout=ANSWER_WITHIN)
+        headers = build_hf_headers(token=one.token)
+        answer = get_session().head(one.address(name), headers=headers, timeout=ANSWER_WITHIN)
         if answer.status_code < 400:
             return name
     raise FileNotFoundError(f"HTTP status {answer.status_code} for {one.address(name)}")
@@ -238,8 +319,10 @@ def _download(one: Published, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
         repository, _, revision = one.repository.partition("@")
+        given = {"token": one.token, "cache_dir": one.cache}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         with _quiet():
-            return Path(hf_hub_download(repository, name, revision=revision or None))
+            return Path(hf_hub_download(repository, name, revision=revision or None, **options))
     one.folder.mkdir(parents=True, exist_ok=True)
     with urllib.request.urlopen(one.url, timeout=READ_TIMEOUT) as answer, atomic_write(one.download) as file:
         shutil.copyfileobj(answer, file, 1 << 20)

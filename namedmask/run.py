@@ -453,11 +453,13 @@ def start(
     with locked(out):
         try:
             count = max(worker.count, workers, gpus)
-            settle(out, given, stages, overwrite and worker.attempt == 0, count, update=update)
+            config = settle(out, given, stages, overwrite and worker.attempt == 0, count, update=update)
         except UserError as error:
             worker.fail(str(error))
             raise
         worker.barrier("settled")
+        if worker.count == 1 and gpus <= 1:
+            _announce(out, config, stages, worker.device(device))
         try:
             if worker.count > 1 or max(workers, gpus) == 1:
                 work(out, stages, worker, device, trace)
@@ -483,13 +485,11 @@ def _log_outdated(out: Path, stages: Sequence[str]) -> None:
     record = read_record(out)
     for name, stage in STAGES.items():
         if name not in stages and stage.sections and stage.outdated_files(out):
-            logger.info(
-                f"the results of `{name}` are out of date: `namedmask {_command(stage, out)}` makes what is new"
-            )
+            again = f"`namedmask {_command(stage, out)}` makes what is new"
+            logger.info(f"the results of `{name}` are out of date: {again}")
     if "train" in record.stages and LEFT_BEHIND in record.stages["train"].made_with:
-        logger.info(
-            f"{out / 'segmenter'} is from before the update: `namedmask train {out} --update` trains another one"
-        )
+        again = f"`namedmask train {out} --update` trains another one"
+        logger.info(f"{out / 'segmenter'} is from before the update: {again}")
 
 
 def _remove_outdated(out: Path, stages: Sequence[str]) -> None:
@@ -498,6 +498,17 @@ def _remove_outdated(out: Path, stages: Sequence[str]) -> None:
         remove_files(out, STAGES[stage].outdated_files(out))
     for folder in outdated_folders(out):
         remove_empty(folder, out)
+
+
+def _announce(out: Path, config: RunConfig, stages: Sequence[str], device: str) -> None:
+    """Logs how long a long run will take, before it starts. One that continues shows its time as progress alone."""
+    from .estimate import LABELING, announce
+    from .threads import limit_torch_threads
+
+    if set(LABELING) <= set(stages) and not any(STAGES[name].has_results(out) for name in LABELING):
+        limit_torch_threads()
+        if line := announce(config, device):
+            logger.info(line)
 
 
 def _keep_replaced(out: Path, error: Exception) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import fitted, name_digest, read_bytes, write_error
-from ..masks import RESIZED, ErrorRecord, MaskRecord, read_lines
+from ..masks import RESIZED, ErrorRecord, MaskRecord
 from ..photos import SEGMENT_RECORD, PhotoError
 from ..record import FILE, read_record
 from ..review import Review, read_review, reviewed_masks
@@ -239,9 +239,9 @@ class Dataset:
     def _segmented(self, path: Path, empty: dict[str, tuple[int, int]]) -> Iterator[MaskRecord]:
         """The masks in the label maps of `segment`; photos in which it has found nothing go into `empty`."""
         from ..formats import read_label_map
-        from ..segmenter.folder import segmented_photos
+        from ..segmenter.folder import read_scores, segmented_photos
 
-        scores = _segment_scores(path) if self.has_scores else {}
+        scores = read_scores(path)
 
         def records_of(item: tuple[str, str]) -> tuple[str, tuple[int, int], list[MaskRecord]] | None:
             photo, name = item
@@ -254,7 +254,8 @@ class Dataset:
             records = []
             for label in found:
                 category = self.categories[label - 1]
-                score = scores.get((photo, category), 1.0)
+                found_score = scores[photo].categories.get(category) if photo in scores else None
+                score = found_score.confidence if found_score else 1.0
                 records.append(MaskRecord.from_mask(photo, labels == label, category, None, score))
             return photo, (labels.shape[0], labels.shape[1]), records
 
@@ -315,7 +316,7 @@ class Dataset:
                 self.errors.append(ErrorRecord(entry.photo, "convert", problem))
                 continue
             if self.mode in ("path", "link") and self.source.file(entry.photo) is None:
-                raise UserError(f"{entry.photo} is in a tar, where other tools do not find it: add --copy")
+                raise UserError(f"{entry.photo} is in a tar or at a URL, where other tools do not find it: add --copy")
             usable[entry.photo] = entry
             if entry.rotated:
                 self.rotated.append(entry.photo)
@@ -436,19 +437,3 @@ def _segment_categories(path: Path) -> list[str]:
         return json.loads(read_bytes(path / "categories.json"))["categories"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'categories.json'} cannot be read: {error}; segment the photos again") from None
-
-
-def _segment_scores(path: Path) -> dict[tuple[str, str], float]:
-    """The confidence of each photo and category in scores.jsonl."""
-
-    def parse(line: bytes) -> dict[tuple[str, str], float]:
-        try:
-            fields = json.loads(line)
-            return {(fields["photo"], name): float(of["confidence"]) for name, of in fields["categories"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"expected photo and categories with confidence: {error}") from None
-
-    scores: dict[tuple[str, str], float] = {}
-    for line in read_lines(path / "scores.jsonl", parse, "segment the photos again with --overwrite"):
-        scores |= line
-    return scores

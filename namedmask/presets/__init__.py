@@ -128,9 +128,10 @@ def describe(name: str, prompts: Sequence[str]) -> str:
     return "".join(f"# {note}\n" for note in notes) + "\n" + tomli_w.dumps(settings)
 
 
-def expect_names(name: str, given: dict, out: Path) -> None:
+def expect_names(name: str, given: dict, out: Path | None = None) -> None:
     """Raises UserError if a preset needs category names, and neither the given settings nor the run `out` has any."""
-    if needs_names(name) and not (given.get("categories") or read_record(out).settings().get("categories")):
+    recorded = read_record(out).settings() if out else {}
+    if needs_names(name) and not (given.get("categories") or recorded.get("categories")):
         raise UserError(f"--preset {name}: pass its category names as --categories-file FILE, in class order")
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ ROWS = 256  # of an overlay that are computed at once
 
 def segment_photos(
     weights: Path,
-    photos: Path,
+    photos: str | os.PathLike[str],
     out: Path,
     *,
     categories: Sequence[str] | None = None,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +28,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .. import hub
+from ..files import atomic_write, make_folder
 from ..formats import BACKGROUND
 from ..memory import BATCH_PIXELS, processing_budget
 from ..photos import Photo, PhotoError, PhotoSource, decode_ahead, pixels_of
 from ..threads import map_batches
-from .deeplab import DeepLab, load_segmenter, on_device
+from .card import model_card
+from .deeplab import DeepLab, load_segmenter, on_device, save_segmenter
 
 WINDOW = 64  # maximum number of consecutive photos that are grouped by shape
 GPU_PIXELS = 1 << 22  # maximum number of pixels in a batch of several photos on a GPU
@@ -91,10 +95,15 @@ class Segmenter:
         categories: Names of classes 1, 2, ...
         device: Device as torch names it.
         precision: "float32" or "bfloat16"; None: bfloat16 on a GPU, float32 on the CPU.
+
+    Attributes:
+        names: Names of the classes, the background first.
+        path: File of weights that it was loaded from; None if it was made of a network.
     """
 
     def __init__(self, network: DeepLab, categories: Sequence[str], device: str = "cpu", precision: str | None = None):
         self.names = [BACKGROUND, *categories]
+        self.path: Path | None = None
         self.mean, self.std = network.mean.to(device), network.std.to(device)
         self.device = self.mean.device  # with the index of a GPU
         on_cpu = self.device.type == "cpu"
@@ -125,7 +134,104 @@ class Segmenter:
         Raises:
             UserError: If a file is missing or damaged, or if weights, names and encoder do not match.
         """
-        return cls(*load_segmenter(path, categories, encoder), device, precision)
+        segmenter = cls(*load_segmenter(path, categories, encoder), device, precision)
+        path = Path(path)
+        segmenter.path = path / "model.safetensors" if path.is_dir() else path
+        return segmenter
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        device: str = "cpu",
+        precision: str | None = None,
+    ) -> Segmenter:
+        """Loads a segmenter from the Hugging Face Hub, or from a folder.
+
+        Only safetensors and JSON are read, and nothing of the repository is executed. A version that is in the cache is
+        used without asking the Hub: name a newer one by its `revision`.
+
+        Args:
+            name: USER/NAME of a repository, or a folder of `save_pretrained` or of `namedmask train`.
+            revision: Branch, tag or commit; None: main.
+            token: Token for private repositories; None: that of `hf auth login`.
+            cache_dir: Cache of downloads; None: that of huggingface_hub (HF_HOME).
+            local_files_only: Use the cache alone.
+            device: Device as torch names it.
+            precision: "float32" or "bfloat16"; None: bfloat16 on a GPU, float32 on the CPU.
+
+        Raises:
+            UserError: If it is neither in the cache nor can be downloaded, or as `load` does.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            repository = f"{name}@{revision}" if revision else str(name)
+            folder = hub.segmenter(repository, token, cache_dir, local_files_only)
+        return cls.load(folder, device=device, precision=precision)
+
+    def save_pretrained(self, folder: str | Path, license: str | None = None, name: str | None = None) -> None:
+        """Writes model.safetensors, categories.json and README.md, a model card, to a folder.
+
+        The weights are those of the file that the segmenter was loaded from, whatever its device and precision. If the
+        folder of that file has a README.md, that is the card.
+
+        Args:
+            folder: The folder; created if missing. Files of these names are replaced.
+            license: License of the weights as the Hub names it, such as "cc-by-4.0"; None: the card names none.
+            name: Name of the repository for the example of the card; None: the folder's.
+
+        Raises:
+            ValueError: If the segmenter was made of a network.
+            UserError: If the weights cannot be read any more, or the folder cannot be written.
+        """
+        if self.path is None:
+            raise ValueError(
+                "this segmenter was not loaded from a file: use `save_segmenter` before its network is folded"
+            )
+        folder, card = Path(folder), self.path.parent / "README.md"
+        text = (
+            card.read_bytes()
+            if card.is_file() and license is None
+            else model_card(self.path, self.names[1:], self.network.encoder, license, name or folder.name).encode()
+        )
+        network, categories = load_segmenter(self.path, self.names[1:], self.network.encoder)
+        make_folder(folder)
+        save_segmenter(folder, network, categories)
+        with atomic_write(folder / "README.md") as file:
+            file.write(text)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        token: str | bool | None = None,
+        license: str | None = None,
+        commit_message: str = "Upload segmenter",
+    ) -> str:
+        """Uploads what `save_pretrained` writes to the Hugging Face Hub.
+
+        Args:
+            name: USER/NAME of the repository; created if missing.
+            private: Create a private repository.
+            token: Token that may write; None: that of `hf auth login`.
+            license: License of the weights, see `save_pretrained`.
+            commit_message: Message of the commit.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            ValueError, UserError: As `save_pretrained`; or UserError if the Hub does not answer or refuses.
+        """
+        with tempfile.TemporaryDirectory(prefix="namedmask-push-") as folder:
+            self.save_pretrained(folder, license, name)
+            return hub.push(Path(folder), name, commit_message, private, token)
 
     def __call__(self, image: np.ndarray | Image.Image | str | os.PathLike) -> Segmentation:
         """Segments a photo.

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -21,7 +21,6 @@ from PIL import Image
 from ..errors import DamagedFile, UserError
 from ..files import absolute, atomic_write, read_bytes
 from ..formats import label_palette, read_label_map
-from ..masks import read_lines
 from ..memory import MemoryBudget
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
 from ..record import read_record
@@ -36,7 +35,7 @@ from ..report import (
     thumbnail_size,
 )
 from ..threads import map_ahead, thread_count
-from .folder import segmented_photos
+from .folder import read_scores, segmented_photos
 
 MAX_PHOTOS = 200  # on the page, unless the categories are more
 SIDE = 320  # pixels of the longer side of a photo on the page
@@ -101,7 +100,7 @@ def write_segmented_report(out: str | os.PathLike[str]) -> Path:
         if photo in chosen:
             seen.update(found.tolist())
     chosen |= {photo for one, (_, photo) in best.items() if one not in seen}
-    scores = _read_scores(out / "scores.jsonl", chosen)
+    scores = {photo: one.confidence for photo, one in read_scores(out).items() if photo in chosen}
     errors, error_count = read_some_errors(out / "errors.jsonl")
     page = template("segmented.html.j2").generate(
         title=Path(absolute(out)).name,
@@ -140,22 +139,6 @@ def _read_names(path: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedFile(path, error, remedy="segment the photos again with --overwrite") from None
     return names
-
-
-def _read_scores(path: Path, photos: set[str]) -> dict[str, float]:
-    """The confidences of some photos; none without the file."""
-
-    def parse(line: bytes) -> tuple[str, float]:
-        try:
-            fields: Any = json.loads(line)
-            return str(fields["photo"]), float(fields["confidence"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"expected photo and confidence, got {error!r}") from None
-
-    if not path.exists():
-        return {}
-    remedy = "delete it; the page is written without confidences"
-    return {photo: score for photo, score in read_lines(path, parse, remedy) if photo in photos}
 
 
 def _draw_all(out: Path, photos: str, masks: dict[str, str], scores: dict[str, float]) -> Iterator[Shown]:

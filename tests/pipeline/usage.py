@@ -46,6 +46,6 @@ def segment(run: Run) -> dict[str, set[str]]:
     segmenter: Segmenter = run.segmenter(device="cpu")
     found = {}
     for photo in run.photos:
-        mask, names = segmenter(run.photos.decode(photo).pixels)
+        mask, names, _ = segmenter(run.photos.decode(photo).pixels)
         found[photo] = {names[label] for label in np.unique(mask)}
     return found
