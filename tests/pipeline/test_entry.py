@@ -75,5 +75,6 @@ def test_the_package_imports_what_its_extras_install():
     imported -= {"namedmask", "namedmask_kernels", "numpy", "torch", *sys.stdlib_module_names}
     imported -= {"tomli", "tomllib"}  # which of the two depends on the version of Python
     imported -= {"markupsafe"}  # part of jinja2's interface
-    imported -= {"onnx", "onnxruntime", "onnxscript", "pillow_heif", "pyarrow", "xformers"}  # extras of their own
+    # Extras of their own.
+    imported -= {"aiohttp", "fsspec", "onnx", "onnxruntime", "onnxscript", "pillow_heif", "pyarrow", "xformers"}
     assert imported == set(PIPELINE_MODULES)
