@@ -698,4 +698,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from namedmask.console import printing
+
+    with printing():
+        main()
