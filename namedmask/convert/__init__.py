@@ -98,8 +98,8 @@ def convert(
 ) -> Converted:
     """Writes the masks of a run, or of a folder of `namedmask segment`, as a data set.
 
-    The bytes depend on masks, photos, options and the versions of libraries alone. Masks are streamed: memory grows by
-    about 1 KB per mask.
+    The bytes depend on masks, photos, options and the versions of libraries alone. Memory holds the
+    names and scores of masks, not the masks.
 
     Args:
         path: The run folder, or the output folder of `namedmask segment`.
