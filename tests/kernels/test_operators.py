@@ -457,6 +457,7 @@ def test_tapped_rows_are_checked_before_they_are_listed():
         with pytest.raises(ValueError, match="attention_features: tap_rows must be at most "):
             nk.attention_features(*CALLS[nk.attention_features], tap_rows=taps)
     empty = torch.zeros(0, 3, 2, 8), torch.zeros(1, dtype=torch.int32)
-    assert nk.attention_features(*empty, tap_rows=5).rows.shape == (0, 2, 5)
+    for taps in (5, 2**16):
+        assert nk.attention_features(*empty, tap_rows=taps).rows.shape == (0, 2, taps)
     with pytest.raises(ValueError, match="attention_features: tap_rows must be at most 65536"):
         nk.attention_features(*empty, tap_rows=2**31 - 1)

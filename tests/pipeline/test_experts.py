@@ -284,6 +284,7 @@ def test_shared_loss_trains_only_the_output_layer_of_the_category():
     labels[:, :5] = IGNORE
     labels[0][labels[0] >= 0] += 4  # of category 2: 4 and 5
     photos = torch.randn(2, 3, 24, 32)
+    torch.nn.init.normal_(network.layers.bias)
     loss = network.loss(network(photos), labels)
     loss.backward()
     layers = network.layers

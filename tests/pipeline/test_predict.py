@@ -229,7 +229,8 @@ def test_segment_command(weights, tmp_path):
     kept = (out / "masks" / "deep" / names[1]).with_suffix(".png")
     before = kept.stat().st_mtime_ns
     (out / "masks" / ".tmp-killed").touch()
-    assert segment(weights, photos, "--out", out).exit_code == 0
+    done = segment(weights, photos, "--out", out)
+    assert done.exit_code == 0 and "segment: 4 photos, " in done.output and ", 2 done before, " in done.output
     assert kept.stat().st_mtime_ns == before and len(list((out / "masks").rglob("*"))) == 4
     # Evaluated against its own masks.
     evaluated = lambda *a: CliRunner().invoke(cli.app, ["evaluate", *map(str, a)], catch_exceptions=False)  # noqa: E731

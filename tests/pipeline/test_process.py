@@ -68,6 +68,26 @@ def test_a_signal_is_one_line(tmp_path, signum, importing):
     assert run.returncode == 128 + signum
 
 
+def test_a_signal_in_an_import_ends_the_process_at_once(monkeypatch):
+    """An exception in an import could be taken for a missing package."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    written = []
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(os, "write", lambda descriptor, text: written.append((descriptor, text)))
+    caller = compile("(lambda: __import__('sys')._getframe())()", "<frozen importlib._bootstrap>", "eval")
+    with pytest.raises(Ended, match="130"):
+        process._interrupt(signal.SIGINT, eval(caller))
+    assert written == [(2, b"namedmask: interrupted\n")]
+    with pytest.raises(process.Interrupted):
+        process._interrupt(signal.SIGINT, sys._getframe())
+
+
 def test_ctrl_c_before_the_first_import_is_one_line():
     with python(EARLY) as run:
         _, errors = run.communicate()

@@ -478,7 +478,10 @@ def test_results_of_removed_results_raise(world, tmp_path):
     run.settle(copy, {}, ["experts"])
     (copy / "refined").mkdir()
     (copy / "refined" / "00000.jsonl").touch()
+    assert "detector.tau" in read_record(copy).stages["experts"].upstream
     shutil.rmtree(copy / "masks")
+    run.settle(copy, {}, ["train"])
+    assert "detector.tau" not in read_record(copy).stages["train"].upstream
     assert command("pseudolabel", copy, "--tau", 0.5).exit_code == 0
     result = command("experts", copy)
     assert result.exit_code == 2 and "refined was made with other settings: detector.tau: 0.2 -> 0.5" in result.stderr
