@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -29,19 +28,16 @@ with sending(sys.argv[1]):
 """
 
 
-def test_messages_and_progress_of_a_process_arrive_in_order(caplog):
-    events = []
-    caplog.set_level(logging.INFO, logger.name)
+def test_messages_and_progress_of_a_process_arrive_in_order(printing, monkeypatch):
+    events, messages = [], []
+    monkeypatch.setattr(printing, "emit", lambda record: messages.append((record.levelname, record.getMessage())))
     with listening(events.append), relay.receiving() as address:
         subprocess.run([sys.executable, "-c", WORKER, address], check=True)
     assert [(event.done, event.total, event.note, event.finished) for event in events] == [
         (2, 3, "a note", False),
         (2, 3, "a note", True),
     ]
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("INFO", "100% \udce9"),
-        ("WARNING", "few"),
-    ]
+    assert messages == [("INFO", "100% \udce9"), ("WARNING", "few")]
     assert not Path(address).exists()
 
 
