@@ -118,7 +118,7 @@ def read_record(out: Path, file: str = FILE) -> RunRecord:
         replaced = data["replaced"]
         record = _parse(data)
         nest(record.settings())  # an error if names collide
-        record.replaced = _parse({"digests": {}, **replaced}) if replaced else None
+        record.replaced = _parse({"digests": {}, "outdating": [], **replaced}) if replaced else None
         return record
     except FileNotFoundError:
         return RunRecord()
@@ -139,7 +139,7 @@ def _parse(data: dict[str, Any]) -> RunRecord:
         raise ValueError("digests: expected [size, mtime_ns, sha256]")
     if data["photos"] is not None and not isinstance(data["photos"], str):
         raise ValueError("photos: expected a path")
-    outdating = data.get("outdating", [])
+    outdating = data["outdating"]
     if not isinstance(outdating, list) or not all(name in stages for name in outdating):
         raise ValueError("outdating: expected names of stages")
     return RunRecord(data["photos"], stages, digests, outdating=outdating)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from namedmask import cli, config, presets
 from namedmask.errors import NothingUsable, UserError
 from namedmask.process import Interrupted
+from namedmask.record import RunRecord, StageRecord
 from namedmask.stages import STAGES
 
 SETTINGS = list(config.settings())
@@ -291,25 +292,25 @@ def source_path(source) -> str:
 @pytest.mark.parametrize(
     ("words", "out", "given", "rest"),
     [
-        (["run", "photos"], "run", {"photos": "photos"}, [cli.LABELING, 1, None, False, None]),
-        (["run", "--trace", "t"], "run", {}, [cli.LABELING, 1, None, False, Path("t")]),
+        (["run", "photos"], "run", {"photos": "photos"}, [cli.LABELING, 1, None, False, None, False]),
+        (["run", "--trace", "t"], "run", {}, [cli.LABELING, 1, None, False, Path("t"), False]),
         (
             ["index", "photos", "--out", "o", "--workers", 1, "--gpus", 0, "--overwrite"],
             "o",
             {"photos": "photos"},
-            [("index",), 1, 0, True, None],
+            [("index",), 1, 0, True, None, False],
         ),
         (
             ["archive", "o", "--categories-file", "names.txt", "--photos", "photos", "--gpus", 2],
             "o",
             {"categories": ["cat", "dog"], "photos": "photos"},
-            [("archive",), 1, 2, False, None],
+            [("archive",), 1, 2, False, None, False],
         ),
         (
-            ["train", "o", "--workers", 3, "--seed", 4],
+            ["train", "o", "--workers", 3, "--seed", 4, "--update"],
             "o",
             {"segmenter": {"seed": 4}},
-            [("train",), 3, None, False, None],
+            [("train",), 3, None, False, None, True],
         ),
     ],
 )
@@ -330,7 +331,8 @@ def test_presets_that_need_names_ask_for_them(calls, monkeypatch):
     assert invoke("run", "photos", "--preset", "p", "--categories", "cat", "--tau", 0.25).exit_code == 0
     assert calls["start"][1]["detector"] == {"tau": 0.25, "image_size": 480}
     assert invoke("pseudolabel", "o", "--preset", "p").exit_code == 0  # has no archive to retrieve
-    monkeypatch.setattr(cli, "_categories", lambda given, out: ["cat"])
+    recorded = RunRecord(stages={"archive": StageRecord({"categories": ["cat"]})})
+    monkeypatch.setattr(presets, "read_record", lambda out: recorded)
     assert invoke("archive", "o", "--preset", "p").exit_code == 0  # recorded names
 
 
@@ -342,7 +344,7 @@ def test_segment_command(calls, tmp_path):
     assert result.exit_code == 0 and result.output == "masks and overlays are in out\n"
     more = {"categories": ["cat", "dog"], "encoder": "resnet18", "precision": "bfloat16", "overwrite": True}
     unset = {"overlays": "sample", "workers": 1, "gpus": None}
-    assert calls["segment_photos"] == (Path("w.pth"), Path("photos"), Path("out"), more | unset)
+    assert calls["segment_photos"] == (Path("w.pth"), "photos", Path("out"), more | unset)
     calls["segment_photos returns"] = 0, 2
     result = invoke(*words)
     assert result.exit_code == 3 and result.output.endswith("; 2 photos failed: out/errors.jsonl\n")
@@ -389,7 +391,7 @@ def test_evaluate_command(calls, ignore):
     assert invoke("evaluate", "w", "b", "--photos", "photos", "--red-green", "--json", "f.json", *words).exit_code == 0
     segmenter, source, *rest = calls["evaluate_segmenter"]
     assert (segmenter, source_path(source), rest) == ("segmenter", "photos", [Path("b"), ignore, True])
-    assert calls["load"][1]["precision"] is None and calls["write_json"] == (Path("f.json"), "figures")
+    assert calls["write_json"] == (Path("f.json"), "figures")
     assert invoke("evaluate", "a", "b", "--ignore", 65536).exit_code == 2
 
 
