@@ -160,11 +160,7 @@ class Dataset:
         """
         labels = np.zeros(item.size, np.uint16)
 
-        def rank(number: int) -> tuple[float, float, int]:
-            record = item.masks[number]
-            return record.score, -np.inf if record.category_score is None else record.category_score, -number
-
-        for number in sorted(range(len(item.masks)), key=rank):
+        for number in sorted(range(len(item.masks)), key=lambda number: (*item.masks[number].rank, -number)):
             record = item.masks[number]
             labels[record.mask()] = number + 1 if objects else self.ids[record.category]
         return labels
