@@ -353,18 +353,21 @@ class _Job:
 
     def _index(self) -> Iterator[Row]:
         from .archive import prompts
-        from .index import make_embedder
+        from .index import CLIP_BATCH, SAME_KERNELS, make_embedder
 
         self.report("index")
         results: dict[str, np.ndarray | PhotoError] = {}
         embedder: Embedder
-        # On a CPU, photos that share a batch gain nothing, and a batch of them would take longer than there is time.
-        together = {} if self.on_gpu else {"shard_size": 1}
+        # On a CPU, larger batches gain nothing and would take longer than there is time; smaller ones are padded.
+        together = CLIP_BATCH["cuda"] if self.on_gpu else SAME_KERNELS
 
         def embed() -> Iterator[int]:
-            for name, result in embedder.images(self.source, itertools.cycle(self.names), **together):
+            names = itertools.cycle(self.names)
+            shards = iter(lambda: list(itertools.islice(names, together)), [])
+            for number, (name, result) in enumerate(embedder.images(self.source, shards), 1):
                 results[name] = result
-                yield 1
+                if number % together == 0:
+                    yield together
 
         peak = _Peak(self.device)
         embedder = make_embedder(self.config.index, self.device)
