@@ -34,7 +34,7 @@ from .config import DeepLabTraining, RunConfig, flatten, make_config, merge, nes
 from .distributed import Worker
 from .errors import UserError
 from .masks import MaskRecord
-from .photos import Photo, PhotoError, PhotoSource, decode_ahead
+from .photos import Photo, PhotoError, PhotoSource, decode_ahead, open_source
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def estimate(
     """
     from .memory import available_memory
 
-    source = _open(config)
+    source = open_source(config.photos)
     names, found = _sample(source.names(lambda _: None), SAMPLE)
     if not names:
         raise UserError(f"there are no photos in {config.photos}")
@@ -267,18 +267,11 @@ def announce(config: RunConfig, device: str) -> str | None:
     """
     kind = device.split(":")[0]
     with contextlib.suppress(UserError, OSError):
-        photos = _open(config).names(lambda _: None)
+        photos = open_source(config.photos).names(lambda _: None)
         if sum(1 for _ in itertools.islice(photos, LONG[kind])) < LONG[kind]:
             return None
         return estimate(config, device, ANNOUNCE_WITHIN, trainings=False).line()
     return None
-
-
-def _open(config: RunConfig) -> PhotoSource:
-    try:
-        return PhotoSource(config.photos)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _sample(names: Iterable[str], count: int) -> tuple[list[str], int]:

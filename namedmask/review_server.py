@@ -35,7 +35,7 @@ from .errors import UserError
 from .files import open_file
 from .masks import Key, MaskRecord, mask_shards, read_lines
 from .memory import MemoryBudget
-from .photos import PhotoError
+from .photos import PhotoError, open_source
 from .report import (
     BYTES_PER_PIXEL,
     Contents,
@@ -130,7 +130,7 @@ class Review:
             photos, scores, similarities = ranks.get(name, ([], array("d"), array("d")))
             order = sorted(zip(scores, similarities, range(0, -len(photos), -1), strict=True), reverse=True)
             self.photos.append([photos[-n] for _, _, n in order])
-        self.source = run.open_source(self.contents.config.photos)
+        self.source = open_source(self.contents.config.photos)
         self.budget = MemoryBudget()
 
     def page(self) -> Iterator[str]:

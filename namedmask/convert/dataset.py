@@ -24,7 +24,7 @@ import numpy as np
 from ..errors import UserError
 from ..files import fitted, name_digest, read_bytes, write_error
 from ..masks import RESIZED, ErrorRecord, MaskRecord
-from ..photos import SEGMENT_RECORD, PhotoError
+from ..photos import SEGMENT_RECORD, PhotoError, open_source
 from ..record import FILE, read_record
 from ..review import Review, read_review, reviewed_masks
 from ..selection import Selection, select
@@ -123,8 +123,6 @@ class Dataset:
                 raise UserError(f"{path} is neither a run folder nor the --out of `namedmask segment`")
             if not self.has_scores and options.selection != Selection():
                 raise UserError(f"{path} has no scores.jsonl, so masks cannot be chosen by score; segment them again")
-            from ..run import open_source
-
             self.source = open_source(photos or recorded or "")
             self.ids = {name: number for number, name in enumerate(self.categories, 1)}
             entries = self._choose(path, records, review, empty)

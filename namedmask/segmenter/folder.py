@@ -41,6 +41,7 @@ from ..files import (
     OLD,
     absolute,
     atomic_write,
+    files_below,
     fitted,
     make_folder,
     name_digest,
@@ -54,7 +55,7 @@ from ..files import (
 from ..formats import label_palette, write_label_map
 from ..masks import ONLY_FIELDS, ErrorRecord, parse_error, parse_line, parse_photo, read_lines, write_errors
 from ..memory import DECODE_SHARE, photo_budget
-from ..photos import SEGMENT_RECORD, Photo, PhotoError, PhotoSource
+from ..photos import SEGMENT_RECORD, Photo, PhotoError, PhotoSource, open_source
 from ..progress import Progress
 from ..record import RunRecord, StageRecord, expect_no_files, made_with, read_record
 from ..threads import map_ahead, thread_count
@@ -124,7 +125,7 @@ def segment_photos(
         return None
     with run.locked(out):
         try:
-            source = run.open_source(photos)
+            source = open_source(photos)
             network, names = load_segmenter(weights, categories, encoder)
             precision = precision or ("bfloat16" if gpus else "float32")
             settings = {"categories": names, "encoder": network.encoder, "precision": precision}
@@ -195,10 +196,8 @@ def _work(out: Path, worker: Worker, device: str, overlays: Overlays, segmenter:
         overlays: Photos that get an overlay.
         segmenter: The segmenter; None: it is loaded if there is something to do.
     """
-    from .. import run
-
     record = read_record(out, SEGMENT_RECORD)
-    settings, source = record.stages[STAGE].settings, run.open_source(record.photos or "")
+    settings, source = record.stages[STAGE].settings, open_source(record.photos or "")
 
     def load() -> Segmenter:
         known = {name: settings[name] for name in ("categories", "encoder", "precision")}
@@ -292,7 +291,7 @@ def _assemble(out: Path, errors: list[ErrorRecord]) -> tuple[int, int]:
     errors = errors + [work.errors[name] for name in work.names if name in work.errors]
     write_errors(out / "errors.jsonl", errors)
     _write_scores(out, work.scores, work.names, work.masks)
-    remove_files(out, _files_below(out / UNFINISHED))
+    remove_files(out, files_below(out / UNFINISHED))
     return len(made), len(errors)
 
 
@@ -517,7 +516,7 @@ def _settle(
         raise UserError(f"there are no photos in {source.path}")
     record, photos = read_record(out, SEGMENT_RECORD), absolute(source.path)
     if record.replaced is None:  # if a kill interrupted set_aside
-        put_back_files(out, _files_below(out / OLD))
+        put_back_files(out, files_below(out / OLD))
     if not record.stages:
         expect_no_files(out, OUTPUTS, SEGMENT_RECORD)
     weights = weights / "model.safetensors" if weights.is_dir() else weights
@@ -569,7 +568,7 @@ def _settle(
         file.write(json.dumps({"categories": settings["categories"]}, indent=1).encode())
     if scores := _score_lines(out):  # of an interrupted command, too
         _write_scores(out, scores, names, masks)
-    for path in _files_below(out / UNFINISHED):
+    for path in files_below(out / UNFINISHED):
         path.unlink()
     with atomic_write(out / UNFINISHED / "photos.jsonl") as file:
         for name in names:
@@ -594,25 +593,21 @@ def _finish(out: Path, complete: bool) -> None:
         return
     masks = segmented_photos(out).values()
     if complete:
-        remove_files(out, _files_below(out / OLD))
+        remove_files(out, files_below(out / OLD))
         record.replaced = None
         record.write(out, SEGMENT_RECORD)
     elif not any(_mask_path(out, mask).exists() for mask in masks):
         remove_files(out, _own_files(out, masks))
         record.replaced.write(out, SEGMENT_RECORD)
-        put_back_files(out, _files_below(out / OLD))
+        put_back_files(out, files_below(out / OLD))
 
 
 def _own_files(out: Path, masks: Collection[str]) -> list[Path]:
     """The existing files of `out` that segmenting the photos of these masks makes, the list of photos last."""
     paths = [path for mask in masks for path in (_mask_path(out, mask), _overlay_path(out, mask))]
-    paths += _files_below(out / UNFINISHED)
+    paths += files_below(out / UNFINISHED)
     paths += [out / name for name in ("errors.jsonl", "scores.jsonl", "categories.json", "photos.jsonl")]
     return [path for path in paths if path.exists()]
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def predictions(segmenter: Segmenter, source: PhotoSource, stems: set[str]) -> Iterator[tuple[str, np.ndarray]]:
