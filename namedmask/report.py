@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import heapq
-import io
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from .archive import read_archive
 from .config import to_toml
 from .errors import DamagedFile
 from .files import absolute, atomic_write
+from .formats import encode
 from .masks import ErrorRecord, Key, MaskRecord, is_refined, read_errors, read_masks
 from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
@@ -563,13 +563,6 @@ def draw_overlay(mask: np.ndarray, size: tuple[int, int]) -> bytes:
     image = Image.fromarray(colors)
     image.putpalette(_PALETTE)
     return encode(image, "png", bits=2, transparency=_OPACITY)
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """The file of an image."""
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def data_uri(data: bytes, kind: str) -> str:

@@ -33,6 +33,7 @@ from PIL import Image
 from . import run
 from .errors import UserError
 from .files import open_file
+from .formats import encode
 from .masks import Key, MaskRecord, mask_shards, read_lines
 from .memory import MemoryBudget
 from .photos import PhotoError, open_source
@@ -46,7 +47,6 @@ from .report import (
     changed,
     draw_overlay,
     draw_thumbnail,
-    encode,
     iou,
     template,
     thumbnail_size,

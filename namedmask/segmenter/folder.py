@@ -34,7 +34,7 @@ from PIL import Image
 
 from .. import distributed
 from ..distributed import Worker
-from ..errors import UserError
+from ..errors import DamagedFile, UserError
 from ..files import (
     MAX_NAME,
     NAME_ERRORS,
@@ -46,6 +46,7 @@ from ..files import (
     make_folder,
     name_digest,
     put_back_files,
+    read_bytes,
     remove_files,
     remove_stale,
     set_aside,
@@ -180,8 +181,8 @@ class _Work:
     def is_done(self, name: str) -> bool:
         """Whether a photo has a mask, a score and, if wanted, an overlay, or cannot be used."""
         mask = self.masks[name]
-        has_files = _mask_path(self.out, mask).exists() and (
-            name not in self.shown or _overlay_path(self.out, mask).exists()
+        has_files = mask_path(self.out, mask).exists() and (
+            name not in self.shown or overlay_path(self.out, mask).exists()
         )
         return name in self.errors or (name in self.scores and has_files)
 
@@ -350,7 +351,7 @@ def _write_scores(out: Path, lines: dict[str, bytes], names: Iterable[str], mask
     """Writes scores.jsonl: the lines of the photos `names`, then those of other photos that still have a mask."""
     with atomic_write(out / "scores.jsonl") as file:
         for name in dict.fromkeys((*names, *masks)):
-            if name in lines and _mask_path(out, masks[name]).exists():
+            if name in lines and mask_path(out, masks[name]).exists():
                 file.write(lines[name])
 
 
@@ -379,11 +380,25 @@ def _parse_photo(line: bytes) -> tuple[str, str]:
     return photo, mask.removeprefix("masks/").removesuffix(".png")
 
 
-def _mask_path(out: Path, name: str) -> Path:
+def segmented_categories(out: Path) -> list[str]:
+    """The names of classes 1, 2, ... in categories.json of the output folder `out`. Raises DamagedFile."""
+    path = out / "categories.json"
+    try:
+        names = json.loads(read_bytes(path))["categories"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("expected a list of names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedFile(path, error, remedy="segment the photos again with --overwrite") from None
+    return names
+
+
+def mask_path(out: Path, name: str) -> Path:
+    """The mask of NAME in the output folder `out`."""
     return out / "masks" / f"{name}.png"
 
 
-def _overlay_path(out: Path, name: str) -> Path:
+def overlay_path(out: Path, name: str) -> Path:
+    """The overlay of NAME in the output folder `out`."""
     return out / "overlays" / f"{name}.jpg"
 
 
@@ -481,14 +496,14 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _write(out: Path, name: str, photo: Photo, mask: np.ndarray, classes: int, with_overlay: bool) -> None:
     """Writes the overlay, if wanted, and the mask. Raises PhotoError if their files cannot have these names."""
     try:
-        _mask_path(out, name).parent.mkdir(parents=True, exist_ok=True)
+        mask_path(out, name).parent.mkdir(parents=True, exist_ok=True)
         if with_overlay:
             image = Image.fromarray(overlay(photo.pixels, mask))
             image.thumbnail((JPEG_SIDE, JPEG_SIDE))
-            _overlay_path(out, name).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(_overlay_path(out, name)) as file:
+            overlay_path(out, name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(overlay_path(out, name)) as file:
                 image.save(file, "jpeg", quality=88)
-        write_label_map(_mask_path(out, name), mask, classes)
+        write_label_map(mask_path(out, name), mask, classes)
     except OSError as error:
         if error.errno not in NAME_ERRORS:
             raise
@@ -525,7 +540,7 @@ def _settle(
     )
     known = segmented_photos(out)
     own = _own_files(out, known.values())
-    has_results = any(_mask_path(out, mask).exists() for mask in known.values())
+    has_results = any(mask_path(out, mask).exists() for mask in known.values())
     if old := record.stages.get(STAGE):
         differences = old.differences(new)
         if differences and has_results and not overwrite:
@@ -543,7 +558,7 @@ def _settle(
     for name in names:
         if known.get(name) == masks[name]:
             continue
-        for path in (_mask_path(out, masks[name]), _overlay_path(out, masks[name])):
+        for path in (mask_path(out, masks[name]), overlay_path(out, masks[name])):
             if path.exists():
                 raise UserError(
                     f"{path} exists and was not made by `namedmask segment` ({out / 'photos.jsonl'} does not list "
@@ -596,7 +611,7 @@ def _finish(out: Path, complete: bool) -> None:
         remove_files(out, files_below(out / OLD))
         record.replaced = None
         record.write(out, SEGMENT_RECORD)
-    elif not any(_mask_path(out, mask).exists() for mask in masks):
+    elif not any(mask_path(out, mask).exists() for mask in masks):
         remove_files(out, _own_files(out, masks))
         record.replaced.write(out, SEGMENT_RECORD)
         put_back_files(out, files_below(out / OLD))
@@ -604,7 +619,7 @@ def _finish(out: Path, complete: bool) -> None:
 
 def _own_files(out: Path, masks: Collection[str]) -> list[Path]:
     """The existing files of `out` that segmenting the photos of these masks makes, the list of photos last."""
-    paths = [path for mask in masks for path in (_mask_path(out, mask), _overlay_path(out, mask))]
+    paths = [path for mask in masks for path in (mask_path(out, mask), overlay_path(out, mask))]
     paths += files_below(out / UNFINISHED)
     paths += [out / name for name in ("errors.jsonl", "scores.jsonl", "categories.json", "photos.jsonl")]
     return [path for path in paths if path.exists()]
