@@ -84,7 +84,7 @@ def test_a_category_without_a_usable_mask_is_an_error_unless_allowed(folder):
         check_mask_counts(["dog"], masks[12:], masks[12:], Path("masks"), True, Worker())
 
 
-def test_only_selected_masks_are_usable(capsys):
+def test_only_selected_masks_are_usable(printing, capsys):
     masks, selected = records("cat", 30, 3) + records("dog", 20, 0), records("cat", 11, 1) + records("dog", 10, 0)
     check_mask_counts(["cat", "dog"], masks, selected, Path("masks"), False, Worker())
     printed = capsys.readouterr()
