@@ -635,7 +635,7 @@ def _evaluate(
     elif photos is None:
         figures = evaluate_folders(predictions, truth, names, ignore, red_green)
     else:
-        from .run import open_source
+        from .photos import open_source
 
         figures = evaluate_segmenter(load(names), open_source(photos), truth, ignore, red_green)
     if json_file is not None:  # before anything is printed: whatever happens to the output, the figures are there

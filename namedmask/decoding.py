@@ -4,9 +4,7 @@
 import contextlib
 import functools
 import io
-import logging
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -61,12 +59,6 @@ _STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda pixels: np.rot90(pixels, 2).T,
     8: lambda pixels: np.rot90(pixels, -1),
 }
-
-# Pillow's warnings about unusual photos must not disturb the progress bar. `warnings.catch_warnings` around each decode
-# is no solution: it swaps global state, and several threads decode. (The line that libtiff itself prints for a damaged
-# TIFF cannot be silenced from here.)
-warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class PhotoError(Exception):

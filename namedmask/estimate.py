@@ -34,7 +34,7 @@ from .config import DeepLabTraining, RunConfig, flatten, make_config, merge, nes
 from .distributed import Worker
 from .errors import UserError
 from .masks import MaskRecord
-from .photos import Photo, PhotoError, PhotoSource, decode_ahead
+from .photos import Photo, PhotoError, PhotoSource, decode_ahead, open_source
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def estimate(
     """
     from .memory import available_memory
 
-    source = _open(config)
+    source = open_source(config.photos)
     names, found = _sample(source.names(lambda _: None), SAMPLE)
     if not names:
         raise UserError(f"there are no photos in {config.photos}")
@@ -267,18 +267,11 @@ def announce(config: RunConfig, device: str) -> str | None:
     """
     kind = device.split(":")[0]
     with contextlib.suppress(UserError, OSError):
-        photos = _open(config).names(lambda _: None)
+        photos = open_source(config.photos).names(lambda _: None)
         if sum(1 for _ in itertools.islice(photos, LONG[kind])) < LONG[kind]:
             return None
         return estimate(config, device, ANNOUNCE_WITHIN, trainings=False).line()
     return None
-
-
-def _open(config: RunConfig) -> PhotoSource:
-    try:
-        return PhotoSource(config.photos)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _sample(names: Iterable[str], count: int) -> tuple[list[str], int]:
@@ -353,18 +346,21 @@ class _Job:
 
     def _index(self) -> Iterator[Row]:
         from .archive import prompts
-        from .index import make_embedder
+        from .index import CLIP_BATCH, SAME_KERNELS, make_embedder
 
         self.report("index")
         results: dict[str, np.ndarray | PhotoError] = {}
         embedder: Embedder
-        # On a CPU, photos that share a batch gain nothing, and a batch of them would take longer than there is time.
-        together = {} if self.on_gpu else {"shard_size": 1}
+        # On a CPU, larger batches gain nothing and would take longer than there is time; smaller ones are padded.
+        together = CLIP_BATCH["cuda"] if self.on_gpu else SAME_KERNELS
 
         def embed() -> Iterator[int]:
-            for name, result in embedder.images(self.source, itertools.cycle(self.names), **together):
+            names = itertools.cycle(self.names)
+            shards = iter(lambda: list(itertools.islice(names, together)), [])
+            for number, (name, result) in enumerate(embedder.images(self.source, shards), 1):
                 results[name] = result
-                yield 1
+                if number % together == 0:
+                    yield together
 
         peak = _Peak(self.device)
         embedder = make_embedder(self.config.index, self.device)

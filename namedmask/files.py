@@ -224,6 +224,16 @@ def move(path: Path, target: Path) -> None:
         path.unlink()
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path is something else than a folder; a link to a folder is."""
+    return path.is_symlink() or not path.is_dir()
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files of a folder and its subfolders, sorted."""
+    return sorted(filter(is_file, folder.rglob("*")))
+
+
 def remove_files(out: Path, files: Iterable[Path]) -> None:
     """Removes files below the folder `out`, and the folders that are empty then. Links to folders stay."""
     for path in files:

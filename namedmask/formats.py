@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -60,8 +61,13 @@ def encode_label_map(labels: np.ndarray, classes: int, gray: bool = False) -> by
     image = Image.fromarray(labels.astype(np.uint8 if classes <= 256 else np.uint16))
     if classes <= 256 and not gray:
         image.putpalette(label_palette().tobytes())
+    return encode(image, "png")
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The bytes of an image as a file of a kind such as "png", with options of `Image.save`."""
     file = io.BytesIO()
-    image.save(file, "png")
+    image.save(file, kind, **options)
     return file.getvalue()
 
 

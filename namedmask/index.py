@@ -35,9 +35,7 @@ MAX_ASPECT = 16  # of a photo that is resized for CLIP
 CLIP_BATCH = {"cpu": 16, "cuda": 256}  # photos
 TEXT_BATCH = {"cpu": 128, "cuda": 512}  # prompts
 BATCH_BYTES = 1 << 28  # of the pixels of a batch, unless a single photo has more; 290 photos of 480 x 640
-SAME_KERNELS = (
-    4  # photos; from here on, the matrix products of a ViT-B/32 or larger round alike for any number, on a CPU
-)
+SAME_KERNELS = 4  # photos; from here on, the matrix products of ViT-B/32 or larger round alike, on a CPU
 
 Loaded = tuple[str, np.ndarray | PhotoError]  # a photo's name and pixels
 

@@ -37,6 +37,7 @@ ONLY_FIELDS = ConfigDict(extra="forbid")
 
 _ERRORS_SUFFIX = ".errors.jsonl"
 _Record = TypeVar("_Record")
+Key = tuple[str, str]  # photo and category of a mask
 
 
 class EncodedMask(NamedTuple):
@@ -129,6 +130,16 @@ class MaskRecord:
     area: Count
     bbox: tuple[Count, Count, Count, Count]
     __pydantic_config__ = ONLY_FIELDS
+
+    @property
+    def key(self) -> Key:
+        """What identifies the mask in a run: its photo and its category."""
+        return self.photo, self.category
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Greater for a better mask: its score, then its `category_score`, if it was measured."""
+        return self.score, -math.inf if self.category_score is None else self.category_score
 
     @classmethod
     def from_mask(

@@ -452,6 +452,14 @@ class PhotoSource:
         return self._full("/".join(parts[:shard])), member
 
 
+def open_source(photos: str | os.PathLike[str]) -> PhotoSource:
+    """The photos of a folder, list, tar, pattern or URL. Raises UserError where `PhotoSource` raises ValueError."""
+    try:
+        return PhotoSource(photos)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def decode_ahead(
     source: PhotoSource, names: Iterable[str], load: Callable[[str], _Result]
 ) -> Iterator[tuple[str, _Result | PhotoError]]:

@@ -204,7 +204,7 @@ class Run:
         Raises:
             UserError: If they are gone.
         """
-        from .run import open_source
+        from .photos import open_source
 
         return open_source(self.settings.photos)
 

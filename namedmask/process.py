@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -34,12 +36,15 @@ def prepare() -> None:
     - Output that nobody reads any more (`| head`) is dropped and does not end a run.
     - Characters that the terminal cannot show are printed as escapes such as \\xe9.
     - torch's C++ code logs errors only: its warnings about sockets say nothing to the user of a command.
+    - Pillow does not warn of unusual photos. (The line that libtiff itself prints for a damaged TIFF stays.)
 
     Raises:
         UserError: If OMP_NUM_THREADS is malformed, or if the current folder has been removed.
     """
     sys.stdout, sys.stderr = (_robust(stream) for stream in (sys.stdout, sys.stderr))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints its warnings
     if not os.environ.get("OMP_NUM_THREADS", "").strip():
         os.environ.pop("OMP_NUM_THREADS", None)  # libgomp complains about an empty value
     omp_num_threads()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import heapq
-import io
 import json
 import os
 import re
@@ -34,7 +33,8 @@ from .archive import read_archive
 from .config import to_toml
 from .errors import DamagedFile
 from .files import absolute, atomic_write
-from .masks import ErrorRecord, MaskRecord, is_refined, read_errors, read_masks
+from .formats import encode
+from .masks import ErrorRecord, Key, MaskRecord, is_refined, read_errors, read_masks
 from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
 from .record import read_config, read_record
@@ -59,8 +59,6 @@ _BACKGROUND, _OBJECT, _LIGHT, _DARK = range(4)
 _PALETTE = [0, 0, 0, 255, 40, 140, 255, 255, 255, 0, 0, 0]
 _OPACITY = bytes([80, 72, 255, 200])
 _LABELS = {"refined": "Expert", "masks": "Detector", "detected": "Detector, before refining"}
-
-Key = tuple[str, str]  # photo and category of a mask
 
 
 def write_report(out: str | os.PathLike[str], sheets: Mapping[str, str] | None = None) -> Path:
@@ -100,8 +98,8 @@ def write_report(out: str | os.PathLike[str], sheets: Mapping[str, str] | None =
     large = LARGE_PICTURES // max(1, len(contents.categories))
     chosen = [category.best_and_lowest(limit) for category in contents.categories.values()]
     shown = [record for best, lowest in chosen for record in (*best, *lowest)]
-    enlarged = {key_of(record) for best, lowest in chosen for record in [*best, *lowest][:large]}
-    others = contents.other_masks({key_of(record) for record in shown})
+    enlarged = {record.key for best, lowest in chosen for record in [*best, *lowest][:large]}
+    others = contents.other_masks({record.key for record in shown})
     tiles = _draw_all(contents.config.photos, shown, others, enlarged, contents.labels)
     galleries = [(list(islice(tiles, len(best))), list(islice(tiles, len(lowest)))) for best, lowest in chosen]
     images = {caption: data_uri(encode(picture, "jpeg", quality=88), "jpeg") for caption, picture in pictures.items()}
@@ -147,8 +145,8 @@ class Contents:
             if record.category not in self.categories:
                 self.categories[record.category] = Category(record.category, 0)
             self.categories[record.category].add(record, limit)
-            if key_of(record) in self.review:
-                self.scores[key_of(record)] = record.score
+            if record.key in self.review:
+                self.scores[record.key] = record.score
         self.photo_count = np.unique(photos).size
 
     @property
@@ -163,7 +161,7 @@ class Contents:
 
     def other_masks(self, keys: Set[Key]) -> list[dict[Key, MaskRecord]]:
         """The masks with these keys in each of `folders` but the first."""
-        return [{key_of(one): one for one in read_masks(folder) if key_of(one) in keys} for folder in self.folders[1:]]
+        return [{one.key: one for one in read_masks(folder) if one.key in keys} for folder in self.folders[1:]]
 
     def page(
         self,
@@ -270,11 +268,6 @@ def problem_of(record: MaskRecord) -> str:
     return TINY if record.area < 0.002 * height * width else ""
 
 
-def key_of(record: MaskRecord) -> Key:
-    """What identifies a mask: its photo and its category."""
-    return record.photo, record.category
-
-
 def anchor(*names: str) -> str:
     """The fragment of a URL, and the id of an element, for a category, or for a category and a photo."""
     kind = "mask" if names[1:] else "category"
@@ -332,7 +325,6 @@ class Category:
         self._lowest: list[tuple[tuple, MaskRecord]] = []
 
     def add(self, record: MaskRecord, limit: int) -> None:
-        category_score = -np.inf if record.category_score is None else record.category_score
         # The number of the mask makes every key unique: the earlier mask wins ties, and records are never compared.
         number = len(self.scores)
         self.scores.append(record.score)
@@ -340,8 +332,8 @@ class Category:
         if problem := problem_of(record):
             self.problems[problem] += 1
         for heap, key in (
-            (self._best, (record.score, category_score, -number)),
-            (self._lowest, (-record.score, -category_score, number)),
+            (self._best, (*record.rank, -number)),
+            (self._lowest, (*(-part for part in record.rank), number)),
         ):
             if len(heap) < limit:
                 heapq.heappush(heap, (key, record))
@@ -401,7 +393,7 @@ class Tile(NamedTuple):
     @property
     def key(self) -> str:
         """Photo and category as JSON, in ASCII."""
-        return json.dumps(key_of(self.record)).replace("\x7f", "\\u007f")
+        return json.dumps(self.record.key).replace("\x7f", "\\u007f")
 
     @property
     def has_choice(self) -> bool:
@@ -453,8 +445,9 @@ def _draw_all(
         height, width = records[numbers[0]].size
         masks = []
         for record in (records[number] for number in numbers):
-            key = key_of(record)
-            found = [(label, one[key]) for label, one in zip(labels[1:], others, strict=True) if key in one]
+            found = [
+                (label, one[record.key]) for label, one in zip(labels[1:], others, strict=True) if record.key in one
+            ]
             masks.append([(labels[0], record), *found])
         with budget.hold(height * width * BYTES_PER_PIXEL):
             return _draw(source, masks, enlarged)
@@ -482,7 +475,7 @@ def _draw(
             tiles.append(Tile(record, problem=problem))
             continue
         try:
-            large = _enlarge(pixels, [one for _, one in labeled]) if key_of(record) in enlarged else None
+            large = _enlarge(pixels, [one for _, one in labeled]) if record.key in enlarged else None
             views = []
             for label, one in labeled:
                 if one.size != record.size:
@@ -570,13 +563,6 @@ def draw_overlay(mask: np.ndarray, size: tuple[int, int]) -> bytes:
     image = Image.fromarray(colors)
     image.putpalette(_PALETTE)
     return encode(image, "png", bits=2, transparency=_OPACITY)
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """The file of an image."""
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def data_uri(data: bytes, kind: str) -> str:

@@ -21,7 +21,7 @@ from typing import Literal
 
 from .errors import UserError
 from .files import atomic_write
-from .masks import ONLY_FIELDS, MaskRecord, best_masks, parse_line, read_lines, read_masks
+from .masks import ONLY_FIELDS, Key, MaskRecord, best_masks, parse_line, read_lines, read_masks
 
 FILE = "review.jsonl"
 Verdict = Literal["accept", "reject", "detector"]
@@ -35,7 +35,7 @@ class _Line:
     __pydantic_config__ = ONLY_FIELDS
 
 
-Review = dict[tuple[str, str], Verdict]  # by photo and category
+Review = dict[Key, Verdict]
 
 
 def read_review(out: str | os.PathLike) -> Review:
@@ -48,12 +48,12 @@ def read_review(out: str | os.PathLike) -> Review:
     return dict(read_lines(path, _parse, "correct or delete the line")) if path.exists() else {}
 
 
-def _parse(line: bytes) -> tuple[tuple[str, str], Verdict]:
+def _parse(line: bytes) -> tuple[Key, Verdict]:
     one = parse_line(_Line, line)
     return (one.photo, one.category), one.verdict
 
 
-def write_review(out: str | os.PathLike, verdicts: Mapping[tuple[str, str], Verdict]) -> None:
+def write_review(out: str | os.PathLike, verdicts: Mapping[Key, Verdict]) -> None:
     """Writes the verdicts of a run, in their order. The file appears whole or not at all."""
     with atomic_write(Path(out, FILE)) as file:
         for (photo, category), verdict in verdicts.items():
@@ -69,23 +69,22 @@ def reviewed_masks(out: str | os.PathLike) -> Iterator[MaskRecord]:
     """
     review = read_review(out)
     for record in current_masks(out, review):
-        if review.get((record.photo, record.category)) != "reject":
+        if review.get(record.key) != "reject":
             yield record
 
 
-def current_masks(out: str | os.PathLike, review: Mapping[tuple[str, str], Verdict]) -> Iterator[MaskRecord]:
+def current_masks(out: str | os.PathLike, review: Mapping[Key, Verdict]) -> Iterator[MaskRecord]:
     """Yields the best masks of a run as `reviewed_masks` does, but rejected ones as well."""
     folder, detector = best_masks(out), Path(out, "masks")
     chosen = {key for key, verdict in review.items() if verdict == "detector"}
     if not chosen or folder == detector:
         yield from read_masks(folder)
         return
-    detected = {key: record for record in read_masks(detector) if (key := (record.photo, record.category)) in chosen}
+    detected = {record.key: record for record in read_masks(detector) if record.key in chosen}
     for record in read_masks(folder):
-        key = record.photo, record.category
-        if key in chosen and key not in detected:
+        if record.key in chosen and record.key not in detected:
             raise UserError(
                 f"{Path(out, FILE)} chooses the detector's mask of {record.photo!r} ({record.category}), but "
                 f"{detector} has none; remove the line"
             )
-        yield detected.get(key, record)
+        yield detected.get(record.key, record)

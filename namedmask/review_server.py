@@ -33,13 +33,13 @@ from PIL import Image
 from . import run
 from .errors import UserError
 from .files import open_file
-from .masks import MaskRecord, mask_shards, read_lines
+from .formats import encode
+from .masks import Key, MaskRecord, mask_shards, read_lines
 from .memory import MemoryBudget
-from .photos import PhotoError
+from .photos import PhotoError, open_source
 from .report import (
     BYTES_PER_PIXEL,
     Contents,
-    Key,
     Picture,
     Tile,
     View,
@@ -47,9 +47,7 @@ from .report import (
     changed,
     draw_overlay,
     draw_thumbnail,
-    encode,
     iou,
-    key_of,
     template,
     thumbnail_size,
 )
@@ -72,7 +70,7 @@ class _Places:
         for number, shard in enumerate(self.shards):
             offset = 0
             for record, length in read_lines(shard, lambda line: (MaskRecord.from_json(line), len(line))):
-                self.places[key_of(record)] = number, offset
+                self.places[record.key] = number, offset
                 offset += length
                 yield record
 
@@ -85,7 +83,7 @@ class _Places:
             with open_file(self.shards[number]) as file:
                 file.seek(offset)
                 record = MaskRecord.from_json(file.readline())
-            if key_of(record) == key:
+            if record.key == key:
                 return record
         except (OSError, ValueError):
             pass
@@ -109,7 +107,7 @@ class Review:
     def __init__(self, out: Path):
         self.out = out
         self.places: list[_Places] = []  # of `contents.folders`
-        ranks: dict[str, tuple[list[str], array[float], array[float]]] = {}  # photos, scores, similarities
+        ranks: dict[str, tuple[list[str], array[float], array[float]]] = {}  # photos, and the parts of `rank`
 
         def read(folder: Path) -> Iterator[MaskRecord]:
             self.places.append(_Places(folder))
@@ -117,7 +115,7 @@ class Review:
                 photos, scores, similarities = ranks.setdefault(record.category, ([], array("d"), array("d")))
                 photos.append(record.photo)
                 scores.append(record.score)
-                similarities.append(float("-inf") if record.category_score is None else record.category_score)
+                similarities.append(record.rank[1])
                 yield record
 
         self.contents = Contents(out, read)
@@ -132,7 +130,7 @@ class Review:
             photos, scores, similarities = ranks.get(name, ([], array("d"), array("d")))
             order = sorted(zip(scores, similarities, range(0, -len(photos), -1), strict=True), reverse=True)
             self.photos.append([photos[-n] for _, _, n in order])
-        self.source = run.open_source(self.contents.config.photos)
+        self.source = open_source(self.contents.config.photos)
         self.budget = MemoryBudget()
 
     def page(self) -> Iterator[str]:

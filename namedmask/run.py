@@ -38,7 +38,7 @@ from .files import (
     write_error,
 )
 from .masks import read_errors, read_masks
-from .photos import PhotoSource
+from .photos import PhotoSource, open_source
 from .progress import Progress, logger
 from .record import (
     IMPORTED,
@@ -386,14 +386,6 @@ def _expect_same_photos(out: Path, source: PhotoSource, record: RunRecord) -> No
             f"{out} was made from the photos in {record.photos}, and {source.path} lacks most of them, such as "
             f"{missing[0]!r}: use another run folder, or start over with --overwrite"
         )
-
-
-def open_source(photos: str | os.PathLike) -> PhotoSource:
-    """The photos of a folder, list, tar, pattern or URL; UserError if there are none."""
-    try:
-        return PhotoSource(photos)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 @contextmanager

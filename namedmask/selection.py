@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .masks import MaskRecord
+    from .masks import Key, MaskRecord
     from .review import Verdict
 
 
@@ -42,9 +42,7 @@ class Selection:
         return masks if self.per_category is None else min(masks, self.per_category)
 
 
-def select(
-    records: Iterable[MaskRecord], selection: Selection, review: Mapping[tuple[str, str], Verdict] = {}
-) -> list[MaskRecord]:
+def select(records: Iterable[MaskRecord], selection: Selection, review: Mapping[Key, Verdict] = {}) -> list[MaskRecord]:
     """Returns the masks that a selection and a review keep, in their order.
 
     Of masks with equal scores, the one with the higher `category_score` is better, then the earlier one. A rejected
@@ -58,15 +56,13 @@ def select(
     candidates: dict[str, list[tuple[bool, float, float, int]]] = {}  # by category; the greatest is the best
     kept: dict[int, MaskRecord] = {}
     for number, record in enumerate(records):
-        verdict = review.get((record.photo, record.category))
+        verdict = review.get(record.key)
         if verdict == "reject" or (
             verdict is None and selection.min_score is not None and record.score < selection.min_score
         ):
             continue
         kept[number] = record
-        similarity = float("-inf") if record.category_score is None else record.category_score
-        rank = (verdict is not None, record.score, similarity, -number)
-        candidates.setdefault(record.category, []).append(rank)
+        candidates.setdefault(record.category, []).append((verdict is not None, *record.rank, -number))
     for ranks in candidates.values():
         for reviewed, *_, number in sorted(ranks, reverse=True)[selection.count(len(ranks)) :]:
             if not reviewed:

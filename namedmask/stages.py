@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import NothingUsable, UserError
-from .files import make_folder, outdated_folders
+from .files import is_file, make_folder, outdated_folders
 
 if TYPE_CHECKING:  # --help imports this module: what a stage needs is imported when it runs
     from .archive import Archive
@@ -107,7 +107,7 @@ class Stage:
     def present_files(self, folder: Path) -> list[Path]:
         """The files below a folder that have names of its results. A folder of such a name is the user's."""
         paths = (path for pattern in self.files for path in sorted(folder.glob(pattern)))
-        return [path for path in paths if path.is_symlink() or not path.is_dir()]
+        return list(filter(is_file, paths))
 
     def outdated_files(self, out: Path) -> list[Path]:
         """The files from before an update."""

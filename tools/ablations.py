@@ -23,6 +23,7 @@ import numpy as np
 
 from namedmask import run
 from namedmask.archive import read_archive, write_archive
+from namedmask.console import printing
 from namedmask.demo import run as demo
 from namedmask.demo.scenes import KINDS, index_photo
 from namedmask.demo.score import iou
@@ -186,8 +187,9 @@ def run_row(work: Path, seed: int, name: str) -> dict:
 def run_seed(job: tuple[Path, int]) -> None:
     """Runs all rows of a seed on one thread."""
     work, seed = job
-    for name in ROWS:
-        print(seed, name, run_row(work, seed, name), flush=True)
+    with printing():
+        for name in ROWS:
+            print(seed, name, run_row(work, seed, name), flush=True)
 
 
 def table(work: Path, seeds: list[int]) -> list[str]:

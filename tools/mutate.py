@@ -49,13 +49,27 @@ TESTS = {
     "namedmask/backbones.py": ["pipeline/test_backbones", "pipeline/test_deeplab"],
     "namedmask/__init__.py": ["pipeline/test_entry"],
     "namedmask/__main__.py": ["pipeline/test_entry", "pipeline/test_process"],
+    "namedmask/batches.py": ["pipeline/test_detect_and_refine", "pipeline/test_pseudolabel"],
     "namedmask/config.py": ["pipeline/test_config", "pipeline/test_cli"],
+    "namedmask/console.py": ["pipeline/test_progress"],
+    **{
+        f"namedmask/convert/{name}.py": ["pipeline/test_convert"]
+        for name in (
+            *("__init__", "coco", "cvat", "dataset", "folder", "label_studio", "parquet", "png", "voc", "webdataset"),
+            "yolo",
+        )
+    },
+    "namedmask/decoding.py": ["pipeline/test_photos", "pipeline/test_memory"],
     "namedmask/distributed.py": ["pipeline/test_distributed", "pipeline/test_process"],
     "namedmask/doctor.py": ["pipeline/test_hub", "pipeline/test_cli"],
     "namedmask/errors.py": ["pipeline/test_errors", "pipeline/test_process", "pipeline/test_cli"],
     "namedmask/files.py": ["pipeline/test_files", "pipeline/test_masks"],
     "namedmask/formats.py": ["pipeline/test_metrics"],
-    "namedmask/run.py": ["pipeline/test_run_folder", "pipeline/test_run", "pipeline/test_overwrite"],
+    "namedmask/report.py": ["pipeline/test_report", "pipeline/test_pages"],
+    "namedmask/run.py": [
+        *("pipeline/test_run_folder", "pipeline/test_run", "pipeline/test_overwrite"),
+        "pipeline/test_update",
+    ],
     "namedmask/stages.py": ["pipeline/test_stages", "pipeline/test_cli"],
     **{
         f"namedmask/imports/{name}.py": ["pipeline/test_imports"]
@@ -71,13 +85,20 @@ TESTS = {
     "namedmask/saliency/cluster_vote.py": ["pipeline/test_detect_and_refine"],
     "namedmask/saliency/selfmask_training.py": ["pipeline/test_selfmask"],
     "namedmask/segmenter/batch_norm.py": ["pipeline/test_segmenter_training"],
+    "namedmask/segmenter/card.py": ["pipeline/test_segmenter_hub"],
     "namedmask/segmenter/folder.py": ["pipeline/test_predict"],
+    "namedmask/segmenter/report.py": ["pipeline/test_segmented_report"],
     "namedmask/segmenter/training.py": ["pipeline/test_segmenter_training"],
+    "namedmask/suffixes.py": ["pipeline/test_photos"],
+    "namedmask/tars.py": ["pipeline/test_photos", "pipeline/test_remote"],
+    "namedmask/timing.py": ["pipeline/test_pseudolabel"],
     "namedmask/training.py": ["pipeline/test_training", "pipeline/test_segmenter_training"],
     "namedmask/evaluate/benchmarks.py": ["pipeline/test_benchmarks"],
     "namedmask/evaluate/folders.py": ["pipeline/test_metrics", "pipeline/test_predict"],
+    "namedmask/evaluate/runs.py": ["pipeline/test_evaluate_runs"],
     "namedmask/evaluate/saliency.py": ["pipeline/test_benchmarks"],
     "namedmask/evaluate/scoring.py": ["pipeline/test_benchmarks"],
+    "namedmask/urls.py": ["pipeline/test_remote"],
 }
 # The demo's figures are pinned as a whole; references are what tests compare with; Triton needs a GPU.
 LEFT_OUT = ("namedmask/demo/", "kernels/namedmask_kernels/reference/", "kernels/namedmask_kernels/triton/")

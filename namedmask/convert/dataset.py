@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..errors import UserError
-from ..files import fitted, name_digest, read_bytes, write_error
+from ..files import fitted, name_digest, write_error
+from ..formats import encode, read_label_map
 from ..masks import RESIZED, ErrorRecord, MaskRecord
-from ..photos import SEGMENT_RECORD, PhotoError
+from ..photos import SEGMENT_RECORD, PhotoError, open_source
 from ..record import FILE, read_record
 from ..review import Review, read_review, reviewed_masks
+from ..segmenter.folder import mask_path, read_scores, segmented_categories, segmented_photos
 from ..selection import Selection, select
 from ..threads import map_ahead, thread_count
 
@@ -116,15 +118,13 @@ class Dataset:
                 recorded, self.categories, review = read_record(path).photos, _run_categories(path), read_review(path)
                 records: Iterable[MaskRecord] = reviewed_masks(path)
             elif (path / SEGMENT_RECORD).exists():
-                recorded, self.categories = read_record(path, SEGMENT_RECORD).photos, _segment_categories(path)
+                recorded, self.categories = read_record(path, SEGMENT_RECORD).photos, segmented_categories(path)
                 self.has_scores = (path / "scores.jsonl").exists()
                 records = self._segmented(path, empty)
             else:
                 raise UserError(f"{path} is neither a run folder nor the --out of `namedmask segment`")
             if not self.has_scores and options.selection != Selection():
                 raise UserError(f"{path} has no scores.jsonl, so masks cannot be chosen by score; segment them again")
-            from ..run import open_source
-
             self.source = open_source(photos or recorded or "")
             self.ids = {name: number for number, name in enumerate(self.categories, 1)}
             entries = self._choose(path, records, review, empty)
@@ -160,11 +160,7 @@ class Dataset:
         """
         labels = np.zeros(item.size, np.uint16)
 
-        def rank(number: int) -> tuple[float, float, int]:
-            record = item.masks[number]
-            return record.score, -np.inf if record.category_score is None else record.category_score, -number
-
-        for number in sorted(range(len(item.masks)), key=rank):
+        for number in sorted(range(len(item.masks)), key=lambda number: (*item.masks[number].rank, -number)):
             record = item.masks[number]
             labels[record.mask()] = number + 1 if objects else self.ids[record.category]
         return labels
@@ -238,14 +234,11 @@ class Dataset:
 
     def _segmented(self, path: Path, empty: dict[str, tuple[int, int]]) -> Iterator[MaskRecord]:
         """The masks in the label maps of `segment`; photos in which it has found nothing go into `empty`."""
-        from ..formats import read_label_map
-        from ..segmenter.folder import read_scores, segmented_photos
-
         scores = read_scores(path)
 
         def records_of(item: tuple[str, str]) -> tuple[str, tuple[int, int], list[MaskRecord]] | None:
             photo, name = item
-            if not (file := path / "masks" / f"{name}.png").exists():
+            if not (file := mask_path(path, name)).exists():
                 return None
             labels = read_label_map(file)
             found = [int(label) for label in np.unique(labels) if label]
@@ -420,20 +413,11 @@ def _upright(data: bytes) -> bytes:
     with Image.open(io.BytesIO(data)) as image:
         kind, profile = image.format, image.info.get("icc_profile")
         upright = ImageOps.exif_transpose(image)
-    file = io.BytesIO()
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": JPEG_QUALITY}
-    upright.save(file, kind, icc_profile=profile, **options)
-    return file.getvalue()
+    return encode(upright, kind, icc_profile=profile, **options)
 
 
 def _run_categories(path: Path) -> list[str]:
     from ..archive import read_archive
 
     return read_archive(path / "archive.json").categories
-
-
-def _segment_categories(path: Path) -> list[str]:
-    try:
-        return json.loads(read_bytes(path / "categories.json"))["categories"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'categories.json'} cannot be read: {error}; segment the photos again") from None

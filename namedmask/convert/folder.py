@@ -16,7 +16,9 @@ from ..files import (
     TEMPORARY_PREFIX,
     absolute,
     atomic_write,
+    files_below,
     fitted,
+    is_file,
     make_folder,
     read_bytes,
     remove_files,
@@ -51,7 +53,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         try:
             yield temporary
             (temporary / ".lock").unlink()
-            files = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if _is_file(path))
+            files = sorted(str(path.relative_to(temporary)) for path in files_below(temporary))
             if before is None:
                 _record(temporary, files)
                 try:
@@ -65,15 +67,11 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
                 shutil.rmtree(temporary)
 
 
-def _is_file(path: Path) -> bool:
-    return path.is_symlink() or not path.is_dir()
-
-
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name == ".lock":
             continue
-        if _is_file(path):
+        if is_file(path):
             path.unlink()
         else:
             shutil.rmtree(path)

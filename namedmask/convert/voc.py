@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
-
 from ..errors import UserError
-from ..formats import encode_label_map, label_palette
+from ..formats import encode, encode_label_map, label_palette
 from ..photos import pixels_of
 from .dataset import JPEG_QUALITY, TRAIN, VAL, Dataset, Item
 from .png import list_photos
@@ -51,6 +49,4 @@ def _jpeg(dataset: Dataset, item: Item) -> bytes:
 
     with Image.open(io.BytesIO(dataset.photo_bytes(item))) as image:
         pixels = pixels_of(image)
-    file = io.BytesIO()
-    Image.fromarray(np.asarray(pixels)).save(file, "jpeg", quality=JPEG_QUALITY)
-    return file.getvalue()
+    return encode(Image.fromarray(pixels), "jpeg", quality=JPEG_QUALITY)

@@ -195,7 +195,7 @@ def _masks(folder: Path) -> dict[str, np.ndarray]:
 
 def _experts_masks(folder: Path) -> dict[tuple[str, str], np.ndarray]:
     """The masks of the experts by photo and category, bool [H, W]."""
-    return {(record.photo, record.category): record.mask() for record in read_masks(folder)}
+    return {record.key: record.mask() for record in read_masks(folder)}
 
 
 def _masks_with(out: Path, config: RunConfig, progress: Progress) -> dict[str, np.ndarray]:

@@ -21,8 +21,8 @@ from ..config import IndexConfig
 from ..errors import UserError
 from ..files import atomic_write, open_file
 from ..index import is_direction, make_embedder
+from ..photos import open_source
 from ..progress import warn
-from ..run import open_source
 from . import match_photos, some, unreadable
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -34,17 +34,19 @@ from PIL import Image
 
 from .. import distributed
 from ..distributed import Worker
-from ..errors import UserError
+from ..errors import DamagedFile, UserError
 from ..files import (
     MAX_NAME,
     NAME_ERRORS,
     OLD,
     absolute,
     atomic_write,
+    files_below,
     fitted,
     make_folder,
     name_digest,
     put_back_files,
+    read_bytes,
     remove_files,
     remove_stale,
     set_aside,
@@ -54,7 +56,7 @@ from ..files import (
 from ..formats import label_palette, write_label_map
 from ..masks import ONLY_FIELDS, ErrorRecord, parse_error, parse_line, parse_photo, read_lines, write_errors
 from ..memory import DECODE_SHARE, photo_budget
-from ..photos import SEGMENT_RECORD, Photo, PhotoError, PhotoSource
+from ..photos import SEGMENT_RECORD, Photo, PhotoError, PhotoSource, open_source
 from ..progress import Progress
 from ..record import RunRecord, StageRecord, expect_no_files, made_with, read_record
 from ..threads import map_ahead, thread_count
@@ -124,7 +126,7 @@ def segment_photos(
         return None
     with run.locked(out):
         try:
-            source = run.open_source(photos)
+            source = open_source(photos)
             network, names = load_segmenter(weights, categories, encoder)
             precision = precision or ("bfloat16" if gpus else "float32")
             settings = {"categories": names, "encoder": network.encoder, "precision": precision}
@@ -179,8 +181,8 @@ class _Work:
     def is_done(self, name: str) -> bool:
         """Whether a photo has a mask, a score and, if wanted, an overlay, or cannot be used."""
         mask = self.masks[name]
-        has_files = _mask_path(self.out, mask).exists() and (
-            name not in self.shown or _overlay_path(self.out, mask).exists()
+        has_files = mask_path(self.out, mask).exists() and (
+            name not in self.shown or overlay_path(self.out, mask).exists()
         )
         return name in self.errors or (name in self.scores and has_files)
 
@@ -195,10 +197,8 @@ def _work(out: Path, worker: Worker, device: str, overlays: Overlays, segmenter:
         overlays: Photos that get an overlay.
         segmenter: The segmenter; None: it is loaded if there is something to do.
     """
-    from .. import run
-
     record = read_record(out, SEGMENT_RECORD)
-    settings, source = record.stages[STAGE].settings, run.open_source(record.photos or "")
+    settings, source = record.stages[STAGE].settings, open_source(record.photos or "")
 
     def load() -> Segmenter:
         known = {name: settings[name] for name in ("categories", "encoder", "precision")}
@@ -292,7 +292,7 @@ def _assemble(out: Path, errors: list[ErrorRecord]) -> tuple[int, int]:
     errors = errors + [work.errors[name] for name in work.names if name in work.errors]
     write_errors(out / "errors.jsonl", errors)
     _write_scores(out, work.scores, work.names, work.masks)
-    remove_files(out, _files_below(out / UNFINISHED))
+    remove_files(out, files_below(out / UNFINISHED))
     return len(made), len(errors)
 
 
@@ -351,7 +351,7 @@ def _write_scores(out: Path, lines: dict[str, bytes], names: Iterable[str], mask
     """Writes scores.jsonl: the lines of the photos `names`, then those of other photos that still have a mask."""
     with atomic_write(out / "scores.jsonl") as file:
         for name in dict.fromkeys((*names, *masks)):
-            if name in lines and _mask_path(out, masks[name]).exists():
+            if name in lines and mask_path(out, masks[name]).exists():
                 file.write(lines[name])
 
 
@@ -380,11 +380,25 @@ def _parse_photo(line: bytes) -> tuple[str, str]:
     return photo, mask.removeprefix("masks/").removesuffix(".png")
 
 
-def _mask_path(out: Path, name: str) -> Path:
+def segmented_categories(out: Path) -> list[str]:
+    """The names of classes 1, 2, ... in categories.json of the output folder `out`. Raises DamagedFile."""
+    path = out / "categories.json"
+    try:
+        names = json.loads(read_bytes(path))["categories"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("expected a list of names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedFile(path, error, remedy="segment the photos again with --overwrite") from None
+    return names
+
+
+def mask_path(out: Path, name: str) -> Path:
+    """The mask of NAME in the output folder `out`."""
     return out / "masks" / f"{name}.png"
 
 
-def _overlay_path(out: Path, name: str) -> Path:
+def overlay_path(out: Path, name: str) -> Path:
+    """The overlay of NAME in the output folder `out`."""
     return out / "overlays" / f"{name}.jpg"
 
 
@@ -482,14 +496,14 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _write(out: Path, name: str, photo: Photo, mask: np.ndarray, classes: int, with_overlay: bool) -> None:
     """Writes the overlay, if wanted, and the mask. Raises PhotoError if their files cannot have these names."""
     try:
-        _mask_path(out, name).parent.mkdir(parents=True, exist_ok=True)
+        mask_path(out, name).parent.mkdir(parents=True, exist_ok=True)
         if with_overlay:
             image = Image.fromarray(overlay(photo.pixels, mask))
             image.thumbnail((JPEG_SIDE, JPEG_SIDE))
-            _overlay_path(out, name).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(_overlay_path(out, name)) as file:
+            overlay_path(out, name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(overlay_path(out, name)) as file:
                 image.save(file, "jpeg", quality=88)
-        write_label_map(_mask_path(out, name), mask, classes)
+        write_label_map(mask_path(out, name), mask, classes)
     except OSError as error:
         if error.errno not in NAME_ERRORS:
             raise
@@ -517,7 +531,7 @@ def _settle(
         raise UserError(f"there are no photos in {source.path}")
     record, photos = read_record(out, SEGMENT_RECORD), absolute(source.path)
     if record.replaced is None:  # if a kill interrupted set_aside
-        put_back_files(out, _files_below(out / OLD))
+        put_back_files(out, files_below(out / OLD))
     if not record.stages:
         expect_no_files(out, OUTPUTS, SEGMENT_RECORD)
     weights = weights / "model.safetensors" if weights.is_dir() else weights
@@ -526,7 +540,7 @@ def _settle(
     )
     known = segmented_photos(out)
     own = _own_files(out, known.values())
-    has_results = any(_mask_path(out, mask).exists() for mask in known.values())
+    has_results = any(mask_path(out, mask).exists() for mask in known.values())
     if old := record.stages.get(STAGE):
         differences = old.differences(new)
         if differences and has_results and not overwrite:
@@ -544,7 +558,7 @@ def _settle(
     for name in names:
         if known.get(name) == masks[name]:
             continue
-        for path in (_mask_path(out, masks[name]), _overlay_path(out, masks[name])):
+        for path in (mask_path(out, masks[name]), overlay_path(out, masks[name])):
             if path.exists():
                 raise UserError(
                     f"{path} exists and was not made by `namedmask segment` ({out / 'photos.jsonl'} does not list "
@@ -569,7 +583,7 @@ def _settle(
         file.write(json.dumps({"categories": settings["categories"]}, indent=1).encode())
     if scores := _score_lines(out):  # of an interrupted command, too
         _write_scores(out, scores, names, masks)
-    for path in _files_below(out / UNFINISHED):
+    for path in files_below(out / UNFINISHED):
         path.unlink()
     with atomic_write(out / UNFINISHED / "photos.jsonl") as file:
         for name in names:
@@ -594,25 +608,21 @@ def _finish(out: Path, complete: bool) -> None:
         return
     masks = segmented_photos(out).values()
     if complete:
-        remove_files(out, _files_below(out / OLD))
+        remove_files(out, files_below(out / OLD))
         record.replaced = None
         record.write(out, SEGMENT_RECORD)
-    elif not any(_mask_path(out, mask).exists() for mask in masks):
+    elif not any(mask_path(out, mask).exists() for mask in masks):
         remove_files(out, _own_files(out, masks))
         record.replaced.write(out, SEGMENT_RECORD)
-        put_back_files(out, _files_below(out / OLD))
+        put_back_files(out, files_below(out / OLD))
 
 
 def _own_files(out: Path, masks: Collection[str]) -> list[Path]:
     """The existing files of `out` that segmenting the photos of these masks makes, the list of photos last."""
-    paths = [path for mask in masks for path in (_mask_path(out, mask), _overlay_path(out, mask))]
-    paths += _files_below(out / UNFINISHED)
+    paths = [path for mask in masks for path in (mask_path(out, mask), overlay_path(out, mask))]
+    paths += files_below(out / UNFINISHED)
     paths += [out / name for name in ("errors.jsonl", "scores.jsonl", "categories.json", "photos.jsonl")]
     return [path for path in paths if path.exists()]
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def predictions(segmenter: Segmenter, source: PhotoSource, stems: set[str]) -> Iterator[tuple[str, np.ndarray]]:

@@ -7,7 +7,6 @@ can show a folder that is not finished.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from itertools import islice
@@ -19,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DamagedFile, UserError
-from ..files import absolute, atomic_write, read_bytes
-from ..formats import label_palette, read_label_map
+from ..files import absolute, atomic_write
+from ..formats import encode, label_palette, read_label_map
 from ..memory import MemoryBudget
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
 from ..record import read_record
@@ -29,13 +28,12 @@ from ..report import (
     Picture,
     data_uri,
     draw_thumbnail,
-    encode,
     read_some_errors,
     template,
     thumbnail_size,
 )
 from ..threads import map_ahead, thread_count
-from .folder import read_scores, segmented_photos
+from .folder import mask_path, overlay_path, read_scores, segmented_categories, segmented_photos
 
 MAX_PHOTOS = 200  # on the page, unless the categories are more
 SIDE = 320  # pixels of the longer side of a photo on the page
@@ -72,9 +70,9 @@ def write_segmented_report(out: str | os.PathLike[str]) -> Path:
     record = read_record(out, SEGMENT_RECORD)
     if record.photos is None:
         raise UserError(f"{out} is not an output folder of `namedmask segment`: {SEGMENT_RECORD} is missing")
-    names = _read_names(out / "categories.json")
+    names = segmented_categories(out)
     listed = segmented_photos(out)
-    paths = {photo: path for photo, name in listed.items() if (path := out / "masks" / f"{name}.png").exists()}
+    paths = {photo: path for photo, name in listed.items() if (path := mask_path(out, name)).exists()}
     if not paths:
         raise UserError(f"{out} has no masks; run `namedmask segment` first")
 
@@ -131,16 +129,6 @@ def write_segmented_report(out: str | os.PathLike[str]) -> Path:
     return out / "report.html"
 
 
-def _read_names(path: Path) -> list[str]:
-    try:
-        names = json.loads(read_bytes(path))["categories"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("expected a list of names")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedFile(path, error, remedy="segment the photos again with --overwrite") from None
-    return names
-
-
 def _draw_all(out: Path, photos: str, masks: dict[str, str], scores: dict[str, float]) -> Iterator[Shown]:
     """Draws photos by the names of their masks, in order."""
     try:
@@ -151,13 +139,13 @@ def _draw_all(out: Path, photos: str, masks: dict[str, str], scores: dict[str, f
 
     def draw(item: tuple[str, str]) -> Shown:
         photo, name = item
-        labels = read_label_map(out / "masks" / f"{name}.png")
+        labels = read_label_map(mask_path(out, name))
         counts = np.bincount(labels.ravel())
         found = [
             (int(one), counts[one] / labels.size) for one in np.argsort(-counts, kind="stable") if one and counts[one]
         ]
         link = f"overlays/{quote(name, errors='surrogateescape')}.jpg"
-        shown = Shown(photo, link if (out / "overlays" / f"{name}.jpg").exists() else "", found, scores.get(photo))
+        shown = Shown(photo, link if overlay_path(out, name).exists() else "", found, scores.get(photo))
         if source is None:
             return shown._replace(problem=missing)
         with budget.hold(labels.size * BYTES_PER_PIXEL):

@@ -21,7 +21,7 @@ from namedmask.backbones import untrained, untrained_encoder
 from namedmask.imports import category_of, match_photos, some
 from namedmask.imports.masks import decode_rle
 from namedmask.index import PrecomputedEmbeddings
-from namedmask.masks import read_errors, read_masks
+from namedmask.masks import ErrorRecord, read_errors, read_masks
 from namedmask.photos import PhotoError, PhotoSource
 from namedmask.record import read_record
 from namedmask.segmenter.deeplab import DeepLab
@@ -139,7 +139,7 @@ def test_photos_that_are_not_found_are_listed(photos, tmp_path):
     output = succeed("import", "archive", file, "--photos", photos, "--out", tmp_path / "run")
     assert "1 of 6 photos were not found" in output
     (error,) = read_errors(tmp_path / "run" / "errors.jsonl")
-    assert error == (f"{THEIRS}/n09/x.JPEG", "archive", "there is no such photo")
+    assert error == ErrorRecord(f"{THEIRS}/n09/x.JPEG", "archive", "there is no such photo")
     write_json(file, {**AUTHORS, "cow": [f"{THEIRS}/n09/x.JPEG"]})
     message = fail("import", "archive", file, "--photos", photos, "--out", tmp_path / "new")
     assert "'cow'" in message and "x.JPEG" in message and not (tmp_path / "new").exists()

@@ -18,6 +18,7 @@ from namedmask.segmenter.deeplab import DeepLab, save_segmenter
 from small_world import command, draw_photos
 
 NAMES = ["cat", "<i>dog</i>", "zebra"]
+CONFIDENCES = {"cat0000.jpg": 0.25, "gone.jpg": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def text(page: str) -> str:
 
 
 def test_page_counts_pixels_and_photos(out):
+    (out / "scores.jsonl").unlink()  # `segment` writes it at the end
     result = command("report", out)
     assert result.exit_code == 0 and result.output.strip() == str(out / "report.html")
     page = (out / "report.html").read_text()
@@ -80,7 +82,7 @@ def test_rare_categories_are_shown_and_the_page_is_bounded(out, monkeypatch):
 
 
 def test_confidences_are_shown(out):
-    lines = [{"photo": "cat0000.jpg", "confidence": 0.25, "categories": {}}, {"photo": "gone.jpg", "confidence": 1}]
+    lines = [{"photo": name, "confidence": value, "categories": {}} for name, value in CONFIDENCES.items()]
     (out / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = report.write_segmented_report(out).read_text()
     assert "0.250 confidence" in text(page) and page.count("data-confidence") == 1 and "lowest confidence" in page

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import hub_server
@@ -164,9 +164,7 @@ def test_the_cache_needs_no_network(hub_and_cache, monkeypatch, tmp_path):
         raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    start = time.monotonic()
     folder = hub.segmenter("user/name", cache_dir=cache)
-    assert time.monotonic() - start < 1
     segmenter = Segmenter.from_pretrained("user/name", cache_dir=cache, revision=folder.name)
     assert segmenter.names == ["background", *NAMES]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
@@ -183,12 +181,13 @@ def test_what_is_missing_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"categories\.json is not in the cache, and the network is not to be used"):
         Segmenter.from_pretrained("user/name", local_files_only=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "ANSWER_WITHIN", 0.3)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(1))
-    start = time.monotonic()
-    with pytest.raises(UserError, match=r"no answer within 0\.3 s") as info:
+    monkeypatch.setattr(hub, "ANSWER_WITHIN", 0.1)
+    reported = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: reported.wait(20))
+    with pytest.raises(UserError, match=r"no answer within 0\.1 s") as info:
         Segmenter.from_pretrained("user/name")
-    assert time.monotonic() - start < 0.9 and "\n" not in str(info.value)
+    assert "\n" not in str(info.value)
+    reported.set()  # the error did not wait for the answer, which comes only now
     for name in ("no/such/folder", "/no/folder"):
         with pytest.raises(UserError, match=r"[Rr]epo id"):
             Segmenter.from_pretrained(name)

@@ -110,7 +110,6 @@ def test_grown_run_equals_one_made_at_once(world, tmp_path, monkeypatch):
     [
         (files, "move", 3, ["--update"]),
         (index, "_write_shard", 2, []),
-        (pseudolabel, "_write_shard", 2, ["--update"]),
         (pseudolabel, "_write_shard", 1, ["--workers", 2]),
     ],
 )
