@@ -359,10 +359,12 @@ class _Job:
         results: dict[str, np.ndarray | PhotoError] = {}
         embedder: Embedder
         # On a CPU, photos that share a batch gain nothing, and a batch of them would take longer than there is time.
-        together = {} if self.on_gpu else {"shard_size": 1}
+        together = self.config.index.shard_size if self.on_gpu else 1
+        names = itertools.cycle(self.names)
+        shards = iter(lambda: list(itertools.islice(names, together)), [])
 
         def embed() -> Iterator[int]:
-            for name, result in embedder.images(self.source, itertools.cycle(self.names), **together):
+            for name, result in embedder.images(self.source, shards):
                 results[name] = result
                 yield 1
 
