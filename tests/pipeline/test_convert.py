@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """`namedmask convert`: data sets are read by the tools that they are for, and give back the masks of the run."""
 
+import contextlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import tarfile
@@ -693,3 +695,29 @@ def test_splits_and_cuts_that_select_nothing(run, tmp_path):
     record.write_text(record.read_text().replace(str(run.parent / "photos"), "/gone"))
     with pytest.raises(UserError, match="'/gone' does not exist; if they have moved, say where they are"):
         convert(tmp_path / "run", "coco", tmp_path / "out")
+
+
+def test_processes_that_convert_at_the_same_time(run, tmp_path):
+    """While one moves its folder, others have opened its lock: none may clear the files of another."""
+    context = multiprocessing.get_context("fork")
+    convert(run, "png", tmp_path / "alone")
+
+    def work() -> None:
+        with contextlib.suppress(UserError):
+            convert(run, "png", tmp_path / "out")
+
+    for _ in range(3):
+        processes = [context.Process(target=work) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
+        assert {path.name for path in tmp_path.iterdir()} <= {"alone", "out", ".tmp-out"}
+        shutil.rmtree(tmp_path / "out")
+    for name in ("loop", "n" * 300):
+        if name == "loop":
+            (tmp_path / name).symlink_to(tmp_path / name)
+        with pytest.raises(UserError, match="cannot be written"):
+            convert(run, "png", tmp_path / name)
