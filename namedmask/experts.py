@@ -60,7 +60,7 @@ from .masks import (
 )
 from .photos import Photo, PhotoError, PhotoSource
 from .progress import Progress, warn
-from .review import read_review
+from .review import read_review, warn_of_others
 from .segmenter.augment import IGNORE
 from .segmenter.deeplab import DeepLab
 from .segmenter.predict import Segmenter, upsampled_argmax
@@ -234,7 +234,10 @@ def train_experts(
         progress.note = "done before"
         return
     masks = list(read_masks(out / "masks"))
-    selected = select(masks, settings.selection, read_review(out))
+    review = read_review(out)
+    if worker.is_main:
+        warn_of_others(out, review, masks)
+    selected = select(masks, settings.selection, review)
     records = _by_category(masks, read_archive(out / "archive.json").categories)
     training = _by_category(selected, list(records))
     experts = _Experts(out, source, settings, records, training, worker, device, progress, imported)

@@ -231,9 +231,11 @@ class PhotoSource:
             PhotoError: As `size`.
         """
         with self._image(name) as (image, _):
+            turned, swapped = rotation(image)
             if image.format != "JPEG":
                 image.load()  # see `pixels_of`
-            turned, swapped = rotation(image)
+                after, swapped = rotation(image)
+                turned = turned or after
             return image.size if self.upright and swapped else image.size[::-1], turned
 
     def file(self, name: str) -> str | None:

@@ -10,10 +10,13 @@ Nothing is printed. Messages go to the logger "namedmask", progress to the argum
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
 
 from .archive import Archive, read_archive
 from .config import RunConfig, checked, merge
@@ -55,6 +58,7 @@ class Pipeline:
 
     Raises:
         UserError: If a setting does not exist or a value does not fit.
+        TypeError: If an argument has another type.
     """
 
     def __init__(
@@ -69,6 +73,9 @@ class Pipeline:
         progress: Listener | None = None,
         **settings: Mapping[str, Any],
     ):
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress: expected a function, got {progress!r}")
+        workers = operator.index(workers)
         if workers < 1:
             raise UserError(f"workers: expected at least 1, got {workers}")
         if gpus is not None and gpus < 0:
@@ -84,6 +91,8 @@ class Pipeline:
 
             given = merge(preset_settings(preset), given)
         if photos is not None:
+            if not os.fspath(photos):  # else it would be the working directory
+                raise UserError("photos: the path is empty")
             given["photos"] = absolute(os.fsdecode(photos))
         self.out, self.preset = Path(out), preset
         self.workers, self.gpus, self.progress = workers, gpus, progress
@@ -266,7 +275,9 @@ class Run:
 
 
 def _plain(value: Any) -> Any:
-    """Dictionaries, lists and strings instead of other mappings, tuples and paths."""
+    """Python's dictionaries, lists, strings and numbers instead of other mappings, tuples, paths and those of numpy."""
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):

@@ -470,7 +470,7 @@ async def _http(fs: Any, url: str, byte_range: str = ""):
     async with response:
         if response.url.scheme != protocol_of(url) and response.url.scheme != "https":
             raise RemoteError(url, "redirects to an unencrypted address")
-        if response.status >= 400:
+        if response.status >= 300:  # a redirection that leads nowhere, or an error
             transient = response.status >= 500 or response.status in (408, 425, 429)
             raise RemoteError(url, f"HTTP {response.status} {without_secrets(response.reason or '')}", transient)
         yield response

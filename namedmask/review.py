@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from typing import Literal
 from .errors import UserError
 from .files import atomic_write
 from .masks import ONLY_FIELDS, Key, MaskRecord, best_masks, parse_line, read_lines, read_masks
+from .progress import warn
 
 FILE = "review.jsonl"
 Verdict = Literal["accept", "reject", "detector"]
@@ -51,6 +52,17 @@ def read_review(out: str | os.PathLike) -> Review:
 def _parse(line: bytes) -> tuple[Key, Verdict]:
     one = parse_line(_Line, line)
     return (one.photo, one.category), one.verdict
+
+
+def warn_of_others(out: str | os.PathLike, review: Review, records: Iterable[MaskRecord]) -> None:
+    """Warns of verdicts that are about none of the masks: their names are mistyped, or the masks are gone."""
+    others = review.keys() - {record.key for record in records}
+    if others:
+        photo, category = min(others)
+        warn(
+            f"{Path(out, FILE)}: {len(others)} of {len(review)} verdicts are about no mask, such as {photo!r} "
+            f"({category})"
+        )
 
 
 def write_review(out: str | os.PathLike, verdicts: Mapping[Key, Verdict]) -> None:

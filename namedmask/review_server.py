@@ -20,9 +20,13 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import sys
+import threading
+import time
 from array import array
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, get_args
@@ -56,6 +60,7 @@ from .review import Verdict, read_review, write_review
 HOST = "127.0.0.1"
 TILES = 24  # per request
 MAX_BODY = 1 << 20  # bytes of a request
+LOCK_SECONDS = 0.5  # to wait for the lock of the run, which other servers hold for milliseconds
 
 
 class _Places:
@@ -132,12 +137,28 @@ class Review:
             self.photos.append([photos[-n] for _, _, n in order])
         self.source = open_source(self.contents.config.photos)
         self.budget = MemoryBudget()
+        self._saving = threading.Lock()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the lock of the run. Raises UserError if another command is working on it."""
+        end = time.monotonic() + LOCK_SECONDS
+        with self._saving, ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(run.locked(self.out))
+                    break
+                except UserError:
+                    if time.monotonic() > end:
+                        raise
+                    time.sleep(0.02)
+            yield
 
     def page(self) -> Iterator[str]:
         """The page; it fetches the tiles that come into view."""
         note = ""
         try:
-            with run.locked(self.out):
+            with self._locked():
                 pass
         except UserError as error:
             note = f"Verdicts cannot be saved now: {_reason(error)}."
@@ -216,7 +237,7 @@ class Review:
 
     def save(self, verdicts: list[tuple[Key, Verdict | None]]) -> None:
         """Adds verdicts to OUT/review.jsonl. Raises UserError if another command is working on the run."""
-        with run.locked(self.out):  # read again: another server may have written, too
+        with self._locked():  # read again: another server may have written, too
             review = read_review(self.out)
             for key, verdict in verdicts:
                 review.pop(key, None)
@@ -266,6 +287,10 @@ class ReviewServer(ThreadingHTTPServer):
             raise UserError(f"--port {port}: {error.strerror}; leave it out to use a free port") from None
         self.url = f"http://{HOST}:{self.server_port}/{self.token}/"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # browsers close connections that they need no longer
+            super().handle_error(request, client_address)
+
     @property
     def origins(self) -> set[str]:
         return {f"{host}:{self.server_port}" for host in (HOST, "localhost")}
@@ -282,7 +307,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _path(self) -> str | None:
         """The path below the token; None after an answer to a request that is not from our page."""
-        self.address = urlsplit(self.path)
+        try:
+            self.address = urlsplit(self.path)
+        except ValueError:
+            self._send(404, "not found")
+            return None
         token, slash, path = self.address.path.removeprefix("/").partition("/")
         if self.headers.get("Host") not in self.server.origins:
             self._send(403, "unknown host")
@@ -318,14 +347,14 @@ class _Handler(BaseHTTPRequestHandler):
         if path is None:
             return
         origin = self.headers.get("Origin")
-        if path != "review" or not length.isdecimal() or int(length) > MAX_BODY:
+        if path != "review" or not length.isdecimal() or len(length) > 9 or int(length) > MAX_BODY:
             self._send(404, "not found")
         elif origin is not None and origin.removeprefix("http://") not in self.server.origins:
             self._send(403, "another page")
         else:
             try:
                 verdicts = self.server.review.parse(self.rfile.read(int(length)))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 self._send(400, f"not a list of verdicts: {error}")
                 return
             try:

@@ -62,6 +62,7 @@ FILES = (
     "review.jsonl",
     "sheets.json",
 )  # of a run, besides the outputs of its stages
+LOCK = ".lock"
 CHECKED_PHOTOS = 1000  # of a run whose photos have moved or changed
 GROWING = ("categories:", "archive.", "index.embeddings:")  # what the differences that --update accepts begin with
 
@@ -70,7 +71,7 @@ GROWING = ("categories:", "archive.", "index.embeddings:")  # what the differenc
 def locked(out: Path) -> Iterator[None]:
     """Holds the lock of a folder; a second process that asks for it gets a UserError. It ends with the process."""
     make_folder(out)
-    path = out / ".lock"
+    path = out / LOCK
     try:
         # Neither follows a link nor truncates: the file may be the user's.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -81,7 +82,9 @@ def locked(out: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(descriptor), path.stat()):  # the other one has just removed it
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
             raise UserError(f"{out} is in use by another run; wait for it or choose another --out") from None
         yield
     finally:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ class Selection:
     per_category: int | None = None
 
     def __post_init__(self) -> None:
+        if self.min_score is not None and math.isnan(self.min_score):
+            raise ValueError(f"min_score: expected a number, got {self.min_score!r}")
         if self.keep_fraction is not None and not 0 < self.keep_fraction <= 1:
             raise ValueError(f"keep_fraction: expected a number above 0 and at most 1, got {self.keep_fraction!r}")
         if self.per_category is not None and self.per_category < 1:

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
-from .dataset import Dataset, Item
-
-# Characters that XML 1.0 cannot represent.
-_NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+from .dataset import Dataset, Item, printable
 
 
 def write(dataset: Dataset) -> None:
@@ -35,7 +31,7 @@ def write(dataset: Dataset) -> None:
         yield f"      <name>{split}</name>\n      <size>{len(dataset.splits[split])}</size>"
         yield "      <mode>annotation</mode>\n      <labels>"
         for name in dataset.categories:
-            yield f"        <label><name>{escape(_printable(name))}</name><type>mask</type></label>"
+            yield f"        <label><name>{escape(printable(name))}</name><type>mask</type></label>"
         yield "      </labels>\n    </task>\n  </meta>"
         yield from dataset.map(image, split)
         yield "</annotations>"
@@ -53,8 +49,4 @@ def row_runs(mask: np.ndarray) -> list[int]:
 
 
 def _attribute(text: str) -> str:
-    return quoteattr(_printable(text))
-
-
-def _printable(text: str) -> str:
-    return _NOT_XML.sub("_", text)
+    return quoteattr(printable(text))

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 TRAIN, VAL, TEST = "train", "val", "test"
 MAX_NAME = 200  # bytes of NAME
 JPEG_QUALITY = 95
+_NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 _Result = TypeVar("_Result")
 
@@ -125,7 +126,12 @@ class Dataset:
                 raise UserError(f"{path} is neither a run folder nor the --out of `namedmask segment`")
             if not self.has_scores and options.selection != Selection():
                 raise UserError(f"{path} has no scores.jsonl, so masks cannot be chosen by score; segment them again")
-            self.source = open_source(photos or recorded or "")
+            try:
+                self.source = open_source(photos or recorded or "")
+            except UserError as error:
+                raise (
+                    error if photos else UserError(f"{error}; if they have moved, say where they are (--photos)")
+                ) from None
             self.ids = {name: number for number, name in enumerate(self.categories, 1)}
             entries = self._choose(path, records, review, empty)
             self.rotated: list[str] = []
@@ -284,6 +290,8 @@ class Dataset:
         chosen = select(light(), self.options.selection, review)
         entries: dict[str, _Entry] = {}
         if not places and not empty:
+            if "reject" in review.values():
+                raise UserError(f"no mask of {path} is left: its review.jsonl rejects them")
             raise UserError(f"{path} has no masks; `namedmask run` makes them")
         if not chosen and not empty:
             raise UserError(f"none of the {len(places):,} masks of {path} is chosen; lower --min-score")
@@ -376,7 +384,7 @@ def split_photos(photos: Sequence[str], shares: tuple[float, float, float] | Non
     """
     if shares is None:
         return dict.fromkeys(photos, TRAIN)
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    if min(shares) < 0 or not abs(sum(shares) - 1) <= 1e-6:  # NaN is neither
         raise UserError(f"--split {' '.join(map(str, shares))}: expected three shares that sum to 1, such as .8 .1 .1")
 
     def key(photo: str) -> bytes:
@@ -395,8 +403,9 @@ def split_photos(photos: Sequence[str], shares: tuple[float, float, float] | Non
 
 
 def printable(text: str) -> str:
-    """Text as valid UTF-8: bytes of names that are not UTF-8 are escaped, as in JSON."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Text that every format can hold: bytes of names that are not UTF-8, and characters that XML or YAML cannot
+    represent, are escaped as in JSON."""
+    return _NOT_TEXT.sub(lambda character: f"\\u{ord(character[0]):04x}", text)
 
 
 def _largest_part(record: MaskRecord) -> MaskRecord:

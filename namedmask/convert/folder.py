@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -24,7 +25,7 @@ from ..files import (
     remove_files,
     write_error,
 )
-from ..run import locked
+from ..run import LOCK, locked
 
 RECORD = ".convert.json"  # {"files": [...]}: what convert has written into the folder; hidden from readers of folders
 
@@ -44,32 +45,41 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         UserError: If `out` has files that were not written by `convert`, or by it without `overwrite`.
     """
     out = Path(absolute(out))
-    if out.is_symlink():
-        out = out.resolve()
-    before = _written(out, overwrite)
+    if os.path.islink(out):  # noqa: PTH114 (False for names that are too long)
+        out = Path(os.path.realpath(out))
+    try:
+        before = _written(out, overwrite)
+    except OSError as error:
+        raise write_error(out, error) from error
     temporary = out.with_name(fitted(f"{TEMPORARY_PREFIX}{out.name}"))
     with locked(temporary):
         _clear(temporary)
+        ours = True
         try:
             yield temporary
-            (temporary / ".lock").unlink()
-            files = sorted(str(path.relative_to(temporary)) for path in files_below(temporary))
+            paths = (path for path in files_below(temporary) if path != temporary / LOCK)
+            files = sorted(str(path.relative_to(temporary)) for path in paths)
             if before is None:
                 _record(temporary, files)
                 try:
                     temporary.rename(out)
                 except OSError as error:
                     raise write_error(out, error) from error
+                ours = False  # there may be one of another process already
+                (out / LOCK).unlink()  # last, as it is the lock
             else:
                 _replace(temporary, out, files, before)
         finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
+            if ours:
+                _clear(temporary)
+                (temporary / LOCK).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another process may have begun
+                    temporary.rmdir()
 
 
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.name == ".lock":
+        if path.name == LOCK:
             continue
         if is_file(path):
             path.unlink()
@@ -106,6 +116,9 @@ def _record(folder: Path, files: list[str]) -> None:
 
 def _replace(new: Path, out: Path, files: list[str], before: list[str]) -> None:
     """Replaces the files `before` of `out` by those of `new`. If it is interrupted, --overwrite starts over."""
+    for stale in out.glob(f"{TEMPORARY_PREFIX}*"):  # records that killed processes have left unfinished
+        if is_file(stale):
+            stale.unlink()
     own = set(before)
     for name in files:
         folders = {parent for parent in (out / name).parents if out in parent.parents}

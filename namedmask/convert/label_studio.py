@@ -26,7 +26,7 @@ def write(dataset: Dataset) -> None:
         path = quote(os.fsencode(folder + dataset.reference(item)))
         (height, width), results = item.size, []
         for record in item.masks:
-            value = {"format": "rle", "rle": brush_rle(record.mask()), "brushlabels": [record.category]}
+            value = {"format": "rle", "rle": brush_rle(record.mask()), "brushlabels": [printable(record.category)]}
             result: dict[str, Any] = {"id": f"{dataset.ids[record.category]}", "type": "brushlabels", "value": value}
             result |= {"from_name": "label", "to_name": "image", "image_rotation": 0}
             result |= {"original_width": width, "original_height": height}
@@ -39,7 +39,7 @@ def write(dataset: Dataset) -> None:
 
     for split in dataset.splits:
         dataset.write_lines(f"{split}.json", dataset.map(task, split), begin="[\n", between=",\n", end="\n]\n")
-    labels = "".join(f"    <Label value={quoteattr(name)}/>\n" for name in dataset.categories)
+    labels = "".join(f"    <Label value={quoteattr(printable(name))}/>\n" for name in dataset.categories)
     brush = f'  <BrushLabels name="label" toName="image">\n{labels}  </BrushLabels>\n'
     config = f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{brush}</View>\n'
     dataset.write("labels.xml", config.encode())

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import io
+import re
 
 from ..errors import UserError
 from ..formats import encode, encode_label_map, label_palette
 from ..photos import pixels_of
-from .dataset import JPEG_QUALITY, TRAIN, VAL, Dataset, Item
+from .dataset import JPEG_QUALITY, TRAIN, VAL, Dataset, Item, printable
 from .png import list_photos
 
 ROOT = "VOCdevkit/VOC2012"  # where torchvision's VOCSegmentation looks for the year 2012
@@ -34,14 +35,19 @@ def write(dataset: Dataset) -> None:
         pass
     sets = {split: [split] for split in dataset.splits}
     if VAL in sets:
-        sets["trainval"] = [TRAIN, VAL]
+        sets["trainval"] = [split for split in (TRAIN, VAL) if split in sets]
     for name, splits in sets.items():
         names = (item for split in splits for item in dataset.map(lambda item: item.name, split))
         dataset.write_lines(f"{ROOT}/ImageSets/Segmentation/{name}.txt", names)
     colors = enumerate(["background", *dataset.categories])
-    rows = (f"{name}:{','.join(map(str, label_palette()[number]))}::" for number, name in colors)
+    rows = (f"{_label(name)}:{','.join(map(str, label_palette()[number]))}::" for number, name in colors)
     dataset.write_lines("labelmap.txt", rows, begin="# label:color_rgb:parts:actions\n")
     list_photos(dataset)
+
+
+def _label(name: str) -> str:
+    """The name of a class without what has a meaning in labelmap.txt."""
+    return re.sub(r"^#|[:\r\n]", "_", printable(name))
 
 
 def _jpeg(dataset: Dataset, item: Item) -> bytes:

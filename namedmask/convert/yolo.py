@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..formats import BACKGROUND, encode_label_map
-from .dataset import TRAIN, Dataset, Item
+from .dataset import TRAIN, Dataset, Item, printable
 from .png import list_photos
 
 # Added to the integer coordinates of a pixel: ultralytics cuts the fraction off and supervision rounds, to the same.
@@ -59,7 +59,11 @@ def _write_yaml(dataset: Dataset, names: Sequence[str], more: str = "") -> None:
     """Writes data.yaml; its paths start from its folder. Ultralytics requires `val`: train, unless there is a split."""
     folders = {split: f"images/{split}" for split in dataset.splits}
     lines = [f"{split}: {folder}\n" for split, folder in ({"val": f"images/{TRAIN}"} | folders).items()]
-    lines += [more, "names:\n", *(f"  {k}: {json.dumps(name, ensure_ascii=False)}\n" for k, name in enumerate(names))]
+    lines += [
+        more,
+        "names:\n",
+        *(f"  {k}: {json.dumps(printable(name), ensure_ascii=False)}\n" for k, name in enumerate(names)),
+    ]
     dataset.write("data.yaml", "".join(lines).encode())
 
 

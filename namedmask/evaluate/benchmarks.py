@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..decoding import MAX_PIXELS
 from ..errors import DamagedFile, UserError
 from ..files import read_bytes
 from ..formats import read_label_map
@@ -267,10 +268,15 @@ def read_instances(path: Path, label_of: Callable[[str], int | None], remedy: st
             if one["image_id"] not in instances:
                 raise ValueError(f"annotation {one['id']} is of image {one['image_id']}, which is not listed")
             instances[one["image_id"]].append((labels[one["category_id"]], one["segmentation"], one["id"]))
-        return {
-            str(image["file_name"]): Instances((int(image["height"]), int(image["width"])), instances[image["id"]])
-            for image in content["images"]
-        }
+        photos = {}
+        for image in content["images"]:
+            name, size = str(image["file_name"]), (int(image["height"]), int(image["width"]))
+            if not Path(name).name:
+                raise ValueError(f"image {image['id']} has the file name {name!r}")
+            if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+                raise ValueError(f"image {image['id']} is {size[0]} x {size[1]} (height x width)")
+            photos[name] = Instances(size, instances[image["id"]])
+        return photos
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(path, error, remedy=remedy) from None
 

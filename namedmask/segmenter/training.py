@@ -42,7 +42,7 @@ from ..mask_counts import check_mask_counts
 from ..masks import MaskRecord, best_masks, digest
 from ..photos import PhotoSource
 from ..progress import Progress, logger
-from ..review import current_masks, read_review
+from ..review import current_masks, read_review, warn_of_others
 from ..selection import select
 from ..threads import map_ahead, thread_count, use_one_torch_thread
 from ..training import Scoring, TrainingPhotos, TrainingState, fit, take_outdated
@@ -92,6 +92,8 @@ def train_segmenter(
     if unknown := sorted({record.category for record in records} - set(categories)):
         raise UserError(f"{masks} has masks of {listed(unknown)}, which {out / 'archive.json'} does not list")
     label = {name: number for number, name in enumerate(categories, 1)}
+    if worker.is_main:
+        warn_of_others(out, review, records)
     selected = select(records, settings.selection, review)
     samples = [Sample(record, label[record.category]) for record in training_records(selected, settings)]
     photos, note = held_out_photos(samples, settings)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """`namedmask convert`: data sets are read by the tools that they are for, and give back the masks of the run."""
 
+import contextlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import tarfile
@@ -278,7 +280,9 @@ def test_cvat_masks_follow_the_documented_layout(run, truth, tmp_path):
                 mask = np.zeros((int(image.get("height")), int(image.get("width"))), bool)
                 mask[top : top + height, left : left + width] = part
                 found[image.get("name"), element.get("label")] = mask
-    expected = {(photo.replace(os.fsdecode(b"\xe9"), "_"), category): mask for (photo, category), mask in truth.items()}
+    expected = {
+        (photo.replace(os.fsdecode(b"\xe9"), "\\udce9"), category): mask for (photo, category), mask in truth.items()
+    }
     assert found.keys() == expected.keys() and all((found[key] == mask).all() for key, mask in expected.items())
 
 
@@ -636,3 +640,84 @@ def test_wrong_options_are_one_line(options, message, run, tmp_path):
 def test_other_folders_are_rejected(tmp_path):
     with pytest.raises(UserError, match="neither a run folder nor"):
         convert(tmp_path, "coco", tmp_path / "out")
+
+
+def test_any_category_name_can_be_written(run, tmp_path):
+    """Names of class folders may hold any bytes."""
+    names = dict(zip(CATEGORIES, (os.fsdecode(b"caf\xe9"), "#a:\nb\x7f\x85\u2028", "\x01\U0001f600"), strict=True))
+    shutil.copytree(run, tmp_path / "run")
+    for path in (tmp_path / "run" / "archive.json", tmp_path / "run" / "masks" / "00000.jsonl"):
+        text = path.read_text()
+        for old, new in names.items():
+            text = text.replace(json.dumps(old), json.dumps(new))
+        path.write_text(text)
+    for name in FORMATS:
+        convert(tmp_path / "run", name, tmp_path / name)
+    shown = ["caf\\udce9", "#a:\nb\\u007f\\u0085\\u2028", "\\u0001\U0001f600"]
+    yaml = pytest.importorskip("yaml")
+    assert list(yaml.safe_load((tmp_path / "yolo-seg" / "data.yaml").read_bytes())["names"].values()) == shown
+    assert [one.get("value") for one in ET.parse(tmp_path / "label-studio" / "labels.xml").iter("Label")] == shown
+    results = json.loads((tmp_path / "label-studio" / "train.json").read_text())[0]["predictions"][0]["result"]
+    assert {one["value"]["brushlabels"][0] for one in results} <= set(shown)
+    assert [one.text for one in ET.parse(tmp_path / "cvat" / "train.xml").iter("name")][1:] == shown
+    coco = json.loads((tmp_path / "coco" / "annotations" / "instances_train.json").read_text())
+    assert [one["name"] for one in coco["categories"]] == list(names.values())
+    labels = (tmp_path / "voc" / "labelmap.txt").read_text().split("\n")
+    assert [line.split(":")[0] for line in labels[2:5]] == [shown[0], "_a__b\\u007f\\u0085\\u2028", shown[2]]
+
+
+def test_photos_of_every_format_are_written_upright(tmp_path):
+    names = [f"turned.{suffix}" for suffix in ("jpg", "png", "webp", "tif")]
+    records = [MaskRecord.from_mask(name, blobs(0, 48, 72), "cat", 0.2, 0.5) for name in names]
+    for name in names:
+        save_photo(tmp_path / "photos" / name, 0, 72, 48, orientation=6)
+    write_run(tmp_path / "run", tmp_path / "photos", records)
+    assert convert(tmp_path / "run", "coco", tmp_path / "out").rotated == names
+    convert(tmp_path / "run", "coco", tmp_path / "upright", Options(upright=True))
+    for path in (tmp_path / "upright" / "images" / "train").iterdir():
+        with Image.open(path) as image:
+            assert image.getexif().get(0x0112, 1) == 1 and image.size == (72, 48), path
+
+
+def test_splits_and_cuts_that_select_nothing(run, tmp_path):
+    convert(run, "voc", tmp_path / "val", Options(split=(0, 1, 0)))
+    sets = tmp_path / "val" / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
+    assert {path.name for path in sets.iterdir()} == {"val.txt", "trainval.txt"}
+    with pytest.raises(UserError, match="three shares that sum to 1"):
+        split_photos(["a"], (float("nan"), 0.5, 0.5))
+    shutil.copytree(run, tmp_path / "run")
+    keys = [json.loads(line) for line in (run / "masks" / "00000.jsonl").read_text().splitlines()]
+    write_review(tmp_path / "run", {(one["photo"], one["category"]): "reject" for one in keys})
+    with pytest.raises(UserError, match=r"its review\.jsonl rejects them"):
+        convert(tmp_path / "run", "coco", tmp_path / "out")
+    (tmp_path / "run" / "review.jsonl").unlink()
+    record = tmp_path / "run" / "stages.json"
+    record.write_text(record.read_text().replace(str(run.parent / "photos"), "/gone"))
+    with pytest.raises(UserError, match="'/gone' does not exist; if they have moved, say where they are"):
+        convert(tmp_path / "run", "coco", tmp_path / "out")
+
+
+def test_processes_that_convert_at_the_same_time(run, tmp_path):
+    """While one moves its folder, others have opened its lock: none may clear the files of another."""
+    context = multiprocessing.get_context("fork")
+    convert(run, "png", tmp_path / "alone")
+
+    def work() -> None:
+        with contextlib.suppress(UserError):
+            convert(run, "png", tmp_path / "out")
+
+    for _ in range(3):
+        processes = [context.Process(target=work) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
+        assert {path.name for path in tmp_path.iterdir()} <= {"alone", "out", ".tmp-out"}
+        shutil.rmtree(tmp_path / "out")
+    for name in ("loop", "n" * 300):
+        if name == "loop":
+            (tmp_path / name).symlink_to(tmp_path / name)
+        with pytest.raises(UserError, match="cannot be written"):
+            convert(run, "png", tmp_path / name)

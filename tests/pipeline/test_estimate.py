@@ -11,7 +11,7 @@ from namedmask.config import make_config
 from namedmask.errors import UserError
 from namedmask.estimate import Estimate, Row, duration, estimate
 from namedmask.index import read_shard
-from small_world import command, draw_photos
+from small_world import command, draw_photos, write_embeddings
 
 pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 
@@ -72,6 +72,14 @@ def test_the_bytes_of_the_index_are_those_of_a_run(found, photos, tmp_path):
     image, numbers = read_shard(folder / "00000.safetensors")  # of 5 photos: one is broken
     written = 6 / 5 * (image.nbytes + numbers.nbytes) + (folder / "photos.jsonl").stat().st_size
     assert rows_of(found)["index"].disk == pytest.approx(1200 / 6 * written, abs=1200)
+
+
+def test_given_embeddings_are_read(photos):
+    names = sorted(path.name for path in photos.iterdir() if path.name != "broken.jpg")
+    index = {"embeddings": str(write_embeddings(photos.parent / "embeddings.safetensors", names))}
+    config = make_config({"photos": str(photos), "categories": ["cat", "dog"], **MODELS, "index": index})
+    rows = rows_of(estimate(config, seconds=0.1, trainings=False))
+    assert rows["index"].count == 6 and rows["index"].measured > 0
 
 
 def test_models_without_weights(photos, tmp_path):

@@ -174,6 +174,15 @@ def test_errors_have_one_line(run, tmp_path):
     ):
         coco.write_text(json.dumps(content | change))
         expect_error(message, coco)
+    for change, message in (
+        ({"file_name": ""}, "image 1 has the file name ''"),
+        ({"height": 10**12}, "image 1 is 1000000000000 x 5 (height x width)"),
+        ({"height": -1}, "image 1 is -1 x 5 (height x width)"),
+    ):
+        coco.write_text(
+            json.dumps(content | {"images": [content["images"][0] | {"id": 1} | change], "annotations": []})
+        )
+        expect_error(message, coco)
     content["annotations"][0]["segmentation"] = {"size": [4, 5], "counts": "zz"}
     coco.write_text(json.dumps(content))
     expect_error("cat/1.jpg: the segmentation of annotation 0 is damaged", coco)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -130,7 +131,18 @@ def test_a_listener_can_end_a_run_which_continues(world, tmp_path):
 def test_wrong_arguments_are_named(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         Pipeline("photos", out=tmp_path / "run", **arguments)
+    with pytest.raises(UserError, match="the path is empty"):
+        Pipeline("", out=tmp_path / "run")
+    for wrong in ({"workers": 1.5}, {"progress": 5}):
+        with pytest.raises(TypeError):
+            Pipeline("photos", out=tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    settings = {"archive": {"photos_per_category": np.int64(4)}, "detector": {"tau": np.float32(0.25)}}
+    pipeline = Pipeline("photos", out=tmp_path / "run", workers=np.int64(2), **settings)
+    assert pipeline._given["archive"] == {"photos_per_category": 4} and pipeline.workers == 2
 
 
 def test_settings_of_a_preset(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from namedmask.errors import DamagedFile, UserError
 from namedmask.masks import MaskRecord, write_errors, write_shard
-from namedmask.review import read_review, reviewed_masks, write_review
+from namedmask.review import read_review, reviewed_masks, warn_of_others, write_review
 
 REVIEW = {("a.jpg", "cat"): "reject", ("b.jpg", "cat"): "detector", ("b.jpg", "dog"): "accept"}
 
@@ -67,6 +67,13 @@ def test_masks_with_the_review_applied(tmp_path):
     assert list(reviewed_masks(tmp_path)) == masks(0.25)[1:]
     write_masks(tmp_path / "refined", masks(0.5))
     assert list(reviewed_masks(str(tmp_path))) == [record("b.jpg", 0.25), *masks(0.5)[2:]]
+
+
+def test_verdicts_about_no_mask_are_said(tmp_path, caplog):
+    warn_of_others(tmp_path, {("a.jpg", "cat"): "reject"}, masks(0.5))
+    assert not caplog.records
+    warn_of_others(tmp_path, {**REVIEW, ("a.jpg", "cta"): "reject"}, masks(0.5))
+    assert "review.jsonl: 1 of 4 verdicts are about no mask, such as 'a.jpg' (cta)" in caplog.text
 
 
 def test_a_missing_mask_of_the_detector_is_an_error(tmp_path):

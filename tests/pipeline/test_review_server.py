@@ -10,11 +10,14 @@ import os
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -125,6 +128,43 @@ def test_verdicts_are_saved_at_once_and_obeyed(ask, out):
         assert status == 409 and reason.endswith(b"in use by another run")
         assert b"Verdicts cannot be saved now: " in ask(f"/{ask.server.token}/")[1]
     assert (out / "review.jsonl").read_bytes() == before
+
+
+def test_malformed_requests_are_answered_or_dropped_without_a_word(ask, out, capsys):
+    token, port = ask.server.token, ask.server.server_port
+
+    def send(*lines: str, body: bytes = b"") -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall("\r\n".join((*lines, f"Host: 127.0.0.1:{port}", "", "")).encode() + body)
+            connection.shutdown(socket.SHUT_WR)
+            return connection.makefile("rb").readline()
+
+    post = f"POST /{token}/review HTTP/1.1"
+    assert b" 404 " in send("GET http://[/ HTTP/1.1")
+    assert b" 404 " in send(post, "Content-Length: " + "9" * 5000)
+    for body in (b"[" * 200_000, b'{"a":' * 150_000, b"9" * 5000, b"\xff\xfe"):
+        assert b" 400 " in send(post, f"Content-Length: {len(body)}", body=body), body[:9]
+    for _ in range(5):  # the browser does not wait for the answer
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(f"GET /{token}/ HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+    assert ask(f"/{token}/")[0] == 200 and capsys.readouterr() == ("", "")
+
+
+def test_requests_at_the_same_time_are_all_saved(ask, out):
+    with ReviewServer(Review(out)) as second:
+        threading.Thread(target=second.serve_forever, args=(0.01,), daemon=True).start()
+
+        def decide(number: int) -> int:
+            client = ask if number % 2 else Client(second)
+            verdict = {"photo": f"{number:02}.png", "category": "disc", "verdict": "reject"}
+            client(f"/{client.server.token}/")
+            return client(f"/{client.server.token}/review", [verdict])[0]
+
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(decide, range(16))) == {204}
+        second.shutdown()
+    assert len(read_review(out)) == 16
 
 
 def test_tiles_come_in_parts(ask, out):

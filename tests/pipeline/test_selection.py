@@ -66,7 +66,9 @@ def test_accepted_masks_stay_and_count_and_rejected_ones_do_neither():
     assert names(RECORDS, Selection(min_score=0.99, per_category=1), accepted) == "acde"
 
 
-@pytest.mark.parametrize("wrong", [{"keep_fraction": 0}, {"keep_fraction": 1.01}, {"per_category": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"keep_fraction": 0}, {"keep_fraction": 1.01}, {"per_category": 0}, {"min_score": float("nan")}]
+)
 def test_numbers_out_of_range_raise_value_error(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
         Selection(**wrong)
