@@ -353,16 +353,18 @@ class _Job:
 
     def _index(self) -> Iterator[Row]:
         from .archive import prompts
-        from .index import make_embedder
+        from .index import SAME_KERNELS, make_embedder
 
         self.report("index")
         results: dict[str, np.ndarray | PhotoError] = {}
         embedder: Embedder
-        # On a CPU, photos that share a batch gain nothing, and a batch of them would take longer than there is time.
-        together = {} if self.on_gpu else {"shard_size": 1}
+        # On a CPU, larger batches gain nothing, and one would take longer than there is time.
+        size = self.config.index.shard_size if self.on_gpu else SAME_KERNELS
 
         def embed() -> Iterator[int]:
-            for name, result in embedder.images(self.source, itertools.cycle(self.names), **together):
+            names = itertools.cycle(self.names)
+            shards = iter(lambda: list(itertools.islice(names, size)), [])
+            for name, result in embedder.images(self.source, shards):
                 results[name] = result
                 yield 1
 
