@@ -30,6 +30,7 @@ from .selection import Selection, select
 from .stages import LABELING, STAGES
 
 if TYPE_CHECKING:
+    from .convert import Converted, FormatName
     from .photos import PhotoSource
     from .segmenter.predict import Segmenter
 
@@ -101,11 +102,12 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"Pipeline({self._given.get('photos')!r}, out={str(self.out)!r})"
 
-    def run(self, *, overwrite: bool = False) -> Run:
+    def run(self, *, overwrite: bool = False, update: bool = False) -> Run:
         """Labels the photos: `index`, `archive`, `pseudolabel` and `report`, as `namedmask run` does.
 
         Args:
             overwrite: Start over; replace the results of these stages and those made from them.
+            update: Add names or photos to the results; computes only what is new.
 
         Returns:
             The run.
@@ -114,7 +116,7 @@ class Pipeline:
             UserError: If the user can fix it: a file is missing, a setting has changed, the memory is not sufficient.
             NothingUsable: If no photo could be used; a UserError.
         """
-        return self._run(LABELING, overwrite)
+        return self._run(LABELING, overwrite, update)
 
     def index(self, *, overwrite: bool = False) -> Run:
         """Computes the CLIP embeddings of all photos. Class folders need none."""
@@ -136,9 +138,14 @@ class Pipeline:
         """Trains category experts, which make the masks again: `Run.masks`."""
         return self._run(("experts",), overwrite)
 
-    def train(self, *, overwrite: bool = False) -> Run:
-        """Trains a segmenter of all categories on the best masks: `Run.segmenter`."""
-        return self._run(("train",), overwrite)
+    def train(self, *, overwrite: bool = False, update: bool = False) -> Run:
+        """Trains a segmenter of all categories on the best masks: `Run.segmenter`.
+
+        Args:
+            overwrite: Start over; replace the segmenter.
+            update: Train another one if the masks have changed.
+        """
+        return self._run(("train",), overwrite, update)
 
     def report(self) -> Run:
         """Writes the gallery of the run: `Run.report`."""
@@ -147,15 +154,17 @@ class Pipeline:
         write_report(self.out)
         return Run(self.out)
 
-    def _run(self, stages: Sequence[str], overwrite: bool) -> Run:
+    def _run(self, stages: Sequence[str], overwrite: bool, update: bool = False) -> Run:
         from .presets import expect_names
         from .run import start
 
+        if overwrite and update:
+            raise UserError("pass overwrite or update, not both")
         if self.preset is not None and "archive" in stages:
             expect_names(self.preset, self._given, self.out)
         try:
             with listening(self.progress):
-                has_masks = start(self.out, self._given, stages, self.workers, self.gpus, overwrite)
+                has_masks = start(self.out, self._given, stages, self.workers, self.gpus, overwrite, update=update)
         except Exception as error:
             if (why := explained(error)) is error:
                 raise
@@ -258,6 +267,24 @@ class Run:
         """Iterates over the photos that could not be used, with stage and reason, as far as stages have finished."""
         path = self.path / "errors.jsonl"
         return read_errors(path) if path.exists() else iter(())
+
+    def convert(
+        self, to: FormatName, out: str | os.PathLike[str], *, overwrite: bool = False, **options: Any
+    ) -> Converted:
+        """Writes the best masks as a data set for other tools, as `namedmask convert` does.
+
+        Args:
+            to: Name of the format, such as "coco" or "yolo-seg".
+            out: The folder to write. It appears when it is complete.
+            overwrite: Replace a data set in `out` that `convert` has written.
+            options: The fields of `namedmask.convert.Options`, such as ``selection=Selection(min_score=0.4)``.
+
+        Raises:
+            UserError: If masks, photos or `out` cannot be used as asked; nothing is changed then.
+        """
+        from .convert import Options, convert
+
+        return convert(self.path, to, out, Options(**options), overwrite=overwrite)
 
     def segmenter(self, device: str = "cpu", precision: str | None = None) -> Segmenter:
         """Loads the segmenter that `Pipeline.train` has trained.

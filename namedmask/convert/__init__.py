@@ -44,6 +44,7 @@ FORMATS = {
     "parquet": Format("parquet:write", "inside"),
     "webdataset": Format("webdataset:write", "inside"),
 }
+LABEL_MAPS = ("png", "voc", "parquet", "webdataset", "yolo-semantic")  # formats that hold label maps
 FormatName = Literal["coco", "yolo-seg", "yolo-semantic", "voc", "png", "cvat", "label-studio", "parquet", "webdataset"]
 
 
@@ -76,6 +77,7 @@ class Converted(NamedTuple):
     Attributes:
         photos: Number of photos by split.
         masks: Number of masks.
+        left_out: Number of masks that the selection has left out.
         failed: Number of photos that could not be used; they are in OUT/errors.jsonl.
         rotated: Names of the photos whose files store them rotated (EXIF), unless they were written upright.
         root: Folder that the data set's paths of photos start from.
@@ -83,6 +85,7 @@ class Converted(NamedTuple):
 
     photos: dict[str, int]
     masks: int
+    left_out: int
     failed: int
     rotated: Sequence[str]
     root: Path
@@ -122,6 +125,8 @@ def convert(
         raise UserError(f"--to {to} stores the photos in its files: leave out --{options.photos}")
     if mode != "inside":
         mode = options.photos or ("copy" if options.upright and mode == "path" else mode)
+    if options.gray and to not in LABEL_MAPS:
+        raise UserError(f"--gray has no effect on --to {to}; it is for {', '.join(LABEL_MAPS)}")
     module, _, function = writer.partition(":")
     write = getattr(importlib.import_module(f".{module}", __name__), function)
     with new_folder(out, overwrite) as folder, Dataset(Path(path), folder, mode, options, photos) as dataset:
@@ -136,7 +141,7 @@ def convert(
             write_errors(folder / "errors.jsonl", dataset.errors)
         counts = {split: len(entries) for split, entries in dataset.splits.items()}
         root = Path(dataset.source.root) if mode == "path" else out
-        return Converted(counts, dataset.masks, len(dataset.errors), rotated, root)
+        return Converted(counts, dataset.masks, dataset.left_out, len(dataset.errors), rotated, root)
 
 
 def describe(converted: Converted, to: str, out: Path) -> list[str]:
@@ -144,6 +149,8 @@ def describe(converted: Converted, to: str, out: Path) -> list[str]:
     splits = ", ".join(f"{count:,} {split}" for split, count in converted.photos.items())
     total = f"{sum(converted.photos.values()):,}"
     lines = [f"{converted.masks:,} masks of {total} photos ({splits}) are in {out}"]
+    if converted.left_out:
+        lines.append(f"left out by score: {converted.left_out:,} masks")
     if FORMATS[to].photos == "path" and converted.root != out:
         lines.append(f"paths of photos start from {converted.root}")
     if converted.rotated:

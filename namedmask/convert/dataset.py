@@ -97,6 +97,7 @@ class Dataset:
         has_scores: Whether masks have scores.
         splits: Names of photos by split, in the order of the run.
         masks: Number of masks.
+        left_out: Number of masks that the selection has left out.
         rotated: Names of photos whose files store them rotated.
         errors: Photos that cannot be used, with the reason.
 
@@ -288,6 +289,7 @@ class Dataset:
             self._file.flush()
 
         chosen = select(light(), self.options.selection, review)
+        self.left_out = len(places) - len(chosen)
         entries: dict[str, _Entry] = {}
         if not places and not empty:
             if "reject" in review.values():

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from namedmask.convert import FORMATS, Options, convert
+from namedmask.convert import FORMATS, Options, convert, describe
 from namedmask.convert.cvat import row_runs
 from namedmask.convert.dataset import file_name, split_photos
 from namedmask.convert.label_studio import LONGEST, brush_rle
@@ -446,7 +446,9 @@ def masks_in(out: Path) -> set[tuple[str, str]]:
 
 
 def test_selection_and_review_choose_masks(run, records, truth, tmp_path):
-    convert(run, "coco", tmp_path / "scores", Options(Selection(min_score=0.5)))
+    written = convert(run, "coco", tmp_path / "scores", Options(Selection(min_score=0.5)))
+    assert written.left_out == len(truth) - written.masks > 0
+    assert f"left out by score: {written.left_out} masks" in describe(written, "coco", tmp_path / "scores")
     assert masks_in(tmp_path / "scores") == {key for key in truth if records[key].score >= 0.5}
     convert(run, "coco", tmp_path / "best", Options(Selection(per_category=2)))
     assert len(masks_in(tmp_path / "best")) == 6
@@ -624,6 +626,7 @@ def test_photos_that_cannot_be_used_are_left_out(run, records, tmp_path):
     [
         (["--to", "coco", "--link", "--copy"], "--link or --copy, not both"),
         (["--to", "parquet", "--copy"], "leave out --copy"),
+        (["--to", "coco", "--gray"], "--gray has no effect on --to coco"),
         (["--to", "coco", "--keep-fraction", "2"], "--keep-fraction: expected a number above 0"),
         (["--to", "coco", "--per-category", "0"], "--per-category: expected at least 1"),
         (["--to", "coco", "--min-score", "2"], "lower --min-score"),

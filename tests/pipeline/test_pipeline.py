@@ -164,6 +164,26 @@ def test_changed_settings_need_overwrite(world, tmp_path):
     assert [record.rle for record in changed.pseudolabel(overwrite=True).masks()] != first
 
 
+def test_a_run_is_updated(world, tmp_path):
+    root, settings = world
+    first = Pipeline(root / "photos", ["cat"], out=tmp_path / "run", **settings).run()
+    grown = Pipeline(root / "photos", ["cat", "dog"], out=tmp_path / "run")
+    with pytest.raises(UserError, match="not both"):
+        grown.run(update=True, overwrite=True)
+    assert first.categories == ["cat"]
+    assert grown.run(update=True).categories == ["cat", "dog"]
+    assert {record.category for record in first.masks()} == {"cat", "dog"}
+
+
+def test_a_run_is_converted(made, tmp_path):
+    run = made[0]
+    scores = sorted(record.score for record in run.masks() if record.area)
+    cut = Selection(min_score=scores[-2])
+    done = run.convert("coco", tmp_path / "coco", selection=cut, split=(0.5, 0.5, 0), photos="copy")
+    assert (done.masks, done.left_out) == (sum(s >= scores[-2] for s in scores), sum(s < scores[-2] for s in scores))
+    assert set(files_of(tmp_path / "coco")) >= {"annotations/instances_train.json", "annotations/instances_val.json"}
+
+
 def test_what_a_run_holds(world, made, monkeypatch):
     run = made[0]
     monkeypatch.chdir(run.path.parent)
