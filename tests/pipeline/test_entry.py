@@ -76,5 +76,5 @@ def test_the_package_imports_what_its_extras_install():
     imported -= {"tomli", "tomllib"}  # which of the two depends on the version of Python
     imported -= {"markupsafe"}  # part of jinja2's interface
     # Extras of their own.
-    imported -= {"aiohttp", "fsspec", "onnx", "onnxruntime", "onnxscript", "pillow_heif", "pyarrow", "xformers"}
+    imported -= {"aiohttp", "cv2", "fsspec", "onnx", "onnxruntime", "onnxscript", "pillow_heif", "pyarrow", "xformers"}
     assert imported == set(PIPELINE_MODULES)
