@@ -230,7 +230,7 @@ def segmenter(
                 if local_only:
                     raise FileNotFoundError(f"{file} is not in the cache, and the network is not to be used")
                 _within(ANSWER_WITHIN, functools.partial(_find, one))
-                print(f"downloading {one.what}: {one.address()}", flush=True)
+                logger.info(f"downloading {one.what}: {one.address()}")
                 path = _download(one, file)
             folder, at = path.parent, f"{name}@{path.parent.name}"  # of the same commit
     except Exception as error:  # hub, network and disk each have their own exceptions
