@@ -49,7 +49,7 @@ ANNOUNCE_WITHIN = 10.0  # seconds of measuring before a run
 STEP_PHOTOS = 2  # least of a training step on a CPU, for BatchNorm; its time is about proportional to them
 CHECKPOINT = 3  # times the bytes of the network: weights and the two moments of Adam
 
-LABELING = ("index", "archive", "pseudolabel")  # stages of `namedmask run` that are measured
+MEASURED = ("index", "archive", "pseudolabel")  # stages of `namedmask run`
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Estimate:
             lines.append(
                 (name, f"{_short(row.rate)} {row.unit}/s", f"{row.count:,} {row.unit}", _hours(row.seconds), *sizes)
             )
-        for name, stages in (("namedmask run", LABELING), ("everything", ())):
+        for name, stages in (("namedmask run", MEASURED), ("everything", ())):
             chosen = [row for row in self.rows if not stages or row.stage in stages]
             if not stages or len(chosen) < len(self.rows):
                 peaks = (max(row.memory for row in chosen), max(row.gpu_memory for row in chosen))
@@ -228,7 +228,7 @@ def estimate(
     names, found = _sample(source.names(lambda _: None), SAMPLE)
     if not names:
         raise UserError(f"there are no photos in {config.photos}")
-    labeling = LABELING if config.categories else ("pseudolabel",)  # class folders need no CLIP model
+    labeling = MEASURED if config.categories else ("pseudolabel",)  # class folders need no CLIP model
     stages = (*labeling, "experts", "train") if trainings else labeling
     needed, replaced = hub.needed(config, stages), list[str]()
     with tempfile.TemporaryDirectory(prefix="namedmask-estimate-") as folder:

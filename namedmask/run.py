@@ -13,7 +13,7 @@ import contextlib
 import fcntl
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -160,32 +160,15 @@ def settle(
         _expect_ours(out, stage, record)
         old, has_results = record.stages.get(stage.name), stage.has_results(out)
         new = stage_record(config, stage.sections, record.digests)
-        for earlier in stage.made_from:
-            if earlier in settled.stages and (STAGES[earlier] in todo or STAGES[earlier].has_results(out)):
-                new.upstream |= settled.stages[earlier].settings
-                new.files |= settled.stages[earlier].files
+        earlier = [name for name in stage.made_from if STAGES[name] in todo or STAGES[name].has_results(out)]
+        _add_upstream(new, earlier, settled)
         differences = old.differences(new) if old else []
         keeps = old is not None and has_results and not overwrite
         kept_import = old.made_with.get(IMPORTED) if old and keeps else None
-        if imported and keeps:
-            raise UserError(f"{out} has results of `{stage.name}` already; --overwrite replaces them")
-        if kept_import and not stage.continues_imported:
-            raise _imported(out, stage, kept_import)
-        if kept_import and differences:
-            raise UserError(
-                f"the results of `{stage.name}` in {out} were imported from {kept_import}, so these options have no "
-                f"effect: {'; '.join(differences)} (leave them out, or replace the imported results with "
-                f"`namedmask {_command(stage, out)} --overwrite`)"
-            )
-        grows = all(line.startswith(GROWING) for line in differences)
-        if differences and keeps and not (update and grows):
-            updates = ", bring it up to date with --update, which computes only what is new" if grows else ""
-            raise UserError(
-                f"{out / stage.outputs[0]} was made with other settings: {'; '.join(differences)} (leave these "
-                f"options out to continue with the old ones{updates}, use another run folder, or make it again with "
-                f"these options and `namedmask {_command(stage, out)} --overwrite`, which keeps what earlier stages "
-                "made)"
-            )
+        if keeps:
+            if imported:
+                raise UserError(f"{out} has results of `{stage.name}` already; --overwrite replaces them")
+            _expect_continuation(out, stage, kept_import, differences, update)
         if update and keeps and not kept_import:
             changed = differences or any(one.name in stage.made_from for one in outdated)
             if changed or stage.outdated(out, config, source):
@@ -236,6 +219,36 @@ def settle(
     return config
 
 
+def _expect_continuation(
+    out: Path, stage: Stage, kept_import: str | None, differences: Sequence[str], update: bool
+) -> None:
+    """Raises UserError if a stage cannot go on from its results.
+
+    Args:
+        out: The run folder.
+        stage: A stage that has results.
+        kept_import: Where they were imported from; None: the stage has made them.
+        differences: Settings that differ from those that they were made with.
+        update: Accept differences that only make the run grow.
+    """
+    if kept_import and not stage.continues_imported:
+        raise _imported(out, stage, kept_import)
+    if kept_import and differences:
+        raise UserError(
+            f"the results of `{stage.name}` in {out} were imported from {kept_import}, so these options have no "
+            f"effect: {'; '.join(differences)} (leave them out, or replace the imported results with "
+            f"`namedmask {_command(stage, out)} --overwrite`)"
+        )
+    grows = all(line.startswith(GROWING) for line in differences)
+    if differences and not (update and grows):
+        updates = ", bring it up to date with --update, which computes only what is new" if grows else ""
+        raise UserError(
+            f"{out / stage.outputs[0]} was made with other settings: {'; '.join(differences)} (leave these options out "
+            f"to continue with the old ones{updates}, use another run folder, or make it again with these options and "
+            f"`namedmask {_command(stage, out)} --overwrite`, which keeps what earlier stages made)"
+        )
+
+
 def _imported(out: Path, stage: Stage, origin: str) -> UserError:
     return UserError(
         f"the results of `{stage.name}` in {out} were imported from {origin} and serve the later stages as they are; "
@@ -267,12 +280,17 @@ def _outdated_by(outdated: Sequence[Stage], todo: Sequence[Stage], settled: RunR
             raise _imported(out, stage, origin)
         files = {name: digest for name, digest in own.files.items() if name in own.settings}
         settled.stages[stage.name] = renewed = StageRecord(own.settings, {}, files, own.made_with)
-        for earlier in stage.made_from:
-            if earlier in settled.stages:
-                renewed.upstream |= settled.stages[earlier].settings
-                renewed.files |= settled.stages[earlier].files
+        _add_upstream(renewed, stage.made_from, settled)
         found.append(stage)
     return found
+
+
+def _add_upstream(stage: StageRecord, earlier: Iterable[str], settled: RunRecord) -> None:
+    """Adds the settings and files of earlier stages to the record of a stage that is made from them."""
+    for name in earlier:
+        if name in settled.stages:
+            stage.upstream |= settled.stages[name].settings
+            stage.files |= settled.stages[name].files
 
 
 def _outdate(out: Path, record: RunRecord) -> None:
@@ -497,10 +515,10 @@ def _remove_outdated(out: Path, stages: Sequence[str]) -> None:
 
 def _announce(out: Path, config: RunConfig, stages: Sequence[str], device: str) -> None:
     """Logs how long a long run will take, before it starts. One that continues shows its time as progress alone."""
-    from .estimate import LABELING, announce
+    from .estimate import MEASURED, announce
     from .threads import limit_torch_threads
 
-    if set(LABELING) <= set(stages) and not any(STAGES[name].has_results(out) for name in LABELING):
+    if set(MEASURED) <= set(stages) and not any(STAGES[name].has_results(out) for name in MEASURED):
         limit_torch_threads()
         if line := announce(config, device):
             logger.info(line)
