@@ -1057,14 +1057,16 @@ def test_vanished_and_invalid_names(tmp_path):
 NOISY = """
 import sys
 from PIL import Image
+from namedmask import process
 from namedmask.photos import PhotoSource
+process.prepare()
 Image.MAX_IMAGE_PIXELS = 800  # Pillow warns of x.png, which has 960
 for name in ("x.png", "y.tif"):
     print(PhotoSource(sys.argv[1]).decode(name).pixels.shape)
 """
 
 
-def test_pillow_prints_nothing(tmp_path):
+def test_pillow_prints_nothing_in_a_command(tmp_path):
     (tmp_path / "x.png").write_bytes(PNG)
     (tmp_path / "y.tif").write_bytes(raw_tiff((305, 2, 30, 0x7FFFFFF0)))
     with pytest.warns(UserWarning), Image.open(tmp_path / "y.tif") as image:  # so Pillow does warn

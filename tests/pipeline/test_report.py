@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The report page, checked as text, and as HTML; test_pages.py looks at it in Chromium."""
 
+import base64
 import dataclasses
+import io
 import json
 import os
 import re
@@ -199,7 +201,7 @@ def test_category_scores_decide_between_equal_scores():
 
 
 def decoded(uri: str) -> Image.Image:
-    return Image.open(report.io.BytesIO(report.base64.b64decode(uri.partition(",")[2])))
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
 def test_overlay_of_a_square():

@@ -223,7 +223,8 @@ def test_what_cannot_be_reviewed_is_said(tmp_path, out):
 
 def test_interrupt_ends_the_command(out):
     words = [sys.executable, "-m", "namedmask", "review", str(out), "--no-browser"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  ignored in background processes
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, preexec_fn=restore) as process:
         url = process.stdout.readline().strip()
         with urllib.request.urlopen(url, timeout=30) as answer:
             assert b"20.png" not in answer.read()  # tiles come later

@@ -324,7 +324,7 @@ def test_unreadable_photos_are_replaced_and_reported(run_of_discs):
     (photos / "1.png").write_bytes(b"")
     expected = train_saliency(run_of_discs, steps=2).read_bytes()
     [error] = read_errors(run_of_discs / "errors.jsonl")
-    assert error[:2] == ("disc/1.png", "train-saliency")
+    assert (error.photo, error.stage) == ("disc/1.png", "train-saliency")
     assert train_saliency(run_of_discs, overwrite=True, steps=2).read_bytes() == expected
     for path in photos.iterdir():
         path.unlink()
