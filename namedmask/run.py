@@ -55,13 +55,8 @@ from .record import (
 )
 from .stages import STAGES, Context, Plan, Stage
 
-FILES = (
-    "run.toml",
-    "errors.jsonl",
-    "report.html",
-    "review.jsonl",
-    "sheets.json",
-)  # of a run, besides the outputs of its stages
+# Of a run, besides the outputs of its stages.
+FILES = ("run.toml", "errors.jsonl", "report.html", "review.jsonl", "sheets.json")
 LOCK = ".lock"
 CHECKED_PHOTOS = 1000  # of a run whose photos have moved or changed
 GROWING = ("categories:", "archive.", "index.embeddings:")  # what the differences that --update accepts begin with
