@@ -124,6 +124,22 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "segmenter" / "metrics.jsonl").read_text().splitlines()]
 
 
+@contextlib.contextmanager
+def interrupted_after(count, monkeypatch):
+    """Interrupts a training after this many steps; each is saved."""
+    steps = iter(range(count))
+
+    def interrupted(*arguments):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return accumulate_gradients(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "SAVE_EVERY", 0)
+        patch.setattr(segmenter_training, "accumulate_gradients", interrupted)
+        yield
+
+
 def test_segments_scenes_after_training_on_single_objects(run_of_discs, small):
     train_run(run_of_discs, {**small, "steps": 120, "grayscale_prob": 0.0, "color_jitter_prob": 0.0})
     network, categories = load_segmenter(run_of_discs / "segmenter")
@@ -186,16 +202,7 @@ def test_killed_training_resumes_bit_identically(run_of_discs, small, monkeypatc
 def test_interrupted_training_resumes_on_a_gpu(run_of_discs, small, precision, monkeypatch):
     """Not run on a GPU yet. Results are not bit-identical, as some of torch's gradients are not reproducible."""
     settings = {**small, "precision": precision, "steps": 120, "grayscale_prob": 0.0, "color_jitter_prob": 0.0}
-    steps = iter(range(70))
-
-    def interrupted(*arguments):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        return accumulate_gradients(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "SAVE_EVERY", 0)
-        patch.setattr(segmenter_training, "accumulate_gradients", interrupted)
+    with interrupted_after(70, monkeypatch):
         train_run(run_of_discs, settings, gpus=1)
     assert torch.load(run_of_discs / "segmenter" / "checkpoint.pt")["step"] == 70
     train_run(run_of_discs, settings, gpus=1)
@@ -574,16 +581,7 @@ def test_best_and_last_network(run_of_discs, small, monkeypatch):
     assert [error.photo for error in errors] == [str(unreadable.relative_to(run_of_discs.parent / "photos"))]
     # Interrupted after the best step.
     shutil.rmtree(folder)
-    steps = iter(range(11))
-
-    def interrupted(*arguments):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        return accumulate_gradients(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "SAVE_EVERY", 0)
-        patch.setattr(segmenter_training, "accumulate_gradients", interrupted)
+    with interrupted_after(11, monkeypatch):
         train_run(run_of_discs, settings)
     checkpoint = torch.load(folder / "checkpoint.pt")
     assert checkpoint["step"] == 11 and tuple(checkpoint["best"]) == (0.75, 10)
