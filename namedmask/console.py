@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .process import complain
-from .progress import ProgressEvent, listening, logger
+from .progress import ProgressEvent, handling, listening
 
 if TYPE_CHECKING:
     from rich import progress as rich
@@ -23,16 +23,12 @@ LINE_EVERY = 10.0  # seconds between lines, if the output is not a terminal
 @contextmanager
 def printing() -> Iterator[Printer]:
     """Within the context, messages and progress are printed: messages and progress on stdout, warnings on stderr."""
-    printer, level = Printer(), logger.level
-    logger.addHandler(printer)
-    logger.setLevel(logging.INFO)
+    printer = Printer()
     try:
-        with listening(printer.show):
+        with handling(printer), listening(printer.show):
             yield printer
     finally:
         printer.close_bar()
-        logger.removeHandler(printer)
-        logger.setLevel(level)
 
 
 def plain_console() -> Console:

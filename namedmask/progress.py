@@ -19,6 +19,22 @@ logger.addHandler(logging.NullHandler())  # else Python would print warnings
 warn = logger.warning
 
 
+@contextmanager
+def handling(handler: logging.Handler) -> Iterator[None]:
+    """Within the context, messages go to this handler, and not to the root logger: other libraries give it a handler,
+    which would print them again."""
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
 @dataclass(frozen=True)
 class ProgressEvent:
     """Progress of a stage, over all workers.

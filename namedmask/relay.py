@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from .errors import UserError
-from .progress import ProgressEvent, current_listener, listening, logger
+from .progress import ProgressEvent, current_listener, handling, listening, logger
 
 MAX_MESSAGE = 1 << 20  # bytes; Linux sends less
 
@@ -71,14 +71,8 @@ def sending(address: str) -> Iterator[None]:
             except OSError:
                 raise UserError("the process that has started the workers has stopped listening") from None
 
-        handler = _Handler(send)
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        try:
-            with listening(show):
-                yield
-        finally:
-            logger.removeHandler(handler)
+        with handling(_Handler(send)), listening(show):
+            yield
 
 
 class _Handler(logging.Handler):

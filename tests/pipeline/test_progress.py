@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -114,3 +115,15 @@ def test_names_are_printed_without_markup(printing, capsys):
     console.plain_console().print("[red]:smile: 12 'a'")
     progress.warn("no photo")
     assert capsys.readouterr() == ("[red]:smile: 12 'a'\n", "namedmask: warning: no photo\n")
+
+
+def test_messages_are_printed_once_if_a_library_configures_logging(capsys):
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(handler)
+    try:
+        with console.printing():
+            progress.warn("few masks")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert capsys.readouterr().err == "namedmask: warning: few masks\n"
+    assert progress.logger.propagate
