@@ -58,6 +58,12 @@ def flipped(batch: Ragged) -> Ragged:
     return batch.with_rows(torch.cat([batch.rows[:0], *(images.flip(2).flatten(0, 2) for images in runs(batch))]))
 
 
+def on_rows(batch: Ragged, values: Tensor) -> Tensor:
+    """A value per image [B, ...] as a value per row of the batch [T, ...]."""
+    lengths = batch.offsets.diff().to(values.device)
+    return values.repeat_interleave(lengths, dim=0, output_size=len(batch.rows))
+
+
 def cropped(batch: Ragged, sizes: Sequence[Size]) -> Ragged:
     """The upper left part of each image, of the given size."""
     parts = [grid[:h, :w].flatten(0, 1) for grid, (h, w) in zip(batch.grids(), sizes, strict=True)]

@@ -106,6 +106,11 @@ class DetectorConfig(Section):
     weights: Weights = setting(
         None, "Local file with the SelfMask network, including its encoder.", flag="--detector-weights"
     )
+    select: Literal["auto", "none", "prior", "name"] = setting(
+        "auto",
+        "Choose among several candidate masks: none, as published; by their agreement and the border of the photo; or "
+        "also by how likely CLIP finds the category's name in them. auto: none for selfmask, else prior.",
+    )
     backbone: str = setting("vit_small_patch8_224.dino", "ViT backbone, by its timm name.")
     backbone_weights: Weights = setting(None, "Local file with backbone weights, instead of timm's.")
     more_backbones: list[Annotated[str, LocalFile()]] = setting(
@@ -133,6 +138,13 @@ class DetectorConfig(Section):
         if value and info.data.get("name") != "cluster-vote":
             raise ValueError("only the detector cluster-vote takes several backbones")
         return value
+
+    @property
+    def selection(self) -> Literal["none", "prior", "name"]:
+        """How a mask is chosen among candidates, `select` with "auto" resolved."""
+        if self.select == "auto":
+            return "none" if self.name == "selfmask" else "prior"
+        return self.select
 
 
 class CrfConfig(Section):

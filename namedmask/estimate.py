@@ -397,12 +397,13 @@ class _Job:
 
         self.report("pseudolabel")
         peak = _Peak(self.device)
-        labeler = Labeler(self.config, self.device)
+        labeler = Labeler(self.config, self.device, ["category"])
         found: dict[str, MaskRecord] = {}
 
         def label() -> Iterator[int]:
-            for batch in labeler.label(self.source, itertools.cycle(self.names)):
-                for name, result in batch:
+            units = ((name, "category") for name in itertools.cycle(self.names))
+            for batch in labeler.label(self.source, units):
+                for (name, _), result in batch:
                     if not isinstance(result, PhotoError):
                         found[name] = MaskRecord.from_encoded(name, result.mask, "category", 0.5, result.score)
                 yield len(batch)

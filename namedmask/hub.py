@@ -155,7 +155,8 @@ def needed(config: RunConfig, stages: Collection[str]) -> list[Published]:
     """
     found: list[Published | None] = []
     index, detector, saliency = config.index, config.detector, config.saliency
-    if {"index", "archive"} & set(stages) and not (index.embeddings or index.clip_weights):
+    with_clip = {"index", "archive"} | ({"pseudolabel"} if detector.selection == "name" else set())
+    if with_clip & set(stages) and not (index.embeddings or index.clip_weights):
         found.append(clip(index.clip_model))
     if "pseudolabel" in stages and detector.name != "selfmask":
         entries = [(detector.backbone, detector.backbone_weights)]

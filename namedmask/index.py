@@ -15,7 +15,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,7 @@ TEXT_BATCH = {"cpu": 128, "cuda": 512}  # prompts
 BATCH_BYTES = 1 << 28  # of the pixels of a batch, unless a single photo has more; 290 photos of 480 x 640
 SAME_KERNELS = 4  # photos; from here on, the matrix products of ViT-B/32 or larger round alike, on a CPU
 
+_Pixels = TypeVar("_Pixels", np.ndarray, "torch.Tensor")
 Loaded = tuple[str, np.ndarray | PhotoError]  # a photo's name and pixels
 
 
@@ -357,7 +358,7 @@ class Clip:
         self.dtype = dtype
         self.model.visual.to(dtype)
 
-    def prepare(self, photos: Sequence[np.ndarray]) -> torch.Tensor:
+    def prepare(self, photos: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
         """open_clip's preprocessing, on the device.
 
         Args:
@@ -543,8 +544,8 @@ class PrecomputedEmbeddings:
         return np.stack(rows)
 
 
-def middle(pixels: np.ndarray) -> np.ndarray:
-    """The middle of a photo [H, W, 3] that is more than `MAX_ASPECT` times as long as wide, else all of it.
+def middle(pixels: _Pixels) -> _Pixels:
+    """The middle of a photo [H, W, 3], array or tensor, if it is more than `MAX_ASPECT` times as long as wide.
 
     CLIP takes a square from the middle, but resizes the photo first: a line of single pixels would become gigabytes.
     """

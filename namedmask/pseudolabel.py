@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Pseudo-labels: decodes the photos of an archive, detects and refines their objects, and writes masks/00000.jsonl.
 
-Each distinct photo of the archive is processed once and has one record per category it was retrieved for. The bytes of
-a shard depend only on its photos and the settings, not on which worker computed it.
+Each distinct photo of the archive is labeled once and has one record per category it was retrieved for; it is labeled
+once per category if the name of the category selects the mask. The bytes of a shard depend only on its photos and the
+settings, not on which worker computed it.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -35,10 +37,12 @@ from .masks import (
     write_shard,
 )
 from .memory import BATCH_PIXELS, processing_budget
+from .names import NameScorer
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .progress import warn
 from .refine import Refiner
-from .saliency import make_detector
+from .saliency import Detections, make_detector
+from .saliency.candidates import chosen, prior, quality, shortlist
 from .threads import map_batches
 from .timing import StepTimes, traced
 
@@ -67,6 +71,17 @@ def missing_shards(archive: Archive, folder: Path, shard_size: int) -> list[int]
     return [s for s in range(-(-len(work_of(archive)) // shard_size)) if not shard_path(folder, s).exists()]
 
 
+# A photo to label, with the category whose name selects its mask; None if its mask is the same for all categories.
+Unit = tuple[str, str | None]
+
+
+def units_of(work: Work, config: RunConfig) -> list[Unit]:
+    """What to label for photos with their categories, in order."""
+    if config.detector.selection == "name":
+        return [(photo, category) for photo, categories in work for category, _ in categories]
+    return [(photo, None) for photo, _ in work]
+
+
 class Labeled(NamedTuple):
     """Pseudo-label of a photo, with masks at the size of the photo.
 
@@ -81,25 +96,27 @@ class Labeled(NamedTuple):
     detected: EncodedMask | None
 
 
-def known_labels(folders: Iterable[Path], keep_detected: bool) -> dict[str, Labeled]:
-    """The pseudo-labels of photos in folders of masks from before an update, by the names of the photos.
+def known_labels(folders: Iterable[Path], config: RunConfig) -> dict[Unit, Labeled]:
+    """The pseudo-labels of photos in folders of masks from before an update.
 
-    They do not depend on the category of a photo. All of them are held in memory, as run lengths.
+    They do not depend on the category of a photo. All of them are held in memory, as run lengths. With masks that names
+    select there are none, because the score of a name depends on all others.
 
     Args:
         folders: Folders of masks.
-        keep_detected: Whether masks before refinement are needed as well; photos without one are left out.
+        config: Settings of the run. If masks before refinement are kept, labels without one are left out.
 
     Raises:
         DamagedFile: If a file cannot be read.
     """
-    labels: dict[str, Labeled] = {}
-    for folder in folders:
+    keep_detected = config.pseudolabel.keep_detected
+    labels: dict[Unit, Labeled] = {}
+    for folder in folders if config.detector.selection != "name" else ():
         before = folder.parent / "detected"
         detected = {record.photo: _encoded(record) for record in read_masks(before)} if keep_detected else {}
         for record in read_masks(folder):
             if record.photo in detected or not keep_detected:
-                labels[record.photo] = Labeled(_encoded(record), record.score, detected.get(record.photo))
+                labels[record.photo, None] = Labeled(_encoded(record), record.score, detected.get(record.photo))
     return labels
 
 
@@ -108,19 +125,27 @@ def _encoded(record: MaskRecord) -> EncodedMask:
     return EncodedMask(record.size, record.rle, record.area, record.bbox, border=0)
 
 
-Decoded = tuple[str, Photo | PhotoError]
-Labels = list[tuple[str, Labeled | PhotoError]]
+Decoded = tuple[Unit, Photo | PhotoError]
+Labels = list[tuple[Unit, Labeled | PhotoError]]
 
 
 class Labeler:
     """Detector and refiner of a run. Batches stay on the device from upload to run lengths.
 
+    Args:
+        config: Settings of the run.
+        device: Device as torch names it.
+        categories: Names of all categories, for masks that their names select.
+
     Attributes:
-        times: Time of each step: "decode", "upload", "network", the detector's own steps, "refine" and "encode".
+        times: Time of each step: "decode", "upload", "network", the detector's own steps, "names", "refine" and
+            "encode".
     """
 
-    def __init__(self, config: RunConfig, device: str):
+    def __init__(self, config: RunConfig, device: str, categories: Sequence[str] = ()):
         self.detector = make_detector(config.detector, device)
+        self.selects = config.detector.selection != "none"
+        self.names = NameScorer(config.index, categories, device) if config.detector.selection == "name" else None
         self.at_photo_size = config.refine.size == "photo"
         self.keep_detected = config.pseudolabel.keep_detected
         self.refiner = Refiner(config.refine)
@@ -132,7 +157,7 @@ class Labeler:
     def label(
         self,
         source: PhotoSource,
-        names: Iterable[str],
+        units: Iterable[Unit],
         shard: Callable[[str], int] = lambda name: 0,
         trace: Path | None = None,
     ) -> Iterator[Labels]:
@@ -140,14 +165,20 @@ class Labeler:
 
         Args:
             source: The photos.
-            names: Names of the photos to label.
-            shard: Function of a name. Photos with different values are never in the same batch.
+            units: What to label.
+            shard: Function of a photo's name. Photos with different values are never in the same batch.
             trace: File for torch's profiler trace of some of the batches.
 
         Yields:
-            For each batch: the names of its photos with their labels, or with their errors. The batches are in the
-            order of the names, but for photos of a few consecutive batches on a GPU, which are sorted by size.
+            For each batch: its units with their labels, or with their errors. The batches are in the order of the
+            units, but for photos of a few consecutive batches on a GPU, which are sorted by size.
         """
+        ahead: deque[Unit] = deque()  # of the photos that are being decoded
+
+        def names() -> Iterator[str]:
+            for unit in units:
+                ahead.append(unit)
+                yield unit[0]
 
         def decode(name: str) -> Photo:
             with self.times.on_host("decode"):
@@ -156,27 +187,27 @@ class Labeler:
         def cost(batch: list[Decoded]) -> int:
             photos = [photo for _, photo in batch if isinstance(photo, Photo)]
             refined = sum(math.prod(self._size(photo)) for photo in photos)
-            return (
-                sum(map(self._pixels, photos)) * self.detector.bytes_per_pixel + refined * self.refiner.bytes_per_pixel
-            )
+            detected = self.detector.bytes_per_pixel + (self.names.bytes_per_pixel if self.names else 0)
+            return sum(map(self._pixels, photos)) * detected + refined * self.refiner.bytes_per_pixel
 
-        shards = itertools.groupby(decode_ahead(source, names, decode), lambda item: shard(item[0]))
+        loaded = ((ahead.popleft(), photo) for _, photo in decode_ahead(source, names(), decode))
+        shards = itertools.groupby(loaded, lambda item: shard(item[0][0]))
         batches = (batch for _, decoded in shards for batch in self._batches(decoded))
         labels = map_batches(self._label_batch, batches, self.device, cost=cost, limit=processing_budget())
         yield from traced(labels, trace)
 
     @torch.inference_mode()
     def _label_batch(self, batch: list[Decoded]) -> Labels:
-        photos = [photo for _, photo in batch if isinstance(photo, Photo)]
+        photos = [(photo, category) for (_, category), photo in batch if isinstance(photo, Photo)]
         labels = iter(self._labels_or_errors(photos))
-        return [(name, photo if isinstance(photo, PhotoError) else next(labels)) for name, photo in batch]
+        return [(unit, photo if isinstance(photo, PhotoError) else next(labels)) for unit, photo in batch]
 
-    def _labels_or_errors(self, photos: list[Photo]) -> list[Labeled | PhotoError]:
-        """Labels photos; halves them until those that cannot be labeled are alone."""
+    def _labels_or_errors(self, photos: list[tuple[Photo, str | None]]) -> list[Labeled | PhotoError]:
+        """Labels photos for their categories; halves them until those that cannot be labeled are alone."""
         if not photos:
             return []
         try:
-            return list(self._label_photos(photos))
+            return list(self._label_photos(*map(list, zip(*photos, strict=True))))
         except (MemoryError, torch.OutOfMemoryError) as error:
             reason = f"there is not enough memory to label it: {first_line(error)}"
             if len(photos) > 1 and not self.has_warned:
@@ -187,24 +218,36 @@ class Labeler:
         except ValueError as error:
             reason = f"cannot be labeled: {error}"
         if len(photos) == 1:
-            return [PhotoError(photos[0].name, reason)]
+            return [PhotoError(photos[0][0].name, reason)]
         half = len(photos) // 2
         return self._labels_or_errors(photos[:half]) + self._labels_or_errors(photos[half:])
 
-    def _label_photos(self, photos: list[Photo]) -> Iterator[Labeled]:
+    def _label_photos(self, photos: list[Photo], categories: list[str | None]) -> Iterator[Labeled]:
         step, at = self.times.step, [photo.size for photo in photos]
         with step("upload"):
             images = upload([photo.pixels for photo in photos], self.detector.backbone.device)
-        found = self.detector.detect(images, [self._size(photo) for photo in photos])
+        found = self._detect(images, [self._size(photo) for photo in photos], categories)
         with step("refine"):
             refined = self.refiner.refine(images if self.at_photo_size else self.detector.resize(images), found.masks)
         with step("encode"):
             masks = encode_masks(_binary(refined, at))
             detected = encode_masks(_binary(found.masks, at)) if self.keep_detected else [None] * len(masks)
-            confidence = found.confidence.tolist()
+            confidence = (quality(found.confidence, refined) if self.selects else found.confidence).tolist()
         self.times.collect()
         for mask, own, before in zip(masks, confidence, detected, strict=True):
-            yield Labeled(mask, mask.score(own), before)
+            # A selected mask has been compared with the border already.
+            yield Labeled(mask, own * (mask.area > 0) if self.selects else mask.score(own), before)
+
+    def _detect(self, images: Ragged, sizes: list[Size], categories: list[str | None]) -> Detections:
+        if not self.selects:
+            return self.detector.detect(images, sizes)
+        masks, names = self.detector.candidates(images), None
+        found = prior(masks)
+        if self.names:
+            numbers = shortlist(found)
+            with self.times.step("names"):
+                names = numbers, self.names.score(images, masks, numbers, [str(name) for name in categories])
+        return chosen(masks, found, sizes, names)
 
     def _size(self, photo: Photo) -> Size:
         """Height and width at which the mask of a photo is detected and refined."""
@@ -225,7 +268,7 @@ class Labeler:
         """Consecutive photos with at most `factor` times the tokens and pixels of a batch."""
         group: list[Decoded] = []
         tokens = pixels = 0
-        for name, photo in decoded:
+        for unit, photo in decoded:
             cost, size = 0, 0
             if isinstance(photo, Photo):
                 cost, size = self.detector.tokens(photo.size), self._pixels(photo)
@@ -233,7 +276,7 @@ class Labeler:
             if group and (too_many or pixels + size > factor * BATCH_PIXELS):
                 yield group
                 group, tokens, pixels = [], 0, 0
-            group.append((name, photo))
+            group.append((unit, photo))
             tokens += cost
             pixels += size
         if group:
@@ -254,7 +297,7 @@ def pseudolabel(
     device: str,
     advance: Callable[..., None],
     trace: Path | None = None,
-    known: Mapping[str, Labeled] = MappingProxyType({}),
+    known: Mapping[Unit, Labeled] = MappingProxyType({}),
 ) -> Labeler | None:
     """Computes all shards of masks that do not exist yet. Every worker calls it.
 
@@ -266,7 +309,8 @@ def pseudolabel(
         config: Settings of the run.
         worker: This worker.
         device: "cpu", or this worker's GPU as torch names it.
-        advance: Called as `advance(photos, existing=...)` when photos are done; `existing`: they had masks already.
+        advance: Called as `advance(count, existing=...)` when units (see `units_of`) are done; `existing`: they had
+            masks already.
         trace: File for torch's profiler trace of some of the batches.
         known: Labels that are taken over.
 
@@ -276,57 +320,63 @@ def pseudolabel(
     work, size = work_of(archive), config.pseudolabel.shard_size
     numbers = {name: number for number, (name, _) in enumerate(work)}
 
-    def write(shard: int, labels: Mapping[str, Labeled | PhotoError]) -> None:
-        part = work[shard * size : (shard + 1) * size]
-        of_part = {name: known[name] if name in known else labels[name] for name, _ in part}
-        _write_shard(folder, shard, part, of_part, config.pseudolabel.keep_detected)
+    def part(shard: int) -> Work:
+        return work[shard * size : (shard + 1) * size]
 
-    def claimed() -> Iterator[str]:
+    def new_units(shard: int) -> list[Unit]:
+        return [unit for unit in units_of(part(shard), config) if unit not in known]
+
+    def write(shard: int, labels: Mapping[Unit, Labeled | PhotoError]) -> None:
+        every = units_of(part(shard), config)
+        of_part = {unit: known[unit] if unit in known else labels[unit] for unit in every}
+        _write_shard(folder, shard, part(shard), of_part, config.pseudolabel.keep_detected)
+
+    def claimed() -> Iterator[Unit]:
         """Photos of the shards that this worker claims, one after another, as the photos before them are decoded."""
         for shard in worker.claim("pseudolabel", -(-len(work) // size)):
-            part = work[shard * size : (shard + 1) * size]
-            new = [name for name, _ in part if name not in known]
+            count, new = len(units_of(part(shard), config)), new_units(shard)
             if shard_path(folder, shard).exists():
-                advance(len(part), existing=True)
+                advance(count, existing=True)
                 continue
-            if len(new) < len(part):
-                advance(len(part) - len(new), existing=True)
+            if len(new) < count:
+                advance(count - len(new), existing=True)
             if not new:
                 write(shard, {})
             yield from new
 
-    names = claimed()
-    first = next(names, None)
+    ahead = claimed()
+    first = next(ahead, None)
     if first is None:
         return None
-    labeler = Labeler(config, device)
-    labels: dict[str, Labeled | PhotoError] = {}  # of photos of the shard that is being labeled
-    for batch in labeler.label(source, itertools.chain([first], names), lambda name: numbers[name] // size, trace):
+    labeler = Labeler(config, device, archive.categories)
+    labels: dict[Unit, Labeled | PhotoError] = {}  # of photos of the shard that is being labeled
+    for batch in labeler.label(source, itertools.chain([first], ahead), lambda name: numbers[name] // size, trace):
         labels |= batch
         advance(len(batch))
-        shard = numbers[batch[0][0]] // size
-        if len(labels) == sum(name not in known for name, _ in work[shard * size : (shard + 1) * size]):
+        shard = numbers[batch[0][0][0]] // size
+        if len(labels) == len(new_units(shard)):
             write(shard, labels)
             labels = {}
     return labeler
 
 
 def _write_shard(
-    folder: Path, shard: int, part: Work, labels: Mapping[str, Labeled | PhotoError], keep_detected: bool
+    folder: Path, shard: int, part: Work, labels: Mapping[Unit, Labeled | PhotoError], keep_detected: bool
 ) -> None:
     """Writes the masks and errors of the photos `part`, in their order."""
     records: list[MaskRecord] = []
     detected: list[MaskRecord] = []
-    errors: list[ErrorRecord] = []
+    errors: dict[str, ErrorRecord] = {}  # by photo
     for name, categories in part:
-        label = labels[name]
-        if isinstance(label, PhotoError):
-            errors.append(ErrorRecord(name, "pseudolabel", label.reason))
-            continue
-        records += [MaskRecord.from_encoded(name, label.mask, *own, label.score) for own in categories]
-        if label.detected:
-            detected += [MaskRecord.from_encoded(name, label.detected, *own, label.score) for own in categories]
-    write_errors(errors_path(shard_path(folder, shard)), errors)
+        for own in categories:
+            label = labels[name, own[0]] if (name, own[0]) in labels else labels[name, None]
+            if isinstance(label, PhotoError):
+                errors[name] = ErrorRecord(name, "pseudolabel", label.reason)
+                continue
+            records.append(MaskRecord.from_encoded(name, label.mask, *own, label.score))
+            if label.detected:
+                detected.append(MaskRecord.from_encoded(name, label.detected, *own, label.score))
+    write_errors(errors_path(shard_path(folder, shard)), errors.values())
     if keep_detected:  # before the masks, whose file marks the shard as finished
         make_folder(folder.parent / "detected")
         write_shard(shard_path(folder.parent / "detected", shard), detected)

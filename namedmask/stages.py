@@ -254,10 +254,12 @@ def _archive_of_class_folders(ctx: Context) -> Archive:
 def _check_pseudolabel(plan: Plan) -> None:
     from .archive import read_archive
     from .hub import require
+    from .names import expect_clip
     from .saliency import make_detector
 
     if "archive" not in plan.stages:
         read_archive(plan.out / "archive.json")
+    expect_clip(plan.config)
     require(plan.weights)
     make_detector(plan.config.detector, "cpu")
 
@@ -274,22 +276,21 @@ def _has_all_masks(out: Path, config: RunConfig) -> bool:
 def _pseudolabel(ctx: Context) -> None:
     from .archive import read_archive
     from .distributed import Worker
-    from .pseudolabel import known_labels, pseudolabel, work_of
+    from .pseudolabel import known_labels, pseudolabel, units_of, work_of
 
     archive, folder, progress = read_archive(ctx.out / "archive.json"), ctx.out / "masks", ctx.progress
     make_folder(folder)
-    work = work_of(archive)
-    before = [outdated / "masks" for outdated in outdated_folders(ctx.out)]
-    known = known_labels(before, ctx.config.pseudolabel.keep_detected)
-    progress.total = len(work)
+    units = units_of(work_of(archive), ctx.config)
+    known = known_labels((outdated / "masks" for outdated in outdated_folders(ctx.out)), ctx.config)
+    progress.total = len(units)
     labeler = pseudolabel(
         ctx.source, archive, folder, ctx.config, ctx.worker, ctx.device, progress.advance, ctx.trace, known
     )
     if labeler is not None:
         progress.note = labeler.times.summary()
     if known:
-        kept = sum(photo in known for photo, _ in work)
-        counts = f"{len(work) - kept:,} photos labeled, {kept:,} kept"
+        kept = sum(unit in known for unit in units)
+        counts = f"{len(units) - kept:,} photos labeled, {kept:,} kept"
         progress.note = "; ".join(filter(None, (counts, progress.note)))
     ctx.worker.barrier("masks are made")
     if not ctx.worker.is_main:

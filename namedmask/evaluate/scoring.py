@@ -432,8 +432,11 @@ def _united(records: dict[str, list[MaskRecord]]) -> Iterator[tuple[str, np.ndar
 def _detected(config: RunConfig, data: Split, device: str) -> Iterator[tuple[str, np.ndarray]]:
     from ..pseudolabel import Labeler
 
-    for batch in Labeler(config, device).label(PhotoSource(data.photos, upright=False), data.truth):
-        for name, label in batch:
+    if config.detector.selection == "name":
+        raise UserError("the photos of this benchmark have no category names: --select name cannot choose; try prior")
+    units = [(name, None) for name in data.truth]
+    for batch in Labeler(config, device).label(PhotoSource(data.photos, upright=False), units):
+        for (name, _), label in batch:
             if isinstance(label, PhotoError):
                 raise UserError(f"{data.photos / name}: {label.reason}")
             yield name, label.mask.decode()

@@ -24,6 +24,7 @@ from ..record import read_record
 SELFMASK = {
     "detector": {
         "name": "selfmask",
+        "select": "none",
         "backbone": "vit_small_patch8_224.dino",
         "image_size": 512,
         "interpolation": "bilinear",

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from namedmask_kernels import Ragged, resize
 
 from ..backbones import Backbone, Fit
-from ..batches import Size, cropped, sizes_of
+from ..batches import Size, cropped, runs, sizes_of
 from ..config import DetectorConfig
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
@@ -59,10 +61,11 @@ class Detector(ABC):
         return math.prod(self.fit(size).grid)
 
     def features(self, backbone: Backbone, images: Ragged) -> Ragged:
-        """Returns the features of the settings from a backbone, float32 [T, C]."""
+        """Returns the features of the settings from a backbone, float32 [T, C], centered if the settings say so."""
         with self.step("network"):
             patches = backbone.prepare(images, self.config.image_size)
-            return backbone.extract(patches, [self.config.features])[self.config.features]
+            features = backbone.extract(patches, [self.config.features])[self.config.features]
+            return centered(features) if self.config.center_features else features
 
     def resize(self, images: Ragged) -> Ragged:
         """Resizes photos, uint8 [P, 3], to the sizes at which the backbone sees them, without padding."""
@@ -70,7 +73,9 @@ class Detector(ABC):
 
     @abstractmethod
     def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
-        """Detects the object of each photo. On a CPU, results do not depend on batch composition.
+        """Detects the object of each photo as published, without selection among candidates.
+
+        On a CPU, results do not depend on batch composition.
 
         Args:
             images: Photos of any sizes, uint8 [P, 3], on the device of the backbone.
@@ -79,6 +84,26 @@ class Detector(ABC):
         Raises:
             FloatingPointError: If the network gives NaN or infinite values for any photo.
         """
+
+    @abstractmethod
+    def candidates(self, images: Ragged) -> Ragged:
+        """Masks of each photo that may be its object (see `candidates`), as many for every photo.
+
+        Args:
+            images: Photos of any sizes, uint8 [P, 3], on the device of the backbone.
+
+        Returns:
+            float32 [T, K] in [0, 1] on grids that cover the photos; above 0.5 is object.
+
+        Raises:
+            FloatingPointError: If the network gives NaN or infinite values for any photo.
+        """
+
+
+def centered(features: Ragged) -> Ragged:
+    """Subtracts the mean feature of each photo from features [T, C]."""
+    grids = ((images - images.mean((1, 2), keepdim=True)).flatten(0, 2) for images in runs(features))
+    return features.with_rows(torch.cat([features.rows[:0], *grids]))
 
 
 def at_sizes(values: Ragged, fits: Sequence[Fit], sizes: Sequence[Size]) -> Ragged:
@@ -111,6 +136,25 @@ def without_padding(
     whole = [fit.whole if pad else grid for fit, pad, grid in zip(fits, padded, grids, strict=True)]
     photo = [fit.size if pad else grid for fit, pad, grid in zip(fits, padded, grids, strict=True)]
     return cropped(interpolate(values, whole), photo)
+
+
+def certainty(softs: Ragged) -> Tensor:
+    """Measures how clear and compact each soft mask [P] is, float64 [B] in [0, 1].
+
+    It is the Dice coefficient of the mask and its own threshold at 0.5, times the perimeter of a square of the same
+    area divided by the perimeter of the mask (its total variation), at most 1; 0 for an empty mask. Wrong masks often
+    have ragged outlines.
+    """
+    values = [softs.rows.new_zeros(0, dtype=torch.float64)]
+    for soft in runs(softs):
+        hard = soft > 0.5
+        padded = F.pad(soft, (1, 1, 1, 1))
+        outline = sum(padded.diff(dim=dim).abs().sum((1, 2), dtype=torch.float64) for dim in (1, 2))
+        area, inside = soft.sum((1, 2), dtype=torch.float64), (soft * hard).sum((1, 2), dtype=torch.float64)
+        dice = 2 * inside / (area + hard.sum((1, 2)))
+        compactness = (4 * area.sqrt() / outline).clamp_max(1.0)
+        values.append(torch.where(hard.any(2).any(1), dice * compactness, 0.0))
+    return torch.cat(values)
 
 
 def backbone_options(config: DetectorConfig, device: str) -> dict[str, Any]:

@@ -13,15 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from namedmask_kernels import Ragged, spectral_clusters, vote_masks
+from namedmask_kernels import Ragged, vote_masks
 
 from ..backbones import Fit, load
-from ..batches import Size, nearest, sizes_of
+from ..batches import Size, nearest, on_rows, sizes_of
 from ..config import DetectorConfig
 from . import Detections, Detector, at_sizes, backbone_options, without_padding
-from .spectral import centered
-
-COUNTS = (2, 3, 4)  # numbers of clusters; every cluster is a candidate
+from .candidates import COUNTS, clusters
 
 
 class ClusterVoteDetector(Detector):
@@ -44,50 +42,53 @@ class ClusterVoteDetector(Detector):
         super().__init__(config, finest)
 
     def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
-        labels, fits = [], []
+        found, fits = self._clusters(images)
+        with self.step("vote"):
+            return elect(found, fits, sizes or sizes_of(images))
+
+    def candidates(self, images: Ragged) -> Ragged:
+        """The clusters of all backbones, on the patches of the finest one."""
+        found, fits = self._clusters(images)
+        with self.step("candidates"):
+            grids = [self.fit(size).grid for size in sizes_of(images)]
+            soft = (masks.with_rows(masks.rows.float()) for masks in found)
+            parts = [at_sizes(masks, own, grids) for masks, own in zip(soft, fits, strict=True)]
+            return parts[0].with_rows(torch.cat([part.rows for part in parts], 1))
+
+    def _clusters(self, images: Ragged) -> tuple[list[Ragged], list[list[Fit]]]:
+        """From each backbone, all clusters, bool [T, sum(COUNTS)], and how the photos lie on its patches."""
+        found, fits = [], []
         for backbone in self.backbones:
             features = self.features(backbone, images)
             with self.step("clusters"):
-                labels.append(
-                    spectral_clusters(centered(features) if self.config.center_features else features, COUNTS)
-                )
+                found.append(clusters(features))
             fits.append([backbone.fit(size, self.config.image_size) for size in sizes_of(images)])
-        with self.step("vote"):
-            return elect(labels, fits, sizes or sizes_of(images))
+        return found, fits
 
 
-def elect(labels: Sequence[Ragged], fits: Sequence[Sequence[Fit]], sizes: Sequence[Size]) -> Detections:
+def elect(masks: Sequence[Ragged], fits: Sequence[Sequence[Fit]], sizes: Sequence[Size]) -> Detections:
     """Votes among all clusters of each photo.
 
     Args:
-        labels: Cluster labels from each backbone, int32 [T, len(COUNTS)].
+        masks: The clusters from each backbone, bool [T, sum(COUNTS)].
         fits: For each backbone, how each photo lies on its patches.
         sizes: Height and width of each mask, at which the clusters are compared.
     """
-    device = labels[0].rows.device
-    columns = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS)).to(device)  # 0 0 1 1 1 2 2 2 2
-    clusters = torch.cat([torch.arange(k) for k in COUNTS]).to(device)  # 0 1 0 1 2 0 1 2 3
-    masks = [batch.with_rows(batch.rows[:, columns] == clusters) for batch in labels]  # bool [T, 9] each
+    count = sum(COUNTS)
     pixels = [nearest(without_padding(batch, own, nearest), sizes) for batch, own in zip(masks, fits, strict=True)]
     vote = vote_masks(pixels[0].with_rows(torch.cat([batch.rows for batch in pixels], 1)))
     assert isinstance(vote.winner, Tensor) and isinstance(vote.kept, Tensor) and isinstance(vote.scores, Tensor)
     winner = vote.winner.long()
     soft = torch.zeros_like(pixels[0].rows[:, 0], dtype=torch.float32)
     for number, (batch, own) in enumerate(zip(masks, fits, strict=True)):
-        cluster = winner - number * len(clusters)  # of a winner from this backbone
-        column = _on_rows(batch, cluster.clamp(0, len(clusters) - 1))
+        cluster = winner - number * count  # of a winner from this backbone
+        column = on_rows(batch, cluster.clamp(0, count - 1))
         tokens = batch.rows.gather(1, column[:, None])[:, 0]
-        is_here = _on_rows(pixels[0], (cluster >= 0) & (cluster < len(clusters)))
+        is_here = on_rows(pixels[0], (cluster >= 0) & (cluster < count))
         soft = torch.where(is_here, at_sizes(batch.with_rows(tokens.float()), own, sizes).rows, soft)
     others = vote.kept.sum(1) - 1
     agreement = (vote.scores.gather(1, winner[:, None])[:, 0] - 1) / others.clamp_min(1)
     return Detections(pixels[0].with_rows(soft), torch.where(others > 0, agreement.clamp(0.0, 1.0), 0.0))
-
-
-def _on_rows(batch: Ragged, values: Tensor) -> Tensor:
-    """A value per photo [B] as a value per row of the batch [T]."""
-    lengths = batch.offsets.diff().to(values.device)
-    return values.repeat_interleave(lengths, output_size=len(batch.rows))
 
 
 def _split_weights(entry: str) -> tuple[str, str | None]:

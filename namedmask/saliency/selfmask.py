@@ -25,8 +25,10 @@ from ..backbones import Backbone, Vit, untrained
 from ..batches import Size, flipped, runs, sizes_of
 from ..config import DetectorConfig
 from ..errors import UserError
-from . import Detections, Detector, at_sizes, backbone_options
+from . import Detections, Detector, at_sizes, backbone_options, centered, certainty
+from .candidates import groups
 
+PROPOSALS = 2  # masks of single queries among the candidates, beside the detected one
 UPSAMPLED = 2  # mask resolution: cells per side of a patch
 MAX_QUERIES = 1000  # of a file; each takes about a megabyte per photo
 
@@ -98,16 +100,16 @@ class SelfMask(nn.Module):
         output = torch.stack(self._outputs(tokens))  # [layers, n, Q, C]
         return torch.einsum("lnqc,nchw->lnqhw", output, pixels), self.ffn(output)
 
-    def best_masks(self, tokens: Tensor, h: int, w: int) -> Tensor:
-        """The mask logits [n, 2h, 2w] of the query with the highest objectness, as from `decode`.
+    def best_masks(self, tokens: Tensor, h: int, w: int, count: int = 1) -> Tensor:
+        """The mask logits [n, count, 2h, 2w] of the queries with the highest objectness, as from `decode`.
 
-        The product with the query is computed on the patches and then upsampled, which is the same up to rounding.
+        The product with the queries is computed on the patches and then upsampled, which is the same up to rounding.
         """
         output = self._outputs(tokens)[-1]
-        best = self.ffn(output).argmax(1)
-        query = output[torch.arange(len(best), device=best.device), best]  # [n, C]
-        logits = (tokens @ query[..., None]).view(-1, 1, h, w)
-        return F.interpolate(logits, scale_factor=UPSAMPLED, mode="bilinear")[:, 0]
+        best = self.ffn(output).sort(dim=1, descending=True, stable=True).indices[:, :count]
+        queries = output.gather(1, best[..., None].expand(-1, -1, output.shape[2]))  # [n, count, C]
+        logits = (tokens @ queries.mT).mT.unflatten(2, (h, w))
+        return F.interpolate(logits, scale_factor=UPSAMPLED, mode="bilinear")
 
     def _outputs(self, tokens: Tensor) -> list[Tensor]:
         """The states of the queries after each decoder layer, [n, Q, C], from tokens [n, T, C]."""
@@ -170,20 +172,43 @@ class SelfMaskDetector(Detector):
 
     @torch.inference_mode()
     def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
+        tokens = self._tokens(images)
+        with self.step("decoder"):
+            return self._from_tokens(tokens, images, sizes)
+
+    @torch.inference_mode()
+    def candidates(self, images: Ragged) -> Ragged:
+        """The mask of `detect`, the best proposals for the first view, and `groups` of its tokens."""
+        tokens = self._tokens(images)
+        size = self.views[0][0]
+        fits = [self.backbone.fit(photo, size) for photo in sizes_of(images)]
+        cells = [(_cells(fit.size[0], fit.patch), _cells(fit.size[1], fit.patch)) for fit in fits]
+        with self.step("decoder"):
+            detected = self._from_tokens(tokens, images, cells).masks
+            count = sum(math.prod(fit.grid) for fit in fits)
+            first = Ragged.of_shapes(tokens.rows[:count], [fit.grid for fit in fits])
+            proposals = self._soft_masks(first, PROPOSALS)
+        with self.step("candidates"):
+            grouped = groups(centered(first), tau=0.0)
+            parts = [proposals, grouped.with_rows(grouped.rows.float())]
+            columns = [detected.rows[:, None], *(at_sizes(part, fits, cells).rows for part in parts)]
+            return detected.with_rows(torch.cat(columns, 1))
+
+    def _tokens(self, images: Ragged) -> Ragged:
+        """The tokens of the encoder [T, C] for all views, view after view."""
         with self.step("network"):
             mirrored = flipped(images) if self.config.horizontal_flip else images
             patches = [self.backbone.prepare(mirrored if flip else images, size) for size, flip in self.views]
             grids = [size for view in patches for size in sizes_of(view)]
             together = Ragged.of_shapes(torch.cat([view.rows for view in patches]), grids)
-            tokens = self.backbone.extract(together, ["tokens"])["tokens"]
-        with self.step("decoder"):
-            return self._from_tokens(tokens, images, sizes)
+            return self.backbone.extract(together, ["tokens"])["tokens"]
 
     def _from_tokens(self, tokens: Ragged, images: Ragged, sizes: Sequence[Size] | None) -> Detections:
         """The objects from the tokens of all views, view after view."""
         fits = [self.backbone.fit(size, image_size) for image_size, _ in self.views for size in sizes_of(images)]
         wanted = sizes or sizes_of(images)
-        softs = at_sizes(self._soft_masks(tokens), fits, [*wanted] * len(self.views))
+        best = self._soft_masks(tokens)
+        softs = at_sizes(best.with_rows(best.rows[:, 0]), fits, [*wanted] * len(self.views))
         pixels = len(softs.rows) // len(self.views)
         views = [Ragged.of_shapes(rows, wanted) for rows in softs.rows.split(max(1, pixels))]
         views = [flipped(view) if flip else view for view, (_, flip) in zip(views, self.views, strict=True)]
@@ -192,12 +217,18 @@ class SelfMaskDetector(Detector):
             raise FloatingPointError("the predicted mask is NaN or infinite")
         return Detections(soft, certainty(soft) * agreement(views))
 
-    def _soft_masks(self, tokens: Ragged) -> Ragged:
-        """The soft masks, with `UPSAMPLED` cells per side of a patch, from tokens [T, C]."""
-        grids = [tokens.rows[:0, 0]]
+    def _soft_masks(self, tokens: Ragged, count: int = 1) -> Ragged:
+        """The `count` best soft masks [cells, count], `UPSAMPLED` cells per side of a patch, from tokens [T, C]."""
+        grids = [tokens.rows.new_zeros(0, min(count, len(self.network.query_embed)))]
         for images in runs(tokens):
-            grids.append(self.network.best_masks(images.flatten(1, 2), *images.shape[1:3]).sigmoid().flatten())
+            masks = self.network.best_masks(images.flatten(1, 2), *images.shape[1:3], count).sigmoid()
+            grids.append(masks.permute(0, 2, 3, 1).flatten(0, 2))
         return Ragged.of_shapes(torch.cat(grids), [(UPSAMPLED * h, UPSAMPLED * w) for h, w in sizes_of(tokens)])
+
+
+def _cells(side: int, patch: int) -> int:
+    """Cells of a mask along a side of a photo, in pixels."""
+    return max(1, round(UPSAMPLED * side / patch))
 
 
 def agreement(views: Sequence[Ragged]) -> Tensor:
@@ -213,25 +244,6 @@ def agreement(views: Sequence[Ragged]) -> Tensor:
         i, j = torch.triu_indices(len(views), len(views), 1, device=masks.device)
         means.append((overlap / union.clamp_min(1))[:, i, j].double().mean(1))
     return torch.cat(means)
-
-
-def certainty(softs: Ragged) -> Tensor:
-    """Measures how clear and compact each soft mask [P] is, float64 [B] in [0, 1].
-
-    It is the Dice coefficient of the mask and its own threshold at 0.5, times the perimeter of a square of the same
-    area divided by the perimeter of the mask (its total variation), at most 1; 0 for an empty mask. Wrong masks often
-    have ragged outlines.
-    """
-    values = [softs.rows.new_zeros(0, dtype=torch.float64)]
-    for soft in runs(softs):
-        hard = soft > 0.5
-        padded = F.pad(soft, (1, 1, 1, 1))
-        outline = sum(padded.diff(dim=dim).abs().sum((1, 2), dtype=torch.float64) for dim in (1, 2))
-        area, inside = soft.sum((1, 2), dtype=torch.float64), (soft * hard).sum((1, 2), dtype=torch.float64)
-        dice = 2 * inside / (area + hard.sum((1, 2)))
-        compactness = (4 * area.sqrt() / outline).clamp_max(1.0)
-        values.append(torch.where(hard.any(2).any(1), dice * compactness, 0.0))
-    return torch.cat(values)
 
 
 def load(backbone: str, weights: str | None, option: str = "--detector-weights") -> SelfMask:

@@ -16,13 +16,8 @@ from namedmask_kernels import Ragged, normalized_cut
 from ..backbones import load
 from ..batches import Size, runs, sizes_of
 from ..config import DetectorConfig
-from . import Detections, Detector, at_sizes, backbone_options
-
-
-def centered(features: Ragged) -> Ragged:
-    """Subtracts the mean feature of each photo from features [T, C]."""
-    grids = ((images - images.mean((1, 2), keepdim=True)).flatten(0, 2) for images in runs(features))
-    return features.with_rows(torch.cat([features.rows[:0], *grids]))
+from . import Detections, Detector, at_sizes, backbone_options, without_padding
+from .candidates import groups
 
 
 class SpectralDetector(Detector):
@@ -37,12 +32,16 @@ class SpectralDetector(Detector):
     def detect(self, images: Ragged, sizes: Sequence[Size] | None = None) -> Detections:
         features, fits = self.features(self.backbone, images), [self.fit(size) for size in sizes_of(images)]
         with self.step("cut"):
-            if self.config.center_features:
-                features = centered(features)
             cut = normalized_cut(features, tau=self.config.tau)
             assert isinstance(cut.foreground, Ragged) and isinstance(cut.vector, Ragged)
             masks = at_sizes(cut.foreground.with_rows(cut.foreground.rows.float()), fits, sizes or sizes_of(images))
             return Detections(masks, separation(cut.vector, cut.foreground))
+
+    def candidates(self, images: Ragged) -> Ragged:
+        features = self.features(self.backbone, images)
+        with self.step("candidates"):
+            masks = groups(features, self.config.tau)
+            return without_padding(masks.with_rows(masks.rows.float()), [self.fit(size) for size in sizes_of(images)])
 
 
 def separation(vectors: Ragged, foregrounds: Ragged) -> Tensor:
