@@ -106,6 +106,12 @@ def centered(features: Ragged) -> Ragged:
     return features.with_rows(torch.cat([features.rows[:0], *grids]))
 
 
+def cells(fit: Fit, per_patch: int = 1) -> Size:
+    """Rows and columns of equal parts of a photo, without its padding, about `per_patch` along the side of a patch."""
+    h, w = (max(1, round(side * per_patch / fit.patch)) for side in fit.size)
+    return h, w
+
+
 def at_sizes(values: Ragged, fits: Sequence[Fit], sizes: Sequence[Size]) -> Ragged:
     """Values on the patches, or on equal parts of them, at the pixels of masks, by bilinear interpolation.
 

@@ -18,7 +18,7 @@ from namedmask_kernels import Ragged, vote_masks
 from ..backbones import Fit, load
 from ..batches import Size, nearest, on_rows, sizes_of
 from ..config import DetectorConfig
-from . import Detections, Detector, at_sizes, backbone_options, without_padding
+from . import Detections, Detector, at_sizes, backbone_options, cells, without_padding
 from .candidates import COUNTS, clusters
 
 
@@ -50,7 +50,7 @@ class ClusterVoteDetector(Detector):
         """The clusters of all backbones, on the patches of the finest one."""
         found, fits = self._clusters(images)
         with self.step("candidates"):
-            grids = [self.fit(size).grid for size in sizes_of(images)]
+            grids = [cells(self.fit(size)) for size in sizes_of(images)]
             soft = (masks.with_rows(masks.rows.float()) for masks in found)
             parts = [at_sizes(masks, own, grids) for masks, own in zip(soft, fits, strict=True)]
             return parts[0].with_rows(torch.cat([part.rows for part in parts], 1))

@@ -25,7 +25,7 @@ from ..backbones import Backbone, Vit, untrained
 from ..batches import Size, flipped, runs, sizes_of
 from ..config import DetectorConfig
 from ..errors import UserError
-from . import Detections, Detector, at_sizes, backbone_options, centered, certainty
+from . import Detections, Detector, at_sizes, backbone_options, cells, centered, certainty
 from .candidates import groups
 
 PROPOSALS = 2  # masks of single queries among the candidates, beside the detected one
@@ -182,16 +182,16 @@ class SelfMaskDetector(Detector):
         tokens = self._tokens(images)
         size = self.views[0][0]
         fits = [self.backbone.fit(photo, size) for photo in sizes_of(images)]
-        cells = [(_cells(fit.size[0], fit.patch), _cells(fit.size[1], fit.patch)) for fit in fits]
+        sizes = [cells(fit, UPSAMPLED) for fit in fits]
         with self.step("decoder"):
-            detected = self._from_tokens(tokens, images, cells).masks
+            detected = self._from_tokens(tokens, images, sizes).masks
             count = sum(math.prod(fit.grid) for fit in fits)
             first = Ragged.of_shapes(tokens.rows[:count], [fit.grid for fit in fits])
             proposals = self._soft_masks(first, PROPOSALS)
         with self.step("candidates"):
             grouped = groups(centered(first), tau=0.0)
             parts = [proposals, grouped.with_rows(grouped.rows.float())]
-            columns = [detected.rows[:, None], *(at_sizes(part, fits, cells).rows for part in parts)]
+            columns = [detected.rows[:, None], *(at_sizes(part, fits, sizes).rows for part in parts)]
             return detected.with_rows(torch.cat(columns, 1))
 
     def _tokens(self, images: Ragged) -> Ragged:
@@ -221,14 +221,10 @@ class SelfMaskDetector(Detector):
         """The `count` best soft masks [cells, count], `UPSAMPLED` cells per side of a patch, from tokens [T, C]."""
         grids = [tokens.rows.new_zeros(0, min(count, len(self.network.query_embed)))]
         for images in runs(tokens):
-            masks = self.network.best_masks(images.flatten(1, 2), *images.shape[1:3], count).sigmoid()
+            h, w = images.shape[1:3]
+            masks = self.network.best_masks(images.flatten(1, 2), h, w, count).sigmoid()
             grids.append(masks.permute(0, 2, 3, 1).flatten(0, 2))
         return Ragged.of_shapes(torch.cat(grids), [(UPSAMPLED * h, UPSAMPLED * w) for h, w in sizes_of(tokens)])
-
-
-def _cells(side: int, patch: int) -> int:
-    """Cells of a mask along a side of a photo, in pixels."""
-    return max(1, round(UPSAMPLED * side / patch))
 
 
 def agreement(views: Sequence[Ragged]) -> Tensor:

@@ -16,7 +16,7 @@ from namedmask_kernels import Ragged, normalized_cut
 from ..backbones import load
 from ..batches import Size, runs, sizes_of
 from ..config import DetectorConfig
-from . import Detections, Detector, at_sizes, backbone_options, without_padding
+from . import Detections, Detector, at_sizes, backbone_options, cells
 from .candidates import groups
 
 
@@ -38,10 +38,10 @@ class SpectralDetector(Detector):
             return Detections(masks, separation(cut.vector, cut.foreground))
 
     def candidates(self, images: Ragged) -> Ragged:
-        features = self.features(self.backbone, images)
+        features, fits = self.features(self.backbone, images), [self.fit(size) for size in sizes_of(images)]
         with self.step("candidates"):
             masks = groups(features, self.config.tau)
-            return without_padding(masks.with_rows(masks.rows.float()), [self.fit(size) for size in sizes_of(images)])
+            return at_sizes(masks.with_rows(masks.rows.float()), fits, [cells(fit) for fit in fits])
 
 
 def separation(vectors: Ragged, foregrounds: Ragged) -> Tensor:

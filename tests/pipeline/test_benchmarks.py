@@ -632,8 +632,8 @@ def test_saliency_of_a_detector(tmp_path, detector_options):
     detector = {"backbone": backbone, "backbone_weights": weights, "image_size": 96, "features": "tokens"}
     config = make_config({"photos": "", "detector": {**detector, "center_features": True}})
     photos, ious = root / "ECSSD/images", []
-    for batch in Labeler(config, "cpu").label(PhotoSource(photos), ["0001.jpg", "0002.jpg"]):
-        for name, label in batch:
+    for batch in Labeler(config, "cpu").label(PhotoSource(photos), [("0001.jpg", None), ("0002.jpg", None)]):
+        for (name, _), label in batch:
             truth = np.asarray(Image.open(root / "ECSSD/ground_truth_mask" / name.replace("jpg", "png"))) > 127
             mask = label.mask.decode()
             ious.append((mask & truth).sum() / (mask | truth).sum())

@@ -22,10 +22,10 @@ from namedmask.masks import mask_score
 from namedmask.photos import Photo
 from namedmask.pseudolabel import Labeler
 from namedmask.refine import Refiner, fill_holes, keep_largest_component
-from namedmask.saliency import at_sizes, make_detector
+from namedmask.saliency import at_sizes, centered, make_detector
 from namedmask.saliency.cluster_vote import COUNTS, ClusterVoteDetector, elect
 from namedmask.saliency.selfmask import SelfMask
-from namedmask.saliency.spectral import SpectralDetector, centered, separation
+from namedmask.saliency.spectral import SpectralDetector, separation
 from namedmask_kernels import Ragged, vote_masks
 
 
@@ -72,8 +72,9 @@ def test_a_photo_whose_features_are_not_finite_is_an_error_of_that_photo(monkeyp
     photo, _ = disc_photo()
     white = Photo("white", np.full((96, 128, 3), 255, np.uint8))
     labeler = Labeler(make_config({"photos": "", "detector": {"image_size": 64, "center_features": True}}), "cpu")
-    ((_, alone),) = labeler._label_batch([("disc", photo)])
-    labeled = dict(labeler._label_batch([("a", photo), ("white", white), ("b", photo)]))
+    ((_, alone),) = labeler._label_batch([(("disc", None), photo)])
+    batch = [((name, None), own) for name, own in (("a", photo), ("white", white), ("b", photo))]
+    labeled = {name: label for (name, _), label in labeler._label_batch(batch)}
     assert list(labeled) == ["a", "white", "b"]
     assert str(labeled["white"]) == "'white': the backbone's features are NaN or infinite"
     assert all(labeled[name] == alone for name in "ab")
@@ -236,7 +237,8 @@ def test_confidence_is_the_mean_iou_with_the_other_voters():
     masks = [labels[..., c] == k for c, count in enumerate(COUNTS) for k in range(count)]
     ious = [float((masks[winner] & masks[k]).sum() / (masks[winner] | masks[k]).sum()) for k in others]
     assert COUNTS == (2, 3, 4) and len(others) >= 2
-    detections = elect([Ragged.pack([labels])], [[Fit((8, 480), (1, 60), 8)]], [(1, 60)])
+    found = Ragged.pack([torch.stack(masks, -1)])
+    detections = elect([found], [[Fit((8, 480), (1, 60), 8)]], [(1, 60)])
     assert detections.confidence.item() == pytest.approx(sum(ious) / len(ious)) and 0 < detections.confidence < 1
     assert torch.equal(detections.masks.grids()[0] > 0.5, masks[winner])
 
@@ -316,8 +318,9 @@ def test_values_on_patches_at_the_pixels_of_a_padded_photo():
 
 
 @pytest.mark.parametrize("size", ["photo", "detector"])
+@pytest.mark.parametrize("select", ["none", "prior"])
 @pytest.mark.parametrize("name", ["spectral", "cluster-vote"])
-def test_padded_photos_and_refinement_at_the_size_of_the_detector(monkeypatch, name, size):
+def test_padded_photos_and_refinement_at_the_size_of_the_detector(monkeypatch, name, select, size):
     """The settings hold for all detectors; results do not depend on batch composition."""
 
     def load(*arguments, interpolation, patch_fit, **others):
@@ -327,19 +330,21 @@ def test_padded_photos_and_refinement_at_the_size_of_the_detector(monkeypatch, n
 
     monkeypatch.setattr(f"namedmask.saliency.{name.replace('-', '_')}.load", load)
     settings = {
-        "detector": {**PADDED, "name": name, "center_features": True},
+        "detector": {**PADDED, "name": name, "select": select, "center_features": True},
         "refine": {"size": size},
         "pseudolabel": {"keep_detected": True},
     }
     labeler = Labeler(make_config({"photos": "", **settings}), "cpu")
     photos = [disc_photo(h, w) for h, w in ((96, 128), (203, 171), (90, 121))]
-    batch = [(str(number), photo) for number, (photo, _) in enumerate(photos)]
+    batch = [((str(number), None), photo) for number, (photo, _) in enumerate(photos)]
     for item, (_, together), (photo, truth) in zip(batch, labeler._label_batch(batch), photos, strict=True):
         ((_, alone),) = labeler._label_batch([item])
         assert alone == together and together.mask.size == together.detected.size == truth.shape
         mask = together.mask.decode()
         assert (mask & truth).sum() / (mask | truth).sum() > 0.9
-        assert together.score == pytest.approx(mask_score(mask, together.score / max(1e-9, 1 - together.mask.border)))
+        if select == "none":
+            confidence = together.score / max(1e-9, 1 - together.mask.border)
+            assert together.score == pytest.approx(mask_score(mask, confidence))
         expected = (100, 133) if size == "detector" and truth.shape == (96, 128) else labeler._size(photo)
         assert labeler._size(photo) == expected and labeler._pixels(photo) >= max(truth.size, np.prod(expected))
 

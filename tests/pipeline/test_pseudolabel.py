@@ -11,11 +11,23 @@ from PIL import Image
 
 from namedmask import pseudolabel, timing
 from namedmask.archive import Archive, Retrieved
+from namedmask.batches import sizes_of
 from namedmask.config import make_config
 from namedmask.distributed import Worker
 from namedmask.photos import PhotoError, PhotoSource
 from namedmask.pseudolabel import Labeler
 from namedmask.timing import StepTimes
+
+
+def label(labeler, source, names):
+    """The labels of each batch, by the names of their photos."""
+    for batch in labeler.label(source, [(name, None) for name in names]):
+        yield {name: label for (name, _), label in batch}
+
+
+def labels_of(labeler, source, names):
+    """The labels of photos, by their names."""
+    return {name: own for batch in label(labeler, source, names) for name, own in batch.items()}
 
 
 @pytest.fixture
@@ -29,7 +41,7 @@ def test_photo_that_a_kernel_rejects_is_one_error(labeler, tmp_path):
     rng = np.random.default_rng(0)
     for name, (width, height) in sizes.items():
         Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(tmp_path / name, compress_level=0)
-    labels = dict(pair for batch in labeler.label(PhotoSource(tmp_path), sizes) for pair in batch)
+    labels = labels_of(labeler, PhotoSource(tmp_path), sizes)
     assert sorted(labels) == list(sizes)
     assert isinstance(labels["b.png"], PhotoError) and "sigmas of bilateral are too small" in labels["b.png"].reason
     assert [labels[name].mask.size[::-1] for name in ("a.png", "c.png")] == [sizes["a.png"], sizes["c.png"]]
@@ -41,7 +53,7 @@ def test_batches_are_limited_in_pixels(labeler, tmp_path, monkeypatch):
     names = [f"{number}.png" for number in range(len(sizes))]
     for name, size in zip(names, sizes, strict=True):
         Image.new("RGB", (size // 10, 10)).save(tmp_path / name)
-    batches = [[name for name, _ in batch] for batch in labeler.label(PhotoSource(tmp_path), names)]
+    batches = [list(batch) for batch in label(labeler, PhotoSource(tmp_path), names)]
     assert batches == [names[:2], names[2:3], names[3:4], names[4:]]
 
 
@@ -58,10 +70,10 @@ SIZES = [(40, 30), (32, 50), (40, 30), (20, 64), (32, 50), (40, 30)]
 def test_photos_of_a_window_are_sorted_by_size(labeler, tmp_path, monkeypatch):
     """Their labels are those of photos in order, and so are the lines of a shard."""
     names, source = draw_photos(tmp_path, SIZES), PhotoSource(tmp_path)
-    in_order = [pair for batch in labeler.label(source, names) for pair in batch]
+    in_order = labels_of(labeler, source, names)
     monkeypatch.setattr(pseudolabel, "BATCH_PIXELS", 2500)
     monkeypatch.setitem(pseudolabel.WINDOW, "cpu", 4)
-    batches = [dict(batch) for batch in labeler.label(source, [*names, "missing.png"])]
+    batches = list(label(labeler, source, [*names, "missing.png"]))
     assert [list(batch) for batch in batches] == [
         ["missing.png", "3.png"],
         ["1.png"],
@@ -69,8 +81,8 @@ def test_photos_of_a_window_are_sorted_by_size(labeler, tmp_path, monkeypatch):
         ["0.png", "2.png"],
         ["5.png"],
     ]
-    labels = {name: label for batch in batches for name, label in batch.items()}
-    assert isinstance(labels.pop("missing.png"), PhotoError) and labels == dict(in_order)
+    labels = {name: own for batch in batches for name, own in batch.items()}
+    assert isinstance(labels.pop("missing.png"), PhotoError) and labels == in_order
 
     archive = Archive(["thing"], {"thing": [Retrieved(name, None) for name in names]})
     config = make_config({"photos": str(tmp_path), "pseudolabel": {"shard_size": 4}})
@@ -83,21 +95,22 @@ def test_photos_of_a_window_are_sorted_by_size(labeler, tmp_path, monkeypatch):
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(labeler, tmp_path, monkeypatch, printing, capsys):
     names, source = draw_photos(tmp_path, SIZES), PhotoSource(tmp_path)
-    expected = dict(pair for batch in labeler.label(source, names) for pair in batch)
-    detect, calls = labeler.detector.detect, []
+    expected = labels_of(labeler, source, names)
+    candidates, calls = labeler.detector.candidates, []
 
-    def small_memory(images, sizes):
+    def small_memory(images):
+        sizes = sizes_of(images)
         calls.append(len(sizes))
         if len(sizes) > 2 or (20, 64) in sizes:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-        return detect(images, sizes)
+        return candidates(images)
 
-    monkeypatch.setattr(labeler.detector, "detect", small_memory)
-    labels = dict(pair for batch in labeler.label(source, names) for pair in batch)
+    monkeypatch.setattr(labeler.detector, "candidates", small_memory)
+    labels = labels_of(labeler, source, names)
     assert calls == [6, 3, 1, 2, 3, 1, 2]
     reason = labels.pop("3.png").reason
     assert reason == "there is not enough memory to label it: CUDA out of memory. Tried to allocate 20 GiB"
-    assert labels == {name: label for name, label in expected.items() if name != "3.png"}
+    assert labels == {name: own for name, own in expected.items() if name != "3.png"}
     assert capsys.readouterr().err.count("a batch of 6 photos does not fit into memory and is halved") == 1
 
 
@@ -105,10 +118,11 @@ def test_trace_and_times(labeler, tmp_path, monkeypatch):
     monkeypatch.setattr(pseudolabel, "BATCH_PIXELS", 1300)
     monkeypatch.setattr(timing, "UNTRACED", 0)  # other threads run ahead of the batch from which on it traces
     names, trace = draw_photos(tmp_path, SIZES), tmp_path / "trace.json"
-    assert sum(map(len, labeler.label(PhotoSource(tmp_path), names, trace=trace))) == len(names)
+    units = [(name, None) for name in names]
+    assert sum(map(len, labeler.label(PhotoSource(tmp_path), units, trace=trace))) == len(names)
     events = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {"network", "cut", "refine", "encode"} <= events
-    assert list(labeler.times.seconds) == ["decode", "upload", "network", "cut", "refine", "encode"]
+    assert {"network", "candidates", "refine", "encode"} <= events
+    assert list(labeler.times.seconds) == ["decode", "upload", "network", "candidates", "refine", "encode"]
     assert min(labeler.times.seconds.values()) > 0 and 0 < labeler.times.busy() <= 1
 
 

@@ -153,7 +153,7 @@ def test_published_inference():
     labeler = Labeler(make_config({"photos": "", **published, "detector": detector}), "cpu")
     photos, backbone = photos_of_odd_sizes(), labeler.detector.backbone
     for photo, (_, labeled) in zip(
-        photos, labeler._label_batch([("", Photo("", photo)) for photo in photos]), strict=True
+        photos, labeler._label_batch([(("", None), Photo("", photo)) for photo in photos]), strict=True
     ):
         expected = published_mask(labeler.detector.network, backbone.mean, backbone.std, photo)
         mask = labeled.mask.decode()

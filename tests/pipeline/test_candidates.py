@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: MIT
+"""Selection among candidate masks, by masks alone and by the name of the category."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detections import packed
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from namedmask.archive import Archive, Retrieved
+from namedmask.config import make_config
+from namedmask.demo.models import CLIP_NAME, VIT_NAME
+from namedmask.demo.scenes import KINDS, index_photo
+from namedmask.distributed import Worker
+from namedmask.errors import UserError
+from namedmask.masks import read_masks
+from namedmask.names import NameScorer, _crop, expect_clip
+from namedmask.photos import Photo, PhotoSource
+from namedmask.pseudolabel import known_labels, pseudolabel, units_of
+from namedmask.saliency import certainty, make_detector
+from namedmask.saliency.candidates import COUNTS, NAME_WEIGHT, Prior, chosen, groups, prior, quality, shortlist
+from namedmask_kernels import Ragged
+
+pytestmark = pytest.mark.usefixtures("one_thread_in_module")
+SEED = 8
+SPECTRAL = {"backbone": VIT_NAME, "features": "tokens", "center_features": True, "tau": 0.0, "image_size": 128}
+SELFMASK = {"name": "selfmask", "backbone": VIT_NAME, "image_size": 96}
+NUMBERS = {"spectral": 2 + sum(COUNTS), "cluster-vote": 2 * sum(COUNTS), "selfmask": 1 + 2 + 2 + sum(COUNTS)}
+
+
+def iou(a, b):
+    return (a & b).sum() / max(1, (a | b).sum())
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [scene for number in range(8) if (scene := index_photo(SEED, number)).kinds][:6]
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return NameScorer(make_config({"photos": "", "index": {"clip_model": CLIP_NAME}}).index, KINDS, "cpu")
+
+
+@given(st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), max_size=4), st.integers(1, 5), st.integers(0, 99))
+def test_prior_equals_its_definition(sizes, count, seed):
+    rng = np.random.default_rng(seed)
+    grids = [torch.from_numpy(rng.random((h, w, count), np.float32) * (rng.random(count) < 0.8)) for h, w in sizes]
+    batch = Ragged.pack(grids) if grids else Ragged.of_shapes(torch.zeros(0, count), [])
+    found = prior(batch)
+    assert found.agreement.shape == found.border.shape == (len(sizes), count)
+    for photo, grid in enumerate(grids):
+        masks = (grid > 0.5).numpy()
+        rim = np.ones(masks.shape[:2], bool)
+        rim[1:-1, 1:-1] = False
+        for k in range(count):
+            others = [iou(masks[..., k], masks[..., j]) for j in range(count) if j != k]
+            assert found.agreement[photo, k].item() == pytest.approx(np.mean(others) if others else 0.0, abs=1e-6)
+            assert found.border[photo, k].item() == pytest.approx(masks[rim, k].mean(), abs=1e-6)
+
+
+def test_groups_are_both_sides_of_the_cut_and_all_clusters():
+    features = Ragged.pack([torch.randn(5, 6, 8), torch.randn(3, 9, 8)])
+    rows = groups(features, tau=0.0).rows
+    assert rows.shape == (len(features.rows), 2 + sum(COUNTS)) and rows.dtype == torch.bool
+    assert torch.equal(rows[:, 0], ~rows[:, 1])
+    for part in rows[:, 2:].split(COUNTS, dim=1):
+        assert (part.sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("settings", [SPECTRAL, SPECTRAL | {"name": "cluster-vote"}, SELFMASK], ids=list(NUMBERS))
+def test_candidates_cover_the_photo_and_hold_the_object(settings, scenes):
+    """For padded photos as well. One is the object in most photos; the first ones are not."""
+    if settings.get("name") == "cluster-vote":
+        settings = settings | {"more_backbones": [VIT_NAME]}
+    detector = make_detector(make_config({"photos": "", "detector": settings | {"patch_fit": "pad"}}).detector, "cpu")
+    photos = [Photo("", scene.image[: 100 + 3 * number, :90]) for number, scene in enumerate(scenes)]
+    images = packed(*photos)
+    found = detector.candidates(images)
+    assert found.rows.shape[1] == NUMBERS[settings.get("name", "spectral")] and found.rows.dtype == torch.float32
+    per_patch = 2 if settings.get("name") == "selfmask" else 1
+    sides = torch.tensor([detector.fit(photo.size).size for photo in photos]) * per_patch / detector.backbone.patch
+    assert ((found.shapes - sides).abs() <= 0.5).all()
+    alone = torch.cat([detector.candidates(packed(photo)).rows for photo in photos])
+    assert torch.equal(alone, found.rows)
+    best = []
+    for scene, photo, grid in zip(scenes, photos, found.grids(), strict=True):
+        truth = scene.masks[0][: photo.size[0], : photo.size[1]]
+        small = np.asarray(Image.fromarray(truth).resize(grid.shape[1::-1], Image.Resampling.NEAREST))
+        best.append(max(iou((grid[..., k] > 0.5).numpy(), small) for k in range(grid.shape[2])))
+    assert np.median(best) > 0.5
+
+
+def test_the_prior_prefers_the_object_to_its_background():
+    """The background is the larger and agrees with more, but covers the border."""
+    inside = torch.zeros(8, 8)
+    inside[2:6, 2:7] = 1
+    part = inside.clone()
+    part[2] = 0
+    batch = Ragged.pack([torch.stack([1 - inside, inside, part, 1 - part], -1)])
+    found = prior(batch)
+    masks, confidence = chosen(batch, found, [(16, 24)], None)
+    assert found.score.argmax(1).item() == 1 and masks.shapes.tolist() == [[16, 24]]
+    assert confidence.item() == pytest.approx(found.agreement[0, 1].item())
+    assert iou(masks.grids()[0] > 0.5, inside.repeat_interleave(2, 0).repeat_interleave(3, 1) > 0.5) > 0.8
+
+
+def test_a_name_decides_among_the_shortlist_only():
+    batch = Ragged.pack([torch.eye(8).view(2, 4, 8)])  # candidate k is pixel k
+    found = Prior(torch.linspace(0.5, 0.4, 8)[None], torch.zeros(1, 8))
+    numbers = shortlist(found)
+    assert numbers.tolist() == [[0, 1, 2, 3, 4, 5]]
+    names = torch.zeros(1, 6)
+    names[0, 4] = 1.0
+    masks, confidence = chosen(batch, found, [(2, 4)], (numbers, names))
+    assert masks.rows.tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
+    expected = (found.agreement[0, 4].item() + NAME_WEIGHT) / (1 + NAME_WEIGHT)
+    assert confidence.item() == pytest.approx(expected) and confidence.dtype == torch.float64
+    score = quality(confidence, masks)
+    assert score.item() == pytest.approx((expected + certainty(masks).item() / 2) / 1.5) and 0 < score.item() <= 1
+
+
+def test_the_name_is_found_inside_of_the_object(scenes, scorer):
+    """Its probability is higher for the true mask than for the rest of the photo and for an empty mask."""
+    images = packed(*(Photo("", scene.image) for scene in scenes))
+    grids = [torch.from_numpy(np.stack([s.masks[0], ~s.masks[0], 0 * s.masks[0]], -1)).float() for s in scenes]
+    masks, numbers = Ragged.pack(grids), torch.tensor([[0, 1, 2]] * len(scenes))
+    kinds = [scene.kinds[0] for scene in scenes]
+    found = scorer.score(images, masks, numbers, kinds)
+    assert found.shape == (len(scenes), 3) and (found[:, 2] == 0).all() and (found >= 0).all() and (found <= 1).all()
+    assert (found[:, 0] > found[:, 1]).float().mean() > 0.7 and found[:, 0].mean() > 0.5
+    other = scorer.score(images, masks, numbers, [KINDS[(KINDS.index(kind) + 1) % len(KINDS)] for kind in kinds])
+    assert other[:, 0].mean() < 0.2
+    swapped = scorer.score(images, masks, numbers.flip(1), kinds)
+    torch.testing.assert_close(swapped.flip(1), found)
+    for number, scene in enumerate(scenes):
+        alone = scorer.score(packed(Photo("", scene.image)), Ragged.pack(grids[number : number + 1]), numbers[:1],
+                             kinds[number : number + 1])  # fmt: skip
+        assert torch.equal(alone[0], found[number])
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_a_crop_holds_the_mask(h, w, rows, columns, seed):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((rows, columns)) < 0.3
+    y, x = np.mgrid[:h, :w]
+    inside = mask[y * rows // h, x * columns // w]
+    crop = _crop(torch.from_numpy(np.stack([y, x, inside], -1)), mask)
+    assert min(crop.shape[:2]) >= 1 and max(crop.shape[:2]) <= 16 * min(crop.shape[:2])
+    if max(h, w) <= 16 * min(h, w):
+        assert crop[..., 2].sum() == inside.sum()
+        side = max(crop.shape[:2])
+        assert crop.shape[0] in (side, h) and crop.shape[1] in (side, w)
+
+
+def test_auto_is_none_for_selfmask_only():
+    for name, select in (("spectral", "prior"), ("cluster-vote", "prior"), ("selfmask", "none")):
+        detector = make_config({"photos": "", "detector": {"name": name}}).detector
+        assert (detector.select, detector.selection) == ("auto", select)
+
+
+def test_a_photo_of_two_categories_has_a_mask_for_each_name(scenes, tmp_path):
+    """The same bytes with any shards; labels from before an update do not count."""
+    for number, scene in enumerate(scenes):
+        Image.fromarray(scene.image).save(tmp_path / f"{number}.png")
+    archive = Archive(KINDS[:2], {kind: [Retrieved(f"{number}.png", 0.5) for number in range(6)] for kind in KINDS[:2]})
+    lines = []
+    for size in (2, 64):
+        given = {"detector": SPECTRAL | {"select": "name"}, "index": {"clip_model": CLIP_NAME}}
+        config = make_config({"photos": str(tmp_path), **given, "pseudolabel": {"shard_size": size}})
+        units = units_of([("0.png", [(KINDS[0], 0.5), (KINDS[1], 0.5)])], config)
+        assert units == [("0.png", KINDS[0]), ("0.png", KINDS[1])]
+        folder, done = tmp_path / str(size), []
+        folder.mkdir()
+        pseudolabel(PhotoSource(tmp_path), archive, folder, config, Worker(), "cpu", done.append)
+        records = list(read_masks(folder))
+        assert sum(done) == len(records) == 12
+        assert [record.key for record in records] == [(f"{n}.png", kind) for n in range(6) for kind in KINDS[:2]]
+        lines.append([record.to_json() for record in records])
+        assert not known_labels([folder], config)
+    assert lines[0] == lines[1]
+    scores = [json.loads(line)["score"] for line in lines[0]]
+    assert len(set(scores)) > 6  # they depend on the name
+
+
+def test_a_name_needs_a_clip_model():
+    given = {"detector": {"select": "name"}, "index": {"embeddings": "file.safetensors"}}
+    with pytest.raises(UserError, match="--select name embeds parts of photos, so it needs a CLIP model"):
+        expect_clip(make_config({"photos": "", **given}))
