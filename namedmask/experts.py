@@ -17,6 +17,9 @@ OUT/refining/           finished shards, until all are finished
 OUT/refined/00000.jsonl the records of masks/ with the experts' masks and scores; in the mode "separate" one category
                         per shard, in the mode "shared" sorted by photo. The folder appears when all are finished.
 
+With --select name, a mask of an expert replaces that of the detector only if CLIP finds the name of the category more
+likely inside it (`namedmask.names`). Else the record of the detector stays as it is, with its score.
+
 A photo that was retrieved for two categories has two records, one from each expert. If an expert predicts no object,
 the record has an empty mask and the score 0, like that of a detector: the photo does not show the category. Trainings
 use such photos as background, or leave them out if `empty_masks` is "skip". A category whose masks are all empty is an
@@ -31,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,6 +62,7 @@ from .masks import (
     write_errors,
     write_shard,
 )
+from .names import NameScorer
 from .photos import Photo, PhotoError, PhotoSource
 from .progress import Progress, warn
 from .review import read_review, warn_of_others
@@ -72,6 +77,7 @@ SHARED = "shared"
 KEPT = "experts/kept"  # counter of the networks from before an update
 SHARD_SIZE = 64  # minimum number of records in a shard of the mode "shared", except for the last
 
+MARGIN = 0.1  # by which a category must be more likely in the mask of its expert, so that it replaces the detector's
 ObjectLogits = Callable[[Tensor, str], Tensor]  # coarse output [C, h, w] and category -> logits of the object [h, w]
 
 
@@ -215,12 +221,14 @@ def train_experts(
     device: str,
     progress: Progress,
     imported: bool = False,
+    scorer: Callable[[], NameScorer] | None = None,
 ) -> None:
     """Trains the experts of the run folder `out` and writes OUT/refined; continues where it was interrupted.
 
     It trains on the masks of the detector that `settings.selection` and the review of the run keep, and relabels all
     photos. A warning says which finished networks were trained on other masks. With `imported`, OUT/experts holds a
-    network of every category already. Nothing is trained, and categories without a usable mask are relabeled too.
+    network of every category already. Nothing is trained, and categories without a usable mask are relabeled too. A
+    `scorer`, which is created where it is needed, decides which masks the experts replace (`relabel`).
 
     Every worker calls it. On the CPU, an interrupted training ends with weights that are bit-identical to those of one
     that was not, with the same number of threads; with another number, they are equal up to rounding. All records are
@@ -240,7 +248,7 @@ def train_experts(
     selected = select(masks, settings.selection, review)
     records = _by_category(masks, read_archive(out / "archive.json").categories)
     training = _by_category(selected, list(records))
-    experts = _Experts(out, source, settings, records, training, worker, device, progress, imported)
+    experts = _Experts(out, source, settings, records, training, worker, device, progress, imported, scorer)
     if worker.is_main and not imported:
         experts.warn_of_other_masks()
     if worker.is_main and is_refined(out):
@@ -307,7 +315,9 @@ class _Experts:
     device: str
     progress: Progress
     imported: bool
-    empty: int = 0  # masks that the experts predicted to be empty
+    make_scorer: Callable[[], NameScorer] | None
+    empty: int = 0  # masks of the result that are empty
+    kept: int = 0  # masks of the detector in the result
 
     @property
     def views(self) -> int:
@@ -410,6 +420,10 @@ class _Experts:
             raise DamagedFile(path, error) from None
         return network.eval().requires_grad_(False)
 
+    @functools.cached_property
+    def scorer(self) -> NameScorer | None:
+        return self.make_scorer() if self.make_scorer else None
+
     def shard(self, number: int) -> Path:
         return self.out / "refining" / f"{number:05}.jsonl"
 
@@ -423,13 +437,15 @@ class _Experts:
     def _take_shard(self, number: int, records: list[MaskRecord], name: str) -> bool:
         """Writes a shard from before an update, if there is one of the same masks and its network has been kept.
 
+        Not if names decide which masks it replaces: their scores depend on all names of the run.
+
         Args:
             number: Number of the shard.
             records: Its masks.
             name: Name of its network.
         """
         replaced = any(network_path(outdated, name).exists() for outdated in outdated_folders(self.out))
-        path = None if replaced else self._outdated_shards.get(_made_of(records))
+        path = None if replaced or self.make_scorer else self._outdated_shards.get(_made_of(records))
         if path is not None:
             self._write(number, list(read_shard(path)), [])
             self.progress.advance(len(records), existing=True)
@@ -442,11 +458,12 @@ class _Experts:
             by_photo.setdefault(record.photo, []).append(record)
         refined: list[MaskRecord] = []
         errors: list[ErrorRecord] = []
-        for name, result in relabel(self.source, by_photo, segmenter, logits):
+        for name, result in relabel(self.source, by_photo, segmenter, logits, self.scorer):
             if isinstance(result, PhotoError):
                 errors.append(ErrorRecord(name, "experts", result.reason))
             else:
                 refined += result
+                self.kept += sum(record is before for record, before in zip(result, by_photo[name], strict=True))
             self.progress.advance(len(by_photo[name]))
         self._write(number, refined, errors)
 
@@ -454,8 +471,8 @@ class _Experts:
         write_errors(errors_path(self.shard(number)), errors)
         write_shard(self.shard(number), records)
         self.empty += sum(not record.area for record in records)
-        if self.empty:
-            self.progress.note = f"{self.empty} empty masks"
+        counts = {"of the detector kept": self.kept, "empty": self.empty}
+        self.progress.note = ", ".join(f"{count} masks {what}" for what, count in counts.items() if count)
 
 
 def _made_of(records: Iterable[MaskRecord]) -> tuple:
@@ -477,7 +494,11 @@ class _ExpertProgress(Progress):
 
 
 def relabel(
-    source: PhotoSource, by_photo: dict[str, list[MaskRecord]], segmenter: Segmenter, logits: ObjectLogits
+    source: PhotoSource,
+    by_photo: dict[str, list[MaskRecord]],
+    segmenter: Segmenter,
+    logits: ObjectLogits,
+    scorer: NameScorer | None = None,
 ) -> Iterator[tuple[str, list[MaskRecord] | PhotoError]]:
     """Predicts new masks for records.
 
@@ -487,6 +508,8 @@ def relabel(
         segmenter: The network.
         logits: From the coarse output of the network for a photo, [C, h, w], and a category: the logits of its object,
             [h, w]. The mask is where they are above 0, at the size of the photo.
+        scorer: Decides which records get a new mask: those whose category is more likely in the new one, by at least
+            `MARGIN`. The others stay as they are. None: all records get a new mask.
 
     Yields:
         The name of each photo with its new records, or with an error if it cannot be used or has changed.
@@ -502,7 +525,24 @@ def relabel(
                 masks.append(upsampled_argmax(torch.stack([torch.zeros_like(own), own]), *record.size) == 1)
                 certainties.append(certainty(own.sigmoid()))
         encoded = zip(encode_masks(Ragged.pack(masks)), torch.stack(certainties).tolist(), strict=True)
-        return [[new_record(record, *next(encoded)) for record in by_photo[photo.name]] for photo in photos]
+        new = [[new_record(record, *next(encoded)) for record in by_photo[photo.name]] for photo in photos]
+        return new if scorer is None else [likelier(*pair) for pair in zip(photos, new, strict=True)]
+
+    def likelier(photo: Photo, new: list[MaskRecord]) -> list[MaskRecord]:
+        assert scorer is not None
+        before = by_photo[photo.name]
+        if any(record.size != photo.size for record in before):
+            return new  # reported below
+        pairs = [np.stack([old.mask(), own.mask()], -1) for old, own in zip(before, new, strict=True)]
+        images = Ragged.pack([photo.pixels] * len(pairs))
+        masks = Ragged.pack([torch.from_numpy(pair).float() for pair in pairs])
+        images, masks = (batch.with_rows(batch.rows.to(segmenter.device)) for batch in (images, masks))
+        both = torch.tensor([[0, 1]] * len(pairs), device=segmenter.device)
+        found = scorer.score(images, masks, both, [record.category for record in new]).tolist()
+        return [
+            own if by_own >= by_old + MARGIN else old
+            for (by_old, by_own), old, own in zip(found, before, new, strict=True)
+        ]
 
     def new_record(record: MaskRecord, mask: EncodedMask, confidence: float) -> MaskRecord:
         return MaskRecord.from_encoded(

@@ -32,9 +32,9 @@ BLURRED_CELLS = 10  # along the short side of a photo that is blurred
 
 
 def expect_clip(config: RunConfig) -> None:
-    """Raises UserError if masks are selected by name, and the run has no CLIP model to embed them."""
-    if config.detector.selection == "name" and config.index.embeddings:
-        raise UserError("--select name embeds parts of photos, so it needs a CLIP model, not only --embeddings")
+    """Raises UserError if the run has no CLIP model, only embeddings of whole photos."""
+    if config.index.embeddings:
+        raise UserError("--select name embeds parts of photos, so it needs a CLIP model instead of --embeddings")
 
 
 class NameScorer:

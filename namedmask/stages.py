@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,7 +260,8 @@ def _check_pseudolabel(plan: Plan) -> None:
 
     if "archive" not in plan.stages:
         read_archive(plan.out / "archive.json")
-    expect_clip(plan.config)
+    if plan.config.detector.selection == "name":
+        expect_clip(plan.config)
     require(plan.weights)
     make_detector(plan.config.detector, "cpu")
 
@@ -367,8 +369,14 @@ def _check_training(plan: Plan, settings: DeepLabTraining, workers: int) -> None
 
 
 def _check_experts(plan: Plan) -> None:
+    from .hub import require
+    from .names import expect_clip
+
     _expect_all_masks(plan, refined=False)
     settings = plan.config.experts
+    if plan.config.selects_experts:
+        expect_clip(plan.config)
+        require(plan.weights)
     if "experts" in plan.imported:
         from .experts import expect_imported_networks
 
@@ -384,12 +392,18 @@ def _is_refined(out: Path, config: RunConfig) -> bool:
 
 
 def _experts(ctx: Context) -> None:
+    from .archive import read_archive
     from .experts import train_experts
+    from .names import NameScorer
     from .record import IMPORTED, read_record
 
     _expect_all_masks(ctx)
     imported = IMPORTED in read_record(ctx.out).stages["experts"].made_with
-    train_experts(ctx.out, ctx.source, ctx.config.experts, ctx.worker, ctx.device, ctx.progress, imported)
+    scorer = None
+    if ctx.config.selects_experts:
+        categories = read_archive(ctx.out / "archive.json").categories
+        scorer = functools.partial(NameScorer, ctx.config.index, categories, ctx.device)
+    train_experts(ctx.out, ctx.source, ctx.config.experts, ctx.worker, ctx.device, ctx.progress, imported, scorer)
     _finish(ctx)
 
 

@@ -5,9 +5,9 @@
     python tools/compare_selection.py --seeds 7 8 9 --out WORK
     python tools/compare_selection.py --pack PHOTOS --standin STANDIN
 
-Prints a Markdown table: mean IoU of the refined masks with the ground truth, over the photos of the archives (50 of each
-kind) that show their kind; rank correlation (Spearman) of score and IoU; CPU seconds per photo with one thread. PHOTOS
-and STANDIN are those of check_photo_pack.py; its photos have no names.
+Prints a Markdown table: mean IoU of the refined masks with the ground truth, over the photos of the archives (50 of
+each kind) that show their kind; rank correlation (Spearman) of score and IoU; CPU seconds per photo with one thread.
+PHOTOS and STANDIN are those of check_photo_pack.py; its photos have no names.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ NAMEDMASK = {
     "index": {"clip_model": "ViT-L-14-336-quickgelu:openai"},
     "archive": {"photos_per_category": 500},
     **SELFMASK,
-    "experts": {**DEEPLAB, "mode": "separate", "batch_size": 8, "steps": 5_000},
+    "experts": {**DEEPLAB, "select": "all", "mode": "separate", "batch_size": 8, "steps": 5_000},
     "segmenter": {**DEEPLAB, "paste_objects": [0, 1], "batch_size": 16, "steps": 20_000, "held_out": 0.0},
 }
 
