@@ -342,7 +342,7 @@ class ExpertTraining(DeepLabTraining):
     select: Literal["auto", "all", "name"] = setting(
         "auto",
         "Which masks the experts replace: all, as published; or those in which CLIP finds the category's name less "
-        "likely than in the expert's. auto: name if the photos were retrieved by a CLIP model, else all.",
+        "likely than in the expert's. auto: name if the run has an index of a CLIP model, else all.",
     )
     mode: Literal["separate", "shared"] = setting(
         "separate", "One network per category, or a shared one with an output layer per category."
@@ -374,13 +374,6 @@ class RunConfig(Section):
     saliency: SaliencyTraining = SaliencyTraining()
     experts: ExpertTraining = ExpertTraining()
     segmenter: SegmenterTraining = SegmenterTraining()
-
-    @property
-    def selects_experts(self) -> bool:
-        """Whether CLIP decides which masks the experts replace, `experts.select` with "auto" resolved."""
-        if self.experts.select == "auto":
-            return bool(self.categories) and not self.index.embeddings
-        return self.experts.select == "name"
 
 
 def ordered(value: tuple[float, float], highest: int = 100) -> tuple[float, float]:

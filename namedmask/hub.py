@@ -157,7 +157,7 @@ def needed(config: RunConfig, stages: Collection[str]) -> list[Published]:
     index, detector, saliency = config.index, config.detector, config.saliency
     with_clip = {"index", "archive"}
     with_clip |= {"pseudolabel"} if detector.selection == "name" else set()
-    with_clip |= {"experts"} if config.selects_experts else set()
+    with_clip |= {"experts"} if config.experts.select == "name" else set()
     if with_clip & set(stages) and not (index.embeddings or index.clip_weights):
         found.append(clip(index.clip_model))
     if "pseudolabel" in stages and detector.name != "selfmask":

@@ -374,7 +374,7 @@ def _check_experts(plan: Plan) -> None:
 
     _expect_all_masks(plan, refined=False)
     settings = plan.config.experts
-    if plan.config.selects_experts:
+    if settings.select == "name":
         expect_clip(plan.config)
         require(plan.weights)
     if "experts" in plan.imported:
@@ -391,6 +391,13 @@ def _is_refined(out: Path, config: RunConfig) -> bool:
     return is_refined(out)
 
 
+def _selects_experts(ctx: Context) -> bool:
+    """Whether names decide which masks the experts replace, with "auto" resolved."""
+    select = ctx.config.experts.select
+    has_index = not ctx.config.index.embeddings and next((ctx.out / "index").glob("*.safetensors"), None) is not None
+    return has_index if select == "auto" else select == "name"
+
+
 def _experts(ctx: Context) -> None:
     from .archive import read_archive
     from .experts import train_experts
@@ -400,7 +407,7 @@ def _experts(ctx: Context) -> None:
     _expect_all_masks(ctx)
     imported = IMPORTED in read_record(ctx.out).stages["experts"].made_with
     scorer = None
-    if ctx.config.selects_experts:
+    if _selects_experts(ctx):
         categories = read_archive(ctx.out / "archive.json").categories
         scorer = functools.partial(NameScorer, ctx.config.index, categories, ctx.device)
     train_experts(ctx.out, ctx.source, ctx.config.experts, ctx.worker, ctx.device, ctx.progress, imported, scorer)

@@ -12,18 +12,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from namedmask.archive import Archive, Retrieved
+from namedmask.backbones import untrained_encoder
 from namedmask.config import make_config
 from namedmask.demo.models import CLIP_NAME, VIT_NAME
 from namedmask.demo.scenes import KINDS, index_photo
 from namedmask.distributed import Worker
 from namedmask.errors import UserError
-from namedmask.masks import read_masks
+from namedmask.experts import relabel
+from namedmask.masks import MaskRecord, read_masks
 from namedmask.names import NameScorer, _crop, expect_clip
 from namedmask.photos import Photo, PhotoSource
 from namedmask.pseudolabel import known_labels, pseudolabel, units_of
 from namedmask.saliency import certainty, make_detector
 from namedmask.saliency.candidates import COUNTS, NAME_WEIGHT, Prior, chosen, groups, prior, quality, shortlist
+from namedmask.segmenter.deeplab import DeepLab
+from namedmask.segmenter.predict import Segmenter
 from namedmask_kernels import Ragged
+from small_world import ENCODER
 
 pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 SEED = 8
@@ -191,3 +196,30 @@ def test_a_name_needs_a_clip_model():
     given = {"detector": {"select": "name"}, "index": {"embeddings": "file.safetensors"}}
     with pytest.raises(UserError, match="--select name embeds parts of photos, so it needs a CLIP model"):
         expect_clip(make_config({"photos": "", **given}))
+
+
+def test_an_expert_replaces_masks_in_which_its_category_is_less_likely(scenes, scorer, tmp_path):
+    """The others keep their records. The expert here predicts the same pixels for all photos."""
+    by_photo = {}
+    for number, scene in enumerate(scenes):
+        Image.fromarray(scene.image).save(tmp_path / f"{number}.png")
+        truth = scene.masks[0]
+        mask = truth if number % 2 else ~truth
+        record = MaskRecord.from_mask(f"{number}.png", mask, scene.kinds[0], 0.5, 0.25)
+        by_photo[record.photo] = [record]
+    truths = iter([scene.masks[0] for scene in scenes])
+    network = DeepLab(untrained_encoder(ENCODER), 2, 16)
+    segmenter = Segmenter(network.eval(), ["category"], "cpu")
+
+    def logits(output, category):
+        small = Image.fromarray(next(truths)).resize(output.shape[:0:-1])
+        return torch.from_numpy(np.where(small, 9.0, -9.0)).float()
+
+    found = dict(relabel(PhotoSource(tmp_path), by_photo, segmenter, logits, scorer))
+    kept = [found[photo][0] is records[0] for photo, records in by_photo.items()]
+    assert all(kept[1::2])  # true masks
+    assert sum(kept[::2]) <= 1  # the backgrounds: the true masks of the expert are better
+    for photo, (record,) in found.items():
+        scene = scenes[int(photo.partition(".")[0])]
+        assert record.key == by_photo[photo][0].key
+        assert by_photo[photo][0] is record or iou(record.mask(), scene.masks[0]) > 0.8
