@@ -133,7 +133,7 @@ def fill_places(
     return places, {one: objections[one] for one in lost}
 
 
-def summary(reasons: Mapping[str, int]) -> str:
+def summary(reasons: Mapping[Reason, int]) -> str:
     """How many photos were dropped for each reason, in words; "" if none."""
     duplicates, matches = reasons.get("near-duplicate", 0), reasons.get("better-match", 0)
     photos = "photos that match" if matches > 1 else "photo that matches"
