@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .config import ArchiveConfig
-from .curation import POOL, Candidate, Dropped, Objection, better_matches, fill_places, near_duplicates
+from .curation import POOL, Candidate, Dropped, Flag, better_matches, fill_places, near_duplicates
 from .errors import DamagedFile, UserError
 from .files import atomic_write, read_bytes
 from .formats import BACKGROUND
@@ -229,10 +229,10 @@ def search_index(
     count = config.photos_per_category
     best_match_only, distinct = config.best_match_only and len(categories) > 1, config.near_duplicate_threshold < 1
     results = top_photos(shards(), text, count * POOL if best_match_only or distinct else count)
-    objections = [better_matches(one) if best_match_only else {} for one in results]
+    flags = [better_matches(one) if best_match_only else {} for one in results]
     if distinct:
-        _find_near_duplicates(folder, results, objections, config)
-    filled = [fill_places(len(one), why, count) for one, why in zip(results, objections, strict=True)]
+        _find_near_duplicates(folder, results, flags, config)
+    filled = [fill_places(len(one), why, count) for one, why in zip(results, flags, strict=True)]
     # Every photo that is named in the archive, or as a dropped one.
     shown = {one[n].photo for one, (places, lost) in zip(results, filled, strict=True) for n in (*places, *lost)}
     name_of = {number: name for number, name in enumerate(names) if number in shown}
@@ -255,13 +255,13 @@ def search_index(
 def _find_near_duplicates(
     folder: Path,
     results: Sequence[Sequence[Candidate]],
-    objections: Sequence[dict[int, Objection]],
+    flags: Sequence[dict[int, Flag]],
     config: ArchiveConfig,
 ) -> None:
-    """Adds the near-duplicates among those candidates of each name without objection. Reads the index again."""
+    """Adds the near-duplicates among the candidates of each name that are not flagged yet. Reads the index again."""
     import torch
 
-    free = [[n for n in range(len(one)) if n not in why] for one, why in zip(results, objections, strict=True)]
+    free = [[n for n in range(len(one)) if n not in why] for one, why in zip(results, flags, strict=True)]
     photos = [np.array([one[n].photo for n in own], np.int64) for one, own in zip(results, free, strict=True)]
     ends = np.cumsum([len(own) for own in photos])
     for _, group in itertools.groupby(range(len(photos)), lambda name: ends[name] // ROWS):
@@ -269,7 +269,7 @@ def _find_near_duplicates(
         wanted = np.unique(np.concatenate([photos[name] for name in names]))
         image = _read_rows(folder, wanted)
 
-        def compare(name: int, wanted: np.ndarray = wanted, image: np.ndarray = image) -> dict[int, Objection]:
+        def compare(name: int, wanted: np.ndarray = wanted, image: np.ndarray = image) -> dict[int, Flag]:
             rows = torch.from_numpy(image[np.searchsorted(wanted, photos[name])]).float()
             rows = torch.nn.functional.normalize(rows, dim=1)
             return near_duplicates(rows, config.near_duplicate_threshold, config.photos_per_category)
@@ -277,7 +277,7 @@ def _find_near_duplicates(
         with kernels_on_one_thread("cpu") as threads:
             for name, found in zip(names, map_ahead(compare, names, threads), strict=True):
                 for n, why in found.items():
-                    objections[name][free[name][n]] = why._replace(other=free[name][why.other])
+                    flags[name][free[name][n]] = why._replace(other=free[name][why.other])
 
 
 def _read_rows(folder: Path, photos: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Curation: which of the photos that match a category best get the places in its archive.
 
-A rule finds the photos of a category that do not deserve a place, with the reason. They lose it to the photos that come
-next. If too few are left, they get the remaining places at the end of the archive, in the order of `Reason`: an archive
-is never smaller than without rules.
+A rule flags the photos that should not be in the archive, with the reason. They lose their places to the next photos.
+If too few are left, they get the remaining places at the end of the archive, in the order of `Reason`: an archive is
+never smaller than without rules.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Candidate(NamedTuple):
     best_score: float  # cosine similarity to that one
 
 
-class Objection(NamedTuple):
-    """Why a candidate does not deserve its place.
+class Flag(NamedTuple):
+    """Why a candidate should not be in the archive.
 
     other: number of the candidate that it resembles ("near-duplicate"), or of the category ("better-match")
     similarity: cosine similarity to it
@@ -68,16 +68,16 @@ class Dropped:
     __pydantic_config__ = ONLY_FIELDS
 
 
-def better_matches(candidates: Sequence[Candidate]) -> dict[int, Objection]:
-    """The candidates that match another category better, by their positions. A tie is no objection."""
+def better_matches(candidates: Sequence[Candidate]) -> dict[int, Flag]:
+    """The candidates that match another category better, by their positions. A tie is not flagged."""
     return {
-        position: Objection("better-match", one.best, one.best_score)
+        position: Flag("better-match", one.best, one.best_score)
         for position, one in enumerate(candidates)
         if one.best_score > one.score
     }
 
 
-def near_duplicates(rows: torch.Tensor, threshold: float, count: int) -> dict[int, Objection]:
+def near_duplicates(rows: torch.Tensor, threshold: float, count: int) -> dict[int, Flag]:
     """The candidates that are near-duplicates of better ones.
 
     A candidate is one if its cosine similarity to a better candidate that is none itself is above the threshold. The
@@ -89,48 +89,46 @@ def near_duplicates(rows: torch.Tensor, threshold: float, count: int) -> dict[in
         count: Candidates that are needed.
 
     Returns:
-        Objections by position in `rows`. Each names the most similar one of the better candidates that are none; of
+        Flags by position in `rows`. Each names the most similar one of the better candidates that are none; of
         equally similar ones the best.
     """
     kept: list[int] = []
-    found: dict[int, Objection] = {}
+    found: dict[int, Flag] = {}
     for first in range(0, len(rows), BLOCK):
         block = rows[first : first + BLOCK]
         before, columns = len(kept), [*kept, *range(first, first + len(block))]
-        similar = (block @ rows[columns].T).numpy().round(6)
+        similar = (block @ rows[columns].T).double().numpy().round(6)
         is_kept = np.arange(len(columns)) < before
         for number, row in enumerate(similar):
             if len(kept) == count:
                 return found
             nearest = int(np.where(is_kept, row, -2).argmax())
             if is_kept[nearest] and row[nearest] > threshold:
-                found[first + number] = Objection("near-duplicate", columns[nearest], round(float(row[nearest]), 6))
+                found[first + number] = Flag("near-duplicate", columns[nearest], float(row[nearest]))
             else:
                 kept.append(first + number)
                 is_kept[before + number] = True
     return found
 
 
-def fill_places(
-    candidates: int, objections: Mapping[int, Objection], count: int
-) -> tuple[list[int], dict[int, Objection]]:
+def fill_places(candidates: int, flags: Mapping[int, Flag], count: int) -> tuple[list[int], dict[int, Flag]]:
     """Gives the places in the archive of a category.
 
     Args:
         candidates: Number of candidates, which are ordered best first.
-        objections: By position.
+        flags: By position.
         count: Number of places.
 
     Returns:
-        Positions of the `count` candidates that get a place, or of all if there are fewer: those without objection,
-        then those with one, in the order of `Reason`; best first each. And the objections to those of the best `count`
+        Positions of the `count` candidates that get a place, or of all if there are fewer: those without a flag,
+        then the others, in the order of `Reason`; best first each. And the flags of those of the best `count`
         candidates that get none, which have lost their places.
     """
     ranks = {reason: rank for rank, reason in enumerate(get_args(Reason))}
-    order = sorted(range(candidates), key=lambda one: ranks[objections[one].reason] if one in objections else -1)
+    order = sorted(range(candidates), key=lambda one: ranks[flags[one].reason] if one in flags else -1)
     places = order[:count]
     lost = sorted(set(range(min(count, candidates))).difference(places))
-    return places, {one: objections[one] for one in lost}
+    return places, {one: flags[one] for one in lost}
 
 
 def summary(reasons: Mapping[Reason, int]) -> str:

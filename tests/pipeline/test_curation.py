@@ -16,7 +16,7 @@ from namedmask.curation import (
     FILE,
     Candidate,
     Dropped,
-    Objection,
+    Flag,
     better_matches,
     fill_places,
     near_duplicates,
@@ -27,7 +27,7 @@ from namedmask.curation import (
 from namedmask.errors import DamagedFile
 from small_world import command, files_of, small_run
 
-DUPLICATE, BETTER = Objection("near-duplicate", 0, 0.99), Objection("better-match", 1, 0.5)
+DUPLICATE, BETTER = Flag("near-duplicate", 0, 0.99), Flag("better-match", 1, 0.5)
 
 
 def unit(rows):
@@ -79,7 +79,7 @@ def test_near_duplicates_are_those_of_a_comparison_with_each_kept_photo(photos, 
 def test_a_similarity_equal_to_the_threshold_is_no_near_duplicate_and_ties_name_the_best():
     rows = torch.tensor([[1, 0], [0, 1], [1, 0], [0.6, 0.8], [0.5**0.5, 0.5**0.5]])
     assert near_duplicates(rows, 0.8, 5).keys() == {2, 4}
-    assert near_duplicates(rows, 0.7, 5)[4] == Objection("near-duplicate", 0, 0.707107)  # equally similar to 1
+    assert near_duplicates(rows, 0.7, 5)[4] == Flag("near-duplicate", 0, 0.707107)  # equally similar to 1
     assert near_duplicates(rows, 1.0, 5) == {}
 
 
@@ -89,21 +89,21 @@ def test_a_similarity_equal_to_the_threshold_is_no_near_duplicate_and_ties_name_
     count=st.integers(1, 20),
 )
 def test_every_place_is_given_while_there_are_candidates(reasons, count):
-    objections = {number: why for number, why in enumerate(reasons) if why}
-    places, lost = fill_places(len(reasons), objections, count)
+    flags = {number: why for number, why in enumerate(reasons) if why}
+    places, lost = fill_places(len(reasons), flags, count)
     assert len(places) == len(set(places)) == min(count, len(reasons))
-    groups = [[n for n in places if objections.get(n) == why] for why in (None, DUPLICATE, BETTER)]
+    groups = [[n for n in places if flags.get(n) == why] for why in (None, DUPLICATE, BETTER)]
     assert places == [n for group in groups for n in sorted(group)]
     left_out = [n for n in range(len(reasons)) if n not in places]
     for better, worse in ((None, DUPLICATE), (DUPLICATE, BETTER), (None, BETTER)):
-        assert not (any(objections.get(n) == better for n in left_out) and any(reasons[n] == worse for n in places))
-    # Without objections, the first `count` would have the places.
-    assert lost == {n: objections[n] for n in left_out if n < count}
+        assert not (any(flags.get(n) == better for n in left_out) and any(reasons[n] == worse for n in places))
+    # Without flags, the first `count` would have the places.
+    assert lost == {n: flags[n] for n in left_out if n < count}
 
 
-def test_equal_matches_are_no_objection():
+def test_equal_matches_are_not_flagged():
     tie, other, own = Candidate(3, 0.5, 0, 0.5), Candidate(4, 0.5, 0, 0.500001), Candidate(5, 0.4, 1, 0.4)
-    assert better_matches([tie, other, own]) == {1: Objection("better-match", 0, 0.500001)}
+    assert better_matches([tie, other, own]) == {1: Flag("better-match", 0, 0.500001)}
 
 
 # A photo per row: how well it matches "car" and "boat", and a direction of its own.
