@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Retrieval: the photos of the index that best match each category name, and archive.json, which stores them."""
+"""Retrieval: the photos of the index that best match each category name, and archive.json, which stores them.
+
+`curation` decides which of them get a place in the archive.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import unicodedata
@@ -12,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from .config import ArchiveConfig
+from .curation import POOL, Candidate, Dropped, Flag, better_matches, fill_places, near_duplicates
 from .errors import DamagedFile, UserError
 from .files import atomic_write, read_bytes
 from .formats import BACKGROUND
@@ -30,6 +36,7 @@ SCENE_PROMPTS = (
 )
 
 BLOCK = 512  # photos per matrix product
+ROWS = 1 << 19  # embeddings of candidates that are held in memory, unless a single name has more; 0.8 GB of ViT-L/14's
 STEP = 1e-6  # similarities are rounded to multiples of it, so that equal photos tie whichever shard they are in
 
 
@@ -44,7 +51,7 @@ class Archive(NamedTuple):
     """The photos of each category."""
 
     categories: list[str]  # in the order of the user
-    photos: dict[str, list[Retrieved]]  # best first
+    photos: dict[str, list[Retrieved]]  # best first; see `curation` for those that fill the last places
 
 
 def expect_distinct(names: Iterable[str], where: str) -> None:
@@ -78,7 +85,7 @@ def prompts() -> list[str]:
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES] + list(SCENE_PROMPTS)
 
 
-def top_photos(shards: Iterable[tuple[np.ndarray, np.ndarray]], text: np.ndarray, count: int) -> list[list[tuple]]:
+def top_photos(shards: Iterable[tuple[np.ndarray, np.ndarray]], text: np.ndarray, count: int) -> list[list[Candidate]]:
     """Finds the `count` photos nearest to each text. The shards are streamed: memory does not grow with their number.
 
     Args:
@@ -88,8 +95,7 @@ def top_photos(shards: Iterable[tuple[np.ndarray, np.ndarray]], text: np.ndarray
         count: Photos per text.
 
     Returns:
-        k lists of (photo number, cosine similarity), best first. Similarities are rounded to 6 decimals; of equal ones
-        the smaller photo number comes first.
+        k lists, best first. Similarities are rounded to 6 decimals; of equal ones the smaller photo number comes first.
     """
     import torch
 
@@ -122,10 +128,12 @@ class _Best:
         import torch
 
         self.count = count
-        self.pending: list[tuple[torch.Tensor, ...]] = []  # (name, score, photo), one triple per shard
+        self.pending: list[tuple[torch.Tensor, ...]] = []  # of each shard, as `entries`
         self.pending_rows = 0
         self.floor = torch.full((names,), -torch.inf)
-        self.entries = (torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0, dtype=torch.long))
+        integers, scores = torch.empty(0, dtype=torch.long), torch.empty(0)
+        # Name, score, photo, the name that it matches best, score of that one.
+        self.entries: tuple[torch.Tensor, ...] = (integers, scores, integers, integers, scores)
 
     def offer(self, scores: torch.Tensor, photo: torch.Tensor) -> None:
         """Adds a shard: scores float32 [n, names], photo numbers int64 [n]. Scores that are not finite never win."""
@@ -137,34 +145,38 @@ class _Best:
         row, name = candidate.nonzero(as_tuple=True)
         score = (scores[row, name] / STEP).round_() * STEP
         better = score > self.floor[name]
-        self.pending.append((name[better], score[better], photo[row[better]]))
-        self.pending_rows += int(better.sum())
+        row, name, score = row[better], name[better], score[better]
+        rows, place = row.unique(return_inverse=True)
+        best_score, best = scores[rows].max(1)
+        best_score = (best_score / STEP).round_() * STEP
+        self.pending.append((name, score, photo[row], best[place], best_score[place]))
+        self.pending_rows += len(row)
         if self.pending_rows > 4 * self.count * len(self.floor):
             self._merge()
 
     def _merge(self) -> None:
         import torch
 
-        name, score, photo = (torch.cat(parts) for parts in zip(self.entries, *self.pending, strict=True))
+        name, score, photo, *best = (torch.cat(parts) for parts in zip(self.entries, *self.pending, strict=True))
         # Stable sorts, from the least to the most important key.
         order = photo.argsort()
         order = order[score[order].argsort(descending=True, stable=True)]
         order = order[name[order].argsort(stable=True)]
-        name, score, photo = name[order], score[order], photo[order]
+        name = name[order]
         sizes = torch.bincount(name, minlength=len(self.floor))
         first = sizes.cumsum(0) - sizes
         rank = torch.arange(len(name)) - first[name]
-        keep = rank < self.count
         last = rank == self.count - 1
-        self.floor[name[last]] = score[last]
-        self.entries = (name[keep], score[keep], photo[keep])
+        self.floor[name[last]] = score[order[last]]
+        keep = order[rank < self.count]
+        self.entries = (name[rank < self.count], *(part[keep] for part in (score, photo, *best)))
         self.pending, self.pending_rows = [], 0
 
-    def result(self) -> list[list[tuple]]:
+    def result(self) -> list[list[Candidate]]:
         self._merge()
-        lists: list[list[tuple]] = [[] for _ in range(len(self.floor))]
-        for name, score, photo in zip(*(part.tolist() for part in self.entries), strict=True):
-            lists[name].append((photo, round(score, 6)))
+        lists: list[list[Candidate]] = [[] for _ in range(len(self.floor))]
+        for name, score, photo, best, best_score in zip(*(part.tolist() for part in self.entries), strict=True):
+            lists[name].append(Candidate(photo, round(score, 6), best, round(best_score, 6)))
         return lists
 
 
@@ -186,16 +198,20 @@ def read_shards(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def search_index(
-    folder: Path, categories: Sequence[str], text: np.ndarray, count: int, names: Iterator[str]
-) -> Archive:
-    """Retrieves the best `count` photos of the index for each category.
+    folder: Path, categories: Sequence[str], text: np.ndarray, config: ArchiveConfig, names: Iterator[str]
+) -> tuple[Archive, list[Dropped]]:
+    """Retrieves the best photos of the index for each category.
 
     Args:
         folder: Folder of the index.
         categories: Category names.
         text: Their embeddings, float32 [k, d], L2-normalized.
-        count: Photos per category.
+        config: How many photos, and which of them lose their places. If any can, the `POOL` times as many best photos
+            of each category are candidates.
         names: Names of all photos of the index, in order.
+
+    Returns:
+        The archive, and the photos that have lost their places, by category, best first.
 
     Raises:
         UserError: If a file of the index is damaged, or was made with another model than `text`.
@@ -210,22 +226,68 @@ def search_index(
                 )
             yield image, photo
 
-    results = top_photos(shards(), text, count)
-    retrieved = {photo for entries in results for photo, _ in entries}
-    name_of = {number: name for number, name in enumerate(names) if number in retrieved}
-    if len(name_of) < len(retrieved):
+    count = config.photos_per_category
+    best_match_only, distinct = config.best_match_only and len(categories) > 1, config.near_duplicate_threshold < 1
+    results = top_photos(shards(), text, count * POOL if best_match_only or distinct else count)
+    flags = [better_matches(one) if best_match_only else {} for one in results]
+    if distinct:
+        _find_near_duplicates(folder, results, flags, config)
+    filled = [fill_places(len(one), why, count) for one, why in zip(results, flags, strict=True)]
+    # Every photo that is named in the archive, or as a dropped one.
+    shown = {one[n].photo for one, (places, lost) in zip(results, filled, strict=True) for n in (*places, *lost)}
+    name_of = {number: name for number, name in enumerate(names) if number in shown}
+    if len(name_of) < len(shown):
         raise DamagedFile(
             folder / "photos.jsonl",
             "it has fewer lines than the index has photos",
             remedy=f"make the index again with `namedmask index --out {folder.parent} --overwrite`",
         )
-    return Archive(
-        list(categories),
-        {
-            category: [Retrieved(name_of[photo], score) for photo, score in entries]
-            for category, entries in zip(categories, results, strict=True)
-        },
-    )
+    archive, dropped = Archive(list(categories), {}), []
+    for category, candidates, (places, lost) in zip(categories, results, filled, strict=True):
+        archive.photos[category] = [Retrieved(name_of[candidates[n].photo], candidates[n].score) for n in places]
+        for n, (reason, other, similarity) in lost.items():
+            what = categories[other] if reason == "better-match" else name_of[candidates[other].photo]
+            photo = candidates[n]
+            dropped.append(Dropped(name_of[photo.photo], category, photo.score, reason, what, similarity))
+    return archive, dropped
+
+
+def _find_near_duplicates(
+    folder: Path,
+    results: Sequence[Sequence[Candidate]],
+    flags: Sequence[dict[int, Flag]],
+    config: ArchiveConfig,
+) -> None:
+    """Adds the near-duplicates among the candidates of each name that are not flagged yet. Reads the index again."""
+    import torch
+
+    free = [[n for n in range(len(one)) if n not in why] for one, why in zip(results, flags, strict=True)]
+    photos = [np.array([one[n].photo for n in own], np.int64) for one, own in zip(results, free, strict=True)]
+    ends = np.cumsum([len(own) for own in photos])
+    for _, group in itertools.groupby(range(len(photos)), lambda name: ends[name] // ROWS):
+        names = list(group)
+        wanted = np.unique(np.concatenate([photos[name] for name in names]))
+        image = _read_rows(folder, wanted)
+
+        def compare(name: int, wanted: np.ndarray = wanted, image: np.ndarray = image) -> dict[int, Flag]:
+            rows = torch.from_numpy(image[np.searchsorted(wanted, photos[name])]).float()
+            rows = torch.nn.functional.normalize(rows, dim=1)
+            return near_duplicates(rows, config.near_duplicate_threshold, config.photos_per_category)
+
+        with kernels_on_one_thread("cpu") as threads:
+            for name, found in zip(names, map_ahead(compare, names, threads), strict=True):
+                for n, why in found.items():
+                    flags[name][free[name][n]] = why._replace(other=free[name][why.other])
+
+
+def _read_rows(folder: Path, photos: np.ndarray) -> np.ndarray:
+    """The embeddings of these photos of the index, which ascend, [n, d]."""
+    parts = []
+    for image, photo in read_shards(folder):
+        if len(photo):
+            low, high = np.searchsorted(photos, [photo[0], photo[-1] + 1])
+            parts.append(image[np.searchsorted(photo, photos[low:high])])
+    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float16)
 
 
 def write_archive(path: Path, archive: Archive) -> None:

@@ -97,6 +97,16 @@ class ArchiveConfig(Section):
     """The photos of each category."""
 
     photos_per_category: int = setting(500, "Photos retrieved per category.", ge=1, le=10_000_000)
+    best_match_only: bool = setting(
+        True, "Retrieve a photo only for the category that it matches best, as long as there are others."
+    )
+    near_duplicate_threshold: float = setting(
+        1.0,
+        "Cosine similarity of embeddings above which the lower-ranked of two photos of a category is left out as a "
+        "near-duplicate, as long as there are others; 1 to keep near-duplicates.",
+        ge=0,
+        le=1,
+    )
 
 
 class DetectorConfig(Section):

@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
+from . import curation
 from .archive import read_archive
 from .config import to_toml
 from .errors import DamagedFile
@@ -159,6 +160,13 @@ class Contents:
         """Whether the detector's mask can be chosen instead of the expert's."""
         return self.is_refined and self.out / "masks" in self.folders
 
+    @property
+    def dropped(self) -> dict[str, str]:
+        """How many photos have lost their places in the archive and why; {} if none has."""
+        path = self.out / curation.FILE
+        reasons = Counter(one.reason for one in curation.read_dropped(path)) if path.exists() else {}
+        return {"dropped from the archive": f"{curation.summary(reasons)}, see {curation.FILE}"} if reasons else {}
+
     def other_masks(self, keys: Set[Key]) -> list[dict[Key, MaskRecord]]:
         """The masks with these keys in each of `folders` but the first."""
         return [{one.key: one for one in read_masks(folder) if one.key in keys} for folder in self.folders[1:]]
@@ -190,7 +198,7 @@ class Contents:
             has_choice=self.has_choice,
             labels=self.labels,
             served=galleries is None,
-            facts=record.stages[maker].made_with if maker in record.stages else {},
+            facts={**(record.stages[maker].made_with if maker in record.stages else {}), **self.dropped},
             settings=to_toml(self.config).splitlines(),
             photo_count=self.photo_count,
             mask_count=scores.size,

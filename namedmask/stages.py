@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +191,7 @@ def _expect_an_embedding(ctx: Context) -> None:
 
 def _archive(ctx: Context) -> None:
     from .archive import prompts, search_index, write_archive
+    from .curation import FILE, summary, write_dropped
     from .index import expect_protocol, make_embedder, read_photos
 
     path, config = ctx.out / "archive.json", ctx.config
@@ -205,13 +207,15 @@ def _archive(ctx: Context) -> None:
     embedder = make_embedder(config.index, ctx.device)
     expect_protocol(folder, embedder)
     text = embedder.texts(config.categories, prompts())
-    count = config.archive.photos_per_category
-    archive = search_index(folder, config.categories, text, count, read_photos(folder))
+    archive, dropped = search_index(folder, config.categories, text, config.archive, read_photos(folder))
+    if dropped:
+        ctx.progress.note = f"dropped {summary(Counter(one.reason for one in dropped))}: {ctx.out / FILE}"
     if len(config.categories) > 1 and len({frozenset(e.photo for e in one) for one in archive.photos.values()}) == 1:
         ctx.progress.note = (
             "every photo was retrieved for every category: set --photos-per-category to at most the number of photos "
             "that show a category"
         )
+    write_dropped(ctx.out / FILE, dropped)
     write_archive(path, archive)
 
 
@@ -467,7 +471,7 @@ STAGES = {
             "archive",
             "Retrieve the best photos of each category.",
             _archive,
-            files=("archive.json", "archive.errors.jsonl"),
+            files=("archive.json", "archive.errors.jsonl", "archive.dropped.jsonl"),
             finished=("archive.json",),
             complete=lambda out, _: (out / "archive.json").exists(),
             check=_check_embedder,

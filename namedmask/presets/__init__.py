@@ -68,7 +68,7 @@ DEEPLAB = {
 
 NAMEDMASK = {
     "index": {"clip_model": "ViT-L-14-336-quickgelu:openai"},
-    "archive": {"photos_per_category": 500},
+    "archive": {"photos_per_category": 500, "best_match_only": False, "near_duplicate_threshold": 1.0},
     **SELFMASK,
     "experts": {**DEEPLAB, "select": "all", "mode": "separate", "batch_size": 8, "steps": 5_000},
     "segmenter": {**DEEPLAB, "paste_objects": [0, 1], "batch_size": 16, "steps": 20_000, "held_out": 0.0},

@@ -22,6 +22,7 @@ from namedmask.archive import (
     top_photos,
     write_archive,
 )
+from namedmask.config import ArchiveConfig
 from namedmask.errors import UserError
 from namedmask.pseudolabel import work_of
 
@@ -58,9 +59,9 @@ def test_equals_brute_force_with_ties_by_photo_number(photos, names, count, shar
     results = top_photos(in_shards(image, numbers, shard), text, count)
     expected = brute_force(image, numbers, text, count)
     for a, b in zip(results, expected, strict=True):
-        np.testing.assert_allclose([s for _, s in a], [s for _, s in b], atol=2e-6)
+        np.testing.assert_allclose([one.score for one in a], [s for _, s in b], atol=2e-6)
         if levels < 20:  # enough ties, and gaps between levels far wider than rounding
-            assert [p for p, _ in a] == [p for p, _ in b]
+            assert [one.photo for one in a] == [p for p, _ in b]
 
 
 def test_many_merges_equal_brute_force():
@@ -68,7 +69,9 @@ def test_many_merges_equal_brute_force():
     image, numbers = unit(rng.standard_normal((5000, 8))).astype(np.float16), np.arange(5000)
     text = unit(rng.standard_normal((3, 8)))
     results = top_photos(in_shards(image, numbers, 100), text, 7)
-    assert [[p for p, _ in a] for a in results] == [[p for p, _ in b] for b in brute_force(image, numbers, text, 7)]
+    assert [[one.photo for one in a] for a in results] == [
+        [p for p, _ in b] for b in brute_force(image, numbers, text, 7)
+    ]
 
 
 def test_a_photo_that_is_better_by_one_step_enters_a_full_list():
@@ -77,14 +80,14 @@ def test_a_photo_that_is_better_by_one_step_enters_a_full_list():
     image = np.stack([cosines, np.sqrt(1 - cosines**2)], 1).astype(np.float32)
     text = np.array([[1, 0]], np.float32)
     for shard in (1, 2, 7):
-        assert top_photos(in_shards(image, np.arange(7), shard), text, 1) == [[(5, 0.500001)]]
+        assert top_photos(in_shards(image, np.arange(7), shard), text, 1) == [[(5, 0.500001, 0, 0.500001)]]
 
 
 def test_scores_have_6_decimals():
     rng = np.random.default_rng(3)
     image, text = unit(rng.standard_normal((400, 8))), unit(rng.standard_normal((1, 8)))
     (entries,) = top_photos([(image, np.arange(400))], text, 400)
-    scores = [score for _, score in entries]
+    scores = [one.score for one in entries]
     assert scores == [round(score, 6) for score in scores] and scores != [round(score, 5) for score in scores]
 
 
@@ -100,10 +103,10 @@ def test_embeddings_that_are_not_finite_do_not_change_the_others(value):
     for count in (5, 100):
         expected = [[photo for photo, _ in one] for one in brute_force(*without, text, count)]
         results = top_photos(in_shards(image, numbers, 300), text, count)
-        assert [[photo for photo, _ in one] for one in results] == expected
+        assert [[candidate.photo for candidate in one] for one in results] == expected
     text[1] = value
     results = top_photos(in_shards(image, numbers, 300), text, 100)
-    assert [[photo for photo, _ in one] for one in results] == [expected[0], [], expected[2]]
+    assert [[candidate.photo for candidate in one] for one in results] == [expected[0], [], expected[2]]
 
 
 def test_empty_shards():
@@ -200,4 +203,4 @@ def test_embeddings_of_another_width_are_named(tmp_path):
     write_shard(tmp_path / "index" / "00000.safetensors", [0, 2, 3])
     message = f"{tmp_path / 'index'}: embeddings have 4 dimensions, those of the names 6; "
     with pytest.raises(UserError, match=re.escape(message)):
-        search_index(tmp_path / "index", ["a"], np.eye(1, 6, dtype=np.float32), 5, iter("abcd"))
+        search_index(tmp_path / "index", ["a"], np.eye(1, 6, dtype=np.float32), ArchiveConfig(), iter("abcd"))

@@ -41,7 +41,8 @@ def test_the_paper(name):
 
 
 SETTINGS = """
-index.clip_model ViT-L-14-336-quickgelu:openai; archive.photos_per_category 500
+index.clip_model ViT-L-14-336-quickgelu:openai
+archive.photos_per_category 500; archive.best_match_only False; archive.near_duplicate_threshold 1.0
 experts.mode separate; experts.batch_size 8; experts.steps 5000
 segmenter.paste_objects [0, 1]; segmenter.batch_size 16; segmenter.steps 20000; segmenter.held_out 0.0
 """

@@ -23,7 +23,7 @@ from namedmask.stages import STAGES, Context, Plan
 TRAINING = ["00000.errors.jsonl", "checkpoint.pt", "metrics.jsonl", "tensorboard/events.out.tfevents.1"]
 FILES = {
     "index": ["index/00000.errors.jsonl", "index/00000.safetensors", "index/123456.safetensors", "index/photos.jsonl"],
-    "archive": ["archive.errors.jsonl", "archive.json"],
+    "archive": ["archive.dropped.jsonl", "archive.errors.jsonl", "archive.json"],
     "pseudolabel": ["detected/00000.jsonl", "masks/00000.errors.jsonl", "masks/00000.jsonl"],
     "train-saliency": [f"saliency/{name}" for name in [*TRAINING, "model.safetensors"]],
     "experts": [

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 
 def results(out: Path) -> dict[str, bytes]:
     """Index, archive, masks and errors of a run."""
-    made = ("index/", "archive.json", "masks/", "detected/", "errors.jsonl", OUTDATED)
+    made = ("index/", "archive.", "masks/", "detected/", "errors.jsonl", OUTDATED)
     return {name: data for name, data in files_of(out).items() if name.startswith(made)}
 
 
