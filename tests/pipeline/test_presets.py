@@ -43,11 +43,11 @@ def test_the_paper(name):
 SETTINGS = """
 index.clip_model ViT-L-14-336-quickgelu:openai
 archive.photos_per_category 500; archive.best_match_only False; archive.near_duplicate_threshold 1.0
-experts.mode separate; experts.batch_size 8; experts.steps 5000
+experts.select all; experts.mode separate; experts.batch_size 8; experts.steps 5000
 segmenter.paste_objects [0, 1]; segmenter.batch_size 16; segmenter.steps 20000; segmenter.held_out 0.0
 """
 SELFMASK = """
-detector.name selfmask; detector.backbone vit_small_patch8_224.dino; detector.image_size 512
+detector.name selfmask; detector.select none; detector.backbone vit_small_patch8_224.dino; detector.image_size 512
 detector.interpolation bilinear; detector.patch_fit pad; detector.scales [1.0]; detector.horizontal_flip False
 refine.name bilateral; refine.size detector; refine.largest_component False; refine.fill_holes False
 refine.sigma_spatial 16.0; refine.sigma_luma 16.0; refine.sigma_chroma 8.0; refine.smoothness 256.0
