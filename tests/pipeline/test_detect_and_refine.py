@@ -226,6 +226,11 @@ def test_centering_is_per_photo():
         torch.testing.assert_close(grid.mean((0, 1)), torch.zeros(5), atol=1e-5, rtol=0)
 
 
+def clusters_of(labels):
+    """Labels [h, w, len(COUNTS)] as one mask per cluster, [h, w, sum(COUNTS)]."""
+    return torch.stack([labels[..., c] == k for c, count in enumerate(COUNTS) for k in range(count)], -1)
+
+
 def test_confidence_is_the_mean_iou_with_the_other_voters():
     """In three labelings of 60 pixels, the object has 10, 10 and 12 pixels."""
     labels = torch.zeros(1, 60, 3, dtype=torch.int32)
@@ -237,8 +242,8 @@ def test_confidence_is_the_mean_iou_with_the_other_voters():
     masks = [labels[..., c] == k for c, count in enumerate(COUNTS) for k in range(count)]
     ious = [float((masks[winner] & masks[k]).sum() / (masks[winner] | masks[k]).sum()) for k in others]
     assert COUNTS == (2, 3, 4) and len(others) >= 2
-    found = Ragged.pack([torch.stack(masks, -1)])
-    detections = elect([found], [[Fit((8, 480), (1, 60), 8)]], [(1, 60)])
+    assert torch.equal(torch.stack(masks, -1), clusters_of(labels))
+    detections = elect([Ragged.pack([clusters_of(labels)])], [[Fit((8, 480), (1, 60), 8)]], [(1, 60)])
     assert detections.confidence.item() == pytest.approx(sum(ious) / len(ious)) and 0 < detections.confidence < 1
     assert torch.equal(detections.masks.grids()[0] > 0.5, masks[winner])
 
@@ -281,7 +286,7 @@ def test_winner_is_the_cluster_shared_by_all_counts():
     y, x = torch.meshgrid(torch.arange(12), torch.arange(12), indexing="ij")
     three, four = (x > 5).int(), (x > 5).int() + (y > 9).int()
     labels = torch.stack([square.int(), torch.where(square, 2, three), torch.where(square, 3, four)], 2).int()
-    masks, confidence = elect([Ragged.pack([labels])], [[Fit((96, 96), (12, 12), 8)]], [(24, 36)])
+    masks, confidence = elect([Ragged.pack([clusters_of(labels)])], [[Fit((96, 96), (12, 12), 8)]], [(24, 36)])
     expected = square.repeat_interleave(2, 0).repeat_interleave(3, 1)
     assert ((masks.grids()[0] > 0.5) == expected).float().mean() > 0.97 and 0 < confidence <= 1
 

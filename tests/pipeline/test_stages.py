@@ -342,7 +342,12 @@ def test_trainings_run_when_all_masks_are_there(tmp_path, photos, monkeypatch, i
     for name, section in (("experts", "experts"), ("train", "segmenter"), ("train-saliency", "saliency")):
         ctx = context(tmp_path, photos, name)
         STAGES[name].run(ctx)
-        assert trained.pop() == (getattr(ctx.config, section), (imported,) if name == "experts" else ())
+        assert trained.pop() == (getattr(ctx.config, section), (imported, None) if name == "experts" else ())
+    touch(tmp_path, "index/00000.safetensors")
+    STAGES["experts"].run(context(tmp_path, photos, "experts"))
+    ((_, (_, scorer)),) = trained
+    assert scorer.args[1:] == (read_archive(tmp_path / "archive.json").categories, "cpu")
+    trained.clear()
     touch(tmp_path, "refined/00000.jsonl")
     (tmp_path / "masks" / "00000.jsonl").unlink()
     STAGES["train"].run(context(tmp_path, photos, "train"))
