@@ -117,14 +117,15 @@ def test_single_image(benchmark):
     )
 
 
-def test_batch_of_8(benchmark):
-    pairs = [make_image(seed, 512 - 16 * seed, 683 - 40 * seed) for seed in range(8)]
+def test_batch_of_8(benchmark, quick):
+    h, w = (128, 170) if quick else (512, 683)
+    pairs = [make_image(seed, h - h // 32 * seed, w - w // 17 * seed) for seed in range(8)]
     targets = Ragged.pack([torch.from_numpy(t) for t, _ in pairs])
     images = Ragged.pack([torch.from_numpy(i) for _, i in pairs])
     for soft, (target, image) in zip(nk.bilateral_solver(targets, images).grids(), pairs, strict=True):
         np.testing.assert_allclose(soft.numpy(), reference.bilateral_solver(target, image, *SETTINGS), atol=1e-4)
 
-    title = "bilateral_solver, batch of 8 images, 400 x 403 to 512 x 683"
+    title = f"bilateral_solver, batch of 8 images up to {h} x {w}"
     report_two_threads(title, lambda: nk.bilateral_solver(targets, images), 8, benchmark, rounds=15, seconds=60)
 
 

@@ -26,6 +26,7 @@ from common import (
 from namedmask_kernels import Ragged
 
 ITERATIONS = 10
+SMALL = 128, 170
 
 try:
     densecrf = importlib.import_module("pydensecrf.densecrf")
@@ -64,8 +65,8 @@ def cost(h, w, labels):
 
 
 @pytest.mark.parametrize("labels", [2, 21])
-def test_single_image(benchmark, labels):
-    probabilities, image = scene(labels)
+def test_single_image(benchmark, labels, quick):
+    probabilities, image = scene(labels, 0, *SMALL) if quick else scene(labels)
     marginals = nk.dense_crf(probabilities, image)
     calls = {
         "cpu": lambda: nk.dense_crf(probabilities, image),
@@ -84,7 +85,7 @@ def test_single_image(benchmark, labels):
         ceiling = copy_bandwidth(2 * moved)
     peer = seconds.get("pydensecrf2")
     report(
-        f"dense_crf, 512 x 683, {labels} labels, {ITERATIONS} updates, one core",
+        f"dense_crf, {image.shape[0]} x {image.shape[1]}, {labels} labels, {ITERATIONS} updates, one core",
         [
             {"method": "pydensecrf2", "ms": 1e3 * peer if peer else ABSENT, "ratio": 1.0},
             {"method": "cpu", "ms": 1e3 * seconds["cpu"], "ratio": peer / seconds["cpu"] if peer else ""},
@@ -102,8 +103,9 @@ def test_single_image(benchmark, labels):
 
 
 @pytest.mark.parametrize("labels", [2, 21])
-def test_batch_of_8(benchmark, labels):
-    scenes = [scene(labels, seed, 512 - 16 * seed, 683 - 40 * seed) for seed in range(8)]
+def test_batch_of_8(benchmark, labels, quick):
+    h, w = SMALL if quick else (512, 683)
+    scenes = [scene(labels, seed, h - h // 32 * seed, w - w // 17 * seed) for seed in range(8)]
     batch = [Ragged.pack([torch.from_numpy(s[i]) for s in scenes]) for i in (0, 1)]
 
     def call():
@@ -114,7 +116,7 @@ def test_batch_of_8(benchmark, labels):
         with threads(count):
             results.append(call().rows)
     assert torch.equal(*results)
-    title = f"dense_crf, batch of 8 images, 400 x 403 to 512 x 683, {labels} labels"
+    title = f"dense_crf, batch of 8 images up to {h} x {w}, {labels} labels"
     report_two_threads(title, call, 8, benchmark, rounds=9, seconds=20)
 
 

@@ -4,6 +4,7 @@
 `pytest bench/bench_pamr.py --benchmark-only -s` prints the tables. We know of no other implementation for the CPU.
 """
 
+import functools
 import subprocess
 import sys
 
@@ -54,6 +55,7 @@ def make_image(h=375, w=500, labels=21, seed=0):
     return masks / masks.sum(-1, keepdim=True), torch.from_numpy(image.clip(0, 255).astype(np.uint8))
 
 
+@functools.cache
 def peak_memory(method: str, labels: int) -> float:
     """Peak memory that one call adds in a new process, in MiB."""
     command = [sys.executable, __file__, method, str(labels)]

@@ -4,6 +4,7 @@
 `python bench/bench_random_walk.py ours|dense|attention` prints by how much a call raises the peak memory.
 """
 
+import functools
 import subprocess
 import sys
 
@@ -18,10 +19,10 @@ from namedmask_kernels.reference.random_walk import random_walk as definition
 SIDE, MASKS, STEPS, SHARPNESS = 60, 20, 2, 10.0
 
 
-def inputs():
-    """masks float32 [60, 60, 20], features float32 [60, 60, 384]."""
-    masks = torch.rand(SIDE, SIDE, MASKS, generator=torch.Generator().manual_seed(0))
-    return masks, torch.from_numpy(scene(SIDE))
+def inputs(side=SIDE):
+    """masks float32 [side, side, 20], features float32 [side, side, 384]."""
+    masks = torch.rand(side, side, MASKS, generator=torch.Generator().manual_seed(0))
+    return masks, torch.from_numpy(scene(side))
 
 
 def ours(masks, features):
@@ -35,7 +36,7 @@ def dense(masks, features):
     masks = masks.flatten(0, 1)
     for _ in range(STEPS):
         masks = transition @ masks
-    return masks.unflatten(0, (SIDE, SIDE))
+    return masks.unflatten(0, features.shape[:2])
 
 
 def attention(masks, features):
@@ -44,12 +45,13 @@ def attention(masks, features):
     masks = F.pad(masks.flatten(0, 1), (0, CHANNELS - MASKS))[None, None]  # the fused kernel requires equal dimensions
     for _ in range(STEPS):
         masks = F.scaled_dot_product_attention(unit, unit, masks, scale=SHARPNESS)
-    return masks[0, 0, :, :MASKS].unflatten(0, (SIDE, SIDE))
+    return masks[0, 0, :, :MASKS].unflatten(0, features.shape[:2])
 
 
 CALLS = {"ours": ours, "dense": dense, "attention": attention}
 
 
+@functools.cache
 def added_memory(method):
     """MiB by which a call raises the peak memory of a new process."""
     done = subprocess.run([sys.executable, __file__, method], capture_output=True, text=True, check=True)
@@ -57,8 +59,8 @@ def added_memory(method):
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one thread", "two threads"])
-def test_single_image(benchmark, count):
-    masks, features = inputs()
+def test_single_image(benchmark, count, quick):
+    masks, features = inputs(24 if quick else SIDE)
     exact = definition(masks.flatten(0, 1).double(), features.flatten(0, 1).double(), STEPS, SHARPNESS)
     for call in CALLS.values():
         assert (call(masks, features).flatten(0, 1) - exact).abs().max() < 1e-5
@@ -67,7 +69,8 @@ def test_single_image(benchmark, count):
         seconds = paired_medians(calls, rounds=7, seconds=12)
         benchmark.pedantic(ours, (masks, features), rounds=3)
     memory = {method: added_memory(method) for method in CALLS}
-    flops = STEPS * (SIDE * SIDE) ** 2 * (CHANNELS + 2 * MASKS)
+    tokens = masks[..., 0].numel()
+    flops = STEPS * tokens**2 * (CHANNELS + 2 * MASKS)
     rows = [
         {
             "method": {"ours": "cpu", "dense": "torch, dense", "attention": "torch, fused attention"}[method],
@@ -79,7 +82,7 @@ def test_single_image(benchmark, count):
         for method in CALLS
     ]
     rows[0]["GFLOP/s"] = flops / seconds["ours"] / 1e9
-    report(f"random_walk, {SIDE * SIDE} tokens, {MASKS} masks, {STEPS} steps, {count} threads", rows)
+    report(f"random_walk, {tokens} tokens, {MASKS} masks, {STEPS} steps, {count} threads", rows)
 
 
 def test_batch_of_64_on_gpu(benchmark, quick):

@@ -28,6 +28,7 @@ from namedmask.threads import thread_count
 from namedmask_kernels import Ragged
 
 BACKBONE = "vit_small_patch16_224.dino"
+QUICK_BACKBONE = "deit_tiny_patch16_224.fb_in1k"
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +37,14 @@ def world(tmp_path_factory, quick):
     root = tmp_path_factory.mktemp("stages")
     folder = root / "photos" / "thing"
     folder.mkdir(parents=True)
-    for i in range(4 if quick else 24):
+    backbone, count = (QUICK_BACKBONE, 2) if quick else (BACKBONE, 24)
+    for i in range(count):
         Image.fromarray(make_image(i, 480, 640)[1]).save(folder / f"{i:03}.jpg", quality=92)
     torch.manual_seed(0)
-    save_file(timm.create_model(BACKBONE, num_classes=0).state_dict(), root / "vit.safetensors")
+    save_file(timm.create_model(backbone, num_classes=0).state_dict(), root / "vit.safetensors")
     source = PhotoSource(root / "photos")
-    return source, list(source), DetectorConfig(backbone=BACKBONE, backbone_weights=str(root / "vit.safetensors"))
+    config = DetectorConfig(backbone=backbone, backbone_weights=str(root / "vit.safetensors"))
+    return source, list(source), config.model_copy(update={"image_size": 96} if quick else {})
 
 
 def rate(title, benchmark, call, photos, **facts):
@@ -97,7 +100,8 @@ def test_detect(benchmark, world):
         return [detector.detect(photo) for photo in photos]
 
     assert all(len(d.masks.rows) == 480 * 640 and 0 <= d.confidence < 1 for d in call())
-    rate("detect: spectral, ViT-S/16, short side 448", benchmark, call, len(photos), tokens=tokens)
+    title = f"detect: spectral, {config.backbone}, short side {config.image_size}"
+    rate(title, benchmark, call, len(photos), tokens=tokens)
 
 
 def test_refine(benchmark, world):

@@ -27,7 +27,7 @@ from rich.table import Table
 from scipy import ndimage
 
 CHANNELS = 384  # of a ViT-S
-QUICK = False  # --quick: three rounds each, to check that benches run
+QUICK = False  # --quick: one round each, to check that benches run
 
 
 def scene(side: int, seed: int = 0) -> np.ndarray:
@@ -51,17 +51,17 @@ def paired_medians(
     """Median seconds of each call. Calls are interleaved, so that slow phases of the machine affect all of them.
 
     Args:
-        calls: Functions by name. Each is called once before timing starts.
-        rounds: Maximum number of rounds, in each of which every call is timed once.
+        calls: Functions by name. Each is called once before timing starts, except with --quick.
+        rounds: Maximum number of rounds, in each of which every call is timed once; one with --quick.
         seconds: Maximum duration; at least three rounds are run.
         pause: Seconds to wait before each timed call. OpenBLAS's threads keep spinning for some milliseconds after a
             product, which slows down the next call on more than one thread; 0.05 avoids it.
     """
-    for call in calls.values():
+    for call in () if QUICK else calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    for round_number in range(3 if QUICK else rounds):
+    for round_number in range(1 if QUICK else rounds):
         if round_number >= 3 and time.perf_counter() > end:
             break
         for name, call in calls.items():
@@ -232,7 +232,7 @@ def require_gpu(title: str) -> None:
 def device_median(call: Callable[[], object], rounds: int = 30) -> float:
     """Median seconds between CUDA events around a call, after three untimed calls."""
     durations = []
-    for round_number in range(3 + (3 if QUICK else rounds)):
+    for round_number in range(3 + (1 if QUICK else rounds)):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()

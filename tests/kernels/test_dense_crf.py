@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+import functools
 import os
 import subprocess
 import sys
@@ -101,14 +102,21 @@ def test_close_to_the_reference(backend, device, labels):
     assert (result.argmax(-1) == truth.argmax(-1))[clear].float().mean() >= 0.985
 
 
-@pytest.mark.parametrize("shape", [(40, 57), (1, 90), (90, 1), (3, 2)])
+@functools.cache
+def gaussian_alone(shape, sigma, labels):
+    """(probabilities, image), settings, and the reference's marginals."""
+    sample = random_sample(5, *shape, labels)
+    parameters = {"iterations": 2, "gaussian": (sigma, 3.0), "bilateral": (80.0, 13.0, 0.0)}
+    return sample, parameters, exact(*sample, **parameters)
+
+
+@pytest.mark.parametrize("shape", [(20, 57), (1, 90), (90, 1), (3, 2)])
 @pytest.mark.parametrize("sigma", [1e-9, 1.0, 2.9, 3.0, 4.4, 7.0, 31.0, 1e9])
 @pytest.mark.parametrize("labels", [2, 3])
 def test_the_gaussian_alone_is_nearly_exact(shape, sigma, labels, backend, device):
-    probabilities, image = random_sample(5, *shape, labels)
-    arguments = {"iterations": 2, "gaussian": (sigma, 3.0), "bilateral": (80.0, 13.0, 0.0)}
-    result = nk.dense_crf(probabilities.to(device), image.to(device), **arguments, backend=backend).cpu()
-    np.testing.assert_allclose(result, exact(probabilities, image, **arguments), atol=2e-3)
+    sample, parameters, truth = gaussian_alone(shape, sigma, labels)
+    result = nk.dense_crf(*(x.to(device) for x in sample), **parameters, backend=backend).cpu()
+    np.testing.assert_allclose(result, truth, atol=2e-3)
 
 
 SAMPLES = st.tuples(st.integers(0, 99), st.integers(1, 24), st.integers(1, 24), st.integers(1, 12))

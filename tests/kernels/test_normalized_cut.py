@@ -38,7 +38,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("case", ["a", "b"])
-def test_equals_tokencut(run, golden, case):
+def test_equals_tokencut(run, golden, case, backend):
+    if backend == "reference" and case == "b":
+        pytest.skip("1,200 tokens take the reference seconds")
     arrays = golden("ncut")
     get = lambda name: arrays[f"{case}_{name}"]  # noqa: E731
     features = torch.from_numpy(get("features")).unflatten(0, tuple(get("dims")))

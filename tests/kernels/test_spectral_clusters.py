@@ -80,7 +80,7 @@ def test_minimum_cosine_where_8_bits_are_coarse(case):
 def test_clusters_of_noise_equal_the_reference(seed, alike):
     """The clusters of noise depend on errors of 0.01 in the minimum cosine, and if cosines differ by 4e-6, on the
     rounding of factors to 29 bits."""
-    noise = np.random.default_rng(seed).normal(size=(30, 40, 13))
+    noise = np.random.default_rng(seed).normal(size=(20, 25, 13))
     features = torch.from_numpy((1 + 0.001 * noise if alike else noise).astype(np.float32))
     result = nk.spectral_clusters(features, [3, 12])
     assert torch.equal(result, nk.spectral_clusters(features, [3, 12], backend="reference"))

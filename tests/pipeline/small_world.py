@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 ENCODER = "test_resnet"  # timm's, for tests
@@ -84,6 +87,25 @@ def small_run(root: Path, photos: int, detector_options: list[str]) -> tuple[lis
     training = ["--crop-size", 32, "--batch-size", 2, "--steps", 8, "--lr", 1e-2, "--encoder", ENCODER]
     training += ["--encoder-weights", root / "encoder.safetensors", "--head-channels", 16]
     return [*words, "--photos-per-category", photos // 2], training
+
+
+@contextlib.contextmanager
+def interrupted_after(count: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Interrupts a training of a segmenter or an expert after this many steps; each is saved."""
+    from namedmask import training
+    from namedmask.segmenter import training as segmenter_training
+
+    accumulate_gradients, steps = segmenter_training.accumulate_gradients, iter(range(count))
+
+    def interrupted(*arguments):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return accumulate_gradients(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "SAVE_EVERY", 0)
+        patch.setattr(segmenter_training, "accumulate_gradients", interrupted)
+        yield
 
 
 def disc(x: int) -> np.ndarray:

@@ -33,6 +33,7 @@ from namedmask.segmenter.deeplab import DeepLab
 from namedmask.segmenter.training import samples_digest
 from namedmask.selection import Selection, select
 from namedmask.training import trained_on
+from small_world import interrupted_after
 
 ENCODER = "test_resnet"  # timm's, for tests
 COLORS = {"cat": (220, 60, 40), "hot/dog": (40, 90, 220)}  # one name cannot be a file name
@@ -148,7 +149,8 @@ def test_experts_improve_their_training_masks(world, tmp_path, mode, one_thread)
     assert "refined by category experts" in write_report(out).read_text()
 
 
-def test_killed_run_resumes_bit_identically(world, tmp_path, one_thread):
+def test_killed_run_resumes_bit_identically(world, tmp_path, one_thread, monkeypatch):
+    """Interrupted during the training of the first expert, killed during that of the second."""
     original, settings, _ = world
     out = copy_of(original, tmp_path)
     settings = {**settings, "steps": 16}
@@ -158,17 +160,17 @@ def test_killed_run_resumes_bit_identically(world, tmp_path, one_thread):
     shutil.rmtree(out / "experts")
     setup = "import pathlib; from namedmask import run, training; training.SAVE_EVERY = 0.05; "
     command = setup + f"run.start(pathlib.Path({str(out)!r}), {{}}, ['experts'], 1, 0, False)"
-    # Killed during the training of the first expert, then of the second.
-    for name in ("cat", "hot%2Fdog"):
-        with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 120
-            while not (out / "experts" / name / "checkpoint.pt").exists():
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.002)
-            os.kill(process.pid, signal.SIGKILL)
-        assert not (out / "experts" / f"{name}.safetensors").exists()
-        assert best_masks(out) == out / "masks"
-    first = out / "experts" / "cat.safetensors"
+    with interrupted_after(5, monkeypatch):
+        start(out, {})
+    first, second = (out / "experts" / f"{name}.safetensors" for name in ("cat", "hot%2Fdog"))
+    assert first.with_suffix("").joinpath("checkpoint.pt").exists() and not first.exists()
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not second.with_suffix("").joinpath("checkpoint.pt").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+    assert first.exists() and not second.exists() and best_masks(out) == out / "masks"
     time_written = first.stat().st_mtime_ns
     (out / "experts" / "hot%2Fdog" / ".tmp-half").touch()
     start(out, {})

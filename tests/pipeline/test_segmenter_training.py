@@ -50,6 +50,7 @@ from namedmask.segmenter.training import (
     train,
 )
 from namedmask.training import TrainingPhotos
+from small_world import interrupted_after
 
 ENCODER = "test_resnet"  # timm's, for tests
 PLAIN = {"flip_prob": 0.0, "color_jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
@@ -124,22 +125,6 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "segmenter" / "metrics.jsonl").read_text().splitlines()]
 
 
-@contextlib.contextmanager
-def interrupted_after(count, monkeypatch):
-    """Interrupts a training after this many steps; each is saved."""
-    steps = iter(range(count))
-
-    def interrupted(*arguments):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        return accumulate_gradients(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "SAVE_EVERY", 0)
-        patch.setattr(segmenter_training, "accumulate_gradients", interrupted)
-        yield
-
-
 def test_segments_scenes_after_training_on_single_objects(run_of_discs, small):
     train_run(run_of_discs, {**small, "steps": 120, "grayscale_prob": 0.0, "color_jitter_prob": 0.0})
     network, categories = load_segmenter(run_of_discs / "segmenter")
@@ -169,11 +154,12 @@ def test_segments_scenes_after_training_on_single_objects(run_of_discs, small):
 
 
 def test_killed_training_resumes_bit_identically(run_of_discs, small, monkeypatch):
-    settings = {**small, "steps": 60}
+    settings = {**small, "steps": 30}
+    monkeypatch.setattr(training, "LOG_EVERY", 10)
     expected = train_run(run_of_discs, settings)
     expected_lines = lines(run_of_discs)
     shutil.rmtree(run_of_discs / "segmenter")
-    setup = "import time; from namedmask import run, training; training.SAVE_EVERY = 0.2; "
+    setup = "from namedmask import run, training; training.SAVE_EVERY, training.LOG_EVERY = 0.1, 10; "
     start = f"run.start(__import__('pathlib').Path({str(run_of_discs)!r}), {{}}, ['train'], 1, 0, False)"
     killed = subprocess.Popen([sys.executable, "-c", setup + start], stdout=subprocess.DEVNULL)
     checkpoint = run_of_discs / "segmenter" / "checkpoint.pt"
@@ -188,13 +174,13 @@ def test_killed_training_resumes_bit_identically(run_of_discs, small, monkeypatc
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     done = torch.load(checkpoint)["step"]
-    assert 0 < done < 60
+    assert 0 < done < 30
     moved = shutil.copy(settings["encoder_weights"], run_of_discs / "moved.safetensors")
     resumed = train_run(run_of_discs, {**settings, "encoder_weights": str(moved)})
     assert all(torch.equal(resumed[name], expected[name]) for name in expected) and resumed.keys() == expected.keys()
     metrics = expected_lines, lines(run_of_discs)
     losses = [[(line["step"], line["loss"]) for line in run_lines[1:]] for run_lines in metrics]
-    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
