@@ -351,8 +351,8 @@ class ExpertTraining(DeepLabTraining):
 
     select: Literal["auto", "all", "name"] = setting(
         "auto",
-        "Which masks the experts replace: all, as published; or those in which CLIP finds the category's name less "
-        "likely than in the expert's. auto: name if the run has an index of a CLIP model, else all.",
+        "Which masks the experts replace: all, as published; or those that differ from the expert's and in which CLIP "
+        "finds the category's name less likely. auto: name if the run has an index of a CLIP model, else all.",
     )
     mode: Literal["separate", "shared"] = setting(
         "separate", "One network per category, or a shared one with an output layer per category."

@@ -17,8 +17,9 @@ OUT/refining/           finished shards, until all are finished
 OUT/refined/00000.jsonl the records of masks/ with the experts' masks and scores; in the mode "separate" one category
                         per shard, in the mode "shared" sorted by photo. The folder appears when all are finished.
 
-With --select name, a mask of an expert replaces that of the detector only if CLIP finds the name of the category more
-likely inside it (`namedmask.names`). Else the record of the detector stays as it is, with its score.
+With --select name, a mask of an expert replaces that of the detector only where the two differ, and if it is more compact
+and CLIP finds the name of the category more likely inside it (`namedmask.names`). Else the record of the detector stays
+as it is, with its score.
 
 A photo that was retrieved for two categories has two records, one from each expert. If an expert predicts no object,
 the record has an empty mask and the score 0, like that of a detector: the photo does not show the category. Trainings
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 
 from namedmask_kernels import Ragged
 
+from . import saliency
 from . import weights as stored
 from .archive import read_archive
 from .backbones import Encoder, untrained_encoder
@@ -77,7 +79,10 @@ SHARED = "shared"
 KEPT = "experts/kept"  # counter of the networks from before an update
 SHARD_SIZE = 64  # minimum number of records in a shard of the mode "shared", except for the last
 
-MARGIN = 0.1  # by which a category must be more likely in the mask of its expert, so that it replaces the detector's
+# With --select name, an expert's mask replaces the detector's if their IoU is below MOST_OVERLAP, so that one of them has
+# missed the object, its outline is more compact, and the category is more likely inside it, by MARGIN.
+MOST_OVERLAP = 0.3
+MARGIN = 0.1
 ObjectLogits = Callable[[Tensor, str], Tensor]  # coarse output [C, h, w] and category -> logits of the object [h, w]
 
 
@@ -228,7 +233,7 @@ def train_experts(
     It trains on the masks of the detector that `settings.selection` and the review of the run keep, and relabels all
     photos. A warning says which finished networks were trained on other masks. With `imported`, OUT/experts holds a
     network of every category already. Nothing is trained, and categories without a usable mask are relabeled too. A
-    `scorer`, which is created where it is needed, decides which masks the experts replace (`relabel`).
+    `scorer`, which is created where it is needed, helps to decide which masks the experts replace (`relabel`).
 
     Every worker calls it. On the CPU, an interrupted training ends with weights that are bit-identical to those of one
     that was not, with the same number of threads; with another number, they are equal up to rounding. All records are
@@ -508,8 +513,8 @@ def relabel(
         segmenter: The network.
         logits: From the coarse output of the network for a photo, [C, h, w], and a category: the logits of its object,
             [h, w]. The mask is where they are above 0, at the size of the photo.
-        scorer: Decides which records get a new mask: those whose category is more likely in the new one, by at least
-            `MARGIN`. The others stay as they are. None: all records get a new mask.
+        scorer: For the choice between old and new masks by `MOST_OVERLAP`, compactness and `MARGIN`. None: all records
+            get a new mask.
 
     Yields:
         The name of each photo with its new records, or with an error if it cannot be used or has changed.
@@ -526,23 +531,28 @@ def relabel(
                 certainties.append(certainty(own.sigmoid()))
         encoded = zip(encode_masks(Ragged.pack(masks)), torch.stack(certainties).tolist(), strict=True)
         new = [[new_record(record, *next(encoded)) for record in by_photo[photo.name]] for photo in photos]
-        return new if scorer is None else [likelier(*pair) for pair in zip(photos, new, strict=True)]
+        return new if scorer is None else [keep_good(*pair) for pair in zip(photos, new, strict=True)]
 
-    def likelier(photo: Photo, new: list[MaskRecord]) -> list[MaskRecord]:
-        assert scorer is not None
+    def keep_good(photo: Photo, new: list[MaskRecord]) -> list[MaskRecord]:
         before = by_photo[photo.name]
         if any(record.size != photo.size for record in before):
             return new  # reported below
-        pairs = [np.stack([old.mask(), own.mask()], -1) for old, own in zip(before, new, strict=True)]
-        images = Ragged.pack([photo.pixels] * len(pairs))
-        masks = Ragged.pack([torch.from_numpy(pair).float() for pair in pairs])
-        images, masks = (batch.with_rows(batch.rows.to(segmenter.device)) for batch in (images, masks))
-        both = torch.tensor([[0, 1]] * len(pairs), device=segmenter.device)
-        found = scorer.score(images, masks, both, [record.category for record in new]).tolist()
-        return [
-            own if by_own >= by_old + MARGIN else old
-            for (by_old, by_own), old, own in zip(found, before, new, strict=True)
-        ]
+        pairs = zip(before, new, strict=True)
+        return [own if is_better(photo, old, own) else old for old, own in pairs]
+
+    def is_better(photo: Photo, old: MaskRecord, own: MaskRecord) -> bool:
+        assert scorer is not None
+        pair = np.stack([old.mask(), own.mask()], -1)
+        overlap = pair.all(-1).sum() / max(1, pair.any(-1).sum())
+        masks = torch.from_numpy(pair).float()
+        compact = saliency.certainty(Ragged.pack(list(masks.unbind(-1))))  # nothing but compactness, of binary masks
+        if overlap >= MOST_OVERLAP or compact[1] <= compact[0]:
+            return False
+        both = (Ragged.pack([array]) for array in (photo.pixels, masks))
+        images, candidates = (batch.with_rows(batch.rows.to(segmenter.device)) for batch in both)
+        numbers = torch.tensor([[0, 1]], device=segmenter.device)
+        by_old, by_own = scorer.score(images, candidates, numbers, [own.category])[0].tolist()
+        return by_own >= by_old + MARGIN
 
     def new_record(record: MaskRecord, mask: EncodedMask, confidence: float) -> MaskRecord:
         return MaskRecord.from_encoded(

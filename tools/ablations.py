@@ -37,8 +37,10 @@ BLOCKS = 30  # of 53 photos, 120 of each kind
 
 BASE = {
     "detector": "selfmask",
+    "select": "none",
     "refine": True,
     "experts": "shared",
+    "experts_select": "all",
     "photos": 50,
     "paste_objects": (0, 1),
     "dropout": 0.1,
@@ -48,7 +50,16 @@ BASE = {
 SEGMENTER = ("paste_objects", "dropout", "empty_masks", "crop_size")  # what a row sets of the segmenter's training
 ROWS = {
     "base": {},
+    "selected by name": {"select": "name"},
+    "selected by name, experts too": {"select": "name", "experts_select": "name"},
     "spectral detector": {"detector": "spectral"},
+    "spectral detector, selected by prior": {"detector": "spectral", "select": "prior"},
+    "spectral detector, selected by name": {"detector": "spectral", "select": "name"},
+    "spectral detector, selected by name, experts too": {
+        "detector": "spectral",
+        "select": "name",
+        "experts_select": "name",
+    },
     "spectral detector, no experts": {"detector": "spectral", "experts": None},
     "true masks": {"detector": "truth"},
     "no solver": {"refine": False},
@@ -71,7 +82,7 @@ ROWS = {
 
 def settings(folder: Path, row: dict) -> dict:
     """The settings of the run of a row."""
-    experts = demo.EXPERTS | {"mode": row["experts"] or "shared"}
+    experts = demo.EXPERTS | {"mode": row["experts"] or "shared", "select": row["experts_select"]}
     if row["experts"] == "separate":  # the same total number of views, a twelfth for each expert
         experts |= {"steps": -(-2 * experts["steps"] // len(KINDS)), "batch_size": experts["batch_size"] // 2}
     return {
@@ -80,7 +91,7 @@ def settings(folder: Path, row: dict) -> dict:
         "pseudolabel": {"shard_size": LARGEST * len(KINDS)},  # one shard of masks, as `shorten` writes it
         "index": {"clip_model": demo.CLIP_NAME},
         "archive": {"photos_per_category": row["photos"]},
-        "detector": demo.SPECTRAL if row["detector"] == "spectral" else demo.DETECTOR,
+        "detector": (demo.SPECTRAL if row["detector"] == "spectral" else demo.DETECTOR) | {"select": row["select"]},
         "refine": demo.REFINE if row["refine"] else {"name": "none"},
         "experts": experts,
         "segmenter": demo.SEGMENTER | {name: row[name] for name in SEGMENTER},
@@ -95,7 +106,7 @@ def run_stages(out: Path, given: dict, *names: str) -> None:
 
 def masks_of(folder: Path, row: dict) -> Path:
     """Runs the stages up to the masks with the largest archive, for all rows that differ in later stages."""
-    out = folder / f"masks, {row['detector']}{'' if row['refine'] else ', no solver'}"
+    out = folder / f"masks, {row['detector']}, {row['select']}{'' if row['refine'] else ', no solver'}"
     given = settings(folder, row | {"photos": LARGEST})
     run_stages(out, given, "index", "archive")
     if row["detector"] == "truth":
@@ -163,10 +174,10 @@ def run_row(work: Path, seed: int, name: str) -> dict:
     if path.exists():
         return json.loads(path.read_text())
     demo.render(folder / "photos", seed, BLOCKS * demo.BLOCK, False)
-    with_masks = folder / f"run, {row['detector']}, {row['refine']}, {row['photos']}"
+    with_masks = folder / f"run, {row['detector']}, {row['select']}, {row['refine']}, {row['photos']}"
     given = settings(folder, row)
     shorten(masks_of(folder, row), with_masks, row["photos"], given)
-    with_experts = folder / f"{with_masks.name}, {row['experts']}"
+    with_experts = folder / f"{with_masks.name}, {row['experts']}, {row['experts_select']}"
     copy_results(with_masks, with_experts)
     if row["experts"]:
         run_stages(with_experts, given, "experts")

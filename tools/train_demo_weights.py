@@ -622,7 +622,7 @@ def train_selfmask(arguments: argparse.Namespace) -> None:
             Image.fromarray(pool[number]).save(path.with_suffix(".part"), "png", compress_level=1)
             path.with_suffix(".part").rename(path)
     weights = arguments.start and str(arguments.start.absolute())
-    detector = DETECTOR | {"weights": weights} if weights else SPECTRAL
+    detector = DETECTOR | {"weights": weights, "select": "none"} if weights else SPECTRAL | {"select": "none"}
     for turn, (keep, steps) in enumerate(zip(arguments.keep, arguments.steps, strict=True)):
         out = arguments.out / f"{arguments.name}{turn}"
         training = {
@@ -634,7 +634,7 @@ def train_selfmask(arguments: argparse.Namespace) -> None:
         given = {"photos": str(photos.parent.absolute()), "detector": detector, "refine": REFINE, "saliency": training}
         run.start(out, given, ["archive", "pseudolabel", "train-saliency"], gpus=0)
         weights = str((out / "saliency" / "model.safetensors").absolute())
-        detector = DETECTOR | {"weights": weights}
+        detector = DETECTOR | {"weights": weights, "select": "none"}
     save_file({name: value.half() for name, value in load_file(weights).items()}, SELFMASK_WEIGHTS)
     print(f"{SELFMASK_WEIGHTS}: {SELFMASK_WEIGHTS.stat().st_size / 1e6:.1f} MB")
 

@@ -42,13 +42,21 @@ SHEETS = {
 # Chosen on photos of another seed. The sigmas of the solver are given for photos of 512 pixels; these have about 160.
 # COARSE suits the cut and the baselines, REFINE the finer masks of SelfMask.
 SPECTRAL: dict[str, Any] = {
+    "select": "name",
     "backbone": VIT_NAME,
     "features": "tokens",
     "center_features": True,
     "tau": 0.0,
     "image_size": 128,
 }
-DETECTOR = {"name": "selfmask", "backbone": VIT_NAME, "image_size": 160, "scales": [1.0, 1.4], "horizontal_flip": True}
+DETECTOR = {
+    "name": "selfmask",
+    "select": "name",
+    "backbone": VIT_NAME,
+    "image_size": 160,
+    "scales": [1.0, 1.4],
+    "horizontal_flip": True,
+}
 REFINE: dict[str, Any] = {
     "name": "bilateral",
     "largest_component": True,

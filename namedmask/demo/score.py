@@ -5,9 +5,10 @@
 - `trivial_baseline_iou`, `spectral_iou`, `detector_iou`, `refined_iou`, `experts_iou`: mean IoU with the visible pixels
   of the object, over the photos in the archive of a kind that show the kind; the same photos for all. Photos that were
   retrieved by mistake have no true mask and lower the precision only. A kind without any such photo counts as 0.
-- `detector_iou` scores the masks of the detector without refinement. `spectral_iou` scores the refined masks of the
-  cut, which the detector's network was trained on. The baseline is the one of `baselines.py` with the highest mean on
-  every fourth photo (`all`), refined. The cut and the baselines are refined with the settings that suit them best.
+- `detector_iou` scores the masks of the detector without refinement. `spectral_iou` scores the refined masks that are
+  selected among the candidates of the cut, which needs no training on such photos. The baseline is the one of
+  `baselines.py` with the highest mean on every fourth photo (`all`), refined. The cut and the baselines are refined with
+  the settings that suit them best.
 
 Means are over the kinds.
 """
