@@ -17,9 +17,9 @@ OUT/refining/           finished shards, until all are finished
 OUT/refined/00000.jsonl the records of masks/ with the experts' masks and scores; in the mode "separate" one category
                         per shard, in the mode "shared" sorted by photo. The folder appears when all are finished.
 
-With --select name, a mask of an expert replaces that of the detector only where the two differ, and if it is more compact
-and CLIP finds the name of the category more likely inside it (`namedmask.names`). Else the record of the detector stays
-as it is, with its score.
+With --select name, a mask of an expert replaces that of the detector only where the two hardly overlap and CLIP finds
+the name of the category more likely inside it (`namedmask.names`). Else the record of the detector stays as it is, with
+its score.
 
 A photo that was retrieved for two categories has two records, one from each expert. If an expert predicts no object,
 the record has an empty mask and the score 0, like that of a detector: the photo does not show the category. Trainings
@@ -42,7 +42,6 @@ from torch import Tensor, nn
 
 from namedmask_kernels import Ragged
 
-from . import saliency
 from . import weights as stored
 from .archive import read_archive
 from .backbones import Encoder, untrained_encoder
@@ -79,9 +78,9 @@ SHARED = "shared"
 KEPT = "experts/kept"  # counter of the networks from before an update
 SHARD_SIZE = 64  # minimum number of records in a shard of the mode "shared", except for the last
 
-# With --select name, an expert's mask replaces the detector's if their IoU is below MOST_OVERLAP, so that one of them has
-# missed the object, its outline is more compact, and the category is more likely inside it, by MARGIN.
-MOST_OVERLAP = 0.3
+# With --select name, an expert's mask replaces the detector's if their IoU is below MOST_OVERLAP, so one of them has
+# missed the object, and if the probability of the category inside the expert's is higher by MARGIN.
+MOST_OVERLAP = 0.2
 MARGIN = 0.1
 ObjectLogits = Callable[[Tensor, str], Tensor]  # coarse output [C, h, w] and category -> logits of the object [h, w]
 
@@ -513,8 +512,8 @@ def relabel(
         segmenter: The network.
         logits: From the coarse output of the network for a photo, [C, h, w], and a category: the logits of its object,
             [h, w]. The mask is where they are above 0, at the size of the photo.
-        scorer: For the choice between old and new masks by `MOST_OVERLAP`, compactness and `MARGIN`. None: all records
-            get a new mask.
+        scorer: For the choice between old and new masks by `MOST_OVERLAP` and `MARGIN`. None: all records get a new
+            mask.
 
     Yields:
         The name of each photo with its new records, or with an error if it cannot be used or has changed.
@@ -544,11 +543,9 @@ def relabel(
         assert scorer is not None
         pair = np.stack([old.mask(), own.mask()], -1)
         overlap = pair.all(-1).sum() / max(1, pair.any(-1).sum())
-        masks = torch.from_numpy(pair).float()
-        compact = saliency.certainty(Ragged.pack(list(masks.unbind(-1))))  # nothing but compactness, of binary masks
-        if overlap >= MOST_OVERLAP or compact[1] <= compact[0]:
+        if overlap >= MOST_OVERLAP:
             return False
-        both = (Ragged.pack([array]) for array in (photo.pixels, masks))
+        both = (Ragged.pack([array]) for array in (photo.pixels, pair.astype(np.float32)))
         images, candidates = (batch.with_rows(batch.rows.to(segmenter.device)) for batch in both)
         numbers = torch.tensor([[0, 1]], device=segmenter.device)
         by_old, by_own = scorer.score(images, candidates, numbers, [own.category])[0].tolist()

@@ -7,8 +7,8 @@
   retrieved by mistake have no true mask and lower the precision only. A kind without any such photo counts as 0.
 - `detector_iou` scores the masks of the detector without refinement. `spectral_iou` scores the refined masks that are
   selected among the candidates of the cut, which needs no training on such photos. The baseline is the one of
-  `baselines.py` with the highest mean on every fourth photo (`all`), refined. The cut and the baselines are refined with
-  the settings that suit them best.
+  `baselines.py` with the highest mean on every fourth photo (`all`), refined. The cut and the baselines are refined
+  with the settings that suit them best.
 
 Means are over the kinds.
 """
