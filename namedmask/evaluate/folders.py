@@ -52,7 +52,7 @@ def label_maps(folder: Path) -> dict[str, Path]:
         UserError: If there are none, or if two have the same name.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder of PNG masks")
+        raise UserError(f"{folder} is not a folder of PNG masks" if folder.exists() else f"{folder} does not exist")
     maps: dict[str, Path] = {}
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".png"):
         relative = path.relative_to(folder)

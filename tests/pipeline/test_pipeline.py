@@ -214,7 +214,7 @@ def test_a_review_applies_to_the_best_masks(made, monkeypatch):
         )
         best = list(run.masks())
         assert len(best) == len(run) == 7 and second in best
-        assert second in run.masks(selection=Selection(min_score=2.0))  # a person has chosen it
+        assert second in run.masks(selection=Selection(min_score=1.0))  # a person has chosen it
         assert list(run.masks("detector")) == detected
     finally:
         (run.path / "review.jsonl").unlink()
