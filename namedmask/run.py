@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -514,6 +515,8 @@ def _remove_outdated(out: Path, stages: Sequence[str]) -> None:
 
 def _announce(out: Path, config: RunConfig, stages: Sequence[str], device: str) -> None:
     """Logs how long a long run will take, before it starts. One that continues shows its time as progress alone."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
     from .estimate import MEASURED, announce
     from .threads import limit_torch_threads
 
