@@ -22,8 +22,8 @@ from ..decoding import MAX_PIXELS
 from ..errors import DamagedFile, UserError
 from ..files import read_bytes
 from ..formats import read_label_map
-from ..photos import PHOTO_SUFFIXES
 from ..presets import benchmarks
+from ..suffixes import PHOTO_SUFFIXES
 from . import BenchmarkName
 from .folders import Truth
 

@@ -17,8 +17,8 @@ from ..distributed import Worker
 from ..errors import DamagedFile, UserError
 from ..files import atomic_write, read_bytes
 from ..formats import BACKGROUND, read_label_map
-from ..photos import is_hidden
 from ..progress import Progress, warn
+from ..suffixes import is_hidden
 from ..threads import map_ahead, thread_count
 from .metrics import Confusion
 
