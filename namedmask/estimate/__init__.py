@@ -138,11 +138,12 @@ def _estimate(
         about, gpu_memory = _machine(device)
         share = seconds / (len(stages) + 2)  # decoding is measured, too, and experts twice
         measurement = Measurement(config, photos, device, share, Path(folder), report)
+        decoding, megapixels = measurement.decoding()
         return Estimate(
             photos=photos.total,
             categories=photos.categories,
-            decoding=measurement.decoding(),
-            megapixels=measurement.megapixels,
+            decoding=decoding,
+            megapixels=megapixels,
             rows=tuple(measurement.rows(stages)),
             device=about,
             random_weights=tuple(replaced),

@@ -57,9 +57,6 @@ class Measurement:
         share: Seconds of each measurement.
         folder: An empty folder for files.
         report: Called with the name of each part before it is measured.
-
-    Attributes:
-        megapixels: Mean size of the sampled photos, once they have been decoded.
     """
 
     def __init__(
@@ -74,14 +71,13 @@ class Measurement:
         self.config, self.device, self.share, self.folder, self.report = config, device, share, folder, report
         self.source, self.names, self.photos, self.categories = photos
         self.on_gpu = device != "cpu"
-        self.megapixels = 0.0
         self.retrieved = self.photos  # names of photos in the archive, repeated ones included
         if config.categories:
             self.retrieved = self.categories * min(config.archive.photos_per_category, self.photos)
         self.labeled = min(self.photos, self.retrieved)
 
-    def decoding(self) -> float:
-        """Photos that are decoded per second. Leaves out the photos that cannot be."""
+    def decoding(self) -> tuple[float, float]:
+        """Photos that are decoded per second, and their mean size in megapixels. Leaves out those that cannot be."""
         self.report("decoding")
         sizes: dict[str, int] = {}
 
@@ -95,8 +91,7 @@ class Measurement:
         if not sizes:
             raise UserError(f"none of the sampled photos in {self.config.photos} can be read")
         self.names = list(sizes)
-        self.megapixels = sum(sizes.values()) / len(sizes) / 1e6
-        return rate
+        return rate, sum(sizes.values()) / len(sizes) / 1e6
 
     def rows(self, stages: Sequence[str]) -> Iterator[Row]:
         """Measures each stage, after `decoding`, and forgets its models."""

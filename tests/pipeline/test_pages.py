@@ -145,6 +145,34 @@ def test_enlarged_view_compares_the_stages(page, out):
     expect(tile(page, "disc", 2).locator(".frame")).to_be_focused()
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_has_a_contrast_of_4_5(browser, out, scheme):
+    page = browser.new_page(color_scheme=scheme)
+    (out.parent / "photos" / "03.png").unlink()
+    page.goto(write_report(out).as_uri())
+    tile(page, "disc", 0).locator(".frame").focus()
+    for key in "ard":
+        page.keyboard.press(key)
+    low = page.evaluate("""() => {
+      const channels = color => color.match(/[\\d.]+/g).map(Number);
+      const linear = value => value <= 10 ? value / 3294 : ((value / 255 + 0.055) / 1.055) ** 2.4;
+      const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+      const behind = element => {
+        const color = channels(getComputedStyle(element).backgroundColor);
+        return color[3] === 0 ? behind(element.parentElement) : color;
+      };
+      const hasText = one => [...one.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+      const texts = [...document.querySelectorAll("body *")].filter(one => hasText(one) && one.getClientRects().length);
+      if (texts.length < 300) throw new Error(`${texts.length} texts`);
+      return texts.filter(one => {
+        const pair = [channels(getComputedStyle(one).color), behind(one)].map(luminance).sort((a, b) => a - b);
+        return (pair[1] + 0.05) / (pair[0] + 0.05) < 4.5;
+      }).map(one => one.outerHTML);
+    }""")
+    page.close()
+    assert low == []
+
+
 @pytest.mark.parametrize("served", [False, True])
 def test_search_finds_categories_and_photos(page, out, served):
     with serve(out) as server:
