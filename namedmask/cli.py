@@ -11,57 +11,40 @@ can fix, 3 finished but no photo could be used, 130 interrupted, 143 ended by SI
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
-from collections.abc import Callable, Iterable
-from inspect import Parameter, Signature, signature
+from collections.abc import Callable
+from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 
-from .config import Setting, find_setting, make_config, merge, nest, plain, read_settings, settings
-from .console import printing
+from .command_line import (
+    HELP,
+    PLAIN,
+    Command,
+    Commands,
+    Debug,
+    command,
+    command_with_settings,
+    flags_of,
+    give_signature,
+    given_settings,
+    names_of,
+    option,
+    variable,
+    with_names,
+)
+from .config import find_setting, make_config, merge
 from .convert import FormatName
-from .errors import NothingUsable, UserError, explained
+from .errors import UserError
 from .evaluate import BenchmarkName
 from .files import absolute
-from .process import Interrupted, complain
+from .process import Interrupted
 from .stages import LABELING, STAGES
 
-CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, of click or of typer's own copy of it
-
-
-class OneLineErrors:
-    """A command or group of typer whose errors about the command line have the form of all other errors."""
-
-    def main(self, *args: Any, **extra: Any) -> Any:
-        try:
-            code = super().main(*args, **{**extra, "standalone_mode": False})  # type: ignore[misc]  # a mixin
-        except CLICK_ERROR as error:
-            message = error.format_message()
-            if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help text
-                error.show()
-            else:
-                path = context.command_path if (context := getattr(error, "ctx", None)) else "namedmask"
-                text = plain(message[0].lower() + message[1:]).rstrip(".")
-                complain(f"{text} (see `{path} --help`)")
-            sys.exit(2)
-        sys.exit(code if isinstance(code, int) else 0)
-
-
-class Commands(OneLineErrors, typer.core.TyperGroup):
-    pass
-
-
-class Command(OneLineErrors, typer.core.TyperCommand):
-    pass
-
-
-PLAIN: Any = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
-HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(cls=Commands, no_args_is_help=True, context_settings=HELP, **PLAIN)
 pseudolabel_app = typer.Typer(context_settings=HELP, **PLAIN)
 
@@ -112,7 +95,6 @@ Update = Annotated[
     typer.Option("--update", help="Add names or photos to the results; computes only what is new."),
 ]
 OverwriteFolder = Annotated[bool, typer.Option("--overwrite", help="Start over; replace the earlier results.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 WeightsArgument = Annotated[
     Path,
     typer.Argument(
@@ -128,38 +110,6 @@ PrecisionName = Annotated[
 ]
 
 
-def command(function: Callable) -> Callable:
-    """Turns errors into one line and an exit code."""
-
-    @functools.wraps(function)
-    def wrapper(debug: bool = False, **options: Any) -> None:
-        try:
-            with printing():
-                function(**options)
-        except UserError as error:
-            if debug:
-                raise
-            complain(error)
-            raise typer.Exit(3 if isinstance(error, NothingUsable) else 2) from None
-        except (Interrupted, KeyboardInterrupt) as error:
-            interrupted = error if isinstance(error, Interrupted) else Interrupted()
-            again = "the same command without --overwrite" if options.get("overwrite") else "the same command again"
-            complain(f"{interrupted.reason}; run {again} to continue")
-            raise typer.Exit(interrupted.exit_code) from None
-        except typer.Exit:
-            raise
-        except Exception as error:  # an internal error, unless the memory, the disk or the network is to blame
-            if debug:
-                raise
-            if isinstance(why := explained(error), UserError):
-                complain(why)
-                raise typer.Exit(2) from None
-            complain(f"{type(error).__name__}: {error} (--debug shows where)")
-            raise typer.Exit(2 if isinstance(error, OSError) else 1) from None
-
-    return wrapper
-
-
 # -- commands that run stages ----------------------------------------------------------------------------------------
 
 
@@ -169,7 +119,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
     takes_photos: its argument is the photos, as for a new run, instead of the run folder.
     """
     sections = [section for stage in stages for section in STAGES[stage].sections]
-    flags = {_variable(one): one for one in settings() if one.flag and one.name.split(".")[0] in sections}
+    flags = flags_of(sections)
 
     def run_stages(
         out: Path,
@@ -208,7 +158,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
     folder = {"photos": (Photos, None), "out": (Out, Path("run"))}
     parameters: dict[str, tuple[Any, Any]] = folder if takes_photos else {"out": (RunFolder, Parameter.empty)}
     for name, one in flags.items():
-        parameters[name] = _option(one), None
+        parameters[name] = option(one), None
         if name == "categories":
             parameters["categories_file"] = CategoriesFile, None
     if not takes_photos:
@@ -221,88 +171,8 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
         parameters["update"] = Update, False
     parameters |= {"overwrite": (Overwrite, False), "debug": (Debug, False)}
     wrapper = command(run_stages)
-    _give_signature(wrapper, parameters)
+    give_signature(wrapper, parameters)
     return wrapper
-
-
-def with_names(given: dict, categories: str | None, file: Path | None) -> dict:
-    """Settings with the category names of --categories-file; UserError if --categories is given as well."""
-    if file is None:
-        return given
-    if categories is not None:
-        raise UserError("pass --categories or --categories-file, not both")
-    return {**given, "categories": read_names(file)}
-
-
-def _give_signature(function: Callable, parameters: dict[str, tuple[Any, Any]]) -> None:
-    """Gives a function the parameters, each an annotation and a default, of which typer makes options."""
-    function.__signature__ = Signature(  # type: ignore[attr-defined]
-        [Parameter(n, Parameter.KEYWORD_ONLY, annotation=a, default=d) for n, (a, d) in parameters.items()]
-    )
-    function.__annotations__ = {name: annotation for name, (annotation, _) in parameters.items()}
-
-
-def command_with_settings(function: Callable, generated: Iterable[Setting]) -> Callable:
-    """A command with the parameters of a function as options, and one for each of the settings, in its **options."""
-    wrapper = command(function)
-    own = {
-        name: (one.annotation, one.default)
-        for name, one in signature(function, eval_str=True).parameters.items()
-        if one.kind is not Parameter.VAR_KEYWORD
-    }
-    options = {_variable(one): (_option(one), None) for one in generated}
-    _give_signature(wrapper, {**own, **options, "debug": (Debug, False)})
-    return wrapper
-
-
-def _variable(one: Setting) -> str:
-    return (one.flag or "").lstrip("-").replace("-", "_")
-
-
-def _option(one: Setting) -> Any:
-    """The typer option of a setting. Its text is parsed by the setting itself, as that of --set is."""
-    default = one.field.default
-    shown = ",".join(map(str, default)) if one.is_list else str(default).lower() if default is False else default
-    notes = [one.limits, "" if default in (None, [], ...) else f"default: {shown}"]
-    note = "; ".join(filter(None, notes))
-    text = f"{one.field.description} [{note}]" if note else one.field.description
-    if one.kind is bool:
-        return Annotated[bool | None, typer.Option(f"{one.flag}/--no-{(one.flag or '')[2:]}", help=text)]
-    kind: Any = one.kind if one.choices else str  # a Literal is completed by the shell
-    return Annotated[kind | None, typer.Option(one.flag, metavar=one.metavar, help=text)]
-
-
-def given_settings(sections: list[str], config: Path | None, pairs: list[str], options: dict[Setting, Any]) -> dict:
-    """The nested settings that a command line gives: --config, over it --set, over it options.
-
-    Raises UserError for names that do not exist, for values that do not fit, and for --set of what no stage of the
-    command reads; a file may hold the settings of other stages too.
-    """
-    flat: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise UserError(f"--set {pair}: expected NAME=VALUE, such as refine.crf.confidence=0.9")
-        one = find_setting(name.strip())
-        if one.name.split(".")[0] not in sections:
-            raise UserError(f"--set {one.name}: this command does not read it; it reads {', '.join(sections)}")
-        flat[one.name] = one.parse(text.strip())
-    for one, value in options.items():
-        flat[one.name] = value if isinstance(value, bool) else one.parse(value)
-    if flat.get("categories") == []:
-        raise UserError("--categories: no category name was given")
-    return merge(read_settings(config) if config else {}, nest(flat))
-
-
-def read_names(file: Path) -> list[str]:
-    """The category names in a file, one per line. Raises UserError if there is none."""
-    try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--categories-file {file}: {error}") from None
-    if not (names := [name for name in names if name]):
-        raise UserError(f"--categories-file {file}: no category name was given")
-    return names
 
 
 run_labeling = stage_command(*LABELING, takes_photos=True)
@@ -374,11 +244,7 @@ def review(
 
 
 ESTIMATED = [section for stage in (*LABELING, "experts", "train") for section in STAGES[stage].sections]
-ESTIMATE_FLAGS = {
-    _variable(one): one
-    for one in settings()
-    if one.flag and one.name.split(".")[0] in {section for stage in LABELING for section in STAGES[stage].sections}
-}
+ESTIMATE_FLAGS = flags_of([section for stage in LABELING for section in STAGES[stage].sections])
 
 
 def _estimate(
@@ -450,26 +316,6 @@ app.command("estimate", help="Estimate hours, disk and memory of a run by measur
 # -- other commands --------------------------------------------------------------------------------------------------
 
 
-def _names(categories: str | None, file: Path | None, preset: str | None, distinct: bool = True) -> list[str] | None:
-    """Names from --categories, --categories-file or --preset, for commands that are no stages."""
-    if sum(given is not None for given in (categories, file, preset)) > 1:
-        raise UserError("pass --categories, --categories-file or --preset, only one of them")
-    if preset is not None:
-        from . import presets
-
-        if (names := presets.preset(preset).get("categories")) is None:
-            raise UserError(f"--preset {preset} has no category names: pass them as --categories-file FILE instead")
-        return names
-    if categories is None and file is None:
-        return None
-    names = read_names(file) if file is not None else find_setting("categories").parse(categories or "")
-    if distinct:
-        from .archive import expect_distinct
-
-        expect_distinct(names, "--categories" if file is None else f"--categories-file {file}")
-    return names
-
-
 def _device() -> str:
     from .distributed import count_gpus
 
@@ -521,7 +367,7 @@ def segment(
         weights,
         photos,
         out,
-        categories=_names(categories, categories_file, preset),
+        categories=names_of(categories, categories_file, preset),
         encoder=encoder,
         precision=precision,
         overlays=overlays,
@@ -539,7 +385,7 @@ def segment(
 
 
 DETECTION = ("detector", "refine")  # sections of the settings that `evaluate` reads
-DETECTION_FLAGS = {_variable(one): one for one in settings() if one.flag and one.name.split(".")[0] in DETECTION}
+DETECTION_FLAGS = flags_of(DETECTION)
 
 
 def _evaluate(
@@ -606,7 +452,7 @@ def _evaluate(
         values = merge({section: presets.preset(preset)[section] for section in DETECTION}, values)
         preset = None
     # Two names of ImageNet-S occur twice.
-    names = _names(categories, categories_file, preset, distinct=benchmark is None)
+    names = names_of(categories, categories_file, preset, distinct=benchmark is None)
 
     def load(fallback: list[str] | None) -> Any:
         assert predictions is not None
@@ -664,7 +510,7 @@ def export(
     from .segmenter.export import export_onnx
     from .segmenter.predict import Segmenter
 
-    names = _names(categories, categories_file, preset)
+    names = names_of(categories, categories_file, preset)
     segmenter = Segmenter.load(_local(weights), categories=names, encoder=encoder)
     worst = export_onnx(segmenter, onnx)
     print(f"{onnx}: onnxruntime's logits differ from torch's by at most {worst:.1g} of the largest")
@@ -774,7 +620,7 @@ def import_archive(
     """
     from .imports.archive import import_archive
 
-    archive = import_archive(file, photos, out, _names(categories, categories_file, preset), overwrite)
+    archive = import_archive(file, photos, out, names_of(categories, categories_file, preset), overwrite)
     count = sum(map(len, archive.photos.values()))
     print(f"{count:,} photos of {len(archive.categories)} categories are in {out / 'archive.json'}")
 
@@ -842,9 +688,9 @@ def _import_embeddings(
 ) -> None:
     from .imports.embeddings import import_embeddings
 
-    clip = {one: options[_variable(one)] for one in map(find_setting, CLIP) if options.get(_variable(one))}
+    clip = {one: options[variable(one)] for one in map(find_setting, CLIP) if options.get(variable(one))}
     config = make_config({"photos": "", **given_settings(["index"], None, [], clip)})
-    names = _names(categories, categories_file, preset) or []
+    names = names_of(categories, categories_file, preset) or []
     count = import_embeddings(path, out, photos, names, config.index, allow_pickle, overwrite)
     texts = f"{len(names)} categories" if names else "no category; pass --categories to add their text embeddings"
     print(f"{out}: embeddings of {count:,} photos and {texts}")
@@ -860,7 +706,7 @@ FETCHED = ("index.clip_model", "detector.name", "detector.backbone", "detector.m
 
 
 def _fetch(config: Config = None, set_: Set = None, **options: str | None) -> None:
-    given = {one: options[_variable(one)] for one in map(find_setting, FETCHED) if options.get(_variable(one))}
+    given = {one: options[variable(one)] for one in map(find_setting, FETCHED) if options.get(variable(one))}
     sections = [section for stage in STAGES.values() for section in stage.sections]
     values = given_settings(sections, config, set_ or [], given)
     for trained, source, name in (("saliency", "detector", "backbone"), ("experts", "segmenter", "encoder")):

@@ -31,14 +31,10 @@ from .decoding import (
     rotation,
     why_unread,
 )
-from .decoding import as_stored as as_stored
-from .decoding import pixels_of as pixels_of
 from .errors import UserError
 from .memory import CACHE_SHARE, DECODE_SHARE, photo_budget
 from .remote import RemoteError
-from .suffixes import COMPRESSED, LISTED
-from .suffixes import PHOTO_SUFFIXES as PHOTO_SUFFIXES
-from .suffixes import is_hidden as is_hidden
+from .suffixes import COMPRESSED, LISTED, is_hidden
 from .threads import map_ahead, thread_count
 from .urls import clean_url, is_url, path_part, url_problem
 

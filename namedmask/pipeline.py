@@ -41,8 +41,8 @@ class Pipeline:
     """Makes a run: photos and category names in, masks and networks out.
 
     The commands do the same: each method continues what is in the run folder, settings that a stage has used are kept,
-    and changed ones are an error unless `overwrite` is set. A run that a command has started can be continued here, and
-    the other way round.
+    and changed ones are an error unless `overwrite` or `update` is set, see `run`. A run that a command has started can
+    be continued here, and the other way round.
 
     Args:
         photos: Folder, list file (.txt) or .tar of photos. None: those of the run in `out`.
@@ -107,7 +107,7 @@ class Pipeline:
 
         Args:
             overwrite: Start over; replace the results of these stages and those made from them.
-            update: Add names or photos to the results; computes only what is new.
+            update: Add names or photos to the results; compute only what is new.
 
         Returns:
             The run.
@@ -118,32 +118,30 @@ class Pipeline:
         """
         return self._run(LABELING, overwrite, update)
 
-    def index(self, *, overwrite: bool = False) -> Run:
+    def index(self, *, overwrite: bool = False, update: bool = False) -> Run:
         """Computes the CLIP embeddings of all photos. Class folders need none."""
-        return self._run(("index",), overwrite)
+        return self._run(("index",), overwrite, update)
 
-    def archive(self, *, overwrite: bool = False) -> Run:
+    def archive(self, *, overwrite: bool = False, update: bool = False) -> Run:
         """Retrieves the best photos of each category: `Run.archive`."""
-        return self._run(("archive",), overwrite)
+        return self._run(("archive",), overwrite, update)
 
-    def pseudolabel(self, *, overwrite: bool = False) -> Run:
+    def pseudolabel(self, *, overwrite: bool = False, update: bool = False) -> Run:
         """Makes a mask for every photo of the archive: `Run.masks`."""
-        return self._run(("pseudolabel",), overwrite)
+        return self._run(("pseudolabel",), overwrite, update)
 
     def train_saliency(self, *, overwrite: bool = False) -> Run:
         """Trains a SelfMask network on the masks: OUT/saliency/model.safetensors."""
         return self._run(("train-saliency",), overwrite)
 
-    def experts(self, *, overwrite: bool = False) -> Run:
+    def experts(self, *, overwrite: bool = False, update: bool = False) -> Run:
         """Trains category experts, which make the masks again: `Run.masks`."""
-        return self._run(("experts",), overwrite)
+        return self._run(("experts",), overwrite, update)
 
     def train(self, *, overwrite: bool = False, update: bool = False) -> Run:
         """Trains a segmenter of all categories on the best masks: `Run.segmenter`.
 
-        Args:
-            overwrite: Start over; replace the segmenter.
-            update: Train another one if the masks have changed.
+        With `update` it trains another one if the masks have changed.
         """
         return self._run(("train",), overwrite, update)
 

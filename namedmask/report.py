@@ -8,23 +8,18 @@ same run gives the same bytes.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import heapq
 import json
 import os
-import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import quote
+from typing import NamedTuple
 
-import jinja2
-import markupsafe
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
@@ -35,8 +30,17 @@ from .config import to_toml
 from .errors import DamagedFile
 from .files import absolute, atomic_write
 from .formats import encode
-from .masks import ErrorRecord, Key, MaskRecord, is_refined, read_errors, read_masks
+from .masks import Key, MaskRecord, is_refined, read_masks
 from .memory import MemoryBudget
+from .pages import anchor, histogram, read_some_errors, script_json, template
+from .pages.pictures import (
+    BYTES_PER_PIXEL,
+    Picture,
+    data_uri,
+    draw_thumbnail,
+    overlay_uri,
+    thumbnail_size,
+)
 from .photos import PhotoError, PhotoSource
 from .record import read_config, read_record
 from .review import read_review
@@ -44,21 +48,12 @@ from .review import read_review
 MAX_THUMBNAILS = 1500  # on the page, unless two per category are more
 PER_CATEGORY = 30
 LARGE_PICTURES = 150  # on the page, besides the thumbnails
-ERRORS_SHOWN = 200
 SHEETS = "sheets.json"  # in the run folder
 CUTS = 100  # steps of the score slider
 
-_SIDE = 224  # pixels of the longer side of a thumbnail
 _LARGE_SIDE = 896  # maximum of a larger picture
 _LARGE_BYTES = 150_000  # of a larger picture, as JPEG
-_BINS = 20
 _THREADS = 4
-BYTES_PER_PIXEL = 24  # of a photo while it is decoded, or reduced together with its mask
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-# Any single color is invisible on some photo. Therefore the background is dimmed and the outline is black and white.
-_BACKGROUND, _OBJECT, _LIGHT, _DARK = range(4)
-_PALETTE = [0, 0, 0, 255, 40, 140, 255, 255, 255, 0, 0, 0]
-_OPACITY = bytes([80, 72, 255, 200])
 _LABELS = {"refined": "Expert", "masks": "Detector", "detected": "Detector, before refining"}
 
 
@@ -204,7 +199,7 @@ class Contents:
             mask_count=scores.size,
             empty_count=sum(category.empty for category in categories),
             mean=scores.mean() if scores.size else None,
-            histogram=_histogram(scores, low, high),
+            histogram=histogram(scores, low, high),
             low=low,
             high=high,
             categories=[
@@ -214,7 +209,7 @@ class Contents:
                     "count": len(category.scores),
                     "empty": category.empty,
                     "mean": np.mean(category.scores) if category.scores else None,
-                    "histogram": _histogram(category.scores, low, high),
+                    "histogram": histogram(category.scores, low, high),
                     "hint": self._category_hint(category),
                     "best": galleries[number][0] if galleries else [],
                     "lowest": galleries[number][1] if galleries else [],
@@ -274,12 +269,6 @@ def problem_of(record: MaskRecord) -> str:
     if tuple(record.bbox) == (0, 0, width, height) and record.area < 0.6 * height * width:
         return FRAMES
     return TINY if record.area < 0.002 * height * width else ""
-
-
-def anchor(*names: str) -> str:
-    """The fragment of a URL, and the id of an element, for a category, or for a category and a photo."""
-    kind = "mask" if names[1:] else "category"
-    return "/".join([kind, *(quote(name, safe="", errors="surrogateescape") for name in names)])
 
 
 def iou(a: MaskRecord, b: MaskRecord) -> float | None:
@@ -375,16 +364,6 @@ class View(NamedTuple):
     large: str = ""
 
 
-class Picture(NamedTuple):
-    """A picture of a photo: a data URI or URL and its size. `share` is its scale, `part` whether it is a part of it."""
-
-    image: str
-    width: int
-    height: int
-    share: float = 1.0
-    part: bool = False
-
-
 class Tile(NamedTuple):
     """A mask on the page. `problem` is the reason if there is no picture. The first of `views` is the mask itself."""
 
@@ -411,15 +390,6 @@ class Tile(NamedTuple):
 
 def _tiles_per_category(categories: int) -> int:
     return max(2, min(PER_CATEGORY, MAX_THUMBNAILS // max(1, categories)))
-
-
-def read_some_errors(path: Path) -> tuple[list[ErrorRecord], int]:
-    """The first `ERRORS_SHOWN` errors of a run and the total number."""
-    if not path.exists():
-        return [], 0
-    errors = read_errors(path)
-    shown = list(islice(errors, ERRORS_SHOWN))
-    return shown, len(shown) + sum(1 for _ in errors)
 
 
 def _draw_all(
@@ -489,12 +459,12 @@ def _draw(
                 if one.size != record.size:
                     continue
                 mask = one.mask()
-                overlay = _overlay_uri(mask, (thumbnail.width, thumbnail.height)) if one.area else ""
+                overlay = overlay_uri(mask, (thumbnail.width, thumbnail.height)) if one.area else ""
                 view = View(label, one.score, None if one is record else iou(record, one), overlay)
                 if large and one.area:
                     picture, (left, top, right, bottom) = large
                     part = mask[top:bottom, left:right]
-                    view = view._replace(large=_overlay_uri(part, (picture.width, picture.height)))
+                    view = view._replace(large=overlay_uri(part, (picture.width, picture.height)))
                 views.append(view)
             tiles.append(Tile(record, thumbnail, views, large[0] if large else None))
         except ValueError:
@@ -508,19 +478,6 @@ def changed(record: MaskRecord, pixels: np.ndarray) -> str:
     if record.size == (height, width):
         return ""
     return f"the photo has changed: the mask is {record.size[1]} x {record.size[0]}, the photo {width} x {height}"
-
-
-def thumbnail_size(size: tuple[int, ...], side: int = _SIDE) -> tuple[int, int]:
-    """Width and height of the thumbnail of a photo of this height and width."""
-    scale = side / max(size)
-    return max(1, round(size[1] * scale)), max(1, round(size[0] * scale))
-
-
-def draw_thumbnail(pixels: np.ndarray, side: int = _SIDE) -> bytes:
-    """The thumbnail of a photo, as JPEG."""
-    size = thumbnail_size(pixels.shape[:2], side)
-    image = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=2)
-    return encode(image, "jpeg", quality=80, optimize=True)
 
 
 def _enlarge(pixels: np.ndarray, records: list[MaskRecord]) -> tuple[Picture, tuple[int, int, int, int]]:
@@ -546,67 +503,3 @@ def _enlarge(pixels: np.ndarray, records: list[MaskRecord]) -> tuple[Picture, tu
         part=(left, top, right, bottom) != (0, 0, width, height),
     )
     return picture, (left, top, right, bottom)
-
-
-def _overlay_uri(mask: np.ndarray, size: tuple[int, int]) -> str:
-    return data_uri(draw_overlay(mask, size), "png")
-
-
-def draw_overlay(mask: np.ndarray, size: tuple[int, int]) -> bytes:
-    """The mask tinted and outlined, the background dimmed, as PNG: an image of its own, so that the page can hide it.
-
-    Args:
-        mask: bool [height, width].
-        size: Width and height of the image.
-    """
-    coverage = np.asarray(Image.fromarray(mask.view(np.uint8) * 255).resize(size, Image.Resampling.BOX))
-    # A mask of a few pixels covers less than half of every thumbnail pixel, but must not look empty.
-    small = coverage >= min(128, max(1, coverage.max()))
-    padded = np.pad(small, 2)  # zeros, so that an object that touches the border of the photo is outlined there too
-    offsets = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]
-    neighbors = [np.roll(padded, offset, (0, 1))[2:-2, 2:-2] for offset in offsets]
-    colors = np.where(small, _OBJECT, _BACKGROUND).astype(np.uint8)
-    colors[np.logical_or.reduce(neighbors) & ~small] = _DARK
-    colors[small & ~np.logical_and.reduce(neighbors)] = _LIGHT
-    image = Image.fromarray(colors)
-    image.putpalette(_PALETTE)
-    return encode(image, "png", bits=2, transparency=_OPACITY)
-
-
-def data_uri(data: bytes, kind: str) -> str:
-    """An image of this kind, as a URL that holds it."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _histogram(scores: np.ndarray | array, low: float, high: float) -> str:
-    """The bars of a histogram as an SVG path, `_BINS` wide and 1 high."""
-    counts, _ = np.histogram(scores, _BINS, (low, high))
-    heights = counts / max(1, counts.max())
-    return "".join(f"M{x} 1V{1 - y:.3f}h.9V1z" for x, y in enumerate(heights) if y)
-
-
-def _escape_unprintable(value: Any) -> Any:
-    """Escapes control characters, and the lone surrogates of names that are not UTF-8, as Python does."""
-    if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
-        return value
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), value)
-
-
-def script_json(value: Any) -> markupsafe.Markup:
-    """JSON that can stand in a <script> of a page: ASCII without "<"."""
-    return markupsafe.Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))
-
-
-def template(name: str) -> jinja2.Template:
-    """A template of the folder pages/."""
-    # finalize is applied to every value that is put into the page.
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("pages")),
-        autoescape=True,
-        finalize=_escape_unprintable,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["anchor"] = anchor
-    return environment.get_template(name)

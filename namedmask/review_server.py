@@ -6,7 +6,8 @@ machine nor other pages in the browser can read the photos or change the review:
 Host header that is not this server's (DNS rebinding), is answered with 404 or 403.
 
     /TOKEN/                          the page
-    /TOKEN/tiles?category&from&show  the next tiles of a category, as HTML
+    /TOKEN/tiles?category&photo&from&show  the next tiles of a category, of photos with this in their names, as HTML
+    /TOKEN/search?photo              the categories of such photos, as JSON
     /TOKEN/linked?mask               the tile that a link names
     /TOKEN/CATEGORY/NUMBER/KIND      a picture: thumbnail, photo, or FOLDER or FOLDER-thumbnail, the mask of that stage
     /TOKEN/review                    POST [{"photo", "category", "verdict"}, ...]; the verdict null removes one
@@ -40,21 +41,10 @@ from .files import open_file
 from .formats import encode
 from .masks import Key, MaskRecord, mask_shards, read_lines
 from .memory import MemoryBudget
+from .pages import anchor, printable, template
+from .pages.pictures import BYTES_PER_PIXEL, Picture, draw_overlay, draw_thumbnail, thumbnail_size
 from .photos import PhotoError, open_source
-from .report import (
-    BYTES_PER_PIXEL,
-    Contents,
-    Picture,
-    Tile,
-    View,
-    anchor,
-    changed,
-    draw_overlay,
-    draw_thumbnail,
-    iou,
-    template,
-    thumbnail_size,
-)
+from .report import Contents, Tile, View, changed, iou
 from .review import Verdict, read_review, write_review
 
 HOST = "127.0.0.1"
@@ -167,18 +157,27 @@ class Review:
         self.contents.scores = {key: record.score for key in review if (record := self.places[0].get(key))}
         return self.contents.page(note=note)
 
-    def shown(self, category: int, show: str) -> list[int]:
+    def matching(self, category: int, photo: str) -> list[int]:
+        """The numbers of the masks of a category whose photos have this in their names, in upper or lower case."""
+        names = self.photos[category]
+        return [n for n, name in enumerate(names) if not photo or photo.lower() in printable(name).lower()]
+
+    def search(self, photo: str) -> list[int]:
+        """The numbers of the categories that have such a mask."""
+        return [category for category in range(len(self.photos)) if self.matching(category, photo)]
+
+    def shown(self, category: int, photo: str, show: str) -> list[int]:
         """The numbers of the masks of a category to show, in order."""
-        numbers = list(range(len(self.photos[category])))
+        numbers = self.matching(category, photo)
         if show in ("best", "lowest"):
             return numbers if show == "best" else numbers[::-1]
         review, name, photos = read_review(self.out), self.categories[category], self.photos[category]
         wanted = None if show == "open" else show
         return [n for n in numbers if review.get((photos[n], name)) == wanted]
 
-    def tiles(self, category: int, first: int, show: str) -> str:
+    def tiles(self, category: int, photo: str, first: int, show: str) -> str:
         """The tiles from `first` on, and where the next ones begin."""
-        numbers = self.shown(category, show)
+        numbers = self.shown(category, photo, show)
         part = numbers[first : first + TILES]
         more = first + TILES if first + TILES < len(numbers) else None
         return self._render([self.tile(category, number) for number in part], more, empty=not numbers)
@@ -324,14 +323,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if (path := self._path()) is None:
             return
-        query = dict(parse_qsl(self.address.query))
+        query = dict(parse_qsl(self.address.query, keep_blank_values=True))
         review = self.server.review
         try:
             if path == "":
                 self._send(200, "".join(review.page()), "text/html")
             elif path == "tiles":
                 category, first = _index(query["category"]), _index(query["from"])
-                self._send(200, review.tiles(category, first, query["show"]), "text/html")
+                self._send(200, review.tiles(category, query.get("photo", ""), first, query["show"]), "text/html")
+            elif path == "search":
+                self._send(200, json.dumps(review.search(query["photo"])), "application/json")
             elif path == "linked" and (tile := review.linked(query["mask"])):
                 self._send(200, tile, "text/html")
             else:

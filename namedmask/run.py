@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -160,10 +161,10 @@ def settle(
         differences = old.differences(new) if old else []
         keeps = old is not None and has_results and not overwrite
         kept_import = old.made_with.get(IMPORTED) if old and keeps else None
-        if keeps:
+        if old and keeps:
             if imported:
                 raise UserError(f"{out} has results of `{stage.name}` already; --overwrite replaces them")
-            _expect_continuation(out, stage, kept_import, differences, update)
+            _expect_continuation(out, stage, old, differences, update)
         if update and keeps and not kept_import:
             changed = differences or any(one.name in stage.made_from for one in outdated)
             if changed or stage.outdated(out, config, source):
@@ -214,18 +215,17 @@ def settle(
     return config
 
 
-def _expect_continuation(
-    out: Path, stage: Stage, kept_import: str | None, differences: Sequence[str], update: bool
-) -> None:
+def _expect_continuation(out: Path, stage: Stage, old: StageRecord, differences: Sequence[str], update: bool) -> None:
     """Raises UserError if a stage cannot go on from its results.
 
     Args:
         out: The run folder.
         stage: A stage that has results.
-        kept_import: Where they were imported from; None: the stage has made them.
+        old: Their record.
         differences: Settings that differ from those that they were made with.
         update: Accept differences that only make the run grow.
     """
+    kept_import = old.made_with.get(IMPORTED)
     if kept_import and not stage.continues_imported:
         raise _imported(out, stage, kept_import)
     if kept_import and differences:
@@ -235,6 +235,8 @@ def _expect_continuation(
             f"`namedmask {_command(stage, out)} --overwrite`)"
         )
     grows = all(line.startswith(GROWING) for line in differences)
+    if differences and grows and not update and LEFT_BEHIND in old.made_with:  # the user has given no other options
+        raise UserError(f"{_left_behind(out)}: {'; '.join(differences)}")
     if differences and not (update and grows):
         updates = ", bring it up to date with --update, which computes only what is new" if grows else ""
         raise UserError(
@@ -496,8 +498,11 @@ def _log_outdated(out: Path, stages: Sequence[str]) -> None:
             again = f"`namedmask {_command(stage, out)}` makes what is new"
             logger.info(f"the results of `{name}` are out of date: {again}")
     if "train" in record.stages and LEFT_BEHIND in record.stages["train"].made_with:
-        again = f"`namedmask train {out} --update` trains another one"
-        logger.info(f"{out / 'segmenter'} is from before the update: {again}")
+        logger.info(_left_behind(out))
+
+
+def _left_behind(out: Path) -> str:
+    return f"{out / 'segmenter'} is from before the update; `namedmask train {out} --update` trains another one"
 
 
 def _remove_outdated(out: Path, stages: Sequence[str]) -> None:
@@ -510,6 +515,8 @@ def _remove_outdated(out: Path, stages: Sequence[str]) -> None:
 
 def _announce(out: Path, config: RunConfig, stages: Sequence[str], device: str) -> None:
     """Logs how long a long run will take, before it starts. One that continues shows its time as progress alone."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
     from .estimate import MEASURED, announce
     from .threads import limit_torch_threads
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ class Selection:
     """Cuts by score, applied to each category in this order. None: no cut.
 
     Attributes:
-        min_score: Keep masks with at least this score.
+        min_score: Keep masks with at least this score, in [0, 1].
         keep_fraction: Keep this fraction of the remaining masks, in (0, 1], best scores first, but at least one mask.
         per_category: Keep at most this many of the remaining masks, at least 1, best scores first.
 
@@ -31,8 +30,8 @@ class Selection:
     per_category: int | None = None
 
     def __post_init__(self) -> None:
-        if self.min_score is not None and math.isnan(self.min_score):
-            raise ValueError(f"min_score: expected a number, got {self.min_score!r}")
+        if self.min_score is not None and not 0 <= self.min_score <= 1:
+            raise ValueError(f"min_score: expected a number from 0 to 1, got {self.min_score!r}")
         if self.keep_fraction is not None and not 0 < self.keep_fraction <= 1:
             raise ValueError(f"keep_fraction: expected a number above 0 and at most 1, got {self.keep_fraction!r}")
         if self.per_category is not None and self.per_category < 1:

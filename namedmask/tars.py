@@ -3,6 +3,7 @@
 
 The index of a tar at a URL is also kept on disk, in `$XDG_CACHE_HOME/namedmask/tars` (default `~/.cache`), one file of
 about 20 bytes per photo for each tar. It serves while size, ETag and time of the tar are the same, and may be deleted.
+Above `STORED_BYTES`, the files that were used longest ago are removed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from .urls import clean_url
 MAX_SHARDS = 1_000_000  # of a pattern
 FAR = 1 << 18  # bytes between two headers of a remote tar, above which the second is requested alone
 HEADER_BYTES = 4096  # that are requested for a header; long names have three
+STORED_BYTES = 512 << 20  # of indexes on disk
+TIDY_EVERY = 256  # indexes that a process stores; listing all files each time would take long
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -142,6 +145,7 @@ def _stored(file: RemoteFile) -> TarIndex:
     with contextlib.suppress(Exception):  # absent, damaged, or of another tar: scan it again
         data = json.loads(gzip.decompress(path.read_bytes()))
         if data["stamp"] == file.stamp:
+            os.utime(path)
             members = {name: place and (int(place[0]), int(place[1])) for name, place in data["members"].items()}
             return TarIndex(members, data["problem"])
     index = _scan(cast(BinaryIO, _Headers(file)), file.size)
@@ -149,7 +153,22 @@ def _stored(file: RemoteFile) -> TarIndex:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as out:
             out.write(gzip.compress(json.dumps({"url": url, "stamp": file.stamp, **index._asdict()}).encode()))
+        if next(_stores) % TIDY_EVERY == 0:
+            _tidy(cache)
     return index
+
+
+_stores = itertools.count()
+
+
+def _tidy(cache: Path) -> None:
+    """Removes the files in a folder that were used longest ago, until `STORED_BYTES` are left."""
+    used = 0
+    files = [(path.stat(), path) for path in cache.iterdir()]
+    for status, path in sorted(files, key=lambda file: file[0].st_mtime_ns, reverse=True):
+        used += status.st_size
+        if used > STORED_BYTES:
+            path.unlink(missing_ok=True)
 
 
 class _Headers:

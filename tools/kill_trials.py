@@ -3,9 +3,9 @@
 
     python tools/kill_trials.py --trials 20 --seed 0
 
-The commands are `run`, `experts` and `train`, each with one and with two workers, and `segment`, on 24 small synthetic
-photos. A trial sends SIGKILL, SIGTERM or SIGINT (Ctrl-C) to the command or, if it has workers, to one of them, at a
-random time between its start and the usual end. It then counts
+The commands are `run`, `experts` and `train`, `run --update` and `experts` after it, and `segment`, each with one and
+with two workers, on 24 small synthetic photos. A trial sends SIGKILL, SIGTERM or SIGINT (Ctrl-C) to the command or,
+if it has workers, to one of them, at a random time between its start and the usual end. It then counts
 
 - survivors: processes of the command that still run 5 seconds after it has ended
 - messages: commands that answered SIGTERM or SIGINT by something else than one line and exit code 143 or 130
@@ -35,18 +35,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "pipeline"))
 from small_world import draw_photos, write_embeddings
 
 PHOTOS = 24
-CATEGORIES = ("--categories", "cat,dog")
 # The order of settings, times and running means differ between runs with the same results.
 IGNORED = {"run.toml", "stages.json", "metrics.jsonl", "checkpoint.pt", ".lock"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 class Case(NamedTuple):
-    """A command: its name, number of workers, arguments, and the stages that its run folder must have already."""
+    """A command.
+
+    Attributes:
+        name: Of its output folders.
+        workers: Number of workers.
+        words: The command with its arguments, but --out or OUT.
+        before: The folder of the run that it continues.
+    """
 
     name: str
     workers: int
-    arguments: tuple[str, ...]
+    words: tuple[str, ...]
     before: str | None
 
 
@@ -59,29 +65,45 @@ class World:
         embeddings = write_embeddings(folder / "embeddings.safetensors", names)
         backbone, encoder = folder / "vit.safetensors", folder / "encoder.safetensors"
         _write_weights(backbone, encoder)
-        photos = str(folder / "photos")
+        photos, fewer = str(folder / "photos"), folder / "fewer photos"
+        fewer.mkdir()
+        for name in names[: PHOTOS // 4] + names[PHOTOS // 2 :]:
+            (fewer / name).hardlink_to(folder / "photos" / name)
         detector = ("--backbone", "vit_tiny_patch16_224", "--backbone-weights", str(backbone), "--image-size", "96")
-        label = (photos, *CATEGORIES, "--embeddings", str(embeddings), *detector, "--set", "pseudolabel.shard_size=2")
+        label = ("--embeddings", str(embeddings), *detector, "--set", "pseudolabel.shard_size=2")
+        label += ("--set", "index.shard_size=4", "--photos-per-category", "16")
+        everything = ("run", photos, "--categories", "cat,dog", *label)
         training = ("--encoder", "test_resnet", "--encoder-weights", str(encoder), "--head-channels", "16")
         training += ("--crop-size", "48", "--batch-size", "4", "--steps", "60")
+        self.seconds: dict[Case, float] = {}
+        self.make(Case("small", 1, ("run", str(fewer), "--categories", "cat", *label), None))
+        self.make(Case("small-experts", 1, ("experts", *training), "small-1"))
+        self.make(Case("grown", 1, (*everything, "--update"), "small-experts-1"))
         self.cases = [
-            case
+            self.make(Case(name, workers, words, before))
             for workers in (1, 2)
-            for case in (
-                Case("run", workers, label, None),
-                Case("experts", workers, training, "run-1"),
-                Case("train", workers, training, "run-1"),
+            for name, words, before in (
+                ("run", everything, None),
+                ("experts", ("experts", *training), "run-1"),
+                ("train", ("train", *training), "run-1"),
+                ("update", (*everything, "--update"), "small-1"),
+                ("update-experts", ("experts", *training), "grown-1"),
+                ("segment", ("segment", str(folder / "train-1" / "segmenter"), photos), None),
             )
         ]
-        segment = (str(folder / "train-1" / "segmenter"), photos)
-        self.cases += [Case("segment", workers, segment, None) for workers in (1, 2)]
-        self.seconds: dict[Case, float] = {}
-        for case in self.cases:
-            start = time.monotonic()
-            done = subprocess.run(self.command(case, self.finished(case)), capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{case.name} failed: {done.stderr}")
-            self.seconds[case] = time.monotonic() - start
+        for name, other in (("update", "run"), ("update-experts", "experts")):
+            found, expected = (digests(folder / f"{one}-1") for one in (name, other))
+            if found | {"report.html": ""} != expected | {"report.html": ""}:  # it shows that there was an update
+                raise SystemExit(f"the results of {name} differ from those of {other}")
+
+    def make(self, case: Case) -> Case:
+        """Runs a case to its end."""
+        start = time.monotonic()
+        done = subprocess.run(self.command(case, self.finished(case)), capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{case.name} failed: {done.stderr}")
+        self.seconds[case] = time.monotonic() - start
+        return case
 
     def finished(self, case: Case) -> Path:
         return self.folder / f"{case.name}-{case.workers}"
@@ -90,10 +112,10 @@ class World:
         """The command line of a case; puts into `out` what the command starts from."""
         if case.before and not out.exists():
             shutil.copytree(self.folder / case.before, out)
-        words = [sys.executable, "-m", "namedmask", case.name]
-        if case.name in ("experts", "train"):
-            return [*words, str(out), *case.arguments, "--workers", str(case.workers)]
-        return [*words, *case.arguments, "--out", str(out), "--workers", str(case.workers)]
+        command, *arguments = case.words
+        where = [str(out)] if command in ("experts", "train") else ["--out", str(out)]
+        words = [sys.executable, "-m", "namedmask", command, *where, *arguments]
+        return [*words, "--workers", str(case.workers)]
 
 
 def _write_weights(backbone: Path, encoder: Path) -> None:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import io
 import re
 
+from ..decoding import pixels_of
 from ..errors import UserError
 from ..formats import encode, encode_label_map, label_palette
-from ..photos import pixels_of
 from .dataset import JPEG_QUALITY, TRAIN, VAL, Dataset, Item, printable
 from .png import list_photos
 

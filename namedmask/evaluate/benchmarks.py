@@ -22,8 +22,8 @@ from ..decoding import MAX_PIXELS
 from ..errors import DamagedFile, UserError
 from ..files import read_bytes
 from ..formats import read_label_map
-from ..photos import PHOTO_SUFFIXES
 from ..presets import benchmarks
+from ..suffixes import PHOTO_SUFFIXES
 from . import BenchmarkName
 from .folders import Truth
 
@@ -221,32 +221,63 @@ def _read_mapped(path: Path, table: np.ndarray) -> np.ndarray:
     return table[labels]
 
 
+class Instance(NamedTuple):
+    """An annotation of a COCO file.
+
+    Attributes:
+        label: The label of its category; None: of no class.
+        segmentation: Polygons or run lengths.
+        number: Its id.
+        crowd: Whether it is a region with several objects that are not separated (`iscrowd`).
+    """
+
+    label: int | None
+    segmentation: Any
+    number: int
+    crowd: bool = False
+
+    def mask(self, height: int, width: int) -> np.ndarray:
+        """Its pixels, bool [height, width]. Raises ValueError if its segmentation is damaged."""
+        try:
+            return _rasterized(self.segmentation, height, width)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise ValueError(f"the segmentation of annotation {self.number} is damaged: {error}") from None
+
+
 class Instances(NamedTuple):
     """The instances of a photo in a COCO file.
 
     Attributes:
         size: (height, width) of the photo.
-        instances: Label, segmentation and id of each, in the order of the file. The label None is of no class.
+        instances: The annotations in the order of the file.
     """
 
     size: tuple[int, int]
-    instances: list[tuple[int | None, Any, int]]
+    instances: list[Instance]
 
-    def labels(self, only: int | None = None) -> np.ndarray:
-        """Paints the instances in their order, later ones over earlier ones; `only` those of this label.
+    def labels(self) -> np.ndarray:
+        """Paints the instances of all classes in their order, later ones over earlier ones: uint16 [height, width].
 
         Raises:
             ValueError: If a segmentation is damaged.
         """
         labels = np.zeros(self.size, np.uint16)
-        for label, segmentation, number in self.instances:
-            if label is None or only not in (None, label):
-                continue
-            try:
-                labels[_rasterized(segmentation, *self.size)] = label
-            except (ValueError, TypeError, KeyError, OverflowError) as error:
-                raise ValueError(f"the segmentation of annotation {number} is damaged: {error}") from None
+        for instance in self.instances:
+            if instance.label is not None:
+                labels[instance.mask(*self.size)] = instance.label
         return labels
+
+    def masks(self, label: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pixels of the objects with this label, and those of crowd regions around them, bool [height, width].
+
+        Raises:
+            ValueError: If a segmentation is damaged.
+        """
+        objects, crowds = np.zeros((2, *self.size), bool)
+        for instance in self.instances:
+            if instance.label == label:
+                (crowds if instance.crowd else objects)[instance.mask(*self.size)] = True
+        return objects, crowds & ~objects
 
 
 def read_instances(path: Path, label_of: Callable[[str], int | None], remedy: str) -> dict[str, Instances]:
@@ -263,11 +294,14 @@ def read_instances(path: Path, label_of: Callable[[str], int | None], remedy: st
     try:
         content = json.loads(read_bytes(path))
         labels = {category["id"]: label_of(str(category["name"])) for category in content["categories"]}
-        instances: dict[int, list[tuple[int | None, Any, int]]] = {image["id"]: [] for image in content["images"]}
+        instances: dict[int, list[Instance]] = {image["id"]: [] for image in content["images"]}
         for one in content["annotations"]:
             if one["image_id"] not in instances:
                 raise ValueError(f"annotation {one['id']} is of image {one['image_id']}, which is not listed")
-            instances[one["image_id"]].append((labels[one["category_id"]], one["segmentation"], one["id"]))
+            instance = Instance(
+                labels[one["category_id"]], one["segmentation"], one["id"], bool(one.get("iscrowd", False))
+            )
+            instances[one["image_id"]].append(instance)
         photos = {}
         for image in content["images"]:
             name, size = str(image["file_name"]), (int(image["height"]), int(image["width"]))

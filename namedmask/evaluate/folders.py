@@ -17,8 +17,8 @@ from ..distributed import Worker
 from ..errors import DamagedFile, UserError
 from ..files import atomic_write, read_bytes
 from ..formats import BACKGROUND, read_label_map
-from ..photos import is_hidden
 from ..progress import Progress, warn
+from ..suffixes import is_hidden
 from ..threads import map_ahead, thread_count
 from .metrics import Confusion
 
@@ -52,7 +52,7 @@ def label_maps(folder: Path) -> dict[str, Path]:
         UserError: If there are none, or if two have the same name.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder of PNG masks")
+        raise UserError(f"{folder} is not a folder of PNG masks" if folder.exists() else f"{folder} does not exist")
     maps: dict[str, Path] = {}
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".png"):
         relative = path.relative_to(folder)

@@ -203,7 +203,11 @@ def read_png_labels(folder: Path, categories: Sequence[str], ignore: int | None,
 
 
 def read_coco_labels(path: Path, categories: Sequence[str]) -> Labels:
-    """The photos in a COCO file of instances that have an annotation; categories match as in `benchmarks.key_of`."""
+    """The photos in a COCO file of instances that have an annotation; categories match as in `benchmarks.key_of`.
+
+    Crowd regions of a category (`iscrowd`) are ignored where no object of it is, as in COCO's own evaluation. In a file
+    that has nothing else they are objects: CVAT marks every painted mask as a crowd.
+    """
     label_of = {key_of(name): label for label, name in enumerate(categories, 1)}
     labeled: set[int | None] = set()
 
@@ -213,16 +217,23 @@ def read_coco_labels(path: Path, categories: Sequence[str]) -> Labels:
 
     photos = read_instances(path, label, "export it again, as COCO instances")
     photos = {name: photo for name, photo in photos.items() if photo.instances}
+    if not photos:
+        raise UserError(f"{path} has no annotation")
+    crowd = [instance.crowd for photo in photos.values() for instance in photo.instances]
+    ignored = 0 if all(crowd) else sum(crowd)
+    if ignored:
+        warn(
+            f"{path}: {ignored} of {len(crowd)} annotations are crowd regions, which are ignored. CVAT marks all "
+            "painted masks so: where they are objects, set iscrowd to 0"
+        )
 
     def read(name: str, category: str) -> tuple[np.ndarray, np.ndarray]:
         try:
-            shown = photos[name].labels(label_of[key_of(category)]) > 0
+            objects, crowds = photos[name].masks(label_of[key_of(category)])
         except ValueError as error:
             raise UserError(f"{path}: {name}: {error}") from None
-        return shown, np.zeros(shown.shape, bool)
+        return (objects, crowds) if ignored else (objects | crowds, np.zeros_like(crowds))
 
-    if not photos:
-        raise UserError(f"{path} has no annotation")
     where = {name: f"{path}: {name}" for name in photos}
     return Labels(where, read, [name for name in categories if label_of[key_of(name)] in labeled])
 

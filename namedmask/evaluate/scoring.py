@@ -16,12 +16,14 @@ import numpy as np
 from ..archive import read_archive
 from ..config import RunConfig
 from ..console import plain_console
+from ..decoding import as_stored
 from ..distributed import Worker
 from ..errors import UserError
 from ..formats import BACKGROUND, read_label_map
 from ..masks import MaskRecord, best_masks, read_masks
-from ..photos import PHOTO_SUFFIXES, SEGMENT_RECORD, PhotoError, PhotoSource, as_stored
+from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
 from ..progress import Progress, warn
+from ..suffixes import PHOTO_SUFFIXES
 from ..threads import map_ahead, thread_count
 from .benchmarks import BENCHMARKS, Split, category_names, key_of, read_gray
 from .folders import Confusion, as_json, compare, label_maps, print_table, read_categories

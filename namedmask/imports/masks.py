@@ -17,11 +17,12 @@ from ..config import PseudolabelConfig
 from ..errors import UserError
 from ..files import absolute, make_folder
 from ..masks import ErrorRecord, MaskRecord, errors_path, mask_score, run_lengths, write_errors, write_shard
-from ..photos import PHOTO_SUFFIXES, PhotoError, decode_ahead, open_source
+from ..photos import PhotoError, decode_ahead, open_source
 from ..progress import warn
 from ..pseudolabel import Work, shard_path, work_of
 from ..record import read_config, read_record
 from ..run import locked
+from ..suffixes import PHOTO_SUFFIXES
 from . import category_of, imported_results, match_photos, read_json, some, unreadable
 
 OBJECT = "object"  # the category of masks that are imported without an archive

@@ -8,10 +8,10 @@ const find = (selector, root = document) => root.querySelector(selector);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 const data = JSON.parse(find("#data").textContent);
 const gallery = find("#masks-by-category"), list = find(".contents"), dialog = find("dialog");
-const tiles = () => all("section:not([hidden]) .tile", gallery);
+const tiles = () => all("section:not([hidden]) .tile:not([hidden])", gallery);
 const counted = value => value.toLocaleString("en-US");
 
-// -- search and order of the categories
+// -- search for categories and photos, order of the categories
 
 const entries = [...list.children].map((item, number) => ({
   item, number, section: all(".category")[number], name: find(".name", item).textContent, ...item.dataset,
@@ -22,15 +22,35 @@ const orders = {
   count: (a, b) => b.count - a.count,
   mean: (a, b) => (a.mean || Infinity) - (b.mean || Infinity),
 };
-find("#find").addEventListener("input", event => {
-  const query = event.target.value.trim().toLowerCase();
+const searched = () => find("#find").value.trim().toLowerCase();
+find("#find").addEventListener("input", async () => {
+  const query = searched(), found = data.served && query ? await categoriesWith(query) : [];
+  if (query !== searched()) return;  // meanwhile, something else is searched for
   for (const { item, section, name } of entries) {
-    item.hidden = section.hidden = !name.toLowerCase().includes(query);
+    const photo = name.toLowerCase().includes(query) ? "" : query;  // a category that matches shows all of its masks
+    const shown = data.served ? !photo || found.includes(Number(section.dataset.category)) : showPhotos(section, photo);
+    item.hidden = section.hidden = !shown;
+    if (data.served && shown && (section.dataset.photo ?? "") !== photo) {
+      section.dataset.photo = photo;
+      restart(section);
+    }
   }
   const none = find("#no-match");
   none.hidden = entries.some(({ item }) => !item.hidden);
-  none.textContent = `No category matches “${event.target.value.trim()}”.`;
+  none.textContent = `No category and no photo ${data.served ? "" : "on this page "}matches “${find("#find").value.trim()}”.`;
 });
+async function categoriesWith(photo) {
+  const answer = await fetch(`search?${new URLSearchParams({ photo })}`).catch(() => undefined);
+  return answer?.ok ? answer.json() : [];
+}
+function showPhotos(section, photo) {
+  const matches = all(".tile", section).filter(tile => {
+    tile.hidden = !find(".name", tile).textContent.toLowerCase().includes(photo);
+    return !tile.hidden;
+  });
+  for (const part of all(".tiles", section)) part.previousElementSibling.hidden = !find(".tile:not([hidden])", part);
+  return !photo || matches.length > 0;
+}
 find("#sort").addEventListener("change", event => {
   entries.sort(orders[event.target.value]);
   list.append(...entries.map(entry => entry.item));
@@ -294,7 +314,8 @@ const watcher = new IntersectionObserver(seen => {
 async function load(more) {
   watcher.unobserve(more);
   const section = more.closest(".category");
-  const query = { category: section.dataset.category, from: more.dataset.from, show: find("#show").value };
+  const { category, photo = "" } = section.dataset;
+  const query = { category, photo, from: more.dataset.from, show: find("#show").value };
   const answer = await fetch(`tiles?${new URLSearchParams(query)}`).catch(() => undefined);
   if (!more.isConnected) return;  // another order was chosen meanwhile
   if (!answer?.ok) {
@@ -305,15 +326,16 @@ async function load(more) {
   all(".more[data-from]", section).forEach(item => watcher.observe(item));
   showCuts();
 }
-find("#show")?.addEventListener("change", () => {
-  for (const tiles of all(".category .tiles")) {
+function restart(section) {
+  for (const tiles of all(".tiles", section)) {
     const more = document.createElement("li");
     more.className = "more";
     more.dataset.from = 0;
     tiles.replaceChildren(more);
     watcher.observe(more);
   }
-});
+}
+find("#show")?.addEventListener("change", () => all(".category").forEach(restart));
 all(".tile").forEach(prepareTile);
 all(".more[data-from]", gallery).forEach(more => watcher.observe(more));
 if (data.served) find("#save").hidden = true;

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .. import hub
+from ..decoding import pixels_of
 from ..files import atomic_write, make_folder
 from ..formats import BACKGROUND
 from ..memory import BATCH_PIXELS, processing_budget
-from ..photos import Photo, PhotoError, PhotoSource, decode_ahead, pixels_of
+from ..photos import Photo, PhotoError, PhotoSource, decode_ahead
 from ..threads import map_batches
 from .card import model_card
 from .deeplab import DeepLab, load_segmenter, on_device, save_segmenter
@@ -239,7 +240,7 @@ class Segmenter:
         On one machine, the result does not depend on the number of threads.
 
         Args:
-            image: RGB image, uint8 [H, W, 3], any other image that `photos.pixels_of` takes, or a path. EXIF
+            image: RGB image, uint8 [H, W, 3], any other image that `decoding.pixels_of` takes, or a path. EXIF
                 orientation of PIL images and files is applied.
 
         Returns:

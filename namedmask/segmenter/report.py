@@ -21,17 +21,10 @@ from ..errors import DamagedFile, UserError
 from ..files import absolute, atomic_write
 from ..formats import encode, label_palette, read_label_map
 from ..memory import MemoryBudget
+from ..pages import read_some_errors, template
+from ..pages.pictures import BYTES_PER_PIXEL, Picture, data_uri, draw_thumbnail, thumbnail_size
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
 from ..record import read_record
-from ..report import (
-    BYTES_PER_PIXEL,
-    Picture,
-    data_uri,
-    draw_thumbnail,
-    read_some_errors,
-    template,
-    thumbnail_size,
-)
 from ..threads import map_ahead, thread_count
 from .folder import mask_path, overlay_path, read_scores, segmented_categories, segmented_photos
 

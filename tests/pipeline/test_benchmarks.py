@@ -22,6 +22,7 @@ from namedmask.errors import UserError
 from namedmask.evaluate import BenchmarkName, saliency
 from namedmask.evaluate.benchmarks import (
     BENCHMARKS,
+    Instance,
     Instances,
     _rasterized,
     category_names,
@@ -546,9 +547,13 @@ def test_segmentations_of_coco():
     ):
         with pytest.raises(ValueError, match=message):
             _rasterized(segmentation, 4, 6)
-    photo = Instances((4, 6), [(3, [square], 1), (None, [square], 5), (7, columns | {"counts": [0, 6, 18]}, 2)])
+    top = Instance(7, columns | {"counts": [0, 6, 18]}, 2, crowd=True)
+    photo = Instances((4, 6), [Instance(3, [square], 1), Instance(None, [square], 5), top])
     painted = photo.labels()
-    assert (photo.labels(3) == 3 * _rasterized([square], 4, 6)).all()
+    for label, kind in ((3, 0), (7, 1)):
+        expected = np.zeros((2, 4, 6), bool)
+        expected[kind] = _rasterized([square], 4, 6) if label == 3 else top.mask(4, 6)
+        assert (photo.masks(label) == expected).all()
     assert painted[:, 0].tolist() == [7] * 4 and painted[:2, 1].tolist() == [7, 7]
     assert (painted[2, 1:4] == 3).all() and painted[3].tolist() == [7, 0, 0, 0, 0, 0]
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from namedmask import cli, config, presets
+from namedmask import cli, command_line, config, presets
 from namedmask.errors import NothingUsable, UserError
 from namedmask.process import Interrupted
 from namedmask.record import RunRecord, StageRecord
@@ -62,7 +62,7 @@ def test_every_flag_is_in_the_help_of_its_command(setting):
     shown = lines[at:].split(" --")[0] if setting.kind is not bool else lines[at:]
     assert setting.field.description in shown and setting.limits in shown
     if setting.field.default not in (None, []):
-        default = cli._option(setting).__metadata__[0].help.split("default: ")[1].rstrip("]")
+        default = command_line.option(setting).__metadata__[0].help.split("default: ")[1].rstrip("]")
         assert f"default: {default}]" in shown
         if setting.kind is not bool:
             assert setting.parse(default) == setting.field.default
@@ -92,12 +92,12 @@ def test_set_and_config_reach_every_setting(setting, tmp_path):
         text = "something" if default is None and not setting.name.endswith("steps") else "17"
     sections = [setting.name.split(".")[0]]
     detector = {"name": "cluster-vote"} if setting.name == "detector.more_backbones" else {}
-    given = cli.given_settings(sections, None, [f"{setting.name}={text}"], {})
+    given = command_line.given_settings(sections, None, [f"{setting.name}={text}"], {})
     made = config.make_config(config.merge({"photos": "p", "detector": detector}, given))
     value = config.flatten(made.model_dump())[setting.name]
     assert value != default or setting.name == "experts.paste_objects"
     (tmp_path / "run.toml").write_text(config.to_toml(made, {"torch": "2"}))
-    again = cli.given_settings(sections, tmp_path / "run.toml", [], {})
+    again = command_line.given_settings(sections, tmp_path / "run.toml", [], {})
     read = config.flatten(config.make_config(again).model_dump())
     assert read[setting.name] == value
 
@@ -105,11 +105,11 @@ def test_set_and_config_reach_every_setting(setting, tmp_path):
 def test_paths_of_files_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pairs = ["detector.name=cluster-vote", "detector.more_backbones=vit_a, vit_b=w/b.safetensors"]
-    given = cli.given_settings(["detector"], None, [*pairs, "detector.weights=w"], {})
+    given = command_line.given_settings(["detector"], None, [*pairs, "detector.weights=w"], {})
     assert given["detector"]["more_backbones"] == ["vit_a", f"vit_b={tmp_path}/w/b.safetensors"]
     assert given["detector"]["weights"] == str(tmp_path / "w")
     (tmp_path / "c.toml").write_text("photos = 'p'\n[detector]\nbackbone_weights = 'b'\n")
-    given = cli.given_settings(["detector"], tmp_path / "c.toml", [], {})
+    given = command_line.given_settings(["detector"], tmp_path / "c.toml", [], {})
     assert given == {"photos": str(tmp_path / "p"), "detector": {"backbone_weights": str(tmp_path / "b")}}
 
 
@@ -155,11 +155,11 @@ def test_a_damaged_config_file_is_one_line(tmp_path, content):
 
 def test_categories_from_a_file(tmp_path):
     (tmp_path / "names.txt").write_text("\ufeffcat\n\n traffic light \n")
-    assert cli.read_names(tmp_path / "names.txt") == ["cat", "traffic light"]
+    assert command_line.read_names(tmp_path / "names.txt") == ["cat", "traffic light"]
     for text in ("", "\n \n"):
         (tmp_path / "names.txt").write_text(text)
         with pytest.raises(UserError, match="no category name"):
-            cli.read_names(tmp_path / "names.txt")
+            command_line.read_names(tmp_path / "names.txt")
     both = ["archive", tmp_path, "--categories", "a", "--categories-file", tmp_path / "names.txt"]
     result = invoke(*both)
     assert result.exit_code == 2 and "not both" in result.stderr
@@ -178,7 +178,7 @@ def test_shell_completion(shell):
 def test_run_toml_resets_what_its_run_has_not_set(tmp_path):
     """TOML has no null. The settings of another run are all of its settings."""
     (tmp_path / "run.toml").write_text(config.to_toml(config.RunConfig(photos="p")))
-    file = cli.given_settings(["detector", "index"], tmp_path / "run.toml", [], {})
+    file = command_line.given_settings(["detector", "index"], tmp_path / "run.toml", [], {})
     recorded = {"photos": "p", "detector": {"weights": "/x"}, "index": {"embeddings": "/e"}}
     merged = config.make_config(config.merge(recorded, file))
     assert merged.detector.weights is None and merged.index.embeddings is None
@@ -535,7 +535,7 @@ def test_commands_without_arguments_show_their_help():
 )
 def test_notes_of_options(name, note):
     one = config.find_setting(name)
-    option = cli._option(one).__metadata__[0]
+    option = command_line.option(one).__metadata__[0]
     assert option.help == one.field.description + note
     flag = "--horizontal-flip/--no-horizontal-flip" if one.kind is bool else one.flag
     assert [option.default, *option.param_decls] == [flag]

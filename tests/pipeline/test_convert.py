@@ -153,6 +153,31 @@ def test_coco_is_read_by_pycocotools_and_torchvision(run, truth, tmp_path):
     assert found.keys() == truth.keys() and all((found[key] == mask).all() for key, mask in truth.items())
 
 
+def test_the_coco_importer_of_fiftyone_reads_all_masks(run, truth, tmp_path, monkeypatch):
+    monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "1")
+    coco = pytest.importorskip("fiftyone.utils.coco", reason="fiftyone is not installed")
+    result = convert(run, "coco", tmp_path / "out", Options(split=SPLIT))
+    found = {}
+    for split in result.photos:
+        importer = coco.COCODetectionDatasetImporter(  # Dataset.from_dir reads with it; a Dataset needs MongoDB
+            data_path=str(result.root),
+            labels_path=str(tmp_path / "out" / "annotations" / f"instances_{split}.json"),
+            label_types="segmentations",
+        )
+        with importer:
+            assert importer.get_dataset_info()["classes"] == CATEGORIES
+            assert len(importer) == result.photos[split]
+            for image, metadata, objects in importer:
+                for detection in objects.detections:
+                    mask = np.zeros((metadata.height, metadata.width), bool)
+                    x, y, *_ = detection.bounding_box
+                    left, top = round(x * metadata.width), round(y * metadata.height)
+                    height, width = detection.mask.shape
+                    mask[top : top + height, left : left + width] = detection.mask
+                    found[os.path.relpath(image, result.root), detection.label] = mask
+    assert found.keys() == truth.keys() and all((found[key] == mask).all() for key, mask in truth.items())
+
+
 @pytest.mark.parametrize("to", ["coco", "yolo-seg"])
 def test_supervision_reads_as_many_objects_as_there_are(to, run, truth, tmp_path):
     supervision = pytest.importorskip("supervision", reason="the extra `readers` is not installed")
@@ -629,7 +654,8 @@ def test_photos_that_cannot_be_used_are_left_out(run, records, tmp_path):
         (["--to", "coco", "--gray"], "--gray has no effect on --to coco"),
         (["--to", "coco", "--keep-fraction", "2"], "--keep-fraction: expected a number above 0"),
         (["--to", "coco", "--per-category", "0"], "--per-category: expected at least 1"),
-        (["--to", "coco", "--min-score", "2"], "lower --min-score"),
+        (["--to", "coco", "--min-score", "1"], "lower --min-score"),
+        (["--to", "coco", "--min-score", "3"], "--min-score: expected a number from 0 to 1, got 3.0"),
         (["--to", "coco", "--split", "1", "1", "1"], "sum to 1"),
         (["--to", "yolo"], "is not one of"),
     ],

@@ -9,8 +9,11 @@ import pytest
 from namedmask import estimate as estimating
 from namedmask.config import make_config
 from namedmask.errors import UserError
-from namedmask.estimate import Estimate, Row, duration, estimate
+from namedmask.estimate import Estimate, Row, estimate
+from namedmask.estimate.figures import duration
 from namedmask.index import read_shard
+from namedmask.photos import PhotoSource
+from namedmask.pipeline import Pipeline
 from small_world import command, draw_photos, write_embeddings
 
 pytestmark = pytest.mark.usefixtures("one_thread_in_module")
@@ -103,14 +106,29 @@ def test_models_without_weights(photos, tmp_path):
     assert train["count"] == 40 and train["seconds"] == pytest.approx(40 / train["rate"])
 
 
+def count_calls(monkeypatch, owner, name: str) -> list:
+    """The list to which calls of a function are added from now on."""
+    calls, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **options: (calls.append(args), original(*args, **options))[1])
+    return calls
+
+
 def test_a_long_run_says_how_long_it_takes(photos, tmp_path, monkeypatch):
     words = ["run", photos, "--categories", "cat", "--out", tmp_path / "run", "--gpus", "0", "--image-size", "64"]
     words += ["--clip-model", "namedmask-demo", "--backbone", "vit_namedmask_demo"]
     monkeypatch.setattr(estimating, "ANNOUNCE_WITHIN", 0.2)
     monkeypatch.setattr(estimating, "LONG", {"cpu": 6, "cuda": 6})
+    listings = count_calls(monkeypatch, PhotoSource, "names")
+    estimates = count_calls(monkeypatch, estimating, "_estimate")
     lines = command(*words).stdout.splitlines()
+    assert len(estimates) == 1 and len(listings) <= 3  # of the check, the line and the index
+    estimates.clear()
     assert lines[0].startswith("about ") and ": index " in lines[0] and ", pseudolabel " in lines[0]
     assert not any(line.startswith("about") for line in command(*words).stdout.splitlines())  # it continues
+    Pipeline(
+        photos, ["cat"], out=tmp_path / "silent", gpus=0, **{name: MODELS[name] for name in ("index", "detector")}
+    ).run()
+    assert not estimates  # nobody listens
     monkeypatch.setattr(estimating, "LONG", {"cpu": 7, "cuda": 7})
     assert estimating.announce(make_config({"photos": str(photos), "categories": ["cat"], **MODELS}), "cpu") is None
 
@@ -144,7 +162,7 @@ def test_the_table():
     assert lines[3].split() == ["experts:", "training", "0.5", "views/s", "9,000", "views", "5.00", "1.00", "12"]
     assert lines[5].split() == ["namedmask", "run", "10", "3.00", "3.00"]
     assert lines[6].split() == ["everything", "16", "4.00", "12"]
-    assert lines[8] == "memory is not enough: needed of what there is: disk 4.00 of 100 GB, memory 12 of 10 GB"
+    assert lines[8] == "needed: disk 4.00 of 100 GB, memory 12 of 10 GB (not enough)"
 
 
 @pytest.mark.parametrize(

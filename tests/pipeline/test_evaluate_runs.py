@@ -129,6 +129,22 @@ def test_ignored_pixels_do_not_count(run, tmp_path):
     assert figures_of(run, truth, "--ignore", 9)[0]["mean_iou"] == pytest.approx((1 + 2 / 3) / 3, abs=1e-6)
 
 
+def test_crowd_regions_are_ignored_unless_there_is_nothing_else(run, tmp_path):
+    truth = coco_file(tmp_path / "labels.json")
+    content = json.loads(truth.read_text())
+    crowds = [one | {"iscrowd": 1, "id": 9 + one["id"]} for one in content["annotations"]]
+    # The mask of cat/2.jpg has columns 0 to 3, its object columns 2 and 3; the crowd is all but the last two columns.
+    crowds[1]["segmentation"] = [[0, 0, 3, 0, 3, SIZE[0], 0, SIZE[0]]]
+    truth.write_text(json.dumps(content | {"annotations": [*content["annotations"], *crowds]}))
+    figures, done = figures_of(run, truth)
+    assert figures["categories"]["cat"]["mean_iou"] == 1.0
+    assert figures["categories"]["dog"]["mean_iou"] == 0.0  # crowds where objects are, change nothing
+    assert "4 of 8 annotations are crowd regions, which are ignored" in done.stderr
+    truth.write_text(json.dumps(content | {"annotations": crowds}))
+    figures, done = figures_of(run, truth)  # 3 of 4 columns
+    assert figures["categories"]["cat"]["mean_iou"] == (1 + 3 / 4) / 2 and "crowd" not in done.stderr
+
+
 def test_labels_without_folders_and_other_orders_of_categories(run, tmp_path):
     write_png(tmp_path / "flat", "2.png", columns(slice(2, 4)) * 2)
     (run / "masks" / "00000.jsonl").write_text((run / "masks" / "00000.jsonl").read_text().replace("dog/2", "dog/3"))
@@ -158,7 +174,7 @@ def test_errors_have_one_line(run, tmp_path):
     write_png(tmp_path / "other", "holiday.png", columns(slice(1, 2)))
     expect_error(f"no photo, such as 'cat/1.jpg', has the name of one in {tmp_path / 'other'}, such as 'holiday'",
                  tmp_path / "other")  # fmt: skip
-    expect_error("is not a folder of PNG masks", tmp_path / "none")
+    expect_error(f"{tmp_path / 'none'} does not exist", tmp_path / "none")
     truth = label_pngs(tmp_path / "truth")
     expect_error("shows the category of its photo", truth, "--categories", "bird,fish,cat,dog")
     expect_error("4 of 4 masks cannot be compared", truth, "--categories", "bird,fish")

@@ -145,13 +145,70 @@ def test_enlarged_view_compares_the_stages(page, out):
     expect(tile(page, "disc", 2).locator(".frame")).to_be_focused()
 
 
-def test_search_without_a_match_says_so(page, out):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_has_a_contrast_of_4_5(browser, out, scheme):
+    page = browser.new_page(color_scheme=scheme)
+    (out.parent / "photos" / "03.png").unlink()
     page.goto(write_report(out).as_uri())
-    page.get_by_label("Search").fill("ROUND")
-    assert page.locator(".category:visible").count() == 1 and not page.locator("#no-match").is_visible()
-    page.get_by_label("Search").fill("zebra")
-    assert page.locator("#no-match").text_content() == "No category matches “zebra”."
-    assert page.locator("#no-match").is_visible() and page.locator(".category:visible").count() == 0
+    tile(page, "disc", 0).locator(".frame").focus()
+    for key in "ard":
+        page.keyboard.press(key)
+    low = page.evaluate("""() => {
+      const channels = color => color.match(/[\\d.]+/g).map(Number);
+      const linear = value => value <= 10 ? value / 3294 : ((value / 255 + 0.055) / 1.055) ** 2.4;
+      const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+      const behind = element => {
+        const color = channels(getComputedStyle(element).backgroundColor);
+        return color[3] === 0 ? behind(element.parentElement) : color;
+      };
+      const hasText = one => [...one.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+      const texts = [...document.querySelectorAll("body *")].filter(one => hasText(one) && one.getClientRects().length);
+      if (texts.length < 300) throw new Error(`${texts.length} texts`);
+      return texts.filter(one => {
+        const pair = [channels(getComputedStyle(one).color), behind(one)].map(luminance).sort((a, b) => a - b);
+        return (pair[1] + 0.05) / (pair[0] + 0.05) < 4.5;
+      }).map(one => one.outerHTML);
+    }""")
+    page.close()
+    assert low == []
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_search_finds_categories_and_photos(page, out, served):
+    with serve(out) as server:
+        page.goto(server.url if served else write_report(out).as_uri())
+        tile(page, "disc", 0).wait_for()
+        expect(page.locator(".category").nth(1).locator("h3").first).to_be_attached()
+
+        def search(text: str, shown: dict[str, int]) -> None:
+            """Searches, and expects the number of tiles of each category that is shown."""
+            page.get_by_label("Search").fill(text)
+            for section, name in zip(page.locator(".category").all(), NAMES, strict=True):
+                expect(section).to_be_visible() if name in shown else expect(section).to_be_hidden()
+                if name in shown:
+                    section.scroll_into_view_if_needed()  # the served page loads what comes into view
+                    expect(section.locator(".tile:visible")).to_have_count(shown[name])
+            expect(page.locator(".contents li:visible")).to_have_count(len(shown))
+
+        search("ROUND", {OTHER: 3})
+        search("00.PNG", {"disc": 1, OTHER: 1})  # a name of a photo of both
+        if not served:  # no title above no tile
+            assert page.locator(".category h3:visible").count() == 2
+        tile(page, "disc", 0).locator(".frame").focus()
+        page.keyboard.press("ArrowRight")
+        assert page.evaluate("JSON.parse(document.activeElement.closest('.tile').dataset.key)[1]") == OTHER
+        search("a folder with", {OTHER: 1})
+        search(r"caf\udce9", {OTHER: 1})  # as the page shows it
+        search("zebra", {})
+        where = "" if served else "on this page "
+        assert page.locator("#no-match").text_content() == f"No category and no photo {where}matches “zebra”."
+        assert page.locator("#no-match").is_visible()
+        page.get_by_label("Search").fill("")
+        expect(page.locator(".category:visible")).to_have_count(3)
+        page.locator(".category").nth(1).scroll_into_view_if_needed()
+        expect(page.locator(".category").nth(1).locator(".tile:visible")).to_have_count(3)
+        expect_layout(page)
+        server.shutdown()
 
 
 def test_served_page_saves_at_once(page, out):

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from namedmask import decoding, photos, tars
-from namedmask.photos import PhotoError, PhotoSource, as_stored, decode_ahead, pixels_of
+from namedmask.decoding import as_stored, pixels_of
+from namedmask.photos import PhotoError, PhotoSource, decode_ahead
 
 
 def scene(height=24, width=40):

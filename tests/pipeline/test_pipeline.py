@@ -171,7 +171,10 @@ def test_a_run_is_updated(world, tmp_path):
     with pytest.raises(UserError, match="not both"):
         grown.run(update=True, overwrite=True)
     assert first.categories == ["cat"]
-    assert grown.run(update=True).categories == ["cat", "dog"]
+    assert grown.archive(update=True).categories == ["cat", "dog"]
+    assert {record.category for record in grown.pseudolabel(update=True).masks()} == {"cat", "dog"}
+    assert grown.index(update=True).stages == ["index", "archive", "pseudolabel"]
+    grown.run(update=True)
     assert {record.category for record in first.masks()} == {"cat", "dog"}
 
 
@@ -214,7 +217,7 @@ def test_a_review_applies_to_the_best_masks(made, monkeypatch):
         )
         best = list(run.masks())
         assert len(best) == len(run) == 7 and second in best
-        assert second in run.masks(selection=Selection(min_score=2.0))  # a person has chosen it
+        assert second in run.masks(selection=Selection(min_score=1.0))  # a person has chosen it
         assert list(run.masks("detector")) == detected
     finally:
         (run.path / "review.jsonl").unlink()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Photos at URLs, from servers of the standard library on this machine: with and without ranges, and with failures."""
 
+import gzip
 import io
 import json
 import os
@@ -247,6 +248,26 @@ def test_index_of_a_tar_is_read_once(server, tmp_path):
     stored.write_bytes(b"damaged")
     forget()
     assert list(PhotoSource(f"{server.url}/0.tar")) == ["0.tar/new.png"]
+
+
+def test_indexes_on_disk_that_were_used_longest_ago_are_removed(server, tmp_path, monkeypatch):
+    cache = tmp_path / "cache" / "namedmask" / "tars"
+    for number in range(4):
+        server.files[f"/{number}.tar"] = tar_of({f"{number}.png": png(number)})
+        list(PhotoSource(f"{server.url}/{number}.tar"))
+    files = {json.loads(gzip.decompress(path.read_bytes()))["url"][-5]: path for path in cache.iterdir()}
+    assert sorted(files) == ["0", "1", "2", "3"]
+    for number, path in files.items():
+        os.utime(path, (int(number), int(number)))
+    forget()
+    list(PhotoSource(f"{server.url}/0.tar"))  # from disk, which is a use
+    monkeypatch.setattr(tars, "STORED_BYTES", sum(files[number].stat().st_size for number in "03"))
+    tars._tidy(cache)
+    assert set(cache.iterdir()) == {files["0"], files["3"]}
+    monkeypatch.setattr(tars, "STORED_BYTES", 0)
+    monkeypatch.setattr(tars, "TIDY_EVERY", 1)
+    forget()
+    assert list(PhotoSource(f"{server.url}/1.tar")) == ["1.tar/1.png"] and not list(cache.iterdir())
 
 
 def test_only_headers_are_read_of_tars_with_large_members(server, monkeypatch):

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from namedmask import report
+from namedmask import pages, report
 from namedmask.errors import UserError
 from namedmask.masks import ErrorRecord, MaskRecord, write_errors, write_shard
+from namedmask.pages import histogram, pictures
 from namedmask.record import RunRecord, StageRecord
 
 HOSTILE = "\"><script>alert(1)</script>'&\n.png"
@@ -66,7 +67,7 @@ def run(tmp_path_factory) -> Path:
         MaskRecord.from_mask("1.png", masks["1.png"], "<i>round</i>", 0.2, 0.9),
         MaskRecord.from_mask("gone.png", masks["1.png"], "not in the archive", 0.2, 0.9),
     ]
-    errors = [ErrorRecord(f"{n}{HOSTILE}", "index", "truncated <at> 3 & more") for n in range(report.ERRORS_SHOWN + 7)]
+    errors = [ErrorRecord(f"{n}{HOSTILE}", "index", "truncated <at> 3 & more") for n in range(pages.ERRORS_SHOWN + 7)]
     write_run(out, photos, records, ["disc", "<i>round</i>", "nothing found"], errors)
     assert report.write_report(out) == out / "report.html"
     return out
@@ -208,18 +209,18 @@ def test_overlay_of_a_square():
     """In the colors of the page: background, object, light and dark outline."""
     mask = np.zeros((7, 8), bool)
     mask[2:5, 2:5] = True
-    overlay = decoded(report._overlay_uri(mask, (8, 7)))
+    overlay = decoded(pictures.overlay_uri(mask, (8, 7)))
     rows = ["00000000", "00333000", "03222300", "03212300", "03222300", "00333000", "00000000"]
     assert np.asarray(overlay).tolist() == [[int(value) for value in row] for row in rows]
     assert overlay.getpalette()[:12] == [0, 0, 0, 255, 40, 140, 255, 255, 255, 0, 0, 0]
     assert overlay.info["transparency"] == bytes([80, 72, 255, 200])
-    assert report.base64.b64decode(report._overlay_uri(mask, (8, 7)).partition(",")[2])[24] == 2  # bits per pixel
+    assert base64.b64decode(pictures.overlay_uri(mask, (8, 7)).partition(",")[2])[24] == 2  # bits per pixel
 
 
 def test_object_of_less_than_a_256th_thumbnail_pixel_is_not_shown():
     mask = np.zeros((1, 200_000), bool)
     mask[0, 5] = True
-    assert (np.asarray(decoded(report._overlay_uri(mask, (224, 1)))) == report._BACKGROUND).all()
+    assert (np.asarray(decoded(pictures.overlay_uri(mask, (224, 1)))) == pictures._BACKGROUND).all()
 
 
 @pytest.mark.parametrize(("pixels", "shown"), [(1, 0), (2, 1), (3, 1), (4, 1)])
@@ -227,8 +228,8 @@ def test_half_of_a_thumbnail_pixel_is_enough(pixels, shown):
     mask = np.zeros((2, 8), bool)
     mask[:, :2] = True
     mask[:, -2:].flat = [n < pixels for n in range(4)]
-    overlay = np.asarray(decoded(report._overlay_uri(mask, (4, 1))))
-    assert overlay[0, 0] == report._LIGHT and (overlay[0, 3] == report._LIGHT) == shown
+    overlay = np.asarray(decoded(pictures.overlay_uri(mask, (4, 1))))
+    assert overlay[0, 0] == pictures._LIGHT and (overlay[0, 3] == pictures._LIGHT) == shown
 
 
 @pytest.mark.parametrize(
@@ -263,12 +264,9 @@ def test_tiles_are_in_the_order_of_the_records(tmp_path, monkeypatch):
 
 
 def test_histogram_is_a_path_of_20_bars():
-    assert (
-        report._histogram(np.array([0, 0.01, 0.5, 0.97, 1]), 0, 1)
-        == "M0 1V0.000h.9V1zM10 1V0.500h.9V1zM19 1V0.000h.9V1z"
-    )
-    assert report._histogram(np.array([-1.0, 1.0]), -1, 1) == "M0 1V0.000h.9V1zM19 1V0.000h.9V1z"
-    assert report._histogram(np.zeros(0), 0, 1) == ""
+    assert histogram(np.array([0, 0.01, 0.5, 0.97, 1]), 0, 1) == "M0 1V0.000h.9V1zM10 1V0.500h.9V1zM19 1V0.000h.9V1z"
+    assert histogram(np.array([-1.0, 1.0]), -1, 1) == "M0 1V0.000h.9V1zM19 1V0.000h.9V1z"
+    assert histogram(np.zeros(0), 0, 1) == ""
 
 
 def test_scores_beyond_0_and_1_widen_the_histogram(tmp_path):
@@ -276,10 +274,10 @@ def test_scores_beyond_0_and_1_widen_the_histogram(tmp_path):
     records = [MaskRecord.from_mask("a.png", mask, "dog", None, score) for score in (-0.5, 2.5)]
     write_run(tmp_path / "out", tmp_path / "photos", records, ["dog"], [])
     page = report.write_report(tmp_path / "out").read_text()
-    assert page.count(report._histogram(np.array([-0.5, 2.5]), -0.5, 2.5)) == 2
+    assert page.count(histogram(np.array([-0.5, 2.5]), -0.5, 2.5)) == 2
     write_shard(tmp_path / "out" / "masks" / "00000.jsonl", [dataclasses.replace(records[0], score=0.25)])
     page = report.write_report(tmp_path / "out").read_text()
-    assert page.count(report._histogram(np.array([0.25]), 0, 1)) == 2
+    assert page.count(histogram(np.array([0.25]), 0, 1)) == 2
 
 
 def test_masks_of_the_experts_are_shown_once_they_have_finished(run, tmp_path):
@@ -301,10 +299,10 @@ def test_tiny_masks_and_photo_borders_are_outlined():
     speck[500, 500] = True
     full = np.ones((10, 20), bool)
     for mask, size in ((speck, (224, 224)), (full, (224, 112))):
-        uri = report._overlay_uri(mask, size)
+        uri = pictures.overlay_uri(mask, size)
         overlay = np.asarray(decoded(uri))
-        assert (overlay == report._LIGHT).any()
-    assert (overlay[0] == report._LIGHT).all() and (overlay[1:-1, 1:-1] == report._OBJECT).all()
+        assert (overlay == pictures._LIGHT).any()
+    assert (overlay[0] == pictures._LIGHT).all() and (overlay[1:-1, 1:-1] == pictures._OBJECT).all()
 
 
 def test_missing_photo_folder_is_reported_in_every_tile(run, tmp_path):

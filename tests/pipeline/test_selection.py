@@ -20,6 +20,7 @@ def names(records, selection, review=None):
 
 
 SCORES = {"a": 0.5, "b": 0.9, "c": 0.1, "d": 0.7, "e": 0.5}
+QUARTERS = [0.0, 0.25, 0.5, 0.75]
 RECORDS = [record(photo, score) for photo, score in SCORES.items()]
 
 
@@ -67,7 +68,15 @@ def test_accepted_masks_stay_and_count_and_rejected_ones_do_neither():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"keep_fraction": 0}, {"keep_fraction": 1.01}, {"per_category": 0}, {"min_score": float("nan")}]
+    "wrong",
+    [
+        {"keep_fraction": 0},
+        {"keep_fraction": 1.01},
+        {"per_category": 0},
+        {"min_score": float("nan")},
+        {"min_score": -0.1},
+        {"min_score": 3},
+    ],
 )
 def test_numbers_out_of_range_raise_value_error(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
@@ -75,8 +84,8 @@ def test_numbers_out_of_range_raise_value_error(wrong):
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 3), st.sampled_from("xy"), st.sampled_from([None, 0.0, 0.1]))),
-    st.none() | st.integers(0, 4),
+    st.lists(st.tuples(st.sampled_from(QUARTERS), st.sampled_from("xy"), st.sampled_from([None, 0.0, 0.1]))),
+    st.none() | st.sampled_from([*QUARTERS, 1.0]),
     st.none() | st.floats(0.01, 1),
     st.none() | st.integers(1, 5),
 )

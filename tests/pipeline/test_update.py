@@ -205,6 +205,17 @@ def test_segmenter_is_trained_again_when_asked(world, tmp_path):
     assert f"`namedmask train {out}" not in succeed(*world.words, "cat", "--out", out, "--update")
 
 
+def test_training_after_an_update_of_some_stages_advises_update(world, tmp_path):
+    out = world.copy("first", tmp_path / "out")
+    succeed("train", out, *world.training)
+    advice = f"segmenter is from before the update; `namedmask train {out} --update` trains another one"
+    for stage, *options in (("archive", "--categories", "cat,dog"), ("pseudolabel",)):
+        assert advice in succeed(stage, out, *options, "--update")
+        assert f"{advice}: categories: ['cat'] -> ['cat', 'dog']\n" in fail("train", out)
+        assert "; segmenter.steps: 2 -> 3 (leave these options out" in fail("train", out, "--steps", 3)
+    succeed("train", out, "--update")
+
+
 def test_what_is_not_growth_is_refused(world, tmp_path):
     out = world.copy("first", tmp_path / "out")
     before = files_of(out)
