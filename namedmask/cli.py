@@ -482,6 +482,12 @@ def _local(weights: Path) -> Path:
     return local_weights(weights)
 
 
+def _scales(text: str) -> list[float]:
+    """The scales of a test-time augmentation, which segmenters and detectors share. Raises UserError."""
+    scales = find_setting("detector.scales").parse(text)
+    return make_config({"photos": "", "detector": {"scales": scales}}).detector.scales
+
+
 def _load_segmenter(weights: Path, names: list[str] | None, encoder: str):
     from .segmenter.predict import Segmenter
 
@@ -499,6 +505,12 @@ def segment(
     preset: PresetNames = None,
     encoder: EncoderName = "resnet50",
     precision: PrecisionName = None,
+    scales: Annotated[
+        str, typer.Option("--scales", help="Test-time augmentation: sizes of the input, relative to the photo.")
+    ] = "1.0",
+    horizontal_flip: Annotated[
+        bool, typer.Option("--horizontal-flip", help="Test-time augmentation: average with the flipped photo.")
+    ] = False,
     overlays: Annotated[
         Literal["none", "sample", "all"],
         typer.Option("--overlays", help="Photos that get an overlay; sample: 100, evenly spaced."),
@@ -524,6 +536,8 @@ def segment(
         categories=_names(categories, categories_file, preset),
         encoder=encoder,
         precision=precision,
+        scales=_scales(scales),
+        horizontal_flip=horizontal_flip,
         overlays=overlays,
         workers=workers,
         gpus=gpus,

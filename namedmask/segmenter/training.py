@@ -322,7 +322,14 @@ def initial_network(settings: DeepLabTraining, classes: int, network_type: type[
     """The network with which a training starts. Raises UserError if its encoder or weights cannot be loaded."""
     torch.manual_seed(settings.seed)
     encoder = load_encoder(settings.encoder, settings.encoder_weights)
-    return network_type(encoder, classes, settings.head_channels, settings.encoder_bn_momentum, settings.dropout)
+    return network_type(
+        encoder,
+        classes,
+        settings.head_channels,
+        settings.encoder_bn_momentum,
+        settings.dropout,
+        settings.dilations,
+    )
 
 
 def accumulate_gradients(
