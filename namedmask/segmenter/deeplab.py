@@ -154,10 +154,14 @@ class DeepLab(nn.Module):
             archive should change them only slowly.
         dropout: Probability of dropout after the ASPP projection, in training mode.
         dilations: Dilations of the ASPP, in features of stride 8.
+
+    Attributes:
+        background_weight: Weight of pixels with the label 0 in `loss`; 1 unless it is set.
     """
 
     mean: Tensor
     std: Tensor
+    background_weight: float = 1.0
 
     def __init__(
         self,
@@ -218,7 +222,7 @@ class DeepLab(nn.Module):
         return F.interpolate(self.coarse_logits(photos), photos.shape[2:], mode="bilinear")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, summed over the labeled pixels.
+        """Cross-entropy, summed over the labeled pixels with their weights.
 
         Args:
             logits: The output of `forward`, [n, classes, H, W].
@@ -227,7 +231,11 @@ class DeepLab(nn.Module):
         Returns:
             float32 scalar.
         """
-        return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE, reduction="sum")
+        weight = None
+        if self.background_weight != 1:
+            weight = torch.ones(self.classes, device=logits.device)
+            weight[0] = self.background_weight
+        return F.cross_entropy(logits.float(), labels.long(), weight, ignore_index=IGNORE, reduction="sum")
 
 
 def on_device(network: Network, device: str | torch.device) -> Network:
