@@ -328,10 +328,19 @@ def _local(weights: Path) -> Path:
     return local_weights(weights)
 
 
-def _load_segmenter(weights: Path, names: list[str] | None, encoder: str):
+AUGMENTATION = ("scales", "horizontal_flip")  # at test time: settings of the detector, and options of a segmenter
+
+
+def _augmentation(given: dict[str, Any]) -> dict[str, Any]:
+    """The test-time augmentation of a segmenter, checked as that of the detector is. Raises UserError."""
+    detector = make_config({"photos": "", "detector": given}).detector
+    return {name: getattr(detector, name) for name in AUGMENTATION}
+
+
+def _load_segmenter(weights: Path, names: list[str] | None, encoder: str, augmentation: dict[str, Any]):
     from .segmenter.predict import Segmenter
 
-    return Segmenter.load(weights, categories=names, encoder=encoder, device=_device())
+    return Segmenter.load(weights, categories=names, encoder=encoder, device=_device(), **_augmentation(augmentation))
 
 
 @app.command()
@@ -345,6 +354,12 @@ def segment(
     preset: PresetNames = None,
     encoder: EncoderName = "resnet50",
     precision: PrecisionName = None,
+    scales: Annotated[
+        str, typer.Option("--scales", help="Test-time augmentation: sizes of the input, relative to the photo.")
+    ] = "1.0",
+    horizontal_flip: Annotated[
+        bool, typer.Option("--horizontal-flip", help="Test-time augmentation: average with the flipped photo.")
+    ] = False,
     overlays: Annotated[
         Literal["none", "sample", "all"],
         typer.Option("--overlays", help="Photos that get an overlay; sample: 100, evenly spaced."),
@@ -370,6 +385,7 @@ def segment(
         categories=names_of(categories, categories_file, preset),
         encoder=encoder,
         precision=precision,
+        **_augmentation({"scales": find_setting("detector.scales").parse(scales), "horizontal_flip": horizontal_flip}),
         overlays=overlays,
         workers=workers,
         gpus=gpus,
@@ -437,7 +453,7 @@ def _evaluate(
     Prints the IoU of each class, the mIoU and the pixel accuracy. Label 0 is the background, label k the k-th category.
     Of a run, it scores the masks of the photos in TRUTH, and suggests a --min-score for trainings. With --benchmark, it
     reads a public benchmark as it was unpacked. The benchmarks of salient objects also score a detector, without
-    PREDICTIONS: --detector and the options that follow it.
+    PREDICTIONS: --detector and the options that follow it. --scales and --horizontal-flip also count for a segmenter.
     """
     from .evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
     from .evaluate.scoring import evaluate_benchmark, print_benchmark, records_folder
@@ -451,12 +467,17 @@ def _evaluate(
 
         values = merge({section: presets.preset(preset)[section] for section in DETECTION}, values)
         preset = None
+    augmentation: dict[str, Any] = {}
+    if predictions is not None and (predictions.is_file() or (predictions / "model.safetensors").exists()):
+        detector = values.get("detector", {})
+        augmentation = {name: detector.pop(name) for name in AUGMENTATION if name in detector}
+        values = {section: given for section, given in values.items() if given}
     # Two names of ImageNet-S occur twice.
     names = names_of(categories, categories_file, preset, distinct=benchmark is None)
 
     def load(fallback: list[str] | None) -> Any:
         assert predictions is not None
-        return _load_segmenter(predictions, fallback, encoder)
+        return _load_segmenter(predictions, fallback, encoder, augmentation)
 
     if benchmark is not None:
         taken = {"TRUTH": truth, "--photos": photos, "--ignore": ignore, "--red-green": red_green or None}

@@ -267,6 +267,12 @@ class DeepLabTraining(Section):
     encoder: str = setting("resnet50.dino", "Encoder: its timm name, or resnet50.dino for DINO's ResNet-50.")
     encoder_weights: Weights = setting(None, "Local file with encoder weights, instead of the published ones.")
     head_channels: int = setting(256, "Channels of the segmentation head.", ge=16, le=8192)
+    dilations: list[Annotated[int, Field(ge=1, le=1024)]] = setting(
+        [12, 24, 36],
+        "Dilations of the head's pyramid pooling (ASPP), in steps of 8 pixels. Small crops need small ones.",
+        min_length=1,
+        max_length=16,
+    )
     crop_size: int = setting(384, "Side of the training crops, in pixels.", ge=16, le=4096)
     scale: Range = setting((0.1, 1.0), "Random resize factor of a photo: low, high.")
     flip_prob: float = setting(0.5, "Probability of a horizontal flip.", ge=0, le=1)
@@ -339,6 +345,9 @@ class SegmenterTraining(DeepLabTraining):
 
     held_out: float = setting(
         0.05, "Fraction of the photos that are held out, to score the network on their masks; 0 for none.", ge=0, le=0.5
+    )
+    background_weight: float = setting(
+        1.0, "Weight of the background's pixels in the loss. Below 1, short trainings miss fewer objects.", gt=0, le=10
     )
     score_every: int = setting(500, "Steps between two scores on the held-out masks.", ge=1, le=1_000_000_000)
 

@@ -68,7 +68,7 @@ from .photos import Photo, PhotoError, PhotoSource
 from .progress import Progress, warn
 from .review import read_review, warn_of_others
 from .segmenter.augment import IGNORE
-from .segmenter.deeplab import DeepLab
+from .segmenter.deeplab import DILATIONS, DeepLab
 from .segmenter.predict import Segmenter, upsampled_argmax
 from .segmenter.training import Sample, samples_digest, train, training_about, training_records
 from .selection import select
@@ -125,6 +125,7 @@ class SharedExperts(DeepLab):
         head_channels: Channels of the head.
         encoder_bn_momentum: Momentum of the encoder's BatchNorm statistics.
         dropout: Probability of dropout after the ASPP projection, in training mode.
+        dilations: Dilations of the ASPP.
     """
 
     def __init__(
@@ -134,8 +135,9 @@ class SharedExperts(DeepLab):
         head_channels: int,
         encoder_bn_momentum: float = 0.01,
         dropout: float = 0.1,
+        dilations: Sequence[int] = DILATIONS,
     ):
-        super().__init__(encoder, categories, head_channels, encoder_bn_momentum, dropout)
+        super().__init__(encoder, categories, head_channels, encoder_bn_momentum, dropout, dilations)
         self.classifier.classifier[-1] = CategoryLayers(head_channels, categories)
 
     @property
@@ -417,7 +419,8 @@ class _Experts:
             worker.barrier(f"{path.name} is written")
         if worker.is_main:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-        network = network_type(untrained_encoder(self.settings.encoder), classes, self.settings.head_channels)
+        encoder, settings = untrained_encoder(self.settings.encoder), self.settings
+        network = network_type(encoder, classes, settings.head_channels, dilations=settings.dilations)
         try:
             stored.load(network, stored.read(path), f"the network of {name!r}")
         except UserError as error:

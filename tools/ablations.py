@@ -45,9 +45,13 @@ BASE = {
     "paste_objects": (0, 1),
     "dropout": 0.1,
     "empty_masks": "background",
+    "steps": demo.SEGMENTER["steps"],
     "crop_size": demo.SEGMENTER["crop_size"],
+    "dilations": demo.SEGMENTER["dilations"],
+    "background_weight": demo.SEGMENTER["background_weight"],
 }
-SEGMENTER = ("paste_objects", "dropout", "empty_masks", "crop_size")  # what a row sets of the segmenter's training
+# What a row sets of the segmenter's training.
+SEGMENTER = ("paste_objects", "dropout", "empty_masks", "steps", "crop_size", "dilations", "background_weight")
 ROWS = {
     "base": {},
     "selected by name": {"select": "name"},
@@ -74,6 +78,9 @@ ROWS = {
     "views of 160 pixels, no copy-paste": {"crop_size": 160, "paste_objects": (0, 0)},
     "views of 160 pixels, no experts": {"crop_size": 160, "experts": None},
     "views of 160 pixels, no experts, no copy-paste": {"crop_size": 160, "experts": None, "paste_objects": (0, 0)},
+    "published dilations": {"dilations": [12, 24, 36]},
+    "background weight 1": {"background_weight": 1.0},
+    "four times the steps": {"steps": 4 * demo.SEGMENTER["steps"]},
     "10 photos a kind": {"photos": 10},
     "25 photos a kind": {"photos": 25},
     "100 photos a kind": {"photos": 100},

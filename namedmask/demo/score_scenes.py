@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Scores the segmenter of the demo on scenes of one to three objects, which no stage of the pipeline has seen.
 
-- `segmenter_miou`: mean IoU over the kinds and the background, from one confusion matrix over all scenes.
+- `segmenter_miou`: mean IoU over the kinds and the background, from one confusion matrix over all scenes, with the
+  test-time augmentation `AUGMENTATION`.
 - `pseudo_miou`: the same for pseudo-labels of the scenes: the refined mask of the detector with the most likely kind
   according to CLIP, one mask and one kind for each scene.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -33,6 +34,8 @@ from ..threads import map_ahead, thread_count
 from .scenes import KINDS, evaluation_scene
 
 SHOWN = 16
+# The training reduces photos to .4 to 1 of their size, so a pass at .75 adds what one at 1 misses (bench/ABLATIONS.md).
+AUGMENTATION: dict[str, Any] = {"scales": (0.75, 1.0), "horizontal_flip": True}
 
 
 class ShownScene(NamedTuple):
@@ -98,7 +101,7 @@ def score_scenes(out: Path, seed: int, count: int) -> tuple[dict[str, dict], lis
 
 
 def _segmented(source: PhotoSource, names: list[str], weights: Path, device: str) -> Iterator[np.ndarray]:
-    segmenter = Segmenter.load(weights, device=device)
+    segmenter = Segmenter.load(weights, device=device, **AUGMENTATION)
     order = [0, *(1 + KINDS.index(name) for name in segmenter.names[1:])]
     for batch in segmenter.segment(source, names):
         for _, _, mask in batch:

@@ -349,9 +349,9 @@ def _status(name: str) -> int:
 def _untrained(settings: DeepLabTraining, classes: int, network_type: type) -> Any:
     from ..backbones import untrained_encoder
 
-    return (
-        network_type(untrained_encoder(settings.encoder), classes, settings.head_channels).eval().requires_grad_(False)
-    )
+    encoder = untrained_encoder(settings.encoder)
+    network = network_type(encoder, classes, settings.head_channels, dilations=settings.dilations)
+    return network.eval().requires_grad_(False)
 
 
 def _box(record: MaskRecord) -> MaskRecord:

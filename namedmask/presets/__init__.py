@@ -48,6 +48,7 @@ DEEPLAB = {
     "encoder": "resnet50.dino",
     "head_channels": 256,
     "dropout": 0.1,
+    "dilations": [12, 24, 36],
     "crop_size": 384,
     "scale": [0.1, 1.0],
     "flip_prob": 0.5,
@@ -71,7 +72,14 @@ NAMEDMASK = {
     "archive": {"photos_per_category": 500, "best_match_only": False, "near_duplicate_threshold": 1.0},
     **SELFMASK,
     "experts": {**DEEPLAB, "select": "all", "mode": "separate", "batch_size": 8, "steps": 5_000},
-    "segmenter": {**DEEPLAB, "paste_objects": [0, 1], "batch_size": 16, "steps": 20_000, "held_out": 0.0},
+    "segmenter": {
+        **DEEPLAB,
+        "paste_objects": [0, 1],
+        "batch_size": 16,
+        "steps": 20_000,
+        "held_out": 0.0,
+        "background_weight": 1.0,
+    },
 }
 
 # Name of each preset -> what it is, and the benchmark of its categories.

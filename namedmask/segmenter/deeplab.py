@@ -7,8 +7,8 @@ of a state dict have the names of NamedMask's released weights.
 A trained network is stored in a folder as
   model.safetensors   its tensors after the last step
   best.safetensors    those with the best agreement with held-out masks, if photos were held out (see `training`)
-  categories.json     {"categories": names, "encoder": timm name, "masks": digest of the masks it was trained on};
-                      class 0 is the background, i + 1 the i-th name
+  categories.json     {"categories": names, "encoder": timm name, "dilations": of the head, "masks": digest of the masks
+                      it was trained on}; class 0 is the background, i + 1 the i-th name
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..errors import DamagedFile, UserError
 from ..files import atomic_write, read_bytes
 from .augment import IGNORE
 
-DILATIONS = (12, 24, 36)  # at output stride 8
+DILATIONS = (12, 24, 36)  # at output stride 8, as published
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -101,10 +101,10 @@ class ASPP(nn.Module):
     and applies dropout.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, dilations: Sequence[int]):
         super().__init__()
         pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, out_channels))
-        branches = [conv_bn_relu(in_channels, out_channels, dilation) for dilation in DILATIONS]
+        branches = [conv_bn_relu(in_channels, out_channels, dilation) for dilation in dilations]
         self.convs = nn.ModuleList([conv_bn_relu(in_channels, out_channels), *branches, pooled])
         self.project = conv_bn_relu(len(self.convs) * out_channels, out_channels)
         self.dropout = SampleDropout(dropout)
@@ -118,11 +118,18 @@ class ASPP(nn.Module):
 class Head(nn.Module):
     """Decoder: features of strides 4 and 8 -> logits of stride 4."""
 
-    def __init__(self, in_channels: tuple[int, int], classes: int, channels: int, dropout: float = 0.1):
+    def __init__(
+        self,
+        in_channels: tuple[int, int],
+        classes: int,
+        channels: int,
+        dropout: float = 0.1,
+        dilations: Sequence[int] = DILATIONS,
+    ):
         super().__init__()
         fine_channels = 3 * channels // 16  # few, so that they do not outweigh the ASPP features
         self.project = conv_bn_relu(in_channels[0], fine_channels)
-        self.aspp = ASPP(in_channels[1], channels, dropout)
+        self.aspp = ASPP(in_channels[1], channels, dropout, dilations)
         self.classifier = nn.Sequential(
             *conv_bn_relu(fine_channels + channels, channels, dilation=1), nn.Conv2d(channels, classes, 1)
         )
@@ -146,10 +153,15 @@ class DeepLab(nn.Module):
         encoder_bn_momentum: Momentum of the encoder's BatchNorm statistics. It is low, because the photos of a small
             archive should change them only slowly.
         dropout: Probability of dropout after the ASPP projection, in training mode.
+        dilations: Dilations of the ASPP, in features of stride 8.
+
+    Attributes:
+        background_weight: Weight of pixels with the label 0 in `loss`; 1 unless it is set.
     """
 
     mean: Tensor
     std: Tensor
+    background_weight: float = 1.0
 
     def __init__(
         self,
@@ -158,11 +170,13 @@ class DeepLab(nn.Module):
         head_channels: int = 256,
         encoder_bn_momentum: float = 0.01,
         dropout: float = 0.1,
+        dilations: Sequence[int] = DILATIONS,
     ):
         super().__init__()
         self.encoder, self.classes, self.head_channels = encoder.name, classes, head_channels
+        self.dilations = tuple(dilations)
         self.backbone, self.feature_indices, self.multiple = encoder.network, encoder.taken, encoder.multiple
-        self.classifier = Head(encoder.channels, classes, head_channels, dropout)
+        self.classifier = Head(encoder.channels, classes, head_channels, dropout, dilations)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(encoder, name)).view(3, 1, 1), persistent=False)
         for module in self.backbone.modules():
@@ -208,7 +222,7 @@ class DeepLab(nn.Module):
         return F.interpolate(self.coarse_logits(photos), photos.shape[2:], mode="bilinear")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, summed over the labeled pixels.
+        """Cross-entropy, summed over the labeled pixels with their weights.
 
         Args:
             logits: The output of `forward`, [n, classes, H, W].
@@ -217,7 +231,11 @@ class DeepLab(nn.Module):
         Returns:
             float32 scalar.
         """
-        return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE, reduction="sum")
+        weight = None
+        if self.background_weight != 1:
+            weight = torch.ones(self.classes, device=logits.device)
+            weight[0] = self.background_weight
+        return F.cross_entropy(logits.float(), labels.long(), weight, ignore_index=IGNORE, reduction="sum")
 
 
 def on_device(network: Network, device: str | torch.device) -> Network:
@@ -238,7 +256,12 @@ def save_segmenter(folder: Path, network: DeepLab, categories: Sequence[str], ma
     Returns:
         The file of weights.
     """
-    about = {"categories": list(categories), "encoder": network.encoder, "masks": masks}
+    about = {
+        "categories": list(categories),
+        "encoder": network.encoder,
+        "dilations": list(network.dilations),
+        "masks": masks,
+    }
     with atomic_write(folder / "categories.json") as file:
         file.write(json.dumps(about, indent=1).encode())
     path = folder / "model.safetensors"
@@ -255,10 +278,13 @@ def read_about(path: Path, remedy: str) -> dict[str, Any]:
     try:
         about = json.loads(read_bytes(path))
         names, encoder = about["categories"], about["encoder"]
+        dilations = about.setdefault("dilations", list(DILATIONS))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(path, error, remedy=remedy) from None
     if not isinstance(encoder, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DamagedFile(path, "categories: expected a list of names; encoder: expected a name", remedy=remedy)
+    if not isinstance(dilations, list) or not all(type(d) is int and d > 0 for d in dilations):
+        raise DamagedFile(path, "dilations: expected a list of whole numbers above 0", remedy=remedy)
     return about
 
 
@@ -279,22 +305,24 @@ def load_segmenter(
     Raises:
         UserError: If a file is missing or damaged, or if weights, names and encoder do not match.
     """
-    path = Path(path)
+    path, dilations = Path(path), DILATIONS
     if path.is_dir():
         path = path / "model.safetensors"
     found = stored.read(path)
     about_path = path.parent / "categories.json"
     if about_path.exists():
         about = read_about(about_path, "delete it and pass --categories or --categories-file, and --encoder")
-        names, encoder = about["categories"], about["encoder"]
+        names, encoder, dilations = about["categories"], about["encoder"], about["dilations"]
     elif categories is not None:
         names = list(categories)
     else:
         raise UserError(f"{about_path} is missing; pass --categories or --categories-file")
-    return network_of(found, path, len(names) + 1, encoder), names
+    return network_of(found, path, len(names) + 1, encoder, dilations), names
 
 
-def network_of(found: stored.Weights, path: Path, classes: int, encoder: str) -> DeepLab:
+def network_of(
+    found: stored.Weights, path: Path, classes: int, encoder: str, dilations: Sequence[int] = DILATIONS
+) -> DeepLab:
     """The network of a file of weights, in eval mode on the CPU.
 
     Args:
@@ -302,6 +330,7 @@ def network_of(found: stored.Weights, path: Path, classes: int, encoder: str) ->
         path: Their file, for messages.
         classes: Number of classes, including the background.
         encoder: timm name of the encoder.
+        dilations: Dilations of the head.
 
     Raises:
         UserError: If weights, classes and encoder do not match.
@@ -317,8 +346,8 @@ def network_of(found: stored.Weights, path: Path, classes: int, encoder: str) ->
         )
     built, what = untrained_encoder(encoder), f"encoder {encoder!r}"
     with torch.device("meta"):  # the number of channels is the file's: all shapes are compared before the head is built
-        head = nn.ModuleDict({"classifier": Head(built.channels, classes, max(16, head_channels))})
+        head = nn.ModuleDict({"classifier": Head(built.channels, classes, max(16, head_channels), 0, dilations)})
     stored.expect(head.state_dict(), state, found.source, what, stored.parameters_and_statistics(head))
-    network = DeepLab(built, classes, head_channels)
+    network = DeepLab(built, classes, head_channels, dilations=dilations)
     stored.load(network, stored.Weights(state, found.source), what)
     return network.eval()

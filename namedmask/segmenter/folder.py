@@ -72,6 +72,7 @@ SHARD = WINDOW  # photos that a worker claims at a time
 SAMPLE = 100  # overlays of a sample
 OVERLAY = 0.5  # opacity of the colors
 MAX_PATH = 3000  # bytes of NAME; Linux allows 4096 for the whole path
+LOADED = ("categories", "encoder", "precision", "scales", "horizontal_flip")  # settings that a worker loads it with
 JPEG_SIDE = 65500  # maximum side of a JPEG
 ROWS = 256  # of an overlay that are computed at once
 
@@ -84,6 +85,8 @@ def segment_photos(
     categories: Sequence[str] | None = None,
     encoder: str = "resnet50",
     precision: str | None = None,
+    scales: Sequence[float] = (1.0,),
+    horizontal_flip: bool = False,
     overlays: Overlays = "sample",
     workers: int = 1,
     gpus: int | None = None,
@@ -101,6 +104,8 @@ def segment_photos(
         categories: Names of classes 1, 2, ..., for weights without a categories.json.
         encoder: Encoder of such weights, by its timm name.
         precision: "float32" or "bfloat16"; None: bfloat16 on a GPU, float32 on the CPU.
+        scales: Test-time augmentation: sizes of the network's input, relative to the photo.
+        horizontal_flip: Test-time augmentation: average with the flipped photo.
         overlays: Photos that get an overlay; "sample": `SAMPLE` photos, evenly spaced in the list of photos.
         workers: Number of processes on the CPU.
         gpus: Number of processes with a GPU each, instead; None: one if there is a GPU.
@@ -129,7 +134,8 @@ def segment_photos(
             source = open_source(photos)
             network, names = load_segmenter(weights, categories, encoder)
             precision = precision or ("bfloat16" if gpus else "float32")
-            settings = {"categories": names, "encoder": network.encoder, "precision": precision}
+            augmentation = {"scales": list(scales), "horizontal_flip": horizontal_flip}
+            settings = {"categories": names, "encoder": network.encoder, "precision": precision, **augmentation}
             errors = _settle(out, weights, settings, source, overwrite and worker.attempt == 0)
         except UserError as error:
             worker.fail(str(error))
@@ -137,7 +143,7 @@ def segment_photos(
         worker.barrier("settled")
         try:
             if worker.count > 1 or max(workers, gpus) == 1:
-                segmenter = Segmenter(network, names, worker.device(device), precision)
+                segmenter = Segmenter(network, names, worker.device(device), precision, **augmentation)
                 _work(out, worker, device, overlays, segmenter)
             else:
                 with run.reason_of_failure(out):
@@ -201,7 +207,7 @@ def _work(out: Path, worker: Worker, device: str, overlays: Overlays, segmenter:
     settings, source = record.stages[STAGE].settings, open_source(record.photos or "")
 
     def load() -> Segmenter:
-        known = {name: settings[name] for name in ("categories", "encoder", "precision")}
+        known = {name: settings[name] for name in LOADED}
         return segmenter or Segmenter.load(settings["weights"], device=worker.device(device), **known)
 
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Inference with a trained segmenter, at a single scale and the photo's own size.
+"""Inference with a trained segmenter, by default in one pass at the photo's own size.
 
     segmenter = Segmenter.load("run/segmenter")
     mask, names, scores = segmenter("photo.jpg")        # names[mask[y, x]], scores.confidence
@@ -10,6 +10,9 @@ cores, neither bfloat16 (whose convolutions are slower there) nor channels-last 
 On a GPU, photos of equal shape go through the network together, by default in bfloat16. Batches are formed from the
 list of photos by a fixed rule (`batches_by_shape`). Within rounding, a mask may depend on the other photos of its
 batch, so pixels where two classes nearly tie may differ.
+
+Test-time augmentation averages the probabilities of several passes, at other sizes of the photo (`scales`) and of the
+flipped photo (`horizontal_flip`).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -96,13 +100,26 @@ class Segmenter:
         categories: Names of classes 1, 2, ...
         device: Device as torch names it.
         precision: "float32" or "bfloat16"; None: bfloat16 on a GPU, float32 on the CPU.
+        scales: Test-time augmentation: sizes of the network's input, relative to the photo.
+        horizontal_flip: Test-time augmentation: average with the flipped photo.
 
     Attributes:
         names: Names of the classes, the background first.
         path: File of weights that it was loaded from; None if it was made of a network.
     """
 
-    def __init__(self, network: DeepLab, categories: Sequence[str], device: str = "cpu", precision: str | None = None):
+    def __init__(
+        self,
+        network: DeepLab,
+        categories: Sequence[str],
+        device: str = "cpu",
+        precision: str | None = None,
+        scales: Sequence[float] = (1.0,),
+        horizontal_flip: bool = False,
+    ):
+        if not scales or not all(0.01 <= scale <= 4 for scale in scales):
+            raise ValueError(f"scales: expected numbers from 0.01 to 4, got {list(scales)}")
+        self.scales, self.horizontal_flip = tuple(scales), horizontal_flip
         self.names = [BACKGROUND, *categories]
         self.path: Path | None = None
         self.mean, self.std = network.mean.to(device), network.std.to(device)
@@ -122,6 +139,8 @@ class Segmenter:
         encoder: str = "resnet50",
         device: str = "cpu",
         precision: str | None = None,
+        scales: Sequence[float] = (1.0,),
+        horizontal_flip: bool = False,
     ) -> Segmenter:
         """Loads a trained segmenter.
 
@@ -131,11 +150,14 @@ class Segmenter:
             encoder: Encoder of such weights, by its timm name.
             device: Device as torch names it.
             precision: "float32" or "bfloat16"; None: bfloat16 on a GPU, float32 on the CPU.
+            scales: Test-time augmentation: sizes of the network's input, relative to the photo, from 0.01 to 4.
+            horizontal_flip: Test-time augmentation: average with the flipped photo.
 
         Raises:
             UserError: If a file is missing or damaged, or if weights, names and encoder do not match.
+            ValueError: If a scale is out of range.
         """
-        segmenter = cls(*load_segmenter(path, categories, encoder), device, precision)
+        segmenter = cls(*load_segmenter(path, categories, encoder), device, precision, scales, horizontal_flip)
         path = Path(path)
         segmenter.path = path / "model.safetensors" if path.is_dir() else path
         return segmenter
@@ -151,6 +173,8 @@ class Segmenter:
         local_files_only: bool = False,
         device: str = "cpu",
         precision: str | None = None,
+        scales: Sequence[float] = (1.0,),
+        horizontal_flip: bool = False,
     ) -> Segmenter:
         """Loads a segmenter from the Hugging Face Hub, or from a folder.
 
@@ -165,6 +189,8 @@ class Segmenter:
             local_files_only: Use the cache alone.
             device: Device as torch names it.
             precision: "float32" or "bfloat16"; None: bfloat16 on a GPU, float32 on the CPU.
+            scales: See `load`.
+            horizontal_flip: See `load`.
 
         Raises:
             UserError: If it is neither in the cache nor can be downloaded, or as `load` does.
@@ -173,7 +199,7 @@ class Segmenter:
         if not folder.is_dir():
             repository = f"{name}@{revision}" if revision else str(name)
             folder = hub.segmenter(repository, token, cache_dir, local_files_only)
-        return cls.load(folder, device=device, precision=precision)
+        return cls.load(folder, device=device, precision=precision, scales=scales, horizontal_flip=horizontal_flip)
 
     def save_pretrained(self, folder: str | Path, license: str | None = None, name: str | None = None) -> None:
         """Writes model.safetensors, categories.json and README.md, a model card, to a folder.
@@ -305,13 +331,30 @@ class Segmenter:
             images: n photos, uint8 [H, W, 3] each.
 
         Returns:
-            float32 [n, classes, ceil(h / 4), ceil(w / 4)] for photos of h x w pixels after reduction.
+            float32 [n, classes, ceil(h / 4), ceil(w / 4)] for photos of h x w pixels after reduction. With several
+            scales or flips, they are the logarithms of the mean probabilities, and h x w is the largest size.
         """
-        photos = torch.from_numpy(np.stack([reduced(image) for image in images])).to(self.device).permute(0, 3, 1, 2)
+        flips = (False, True) if self.horizontal_flip else (False,)
+        passes = list(itertools.product(sorted(self.scales, reverse=True), flips))
+        if len(passes) == 1:
+            return self._one_pass(images, *passes[0])
+        probabilities = (self._one_pass(images, *one).softmax(1) for one in passes)
+        total = next(probabilities)
+        for probability in probabilities:
+            total += F.interpolate(probability, total.shape[2:], mode="bilinear")
+        return total.div_(len(passes)).clamp_min_(torch.finfo(torch.float32).tiny).log_()
+
+    def _one_pass(self, images: Sequence[np.ndarray], scale: float, flip: bool) -> Tensor:
+        """`coarse_logits` of photos resized by `scale`, from their mirror images if `flip`."""
+        pixels = np.stack([reduced(image, scale) for image in images])
+        photos = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
+        if flip:
+            photos = photos.flip(3)
         photos = ((photos.float() / 255 - self.mean) / self.std).to(self.dtype)
         if self.device.type == "cpu":
             photos = photos.contiguous()
-        return self.network.coarse_logits(photos).float()
+        logits = self.network.coarse_logits(photos).float()
+        return logits.flip(3) if flip else logits
 
     def segment(self, source: PhotoSource, names: Iterable[str]) -> Iterator[list[Prediction]]:
         """Segments photos of a source.
@@ -358,7 +401,8 @@ class Segmenter:
 
         def cost(batch: list[Item]) -> int:
             pixels = [photo.pixels.size // 3 for *_, photo in batch if isinstance(photo, Photo)]
-            return sum(MASK_BYTES * count + network_bytes * min(count, MAX_PIXELS) for count in pixels)
+            largest = max(self.scales) ** 2
+            return sum(MASK_BYTES * count + network_bytes * min(int(count * largest), MAX_PIXELS) for count in pixels)
 
         decoded = ((number, *item) for number, item in enumerate(decode_ahead(source, names, source.decode)))
         shards = itertools.groupby(decoded, lambda item: shard(item[1]))
@@ -380,16 +424,19 @@ def network_size(height: int, width: int) -> tuple[int, int]:
     return (height, width) if scale >= 1 else (max(1, int(height * scale)), max(1, int(width * scale)))
 
 
-def reduced(image: np.ndarray) -> np.ndarray:
-    """Resizes a photo to its `network_size`, by Pillow's antialiased bicubic filter.
+def reduced(image: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """Resizes a photo to `scale` times its `network_size`, by Pillow's antialiased bicubic filter.
 
     Args:
         image: Photo, uint8 [H, W, 3].
+        scale: Size relative to the `network_size`. The result has at most `MAX_PIXELS` pixels for any scale.
 
     Returns:
         The photo itself if it has this size, else uint8 [h, w, 3].
     """
     height, width = network_size(*image.shape[:2])
+    if scale != 1:
+        height, width = network_size(*(max(1, round(scale * side)) for side in (height, width)))
     if (height, width) == image.shape[:2]:
         return image
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

@@ -322,7 +322,17 @@ def initial_network(settings: DeepLabTraining, classes: int, network_type: type[
     """The network with which a training starts. Raises UserError if its encoder or weights cannot be loaded."""
     torch.manual_seed(settings.seed)
     encoder = load_encoder(settings.encoder, settings.encoder_weights)
-    return network_type(encoder, classes, settings.head_channels, settings.encoder_bn_momentum, settings.dropout)
+    network = network_type(
+        encoder,
+        classes,
+        settings.head_channels,
+        settings.encoder_bn_momentum,
+        settings.dropout,
+        settings.dilations,
+    )
+    if isinstance(settings, SegmenterTraining):
+        network.background_weight = settings.background_weight
+    return network
 
 
 def accumulate_gradients(
@@ -347,9 +357,10 @@ def accumulate_gradients(
             `settings.seed` only.
 
     Returns:
-        The mean loss over the labeled pixels of all workers, float32 scalar.
+        The weighted mean loss over the labeled pixels of all workers, float32 scalar.
     """
-    labeled = worker.sum((labels != IGNORE).sum()).clamp_min(1)
+    discount = (1 - network.background_weight) * (labels == 0).sum()
+    labeled = worker.sum((labels != IGNORE).sum() - discount).clamp_min(1)
     precision = torch.autocast(photos.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
     parts = list(zip(photos.chunk(settings.grad_accum_steps), labels.chunk(settings.grad_accum_steps), strict=True))
     total = torch.zeros((), device=photos.device)

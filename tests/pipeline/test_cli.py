@@ -343,7 +343,7 @@ def test_segment_command(calls, tmp_path):
     )
     assert result.exit_code == 0 and result.output == "masks and overlays are in out\n"
     more = {"categories": ["cat", "dog"], "encoder": "resnet18", "precision": "bfloat16", "overwrite": True}
-    unset = {"overlays": "sample", "workers": 1, "gpus": None}
+    unset = {"overlays": "sample", "workers": 1, "gpus": None, "scales": [1.0], "horizontal_flip": False}
     assert calls["segment_photos"] == (Path("w.pth"), "photos", Path("out"), more | unset)
     calls["segment_photos returns"] = 0, 2
     result = invoke(*words)
@@ -351,8 +351,13 @@ def test_segment_command(calls, tmp_path):
     more = {"categories": None, "encoder": "resnet50", "precision": None, "overwrite": False}
     assert calls["segment_photos"][-1] == more | unset
     result = invoke(*words, "--overlays", "none", "--workers", 2, "--gpus", 0)
-    assert calls["segment_photos"][-1] == more | {"overlays": "none", "workers": 2, "gpus": 0}
+    assert calls["segment_photos"][-1] == more | unset | {"overlays": "none", "workers": 2, "gpus": 0}
     assert result.output.startswith("masks are in out; 2 photos failed")
+    invoke(*words, "--scales", "0.75,1", "--horizontal-flip")
+    assert calls["segment_photos"][-1] == more | unset | {"scales": [0.75, 1.0], "horizontal_flip": True}
+    for wrong in ("", "0,1", "5", "x"):
+        result = invoke(*words, "--scales", wrong)
+        assert result.exit_code == 2 and "detector.scales" in result.stderr
     calls["segment_photos returns"] = None  # not the main worker of torchrun
     result = invoke(*words)
     assert result.exit_code == 0 and not result.output

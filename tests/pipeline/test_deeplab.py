@@ -236,6 +236,22 @@ def test_save_and_load(tmp_path):
         load_segmenter(path, ["a", "b"], TINY)
 
 
+def test_dilations_are_kept_and_checked(tmp_path):
+    torch.manual_seed(0)
+    network = DeepLab(untrained_encoder(TINY), 3, 16, dilations=[1, 3]).eval()
+    path, photos = save_segmenter(tmp_path, network, ["cat", "dog"]), torch.randn(1, 3, 60, 70)
+    loaded, _ = load_segmenter(path)
+    assert loaded.dilations == (1, 3) and torch.equal(loaded(photos), network(photos))
+    about = json.loads((tmp_path / "categories.json").read_text())
+    for wrong in (3, [0], [1.5], [True]):
+        (tmp_path / "categories.json").write_text(json.dumps(about | {"dilations": wrong}))
+        with pytest.raises(UserError, match="dilations: expected a list of whole numbers above 0"):
+            load_segmenter(path)
+    (tmp_path / "categories.json").write_text(json.dumps(about | {"dilations": [1, 2, 3]}))
+    with pytest.raises(UserError, match="does not fit"):
+        load_segmenter(path)
+
+
 def test_batch_norm_momentum_of_the_encoder():
     network = DeepLab(untrained_encoder(TINY), 3, head_channels=16)
     momenta = {

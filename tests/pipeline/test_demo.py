@@ -26,7 +26,7 @@ from namedmask.archive import read_archive
 from namedmask.demo import run as demo
 from namedmask.demo.scenes import KINDS, index_photo
 from namedmask.demo.score import iou
-from namedmask.demo.score_scenes import render_scenes
+from namedmask.demo.score_scenes import AUGMENTATION, render_scenes
 from namedmask.errors import UserError
 from namedmask.formats import write_label_map
 from namedmask.masks import read_masks
@@ -82,6 +82,7 @@ def test_segmenter_figure_equals_the_evaluate_command(small, tmp_path):
     for number, labels in enumerate(render_scenes(photos, demo.SEED, 20)):
         write_label_map(truth / f"{number:05}.png", labels, 1 + len(KINDS))
     command = ["evaluate", out / "segmenter", truth, "--photos", photos, "--json", tmp_path / "figures.json"]
+    command += ["--scales", ",".join(map(str, AUGMENTATION["scales"])), "--horizontal-flip"]
     result = CliRunner().invoke(cli.app, list(map(str, command)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     evaluated = json.loads((tmp_path / "figures.json").read_text())

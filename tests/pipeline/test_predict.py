@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -88,6 +90,36 @@ def test_masks_equal_those_of_the_plain_network(weights, size):
         assert scores.categories[name].confidence == pytest.approx(probability[pixels].mean(), abs=0.02)
     if size[0] > 60:
         assert len(np.unique(mask)) > 1
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (0.5,), (0.5, 1.5)])
+@pytest.mark.parametrize("flip", [False, True])
+@torch.inference_mode()
+def test_test_time_augmentation_averages_probabilities(weights, scales, flip):
+    image, network = make_photo(40, 64), tiny_network()
+
+    def probability(scale: float, flipped: bool) -> torch.Tensor:
+        size = round(64 * scale), round(40 * scale)
+        pixels = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        if flipped:
+            pixels = pixels[:, ::-1].copy()
+        found = network.coarse_logits(network.normalized(torch.from_numpy(pixels).permute(2, 0, 1)[None])).softmax(1)
+        grid = [math.ceil(side * max(scales) / 4) for side in (40, 64)]
+        return F.interpolate(found.flip(3) if flipped else found, grid, mode="bilinear")
+
+    expected = torch.stack([probability(*one) for one in itertools.product(scales, {False, flip})]).mean(0)
+    segmenter = Segmenter.load(weights, scales=scales, horizontal_flip=flip)
+    np.testing.assert_allclose(segmenter.coarse_logits([image]).softmax(1), expected, atol=1e-4)
+    assert segmenter(image).mask.shape == (40, 64)
+
+
+def test_scales_are_checked_and_keep_large_photos_within_the_limit(weights, monkeypatch):
+    for scales in ((), (0.0,), (5.0,)):
+        with pytest.raises(ValueError, match="scales: expected"):
+            Segmenter.load(weights, scales=scales)
+    monkeypatch.setattr(predict, "MAX_PIXELS", 600)
+    assert predict.reduced(make_photo(40, 60), 4.0).shape == predict.reduced(make_photo(40, 60)).shape == (20, 30, 3)
+    assert predict.reduced(make_photo(40, 60), 0.5).shape == (10, 15, 3)
 
 
 @pytest.mark.parametrize("encoder", [TINY, "resnet10t", "test_convnext", "test_efficientnet"])

@@ -45,6 +45,7 @@ index.clip_model ViT-L-14-336-quickgelu:openai
 archive.photos_per_category 500; archive.best_match_only False; archive.near_duplicate_threshold 1.0
 experts.select all; experts.mode separate; experts.batch_size 8; experts.steps 5000
 segmenter.paste_objects [0, 1]; segmenter.batch_size 16; segmenter.steps 20000; segmenter.held_out 0.0
+segmenter.background_weight 1.0
 """
 SELFMASK = """
 detector.name selfmask; detector.select none; detector.backbone vit_small_patch8_224.dino; detector.image_size 512
@@ -53,7 +54,8 @@ refine.name bilateral; refine.size detector; refine.largest_component False; ref
 refine.sigma_spatial 16.0; refine.sigma_luma 16.0; refine.sigma_chroma 8.0; refine.smoothness 256.0
 """
 TRAINING = """
-encoder resnet50.dino; head_channels 256; dropout 0.1; crop_size 384; scale [0.1, 1.0]; flip_prob 0.5
+encoder resnet50.dino; head_channels 256; dropout 0.1; dilations [12, 24, 36]; crop_size 384; scale [0.1, 1.0]
+flip_prob 0.5
 color_jitter [0.8, 0.8, 0.8, 0.2]; color_jitter_prob 0.8; grayscale_prob 0.2; blur_prob 0.5; blur_sigma [0.1, 2.0]
 empty_masks background; grad_accum_steps 1; lr 0.0005; encoder_lr 5e-05; encoder_bn_momentum 0.01
 weight_decay 0.0002; poly_power 0.9; min_lr 1e-06

@@ -604,6 +604,30 @@ def test_gradient_accumulation_equals_the_whole_batch():
     assert losses[3] == float(step(first=12)[0])
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_background_has_a_weight_in_the_loss(parts):
+    batch = batch_of(4, ENCODER)
+    torch.manual_seed(0)
+    network = DeepLab(untrained_encoder(ENCODER), 4, 16).eval()
+    network.background_weight = 0.25
+    settings, labels = SegmenterTraining(grad_accum_steps=parts), batch["labels"]
+    loss = accumulate_gradients(network, None, batch["photos"], labels, settings, Worker())
+    log_probability = network(network.normalized(batch["photos"])).log_softmax(1)
+    losses = -log_probability.gather(1, labels.clamp_min(0).long()[:, None])[:, 0]
+    weights = torch.where(labels == 0, 0.25, 1.0) * (labels != IGNORE)
+    torch.testing.assert_close(loss, (weights * losses).sum() / weights.sum(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_segmenter_has_the_dilations_and_the_background_weight_of_its_settings(run_of_discs, small):
+    samples, source = samples_of(run_of_discs)
+    settings = SegmenterTraining(**small | {"steps": 1, "dilations": [1, 2], "background_weight": 0.5})
+    with Progress("train", Worker()) as progress:
+        network = train(source, samples, 3, run_of_discs, settings, Worker(), "cpu", progress)
+    assert network.background_weight == 0.5
+    convolutions = [module.dilation for module in network.classifier.aspp.modules() if hasattr(module, "dilation")]
+    assert [d for d in convolutions if d != (1, 1)] == [(2, 2)] and network.dilations == (1, 2)
+
+
 def test_learning_rates_decay_to_a_minimum(run_of_discs, small, monkeypatch):
     rates = []
     monkeypatch.setattr(
