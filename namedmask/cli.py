@@ -759,7 +759,7 @@ def list_presets(
     if name is not None:
         print(describe(name, prompts()))
         return
-    for preset, (text, _) in PRESETS.items():
+    for preset, (text, *_) in PRESETS.items():
         print(f"{preset:<28} {text}")
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Presets: the settings of published experiments, complete, so that they stay what they are if a default changes.
+"""Presets: the settings of published experiments, complete, so that they stay what they are if a default changes; and
+"best", which differs from the defaults where measurements say so and may change with them.
 
 categories.json holds the names of the benchmarks' categories in class order, as NamedMask gives them to CLIP. For COCO
 it is not certain that the released weights have this order; a wrong order would show in the first evaluation.
@@ -82,17 +83,25 @@ NAMEDMASK = {
     },
 }
 
-# Name of each preset -> what it is, and the benchmark of its categories.
-PRESETS = {
-    "namedmask-voc2012": ("NamedMask on PASCAL VOC 2012", "voc2012"),
-    "namedmask-coco": ("NamedMask on COCO 2017", "coco2017"),
-    "namedmask-coca": ("NamedMask on CoCA", "coca"),
-    "namedmask-cityscapes-object": ("NamedMask on Cityscapes' objects", "cityscapes-object"),
+BEST = {
+    "index": {"clip_model": "ViT-L-14-336-quickgelu:openai"},
+    "archive": {"photos_per_category": 500, "best_match_only": True},
+    "detector": {"name": "spectral", "select": "name"},
+    "experts": {"select": "name"},
+}
+
+# Name of each preset -> what it is, the benchmark of its categories, and its settings.
+PRESETS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "best": ("the best of NamedMask's own without trained detectors, for any categories", None, BEST),
+    "namedmask-voc2012": ("NamedMask on PASCAL VOC 2012", "voc2012", NAMEDMASK),
+    "namedmask-coco": ("NamedMask on COCO 2017", "coco2017", NAMEDMASK),
+    "namedmask-coca": ("NamedMask on CoCA", "coca", NAMEDMASK),
+    "namedmask-cityscapes-object": ("NamedMask on Cityscapes' objects", "cityscapes-object", NAMEDMASK),
     **{
-        f"namedmask-imagenet-s{count}": (f"NamedMask on ImageNet-S{count}", f"imagenet-s{count}")
+        f"namedmask-imagenet-s{count}": (f"NamedMask on ImageNet-S{count}", f"imagenet-s{count}", NAMEDMASK)
         for count in (50, 300, 919)
     },
-    "selfmask": ("inference of SelfMask with the bilateral solver", None),
+    "selfmask": ("inference of SelfMask with the bilateral solver", None, SELFMASK),
 }
 
 
@@ -110,11 +119,9 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in PRESETS:
         raise UserError(f"--preset {name}: there is no such preset{nearest(name, PRESETS)} (see `namedmask presets`)")
-    _, benchmark = PRESETS[name]
-    if benchmark is None:
-        return copy.deepcopy(SELFMASK)
-    categories = {} if needs_names(name) else {"categories": benchmarks()[benchmark]["names"]}
-    return copy.deepcopy({**categories, **NAMEDMASK})
+    _, benchmark, settings = PRESETS[name]
+    has_names = benchmark is not None and not needs_names(name)
+    return copy.deepcopy({**({"categories": benchmarks()[benchmark]["names"]} if has_names else {}), **settings})
 
 
 def describe(name: str, prompts: Sequence[str]) -> str:
@@ -133,7 +140,8 @@ def describe(name: str, prompts: Sequence[str]) -> str:
         notes.append("category names: --categories-file FILE, in class order")
     if "archive" in settings:
         notes.append(f"{len(prompts)} prompts per category, such as {prompts[0].format('NAME')!r}")
-    notes.append("weights of SelfMask: --detector-weights FILE")
+    if settings["detector"]["name"] == "selfmask":
+        notes.append("weights of SelfMask: --detector-weights FILE")
     return "".join(f"# {note}\n" for note in notes) + "\n" + tomli_w.dumps(settings)
 
 

@@ -67,13 +67,20 @@ def listed(settings: str, section: str = "") -> dict[str, str]:
     return {section + key: value for key, _, value in (line.strip().partition(" ") for line in lines)}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "best"])
 def test_every_setting_is_the_published_one(name):
     settings = {key: str(value) for key, value in flatten(preset(name)).items() if key != "categories"}
     expected = listed(SELFMASK)
     if name != "selfmask":
         expected |= listed(SETTINGS) | listed(TRAINING, "experts.") | listed(TRAINING, "segmenter.")
     assert settings == expected
+
+
+def test_best_selects_masks_and_replaced_masks_by_name():
+    config = make_config({"photos": "x", **preset("best")})
+    assert (config.detector.name, config.detector.selection, config.experts.select) == ("spectral", "name", "name")
+    assert config.archive.best_match_only and not config.categories
+    assert "SelfMask" not in describe("best", ["a {}."])
 
 
 def test_presets_are_copies_and_say_what_they_need():
