@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 from namedmask.archive import read_archive
-from namedmask.config import DetectorConfig, RefineConfig
+from namedmask.config import make_config
 from namedmask.evaluate.folders import as_json, print_table
 from namedmask.evaluate.metrics import Confusion
 from namedmask.formats import read_label_map
-from namedmask.masks import mask_score
-from namedmask.photos import PhotoSource
-from namedmask.refine import Refiner
+from namedmask.photos import PhotoError, PhotoSource
+from namedmask.pseudolabel import Labeler
 from namedmask.run import start
-from namedmask.saliency.spectral import SpectralDetector
 from namedmask.segmenter.folder import overlay
 from namedmask.segmenter.predict import Segmenter
-from namedmask_kernels import Ragged
 
 
 def detector_settings(standin: Path) -> dict:
@@ -93,18 +91,15 @@ def check_saliency(photos: Path, standin: Path, out: Path) -> None:
 
     folder = photos / "saliency"
     source = PhotoSource(folder / "photos")
-    detector = SpectralDetector(DetectorConfig(**detector_settings(standin)), "cpu")
-    refiner = Refiner(RefineConfig())
-    rows, tiles = [], []
-    for name in source:
+    given = {"photos": source.path, "detector": detector_settings(standin), "pseudolabel": {"keep_detected": True}}
+    labeler, rows, tiles = Labeler(make_config(given), "cpu"), [], []
+    for (name, _), label in itertools.chain(*labeler.label(source, [(name, None) for name in source])):
+        if isinstance(label, PhotoError):
+            raise label
         photo = source.decode(name)
         truth = np.asarray(Image.open(folder / "masks" / Path(name).with_suffix(".png"))) > 127
-        images = Ragged.pack([photo.pixels])
-        detections = detector.detect(images)
-        softs = detections.masks, refiner.refine(images, detections.masks)
-        found, refined = ((soft.grids()[0] > 0.5).numpy() for soft in softs)
-        score = mask_score(refined, detections.confidence.item())
-        rows.append((truth.mean(), iou(found, truth), iou(refined, truth), score))
+        found, refined = label.detected.decode(), label.mask.decode()
+        rows.append((truth.mean(), iou(found, truth), iou(refined, truth), label.score))
         dimmed = [np.where(mask[..., None], photo.pixels, photo.pixels // 4) for mask in (found, refined, truth)]
         tiles.append(_tile(photo.pixels, *dimmed))
     everything, raw, refined, scores = np.array(rows).T
