@@ -134,7 +134,7 @@ def segment_photos(
             source = open_source(photos)
             network, names = load_segmenter(weights, categories, encoder)
             precision = precision or ("bfloat16" if gpus else "float32")
-            augmentation = {"scales": list(scales), "horizontal_flip": horizontal_flip}
+            augmentation: dict[str, Any] = {"scales": list(scales), "horizontal_flip": horizontal_flip}
             settings = {"categories": names, "encoder": network.encoder, "precision": precision, **augmentation}
             errors = _settle(out, weights, settings, source, overwrite and worker.attempt == 0)
         except UserError as error:
