@@ -120,8 +120,8 @@ def preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise UserError(f"--preset {name}: there is no such preset{nearest(name, PRESETS)} (see `namedmask presets`)")
     _, benchmark, settings = PRESETS[name]
-    has_names = benchmark is not None and not needs_names(name)
-    return copy.deepcopy({**({"categories": benchmarks()[benchmark]["names"]} if has_names else {}), **settings})
+    known = benchmarks().get(benchmark) if benchmark else None
+    return copy.deepcopy({**({"categories": known["names"]} if known else {}), **settings})
 
 
 def describe(name: str, prompts: Sequence[str]) -> str:
