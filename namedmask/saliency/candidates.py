@@ -134,10 +134,11 @@ def chosen(candidates: Ragged, found: Prior, sizes: Sequence[Size], names: tuple
 def quality(confidence: Tensor, refined: Ragged) -> Tensor:
     """Score of masks that were selected, float64 [B] in [0, 1].
 
-    It is the mean of the confidence and the `certainty` of the refined mask, which has half the weight.
+    It is the mean of twice the confidence, at most 1, and the `certainty` of the refined mask. Twice, since backgrounds
+    and parts of objects are among the candidates: even perfect masks agree with about half of them only.
 
     Args:
         confidence: Confidence of the selected candidates, float64 [B].
         refined: Refined soft masks, float32 [P].
     """
-    return (confidence + certainty(refined) / 2) / 1.5
+    return ((2 * confidence).clamp(max=1) + certainty(refined)) / 2

@@ -126,7 +126,7 @@ def test_a_name_decides_among_the_shortlist_only():
     expected = (found.agreement[0, 4].item() + NAME_WEIGHT) / (1 + NAME_WEIGHT)
     assert confidence.item() == pytest.approx(expected) and confidence.dtype == torch.float64
     score = quality(confidence, masks)
-    assert score.item() == pytest.approx((expected + certainty(masks).item() / 2) / 1.5) and 0 < score.item() <= 1
+    assert score.item() == pytest.approx((min(1, 2 * expected) + certainty(masks).item()) / 2) and 0 < score.item() <= 1
 
 
 def test_the_name_is_found_inside_of_the_object(scenes, scorer):
