@@ -54,7 +54,8 @@ class NameScorer:
     def __init__(self, config: IndexConfig, categories: Sequence[str], device: str):
         self.clip = Clip(config, device)
         self.numbers = {name: number for number, name in enumerate(categories)}
-        texts = self.clip.texts([*categories, *BACKGROUNDS], prompts())
+        backgrounds = [name for name in BACKGROUNDS if name not in {category.casefold() for category in categories}]
+        texts = self.clip.texts([*categories, *backgrounds], prompts())
         self.texts = torch.from_numpy(texts).to(device)
         self.scale = float(self.clip.model.logit_scale.detach().exp())
 

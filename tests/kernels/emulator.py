@@ -116,7 +116,8 @@ class Cuda:
             result = function(*(guarded[i].inner if i in guarded else x for i, x in enumerate(arguments)))
             for i, copy in guarded.items():
                 assert copy.is_intact(), f"{name} wrote outside of its argument {i}"
-                arguments[i].copy_(copy.inner)
+                with torch.inference_mode():  # tables that `resize` keeps may have been made in this mode
+                    arguments[i].copy_(copy.inner)
             return result
 
         return call

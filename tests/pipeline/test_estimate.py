@@ -2,6 +2,7 @@
 """What a run will take: the counts of a job, files and memory, models without weights, the line before a long run."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -125,9 +126,13 @@ def test_a_long_run_says_how_long_it_takes(photos, tmp_path, monkeypatch):
     estimates.clear()
     assert lines[0].startswith("about ") and ": index " in lines[0] and ", pseudolabel " in lines[0]
     assert not any(line.startswith("about") for line in command(*words).stdout.splitlines())  # it continues
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.WARNING)  # libraries of other tests may have set it
     Pipeline(
         photos, ["cat"], out=tmp_path / "silent", gpus=0, **{name: MODELS[name] for name in ("index", "detector")}
     ).run()
+    root.setLevel(level)
     assert not estimates  # nobody listens
     monkeypatch.setattr(estimating, "LONG", {"cpu": 7, "cuda": 7})
     assert estimating.announce(make_config({"photos": str(photos), "categories": ["cat"], **MODELS}), "cpu") is None

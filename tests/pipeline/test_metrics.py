@@ -305,7 +305,7 @@ def test_evaluate_errors_have_one_line(folders):
     expect_error("--ignore 2", predictions, truth, *names, "--ignore", 2)
     expect_error("--ignore 1000: ", predictions, truth, "--categories", ",".join(map(str, range(1000))), "--red-green")
     expect_error("a.png: the prediction has the id 2: classes are 0 to 1", predictions, truth, "--categories", "cat")
-    expect_error("is not a folder", folders / "none", truth, *names)
+    expect_error("does not exist", folders / "none", truth, *names)
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(predictions / "a.png")
     expect_error("a.png: the prediction is 5 x 5, the truth 20 x 30", predictions, truth, *names)
     (predictions / "b.png").unlink()

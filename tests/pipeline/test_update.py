@@ -80,10 +80,10 @@ def test_grown_run_equals_one_made_at_once(world, tmp_path, monkeypatch):
         embedded.extend(name for shard in shards for name in shard)
         return original(self, source, shards)
 
-    def label(self, source, names, *more, original=Labeler.label):
-        names = list(names)
-        labeled.extend(names)
-        return original(self, source, names, *more)
+    def label(self, source, units, *more, original=Labeler.label):
+        units = list(units)
+        labeled.extend(name for name, _ in units)
+        return original(self, source, units, *more)
 
     monkeypatch.setattr(PrecomputedEmbeddings, "images", images)
     monkeypatch.setattr(Labeler, "label", label)
