@@ -65,8 +65,8 @@ def test_top_photos(benchmark, index, quick):
             full.add(image.astype(np.float32))
         scores, numbers = full.search(text, BEST)
         for entries, s, n in zip(results, scores, numbers, strict=True):
-            np.testing.assert_allclose([score for _, score in entries], s, atol=2e-6)
-            assert len({photo for photo, _ in entries} & set(n.tolist())) >= BEST - 2  # ties at the end may differ
+            np.testing.assert_allclose([entry.score for entry in entries], s, atol=2e-6)
+            assert len({entry.photo for entry in entries} & set(n.tolist())) >= BEST - 2  # ties at the end may differ
         calls["faiss IndexFlatIP, float32 in memory"] = lambda: full.search(text, BEST)
         calls["faiss fp16 flat, in memory"] = lambda: flat.search(text, BEST)
     seconds = paired_medians(calls, rounds=3, seconds=120)

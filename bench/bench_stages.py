@@ -125,7 +125,7 @@ def test_pseudolabel(benchmark, world):
 
     def call():
         labeler.times.seconds.clear()
-        return [item for batch in labeler.label(source, names) for item in batch]
+        return [item for batch in labeler.label(source, [(name, None) for name in names]) for item in batch]
 
     assert len(call()) == len(names)
     rate("pseudolabel: decode, detect, refine", benchmark, call, len(names))

@@ -41,7 +41,7 @@ from .names import NameScorer
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .progress import warn
 from .refine import Refiner
-from .saliency import Detections, make_detector
+from .saliency import Detections, certainty, make_detector
 from .saliency.candidates import chosen, prior, quality, shortlist
 from .threads import map_batches
 from .timing import StepTimes, traced
@@ -232,11 +232,11 @@ class Labeler:
         with step("encode"):
             masks = encode_masks(_binary(refined, at))
             detected = encode_masks(_binary(found.masks, at)) if self.keep_detected else [None] * len(masks)
-            confidence = (quality(found.confidence, refined) if self.selects else found.confidence).tolist()
+            confidence, certain = found.confidence.tolist(), certainty(refined).tolist()
         self.times.collect()
-        for mask, own, before in zip(masks, confidence, detected, strict=True):
-            # A selected mask has been compared with the border already.
-            yield Labeled(mask, own * (mask.area > 0) if self.selects else mask.score(own), before)
+        for mask, own, sure, before in zip(masks, confidence, certain, detected, strict=True):
+            score = quality(own, mask.border, sure) if self.selects else mask.score(own)
+            yield Labeled(mask, score if mask.area else 0.0, before)
 
     def _detect(self, images: Ragged, sizes: list[Size], categories: list[str | None]) -> Detections:
         if not self.selects:

@@ -23,7 +23,7 @@ from torch import Tensor
 from namedmask_kernels import Ragged, normalized_cut, resize, spectral_clusters
 
 from ..batches import Size, on_rows, runs
-from . import Detections, certainty
+from . import Detections
 
 COUNTS = (2, 3, 4)  # numbers of clusters; every cluster is a candidate
 NAME_WEIGHT = 0.25  # of a probability, beside a mean IoU and a share of the border
@@ -131,14 +131,15 @@ def chosen(candidates: Ragged, found: Prior, sizes: Sequence[Size], names: tuple
     return Detections(masks, confidence.gather(1, best)[:, 0].double())
 
 
-def quality(confidence: Tensor, refined: Ragged) -> Tensor:
-    """Score of masks that were selected, float64 [B] in [0, 1].
+def quality(confidence: float, border: float, certain: float) -> float:
+    """Score of a mask that was selected, in [0, 1].
 
-    It is the mean of twice the confidence, at most 1, and the `certainty` of the refined mask. Twice, since backgrounds
-    and parts of objects are among the candidates: even perfect masks agree with about half of them only.
+    It is the mean of two numbers in [0, 1]: twice the difference of confidence and border, and the certainty. Twice,
+    since backgrounds and parts of objects are among the candidates: even perfect masks agree with half of them only.
 
     Args:
-        confidence: Confidence of the selected candidates, float64 [B].
-        refined: Refined soft masks, float32 [P].
+        confidence: Confidence of the selected candidate (`chosen`).
+        border: Share of the photo's border that the refined mask covers.
+        certain: `certainty` of the refined mask.
     """
-    return ((2 * confidence).clamp(max=1) + certainty(refined)) / 2
+    return (min(1.0, max(0.0, 2 * (confidence - border))) + certain) / 2

@@ -23,7 +23,7 @@ from namedmask.masks import MaskRecord, read_masks
 from namedmask.names import NameScorer, _crop, expect_clip
 from namedmask.photos import Photo, PhotoSource
 from namedmask.pseudolabel import known_labels, pseudolabel, units_of
-from namedmask.saliency import certainty, make_detector
+from namedmask.saliency import make_detector
 from namedmask.saliency.candidates import COUNTS, NAME_WEIGHT, Prior, chosen, groups, prior, quality, shortlist
 from namedmask.segmenter.deeplab import DeepLab
 from namedmask.segmenter.predict import Segmenter
@@ -125,8 +125,12 @@ def test_a_name_decides_among_the_shortlist_only():
     assert masks.rows.tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
     expected = (found.agreement[0, 4].item() + NAME_WEIGHT) / (1 + NAME_WEIGHT)
     assert confidence.item() == pytest.approx(expected) and confidence.dtype == torch.float64
-    score = quality(confidence, masks)
-    assert score.item() == pytest.approx((min(1, 2 * expected) + certainty(masks).item()) / 2) and 0 < score.item() <= 1
+
+
+def test_quality_of_masks():
+    assert quality(0.5, 0.0, 1.0) == quality(0.9, 0.0, 1.0) == 1.0
+    assert quality(0.4, 0.1, 0.5) == pytest.approx(0.55)
+    assert quality(0.2, 0.4, 0.5) == 0.25  # never below that of its outline
 
 
 def test_the_name_is_found_inside_of_the_object(scenes, scorer):
