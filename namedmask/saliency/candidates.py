@@ -9,7 +9,7 @@ one. Each gets a score in two parts:
 - with `--select name`, how likely CLIP finds the name of the category inside the mask (`namedmask.names`), times
   `NAME_WEIGHT`.
 
-Both parts have the same weights for all detectors. docs/detectors-and-refiners.md has what they were measured on.
+The weights are the same for all detectors. bench/ABLATIONS.md says what they were measured on.
 """
 
 from __future__ import annotations
