@@ -156,11 +156,18 @@ class Fastest(NamedTuple):
 
 # (device class, dtype) -> the fastest library, measured on two threads with heads of 32, 64 and 128 dims and 384
 # channels in total. `pytest bench/bench_backbones.py --benchmark-only -s -k libraries` repeats the measurement.
-# avx512 and avx2 were measured on an AVX-512 machine limited by NMK_LEVEL, for avx2 with torch's libraries limited too
+# avx512_bf16 was measured on an AMD EPYC (Zen 4), avx512_vnni on an Intel Xeon (Sapphire Rapids). avx512 and avx2 were
+# measured on that Xeon limited by NMK_LEVEL, for avx2 with torch's libraries limited too
 # (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2). The key has no length: only float32
 # at 197 tokens is up to 15% slower, attention is a tenth of the network there, and a choice by length would split
 # batches. sm_90 was measured on an H100 with torch 2.11 and heads of 64 dims, by itself, not within this module.
 TABLE: dict[tuple[str, torch.dtype], Fastest] = {
+    ("cpu avx512_bf16", torch.float32): Fastest(  # of AMD alone, see csrc/cpu/level.h
+        "attention_features", "1.2 to 1.3 times torch SDPA's speed at 785 to 3,601 tokens, 1.1 to 1.4 times at 197"
+    ),
+    ("cpu avx512_bf16", torch.bfloat16): Fastest(
+        "attention_features", "2.2 to 2.6 times torch SDPA's speed at 785 to 3,601 tokens, 1.9 to 2.2 times at 197"
+    ),
     ("cpu avx512_vnni", torch.float32): Fastest(
         "attention_features", "1.1 to 1.4 times torch SDPA's speed at 785 to 3,601 tokens, 0.87 to 1 times at 197"
     ),

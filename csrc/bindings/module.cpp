@@ -77,7 +77,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
 
   m.def("thread_count", &cpu::thread_count);
   m.def("limit_threads", &cpu::limit_threads);
-  m.def("level", [] { return cpu::name(cpu::level()); });  // "portable", "avx2", "avx512" or "avx512_vnni"
+  m.def("level", [] { return cpu::name(cpu::level()); });  // a name of csrc/cpu/level.h
 #ifdef NMK_WITH_CUDA
   m.def("has_cuda", [] { return true; });
   namedmask::bindings::define_cuda(m.def_submodule("cuda"));

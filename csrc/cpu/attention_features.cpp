@@ -20,7 +20,7 @@ namespace {
 constexpr const char* kOp = "attention_features";
 constexpr int64_t kNormTokens = 64;  // tokens per piece of work on key norms
 
-const AttentionKernels& kernels() { return NMK_BEST_OR_VNNI(attention_features); }
+const AttentionKernels& kernels() { return NMK_BEST_OR_BF16(attention_features); }
 
 // Checks that offsets run from 0 to `tokens` without decreasing, and that every tap is inside every sequence that is
 // not empty. Returns the length of the longest sequence.

@@ -4,9 +4,8 @@
 //
 // A query or key is stored as integer multiples of a power of two that brings its norm below 2^15, so that no sum of
 // products overflows 32 bits (Cauchy-Schwarz). bfloat16 has 8 significant bits: elements down to 2^-7 of the norm are
-// exact, and smaller ones are off by at most half a unit, which changes a score by about 10^-5 |q| |k| scale. The
-// bfloat16 instruction itself (vdpbf16ps) runs at half the rate of float32 on Intel cores (Sapphire Rapids), so it
-// gains nothing. Weights and values stay float32, which preserves small weights beside a large one.
+// exact, and smaller ones are off by at most half a unit, which changes a score by about 10^-5 |q| |k| scale. Weights
+// and values stay float32, which preserves small weights beside a large one.
 #include "attention_features_kernel.h"
 
 namespace namedmask::cpu {
@@ -100,12 +99,14 @@ struct FixedScores {
 };
 
 void pack_stored(const AttentionHead& head, int64_t first, bool values, float* block) {
-  (head.stored == Stored::kBFloat16 ? pack<FixedScores> : pack<FloatScores>)(head, first, values, block);
+  (head.stored == Stored::kBFloat16 ? pack<FixedScores, FloatWeights>
+                                    : pack<FloatScores, FloatWeights>)(head, first, values, block);
 }
 
 void attend_stored(const AttentionHead& head, const float* packed, int64_t begin, int64_t end, void* output,
                    float* lse) {
-  (head.stored == Stored::kBFloat16 ? attend<FixedScores> : attend<FloatScores>)(head, packed, begin, end, output, lse);
+  (head.stored == Stored::kBFloat16 ? attend<FixedScores, FloatWeights> : attend<FloatScores, FloatWeights>)(
+      head, packed, begin, end, output, lse);
 }
 
 }  // namespace

@@ -118,27 +118,10 @@ struct FloatScores {
 
 inline int64_t width_of(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
 
-// A block of keys and values in the layout of `attend`: words [dim, kKeys], factors [kKeys], values [kKeys, width],
-// which are zero beyond dim. Keys beyond the last have score 0 and no values.
-template <class Scores>
-void pack(const AttentionHead& head, int64_t first, bool with_values, float* block) {
-  const int64_t count = head.count - first < kKeys ? head.count - first : kKeys, width = width_of(head.dim);
-  float* factors = block + kKeys * head.dim;
-  Scores::pack_keys(head, first, count, block, factors);
-  float* out = factors + kKeys;
-  for (int64_t k = 0; with_values && k < count; ++k, out += width) {
-    read(head.qkv, head.stored, element(head, first + k, 2), head.dim, 1.0f, out);
-    for (int64_t d = head.dim; d < width; ++d) out[d] = 0;
-  }
-}
-
-// sums [kRows, width] = decay[i] * sums + weights [kRows, kKeys] * values [count, width], for kWide vectors from
-// `column` on. The block is summed separately first, which rounds less than one long sum over all keys.
+// sums [kRows, width] = decay[i] * sums + block, for kWide vectors from `column` on.
 template <int kWide>
-inline void accumulate(const float* weights, const float* values, int64_t count, const float* decay, int64_t width,
-                       int64_t column, float* sums) {
-  Floats block[kRows][kWide] = {};
-  multiply_add(block, weights, kKeys, 1, [=](int v) { return values + column + v * kLanes; }, width, count);
+inline void add_block(const Floats (&block)[kRows][kWide], const float* decay, int64_t width, int64_t column,
+                      float* sums) {
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
     float* row = sums + i * width + column;
@@ -149,62 +132,98 @@ inline void accumulate(const float* weights, const float* values, int64_t count,
   }
 }
 
-// Replaces `count` scores of a row by weights 2^(score - largest so far). `totals` are kLanes sums of weights; earlier
-// sums must be multiplied by `decay`.
-inline void soften(float* scores, int64_t count, float* largest, float* totals, float* decay) {
-  Floats most = load(scores);
-  for (int64_t k = kLanes; k < count; k += kLanes) most = larger(most, load(scores + k));
-  const Floats before = broadcast(*largest), now = larger(before, largest_lane(most));
-  Floats sum = {};
-  for (int64_t k = 0; k < count; k += kLanes) {
-    const Floats weight = power_of_two(load(scores + k) - now);
-    store(scores + k, weight);
-    sum += weight;
+// A block of values and the weights of kRows queries for them. Scores become weights in place.
+struct FloatWeights {
+  static constexpr int kTotals = 1;  // vectors of totals per query, whose lanes add up to the sum of its weights
+
+  // Values [kKeys, width] in float32, zero beyond dim.
+  static void pack_values(const AttentionHead& head, int64_t first, int64_t count, float* out) {
+    const int64_t width = width_of(head.dim);
+    for (int64_t k = 0; k < count; ++k, out += width) {
+      read(head.qkv, head.stored, element(head, first + k, 2), head.dim, 1.0f, out);
+      for (int64_t d = head.dim; d < width; ++d) out[d] = 0;
+    }
   }
-  const Floats fade = power_of_two(before - now);
-  store(totals, fma(load(totals), fade, sum));
-  *largest = now[0];
-  *decay = fade[0];
+
+  // Replaces `count` scores of a row by weights 2^(score - largest so far). Earlier sums must be multiplied by `decay`.
+  static void soften(float* scores, int64_t count, float* largest, float* totals, float* decay) {
+    for (int64_t k = count; k % kLanes; ++k) scores[k] = -__builtin_inff();
+    Floats most = load(scores);
+    for (int64_t k = kLanes; k < count; k += kLanes) most = larger(most, load(scores + k));
+    const Floats before = broadcast(*largest), now = larger(before, largest_lane(most));
+    Floats sum = {};
+    for (int64_t k = 0; k < count; k += kLanes) {
+      const Floats weight = power_of_two(load(scores + k) - now);
+      store(scores + k, weight);
+      sum += weight;
+    }
+    const Floats fade = power_of_two(before - now);
+    store(totals, fma(load(totals), fade, sum));
+    *largest = now[0];
+    *decay = fade[0];
+  }
+
+  // sums [kRows, width] = decay[i] * sums + weights [kRows, kKeys] * values, for kWide vectors from `column` on. The
+  // block is summed separately first, which rounds less than one long sum over all keys.
+  template <int kWide>
+  static void accumulate(const float* weights, const float* values, int64_t count, const float* decay, int64_t width,
+                         int64_t column, float* sums) {
+    Floats block[kRows][kWide] = {};
+    multiply_add(block, weights, kKeys, 1, [=](int v) { return values + column + v * kLanes; }, width, count);
+    add_block(block, decay, width, column, sums);
+  }
+};
+
+// A block of keys and values in the layout of `attend`: words [words of a query, kKeys], factors [kKeys], values. Keys
+// beyond the last have score 0 and no values.
+template <class Scores, class Weights>
+void pack(const AttentionHead& head, int64_t first, bool with_values, float* block) {
+  const int64_t count = head.count - first < kKeys ? head.count - first : kKeys;
+  float* factors = block + kKeys * Scores::query_words(head.dim);
+  Scores::pack_keys(head, first, count, block, factors);
+  if (with_values) Weights::pack_values(head, first, count, factors + kKeys);
 }
 
-template <class Scores>
+template <class Scores, class Weights>
 void attend(const AttentionHead& head, const float* packed, int64_t begin, int64_t end, void* output, float* lse) {
   const int64_t dim = head.dim, width = width_of(dim), words = Scores::query_words(dim);
   const int64_t rows = (end - begin + kRows - 1) / kRows * kRows;
+  constexpr int kTotals = Weights::kTotals * kLanes;
   float* queries = head.scratch;
   float* factors = queries + kQueries * kMaxDim;
   float* sums = factors + kQueries;
   float* weights = sums + kQueries * kMaxDim;
   float* totals = weights + kTapRows * kKeys;
-  float* largest = totals + kQueries * kLanes;
+  float* largest = totals + kQueries * kTotals;
   for (int64_t i = 0; i < rows; ++i) {  // rows beyond the last query repeat it
     Scores::pack_query(head, begin + i < end ? begin + i : end - 1, queries + i * words, factors + i);
     largest[i] = -__builtin_inff();
   }
   for (int64_t i = 0; i < rows * width; ++i) sums[i] = 0;
-  for (int64_t i = 0; i < rows * kLanes; ++i) totals[i] = 0;
+  for (int64_t i = 0; i < rows * kTotals; ++i) totals[i] = 0;
   for (int64_t first = 0; first < head.count; first += kKeys, packed += packed_floats(dim)) {
     const int64_t count = head.count - first < kKeys ? head.count - first : kKeys;
-    const float* values = packed + kKeys * (dim + 1);
+    const float *key_factors = packed + kKeys * words, *values = key_factors + kKeys;
     for (int64_t i = 0; i < rows; i += kRows) {
       float decay[kRows];
-      Scores::score(queries + i * words, factors + i, packed, packed + kKeys * dim, dim, count, weights, kKeys);
+      Scores::score(queries + i * words, factors + i, packed, key_factors, dim, count, weights, kKeys);
       for (int r = 0; r < kRows; ++r) {
-        for (int64_t k = count; k % kLanes; ++k) weights[r * kKeys + k] = -__builtin_inff();
-        soften(weights + r * kKeys, count, largest + i + r, totals + (i + r) * kLanes, decay + r);
+        Weights::soften(weights + r * kKeys, count, largest + i + r, totals + (i + r) * kTotals, decay + r);
       }
       if (!output) continue;
       int64_t column = 0;
       for (; column + kVectors * kLanes <= width; column += kVectors * kLanes) {
-        accumulate<kVectors>(weights, values, count, decay, width, column, sums + i * width);
+        Weights::template accumulate<kVectors>(weights, values, count, decay, width, column, sums + i * width);
       }
-      if (column < width) accumulate<1>(weights, values, count, decay, width, column, sums + i * width);
+      if (column < width)
+        Weights::template accumulate<1>(weights, values, count, decay, width, column, sums + i * width);
     }
   }
   for (int64_t i = 0; i < end - begin; ++i) {
     const int64_t token = begin + i;
-    const float total = sum_of_lanes(load(totals + i * kLanes));
-    if (output) write(sums + i * width, 1 / total, head.stored, token * head.heads * dim, dim, output);
+    const float* totals_of = totals + i * kTotals;
+    const float total = sum_of_lanes(load(totals_of)), rounded = sum_of_lanes(load(totals_of + kTotals - kLanes));
+    if (output) write(sums + i * width, 1 / rounded, head.stored, token * head.heads * dim, dim, output);
     if (lse) lse[token * head.heads] = kLn2 * largest[i] + __builtin_logf(total);
   }
 }
@@ -255,7 +274,8 @@ void key_norms(const void* qkv, Stored stored, int64_t count, int64_t heads, int
   }
 }
 
-constexpr AttentionKernels kKernels = {pack<FloatScores>, attend<FloatScores>, tap, key_norms};
+constexpr AttentionKernels kKernels = {pack<FloatScores, FloatWeights>, attend<FloatScores, FloatWeights>, tap,
+                                       key_norms};
 
 }  // namespace
 }  // namespace namedmask::cpu

@@ -42,7 +42,7 @@ static constexpr int64_t packed_floats(int64_t dim) { return kKeys * (dim + 1 + 
 
 // Floats of scratch per thread; the longest tapped sequence has `tapped` tokens.
 static constexpr int64_t scratch_floats(int64_t tapped) {
-  const int64_t attend = 2 * kQueries * kMaxDim + kTapRows * kKeys + kQueries * (2 + 16);
+  const int64_t attend = 2 * kQueries * kMaxDim + kTapRows * kKeys + kQueries * (2 + 2 * 16);
   const int64_t tap = kTapRows * kMaxDim + kKeys * kMaxDim + kTapRows * (tapped + kKeys);
   return ((attend > tap ? attend : tap) + 15) / 16 * 16;
 }

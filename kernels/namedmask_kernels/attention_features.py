@@ -72,10 +72,11 @@ def attention_features(
         RuntimeError: If `qkv` requires a gradient, since there is none.
 
     Accuracy:
-        That of torch's scaled_dot_product_attention in float32. 16-bit input loses nothing but the final rounding (the
-        Triton version also rounds the softmax weights before they are multiplied with the values, as torch does). On
-        CPUs with AVX-512 VNNI, bfloat16 queries and keys are multiplied as 16-bit fixed-point numbers: lse is off by
-        about 1e-5 |q| |k| scale, and output by less than its final rounding; rows are not affected. As in torch, NaN,
+        That of torch's scaled_dot_product_attention in float32. 16-bit input loses nothing but the final rounding,
+        with two exceptions. The Triton version, and AMD CPUs with AVX512-BF16 for bfloat16 input, also round the
+        softmax weights before they are multiplied with the values, as torch does; these CPUs take numbers below 2^-126
+        as 0. On other CPUs with AVX-512 VNNI, bfloat16 queries and keys are multiplied as 16-bit fixed-point numbers:
+        lse is off by about 1e-5 |q| |k| scale, and output by less than its final rounding. As in torch, NaN,
         Inf and products beyond the range of float32 make results of their sequence and head NaN or Inf.
 
     Cost:

@@ -198,7 +198,7 @@ def test_results_do_not_depend_on_the_number_of_threads(on_threads):
         assert torch.equal(alone, first[0]) and torch.equal(together, first[1])
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_vnni"])
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
 def test_instruction_levels(level, tmp_path, run_at_level):
     features, _ = scene(19, 21, 70)
     np.save(tmp_path / "features.npy", features.numpy())

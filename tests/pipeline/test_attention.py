@@ -97,7 +97,7 @@ def test_torch_is_the_default_without_a_measurement_or_if_the_fastest_library_ca
 def test_table_has_existing_libraries_and_levels():
     for (kind, _), fastest in attention.TABLE.items():
         assert fastest.library in attention.LIBRARIES
-        assert kind.split()[1] in ("avx2", "avx512", "avx512_vnni") or kind.startswith("cuda sm_")
+        assert kind.split()[1] in ("avx2", "avx512", "avx512_vnni", "avx512_bf16") or kind.startswith("cuda sm_")
 
 
 def test_device_classes():

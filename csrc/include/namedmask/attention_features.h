@@ -9,10 +9,11 @@
 //             float32 [T, H]; key_norms float32 [T]. All contiguous; the caller allocates outputs. An output that is
 //             std::nullopt is not computed.
 // Empty       no sequences, sequences of length 0 and no taps are allowed.
-// Accuracy    computed in float32, exponentials within 2 ulp; NaN and Inf propagate as in softmax. At level
-//             avx512_vnni, output and lse of bfloat16 inputs use scores from 16-bit fixed point, with an error of about
-//             1e-5 |q| |k| scale; queries and keys below 2^-100 count as 0, and an Inf in a key as NaN. CPUs with
-//             AVX512-BF16 or AMX use that level too (attention_features_avx512_vnni.cpp explains why).
+// Accuracy    computed in float32, exponentials within 2 ulp; NaN and Inf propagate as in softmax. For bfloat16 inputs,
+//             two levels compute output and lse differently. avx512_vnni uses scores from 16-bit fixed point, with an
+//             error of about 1e-5 |q| |k| scale; queries and keys below 2^-100 count as 0, and an Inf in a key as NaN.
+//             avx512_bf16 rounds the weights to bfloat16 before they are multiplied with the values, and takes inputs
+//             below 2^-126 as 0. Intel CPUs use avx512_vnni even if they have AVX512-BF16 or AMX (level.h).
 // Errors      std::invalid_argument for a wrong array and for a tap beyond the end of a sequence that is not empty.
 // Threads     OpenMP, one region, over sequence, head and block of queries. A token's results are bit-identical for any
 //             number of threads and any other sequences in the batch. Levels differ by rounding.
