@@ -91,7 +91,7 @@ def test_single_image(benchmark, side, count, quick):
     tokens = torch.from_numpy(features).flatten(0, 1)
     calls["float32 product"] = lambda: tokens @ tokens.T
     with threads(count):
-        seconds = paired_medians(calls, rounds=9, seconds=40, pause=0.05)
+        seconds = paired_medians(calls, rounds=9, seconds=40, pause=0.2)
         benchmark.pedantic(calls["cpu"], rounds=5)
     table(f"normalized_cut, {n} tokens, {ours.iterations[0]} iterations, {count} threads", seconds, n * n * CHANNELS)
 
@@ -107,7 +107,7 @@ def test_batch_of_32(benchmark, quick):
     tokens = torch.from_numpy(images).flatten(1, 2)
     calls["float32 product"] = lambda: tokens @ tokens.mT
     with threads(2):
-        seconds = paired_medians(calls, rounds=5, seconds=60, pause=0.05)
+        seconds = paired_medians(calls, rounds=5, seconds=60, pause=0.2)
         benchmark.pedantic(calls["cpu"], rounds=5)
     table(
         f"normalized_cut, batch of {len(images)} images of 784 tokens, two threads",

@@ -67,7 +67,7 @@ def test_single_image(benchmark, count, quick):
     tokens = torch.from_numpy(features).flatten(0, 1)
     calls["features x features', torch"] = lambda: tokens @ tokens.T
     with threads(count):
-        seconds = paired_medians(calls, rounds=7, seconds=15, pause=0.05)
+        seconds = paired_medians(calls, rounds=7, seconds=15, pause=0.2)
         benchmark.pedantic(calls["cpu"], rounds=5)
     rows = [{"method": method, "ms": 1e3 * s, "time / cpu's": s / seconds["cpu"]} for method, s in seconds.items()]
     report(f"spectral_clusters, k = 2, 3, 4, {len(tokens)} tokens, C = {CHANNELS}, {count} threads", rows + absent)

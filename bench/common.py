@@ -54,8 +54,8 @@ def paired_medians(
         calls: Functions by name. Each is called once before timing starts, except with --quick.
         rounds: Maximum number of rounds, in each of which every call is timed once; one with --quick.
         seconds: Maximum duration; at least three rounds are run.
-        pause: Seconds to wait before each timed call. OpenBLAS's threads keep spinning for some milliseconds after a
-            product, which slows down the next call on more than one thread; 0.05 avoids it.
+        pause: Seconds to wait before each timed call. OpenBLAS's threads keep spinning for up to 0.1 s after a product,
+            which slows down the next call on more than one thread; 0.2 avoids it.
     """
     for call in () if QUICK else calls.values():
         call()

@@ -12,16 +12,16 @@
 
 namespace namedmask::cpu {
 
-// The type of the products: kInt16 for above(), kInt8 for maybe_below(), kFloat32 for both and on CPUs without the
-// others.
+// The type of the products: kInt16 for above(), which then uses bytes first where they decide most pairs, kInt8 for
+// maybe_below(), kFloat32 for both and on CPUs without the others.
 enum class Products { kFloat32, kInt16, kInt8 };
 
 class Cosines {
  public:
   Cosines();
 
-  // features [n, C]. Does all allocation, so that normalize() may run in a parallel region.
-  void prepare(const float* features, int64_t n, int64_t channels, Products products);
+  // features [n, C]; tau as for above(). Does all allocation, so that normalize() may run in a parallel region.
+  void prepare(const float* features, int64_t n, int64_t channels, Products products, double tau = 0);
 
   int64_t panels() const { return rows_.panels(); }
   int64_t padded() const { return rows_.padded(); }
@@ -39,21 +39,27 @@ class Cosines {
   // An upper bound for the error of the products; for bytes, in addition to the error of each row.
   double reach() const;
 
-  // bits[r], r < count, bit j: the cosine of tokens row + r and column + j, in float32, exceeds tau. `count` is a
-  // multiple of kMicroRows and at most kBlock, `column` a multiple of kWord.
-  void above(int64_t row, int64_t count, int64_t column, double tau, double reach, uint32_t* bits) const;
+  // Bit j of bits[w * stride + r], r < count, w < words: the cosine of tokens row + r and column + w * kWord + j, in
+  // float32, exceeds tau. `count` is a multiple of kMicroRows and at most kBlock, `column` a multiple of kWord, `words`
+  // at most kTileWords.
+  void above(int64_t row, int64_t count, int64_t column, int64_t words, double tau, double reach, uint32_t* bits,
+             int64_t stride) const;
 
-  // The same layout: set for all cosines below `bound`, and for some that are not.
+  // The same layout for one word: bits[r] is set for all cosines below `bound`, and for some that are not.
   void maybe_below(int64_t row, int64_t count, int64_t column, double bound, double reach, uint32_t* bits) const;
 
  private:
-  void prepare_bytes(const float* features, int64_t n);
+  void find_center(const float* features, int64_t n);
+  bool bytes_decide_most(const float* features, int64_t n, double tau) const;
+  void prepare_bytes();
+  double reach_of_bytes() const;
 
   const CosineKernels& kernels_;
   int64_t channels_ = 0;
   NormalizedRows rows_;
   Products products_ = Products::kFloat32;
-  int64_t pairs_ = 0;  // of channels
+  bool bytes_first_ = false;  // above() compares bytes, then 16-bit integers where these leave doubt
+  int64_t pairs_ = 0;         // of channels
   Buffer<int16_t> integer_memory_;
   int16_t *integers_ = nullptr, *integer_panels_ = nullptr;
   std::vector<double> errors_;  // the largest of each panel
@@ -61,6 +67,7 @@ class Cosines {
   Buffer<int32_t> sum_memory_;
   Buffer<float> number_memory_;
   Bytes bytes_ = {};
+  std::vector<float> center_;
   double center_square_ = 0;
 };
 

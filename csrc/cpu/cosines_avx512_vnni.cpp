@@ -94,8 +94,8 @@ void quantize_bytes(const float* row, int64_t channels, int64_t i, const Bytes& 
   }
 }
 
-void maybe_below_bytes(const Bytes& bytes, int64_t row, int64_t count, int64_t column, int64_t channels, float bound,
-                       uint32_t* bits) {
+void compare_bytes(const Bytes& bytes, int64_t row, int64_t count, int64_t column, int64_t channels, float low,
+                   float high, uint32_t* bits, uint32_t* unsure) {
   const int64_t groups = (channels + kByteGroup - 1) / kByteGroup;
   const uint8_t* panels = bytes.panels + column * groups * kByteGroup;
   for (int64_t r = row; r < row + count; r += kIntegerRows) {
@@ -117,15 +117,86 @@ void maybe_below_bytes(const Bytes& bytes, int64_t row, int64_t count, int64_t c
     // the error of a . b is at most |a'| times b's error plus |b| times a's error, with |a'| <= |a| + a's error
     for (int i = 0; i < kIntegerRows; ++i) {
       const Floats unit = broadcast(bytes.units[r + i]), error = broadcast(bytes.errors[r + i]);
-      const Floats length = broadcast(bytes.lengths[r + i]) + error, rest = broadcast(bound - bytes.along[r + i]);
-      uint32_t below = 0;
+      const Floats length = broadcast(bytes.lengths[r + i]) + error;
+      const Floats least = broadcast(low - bytes.along[r + i]), most = broadcast(high - bytes.along[r + i]);
+      uint32_t over = 0, under = 0;
       for (int v = 0; v < 2; ++v) {
         const int64_t at = column + v * kPanel;
-        const Floats off =
-            fma(error, load(bytes.lengths + at), length * load(bytes.errors + at)) - load(bytes.along + at);
-        below |= above(rest, _mm512_cvtepi32_ps(sums[i][v]) * (unit * load(bytes.units + at)) - off) << (v * kPanel);
+        const Floats off = fma(error, load(bytes.lengths + at), length * load(bytes.errors + at));
+        const Floats product = _mm512_cvtepi32_ps(sums[i][v]) * (unit * load(bytes.units + at));
+        const Floats value = product + load(bytes.along + at);
+        over |= above(value - off, most) << (v * kPanel);
+        under |= above(least, value + off) << (v * kPanel);
       }
-      bits[r - row + i] = below;
+      bits[r - row + i] = over;
+      unsure[r - row + i] = ~(over | under);
+    }
+  }
+}
+
+constexpr int kColumns = 4;  // that share the reads of a row
+
+// Writes the positions of the bits that are set in words [count], kBlock words apart, and returns their number. Writes
+// up to kLanes values more.
+int64_t positions(const uint32_t* words, int64_t count, int32_t* out) {
+  const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  int64_t found = 0;
+  for (int64_t half = 0; half < 2 * count; ++half) {
+    const auto set = static_cast<__mmask16>(words[half / 2 * kBlock] >> half % 2 * kLanes);
+    const __m512i all = _mm512_add_epi32(steps, _mm512_set1_epi32(static_cast<int32_t>(half * kLanes)));
+    // not stored by the compressing instruction, which takes an AMD EPYC a hundred cycles
+    _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(set, all));
+    found += __builtin_popcount(set);
+  }
+  return found;
+}
+
+// Lane j: the sum of the lanes of sums[j].
+__m128i sums_of_lanes(const __m512i (&sums)[kColumns]) {
+  const auto halved = [&](int j) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(sums[j]), _mm512_extracti64x4_epi64(sums[j], 1));
+  };
+  const __m256i all =
+      _mm256_hadd_epi32(_mm256_hadd_epi32(halved(0), halved(1)), _mm256_hadd_epi32(halved(2), halved(3)));
+  return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+
+void decide(const int16_t* rows, int64_t count, const int16_t* columns, int64_t words, int64_t channels, int32_t low,
+            int32_t high, uint32_t* unsure, uint32_t* bits, int64_t stride) {
+  constexpr int64_t kValues = 2 * kLanes;
+  const int64_t length = (channels + 1) / 2 * 2, whole = length / kValues * kValues;
+  const auto last = static_cast<__mmask32>((uint64_t{1} << (length - whole)) - 1);
+  for (int64_t r = 0; r < count; ++r) {
+    const int16_t* row = rows + r * length;
+    int32_t tokens[kTileWords * kWord + kLanes];
+    const int64_t found = positions(unsure + r, words, tokens);
+    for (int j = 0; j < kColumns; ++j) tokens[found + j] = tokens[0];
+    for (int64_t first = 0; first < found; first += kColumns) {
+      const int16_t* column[kColumns];
+      for (int j = 0; j < kColumns; ++j) column[j] = columns + tokens[first + j] * length;
+      __m512i sums[kColumns] = {};
+      for (int64_t c = 0; c < whole; c += kValues) {
+        const __m512i part = _mm512_loadu_si512(row + c);
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumns; ++j) {
+          sums[j] = _mm512_dpwssd_epi32(sums[j], part, _mm512_loadu_si512(column[j] + c));
+        }
+      }
+      if (last) {
+        const __m512i part = _mm512_maskz_loadu_epi16(last, row + whole);
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumns; ++j) {
+          sums[j] = _mm512_dpwssd_epi32(sums[j], part, _mm512_maskz_loadu_epi16(last, column[j] + whole));
+        }
+      }
+      const __m128i dots = sums_of_lanes(sums);
+      const uint32_t over = _mm_cmpgt_epi32_mask(dots, _mm_set1_epi32(high));
+      const uint32_t under = _mm_cmplt_epi32_mask(dots, _mm_set1_epi32(low));
+      for (int j = 0; j < kColumns; ++j) {
+        const int32_t word = tokens[first + j] / kWord, bit = tokens[first + j] % kWord;
+        bits[word * stride + r] |= (over >> j & 1) << bit;
+        unsure[word * kBlock + r] &= ~(((over | under) >> j & 1) << bit);
+      }
     }
   }
 }
@@ -146,7 +217,7 @@ float dot(const float* a, const float* b, int64_t channels) {
 }  // namespace
 
 const CosineKernels cosines_avx512_vnni = {
-    connect, quantize, connect_quantized, dot, quantize_bytes, maybe_below_bytes,
+    connect, quantize, connect_quantized, dot, quantize_bytes, compare_bytes, decide,
 };
 
 }  // namespace namedmask::cpu

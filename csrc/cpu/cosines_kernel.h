@@ -27,7 +27,7 @@ void connect(const float* rows, int64_t count, const float* panels, int64_t chan
   }
 }
 
-constexpr CosineKernels kKernels = {connect, nullptr, nullptr, nullptr, nullptr, nullptr};
+constexpr CosineKernels kKernels = {connect, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 }  // namespace namedmask::cpu

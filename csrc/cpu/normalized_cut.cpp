@@ -19,9 +19,9 @@ namespace {
 
 constexpr const char* kOp = "normalized_cut";
 constexpr int64_t kBlockWords = kBlock / kWord;
-constexpr int64_t kTileWords = 8;  // words (columns / 32) of a tile
 constexpr int64_t kPanelsAtOnce = 8;
-constexpr double kTie = 1 - 1e-5;  // entries this close to the largest count as equal
+constexpr int64_t kRowsOfPart = 1024;  // of a product with the affinity; each part makes tables of its own
+constexpr double kTie = 1 - 1e-5;      // entries this close to the largest count as equal
 // An image with fewer products runs on one thread: with 2.4e8 (784 tokens) a second thread saves 0.7 of 1.9 ms, but
 // costs 4 to 8 ms, one or two time slices, whenever another process keeps its core busy.
 constexpr double kWorthThreads = 4e8;
@@ -54,10 +54,10 @@ class Cut {
   };
 
   // features [h * w, C]. False if they are not finite. May run in a parallel region, whose threads then share the work
-  // on the affinity.
-  bool run(const float* features, int64_t h, int64_t w, int64_t channels, const CutSettings& settings,
+  // on the affinity and, if the image is `shared`, on products with it.
+  bool run(const float* features, int64_t h, int64_t w, int64_t channels, const CutSettings& settings, bool shared,
            const Result& result) {
-    settings_ = settings;
+    settings_ = settings, shared_ = shared;
     prepare(features, h, w, channels, result);
     parallel_for(cosines_.panels(), kPanelsAtOnce, [&](int64_t panel) { cosines_.normalize(panel); });
     if (!cosines_.finite()) return false;
@@ -74,7 +74,8 @@ class Cut {
     width_ = w, n_ = h * w, result_ = result;
     words_ = (n_ + kWord - 1) / kWord;
     // no cosine lies beyond such a tau: the products are exact only in floats
-    cosines_.prepare(features, n_, channels, std::abs(settings_.tau) < 1 ? Products::kInt16 : Products::kFloat32);
+    const Products products = std::abs(settings_.tau) < 1 ? Products::kInt16 : Products::kFloat32;
+    cosines_.prepare(features, n_, channels, products, settings_.tau);
     padded_ = cosines_.padded();
     bits_ = bit_memory_.reserve((words_ + words_ % 2) * padded_);
     double* memory = vector_memory_.reserve(3 * n_ + 2 * kWord);
@@ -89,8 +90,7 @@ class Cut {
     }
   }
 
-  // On one thread: it takes a tenth of the time, and barriers would cost more than a second thread gains on a machine
-  // that runs other processes too.
+  // On one thread, but for the products with the affinity.
   void solve() {
     if (words_ % 2) std::fill_n(bits_ + words_ * padded_, n_, 0u);
     count();
@@ -117,9 +117,10 @@ class Cut {
   void connect(const Tile& tile, double reach) {
     const int64_t row = tile.block * kBlock;
     const int64_t count = round_up(std::min(kBlock, n_ - row), kMicroRows);
+    cosines_.above(row, count, tile.begin * kWord, tile.end - tile.begin, settings_.tau, reach,
+                   bits_ + tile.begin * padded_ + row, padded_);
     for (int64_t word = tile.begin; word < tile.end; ++word) {
       uint32_t* bits = bits_ + word * padded_ + row;
-      cosines_.above(row, count, word * kWord, settings_.tau, reach, bits);
       if (const int64_t left = n_ - word * kWord; left < kWord) {  // padding repeats the last token
         for (int64_t r = 0; r < count; ++r) bits[r] &= (1u << left) - 1;
       }
@@ -132,18 +133,31 @@ class Cut {
 
   // Counts the bits set in each row, and reads the diagonal.
   void count() {
-    std::fill_n(input_, n_, 1.0);
-    multiply();
+    std::fill(counts_.begin(), counts_.end(), 0);
+    for (int64_t word = 0; word < words_; ++word) {
+      for (int64_t i = 0; i < n_; ++i) {
+        uint32_t x = bits_[word * padded_ + i];  // not __builtin_popcount, a function call without -mpopcnt
+        x -= x >> 1 & 0x55555555;
+        x = (x & 0x33333333) + (x >> 2 & 0x33333333);
+        x = (x + (x >> 4)) & 0x0f0f0f0f;
+        counts_[i] += static_cast<int32_t>(x * 0x01010101 >> 24);
+      }
+    }
     for (int64_t i = 0; i < n_; ++i) {
-      counts_[i] = static_cast<int32_t>(product_[i]);
       diagonal_[i] = bits_[i / kWord * padded_ + i] >> (i % kWord) & 1;
     }
   }
 
-  // product_[i] = sum of input_[j] where bit (i, j) is set.
+  // product_[i] = sum of input_[j] where bit (i, j) is set. The order of additions does not depend on the parts.
   void multiply() {
+    const int64_t parts = shared_ ? std::min<int64_t>(omp_get_num_threads(), 1 + n_ / kRowsOfPart) : 1;
+    parallel_for(parts, 1, [&](int64_t part) { multiply(n_ * part / parts, n_ * (part + 1) / parts); });
+  }
+
+  // The same for rows [begin, end).
+  void multiply(int64_t begin, int64_t end) {
     double table[8][256];
-    std::fill_n(product_, n_, 0.0);
+    std::fill(product_ + begin, product_ + end, 0.0);
     for (int64_t word = 0; word < words_; word += 2) {
       const double* x = input_ + word * kWord;
       for (int byte = 0; byte < 8; ++byte, x += 8) {
@@ -154,7 +168,7 @@ class Cut {
       }
       const uint32_t* low = bits_ + word * padded_;
       const uint32_t* high = low + padded_;
-      for (int64_t i = 0; i < n_; ++i) {
+      for (int64_t i = begin; i < end; ++i) {
         const uint32_t a = low[i], b = high[i];
         product_[i] += ((table[0][a & 255] + table[1][a >> 8 & 255]) + (table[2][a >> 16 & 255] + table[3][a >> 24])) +
                        ((table[4][b & 255] + table[5][b >> 8 & 255]) + (table[6][b >> 16 & 255] + table[7][b >> 24]));
@@ -236,6 +250,7 @@ class Cut {
   }
 
   CutSettings settings_;
+  bool shared_ = false;
   Result result_ = {};
   int64_t width_ = 0, n_ = 0, padded_ = 0, words_ = 0;
   Cosines cosines_;
@@ -280,7 +295,7 @@ void normalized_cut(const TensorView& features, const TensorView& offsets, const
   const auto run = [&](int64_t b, Cut& cut) {
     const int64_t at = batch.begin(b);
     return cut.run(
-        features.as<float>() + at * channels, batch.height(b), batch.width(b), channels, settings,
+        features.as<float>() + at * channels, batch.height(b), batch.width(b), channels, settings, shared,
         {vector.as<float>() + at, value.as<double>() + b, residual.as<double>() + b, iterations.as<int32_t>() + b,
          seed.as<int32_t>() + b, partition.as<uint8_t>() + at, foreground.as<uint8_t>() + at});
   };

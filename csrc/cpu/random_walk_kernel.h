@@ -7,11 +7,13 @@
 namespace namedmask::cpu {
 namespace {
 
-static_assert(kBlock % kRows == 0 && kWord % (kVectors * kLanes) == 0 && kWalkUnit % (kVectors * kLanes) == 0);
+static_assert(kBlock % kRows == 0 && kWord % (kVectors * kLanes) == 0 && kWalkUnit == 8);
 
 // The least exponent: e^-60 is lost in a sum with a token's own weight, about 1, but is not 0, so that a row of zeros,
 // whose weights are all equal, has a sum. A cosine that is rounded up has an exponent above 0.
 constexpr float kLeastExponent = -60;
+
+constexpr int64_t kCacheLine = 16;  // floats
 
 void weigh(const float* rows, const float* panels, int64_t channels, float sharpness, int64_t columns, bool diagonal,
            float* weights) {
@@ -43,35 +45,67 @@ void weigh(const float* rows, const float* panels, int64_t channels, float sharp
   }
 }
 
-// sums [kRows, kVectors * kLanes] += part.
-inline __attribute__((always_inline)) void add_part(const Floats (&part)[kRows][kVectors], int64_t width, float* sums) {
-  for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < kVectors; ++v) {
-      float* sum = sums + i * width + v * kLanes;
-      store(sum, load(sum) + part[i][v]);
+template <class V>
+inline __attribute__((always_inline)) V first_lanes_of(Floats v) {
+  if constexpr (kLanesOf<V> == kLanes) {
+    return v;
+  } else {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  }
+}
+
+// sums [kRows, lanes of First and Second] += a times masks [depth, the same lanes], where column k of a begins at
+// a + k * k_stride and its rows are row_stride apart.
+template <class First, class Second, bool kBoth = true>
+inline __attribute__((always_inline)) void add_products(const float* a, int64_t row_stride, int64_t k_stride,
+                                                        int64_t depth, const float* masks, int64_t width, float* sums) {
+  First first[kRows] = {};
+  Second second[kRows] = {};
+  for (int64_t k = 0; k < depth; ++k, a += k_stride, masks += width) {
+    const First left = load<First>(masks);
+    Second right = {};
+    if constexpr (kBoth) right = load<Second>(masks + kLanesOf<First>);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      const Floats factor = broadcast(a[i * row_stride]);
+      first[i] = fma(first_lanes_of<First>(factor), left, first[i]);
+      if constexpr (kBoth) second[i] = fma(first_lanes_of<Second>(factor), right, second[i]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i, sums += width) {
+    store(sums, load<First>(sums) + first[i]);
+    if constexpr (kBoth) {
+      float* sum = sums + kLanesOf<First>;
+      store(sum, load<Second>(sum) + second[i]);
     }
   }
 }
 
-void add(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums) {
+// The same for all columns, in vectors of eight lanes where wider ones do not fit.
+inline __attribute__((always_inline)) void add_rows(const float* a, int64_t row_stride, int64_t k_stride, int64_t depth,
+                                                    const float* masks, int64_t width, float* sums) {
+  int64_t m = 0;
+  for (; m + kVectors * kLanes <= width; m += kVectors * kLanes) {
+    add_products<Floats, Floats>(a, row_stride, k_stride, depth, masks + m, width, sums + m);
+  }
+  const int64_t left = width - m;
+  if constexpr (kLanes == 16) {
+    if (left == 24) add_products<Floats, Floats8>(a, row_stride, k_stride, depth, masks + m, width, sums + m);
+    if (left == 16) add_products<Floats, Floats, false>(a, row_stride, k_stride, depth, masks + m, width, sums + m);
+  }
+  if (left == 8) add_products<Floats8, Floats8, false>(a, row_stride, k_stride, depth, masks + m, width, sums + m);
+}
+
+void add(const float* weights, int64_t columns, const float* masks, int64_t width, const float* next, float* sums) {
   for (int64_t r = 0; r < kBlock; r += kRows) {
-    for (int64_t m = 0; m < width; m += kVectors * kLanes) {
-      Floats part[kRows][kVectors] = {};
-      const auto vectors = [=](int v) { return masks + m + v * kLanes; };
-      multiply_add(part, weights + r * kBlock, kBlock, 1, vectors, width, columns);
-      add_part(part, width, sums + r * width + m);
-    }
+    for (int64_t i = 0; next && i < kRows * kBlock; i += kCacheLine) __builtin_prefetch(next + r * kBlock + i, 0, 2);
+    add_rows(weights + r * kBlock, kBlock, 1, columns, masks, width, sums + r * width);
   }
 }
 
 void add_transposed(const float* weights, int64_t columns, const float* masks, int64_t width, float* sums) {
   for (int64_t r = 0; r < columns; r += kRows) {
-    for (int64_t m = 0; m < width; m += kVectors * kLanes) {
-      Floats part[kRows][kVectors] = {};
-      const auto vectors = [=](int v) { return masks + m + v * kLanes; };
-      multiply_add(part, weights + r, 1, kBlock, vectors, width, kBlock);
-      add_part(part, width, sums + r * width + m);
-    }
+    add_rows(weights + r, 1, kBlock, kBlock, masks, width, sums + r * width);
   }
 }
 

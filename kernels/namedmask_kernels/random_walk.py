@@ -59,9 +59,10 @@ def random_walk(
             message names the image), or the backend cannot run.
 
     Cost:
-        n^2 (C + 2 M) flops and n^2 / 2 exponentials per step for n tokens. Only one tile of S is held at a time. The
-        Triton version computes the cosines with 6 n^2 C flops of float16 per step; on an H100, 0.24 ms per image of
-        3,600 tokens with 20 masks and 2 steps, in a batch of 64.
+        For n tokens, n^2 C flops and n^2 / 2 exponentials, and n^2 2 M flops per step. On a CPU, half of S is kept from
+        step to step while it fits 32 MB, 2 n^2 bytes of up to 4,032 tokens; what does not fit is computed again. The
+        Triton version holds one tile at a time and computes the cosines in each step, with 6 n^2 C flops of float16; on
+        an H100, 0.24 ms per image of 3,600 tokens with 20 masks and 2 steps, in a batch of 64.
 
     Determinism:
         Bit-identical for any batch and number of threads.

@@ -94,6 +94,17 @@ def test_known_values(run):
     assert torch.equal(one, masks[:1, :1])
 
 
+@pytest.mark.parametrize("side", [20, 66])
+def test_steps_can_be_taken_one_by_one(side, on_threads):
+    """Later steps use weights that the first one kept; beyond 4,032 tokens, as here with 4,356, only a part of them."""
+    masks, features = scene(side, side, 4)
+    first, *others = on_threads(lambda: nk.random_walk(masks, features, steps=3))
+    assert all(torch.equal(other, first) for other in others)
+    for _ in range(3):
+        masks = nk.random_walk(masks, features, steps=1)
+    assert torch.equal(masks, first)
+
+
 def test_results_do_not_depend_on_batch_composition(run):
     shapes = [(5, 7), (1, 1), (33, 41), (0, 4), (10, 11), (9, 0)]
     images = [scene(h, w, 24, seed=b) for b, (h, w) in enumerate(shapes)]

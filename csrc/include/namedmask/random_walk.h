@@ -13,9 +13,11 @@
 // Accuracy    float32 throughout; 0 steps copy the masks.
 // Threads     OpenMP, one region: over images, and over groups of rows of tiles if there is only one image. Results are
 //             bit-identical for any number of threads and any batch. Levels differ by rounding.
-// Cost        per image of n tokens and step n^2 (C + 2 M) flops, since S is symmetric, and n^2 / 2 exponentials. S is
-//             never stored beyond one tile per thread. Memory per thread, kept for its next call (64 MB at most): 4 n C
-//             bytes and 12 n (M + 32); a single image takes 40 n (M + 32).
+// Cost        per image of n tokens n^2 C flops and n^2 / 2 exponentials, since S is symmetric, and n^2 2 M flops per
+//             step. With more than one step, the tiles of S above its diagonal are kept while they fit 32 MB, that is
+//             all of them up to 4,032 tokens; every step computes the others again. Memory per thread, kept for its
+//             next call (64 MB at most): 4 n C bytes, 12 n (M + 8) and 2 n (n + 96), the last at most 32 MB; a single
+//             image takes 40 n (M + 8) for the second.
 #pragma once
 
 #include "namedmask/tensor_view.h"
