@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The lattice and the grid are built once per image, with the norms of both kernels multiplied into the pixels'
 // weights. An update is then a single pass over the pixels: it reads the filtered marginals of the last iteration,
-// computes the new ones and adds them to the next lattice and grid. The marginals themselves are never stored.
+// computes the new ones and adds them to the next lattice and grid. The marginals themselves are never stored. With
+// more than two labels the pass also filters the next grid, row by row as soon as all pixels of a row are added, and
+// stores it in place of rows that are no longer read.
 #include "namedmask/dense_crf.h"
 
 #include <algorithm>
@@ -21,7 +23,7 @@ namespace namedmask::cpu {
 namespace {
 
 constexpr int kGroup = CrfSystem::kGroup, kAxes = CrfSystem::kAxes, kCorners = CrfSystem::kCorners;
-constexpr int kTaps = CrfSystem::kTaps, kSums = CrfSystem::kSums;
+constexpr int kTaps = CrfSystem::kTaps, kSums = CrfSystem::kSums, kBlurRows = CrfSystem::kBlurRows;
 static_assert(kAxes == kLatticeAxes && kTaps == kSplineTaps);
 
 const CrfKernels& kernels() { return NMK_BEST(dense_crf); }
@@ -157,7 +159,7 @@ class Solver {
     for (int64_t t = 0; t <= s.radius; ++t) gauss[t] = std::exp(-0.5 * (t / deviation) * (t / deviation));
 
     const std::vector<double> row_norm = axis_norm(s.height, taps, gauss), norm = axis_norm(s.width, taps, gauss);
-    taps_.reserve(taps.size() + 2 * s.height * kTaps + s.step * s.cells + gauss.size());
+    taps_.reserve(taps.size() + 2 * s.height * kTaps + s.step * s.cells + 2 * (s.radius + kBlurRows) + 1);
     float* to = taps_.data();
     s.taps = to;
     to = std::copy(taps.begin(), taps.end(), to);
@@ -176,8 +178,11 @@ class Solver {
       const int64_t x = i % s.cells * s.step + i / s.cells;
       *to++ = x < s.width ? static_cast<float>(norm[x]) : 0.0f;
     }
-    s.gauss = to;
-    std::copy(gauss.begin(), gauss.end(), to);
+    to = std::fill_n(to, kBlurRows, 0.0f);
+    to = std::copy(gauss.rbegin(), gauss.rend(), to);
+    s.gauss = to - 1;
+    to = std::copy(gauss.begin() + 1, gauss.end(), to);
+    std::fill_n(to, kBlurRows, 0.0f);
   }
 
   // Finds all vertices, and the vertices and weights of each pixel.
@@ -263,12 +268,17 @@ class Solver {
     CrfSystem& s = system_;
     const int64_t lattice = (s.vertices + 1) * std::max<int64_t>(s.channels, kSums);
     const int64_t grid = s.grid_height * s.grid_width * s.channels;
+    s.ring = s.channels == 1 ? s.grid_height : std::min(s.grid_height, 2 * s.radius + kTaps + kBlurRows - 1);
+    const int64_t rows = s.channels == 1
+                             ? (s.step + 1) * (s.grid_width + kTaps - 1) + 2 * s.radius + kGroup
+                             : 2 * CrfSystem::kRowsAtOnce * (s.cells + kTaps) + s.step * (s.cells + 2 * kTaps);
     const std::pair<float**, int64_t> arrays[] = {
         {&s.lattice, lattice},
         {&s.next_lattice, lattice},
         {&s.grid, grid},
-        {&s.next_grid, grid},
-        {&s.rows, ((s.step + 1) * (s.grid_width + kTaps - 1) + 2 * s.radius) * s.channels + kGroup},
+        {&s.next_grid, s.ring * s.grid_width * s.channels},
+        {&s.rows, rows * s.channels},
+        {&s.columns, s.channels == 1 ? 0 : kBlurRows * (s.grid_width + 2 * s.radius) * s.channels},
         {&s.scores, s.channels * kGroup},
         {&s.unary, s.channels == 1 ? s.height * s.step * s.cells : 0},
     };

@@ -9,7 +9,8 @@ namespace {
 
 constexpr int kAxes = CrfSystem::kAxes, kCorners = CrfSystem::kCorners;
 constexpr int kTaps = CrfSystem::kTaps, kSums = CrfSystem::kSums;
-constexpr int kGroup = CrfSystem::kGroup;
+constexpr int kGroup = CrfSystem::kGroup, kPlane = CrfSystem::kPlane;
+constexpr int kRowsAtOnce = CrfSystem::kRowsAtOnce, kBlurRows = CrfSystem::kBlurRows;
 typedef VectorOf<float, (kLanes > 8 ? kLanes : 8)>::Type Wide;
 
 // e^x for x <= 88; below -87 and for NaN e^-87.
@@ -40,6 +41,29 @@ inline void swap(float*& a, float*& b) {
   float* const was = a;
   a = b;
   b = was;
+}
+
+// -- channels --
+
+// Where the vector that begins with channel c of item 0 lies in an array [items, channels], and the distance between
+// items.
+struct Place {
+  int64_t begin, stride;
+};
+inline Place place(int64_t c, int64_t channels, int64_t items) {
+  const int64_t wide = channels / kPlane * kPlane;
+  if (c >= wide) return {c * items, kGroup};
+  return {c / kPlane * kPlane * items + c % kPlane, kPlane};
+}
+
+// Calls f(c, lanes) for the planes, which begin with channel c and hold `lanes` channels.
+template <class F>
+inline void for_each_plane(int64_t channels, F f) {
+  if (channels == 1) return f(0, 1);
+  for (int64_t c = 0, lanes; c < channels; c += lanes) {
+    lanes = channels - c < kPlane ? kGroup : kPlane;
+    f(c, lanes);
+  }
 }
 
 // -- the permutohedral lattice --
@@ -158,14 +182,17 @@ void blur_one(CrfSystem s, float* lattice, float* scratch, float scale) {
 void blur_many(CrfSystem s, float* lattice, float* scratch, float scale) {
   for_each_direction(s, lattice, scratch, scale, [&](const float* from, float* to, const int32_t* near, float own) {
     const float other = 0.5f * own;
-    for (int64_t i = 0; i < s.vertices; ++i, near += 2, to += s.channels) {
-      const float *center = from + i * s.channels, *a = from + near[0] * s.channels, *b = from + near[1] * s.channels;
-      for_each_vector(s.channels, [&](auto v, int64_t c) {
-        using V = decltype(v);
-        store(to + c, fma(load<V>(a + c) + load<V>(b + c), broadcast<V>(other), load<V>(center + c) * own));
-      });
-    }
-    fill(to, 0.0f, s.channels);
+    for_each_vector(s.channels, [&](auto zero, int64_t c) {
+      using V = decltype(zero);
+      const Place vertex = place(c, s.channels, s.vertices + 1);
+      const float* const in = from + vertex.begin;
+      float* const out = to + vertex.begin;
+      for (int64_t i = 0; i < s.vertices; ++i) {
+        const V around = load<V>(in + near[2 * i] * vertex.stride) + load<V>(in + near[2 * i + 1] * vertex.stride);
+        store(out + i * vertex.stride, fma(around, broadcast<V>(other), load<V>(in + i * vertex.stride) * own));
+      }
+      store(out + s.vertices * vertex.stride, V{});
+    });
   });
 }
 
@@ -214,14 +241,14 @@ inline void convolve(const float* in, int64_t stride, const float* gauss, int64_
   });
 }
 
-// Applies the Gaussian on the nodes: columns into one line, then along the line.
+// Applies the Gaussian on the nodes (channels = 1): columns into one line, then along the line.
 void blur_grid(CrfSystem s, const float* from, float* to) {
-  const int64_t line = s.grid_width * s.channels, pad = s.radius * s.channels;
-  fill(s.rows, 0.0f, line + 2 * pad);
+  fill(s.rows, 0.0f, s.grid_width + 2 * s.radius);
   for (int64_t y = 0; y < s.grid_height; ++y) {
     const int64_t before = y < s.radius ? y : s.radius, left = s.grid_height - 1 - y;
-    convolve(from + y * line, line, s.gauss, before, left < s.radius ? left : s.radius, s.rows + pad, line);
-    convolve(s.rows + pad, s.channels, s.gauss, s.radius, s.radius, to + y * line, line);
+    convolve(from + y * s.grid_width, s.grid_width, s.gauss, before, left < s.radius ? left : s.radius,
+             s.rows + s.radius, s.grid_width);
+    convolve(s.rows + s.radius, 1, s.gauss, s.radius, s.radius, to + y * s.grid_width, s.grid_width);
   }
 }
 
@@ -367,41 +394,6 @@ void update_one(CrfSystem s) {
   }
 }
 
-// Adds the messages of up to kGroup pixels to their unary: scores [kGroup, channels], unnormalized log marginals. The
-// first pixel's unary is at `pixel`, the next `stride` further.
-template <bool kSlice>
-inline __attribute__((always_inline)) void score(const CrfSystem& s, int64_t channels, const float* pixel,
-                                                 int64_t stride, int64_t pixels, const float* row, const float* taps,
-                                                 const float* norms, const int32_t* corners, const float* weights) {
-  const int64_t last = channels - kGroup, rest = s.labels - last;
-  const Floats8 never = select(first_lanes(rest), Floats8{}, broadcast<Floats8>(-1e30f));  // for padding channels
-  float* scores = s.scores;
-  for (int64_t i = 0; i < pixels; ++i, pixel += stride, row += channels, scores += channels) {
-    __builtin_prefetch(pixel + kGroup * stride);  // too far away for the hardware prefetcher
-    __builtin_prefetch(pixel + kGroup * stride + last);
-    const float* vertices[kCorners];
-#pragma GCC unroll 6
-    for (int r = 0; r < kCorners; ++r) vertices[r] = s.lattice + corners[r * kGroup + i] * channels;
-    const auto messages = [&](auto spatial, int64_t c) {
-      using V = decltype(spatial);
-      V bilateral = {};
-      if (kSlice) {
-#pragma GCC unroll 4
-        for (int t = 0; t < kTaps; ++t) {
-          spatial = fma(load<V>(row + t * channels + c), broadcast<V>(taps[t]), spatial);
-        }
-#pragma GCC unroll 6
-        for (int r = 0; r < kCorners; ++r) {
-          bilateral = fma(load<V>(vertices[r] + c), broadcast<V>(weights[r * kGroup + i]), bilateral);
-        }
-      }
-      return fma(spatial, broadcast<V>(norms[i]), bilateral);
-    };
-    for_each_vector(last, [&](auto v, int64_t c) { store(scores + c, load<decltype(v)>(pixel + c) + messages(v, c)); });
-    store(scores + last, load_first(pixel + last, rest) + never + messages(Floats8{}, last));
-  }
-}
-
 // f(sum, v), where a vector of 16 lanes is first halved.
 template <class V, class F>
 inline Floats8 joined(Floats8 sum, V v, F f) {
@@ -413,84 +405,336 @@ inline Floats8 joined(Floats8 sum, V v, F f) {
   }
 }
 
-// Converts scores to marginals, in place.
-inline __attribute__((always_inline)) void softmax(float* scores, int64_t channels, int64_t pixels) {
-  const auto greater = [](Floats8 a, Floats8 b) { return larger(a, b); };
-  const auto plus = [](Floats8 a, Floats8 b) { return a + b; };
-  for (int64_t i = 0; i < pixels; ++i, scores += channels) {
-    Floats8 best = broadcast<Floats8>(-1e30f), sum = {};
-    for_each_vector(channels, [&](auto v, int64_t c) { best = joined(best, load<decltype(v)>(scores + c), greater); });
-    const float top = largest_lane(best)[0];
-    for_each_vector(channels, [&](auto v, int64_t c) {
-      v = load<decltype(v)>(scores + c) - top;
-      // Negligible values become 0: their products would be denormal numbers, which are slow.
-      v = select(v > -50.0f, exponential(v), decltype(v){});
-      store(scores + c, v);
-      sum = joined(sum, v, plus);
-    });
-    const float scale = 1.0f / sum_of_lanes(sum);
-    for_each_vector(channels, [&](auto v, int64_t c) { store(scores + c, load<decltype(v)>(scores + c) * scale); });
+// Lane i: f over all lanes of v[i], in the order of reduce_lanes.
+template <class F>
+inline Floats8 reduce_each(const Floats8 (&v)[kGroup], F f) {
+  Floats8 halves[4], quarters[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    halves[i] = f(__builtin_shufflevector(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11),
+                  __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    quarters[i] = f(__builtin_shufflevector(halves[2 * i], halves[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13),
+                    __builtin_shufflevector(halves[2 * i], halves[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15));
+  }
+  return f(__builtin_shufflevector(quarters[0], quarters[1], 0, 2, 8, 10, 4, 6, 12, 14),
+           __builtin_shufflevector(quarters[0], quarters[1], 1, 3, 9, 11, 5, 7, 13, 15));
+}
+
+// The unary of n labels; lanes beyond them never win.
+template <class V>
+inline V load_labels(const float* p, int64_t n) {
+  if constexpr (sizeof(V) == sizeof(Floats8)) {
+    return select(first_lanes(n), load_first(p, n), broadcast<Floats8>(-1e30f));
+  } else {
+    const Floats8 low = load_labels<Floats8>(p, n), high = load_labels<Floats8>(p + kGroup, n - kGroup);
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   }
 }
 
-// Adds marginals to their vertices, and writes them times their norms to line [pixels, channels].
-inline __attribute__((always_inline)) void splat(const CrfSystem& s, int64_t channels, int64_t pixels,
-                                                 const float* norms, const int32_t* corners, const float* weights,
-                                                 float* line) {
-  const float* marginals = s.scores;
-  for (int64_t i = 0; i < pixels; ++i, marginals += channels, line += channels) {
-    float* vertices[kCorners];
+// Pixels of one row and phase, and what they read.
+struct Group {
+  float* pixel;         // the first one's unary or marginals, [labels]; the next is step * labels further
+  int64_t pixels;       // inside the image
+  const float* row;     // of the grid, [items, channels]
+  int64_t items, cell;  // the first pixel's first node is `cell`
+  const float *taps, *norms;
+  const int32_t* corners;
+  const float* weights;
+};
+
+// Adds the messages of a group to its unary: s.scores [kGroup, channels], unnormalized log marginals. Returns the
+// largest score of each pixel.
+template <bool kSlice>
+inline __attribute__((always_inline)) Floats8 score(const CrfSystem& s, int64_t channels, const Group& group) {
+  // Copies, which stores cannot alias.
+  const int32_t* const corners = group.corners;
+  const float *const weights = group.weights, *const norms = group.norms, *const lattice = s.lattice;
+  float* const scores = s.scores;
+  const int64_t of_vertices = s.vertices + 1, labels = s.labels, stride = s.step * labels;
+  const float* pixels[kGroup];  // lanes beyond the image repeat its last pixel, with weights of 0
+  Floats8 best[kGroup];
+#pragma GCC unroll 8
+  for (int i = 0; i < kGroup; ++i) {
+    pixels[i] = group.pixel + (i < group.pixels ? i : group.pixels - 1) * stride;
+    best[i] = broadcast<Floats8>(-1e30f);
+  }
+  for_each_vector(channels, [&](auto zero, int64_t c) {
+    using V = decltype(zero);
+    const Place of_node = place(c, channels, group.items), of_vertex = place(c, channels, of_vertices);
+    const Place of_score = place(c, channels, kGroup);
+    const float* node = group.row + of_node.begin + group.cell * of_node.stride;
+    const float* const vertices = lattice + of_vertex.begin;
+    V nodes[kTaps], taps[kTaps];
+    if (kSlice) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) taps[t] = broadcast<V>(group.taps[t]);
+#pragma GCC unroll 3
+      for (int t = 0; t < kTaps - 1; ++t, node += of_node.stride) nodes[t] = load<V>(node);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroup; ++i) {
+      __builtin_prefetch(pixels[i] + kGroup * stride + c);  // too far away for the hardware prefetcher
+      V sum = c + kLanesOf<V> < channels ? load<V>(pixels[i] + c) : load_labels<V>(pixels[i] + c, labels - c);
+      if (kSlice) {
+        nodes[(i + kTaps - 1) % kTaps] = load<V>(node);
+        node += of_node.stride;
+        V spatial = nodes[i % kTaps] * taps[0], bilateral = {};
+#pragma GCC unroll 3
+        for (int t = 1; t < kTaps; ++t) spatial = fma(nodes[(i + t) % kTaps], taps[t], spatial);
 #pragma GCC unroll 6
-    for (int r = 0; r < kCorners; ++r) vertices[r] = s.next_lattice + corners[r * kGroup + i] * channels;
-    for_each_vector(channels, [&](auto v, int64_t c) {
-      using V = decltype(v);
-      v = load<V>(marginals + c);
-      store(line + c, v * norms[i]);
+        for (int r = 0; r < kCorners; ++r) {
+          bilateral = fma(load<V>(vertices + corners[r * kGroup + i] * of_vertex.stride),
+                          broadcast<V>(weights[r * kGroup + i]), bilateral);
+        }
+        sum += fma(spatial, broadcast<V>(norms[i]), bilateral);
+      }
+      store(scores + of_score.begin + i * of_score.stride, sum);
+      best[i] = joined(best[i], sum, [](Floats8 a, Floats8 b) { return larger(a, b); });
+    }
+  });
+  return reduce_each(best, [](Floats8 a, Floats8 b) { return larger(a, b); });
+}
+
+// Replaces scores by e^(score - largest). Returns 1 / their sum for each pixel.
+inline __attribute__((always_inline)) Floats8 exponentials(float* scores, int64_t channels, Floats8 largest) {
+  const auto plus = [](Floats8 a, Floats8 b) { return a + b; };
+  float top[kGroup];
+  store(top, largest);
+  Floats8 sums[kGroup] = {};
+  for_each_vector(channels, [&](auto zero, int64_t c) {
+    using V = decltype(zero);
+    const Place of_score = place(c, channels, kGroup);
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroup; ++i) {
+      float* const score = scores + of_score.begin + i * of_score.stride;
+      V v = load<V>(score) - broadcast<V>(top[i]);
+      // Negligible values become 0: their products would be denormal numbers, which are slow.
+      v = select(v > -50.0f, exponential(v), V{});
+      store(score, v);
+      sums[i] = joined(sums[i], v, plus);
+    }
+  });
+  return 1.0f / reduce_each(sums, plus);
+}
+
+// Adds marginals, scores times scale, to their vertices, and writes them times their norms to line.
+inline __attribute__((always_inline)) void splat(const CrfSystem& s, int64_t channels, const Group& group,
+                                                 const float* scale, float* line, int64_t items) {
+  // Copies, which stores cannot alias.
+  const int32_t* corners = group.corners;
+  const float *weights = group.weights, *norms = group.norms, *scores = s.scores;
+  float* const lattice = s.next_lattice;
+  const int64_t cell = group.cell + kTaps - 1;
+  const int64_t vertices = s.vertices + 1;
+  for (int i = 0; i < kGroup; ++i, ++corners, ++weights) {
+    for_each_vector(channels, [&](auto zero, int64_t c) {
+      using V = decltype(zero);
+      const Place of_cell = place(c, channels, items), of_vertex = place(c, channels, vertices);
+      float* const first = lattice + of_vertex.begin;
+      const Place of_score = place(c, channels, kGroup);
+      const V v = load<V>(scores + of_score.begin + i * of_score.stride) * broadcast<V>(scale[i]);
+      store(line + of_cell.begin + (cell + i) * of_cell.stride, v * broadcast<V>(norms[i]));
 #pragma GCC unroll 6
       for (int r = 0; r < kCorners; ++r) {
-        store(vertices[r] + c, fma(v, broadcast<V>(weights[r * kGroup + i]), load<V>(vertices[r] + c)));
+        float* const vertex = first + corners[r * kGroup] * of_vertex.stride;
+        store(vertex, fma(v, broadcast<V>(weights[r * kGroup]), load<V>(vertex)));
       }
     });
   }
+}
+
+// Writes marginals, scores times scale.
+inline void write_marginals(const CrfSystem& s, int64_t channels, const Group& group, const float* scale) {
+  float* pixel = group.pixel;
+  for (int64_t i = 0; i < group.pixels; ++i, pixel += s.step * s.labels) {
+    const Floats8 factor = broadcast<Floats8>(scale[i]);
+    for (int64_t c = 0; c < channels; c += kGroup) {
+      const Place of_score = place(c, channels, kGroup);
+      const Floats8 v = load<Floats8>(s.scores + of_score.begin + i * of_score.stride) * factor;
+      if (c + kGroup < channels) {
+        store(pixel + c, v);
+      } else {
+        store_first(pixel + c, v, s.labels - c);
+      }
+    }
+  }
+}
+
+// rows [count, items, channels] = nodes of the grid interpolated at rows y, y + 1, ... of the image, which have the
+// same nodes.
+inline void read_rows(CrfSystem s, int64_t channels, int64_t y, int64_t count, float* rows, int64_t items) {
+  const int64_t line = s.grid_width * channels;
+  const float *const nodes = s.grid + y / s.step * line, *const taps = s.row_taps + y * kTaps;
+  for_each_plane(channels, [&](int64_t c, int64_t lanes) {
+    const float* const from = nodes + c * s.grid_width;
+    for_each_vector(items * lanes, [&](auto zero, int64_t i) {
+      using V = decltype(zero);
+      V node[kTaps];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) node[t] = load<V>(from + t * line + i);
+      for (int64_t r = 0; r < count; ++r) {
+        V sum = {};
+#pragma GCC unroll 4
+        for (int t = 0; t < kTaps; ++t) sum = fma(node[t], broadcast<V>(taps[r * kTaps + t]), sum);
+        store(rows + (r * channels + c) * items + i, sum);
+      }
+    });
+  });
+}
+
+// sums [cells + kTaps, channels] = what a row of the image adds to the nodes from the first cell on. values [step,
+// items, channels]: its pixels by phase, between kTaps - 1 and kTaps + 1 zeros.
+inline void add_cells(CrfSystem s, int64_t channels, const float* values, int64_t items, float* sums) {
+  constexpr int kNodes = 4;  // at once
+  const int64_t nodes = items - kTaps;
+  for_each_vector(channels, [&](auto zero, int64_t c) {
+    using V = decltype(zero);
+    const Place of_cell = place(c, channels, items), of_node = place(c, channels, nodes);
+    for (int64_t n = 0; n < nodes; n += kNodes) {
+      V sum[kNodes] = {};
+      const float *cell = values + of_cell.begin + n * of_cell.stride, *taps = s.taps;
+      for (int64_t p = 0; p < s.step; ++p, cell += items * channels, taps += kTaps) {
+        V cells[kNodes + kTaps - 1];
+#pragma GCC unroll 7
+        for (int i = 0; i < kNodes + kTaps - 1; ++i) cells[i] = load<V>(cell + i * of_cell.stride);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTaps; ++t) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kNodes; ++i) sum[i] = fma(cells[i + kTaps - 1 - t], broadcast<V>(taps[t]), sum[i]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kNodes; ++i) store(sums + of_node.begin + (n + i) * of_node.stride, sum[i]);
+    }
+  });
+}
+
+// Row n of the next grid, of which only the last `ring` rows are kept.
+inline float* ring_row(const CrfSystem& s, int64_t channels, int64_t n) {
+  return s.next_grid + n % s.ring * s.grid_width * channels;
+}
+
+// Adds sums [count, nodes, channels] of rows y, y + 1, ..., which have the same nodes, to the next grid.
+inline void add_rows(CrfSystem s, int64_t channels, int64_t y, int64_t count, const float* sums, int64_t nodes) {
+  float* rows[kTaps];
+  for (int t = 0; t < kTaps; ++t) rows[t] = ring_row(s, channels, y / s.step + t);
+  const float* const taps = s.add_taps + y * kTaps;
+  for_each_plane(channels, [&](int64_t c, int64_t lanes) {
+    const int64_t begin = c * s.grid_width;
+    for_each_vector(nodes * lanes, [&](auto zero, int64_t i) {
+      using V = decltype(zero);
+      V node[kTaps];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) node[t] = load<V>(rows[t] + begin + i);
+      for (int64_t r = 0; r < count; ++r) {
+        const V sum = load<V>(sums + (r * channels + c) * nodes + i);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTaps; ++t) node[t] = fma(sum, broadcast<V>(taps[r * kTaps + t]), node[t]);
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) store(rows[t] + begin + i, node[t]);
+    });
+  });
+}
+
+// Applies the Gaussian on the nodes: columns into `columns` [count, channels, padded nodes], then along the lines.
+// Writes rows first, first + 1, ... of the grid, count <= kBlurRows.
+inline void blur_rows(CrfSystem s, int64_t channels, int64_t first, int64_t count, float* columns) {
+  const int64_t padded = s.grid_width + 2 * s.radius, line = s.grid_width * channels;
+  const int64_t begin = first < s.radius ? 0 : first - s.radius, last = first + count - 1 + s.radius,
+                end = last < s.grid_height ? last + 1 : s.grid_height;
+  for_each_plane(channels, [&](int64_t c, int64_t lanes) {
+    const int64_t pad = s.radius * lanes;
+    for_each_vector(s.grid_width * lanes, [&](auto zero, int64_t i) {
+      using V = decltype(zero);
+      V sums[kBlurRows] = {};
+      const float* from = ring_row(s, channels, begin) + c * s.grid_width + i;
+      const float *const stop = s.next_grid + s.ring * line, *gauss = s.gauss + (begin - first);
+      for (int64_t n = begin; n < end; ++n, from += line, ++gauss) {
+        if (from >= stop) from -= s.ring * line;
+        const V v = load<V>(from);
+#pragma GCC unroll 4
+        for (int r = 0; r < kBlurRows; ++r) sums[r] = fma(v, broadcast<V>(gauss[-r]), sums[r]);
+      }
+      for (int64_t r = 0; r < count; ++r) store(columns + (r * channels + c) * padded + pad + i, sums[r]);
+    });
+    for (int64_t r = 0; r < count; ++r) {
+      convolve(columns + (r * channels + c) * padded + pad, lanes, s.gauss, s.radius, s.radius,
+               s.grid + (first + r) * line + c * s.grid_width, s.grid_width * lanes);
+    }
+  });
+}
+
+// Updates the pixels of `count` rows, y and those after it, which have the same nodes.
+template <bool kSlice, bool kSplat>
+inline __attribute__((always_inline)) void update_rows(const CrfSystem& s, int64_t channels, int64_t y, int64_t count) {
+  const int64_t nodes = s.cells + kTaps, items = nodes + kTaps, stride = s.step * s.labels;
+  float *const rows = s.rows, *const sums = rows + kRowsAtOnce * nodes * channels,
+               *const values = sums + kRowsAtOnce * nodes * channels;
+  if (kSlice) read_rows(s, channels, y, count, rows, nodes);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t phase = 0; phase < s.step; ++phase) {
+      const int64_t inside = (s.width - phase + s.step - 1) / s.step;  // cells of this phase inside the image
+      const int64_t first = ((y + r) * s.step + phase) * s.cells * kCorners;
+      Group group;
+      group.pixel = s.out + ((y + r) * s.width + phase) * s.labels;
+      group.row = rows + r * nodes * channels;
+      group.items = nodes;
+      group.taps = s.taps + phase * kTaps;
+      for (group.cell = 0; group.cell < inside; group.cell += kGroup, group.pixel += kGroup * stride) {
+        group.pixels = inside - group.cell < kGroup ? inside - group.cell : kGroup;
+        group.norms = s.column_norm + phase * s.cells + group.cell;
+        group.corners = s.corners + first + group.cell * kCorners;
+        group.weights = s.weights + first + group.cell * kCorners;
+        const Floats8 largest = score<kSlice>(s, channels, group);
+        float scale[kGroup];
+        store(scale, exponentials(s.scores, channels, largest));
+        if (kSplat) {
+          splat(s, channels, group, scale, values + phase * items * channels, items);
+        } else {
+          write_marginals(s, channels, group, scale);
+        }
+      }
+    }
+    if (kSplat) add_cells(s, channels, values, items, sums + r * nodes * channels);
+  }
+  if (kSplat) add_rows(s, channels, y, count, sums, nodes);
 }
 
 // kChannels: the number of channels at compile time, or 0 for any. The system is a copy, which stores cannot alias.
 template <bool kSlice, bool kSplat, int kChannels>
 void update_many(CrfSystem s) {
-  const int64_t channels = kChannels > 0 ? kChannels : s.channels, last = channels - kGroup;
-  const int64_t padded = (s.grid_width + kTaps - 1) * channels;
-  float *const row = s.rows, *const values = s.rows + padded;
-  const int32_t* corners = s.corners;
-  const float* weights = s.weights;
+  const int64_t channels = kChannels > 0 ? kChannels : s.channels;
+  const int64_t line = s.grid_width * channels;
+  float* const columns = s.columns;
+  int64_t blurred = 0;  // rows of the next grid
   if (kSplat) {
-    fill(values, 0.0f, s.step * padded);
     fill(s.next_lattice, 0.0f, (s.vertices + 1) * channels);
-    fill(s.next_grid, 0.0f, s.grid_height * s.grid_width * channels);
+    const int64_t nodes = s.cells + kTaps;
+    fill(s.rows + 2 * kRowsAtOnce * nodes * channels, 0.0f, s.step * (nodes + kTaps) * channels);
+    fill(columns, 0.0f, kBlurRows * (s.grid_width + 2 * s.radius) * channels);
+    for (int t = 0; t < kTaps - 1; ++t) fill(ring_row(s, channels, t), 0.0f, line);
   }
-  for (int64_t y = 0; y < s.height; ++y) {
-    if (kSlice) read_row(s, y, row);
-    for (int64_t phase = 0; phase < s.step; ++phase) {
-      const float *const taps = s.taps + phase * kTaps, *const norms = s.column_norm + phase * s.cells;
-      float* const line = values + phase * padded + (kTaps - 1) * channels;
-      const int64_t cells = (s.width - phase + s.step - 1) / s.step;  // of this phase inside the image
-      for (int64_t cell = 0; cell < s.cells;
-           cell += kGroup, corners += kCorners * kGroup, weights += kCorners * kGroup) {
-        const int64_t pixels = cells - cell < kGroup ? cells - cell : kGroup, stride = s.step * s.labels;
-        float* pixel = s.out + (y * s.width + cell * s.step + phase) * s.labels;
-        score<kSlice>(s, channels, pixel, stride, pixels, row + cell * channels, taps, norms + cell, corners, weights);
-        softmax(s.scores, channels, pixels);
-        if (kSplat) {
-          splat(s, channels, pixels, norms + cell, corners, weights, line + cell * channels);
-        } else {
-          const float* marginals = s.scores;
-          for (int64_t i = 0; i < pixels; ++i, pixel += stride, marginals += channels) {
-            for (int64_t c = 0; c < last; c += kGroup) store(pixel + c, load<Floats8>(marginals + c));
-            store_first(pixel + last, load<Floats8>(marginals + last), s.labels - last);
-          }
-        }
-      }
+  for (int64_t y = 0, count; y < s.height; y += count) {
+    const int64_t node = y / s.step, left = (node + 1) * s.step - y;
+    count = left < kRowsAtOnce ? left : kRowsAtOnce;
+    if (count > s.height - y) count = s.height - y;
+    if (kSplat && y % s.step == 0) fill(ring_row(s, channels, node + kTaps - 1), 0.0f, line);
+    update_rows<kSlice, kSplat>(s, channels, y, count);
+    // Row `node` of the next grid is complete, and row `node` of this grid is not read any more.
+    if (kSplat && count == left && node - s.radius + 1 - blurred >= kBlurRows) {
+      blur_rows(s, channels, blurred, kBlurRows, columns);
+      blurred += kBlurRows;
     }
-    if (kSplat) add_row(s, y, values, padded);
+  }
+  if (kSplat) {
+    for (int64_t count; blurred < s.grid_height; blurred += count) {
+      count = s.grid_height - blurred < kBlurRows ? s.grid_height - blurred : kBlurRows;
+      blur_rows(s, channels, blurred, count, columns);
+    }
   }
 }
 
@@ -511,7 +755,7 @@ void infer(CrfSystem s, int64_t iterations) {
     const auto blur = s.channels == 1 ? blur_one : blur_many;
     blur(s, s.next_lattice, s.lattice, s.bilateral_weight);
     swap(s.lattice, s.next_lattice);
-    blur_grid(s, s.next_grid, s.grid);
+    if (s.channels == 1) blur_grid(s, s.next_grid, s.grid);
     i < iterations ? update<true, true>(s) : update<true, false>(s);
   }
 }

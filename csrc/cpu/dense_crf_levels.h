@@ -13,13 +13,17 @@
 namespace namedmask::cpu {
 
 // The state of one image. With two labels only the difference of their marginals is filtered (channels = 1), since they
-// sum to 1; more labels are padded to a multiple of kGroup channels.
+// sum to 1; more labels are padded to a multiple of kGroup channels. Arrays [items, channels] are then stored as planes
+// [items, kPlane], and one [items, kGroup] if kGroup channels are left: no vector crosses a cache line.
 struct CrfSystem {
   static constexpr int kGroup = 8;
   static constexpr int kAxes = 5;             // x, y, red, green, blue
   static constexpr int kCorners = kAxes + 1;  // of a simplex of the permutohedral lattice
   static constexpr int kTaps = 4;             // of a cubic B-spline
-  static constexpr int kSums = 2;  // copies of a vertex, to which pixels are added alternately (channels = 1)
+  static constexpr int kPlane = 16;      // channels that are next to each other: as many as the widest vectors have
+  static constexpr int kRowsAtOnce = 2;  // of an image, if they have the same nodes (channels > 1)
+  static constexpr int kBlurRows = 4;    // of the grid, at once (channels > 1)
+  static constexpr int kSums = 2;        // copies of a vertex, to which pixels are added alternately (channels = 1)
 
   int64_t height, width, labels, channels;
 
@@ -29,8 +33,9 @@ struct CrfSystem {
   const float* row_taps;            // [height, kTaps]: times the row's norm and the term's weight
   const float* add_taps;            // [height, kTaps]: times the row's norm
   const float* column_norm;         // [step, cells]
-  const float* gauss;               // [radius + 1]: the filter on the grid, from its center outward
+  const float* gauss;               // [-radius to radius]: the filter on the grid, between kBlurRows zeros
   int64_t radius;
+  int64_t ring;  // rows of next_grid: all, or (channels > 1) as many as are in use at a time
 
   int64_t vertices;
   const int32_t* corners;    // [height, step, cells / kGroup, kCorners, kGroup]: a pixel's vertices
@@ -39,8 +44,9 @@ struct CrfSystem {
   float bilateral_weight;
 
   float *lattice, *next_lattice;  // [vertices + 1, channels], the last row zero; kSums times as wide with one channel
-  float *grid, *next_grid;        // [grid_height, grid_width, channels]
-  float* rows;                    // scratch: `step + 2` rows of a grid, padded by `radius` nodes on both sides
+  float *grid, *next_grid;        // [grid_height or ring, grid_width, channels]
+  float* rows;                    // scratch: rows of a grid and of pixels
+  float* columns;                 // scratch: kBlurRows rows of a grid with `radius` nodes on both sides (channels > 1)
   float* scores;                  // [kGroup, channels] scratch
   float* unary;                   // half log-odds [height, step, cells] (channels = 1), else log(p) in out
   float* out;                     // [height * width, labels]
