@@ -539,15 +539,25 @@ void paint(const Runs& runs, int32_t* out) {
 
 void keep(const uint8_t* keep, const Runs& runs, bool invert, uint8_t* out) {
   const uint64_t* bits = runs.bits;
+  const int32_t* label = runs.label;
+#if defined(__AVX512VBMI2__)
+  uint8_t* kept_runs = reinterpret_cast<uint8_t*>(runs.label);  // overwrites labels that have been read
+  for (int32_t k = 0; k < runs.first[runs.height]; ++k) kept_runs[k] = keep[label[k]];
+#endif
   for (int64_t y = 0; y < runs.height; ++y, out += runs.width) {
-    const int32_t* label = runs.label + runs.first[y];
     Edges edges;
     Adder adder;
     for (int64_t i = 0; i < runs.words; ++i) {
       const uint64_t word = *bits++;
       uint64_t begins, ends, dropped = 0;
       edges.next(word, begins, ends);
+#if defined(__AVX512VBMI2__)
+      const __m256i next = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kept_runs));
+      dropped = _pdep_u64(_mm256_testn_epi8_mask(next, next), begins);
+      kept_runs += count_ones(begins);
+#else
       for (; begins; begins &= begins - 1) dropped |= (begins & -begins) & (uint64_t{keep[*label++]} - 1);
+#endif
       const uint64_t kept = word & adder.next(word, dropped);  // adding its first bit removes a run
       const int64_t left = runs.width - 64 * i;
       unpack(invert ? ~kept : kept, left < 64 ? left : 64, out + 64 * i);

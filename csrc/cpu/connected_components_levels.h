@@ -45,6 +45,7 @@ struct ComponentKernels {
   // out = the label of each pixel's run, 0 outside runs.
   void (*paint)(const Runs& runs, int32_t* out);
   // out = whether a pixel is in a run with keep[label] == 1, or with `invert` whether it is not; keep is 0 or 1.
+  // Overwrites the labels of the runs.
   void (*keep)(const uint8_t* keep, const Runs& runs, bool invert, uint8_t* out);
 };
 
