@@ -18,7 +18,9 @@ namespace {
 
 const ComponentKernels& kernels() {
   return NMK_BEST_IF(connected_components,
-                     __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq"));
+                     __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                         __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bitalg") &&
+                         __builtin_cpu_supports("bmi2"));
 }
 
 class Labeler {
@@ -31,12 +33,12 @@ class Labeler {
     runs_.words = w / 64 + 1;
     runs_.bits = bits_.reserve(h * runs_.words);
     runs_.first = first_.reserve(h + 1);
-    runs_.ends = ends_.reserve(4 * (w / 2 + 1 + Runs::kPadding));
+    runs_.scratch = scratch_.reserve(4 * (w / 2 + 1 + Runs::kPadding) + Runs::kPadding);
     kernels().scan(mask, value, runs_);
     const size_t count = runs_.first[h];
     runs_.label = label_.reserve(count + 2 * Runs::kPadding) + Runs::kPadding;
-    runs_.parent = parent_.reserve(count);
-    runs_.top = top_.reserve(count);
+    runs_.parent = parent_.reserve(count + Runs::kPadding);
+    runs_.top = top_.reserve(count + Runs::kPadding);
     labels_ = connectivity == 8 ? kernels().join_eight(runs_) : kernels().join(runs_);
   }
 
@@ -52,14 +54,23 @@ class Labeler {
       count += first;
       runs_.parent[i] = label ^ ((label ^ count) & -first);
     }
-    extents_.reserve(count + 1);
-    std::fill_n(extents_.data(), count + 1, Extent{0, static_cast<int32_t>(-runs_.width), 0, 0});
-    kernels().measure(runs_.parent, runs_, extents_.data());
+    const Extent none = {static_cast<int32_t>(-runs_.width), 0, 0, 0};
+    std::fill_n(parts_.reserve(labels_), labels_, none);
+    std::fill_n(extents_.reserve(count + 1), count + 1, none);
+    std::fill_n(bottom_.reserve(count + 1), count + 1, 0);
+    runs_.bottom = part_bottom_.reserve(labels_);
+    kernels().measure(runs_.parent, labels_, runs_, parts_.data(), extents_.data(), bottom_.data());
     return count;
   }
 
-  const Extent& extent(int32_t component) const { return extents_[component]; }
+  int32_t area(int32_t component) const {
+    const Extent& e = extents_[component];
+    return static_cast<int32_t>(static_cast<uint32_t>(e.minus_begins) + static_cast<uint32_t>(e.ends));
+  }
+  int32_t left(int32_t component) const { return -extents_[component].minus_left; }
+  int32_t right(int32_t component) const { return extents_[component].right; }
   int32_t top(int32_t component) const { return runs_.top[component - 1]; }
+  int32_t bottom(int32_t component) const { return bottom_[component]; }
 
   // After join: writes all pixels except the components that touch the image border.
   void drop_border(uint8_t* out) {
@@ -99,16 +110,18 @@ class Labeler {
   }
 
   size_t bytes() const {
-    return bits_.bytes() + first_.bytes() + ends_.bytes() + label_.bytes() + parent_.bytes() + top_.bytes() +
-           extents_.bytes() + keep_.bytes();
+    return bits_.bytes() + first_.bytes() + scratch_.bytes() + label_.bytes() + parent_.bytes() + top_.bytes() +
+           part_bottom_.bytes() + bottom_.bytes() + parts_.bytes() + extents_.bytes() + keep_.bytes();
   }
 
  private:
   Runs runs_ = {};
   int32_t labels_ = 0;  // provisional labels
   Buffer<uint64_t> bits_;
-  Buffer<int32_t> first_, ends_, label_, parent_, top_;
-  Buffer<Extent> extents_;  // of components, numbered from 1
+  Buffer<int32_t> first_, scratch_, label_, parent_, top_, part_bottom_;
+  Buffer<Extent> parts_;    // of provisional labels
+  Buffer<Extent> extents_;  // of components, numbered from 1, as is bottom_
+  Buffer<int32_t> bottom_;
   Buffer<uint8_t> keep_;
 };
 
@@ -123,10 +136,9 @@ ComponentStats stats_of(const Labeler& labeler, int32_t count) {
   stats.boxes.resize(4 * static_cast<size_t>(count));
   int32_t *area = stats.areas.data(), *box = stats.boxes.data();
   for (int32_t c = 1; c <= count; ++c, ++area, box += 4) {
-    const Extent& e = labeler.extent(c);
-    const int32_t top = labeler.top(c);
-    *area = e.area;
-    box[0] = -e.minus_left, box[1] = top, box[2] = e.right + e.minus_left, box[3] = e.bottom - top;
+    const int32_t left = labeler.left(c), top = labeler.top(c);
+    *area = labeler.area(c);
+    box[0] = left, box[1] = top, box[2] = labeler.right(c) - left, box[3] = labeler.bottom(c) - top;
   }
   return stats;
 }
@@ -171,7 +183,7 @@ void largest_component(const TensorView& mask, const TensorView& offsets, const 
     const int32_t count = labeler.measure();
     int32_t best = 0;  // background, with area 0
     for (int32_t c = 1; c <= count; ++c) {
-      if (labeler.extent(c).area > labeler.extent(best).area) best = c;
+      if (labeler.area(c) > labeler.area(best)) best = c;
     }
     labeler.keep_component(best, count, out.as<uint8_t>() + batch.begin(b));
   });

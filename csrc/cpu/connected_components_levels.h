@@ -11,21 +11,23 @@ namespace namedmask::cpu {
 // The runs of an image: maximal horizontal sequences of set pixels, numbered in raster order.
 struct Runs {
   int64_t height, width;
-  int64_t words;    // per row; at least one bit, always 0, follows the last pixel
-  uint64_t* bits;   // [height, words]; the first pixel is bit 0
-  int32_t* first;   // [height + 1] number of runs before each row
-  int32_t* label;   // of each run; readable for kPadding more on either side
-  int32_t* parent;  // [runs] union-find over labels: a root is its own parent, others have a smaller parent
-  int32_t* top;     // [runs] the first row of a label
-  int32_t* ends;    // scratch [4, width / 2 + 1 + kPadding]
+  int64_t words;     // per row; at least one bit, always 0, follows the last pixel
+  uint64_t* bits;    // [height, words]; the first pixel is bit 0
+  int32_t* first;    // [height + 1] number of runs before each row
+  int32_t* label;    // of each run; readable and writable for kPadding more on either side
+  int32_t* parent;   // [runs + kPadding] union-find over labels: a root is its own parent, others have a smaller parent
+  int32_t* top;      // [runs + kPadding] the first row of a label
+  int32_t* bottom;   // [runs] the row after the last of a label
+  int32_t* scratch;  // [4, width / 2 + 1 + kPadding] and kPadding more
 
-  static constexpr int kPadding = 16;
+  static constexpr int kPadding = 64;
 };
 
-// Statistics of a component. All but the area are maxima, so that one vector operation updates the three; right and
-// bottom are the first column and row beyond the component.
+// Of a component or of the runs with a label: the maxima of two coordinates, and two sums, whose difference is the area
+// and which may wrap around. For a run, both halves are the same. right and `ends` are columns after the last.
 struct Extent {
-  int32_t area, minus_left, right, bottom;
+  int32_t minus_left, right;
+  int32_t minus_begins, ends;
 };
 
 struct ComponentKernels {
@@ -36,11 +38,14 @@ struct ComponentKernels {
   int32_t (*join)(const Runs& runs);
   // The same for 8-connectivity.
   int32_t (*join_eight)(const Runs& runs);
-  // Replaces each run's label by final[label] and adds the run to extents[final[label]].
-  void (*measure)(const int32_t* final, const Runs& runs, Extent* extents);
+  // Adds each run to parts[label] and writes runs.bottom, replaces the run's label by final[label], and then adds the
+  // parts and bottoms of all labels to extents[final[label]] and bottom[final[label]].
+  void (*measure)(const int32_t* final, int32_t labels, const Runs& runs, Extent* parts, Extent* extents,
+                  int32_t* bottom);
   // out = the label of each pixel's run, 0 outside runs.
   void (*paint)(const Runs& runs, int32_t* out);
   // out = whether a pixel is in a run with keep[label] == 1, or with `invert` whether it is not; keep is 0 or 1.
+  // Overwrites the labels of the runs.
   void (*keep)(const uint8_t* keep, const Runs& runs, bool invert, uint8_t* out);
 };
 

@@ -52,6 +52,21 @@ def test_largest_component_and_fill_holes_equal_scipy(backend, device, connectiv
     np.testing.assert_array_equal(nk.fill_holes(tensor, **options).cpu(), filled)
 
 
+@connectivities
+@pytest.mark.parametrize("width", [64, 65, 66, 129, 200])
+def test_as_many_runs_and_contacts_as_fit(backend, device, connectivity, width):
+    """Rows are processed 64 pixels at a time; with 8 neighbors, 33 runs can touch the row above there."""
+    full = np.add.outer(np.arange(6), np.arange(width)) % 2 == 0
+    late = full.copy()
+    late[0, :64] = False
+    torn = full ^ (np.random.default_rng(0).random(full.shape) < 0.05)
+    for mask in (full, ~full, late, torn):
+        expected, count = ndimage.label(mask, STRUCTURES[connectivity])
+        result = nk.connected_components(torch.from_numpy(mask).to(device), connectivity=connectivity, backend=backend)
+        np.testing.assert_array_equal(result.labels.cpu(), expected)
+        np.testing.assert_array_equal(result.areas.cpu(), np.bincount(expected.ravel(), minlength=count + 1)[1:])
+
+
 def test_numpy_in_numpy_out():
     (mask,) = random_masks(1, [(9, 13)])
     result = nk.connected_components(mask)
