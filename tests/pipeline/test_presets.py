@@ -76,9 +76,10 @@ def test_every_setting_is_the_published_one(name):
     assert settings == expected
 
 
-def test_best_selects_masks_and_replaced_masks_by_name():
+def test_best_selects_and_draws_masks_by_name():
     config = make_config({"photos": "x", **preset("best")})
     assert (config.detector.name, config.detector.selection, config.experts.select) == ("spectral", "name", "name")
+    assert (config.segmenter.score_power, config.segmenter.ema_decay) == (2.0, 0.999)
     assert config.archive.best_match_only and not config.categories
     assert "SelfMask" not in describe("best", ["a {}."])
 
