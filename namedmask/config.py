@@ -350,6 +350,15 @@ class SegmenterTraining(DeepLabTraining):
         1.0, "Weight of the background's pixels in the loss. Below 1, short trainings miss fewer objects.", gt=0, le=10
     )
     score_every: int = setting(500, "Steps between two scores on the held-out masks.", ge=1, le=1_000_000_000)
+    score_power: float = setting(
+        0.0,
+        "Photos are drawn as often as (score of the mask / mean of its category) ** score_power; 0: all equally often.",
+        ge=0,
+        le=100,
+    )
+    ema_decay: float = setting(
+        0.0, "Keep a moving average of the weights, of which each step keeps this share; 0: the last ones.", ge=0, lt=1
+    )
 
 
 class ExpertTraining(DeepLabTraining):

@@ -12,6 +12,7 @@ A training's folder:
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -81,6 +82,33 @@ class Score(NamedTuple):
     step: int
 
 
+class MovingAverage:
+    """A network whose weights and statistics are an exponential moving average of those of another one in training.
+
+    Attributes:
+        network: The average, in eval mode.
+    """
+
+    def __init__(self, trained: nn.Module, decay: float):
+        """
+        Args:
+            trained: The network in training.
+            decay: Share of the average that a step keeps.
+        """
+        self.trained, self.decay = trained, decay
+        self.network = copy.deepcopy(trained).eval()
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Adds the weights after step `step` = 1, 2, ...; the first steps count little, for those weights are poor."""
+        change = 1 - min(self.decay, step / (9 + step))
+        for average, value in zip(self.network.state_dict().values(), self.trained.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, change)
+            else:
+                average.copy_(value)  # numbers of batches
+
+
 class TrainingState:
     """The state of a training on disk. `step` is the number of finished steps, `latest` and `best` are its scores.
 
@@ -97,6 +125,7 @@ class TrainingState:
         steps: int,
         worker: Worker,
         scoring: Scoring | None = None,
+        average: MovingAverage | None = None,
     ):
         """
         Args:
@@ -106,12 +135,14 @@ class TrainingState:
             optimizer: likewise.
             steps: length of the training.
             scoring: how the network is scored; None: it is not.
+            average: of the network; it is what is scored and kept. None: the network itself.
 
         Raises:
             UserError: the checkpoint in `folder` is of a training about something else.
         """
         self.folder, self.about, self.network, self.optimizer = folder, about, network, optimizer
-        self.steps, self.worker, self.scoring = steps, worker, scoring
+        self.steps, self.worker, self.scoring, self.average = steps, worker, scoring, average
+        self.result = average.network if average else network
         self.latest: Score | None = None
         self.best: Score | None = None
         self.step, self.photos = 0, 0
@@ -139,6 +170,8 @@ class TrainingState:
         """
         self.step += 1
         self.photos += photos
+        if self.average:
+            self.average.update(self.step)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.unchecked.append(sum(values.values(), torch.zeros(())))
@@ -183,7 +216,7 @@ class TrainingState:
             self._write_metrics({"agreement_with_held_out_masks": value})
             if is_best:
                 self._expect_finite_weights()
-                write(self.folder / "best.safetensors", self.network)
+                write(self.folder / "best.safetensors", self.result)
         self.logged += time.monotonic() - began  # photos_per_second is that of the training
 
     def note(self) -> str:
@@ -222,6 +255,8 @@ class TrainingState:
         self._expect_finite_losses()
         self._expect_finite_weights()
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        if self.average:
+            state["average"] = self.average.network.state_dict()
         with atomic_write(self.folder / "checkpoint.pt") as file:
             torch.save({**state, "sums": self.sums, "best": self.best and tuple(self.best), "about": self.about}, file)
 
@@ -254,7 +289,9 @@ class TrainingState:
     def _load(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        tensors = [*self.network.state_dict().values(), *state["sums"].values()]
+        if self.average:
+            self.average.network.load_state_dict(state["average"])
+        tensors = [*self.network.state_dict().values(), *self.result.state_dict().values(), *state["sums"].values()]
         tensors += [value for slots in self.optimizer.state.values() for value in slots.values()]
         if not all(torch.isfinite(tensor).all() for tensor in tensors if isinstance(tensor, Tensor)):
             raise ValueError("it has values that are not finite")

@@ -89,7 +89,8 @@ EXPERTS = LEARNING | {
 }
 # No copy-paste: crops of 96 pixels have no room for it, and segmenters score higher without it (seeds 8 and 9 of
 # bench/ABLATIONS.md). Dilations that stay within a crop, weaker changes of color and blur, and a lower
-# weight of the background help in so few steps.
+# weight of the background help in so few steps, and so do photos drawn by score and averaged weights, more in longer
+# trainings.
 SEGMENTER = LEARNING | {
     "encoder": ENCODER_NAME,
     "dilations": [2, 4, 6],
@@ -97,6 +98,8 @@ SEGMENTER = LEARNING | {
     "grayscale_prob": 0.05,
     "blur_prob": 0.2,
     "background_weight": 0.5,
+    "score_power": 2.0,
+    "ema_decay": 0.99,
     "steps": 155,
     "lr": 3e-3,
     "encoder_lr": 1e-3,

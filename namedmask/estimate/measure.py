@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..index import Embedder
 
 STEP_PHOTOS = 2  # least of a training step on a CPU, for BatchNorm; its time is about proportional to them
-CHECKPOINT = 3  # times the bytes of the network: weights and the two moments of Adam
+CHECKPOINT = 3  # times the bytes of the network: weights and the two moments of Adam; a moving average is another copy
 
 
 class Photos(NamedTuple):
@@ -249,10 +249,11 @@ class Measurement:
         watch = run(step, self.share)
         size = sum(tensor.nbytes for tensor in _untrained(settings, classes, network_type).state_dict().values())
         memory, gpu_memory = watch.peak.sizes()
-        fixed = watch.before + CHECKPOINT * size  # gradients and moments do not grow with the photos of a step
+        copies = CHECKPOINT + bool(getattr(settings, "ema_decay", 0))
+        fixed = watch.before + copies * size  # gradients and moments do not grow with the photos of a step
         memory += int(max(0, memory - fixed) * (at_once / step - 1))
         count = trainings * settings.steps * settings.batch_size
-        disk = size * (trainings + CHECKPOINT)
+        disk = size * (trainings + copies)
         return Row(stage, part, "views", watch.measured, watch.rate, count, disk, memory, gpu_memory)
 
 

@@ -80,6 +80,8 @@ NAMEDMASK = {
         "steps": 20_000,
         "held_out": 0.0,
         "background_weight": 1.0,
+        "score_power": 0.0,
+        "ema_decay": 0.0,
     },
 }
 
@@ -88,6 +90,7 @@ BEST = {
     "archive": {"photos_per_category": 500, "best_match_only": True},
     "detector": {"name": "spectral", "select": "name"},
     "experts": {"select": "name"},
+    "segmenter": {"score_power": 2.0, "ema_decay": 0.999},
 }
 
 # Name of each preset -> what it is, the benchmark of its categories, and its settings.

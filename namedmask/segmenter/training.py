@@ -11,6 +11,9 @@ interrupted training therefore ends with weights that are bit-identical to those
 torch's gradients are not reproducible. Several workers share each batch; BatchNorm and the loss are those of the whole
 batch, so that the result does not depend on the number of workers, up to rounding.
 
+With `score_power`, photos with better masks are drawn more often. With `ema_decay`, the network that is scored and
+stored is a moving average of the one that is trained.
+
 A share of the photos is held out: the network is not trained on them, and scored by the mean IoU of its predictions and
 their masks. These masks are no ground truth, so the score is called agreement. Scoring changes nothing in the training.
 """
@@ -22,7 +25,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,13 +42,13 @@ from ..errors import UserError, listed
 from ..evaluate.metrics import Confusion
 from ..files import make_folder, name_digest
 from ..mask_counts import check_mask_counts
-from ..masks import MaskRecord, best_masks, digest
+from ..masks import Key, MaskRecord, best_masks, digest
 from ..photos import PhotoSource
 from ..progress import Progress, logger
-from ..review import current_masks, read_review, warn_of_others
+from ..review import Verdict, current_masks, read_review, warn_of_others
 from ..selection import select
 from ..threads import map_ahead, thread_count, use_one_torch_thread
-from ..training import Scoring, TrainingPhotos, TrainingState, fit, take_outdated
+from ..training import MovingAverage, Scoring, TrainingPhotos, TrainingState, fit, take_outdated
 from .augment import IGNORE, View, augment, copy_paste, whole_view
 from .batch_norm import synchronize
 from .deeplab import DeepLab, on_device, read_about, save_segmenter
@@ -62,11 +65,13 @@ class Sample(NamedTuple):
         record: The mask and the name of the photo.
         label: Label of the object.
         background: Label of all other pixels.
+        weight: How often it is drawn, relative to other samples.
     """
 
     record: MaskRecord
     label: int
     background: int = 0
+    weight: float = 1.0
 
 
 def train_segmenter(
@@ -95,7 +100,9 @@ def train_segmenter(
     if worker.is_main:
         warn_of_others(out, review, records)
     selected = select(records, settings.selection, review)
-    samples = [Sample(record, label[record.category]) for record in training_records(selected, settings)]
+    used = training_records(selected, settings)
+    weights = draw_weights(used, settings.score_power, review)
+    samples = [Sample(r, label[r.category], weight=weight) for r, weight in zip(used, weights, strict=True)]
     photos, note = held_out_photos(samples, settings)
     seen = [sample for sample in samples if sample.record.photo not in photos]
     held_out = [sample for sample in samples if sample.record.photo in photos]
@@ -132,6 +139,29 @@ def training_records(records: Iterable[MaskRecord], settings: DeepLabTraining) -
     usable = {record.category for record in records if record.area}
     keep_empty = settings.empty_masks == "background"
     return [record for record in records if record.area or (keep_empty and record.category in usable)]
+
+
+def draw_weights(records: Sequence[MaskRecord], power: float, review: Mapping[Key, Verdict] = {}) -> list[float]:
+    """How often to draw each mask: (score / mean score of the category) ** power.
+
+    A mask with a verdict counts as one with the mean score at least, so that it is drawn. Empty masks, whose score is
+    0, are not drawn if the power is above 0, unless all scores of the category are 0.
+
+    Args:
+        records: Masks of any categories.
+        power: 0: all weights are 1.
+        review: Verdicts by photo and category, see `namedmask.review`.
+    """
+    scores: dict[str, list[float]] = {}
+    for record in records:
+        scores.setdefault(record.category, []).append(max(0.0, record.score))
+    means = {category: sum(own) / len(own) for category, own in scores.items()}
+    weights = []
+    for record in records:
+        mean = means[record.category]
+        relative = max(0.0, record.score) / mean if mean else 1.0
+        weights.append((max(1.0, relative) if record.key in review else relative) ** power)
+    return weights
 
 
 def held_out_photos(samples: Sequence[Sample], settings: SegmenterTraining) -> tuple[set[str], str]:
@@ -202,7 +232,7 @@ def train(
             `folder`/best.safetensors.
 
     Returns:
-        The trained network, the same in every worker.
+        The trained network, or the average of its weights (`settings.ema_decay`), the same in every worker.
 
     Raises:
         UserError: If the batch cannot be split evenly, if no photo of a category can be read any more, or if the
@@ -213,6 +243,10 @@ def train(
     if worker.count > 1:
         synchronize(network, device)
     network = on_device(network, device).train()
+    average = None
+    if isinstance(settings, SegmenterTraining) and settings.ema_decay:
+        average = MovingAverage(network, settings.ema_decay)
+    result = average.network if average else network
     optimizer = torch.optim.Adam(
         [
             {"params": network.backbone.parameters(), "highest": settings.encoder_lr},
@@ -225,7 +259,7 @@ def train(
     scoring = None
     if isinstance(settings, SegmenterTraining) and held_out:
         unseen = TrainingPhotos(source, [sample.record for sample in held_out], folder, progress)
-        score = functools.partial(agreement, network, unseen, held_out, settings, worker, device)
+        score = functools.partial(agreement, result, unseen, held_out, settings, worker, device)
         scoring = Scoring(score, settings.score_every)
 
     def learning_rate(step: int, highest: float) -> float:
@@ -234,7 +268,7 @@ def train(
 
     with (
         worker.collective(device),
-        TrainingState(folder, about, network, optimizer, settings.steps, worker, scoring) as state,
+        TrainingState(folder, about, network, optimizer, settings.steps, worker, scoring, average) as state,
     ):
         parallel = DistributedDataParallel(network, broadcast_buffers=False) if worker.count > 1 else None
 
@@ -247,7 +281,7 @@ def train(
         fit(state, remaining, step, learning_rate, settings.batch_size, device, progress)
         if state.latest and state.best:
             progress.note = f"{state.note()}; best {state.best.value:.3f} after step {state.best.step}"
-    return network
+    return result
 
 
 def training_about(
@@ -273,7 +307,7 @@ def agreement(
     all samples; the mean is over the background and the categories that are in a mask or predicted.
 
     Args:
-        network: The network. It is in training mode before and after.
+        network: The network. It is in the same mode before and after.
         photos: The photos of the samples. Those that cannot be read are reported and left out.
         samples: The samples.
         settings: Settings of the training.
@@ -293,13 +327,14 @@ def agreement(
     readable = (view for view in views if view is not None)
     precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bfloat16")
     confusion = Confusion(network.classes, ignore=IGNORE)
+    mode = network.training
     network.eval()
     while part := list(itertools.islice(readable, max(1, batch))):
         with precision:
             logits = network.coarse_logits(network.normalized(torch.stack([view.photo for view in part]).to(device)))
         for own, view in zip(logits.float(), part, strict=True):
             confusion.add(upsampled_argmax(own, size, size).cpu().numpy(), view.labels.numpy())
-    network.train()
+    network.train(mode)
     confusion.counts = worker.sum(torch.from_numpy(confusion.counts).to(device)).cpu().numpy()
     score = confusion.metrics().mean_iou
     return None if math.isnan(score) else score
@@ -388,9 +423,10 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This worker's part of the batch of each step.
 
-    Every epoch has a new order of the samples. Pasted objects are from samples drawn uniformly at random from those
-    with a mask that is not empty. A sample whose photo cannot be read is replaced by the next one with the same label,
-    one with an object by one with an object.
+    Every epoch has a new order of the samples. If their weights differ, a sample with a weight of w times the mean is
+    in it about w times: rounded up or down at random, so that w is the mean over the epochs. Pasted objects are from
+    samples drawn at random from those with a mask that is not empty, likewise by weight. A sample whose photo cannot be
+    read is replaced by the next one with the same label, one with an object by one with an object.
 
     Args:
         photos: The photos of the samples.
@@ -405,9 +441,14 @@ def batches(
 
     @functools.lru_cache(maxsize=4)
     def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((settings.seed, 0, epoch)).permutation(len(samples))
+        rng = np.random.default_rng((settings.seed, 0, epoch))
+        if even:
+            return rng.permutation(len(samples))
+        return rng.permutation(at(weights, (np.arange(len(samples)) + rng.random()) / len(samples)))
 
-    with_object = [number for number, sample in enumerate(samples) if sample.record.area]
+    weights = np.array([sample.weight for sample in samples])
+    even = len(np.unique(weights)) == 1
+    with_object = np.array([number for number, sample in enumerate(samples) if sample.record.area])
     alike: dict[tuple[int, bool], list[int]] = {}
     places = []  # of each sample among those that are alike
     for number, sample in enumerate(samples):
@@ -423,12 +464,17 @@ def batches(
             candidates = itertools.chain(candidates, alike.get((label, True), ()))
         return photos.use(candidates, lambda chosen, pixels: make_view(samples[chosen], pixels, settings, rng))
 
+    def pasted(rng: np.random.Generator) -> int:
+        if even:
+            return int(with_object[rng.integers(len(with_object))])
+        return int(with_object[at(weights[with_object], rng.random())])
+
     def load(number: int) -> View:
         epoch, index = divmod(number, len(samples))
         rng = np.random.default_rng((settings.seed, 1, number))
         view = load_view(order(epoch)[index], rng)
         count = rng.integers(settings.paste_objects[0], settings.paste_objects[1] + 1)
-        copy_paste(view, [load_view(with_object[int(rng.integers(len(with_object)))], rng) for _ in range(count)], rng)
+        copy_paste(view, [load_view(pasted(rng), rng) for _ in range(count)], rng)
         return view
 
     numbers = (number for step in steps for number in worker.share(step * settings.batch_size, settings.batch_size))
@@ -436,6 +482,12 @@ def batches(
     for _ in steps:
         pixels, labels = zip(*(next(views) for _ in range(settings.batch_size // worker.count)), strict=True)
         yield torch.stack(pixels), torch.stack(labels)
+
+
+def at(weights: np.ndarray, positions: np.ndarray | float) -> np.ndarray:
+    """Which of several weights is at each position, in [0, 1) of their sum, if they are laid end to end."""
+    ends = np.cumsum(weights)
+    return np.searchsorted(ends[:-1], np.asarray(positions) * ends[-1], side="right")
 
 
 def make_view(sample: Sample, pixels: np.ndarray, settings: DeepLabTraining, rng: np.random.Generator) -> View:
@@ -457,4 +509,6 @@ def labels_of(sample: Sample) -> np.ndarray:
 
 def samples_digest(samples: Sequence[Sample]) -> str:
     """A digest of the samples."""
-    return digest((sample.record for sample in samples), [(sample.label, sample.background) for sample in samples])
+    weights = [sample.weight for sample in samples]
+    about: list[object] = [(sample.label, sample.background) for sample in samples]
+    return digest((sample.record for sample in samples), about + (weights if set(weights) - {1.0} else []))

@@ -45,7 +45,7 @@ index.clip_model ViT-L-14-336-quickgelu:openai
 archive.photos_per_category 500; archive.best_match_only False; archive.near_duplicate_threshold 1.0
 experts.select all; experts.mode separate; experts.batch_size 8; experts.steps 5000
 segmenter.paste_objects [0, 1]; segmenter.batch_size 16; segmenter.steps 20000; segmenter.held_out 0.0
-segmenter.background_weight 1.0
+segmenter.background_weight 1.0; segmenter.score_power 0.0; segmenter.ema_decay 0.0
 """
 SELFMASK = """
 detector.name selfmask; detector.select none; detector.backbone vit_small_patch8_224.dino; detector.image_size 512
@@ -76,9 +76,10 @@ def test_every_setting_is_the_published_one(name):
     assert settings == expected
 
 
-def test_best_selects_masks_and_replaced_masks_by_name():
+def test_best_selects_and_draws_masks_by_name():
     config = make_config({"photos": "x", **preset("best")})
     assert (config.detector.name, config.detector.selection, config.experts.select) == ("spectral", "name", "name")
+    assert (config.segmenter.score_power, config.segmenter.ema_decay) == (2.0, 0.999)
     assert config.archive.best_match_only and not config.categories
     assert "SelfMask" not in describe("best", ["a {}."])
 

@@ -43,6 +43,7 @@ from namedmask.segmenter.training import (
     accumulate_gradients,
     agreement,
     batches,
+    draw_weights,
     dropout_seed,
     expect_even_batch,
     held_out_photos,
@@ -421,7 +422,7 @@ def test_empty_masks_are_trained_on_or_left_out(run_of_discs, small, monkeypatch
 def test_training_of_an_expert(run_of_discs, small):
     samples, source = samples_of(run_of_discs)
     settings = SegmenterTraining(**{**small, "paste_objects": (0, 0), "batch_size": 2}, steps=3)
-    cats = [Sample(record, 1) for record, label, _ in samples if label == 1]
+    cats = [Sample(record, 1) for record, label, *_ in samples if label == 1]
     with Progress("experts", Worker()) as progress:
         network = train(source, cats, 2, run_of_discs, settings, Worker(), "cpu", progress)
     assert network.classes == 2 and progress.done == 6
@@ -455,7 +456,7 @@ def test_gradients_do_not_depend_on_the_number_of_workers(tmp_path):
 
 
 def test_training_does_not_depend_on_the_number_of_workers(run_of_discs, small, one_thread):
-    settings = {**small, "steps": 4, "lr": 1e-4, "encoder_lr": 1e-4}
+    settings = {**small, "steps": 4, "lr": 1e-4, "encoder_lr": 1e-4, "ema_decay": 0.2}
     single = train_run(run_of_discs, settings)
     loss = lines(run_of_discs)[-1]["loss"]
     shutil.rmtree(run_of_discs / "segmenter")
@@ -666,6 +667,64 @@ def test_views_depend_on_the_seed_and_their_number(run_of_discs, small, monkeypa
 
 
 LABELS = torch.zeros(4, 4, dtype=torch.int32)
+
+
+def test_photos_with_better_masks_are_drawn_more_often(run_of_discs, small, monkeypatch):
+    samples, source = samples_of(run_of_discs)
+    scores = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.9, 0.2]  # of each category; the mean is 0.4, and 0.2 for dogs
+    records = [replace(s.record, score=scores[n % 8] / s.label) for n, s in enumerate(samples)]
+    records[8:10] = [replace(records[8], score=0.0), replace(records[9], score=-0.5)]
+    assert draw_weights(records, 0.0) == [1.0] * 16
+    weights = draw_weights(records, 2.0)
+    assert weights[:8] == pytest.approx([(score / 0.4) ** 2 for score in scores])
+    mean = sum(max(0.0, record.score) for record in records[8:]) / 8
+    assert weights[8:] == pytest.approx([(max(0.0, record.score) / mean) ** 2 for record in records[8:]])
+    reviewed = draw_weights(records, 2.0, {records[n].key: "accept" for n in (0, 6)})
+    assert reviewed[0] == 1 and reviewed[1:] == weights[1:]
+    assert draw_weights([replace(record, score=0.0) for record in records], 2.0) == [1.0] * 16
+
+    samples = [sample._replace(weight=weight) for sample, weight in zip(samples, weights, strict=True)]
+    drawn = []
+    monkeypatch.setattr(
+        segmenter_training,
+        "make_view",
+        lambda sample, pixels, settings, rng: drawn.append(sample.record.photo) or View(LABELS.repeat(3, 1, 1), LABELS),
+    )
+    monkeypatch.setattr(segmenter_training, "map_ahead", lambda function, items, *_: map(function, items))
+    photos, share = photos_of(run_of_discs, samples, source), np.array(weights) / np.mean(weights)
+    for pasted in (0, 1):
+        drawn.clear()
+        settings = SegmenterTraining(**small, paste_objects=(pasted, pasted))
+        list(batches(photos, samples, settings, Worker(), range(400)))  # 100 epochs
+        for first in range(pasted + 1):
+            counts = Counter(drawn[first :: pasted + 1])
+            mean = np.array([counts[sample.record.photo] for sample in samples]) / 100
+            np.testing.assert_allclose(mean, share, atol=0.15 if first == 0 else 0.5)
+            assert mean[8] == mean[9] == 0
+        epochs = np.array(drawn[:: pasted + 1]).reshape(100, 16)
+        for number, sample in enumerate(samples):  # rounded up or down
+            times = (epochs == sample.record.photo).sum(1)
+            assert times.min() >= np.floor(share[number]) and times.max() <= np.ceil(share[number])
+
+
+def test_weights_of_samples_are_part_of_their_digest(run_of_discs):
+    samples, _ = samples_of(run_of_discs)
+    digests = {samples_digest([s._replace(weight=weight) for s in samples]) for weight in (1.0, 0.5, 2.0)}
+    assert len(digests) == 3
+
+
+def test_moving_average_of_the_weights(run_of_discs, small, monkeypatch):
+    """The average is scored and stored, and an interrupted training ends with the same one."""
+    settings = {**small, "steps": 6, "ema_decay": 0.9, "score_power": 1.0}
+    last = train_run(run_of_discs, {**settings, "ema_decay": 0.0})
+    shutil.rmtree(run_of_discs / "segmenter")
+    average = train_run(run_of_discs, settings)
+    assert not torch.equal(average["classifier.classifier.3.weight"], last["classifier.classifier.3.weight"])
+    shutil.rmtree(run_of_discs / "segmenter")
+    with interrupted_after(4, monkeypatch):
+        train_run(run_of_discs, settings)
+    resumed = train_run(run_of_discs, settings)
+    assert all(torch.equal(resumed[name], value) for name, value in average.items())
 
 
 def test_batches_are_split_into_parts_of_two_photos():

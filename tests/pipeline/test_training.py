@@ -20,7 +20,7 @@ from namedmask.errors import DamagedFile, UserError
 from namedmask.masks import MaskRecord
 from namedmask.photos import PhotoSource
 from namedmask.progress import Progress
-from namedmask.training import TrainingPhotos, TrainingState, fit
+from namedmask.training import MovingAverage, TrainingPhotos, TrainingState, fit
 
 
 class Board:
@@ -112,6 +112,23 @@ def interrupted(folder: Path, steps: int = 9) -> dict:
         state._save()
         raise KeyboardInterrupt
     return torch.load(folder / "checkpoint.pt")
+
+
+def test_moving_average_of_weights_and_statistics():
+    network = torch.nn.BatchNorm2d(1)
+    average = MovingAverage(network, 0.4)
+    expected = 1.0
+    for step in range(1, 12):
+        network.weight.data.fill_(step)
+        network.running_mean.fill_(step - 1)
+        network.num_batches_tracked += 1
+        average.update(step)
+        kept = min(0.4, step / (9 + step))
+        expected = kept * expected + (1 - kept) * step
+    assert average.network.weight.item() == pytest.approx(expected)
+    assert average.network.running_mean.item() == pytest.approx(expected - 1)
+    assert int(average.network.num_batches_tracked) == 11 and network.weight.item() == 11
+    assert network.training and not average.network.training
 
 
 def test_training_continues_from_a_checkpoint(tmp_path, clock):
