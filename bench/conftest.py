@@ -29,5 +29,5 @@ def quick(request) -> bool:
 
 def pytest_sessionfinish(session, exitstatus):
     path = session.config.getoption("--results")
-    if path is not None and exitstatus == 0:
+    if path is not None and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.INTERRUPTED):
         path.write_text(common.results_page())

@@ -332,6 +332,14 @@ def test_unreadable_photos_are_replaced_and_reported(run_of_discs):
         train_saliency(run_of_discs, overwrite=True, steps=2)
 
 
+def test_masks_and_training_in_one_call(run_of_discs):
+    """The check before the first stage does not ask for masks that the call makes itself."""
+    photos, out = run_of_discs.parent / "photos", run_of_discs.parent / "together"
+    given = {"photos": str(photos), "detector": {"backbone": TINY, "image_size": 48}, "saliency": SMALL | {"steps": 1}}
+    run.start(out, given, ["archive", "pseudolabel", "train-saliency"], gpus=0)
+    assert (out / "saliency" / "model.safetensors").exists() and len(ranked_masks(out)) == 24
+
+
 def test_concurrent_training_in_one_folder_raises(run_of_discs):
     with run.locked(run_of_discs):
         result = CliRunner().invoke(app, ["train-saliency", str(run_of_discs), "--steps", "1"])
