@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
@@ -129,6 +129,12 @@ PARAMETERS = st.fixed_dictionaries(
     seed=st.integers(0, 99),
     parameters=PARAMETERS,
 )
+@example(  # a column of two pixels, the gray one on the border of a luma cell
+    image=np.array([[[176, 157, 176]], [[176, 176, 176]]], np.uint8),
+    seed=0,
+    parameters={"confidence": 0.999, "sigma_spatial": 16, "sigma_luma": 16, "sigma_chroma": 8, "smoothness": 256.0,
+                "iterations": 0},
+)  # fmt: skip
 def test_equals_reference_on_small_images(backend, device, image, seed, parameters):
     target = np.random.default_rng(seed).random(image.shape[:2], np.float32)
     expected = exact(target, image, tolerance=0.0, **parameters)

@@ -21,8 +21,11 @@ def cells(image: np.ndarray, sigma_spatial: float, sigma_luma: float, sigma_chro
     """image uint8 [h, w, 3] -> int64 [h * w, 5]: each pixel's (y, x, luma, blue, red) / cell size, truncated."""
     h, w, _ = image.shape
     # A matrix product and not a sum of three terms: BLAS fuses multiply and add, and the last bit decides which side of
-    # a cell border colors fall on that lie exactly on one (every gray does, with chroma 128).
-    planes = np.moveaxis(image.astype(np.float64) @ YCBCR.T + OFFSET, -1, 0)
+    # a cell border colors fall on that lie exactly on one (every gray does, with chroma 128). Products of few rows may
+    # be computed without BLAS, hence at least 64.
+    colors = np.zeros((max(64, h * w), 3))
+    colors[: h * w] = image.reshape(-1, 3)
+    planes = np.moveaxis((colors @ YCBCR.T + OFFSET)[: h * w].reshape(h, w, 3), -1, 0)
     y, x = np.mgrid[:h, :w]
     sizes = (sigma_spatial, sigma_spatial, sigma_luma, sigma_chroma, sigma_chroma)
     return np.stack([(p / s).astype(np.int64).ravel() for p, s in zip((y, x, *planes), sizes, strict=True)], axis=1)
