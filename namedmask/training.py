@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ NOTE_EVERY = 10  # steps; reading a loss makes the CPU wait for a GPU
 AGREEMENT = "agreement with held-out masks"
 
 Result = TypeVar("Result")
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def trained_on(folder: Path, again: str) -> str:
@@ -82,14 +83,14 @@ class Score(NamedTuple):
     step: int
 
 
-class MovingAverage:
+class MovingAverage(Generic[Network]):
     """A network whose weights and statistics are an exponential moving average of those of another one in training.
 
     Attributes:
         network: The average, in eval mode.
     """
 
-    def __init__(self, trained: nn.Module, decay: float):
+    def __init__(self, trained: Network, decay: float):
         """
         Args:
             trained: The network in training.
@@ -125,7 +126,7 @@ class TrainingState:
         steps: int,
         worker: Worker,
         scoring: Scoring | None = None,
-        average: MovingAverage | None = None,
+        average: MovingAverage[Any] | None = None,
     ):
         """
         Args:
