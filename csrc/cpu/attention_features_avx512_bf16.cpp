@@ -9,8 +9,6 @@
 namespace namedmask::cpu {
 namespace {
 
-constexpr int64_t kPairs = kKeys / 2;
-
 inline Floats add_products(Floats sum, __m512i a, __m512i b) {
   return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
@@ -85,7 +83,7 @@ struct PairScores {
 struct PairWeights {
   static constexpr int kTotals = 2;  // of the weights, and of the rounded weights
 
-  // Words [kPairs, width] of two keys' values; an odd last key is paired with zeros.
+  // Words [kKeys / 2, width] of two keys' values; an odd last key is paired with zeros.
   static void pack_values(const AttentionHead& head, int64_t first, int64_t count, float* out) {
     const int64_t width = width_of(head.dim);
     auto* words = reinterpret_cast<uint32_t*>(out);
