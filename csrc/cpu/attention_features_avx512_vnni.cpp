@@ -98,19 +98,8 @@ struct FixedScores {
   }
 };
 
-void pack_stored(const AttentionHead& head, int64_t first, bool values, float* block) {
-  (head.stored == Stored::kBFloat16 ? pack<FixedScores, FloatWeights>
-                                    : pack<FloatScores, FloatWeights>)(head, first, values, block);
-}
-
-void attend_stored(const AttentionHead& head, const float* packed, int64_t begin, int64_t end, void* output,
-                   float* lse) {
-  (head.stored == Stored::kBFloat16 ? attend<FixedScores, FloatWeights> : attend<FloatScores, FloatWeights>)(
-      head, packed, begin, end, output, lse);
-}
-
 }  // namespace
 
-const AttentionKernels attention_features_avx512_vnni = {pack_stored, attend_stored, tap, key_norms};
+const AttentionKernels attention_features_avx512_vnni = BFloat16Kernels<FixedScores, FloatWeights>::kKernels;
 
 }  // namespace namedmask::cpu

@@ -274,6 +274,24 @@ void key_norms(const void* qkv, Stored stored, int64_t count, int64_t heads, int
   }
 }
 
+// Kernels that take bfloat16 inputs by Scores and Weights, and others in float32.
+template <class Scores, class Weights>
+struct BFloat16Kernels {
+  static void pack(const AttentionHead& head, int64_t first, bool with_values, float* block) {
+    const bool halves = head.stored == Stored::kBFloat16;
+    (halves ? cpu::pack<Scores, Weights> : cpu::pack<FloatScores, FloatWeights>)(head, first, with_values, block);
+  }
+
+  static void attend(const AttentionHead& head, const float* packed, int64_t begin, int64_t end, void* output,
+                     float* lse) {
+    const bool halves = head.stored == Stored::kBFloat16;
+    auto* function = halves ? cpu::attend<Scores, Weights> : cpu::attend<FloatScores, FloatWeights>;
+    function(head, packed, begin, end, output, lse);
+  }
+
+  static constexpr AttentionKernels kKernels = {pack, attend, tap, key_norms};
+};
+
 constexpr AttentionKernels kKernels = {pack<FloatScores, FloatWeights>, attend<FloatScores, FloatWeights>, tap,
                                        key_norms};
 
