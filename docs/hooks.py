@@ -32,6 +32,7 @@ OUTSIDE = {
     "tools.md": "tools/README.md",
     "quickstart.md": "docs/quickstart.ipynb",
     "demo_masks.jpg": "tests/pipeline/demo_masks.jpg",
+    **{f"results-{page.name}": f"bench/results/{page.name}" for page in (ROOT / "bench" / "results").glob("*.md")},
 }
 ON_SITE = {source: name for name, source in OUTSIDE.items()}
 

@@ -97,6 +97,13 @@ def test_links_lead_to_files(page):
             assert anchor in anchors.union(re.findall(r'<a id="(\w+)">', content)), target
 
 
+@pytest.mark.parametrize("source", [source for source in hooks.ON_SITE if source.endswith(".md")])
+def test_links_of_pages_from_other_folders_lead_to_pages_of_the_site(source):
+    for target in hooks.LINK.findall(FENCE.sub("", (ROOT / source).read_text(encoding="utf-8"))):
+        name = hooks.site_link(source, target)
+        assert name in hooks.OUTSIDE or (ROOT / "docs" / name).is_file(), target
+
+
 def test_links_are_rewritten_for_the_site():
     assert hooks.site_link("README.md", "docs/train.md") == "train.md"
     assert hooks.site_link("docs/performance.md", "../bench/RESULTS.md") == "benchmarks.md"
