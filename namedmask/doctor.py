@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import hub, registry
 from .config import RunConfig
+from .errors import first_line
 from .stages import STAGES
 
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "triton", "xformers", "numpy", "scipy", "pillow")
@@ -60,11 +61,11 @@ def examine() -> Iterator[str]:
 
 
 def _import_problem(package: str) -> str:
-    """xformers can be installed anywhere, but can be imported only with the CUDA version that it was built for."""
-    if package != "xformers":
+    """What is wrong with a package whose builds depend on the version of torch or CUDA."""
+    if package not in ("torchvision", "xformers"):
         return ""
     try:
-        importlib.import_module("xformers.ops")
-    except (ImportError, OSError) as error:
-        return f", cannot be imported: {str(error).splitlines()[0]}"
+        importlib.import_module({"xformers": "xformers.ops"}.get(package, package))
+    except (ImportError, OSError, RuntimeError) as error:
+        return f", cannot be imported: {first_line(error)}"
     return ""

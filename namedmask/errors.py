@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,18 +43,48 @@ _NO_MEMORY = ("can't allocate memory", "out of memory", "size calculation overfl
 
 
 def explained(error: Exception) -> Exception:
-    """The exception itself, or a UserError with the remedy if memory ran out or a file could not be opened."""
-    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, UserError):
+    """The exception itself, or a UserError with the remedy.
+
+    There is one if memory ran out, a file could not be opened, or another package could not be imported.
+    """
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.filename is not None:
         file, reason = os.fsdecode(error.filename), error.strerror or error
         return UserError(f"{file}: {reason}; correct or move it, and run the same command again")
-    if not isinstance(error, MemoryError) and not (
+    if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
     ):
+        return UserError(
+            f"out of memory ({first_line(error)}); lower --image-size, --crop-size, --batch-size or --workers (see "
+            "Troubleshooting in the documentation)"
+        )
+    if (module := _not_imported(error)) is None:
         return error
+    from importlib import metadata  # takes as long as the start of Python
+
+    package = module.partition(".")[0]
+    names = metadata.packages_distributions().get(package)
+    if names is None:  # a module of the user's own
+        return UserError(f"{module} cannot be imported: {type(error).__name__}: {error}")
+    # Each version and build of torchvision works with a single one of torch.
+    together = ["torchvision", "torch"] if package == "torchvision" else names[:1]
     return UserError(
-        f"out of memory ({first_line(error)}); lower --image-size, --crop-size, --batch-size or --workers (see "
-        "Troubleshooting in the documentation)"
+        f"{' and '.join(f'{name} {metadata.version(name)}' for name in together)} cannot be imported: "
+        f"{first_line(error)}; install versions that fit{' together' * (len(together) > 1)}: "
+        f"pip install --force-reinstall {' '.join(together)}"
     )
+
+
+def _not_imported(error: Exception) -> str | None:
+    """The module outside this project whose import raised the exception, if one did."""
+    names = [
+        frame.f_globals.get("__name__", "")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "<module>"
+    ]
+    ours = not names or names[-1].partition(".")[0] in ("namedmask", "namedmask_kernels", "__main__")
+    return None if ours else names[-1]
 
 
 class NothingUsable(UserError):

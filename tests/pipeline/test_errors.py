@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,38 @@ def test_errors_with_a_remedy_are_explained():
         RuntimeError("[enforce fail] can't allocate memory"),
     ):
         assert str(explained(error)).startswith(f"out of memory ({str(error) or 'MemoryError'}); lower --image-size")
+
+
+def imported(name: str) -> Exception:
+    """What the import of a module raises."""
+    sys.modules.pop(name, None)
+    with pytest.raises(Exception) as info:
+        importlib.import_module(name)
+    return explained(info.value)
+
+
+def test_a_package_that_cannot_be_imported_is_explained(tmp_path, monkeypatch):
+    """As torchvision raises beside another build of torch; as a module of the user's own raises."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("from . import ops")
+    (tmp_path / "torchvision" / "ops.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "own.py").write_text("1 / 0")
+    (tmp_path / "well.py").write_text("def fail():\n    raise RuntimeError('not while it was imported')")
+    names = ("torchvision", "torchvision.ops")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    why = imported("torchvision")
+    assert type(why) is UserError
+    assert str(why) == (
+        f"torchvision {version('torchvision')} and torch {version('torch')} cannot be imported: operator "
+        "torchvision::nms does not exist; install versions that fit together: "
+        "pip install --force-reinstall torchvision torch"
+    )
+    assert str(imported("own")) == "own cannot be imported: ZeroDivisionError: division by zero"
+    with pytest.raises(RuntimeError) as info:
+        importlib.import_module("well").fail()
+    assert explained(info.value) is info.value
 
 
 @pytest.mark.parametrize(
