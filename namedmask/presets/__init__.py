@@ -80,6 +80,7 @@ NAMEDMASK = {
         "steps": 20_000,
         "held_out": 0.0,
         "background_weight": 1.0,
+        "label_others": False,
         "score_power": 0.0,
         "ema_decay": 0.0,
     },

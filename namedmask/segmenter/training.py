@@ -66,12 +66,14 @@ class Sample(NamedTuple):
         label: Label of the object.
         background: Label of all other pixels.
         weight: How often it is drawn, relative to other samples.
+        others: Further masks of the photo, of other categories, with their labels.
     """
 
     record: MaskRecord
     label: int
     background: int = 0
     weight: float = 1.0
+    others: tuple[tuple[MaskRecord, int], ...] = ()
 
 
 def train_segmenter(
@@ -102,7 +104,11 @@ def train_segmenter(
     selected = select(records, settings.selection, review)
     used = training_records(selected, settings)
     weights = draw_weights(used, settings.score_power, review)
-    samples = [Sample(r, label[r.category], weight=weight) for r, weight in zip(used, weights, strict=True)]
+    others = other_masks(used, label) if settings.label_others else {}
+    samples = [
+        Sample(record, label[record.category], weight=weight, others=others.get(record.key, ()))
+        for record, weight in zip(used, weights, strict=True)
+    ]
     photos, note = held_out_photos(samples, settings)
     seen = [sample for sample in samples if sample.record.photo not in photos]
     held_out = [sample for sample in samples if sample.record.photo in photos]
@@ -139,6 +145,21 @@ def training_records(records: Iterable[MaskRecord], settings: DeepLabTraining) -
     usable = {record.category for record in records if record.area}
     keep_empty = settings.empty_masks == "background"
     return [record for record in records if record.area or (keep_empty and record.category in usable)]
+
+
+def other_masks(
+    records: Iterable[MaskRecord], label: Mapping[str, int]
+) -> dict[Key, tuple[tuple[MaskRecord, int], ...]]:
+    """For each mask whose photo has masks of other categories, by its key: these, with their labels."""
+    photos: dict[str, list[MaskRecord]] = {}
+    for record in records:
+        photos.setdefault(record.photo, []).append(record)
+    return {
+        record.key: tuple((other, label[other.category]) for other in together if other is not record)
+        for together in photos.values()
+        if len(together) > 1
+        for record in together
+    }
 
 
 def draw_weights(records: Sequence[MaskRecord], power: float, review: Mapping[Key, Verdict] = {}) -> list[float]:
@@ -503,12 +524,20 @@ def make_view(sample: Sample, pixels: np.ndarray, settings: DeepLabTraining, rng
 
 
 def labels_of(sample: Sample) -> np.ndarray:
-    """The labels of the pixels of a sample's photo, int32 [H, W]."""
-    return np.where(sample.record.mask(), np.int32(sample.label), np.int32(sample.background))
+    """The labels of the pixels of a sample's photo, int32 [H, W]; IGNORE where masks of several categories overlap."""
+    mask = sample.record.mask()
+    labels = np.where(mask, np.int32(sample.label), np.int32(sample.background))
+    covered = mask
+    for record, label in sample.others:
+        other = record.mask()
+        labels[other] = np.where(covered[other], np.int32(IGNORE), np.int32(label))
+        covered = covered | other
+    return labels
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
     """A digest of the samples."""
     weights = [sample.weight for sample in samples]
     about: list[object] = [(sample.label, sample.background) for sample in samples]
+    about += [[other.key for other, _ in sample.others] for sample in samples if sample.others]
     return digest((sample.record for sample in samples), about + (weights if set(weights) - {1.0} else []))

@@ -45,7 +45,7 @@ index.clip_model ViT-L-14-336-quickgelu:openai
 archive.photos_per_category 500; archive.best_match_only False; archive.near_duplicate_threshold 1.0
 experts.select all; experts.mode separate; experts.batch_size 8; experts.steps 5000
 segmenter.paste_objects [0, 1]; segmenter.batch_size 16; segmenter.steps 20000; segmenter.held_out 0.0
-segmenter.background_weight 1.0; segmenter.score_power 0.0; segmenter.ema_decay 0.0
+segmenter.background_weight 1.0; segmenter.label_others False; segmenter.score_power 0.0; segmenter.ema_decay 0.0
 """
 SELFMASK = """
 detector.name selfmask; detector.select none; detector.backbone vit_small_patch8_224.dino; detector.image_size 512

@@ -29,7 +29,7 @@ from namedmask.cli import app
 from namedmask.config import SegmenterTraining
 from namedmask.distributed import Worker
 from namedmask.errors import UserError
-from namedmask.masks import RESIZED, ErrorRecord, MaskRecord, read_errors, write_shard
+from namedmask.masks import RESIZED, ErrorRecord, MaskRecord, read_errors, read_masks, write_shard
 from namedmask.photos import PhotoSource
 from namedmask.progress import Progress
 from namedmask.record import read_config
@@ -47,6 +47,8 @@ from namedmask.segmenter.training import (
     dropout_seed,
     expect_even_batch,
     held_out_photos,
+    labels_of,
+    other_masks,
     samples_digest,
     train,
 )
@@ -495,6 +497,42 @@ def test_held_out_photos():
     ):
         note = f"no photo is held out: at least 20 are needed, and {why}"
         assert held_out_photos(samples, SegmenterTraining(**changed)) == (set(), note)
+
+
+def test_labels_of_photos_with_masks_of_several_categories():
+    """All of them are labeled, and pixels of several are ignored; a photo with one mask is as before."""
+    rows = np.arange(6)[:, None] + np.zeros((1, 4), int)
+    parts = {"cat": rows < 3, "dog": (rows >= 2) & (rows < 5), "cow": rows == 2}
+    records = [MaskRecord.from_mask("many.png", mask, name, None, 0.5) for name, mask in parts.items()]
+    records.append(MaskRecord.from_mask("one.png", parts["cat"], "cat", None, 0.5))
+    label = {"cat": 1, "dog": 2, "cow": 3}
+    others = other_masks(records, label)
+    assert set(others) == {("many.png", name) for name in parts}
+    samples = [Sample(r, label[r.category], others=others.get(r.key, ())) for r in records]
+    for sample in samples[:3]:
+        assert labels_of(sample)[:, 0].tolist() == [1, 1, IGNORE, 2, 2, 0]
+    assert labels_of(samples[3])[:, 0].tolist() == [1, 1, 1, 0, 0, 0]
+    alone = [sample._replace(others=()) for sample in samples]
+    assert samples_digest(samples) != samples_digest(alone)
+    assert samples_digest(samples[3:]) == samples_digest(alone[3:])
+
+
+def test_other_objects_of_a_photo_are_labeled(run_of_discs, small, monkeypatch):
+    """The settings decide; the masks of a run decide which photos have several."""
+    masks = run_of_discs / "masks"
+    records = list(read_masks(masks))
+    first = records[0]
+    other = next(record.category for record in records if record.category != first.category)
+    mask = np.zeros(first.size, bool)
+    mask[:2] = True
+    write_shard(masks / "more.jsonl", [MaskRecord.from_mask(first.photo, mask, other, None, 0.5)])
+    seen = []
+    monkeypatch.setattr(segmenter_training, "train", lambda source, samples, *rest: seen.append(samples) or 1 / 0)
+    for setting in ({}, {"label_others": False}):
+        with pytest.raises(ZeroDivisionError):
+            train_run(run_of_discs, {**small, **setting})
+    merged, separate = ({s.record.key: s.others for s in samples if s.others} for samples in seen)
+    assert set(merged) == {(first.photo, first.category), (first.photo, other)} and separate == {}
 
 
 class ByColor(torch.nn.Module):
