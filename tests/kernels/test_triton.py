@@ -211,7 +211,7 @@ def run_pamr(masks, image, dilations, iterations):
 
 @pytest.mark.parametrize(
     "labels, dilations, iterations",
-    [(1, [1, 4, 24], 2), (2, [2**40, 1], 1), (6, [2], 3), (35, [1], 1)],
+    [(1, [1, 4, 24], 2), (2, [2**40, 1], 1), (3, [3], 2), (6, [2], 3), (35, [1], 1)],
 )
 def test_pamr(labels, dilations, iterations):
     masks, image = pamr_batch(labels)
