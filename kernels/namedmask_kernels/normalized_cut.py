@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from typing import NamedTuple
@@ -185,10 +186,9 @@ def _cut_cuda(
             torch.all(part.unit.finite, 0, out=all_finite[len(checks)])
             checks.append((part.unit.finite, part.offsets, part.images.start))
             bits = affinity_bits(part.unit, part.offsets, tau)
-            tokens = np.diff(part.offsets.numpy().astype(np.int64))
-            steps = (tokens - 1).clip(0, max_iterations)
-            doubles = ((steps + 4) * ((tokens + 127) // 128 * 128) + 6 * (steps + 1)).sum()
-            workspace = torch.empty(int(doubles), dtype=torch.float64, device=features.device)
+            bounds = itertools.pairwise(part.offsets.tolist())
+            doubles = sum(_work_size(end - begin, max_iterations) for begin, end in bounds)
+            workspace = torch.empty(doubles, dtype=torch.float64, device=features.device)
             values, residuals, counts, seeds = (x[part.images] for x in on_device)
             native.normalized_cut(
                 bits, part.offsets, part.shapes, vector[part.rows], values, residuals, counts, partition[part.rows],
@@ -205,9 +205,16 @@ def _cut_cuda(
     return vector, value, residual, iterations, partition, seed, foreground
 
 
+def _work_size(tokens: int, max_iterations: int) -> int:
+    """The number of doubles of an image in the workspace of normalized_cut.h."""
+    steps = min(max(tokens - 1, 0), max_iterations)
+    return (steps + 4) * -(-tokens // 128) * 128 + 6 * (steps + 1)
+
+
 def _fields(numbers: Tensor) -> list[Tensor]:
     """Views of float64 [5, B]: value and residual float64 [B], iterations and seed int32 [B]."""
-    return [*numbers[:2], *(row.view(torch.int32)[: len(row)] for row in numbers[2:4])]
+    value, residual, *integers = numbers.unbind()[:4]
+    return [value, residual, *(row.view(torch.int32)[: len(row)] for row in integers)]
 
 
 _cut = register(

@@ -113,7 +113,7 @@ def normalized_rows(features: Tensor) -> NormalizedRows:
     """
     tokens, channels = features.shape
     padded = triton.cdiv(channels, CHANNELS) * CHANNELS
-    high, low = torch.empty(2, tokens, padded, dtype=torch.float16, device=features.device)
+    high, low = torch.empty(2, tokens, padded, dtype=torch.float16, device=features.device).unbind()
     finite = torch.empty(tokens, dtype=torch.bool, device=features.device)
     if tokens:
         _normalized_rows[(triton.cdiv(tokens, TOKENS),)](
