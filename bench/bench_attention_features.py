@@ -4,12 +4,14 @@
 `pytest bench/bench_attention_features.py --benchmark-only -s` prints the tables.
 """
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import namedmask_kernels as nk
-from common import paired_medians, report, report_gpu, reset_peak_memory, resident_memory, threads
+from common import Work, paired_medians, report, report_gpu, reset_peak_memory, resident_memory, threads
 
 HEADS, DIM = 6, 64  # ViT-S
 
@@ -91,10 +93,36 @@ def added_memory(call, *args):
     return resident_memory() - before
 
 
+def peers_on_gpu(packed, offsets, dense, tokens):
+    """Attention in torch without a row of weights: (name, call), or None for a kernel that cannot run here."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def sdpa(kernel):
+        with sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(*dense)
+
+    yield "torch SDPA (no row)", lambda: F.scaled_dot_product_attention(*dense)
+    calls = {
+        f"torch SDPA, {name} (no row)": functools.partial(sdpa, kernel)
+        for name, kernel in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
+    }
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        calls["torch varlen_attn (no row)"] = None
+    else:
+        calls["torch varlen_attn (no row)"] = lambda: varlen_attn(*packed.unbind(1), offsets, offsets, tokens, tokens)
+    for method, call in calls.items():
+        try:
+            runs = call is not None and call() is not None
+        except RuntimeError:
+            runs = False
+        yield method, call if runs else None
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("tokens", [785, 3601])
 def test_batch_of_16_on_gpu(benchmark, tokens, dtype):
-    """Not run on a GPU yet."""
     qkv, _ = inputs(16 * tokens, dtype)
     offsets = torch.arange(17, dtype=torch.int32) * tokens
 
@@ -106,8 +134,10 @@ def test_batch_of_16_on_gpu(benchmark, tokens, dtype):
         first = sdpa_output[0].transpose(0, 1).cpu()
         assert (result.output[:tokens].cpu() - exact.output).norm() <= 2 * (first - exact.output).norm()
         torch.testing.assert_close(result.rows[:tokens].cpu().double(), exact.rows, rtol=1e-4, atol=1e-9)
-        yield "triton", lambda: nk.attention_features(packed, offsets)
-        yield "torch SDPA (no row)", lambda: F.scaled_dot_product_attention(*dense)
+        work = Work(flops=4.0 * 16 * tokens**2 * HEADS * DIM, dtype=dtype)
+        yield "triton", lambda: nk.attention_features(packed, offsets), work
+        for method, call in peers_on_gpu(packed, offsets.cuda(), dense, tokens):
+            yield method, call, work
 
     title = f"attention_features, {HEADS} x {DIM}, 16 images of {tokens} tokens, {str(dtype)[6:]}, on a GPU"
     report_gpu(title, calls, 16, benchmark)

@@ -16,14 +16,13 @@ from scipy import sparse
 
 import namedmask_kernels as nk
 from common import (
+    Work,
     copy_bandwidth,
-    device_copy_bandwidth,
-    device_median,
     one_thread,
     paired_medians,
     report,
+    report_gpu,
     report_two_threads,
-    require_gpu,
 )
 from namedmask_kernels import Ragged
 from namedmask_kernels.reference import bilateral_solver as reference
@@ -130,30 +129,20 @@ def test_batch_of_8(benchmark, quick):
 
 
 def test_batch_of_64_on_gpu(benchmark):
-    title = "bilateral_solver, batch of 64 images, 400 x 403 to 512 x 683, GPU"
-    require_gpu(title)
+    """We know of no other implementation for a GPU."""
     pairs = [make_image(seed, 512 - 16 * seed, 683 - 40 * seed) for seed in range(8)]
     targets = Ragged.pack([torch.from_numpy(t) for t, _ in pairs] * 8)
     images = Ragged.pack([torch.from_numpy(i) for _, i in pairs] * 8)
-    on_gpu = [batch.with_rows(batch.rows.cuda()) for batch in (targets, images)]
-    expected = nk.bilateral_solver(targets, images, backend="cpu").rows
-    torch.testing.assert_close(nk.bilateral_solver(*on_gpu).rows.cpu(), expected, atol=1e-4, rtol=0)
-    seconds = device_median(lambda: nk.bilateral_solver(*on_gpu))
-    benchmark.pedantic(lambda: (nk.bilateral_solver(*on_gpu), torch.cuda.synchronize()), rounds=10)
     # Per pixel: 7 bytes are read and 24 of the grid written, about 40 to find its vertex, 8 to slice. Per vertex: 25
     # iterations, and 10 rounds of bistochastization, which count as 5.
-    moved_per_iteration = sum(iteration_bytes(image)[1] for _, image in pairs) * 8
-    moved = 79 * len(targets.rows) + 30 * moved_per_iteration
-    report(
-        title,
-        [
-            {
-                "method": "cuda",
-                "ms": 1e3 * seconds,
-                "ms per image": 1e3 * seconds / 64,
-                "MB": moved / 1e6,
-                "GB/s": moved / seconds / 1e9,
-                "share of a 1 GiB copy's": moved / seconds / device_copy_bandwidth(),
-            }
-        ],
-    )
+    moved = [79 * target.size + 30 * iteration_bytes(image)[1] for target, image in pairs]
+
+    def calls():
+        on_gpu = [batch.with_rows(batch.rows.cuda()) for batch in (targets, images)]
+        first = [batch.grids()[0] for batch in on_gpu]
+        expected = nk.bilateral_solver(targets, images, backend="cpu").rows
+        torch.testing.assert_close(nk.bilateral_solver(*on_gpu).rows.cpu(), expected, atol=1e-4, rtol=0)
+        yield "cuda", lambda: nk.bilateral_solver(*on_gpu), Work(bytes=8 * sum(moved))
+        yield "cuda, one image of 512 x 683", lambda: nk.bilateral_solver(*first), Work(bytes=moved[0], images=1)
+
+    report_gpu("bilateral_solver, batch of 64 images, 400 x 403 to 512 x 683, GPU", calls, 64, benchmark)

@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 
 import namedmask_kernels as nk
-from common import blob_mask, copy_bandwidth, on_threads, one_thread, paired_medians, report, report_gpu, threads
+from common import Work, blob_mask, copy_bandwidth, on_threads, one_thread, paired_medians, report, report_gpu, threads
 from namedmask_kernels import Ragged
 
 SIZE = 480
@@ -165,9 +165,21 @@ def test_batch_of_8(benchmark, pattern):
     )
 
 
+def cupy_labels(masks):
+    """Labels by cupy, one mask at a time: (name, call), or None where it is not installed."""
+    method = "cupyx.scipy.ndimage.label, one mask at a time"
+    try:
+        import cupy
+        from cupyx.scipy import ndimage as cupy_ndimage
+    except ImportError:
+        return method, None
+    arrays = [cupy.from_dlpack(mask.byte()) for mask in masks]
+    return method, lambda: [cupy_ndimage.label(array) for array in arrays]
+
+
 @pytest.mark.parametrize("pattern", [blobs, maze])
 def test_batch_of_64_on_gpu(benchmark, pattern):
-    """Not run on a GPU yet."""
+    """The bytes are those of the masks, and of labels or masks."""
     batch = Ragged.pack([torch.from_numpy(pattern(np.random.default_rng(seed))) for seed in range(8)] * 8)
     operators = nk.connected_components, nk.largest_component, nk.fill_holes
 
@@ -177,6 +189,9 @@ def test_batch_of_64_on_gpu(benchmark, pattern):
         assert torch.equal(labels.rows.cpu(), expected.rows)
         for operator in operators[1:]:
             assert torch.equal(operator(on_gpu).rows.cpu(), operator(batch).rows)
-        yield from ((operator.__name__, functools.partial(operator, on_gpu)) for operator in operators)
+        for operator, bytes_per_pixel in zip(operators, (5, 2, 2), strict=True):
+            work = Work(bytes=bytes_per_pixel * len(on_gpu.rows))
+            yield operator.__name__, functools.partial(operator, on_gpu), work
+        yield cupy_labels(on_gpu.grids())
 
     report_gpu(f"components, 64 masks of {SIZE} x {SIZE}, {pattern.__name__}, on a GPU", calls, 64, benchmark)

@@ -13,6 +13,7 @@ from bench_bilateral_solver import make_image
 
 import namedmask_kernels as nk
 from common import (
+    Work,
     copy_bandwidth,
     device_copy_bandwidth,
     device_median,
@@ -146,9 +147,8 @@ def test_batch_of_64_on_gpu(benchmark, labels):
                 "method": "  one update",
                 "ms": 1e3 * update,
                 "ms per image": 1e3 * update / 64,
-                "MB": moved / 1e6,
-                "GB/s": moved / update / 1e9,
-                "share of a 1 GiB copy's": moved / update / device_copy_bandwidth(),
-            },
+            }
+            | Work(bytes=moved).rates(update),
+            {"method": "ceiling: a copy of 1 GiB", "GB/s": device_copy_bandwidth() / 1e9},
         ],
     )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import namedmask_kernels as nk
-from common import one_thread, paired_medians, report, report_gpu, report_two_threads, resident_memory
+from common import Work, one_thread, paired_medians, report, report_gpu, report_two_threads, resident_memory
 from namedmask_kernels import Ragged
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -112,7 +112,7 @@ def test_batch_of_8(benchmark, quick):
 
 @pytest.mark.parametrize("labels", [2, 21])
 def test_batch_of_16_on_gpu(benchmark, labels, quick):
-    """Not run on a GPU yet."""
+    """The bytes are those of the weights, and of the masks once in and once out, per iteration."""
     masks, image = make_image(*((60, 80) if quick else (375, 500)), labels)
     batch = [Ragged.pack([x] * 16) for x in (masks, image)]
 
@@ -121,8 +121,11 @@ def test_batch_of_16_on_gpu(benchmark, labels, quick):
         expected = nk.pamr(masks, image)
         for call in (nk.pamr, torch_pamr):
             torch.testing.assert_close(call(*single).cpu(), expected, rtol=0, atol=5e-5)
-        yield "triton", lambda: nk.pamr(*on_gpu)
-        yield "torch, unfolded", lambda: [torch_pamr(*single) for _ in range(16)]
+        pixels = len(batch[0].rows)
+        moved = pixels * (10.0 * (2 * NEIGHBORS + 8 * labels) + 3 + 2 * NEIGHBORS)
+        work = Work(bytes=moved, flops=20.0 * NEIGHBORS * labels * pixels, dtype=torch.float32)
+        yield "triton", lambda: nk.pamr(*on_gpu), work
+        yield "torch, unfolded", lambda: [torch_pamr(*single) for _ in range(16)], work
 
     size = "x".join(map(str, image.shape[:2]))
     report_gpu(f"pamr, 16 images of {size}, {labels} labels, 10 iterations, on a GPU", calls, 16, benchmark)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import namedmask_kernels as nk
 from common import (
     CHANNELS,
+    Work,
     matrix_rate,
     paired_medians,
     report,
@@ -98,7 +99,7 @@ def test_single_image(benchmark, count, quick):
 
 
 def test_batch_of_64_on_gpu(benchmark, quick):
-    """Not run on a GPU yet."""
+    """The flops of `triton` are three products of halves for each cosine, in each step."""
     masks, features = (torch.stack([x] * (4 if quick else 64)) for x in inputs())
 
     def calls():
@@ -106,8 +107,12 @@ def test_batch_of_64_on_gpu(benchmark, quick):
         exact = ours(masks[0], features[0])
         for call in (ours, lambda m, f: dense(m[0], f[0])[None]):
             torch.testing.assert_close(call(*on_device)[0].cpu(), exact, rtol=0, atol=1e-5)
-        yield "triton", lambda: ours(*on_device)
-        yield "torch, dense", lambda: [dense(*image) for image in zip(*on_device, strict=True)]
+        pairs = float(len(masks) * masks[0, ..., 0].numel() ** 2)
+        yield "triton", lambda: ours(*on_device), Work(flops=6 * STEPS * CHANNELS * pairs)
+        work = Work(flops=2 * (CHANNELS + STEPS * MASKS) * pairs, dtype=torch.float32)
+        for method, peer in (("torch, dense", dense), ("torch, fused attention", attention)):
+            call = lambda peer=peer: [peer(*image) for image in zip(*on_device, strict=True)]  # noqa: E731
+            yield method, call, work
 
     title = f"random_walk, {len(masks)} images of {SIDE * SIDE} tokens, {MASKS} masks, {STEPS} steps, on a GPU"
     report_gpu(title, calls, len(masks), benchmark)

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 import namedmask_kernels as nk
-from common import compare, report_gpu
+from common import Work, compare, report_gpu
 from namedmask_kernels import Ragged
 
 OLD, NEW, BATCH = (1200, 1600), (512, 683), 8
@@ -91,6 +91,10 @@ def test_batch_on_gpu(benchmark, interpolation):
         on_gpu = batch.with_rows(batch.rows.cuda())
         result, expected = (nk.resize(b, NEW, interpolation=interpolation).rows.cpu().int() for b in (on_gpu, batch))
         assert (result - expected).abs().max() <= 1
-        yield "resize", lambda: nk.resize(on_gpu, NEW, interpolation=interpolation)
+        work = Work(bytes=batch.rows.nbytes + BATCH * 3 * NEW[0] * NEW[1])
+        yield "resize", lambda: nk.resize(on_gpu, NEW, interpolation=interpolation), work
+        mode = functional.InterpolationMode(interpolation)
+        planes = torch.stack(on_gpu.grids()).permute(0, 3, 1, 2).contiguous()
+        yield "torchvision, one batch", lambda: functional.resize(planes, NEW, mode, antialias=True), work
 
     report_gpu(f"resize, {BATCH} photos to {NEW[0]} x {NEW[1]}, {interpolation}, on a GPU", calls, BATCH, benchmark)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import namedmask_kernels as nk
-from common import blob_mask, compare, report_gpu
+from common import Work, blob_mask, compare, report_gpu
 from namedmask_kernels import Ragged
 
 SIZE = 480, 640
@@ -49,6 +49,12 @@ def test_batch(benchmark, kind, count):
     )
 
 
+def starts_of_runs(masks):
+    """[runs, 2]: mask and position, in columns, of equal masks [B, h, w]."""
+    flat = masks.mT.flatten(1)
+    return (flat[:, 1:] != flat[:, :-1]).nonzero()
+
+
 @pytest.mark.parametrize("kind", ["blobs", "noise"])
 def test_batch_on_gpu(benchmark, kind):
     """No GPU has run this yet."""
@@ -57,6 +63,9 @@ def test_batch_on_gpu(benchmark, kind):
     def calls():
         on_gpu = batch.with_rows(batch.rows.cuda())
         assert nk.run_lengths(on_gpu).counts() == nk.run_lengths(batch).counts()
-        yield "run_lengths", lambda: nk.run_lengths(on_gpu)
+        work = Work(bytes=batch.rows.nbytes)
+        yield "run_lengths", lambda: nk.run_lengths(on_gpu), work
+        stacked = torch.stack(on_gpu.grids())
+        yield "torch, only where runs begin", lambda: starts_of_runs(stacked), work
 
     report_gpu(f"run_lengths, {BATCH} masks of {SIZE[0]} x {SIZE[1]}, {kind}, on a GPU", calls, BATCH, benchmark)

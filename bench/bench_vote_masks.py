@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import namedmask_kernels as nk
-from common import compare, report_gpu
+from common import Work, compare, report_gpu
 from namedmask_kernels import Ragged
 
 COUNT, HEIGHT, WIDTH = 27, 375, 500
@@ -82,8 +82,9 @@ def test_batch_of_64_on_gpu(benchmark):
         for masks in (rows, planes):
             assert all(torch.equal(x.cpu(), y) for x, y in zip(nk.vote_masks(masks), expected, strict=True))
         assert [torch_product(image) for image in planes] == expected.winner.tolist()
-        yield "rows [P, n]", lambda: nk.vote_masks(rows)
-        yield "masks [n, h, w]", lambda: nk.vote_masks(planes)
-        yield "torch, one float32 product", lambda: [torch_product(image) for image in planes]
+        work = Work(bytes=planes.numel())
+        yield "rows P x n", lambda: nk.vote_masks(rows), work
+        yield "masks n x h x w", lambda: nk.vote_masks(planes), work
+        yield "torch, one float32 product", lambda: [torch_product(image) for image in planes], work
 
     report_gpu(f"vote_masks, 64 images, {COUNT} masks of {HEIGHT} x {WIDTH}, on a GPU", calls, 64, benchmark)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import platform
 import re
 import shlex
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -243,28 +245,77 @@ def device_median(call: Callable[[], object], rounds: int = 30) -> float:
     return statistics.median(durations)
 
 
-def report_gpu(title: str, make: Callable[[], Iterator[tuple[str, Callable]]], images: int, benchmark) -> None:
-    """Reports median times on a GPU; skips the bench if there is none.
+class Work(NamedTuple):
+    """What a call on a GPU has to do at least.
+
+    Attributes:
+        bytes: Read and written.
+        flops: Of products of `dtype`.
+        images: Number of images, if not that of the table.
+    """
+
+    bytes: float = 0
+    flops: float = 0
+    dtype: torch.dtype = torch.float16
+    images: int = 0
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """Columns of a table: the work, what is done per second, and its share of the ceiling of this GPU."""
+        columns = {}
+        if self.bytes:
+            rate = self.bytes / seconds
+            columns |= {"MB": self.bytes / 1e6, "GB/s": rate / 1e9, "share of a copy's": rate / device_copy_bandwidth()}
+        if self.flops:
+            rate = self.flops / seconds
+            share = rate / device_matrix_rate(self.dtype)
+            columns |= {"GFLOP": self.flops / 1e9, "TFLOP/s": rate / 1e12, "share of a product's": share}
+        return columns
+
+
+def report_gpu(title: str, make: Callable[[], Iterator[tuple]], images: int, benchmark) -> None:
+    """Reports median times on a GPU, and the ceilings measured in the same run; skips the bench if there is no GPU.
 
     Args:
         title: Title of the table.
-        make: Moves the data to the GPU, checks the results, and yields the calls to time with their names, ours first.
+        make: Moves the data to the GPU, checks the results, and yields for each call to time, ours first, its name, the
+            call (None: it cannot run here) and, if it is known, its `Work`.
         images: Number of images that a call processes.
         benchmark: Fixture of pytest-benchmark.
     """
     require_gpu(title)
-    calls = dict(make())
-    first = next(iter(calls.values()))
-    benchmark.pedantic(lambda: (first(), torch.cuda.synchronize()), rounds=10)
-    seconds = {method: device_median(call) for method, call in calls.items()}
-    report(title, [{"method": m, "ms": 1e3 * s, "ms per image": 1e3 * s / images} for m, s in seconds.items()])
+    rows, ceilings = [], {}
+    for method, call, *stated in make():
+        if call is None:
+            rows.append({"method": f"{method}: absent"})
+            continue
+        if not rows:
+            benchmark.pedantic(lambda call=call: (call(), torch.cuda.synchronize()), rounds=10)
+        work = stated[0] if stated else Work()
+        seconds = device_median(call)
+        row = {"method": method, "ms": 1e3 * seconds, "ms per image": 1e3 * seconds / (work.images or images)}
+        rows.append(row | work.rates(seconds))
+        if work.bytes:
+            ceilings["ceiling: a copy of 1 GiB"] = {"GB/s": device_copy_bandwidth() / 1e9}
+        if work.flops:
+            name = f"ceiling: a product of {str(work.dtype)[6:]} matrices"
+            ceilings[name] = {"TFLOP/s": device_matrix_rate(work.dtype) / 1e12}
+    report(title, rows + [{"method": name} | rate for name, rate in ceilings.items()])
 
 
+@functools.cache
 def device_copy_bandwidth() -> float:
     """Bytes per second, read plus written, of the GPU when it copies 1 GiB."""
-    source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.ones(1 << (20 if QUICK else 30), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / device_median(lambda: target.copy_(source))
+
+
+@functools.cache
+def device_matrix_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of the GPU in a square product of torch; float32 without TF32."""
+    size = 128 if QUICK else 8192
+    a = torch.ones(size, size, dtype=dtype, device="cuda")
+    return 2 * size**3 / device_median(lambda: a @ a)
 
 
 def machine() -> str:

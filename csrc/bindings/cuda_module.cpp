@@ -33,6 +33,7 @@ void define_cuda(pybind11::module_ m) {
   define(m, "component_stats", &cuda::component_stats);
   define(m, "largest_component", &cuda::largest_component);
   define(m, "fill_holes", &cuda::fill_holes);
+  define(m, "seeded_component", &cuda::seeded_component);
   define(m, "dense_crf_lattice",
          [](const TensorView& probabilities, const TensorView& image, const TensorView& offsets,
             const TensorView& shapes, const TensorView& out, const TensorView& status, const TensorView& workspace,

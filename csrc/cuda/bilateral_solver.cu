@@ -6,7 +6,7 @@
 //   insert_pixels     a slot for each key, which finally holds the key's first pixel in raster order
 //   rank_vertices -> add_ranks -> splat    numbers vertices in the order of their first pixels; sums
 //   join_vertices     neighbors, by looking up their keys
-//   solve             bistochastization and conjugate gradients, one block per image
+//   solve             bistochastization and conjugate gradients, one cluster of blocks (or one block) per image
 //   slice
 //
 // Threads race for the slots, but results do not depend on the outcome: the first pixel of a key is a minimum, targets
@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "bilateral_grid.h"
+#include "cluster.h"
 #include "hash_table.h"
 #include "images.h"
 #include "namedmask/bilateral_solver.h"
@@ -23,8 +24,10 @@
 namespace namedmask::cuda {
 namespace {
 
-constexpr int kDirections = 10;  // both ways along five axes
-constexpr int kSolverThreads = 1024;
+constexpr int kDirections = 10;                              // both ways along five axes
+constexpr int kClusterBlocks = 8;                            // the most that every device with clusters runs
+constexpr int kClusterThreads = 256, kSolverThreads = 1024;  // per block that solves, in a cluster or alone
+constexpr int kPartialSums = kClusterBlocks * kClusterThreads;
 constexpr unsigned kInfinity = 0x7f800000;  // the bits of float infinity; absolute values have the order of their bits
 
 // With the cell size of each.
@@ -34,12 +37,19 @@ struct SpatialImages : Images {
 
 typedef unsigned long long Fixed;  // two's complement; unsigned, as atomicAdd requires
 
+// Sums of the warps that solve an image. Two of each in turn, so that a barrier after they have been written is enough.
+struct WarpSums {
+  double sums[2][3][kPartialSums / 32];
+};
+constexpr int64_t kWordsOfSums = sizeof(WarpSums) / sizeof(int32_t);
+
 // The scratch memory of a call: arrays over all pixels P; an image's part has room for its vertices. The solver reuses
 // the memory in which the grid was built.
 struct Workspace {
   Workspace(const TensorView& workspace, int64_t pixels, int64_t images, bool has_confidences) {
     auto* next = workspace.as<int32_t>();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
+    warp_sums = reinterpret_cast<WarpSums*>(take(std::min<int64_t>(images, kMaxImages) * kWordsOfSums));
     auto* const sum_of_confidences = reinterpret_cast<Fixed*>(take(2 * pixels));
     weights = has_confidences ? sum_of_confidences : nullptr;
     int32_t* const shared = take(7 * pixels);
@@ -65,7 +75,8 @@ struct Workspace {
   int32_t* first;  // [P]: first pixel of a vertex
   int32_t* rank;   // [P]: of a vertex's first pixel among those of its chunk
   // While the solver runs:
-  float* scratch[7];  // [P] each
+  float* scratch[7];    // [P] each
+  WarpSums* warp_sums;  // of the images of a launch
   // Throughout:
   int32_t* vertex_of_pixel;  // [P]; until the vertices are numbered, the pixel's slot
   int32_t* neighbors;        // [image: kDirections, vertices]; kNone: none
@@ -217,15 +228,22 @@ struct Solver {
   int64_t iterations;
 };
 
-// csrc/cpu/bilateral_solver_kernel.h explains the equations and their scaling. An iteration reads and writes about 100
-// bytes per vertex, 2 MB for an image of 512 x 683, in L2 as long as the running images fit; the array that neighbors
-// read, 4 bytes per vertex, fits L1. The bound should be the bandwidth of one multiprocessor, and images on different
-// multiprocessors run in parallel.
-__global__ void __launch_bounds__(kSolverThreads)
+// csrc/cpu/bilateral_solver_kernel.h explains the equations and their scaling.
+//
+// An iteration reads and writes about 100 bytes per vertex, 2 MB for an image of 512 x 683, in L2 as long as the
+// running images fit; the array that neighbors read, 4 bytes per vertex, fits L1. On an H100, one block took 3 ms per
+// image and its L1 was busy for 53% of that. A cluster of blocks has the L1 of as many multiprocessors; no GPU has run
+// it yet.
+template <int kBlocks, int kThreads>
+__global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 1 : 2)
     solve(const __grid_constant__ Images images, const __grid_constant__ Solver solver,
           const __grid_constant__ Workspace work) {
-  const int32_t index = images.first + static_cast<int32_t>(blockIdx.x), count = work.counts[index];
-  const int64_t begin = images.begin[blockIdx.x];
+  constexpr int kTogether = kBlocks * kThreads;  // threads of an image
+  constexpr int kAtOnce = kBlocks == 1 ? 1 : 4;  // vertices of a thread whose loads do not wait for each other
+  const auto place = static_cast<int32_t>(blockIdx.x) / kBlocks;
+  const int32_t thread = static_cast<int32_t>(blockIdx.x) % kBlocks * kThreads + static_cast<int32_t>(threadIdx.x);
+  const int32_t count = work.counts[images.first + place];
+  const int64_t begin = images.begin[place];
   const int32_t* const mass = work.mass + begin;
   const int32_t* const neighbors = work.neighbors + kDirections * begin;
   float *const value = work.value + begin, *const w = work.scratch[0] + begin,
@@ -236,49 +254,99 @@ __global__ void __launch_bounds__(kSolverThreads)
   float* const weighted = work.scratch[6] + begin;  // w * direction, read by neighbors
   const auto smoothness = static_cast<float>(solver.smoothness), confidence = static_cast<float>(solver.confidence);
 
-  const auto for_each_vertex = [&](auto f) {
-    for (auto v = static_cast<int32_t>(threadIdx.x); v < count; v += kSolverThreads) f(v);
+  const auto sync = [] {
+    if constexpr (kBlocks == 1) {
+      __syncthreads();
+    } else {
+      cluster_sync();
+    }
+  };
+  // Calls use(v, load(v)) for the vertices first, first + step, ... `load` may only read what `use` does not write for
+  // other vertices.
+  const auto for_each_from = [&](int32_t first, int32_t step, auto load, auto use) {
+    for (; first < count; first += kAtOnce * step) {
+      decltype(load(0)) loaded[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) loaded[i] = load(min(first + i * step, count - 1));
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int32_t v = first + i * step;
+        if (v < count) use(v, loaded[i]);
+      }
+    }
+  };
+  const auto for_each_vertex = [&](auto load, auto use) { for_each_from(thread, kTogether, load, use); };
+  // The same, with use(v, load(v), totals), which adds to `totals`. Each of these is the sum over every kPartialSums-th
+  // vertex, over the lanes of a warp, and over warps, and does not depend on kBlocks. What was written before is then
+  // visible to all threads.
+  int turn = 0;
+  const auto sum_over_vertices = [&](auto& totals, auto load, auto use) {
+    constexpr int kCount = sizeof(totals) / sizeof(totals[0]);
+    auto& of_warps = work.warp_sums[place].sums[turn];
+    turn ^= 1;
+    for (int32_t first = thread; first < kPartialSums; first += kTogether) {
+      double sums[kCount] = {};
+      for_each_from(first, kPartialSums, load, [&](int32_t v, auto loaded) { use(v, loaded, sums); });
+      for (int i = 0; i < kCount; ++i) {
+        const double of_warp = warp_reduce(sums[i], Sum());
+        if (first % 32 == 0) of_warps[i][first / 32] = of_warp;
+      }
+    }
+    sync();
+    for (int i = 0; i < kCount; ++i) {
+      double sum = 0;
+      for (int32_t warp = thread % 32; warp < kPartialSums / 32; warp += 32) sum += of_warps[i][warp];
+      totals[i] = warp_reduce(sum, Sum());
+    }
   };
   const auto over_neighbors = [&](int32_t vertex, auto term) {
-    float sum = 0;
+    float terms[kDirections];
 #pragma unroll
     for (int d = 0; d < kDirections; ++d) {
       const int32_t near = neighbors[d * int64_t{count} + vertex];
-      if (near != kNone) sum += term(near);
+      terms[d] = 0;
+      if (near != kNone) terms[d] = term(near);
     }
+    float sum = 0;
+#pragma unroll
+    for (int d = 0; d < kDirections; ++d) sum += terms[d];
     return sum;
   };
+  const auto nothing = [](int32_t) { return 0; };
 
   const Fixed* const weights = work.weights ? work.weights + begin : nullptr;
-  const double unit = weight_scale(images.height[blockIdx.x] * images.width[blockIdx.x]);
+  const double unit = weight_scale(images.height[place] * images.width[place]);
   if (weights) {  // vertices without confidence start at the image's mean
-    double totals[2] = {};
-    for_each_vertex([&](int32_t v) {
+    double totals[2];
+    sum_over_vertices(totals, nothing, [&](int32_t v, int, double* sums) {
       const double weight = static_cast<double>(weights[v]) / unit;
-      totals[0] += weight * value[v];
-      totals[1] += weight;
+      sums[0] += weight * value[v];
+      sums[1] += weight;
     });
-    block_reduce<kSolverThreads / 32>(totals, Sum());
     const auto mean = static_cast<float>(totals[1] > 0 ? totals[0] / totals[1] : totals[0]);
-    for_each_vertex([&](int32_t v) {
+    for_each_vertex(nothing, [&](int32_t v, int) {
       if (weights[v] == 0) value[v] += mean;  // from 0; NaN stays
     });
   }
   float *n = product, *next = change;
-  for_each_vertex([&](int32_t v) { n[v] = 1; });
+  for_each_vertex(nothing, [&](int32_t v, int) { n[v] = 1; });
   for (int round = 0; round < 10; ++round) {
-    __syncthreads();
-    for_each_vertex([&](int32_t v) {
-      const float own = n[v], sum = over_neighbors(v, [&](int32_t near) { return n[near]; });
-      next[v] = sqrtf(own * static_cast<float>(mass[v]) / (10 * own + sum));
-    });
+    sync();
+    struct Row {
+      float own, mass, sum;
+    };
+    for_each_vertex(
+        [&](int32_t v) {
+          return Row{n[v], static_cast<float>(mass[v]), over_neighbors(v, [&](int32_t near) { return n[near]; })};
+        },
+        [&](int32_t v, Row row) { next[v] = sqrtf(row.own * row.mass / (10 * row.own + row.sum)); });
     float* const swap = n;
     n = next;
     next = swap;
   }
-  __syncthreads();
-  double sums[3] = {};
-  for_each_vertex([&](int32_t v) {
+  sync();
+  double starts[3];
+  sum_over_vertices(starts, nothing, [&](int32_t v, int, double* sums) {
     const float own = n[v], mean = value[v],
                 weight = weights ? fmaxf(static_cast<float>(static_cast<double>(weights[v]) / unit), kLeastWeight)
                                  : confidence * static_cast<float>(mass[v]);
@@ -297,43 +365,60 @@ __global__ void __launch_bounds__(kSolverThreads)
     sums[1] += double{plain} * plain;
     sums[2] += double{r} * r;
   });
-  block_reduce<kSolverThreads / 32>(sums, Sum());
-  for_each_vertex([&](int32_t v) { change[v] = 0; });
+  for_each_vertex(nothing, [&](int32_t v, int) { change[v] = 0; });
 
-  const double enough = solver.tolerance * solver.tolerance * sums[0];
-  double norm = sums[1], rho = sums[2], before = 1;
+  const double enough = solver.tolerance * solver.tolerance * starts[0];
+  double norm = starts[1], rho = starts[2], before = 1;
   for (int64_t step = 0; step < solver.iterations && norm > enough; ++step) {
     const float beta = step == 0 ? 0.0f : static_cast<float>(rho / before);
-    for_each_vertex([&](int32_t v) {
-      const float p = residual[v] + beta * direction[v];
-      direction[v] = p;
-      weighted[v] = w[v] * p;
-    });
-    __syncthreads();
-    double curvature[1] = {};
-    for_each_vertex([&](int32_t v) {
-      const float sum = over_neighbors(v, [&](int32_t near) { return weighted[near]; });
-      const float p = direction[v], q = p - w[v] * sum;
-      product[v] = q;
-      curvature[0] += double{p} * q;
-    });
-    block_reduce<kSolverThreads / 32>(curvature, Sum());
+    struct Direction {
+      float value, weight;
+    };
+    for_each_vertex([&](int32_t v) { return Direction{residual[v] + beta * direction[v], w[v]}; },
+                    [&](int32_t v, Direction p) {
+                      direction[v] = p.value;
+                      weighted[v] = p.weight * p.value;
+                    });
+    sync();
+    double curvature[1];
+    struct Product {
+      float p, q;
+    };
+    sum_over_vertices(
+        curvature,
+        [&](int32_t v) {
+          const float sum = over_neighbors(v, [&](int32_t near) { return weighted[near]; });
+          const float p = direction[v];
+          return Product{p, p - w[v] * sum};
+        },
+        [&](int32_t v, Product pq, double* sums) {
+          product[v] = pq.q;
+          sums[0] += double{pq.p} * pq.q;
+        });
     if (!(curvature[0] > 0)) break;  // the residual has underflowed
     const auto length = static_cast<float>(rho / curvature[0]);
-    double next_sums[2] = {};
-    for_each_vertex([&](int32_t v) {
-      change[v] += length * direction[v];
-      const float r = residual[v] - length * product[v];
-      residual[v] = r;
-      next_sums[0] += double{r} * r;
-      next_sums[1] += double{r * diagonal[v]} * r;
-    });
-    block_reduce<kSolverThreads / 32>(next_sums, Sum());
+    double norms[2];
+    struct Step {
+      float change, residual, diagonal;
+    };
+    sum_over_vertices(
+        norms,
+        [&](int32_t v) {
+          return Step{change[v] + length * direction[v], residual[v] - length * product[v], diagonal[v]};
+        },
+        [&](int32_t v, Step to, double* sums) {
+          change[v] = to.change;
+          const float r = to.residual;
+          residual[v] = r;
+          sums[0] += double{r} * r;
+          sums[1] += double{r * to.diagonal} * r;
+        });
     before = rho;
-    rho = next_sums[0];
-    norm = next_sums[1];
+    rho = norms[0];
+    norm = norms[1];
   }
-  for_each_vertex([&](int32_t v) { value[v] += change[v] / sqrtf(diagonal[v]); });
+  for_each_vertex([&](int32_t v) { return value[v] + change[v] / sqrtf(diagonal[v]); },
+                  [&](int32_t v, float solution) { value[v] = solution; });
 }
 
 __global__ void __launch_bounds__(kChunk)
@@ -358,7 +443,8 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
   expect(op, "confidence", confidence, DType::kFloat32, {has_confidences ? pixels : 0}, Device::kCUDA);
   expect(op, "out", out, DType::kFloat32, {pixels}, Device::kCUDA);
   const RaggedShape batch = expect_ragged(op, offsets, shapes, pixels);
-  expect(op, "workspace", workspace, DType::kInt32, {23 * pixels + 3 * batch.count}, Device::kCUDA);
+  const int64_t size = 23 * pixels + 3 * batch.count + kWordsOfSums * std::min<int64_t>(batch.count, kMaxImages);
+  expect(op, "workspace", workspace, DType::kInt32, {size}, Device::kCUDA);
   expect_cells(settings, batch.count);
   for (int64_t b = 0; b < batch.count; ++b) {
     if (batch.height(b) * batch.width(b) > INT32_MAX / 2) {
@@ -369,6 +455,8 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
   const ColorGrid grid(settings);
   const Solver solver = {settings.confidence, settings.smoothness, settings.tolerance, settings.iterations};
   const OnDevice device(target);
+  const auto cluster_solve = solve<kClusterBlocks, kClusterThreads>;
+  const bool in_clusters = has_clusters(cluster_solve);
   check(cudaMemsetAsync(work.extremes, 0, sizeof(*work.extremes) * batch.count,
                         static_cast<cudaStream_t>(stream.handle)));
   for_each_group(batch, [&](const Images& group, int64_t chunks) {
@@ -381,7 +469,11 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
     launch(add_ranks, images.count, 32, stream, images, work.chunk_first, work.counts);
     launch(splat, chunks, kChunk, stream, images, target.as<float>(), confidence.as<float>(), work);
     launch(join_vertices, chunks, kChunk, stream, images, grid, work);
-    launch(solve, images.count, kSolverThreads, stream, images, solver, work);
+    if (in_clusters) {
+      launch_clusters(cluster_solve, images.count, kClusterBlocks, kClusterThreads, stream, images, solver, work);
+    } else {
+      launch(solve<1, kSolverThreads>, images.count, kSolverThreads, stream, images, solver, work);
+    }
     launch(slice, chunks, kChunk, stream, images, work, out.as<float>());
   });
 }

@@ -215,6 +215,17 @@ __global__ void keep_inside(const __grid_constant__ Images images, int32_t* all_
   out[image.begin + pixel] = nodes[pixel + 1] == kUnlabeled || root(nodes, pixel + 1) != 0;
 }
 
+__global__ void keep_seeded(const __grid_constant__ Images images, const int32_t* seeds, int32_t* all_nodes,
+                            uint8_t* out) {
+  const Image image = my_image(images, images.chunks);
+  const int32_t pixel = image.chunk_item();
+  if (pixel >= image.pixels()) return;
+  const int32_t* nodes = nodes_of(image, all_nodes);
+  const int32_t seed = seeds[image.index];
+  const bool labeled = seed >= 0 && nodes[seed + 1] != kUnlabeled && nodes[pixel + 1] != kUnlabeled;
+  out[image.begin + pixel] = labeled && root(nodes, pixel + 1) == root(nodes, seed + 1);
+}
+
 __global__ void start_stats(int32_t n, int32_t* areas, int32_t* boxes) {
   const auto i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
@@ -376,6 +387,22 @@ void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorV
   for_each_tiled_group(batch, [&](const TiledImages& images, int64_t tiles, int64_t chunks) {
     label(images, tiles, mask, false, true, connectivity, work.nodes, stream);
     launch(keep_inside, chunks, kChunk, stream, images, work.nodes, out.as<uint8_t>());
+  });
+}
+
+void seeded_component(const TensorView& mask, const TensorView& seeds, const TensorView& offsets,
+                      const TensorView& shapes, const TensorView& out, const TensorView& workspace,
+                      int64_t connectivity, Stream stream) {
+  const char* op = "seeded_component";
+  check_masks(op, mask, out);
+  expect_connectivity(op, connectivity);
+  const RaggedShape batch = expect_ragged(op, offsets, shapes, mask.shape[0]);
+  expect(op, "seeds", seeds, DType::kInt32, {batch.count}, Device::kCUDA);
+  const Workspace work(op, workspace, mask.shape[0], batch.count);
+  const OnDevice device(mask);
+  for_each_tiled_group(batch, [&](const TiledImages& images, int64_t tiles, int64_t chunks) {
+    label(images, tiles, mask, true, false, connectivity, work.nodes, stream);
+    launch(keep_seeded, chunks, kChunk, stream, images, seeds.as<int32_t>(), work.nodes, out.as<uint8_t>());
   });
 }
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from typing import NamedTuple
@@ -169,50 +170,51 @@ TOGETHER = 64  # images whose bits and vectors a GPU holds at a time: about 350 
 def _cut_cuda(
     features: Tensor, offsets: Tensor, shapes: Tensor, tau: float, eps: float, tolerance: float, max_iterations: int
 ) -> Outputs:
-    """Affinity bits by Triton, eigenvectors by CUDA, foreground by connected_components; waits for the GPU."""
+    """Affinity bits by Triton, eigenvectors and foreground by CUDA; waits for the GPU once, at the end."""
     from .triton.normalized_cut import affinity_bits  # not at import: Triton is optional
     from .triton.normalized_rows import chunks
-    from .triton.tables import table_on_device
 
     expect_rows(NAME, offsets, shapes, features)
     vector, value, residual, iterations, partition, seed, foreground = _outputs(features, offsets, shapes)
     native, stream = backends.native().cuda, cuda_stream(features)
-    numbers = torch.empty(4, len(shapes), dtype=torch.float64, device=features.device)  # copied to the host at once
-    on_device = _fields(numbers)
+    # What the host needs, copied at once: the fields of each image, and whether the features of each chunk are finite.
+    numbers = torch.empty(5, len(shapes), dtype=torch.float64, device=features.device)
+    on_device, all_finite = _fields(numbers), numbers[4].view(torch.bool)
+    checks: list[tuple[Tensor, Tensor, int]] = []
     with torch.cuda.device_of(features):
-        for part in chunks(NAME, features, offsets, shapes, TOGETHER):
+        for part in chunks(features, offsets, shapes, TOGETHER):
+            torch.all(part.unit.finite, 0, out=all_finite[len(checks)])
+            checks.append((part.unit.finite, part.offsets, part.images.start))
             bits = affinity_bits(part.unit, part.offsets, tau)
-            tokens = np.diff(part.offsets.numpy().astype(np.int64))
-            steps = (tokens - 1).clip(0, max_iterations)
-            doubles = ((steps + 4) * ((tokens + 127) // 128 * 128) + 6 * (steps + 1)).sum()
-            workspace = torch.empty(int(doubles), dtype=torch.float64, device=features.device)
+            bounds = itertools.pairwise(part.offsets.tolist())
+            doubles = sum(_work_size(end - begin, max_iterations) for begin, end in bounds)
+            workspace = torch.empty(doubles, dtype=torch.float64, device=features.device)
             values, residuals, counts, seeds = (x[part.images] for x in on_device)
             native.normalized_cut(
                 bits, part.offsets, part.shapes, vector[part.rows], values, residuals, counts, partition[part.rows],
                 seeds, workspace, eps, tolerance, max_iterations, stream,
             )  # fmt: skip
-        if len(features):
-            seeds = on_device[3]
-            labels, counts = foreground.new_empty(len(features), dtype=torch.int32), torch.empty_like(seeds)
-            scratch = labels.new_empty(2 * len(features) + 4 * len(shapes))
-            native.connected_components(partition, offsets, shapes, labels, counts, scratch, 4, stream)
-            begins, lengths = table_on_device(_begins_and_lengths, features, offsets)
-            seeded = labels[(begins + seeds).clamp(0, len(features) - 1)]
-            seeded = seeded.repeat_interleave(lengths, output_size=len(features))
-            torch.logical_and(partition, labels == seeded, out=foreground)
-    for field, copied in zip((value, residual, iterations, seed), _fields(numbers.cpu()), strict=True):
+        scratch = seed.new_empty(2 * len(features) + 4 * len(shapes), device=features.device)
+        native.seeded_component(partition, on_device[3], offsets, shapes, foreground, scratch, 4, stream)
+    numbers = numbers.cpu()
+    if not numbers[4].view(torch.bool)[: len(checks)].all():
+        for check in checks:
+            expect_finite(NAME, "features", *check)
+    for field, copied in zip((value, residual, iterations, seed), _fields(numbers), strict=True):
         field.copy_(copied)
     return vector, value, residual, iterations, partition, seed, foreground
 
 
-def _begins_and_lengths(offsets: np.ndarray) -> np.ndarray:
-    """int32 [2, B]: the first token of each image and the number of its tokens."""
-    return np.stack([offsets[:-1], np.diff(offsets)])
+def _work_size(tokens: int, max_iterations: int) -> int:
+    """The number of doubles of an image in the workspace of normalized_cut.h."""
+    steps = min(max(tokens - 1, 0), max_iterations)
+    return (steps + 4) * -(-tokens // 128) * 128 + 6 * (steps + 1)
 
 
 def _fields(numbers: Tensor) -> list[Tensor]:
-    """Views of float64 [4, B]: value and residual float64 [B], iterations and seed int32 [B]."""
-    return [*numbers[:2], *(row.view(torch.int32)[: len(row)] for row in numbers[2:])]
+    """Views of float64 [5, B]: value and residual float64 [B], iterations and seed int32 [B]."""
+    value, residual, *integers = numbers.unbind()[:4]
+    return [value, residual, *(row.view(torch.int32)[: len(row)] for row in integers)]
 
 
 _cut = register(

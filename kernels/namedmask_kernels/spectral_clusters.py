@@ -102,7 +102,8 @@ def _cluster_cuda(features: Tensor, offsets: Tensor, shapes: Tensor, counts: lis
     ks = torch.tensor(counts, dtype=torch.int32, device="cpu")
     native, stream = backends.native().cuda, cuda_stream(features)
     with torch.cuda.device_of(features):
-        for part in chunks(NAME, features, offsets, shapes, TOGETHER):
+        for part in chunks(features, offsets, shapes, TOGETHER):
+            expect_finite(NAME, "features", part.unit.finite, part.offsets, part.images.start)
             ranges = cosine_ranges(part.unit, part.offsets)
             vectors = (part.unit.high.float() + part.unit.low.float()) / 256
             doubles = native.spectral_clusters_workspace(part.offsets, part.shapes, ks, *vectors.shape)

@@ -12,8 +12,8 @@ cannot find:
 - errors of memory order: a write is visible to all threads at once, in program order
 - races between blocks, which run one after another, and between threads that no barrier, collective or atomic separates
 - effects of the rounding of CUDA's math functions (ex2.approx behind expf) and of fused multiply-adds
-- errors in the PTX of csrc/cuda/mma.h, which cuda_runtime.h replaces by loops
-- shared memory that is read before it is written
+- errors in the PTX of csrc/cuda/mma.h, which cuda_runtime.h replaces by loops, and in the barriers of cluster.h
+- shared memory that is read before it is written, or used by kernels that run in clusters
 - tensors on the wrong device and wrong streams: there is one memory and no stream
 - too many registers or too much shared memory, and slow code
 """

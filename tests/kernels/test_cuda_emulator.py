@@ -82,6 +82,36 @@ def test_results_do_not_depend_on_the_order_of_threads(run, device, operator):
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
+def test_normalized_cut_names_an_image_that_is_not_finite_in_a_later_launch(run, monkeypatch):
+    monkeypatch.setattr(sys.modules["namedmask_kernels.normalized_cut"], "TOGETHER", 2)
+    images = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    images[3][0, 1, 2] = torch.inf
+    with pytest.raises(ValueError, match="normalized_cut: features must be finite, but image 3 "):
+        run(nk.normalized_cut, Ragged.pack(images))
+
+
+@pytest.mark.parametrize("with_confidence", [False, True])
+def test_bilateral_solver_is_the_same_in_a_cluster_of_blocks(emulated_cuda, with_confidence):
+    """Sums of more vertices than a cluster has threads, and images with fewer."""
+    shapes = [(107, 97), (1, 1), (0, 3), (40, 50)]
+    generator = torch.Generator().manual_seed(0)
+    target, confidence = (Ragged.pack([torch.rand(h, w, generator=generator) for h, w in shapes]) for _ in range(2))
+    image = Ragged.pack([torch.randint(90, (h, w, 3), generator=generator, dtype=torch.uint8) for h, w in shapes])
+    confidence = confidence.with_rows((confidence.rows - 0.3).clamp(min=0))
+    settings = {"sigma_spatial": 3, "iterations": 4} | ({"confidence": confidence} if with_confidence else {})
+
+    def solve():
+        return nk.bilateral_solver(target, image, **settings, backend="cuda").rows
+
+    alone = solve()
+    emulator.extension().use_clusters(True)
+    try:
+        together = [solve() for _ in range(2)]
+    finally:
+        emulator.extension().use_clusters(False)
+    assert alone.isfinite().all() and all(torch.equal(alone, other) for other in together)
+
+
 @pytest.fixture
 def failing_launches(emulated_cuda):
     emulator.extension().fail_launches(True)

@@ -3,6 +3,7 @@
 
 import itertools
 
+import gpu_rounding
 import numpy as np
 import pytest
 import torch
@@ -73,9 +74,15 @@ def test_attention_features(dtype, heads, dim, taps):
             continue
         exact = reference.attention_features(qkv[begin:end].double(), dim**-0.5, taps)
         rounded = torch_form(qkv[begin:end], dim**-0.5, taps)
+        q, k, _ = qkv[begin:end].double().abs().permute(1, 2, 0, 3)
+        products = dim**-0.5 * float((q @ k.mT).max())
         for name, truth, torch_result in zip(ALL, exact, rounded, strict=True):
             error = (result[name][begin:end].double() - truth).abs().max()
             allowed = 2 * (torch_result.double() - truth).abs().max() + 1e-6 * truth.abs().max()
+            if name == "rows":
+                allowed += truth.abs().max() * gpu_rounding.attention_weight(
+                    dim, products, float(exact.lse.abs().max())
+                )
             assert error <= allowed, f"{name}: {error:.2g} > {allowed:.2g}"
         sums = result["rows"][begin:end].sum(0)
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
@@ -211,7 +218,7 @@ def run_pamr(masks, image, dilations, iterations):
 
 @pytest.mark.parametrize(
     "labels, dilations, iterations",
-    [(1, [1, 4, 24], 2), (2, [2**40, 1], 1), (6, [2], 3), (35, [1], 1)],
+    [(1, [1, 4, 24], 2), (2, [2**40, 1], 1), (3, [3], 2), (6, [2], 3), (35, [1], 1)],
 )
 def test_pamr(labels, dilations, iterations):
     masks, image = pamr_batch(labels)
@@ -296,7 +303,8 @@ def test_random_walk(masks, channels, steps, sharpness):
     for mask, image, walked in zip(soft.grids(), features.grids(), result.grids(), strict=True):
         rows = mask.flatten(0, 1), image.flatten(0, 1)
         exact = walk_reference.random_walk(*(x.double() for x in rows), steps, sharpness)
-        torch.testing.assert_close(walked.flatten(0, 1).double(), exact, rtol=0, atol=1e-6)
+        allowed = 1e-6 + gpu_rounding.random_walk(len(exact), steps, sharpness)
+        torch.testing.assert_close(walked.flatten(0, 1).double(), exact, rtol=0, atol=allowed)
     last = [Ragged.pack(batch.grids()[-1:]) for batch in (soft, features)]
     assert torch.equal(run_walk(*last, steps, sharpness).rows, result.grids()[-1].flatten(0, 1))
 

@@ -44,10 +44,10 @@ void bilateral_solver(const TensorView& target, const TensorView& image, const T
 }  // namespace cpu
 
 // The same on a CUDA device, within rounding. Offsets and shapes are on the CPU, all other arrays on one device. The
-// call only enqueues work on `stream`; the arrays must stay alive until it is done. `workspace` int32 [23 P + 3 B] is
-// scratch. A target that is not finite and a confidence
-// that is not from 0 to 1 raise no error: the result of the image is NaN. Results are bit-identical for
-// any batch and any order in which threads run.
+// call only enqueues work on `stream`; the arrays must stay alive until it is done. `workspace` int32 [23 P + 3 B + 768
+// min(B, 64)] is scratch. A target that is not finite and a confidence that is not from 0 to 1 raise no error: the
+// result of the image is NaN. Results are bit-identical for any batch and any order in which threads run, in clusters
+// of blocks and without.
 namespace cuda {
 
 void bilateral_solver(const TensorView& target, const TensorView& image, const TensorView& confidence,

@@ -68,5 +68,11 @@ void largest_component(const TensorView& mask, const TensorView& offsets, const 
 void fill_holes(const TensorView& mask, const TensorView& offsets, const TensorView& shapes, const TensorView& out,
                 const TensorView& workspace, int64_t connectivity, Stream stream);
 
+// out bool [P]: the component of the pixel seeds[b], counted from the first of image b; none if the seed is -1 or not
+// in the mask. seeds int32 [B], on the device.
+void seeded_component(const TensorView& mask, const TensorView& seeds, const TensorView& offsets,
+                      const TensorView& shapes, const TensorView& out, const TensorView& workspace,
+                      int64_t connectivity, Stream stream);
+
 }  // namespace cuda
 }  // namespace namedmask

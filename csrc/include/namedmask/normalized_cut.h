@@ -54,7 +54,7 @@ void normalized_cut(const TensorView& features, const TensorView& offsets, const
 //            image [p / 128, p, 4]: bit k % 32 of word k / 32 of group g and row i is set if i is connected to
 //            128 g + k. Symmetric, and 0 beyond the image's tokens.
 // workspace  float64 [sum over the images of (s + 4) p + 6 (s + 1)], s = min(max_iterations, tokens - 1); scratch.
-// The other arrays are as above; the caller has rejected features that are not finite. One launch per 100 images, one
+// The other arrays are as above; results from features that are not finite mean nothing. One launch per 100 images, one
 // thread block per image. Results are bit-identical for any batch.
 namespace cuda {
 

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ragged import expect_finite
 from .tables import Variant
 
 CHANNELS = 64  # per step of a product; rows are padded with zeros to a multiple of it
@@ -114,7 +113,7 @@ def normalized_rows(features: Tensor) -> NormalizedRows:
     """
     tokens, channels = features.shape
     padded = triton.cdiv(channels, CHANNELS) * CHANNELS
-    high, low = torch.empty(2, tokens, padded, dtype=torch.float16, device=features.device)
+    high, low = torch.empty(2, tokens, padded, dtype=torch.float16, device=features.device).unbind()
     finite = torch.empty(tokens, dtype=torch.bool, device=features.device)
     if tokens:
         _normalized_rows[(triton.cdiv(tokens, TOKENS),)](
@@ -133,20 +132,14 @@ class Chunk(NamedTuple):
     unit: NormalizedRows
 
 
-def chunks(op: str, features: Tensor, offsets: Tensor, shapes: Tensor, size: int) -> Iterator[Chunk]:
-    """Splits a batch into chunks of `size` images. Waits for the GPU.
-
-    Raises:
-        ValueError: If the features of an image are not finite.
-    """
+def chunks(features: Tensor, offsets: Tensor, shapes: Tensor, size: int) -> Iterator[Chunk]:
+    """Splits a batch into chunks of `size` images."""
     begins = offsets.tolist()
     for first in range(0, len(shapes), size):
         last = min(first + size, len(shapes))
         rows = slice(begins[first], begins[last])
         own = offsets[first : last + 1] - rows.start
-        unit = normalized_rows(features[rows])
-        expect_finite(op, "features", unit.finite, own, first)
-        yield Chunk(slice(first, last), rows, own, shapes[first:last], unit)
+        yield Chunk(slice(first, last), rows, own, shapes[first:last], normalized_rows(features[rows]))
 
 
 def ahead_of_time() -> Iterator[Variant]:

@@ -3,7 +3,7 @@
 // shows and what it does not.
 //
 // Every thread of a block is a fiber, which runs until it reaches a barrier, a warp collective or an atomic. The fibers
-// take turns in random order. Blocks run one after another, also in random order.
+// take turns in random order. Blocks run one after another, also in random order; those of a cluster run together.
 #pragma once
 
 #include <setjmp.h>
@@ -27,7 +27,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static  // blocks run one after another and can use the same copy
+#define __shared__ static  // blocks run one after another and can use the same copy; not those of a cluster
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -47,17 +47,31 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+enum { cudaLaunchAttributeClusterDimension = 1, cudaLaunchAttributeClusterSchedulingPolicyPreference };
+enum { cudaClusterSchedulingPolicySpread };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    dim3 clusterDim;
+    int clusterSchedulingPolicyPreference;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  const cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+struct cudaFuncAttributes {
+  int ptxVersion;
 };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-enum class State { kReady, kWarp, kBlock, kDone };  // kWarp, kBlock: waits for the rest of its warp or block
+enum class State { kReady, kWarp, kBlock, kCluster, kDone };  // kWarp ...: waits for the rest of its warp ...
 
 using Offer = std::array<uint32_t, 6>;
 
@@ -74,10 +88,11 @@ struct Fiber {
 
 inline std::vector<Fiber> fibers;
 inline jmp_buf scheduler;
-inline unsigned current, threads;
+inline unsigned current;
 inline std::function<void()> body;
 inline std::mt19937 random;
 inline cudaError_t launch_error = cudaSuccess;  // what launches return instead of running the kernel
+inline int ptx_version = 80;                    // of all kernels; clusters require 90
 
 [[gnu::noinline]] inline void pause(State state) {
   Fiber& fiber = fibers[current];
@@ -120,33 +135,38 @@ inline bool free_if_all_wait(unsigned first, unsigned last, State state) {
   return any;
 }
 
-inline void run_block() {
-  threads = blockDim.x * blockDim.y * blockDim.z;
-  if (fibers.size() < threads) fibers.resize(threads);
-  for (unsigned t = 0; t < threads; ++t) {
+// Runs `count` blocks, the first of which is `first`, together.
+inline void run_cluster(unsigned first, unsigned count) {
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z, all = count * threads;
+  if (count > 1 && threads % 32 != 0) std::abort();  // a warp would have threads of two blocks
+  if (fibers.size() < all) fibers.resize(all);
+  for (unsigned t = 0; t < all; ++t) {
     Fiber& fiber = fibers[t];
     fiber.state = State::kReady;
     fiber.collectives = 0;
   }
-  std::vector<unsigned> order(threads);
+  std::vector<unsigned> order(all);
   std::iota(order.begin(), order.end(), 0u);
   while (true) {
     bool ran = false, left = false;
     std::shuffle(order.begin(), order.end(), random);
-    for (unsigned t : order) {
-      if (fibers[t].state == State::kReady) {
+    for (unsigned i : order) {
+      if (fibers[i].state == State::kReady) {
         ran = true;
+        const unsigned t = i % threads;
         threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
-        resume(t);
+        blockIdx = dim3(first + i / threads);
+        resume(i);
       }
-      left |= fibers[t].state != State::kDone;
+      left |= fibers[i].state != State::kDone;
     }
     if (!left) return;
     if (ran) continue;
     bool freed = false;
-    for (unsigned t = 0; t + 32 <= threads; t += 32) freed |= free_if_all_wait(t, t + 32, State::kWarp);
-    if (!freed && !free_if_all_wait(0, threads, State::kBlock)) {
-      std::fputs("emulator: deadlock: the threads of a block wait at different barriers\n", stderr);
+    for (unsigned t = 0; t + 32 <= all; t += 32) freed |= free_if_all_wait(t, t + 32, State::kWarp);
+    for (unsigned t = 0; !freed && t < all; t += threads) freed |= free_if_all_wait(t, t + threads, State::kBlock);
+    if (!freed && !free_if_all_wait(0, all, State::kCluster)) {
+      std::fputs("emulator: deadlock: threads wait at different barriers\n", stderr);
       std::abort();
     }
   }
@@ -218,6 +238,9 @@ T __shfl_xor_sync(unsigned mask, T value, int by) {
 
 namespace namedmask::cuda {
 
+// csrc/cuda/cluster.h says what it does.
+inline void cluster_sync() { emulator::pause(emulator::State::kCluster); }
+
 // csrc/cuda/mma.h says what it does.
 inline void multiply_add_bytes(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const emulator::Offer mine = {a[0], a[1], a[2], a[3], b[0], b[1]};
@@ -261,20 +284,27 @@ inline int __popc(unsigned x) { return std::popcount(x); }
 using std::max;
 using std::min;
 
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  attributes->ptxVersion = emulator::ptx_version;
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
   if (emulator::launch_error != cudaSuccess) return emulator::launch_error;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
+  unsigned size = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) size = config->attrs[i].val.clusterDim.x;
+  }
   std::tuple<Parameters...> values(arguments...);
   emulator::body = [&] { std::apply(kernel, values); };
-  std::vector<unsigned> blocks(gridDim.x);
-  std::iota(blocks.begin(), blocks.end(), 0u);
-  std::shuffle(blocks.begin(), blocks.end(), emulator::random);
-  for (unsigned block : blocks) {
-    blockIdx = dim3(block);
-    emulator::run_block();
-  }
+  std::vector<unsigned> clusters(gridDim.x / size);
+  std::iota(clusters.begin(), clusters.end(), 0u);
+  std::shuffle(clusters.begin(), clusters.end(), emulator::random);
+  for (unsigned cluster : clusters) emulator::run_cluster(cluster * size, size);
   return cudaSuccess;
 }

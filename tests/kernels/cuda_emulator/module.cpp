@@ -29,6 +29,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
   namedmask::bindings::define_cuda(m);
   m.def("seed", [](unsigned value) { emulator::random.seed(value); });  // of the order in which threads run
   m.def("fail_launches", [](bool fail) { emulator::launch_error = fail ? 1 : cudaSuccess; });
+  m.def("use_clusters", [](bool use) { emulator::ptx_version = use ? 90 : 80; });
   m.def("sort_scratch", &namedmask::cuda::sort_scratch);
   m.def("sort_numbers", &namedmask::sort_numbers);
 }
