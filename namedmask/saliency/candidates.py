@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from namedmask_kernels import Ragged, normalized_cut, resize, spectral_clusters
@@ -169,8 +168,8 @@ def support(choice: Choice, refined: Ragged) -> Tensor:
 
 def _counts(batch: Ragged, mask: Tensor) -> Tensor:
     """Number of pixels of a mask, bool [P], in each photo of a batch, float64 [B]."""
-    counts = [images.sum((1, 2), dtype=torch.float64) for images in runs(batch.with_rows(mask))]
-    return torch.cat([mask.new_zeros(0, dtype=torch.float64), *counts])
+    counts = [images.sum((1, 2)) for images in runs(batch.with_rows(mask))]
+    return torch.cat([mask.new_zeros(0, dtype=torch.int64), *counts]).double()
 
 
 def clearness(softs: Ragged) -> Tensor:
@@ -192,5 +191,12 @@ def clearness(softs: Ragged) -> Tensor:
 
 def _near(masks: Tensor, width: int) -> Tensor:
     """The pixels of masks, bool [n, H, W], and those up to `width` rows and columns away."""
-    rows = F.max_pool2d(masks.float(), (2 * width + 1, 1), 1, (width, 0))
-    return F.max_pool2d(rows, (1, 2 * width + 1), 1, (0, width)) > 0
+    for dim in (1, 2):
+        reach, length = 0, masks.shape[dim]
+        while reach < width:
+            step = min(2 * reach + 1, width - reach, length)
+            near, rest = masks.clone(), length - step
+            near.narrow(dim, step, rest).logical_or_(masks.narrow(dim, 0, rest))
+            near.narrow(dim, 0, rest).logical_or_(masks.narrow(dim, step, rest))
+            masks, reach = near, reach + step
+    return masks
