@@ -19,7 +19,8 @@ OUT/refined/00000.jsonl the records of masks/ with the experts' masks and scores
 
 With --select name, a mask of an expert replaces that of the detector only where the two hardly overlap and CLIP finds
 the name of the category more likely inside it (`namedmask.names`). Else the record of the detector stays as it is, with
-its score.
+its score. The score of an expert's mask is the mean of three numbers in [0, 1]: the score of the detector's mask, the
+IoU of the two, and the certainty of the expert times the share of the photo's border that its mask leaves free.
 
 A photo that was retrieved for two categories has two records, one from each expert. If an expert predicts no object,
 the record has an empty mask and the score 0, like that of a detector: the photo does not show the category. Trainings
@@ -58,6 +59,7 @@ from .masks import (
     encode_masks,
     errors_path,
     is_refined,
+    mask_iou,
     read_masks,
     read_shard,
     write_errors,
@@ -544,10 +546,9 @@ def relabel(
 
     def is_better(photo: Photo, old: MaskRecord, own: MaskRecord) -> bool:
         assert scorer is not None
-        pair = np.stack([old.mask(), own.mask()], -1)
-        overlap = pair.all(-1).sum() / max(1, pair.any(-1).sum())
-        if overlap >= MOST_OVERLAP:
+        if mask_iou(old, own) >= MOST_OVERLAP:
             return False
+        pair = np.stack([old.mask(), own.mask()], -1)
         both = (Ragged.pack([array]) for array in (photo.pixels, pair.astype(np.float32)))
         images, candidates = (batch.with_rows(batch.rows.to(segmenter.device)) for batch in both)
         numbers = torch.tensor([[0, 1]], device=segmenter.device)
@@ -555,9 +556,9 @@ def relabel(
         return by_own >= by_old + MARGIN
 
     def new_record(record: MaskRecord, mask: EncodedMask, confidence: float) -> MaskRecord:
-        return MaskRecord.from_encoded(
-            record.photo, mask, record.category, record.category_score, mask.score(confidence)
-        )
+        terms = record.score, mask_iou(record, mask), mask.score(confidence)
+        score = sum(terms) / len(terms) if mask.area else 0.0
+        return MaskRecord.from_encoded(record.photo, mask, record.category, record.category_score, score)
 
     for batch in segmenter.map_photos(source, by_photo, predict):
         for name, photo, records in batch:
@@ -571,9 +572,6 @@ def relabel(
 
 def certainty(soft: Tensor) -> Tensor:
     """Certainty of a predicted mask: the Dice coefficient of its probabilities and the mask.
-
-    The score of a relabeled mask is its certainty times the fraction of the photo's border that it leaves free
-    (`mask_score`).
 
     Args:
         soft: Probabilities of the object, [h, w].

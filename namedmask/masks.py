@@ -80,6 +80,14 @@ def encode_masks(masks: Ragged) -> list[EncodedMask]:
     ]
 
 
+def mask_iou(a: EncodedMask | MaskRecord, b: EncodedMask | MaskRecord) -> float:
+    """The IoU of two masks of the same size, 1 if both are empty."""
+    if not a.area or not b.area:
+        return float(a.area == b.area)
+    first, second = ({"size": list(one.size), "counts": one.rle.encode()} for one in (a, b))
+    return float(coco.iou([first], [second], [0])[0][0])
+
+
 def _decode(rle: str, size: tuple[int, int]) -> np.ndarray:
     """The mask of a COCO compressed string that fits `size`, bool [height, width]."""
     return np.ascontiguousarray(coco.decode({"size": list(size), "counts": rle.encode()})).view(bool)

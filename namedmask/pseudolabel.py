@@ -41,8 +41,8 @@ from .names import NameScorer
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .progress import warn
 from .refine import Refiner
-from .saliency import Detections, certainty, make_detector
-from .saliency.candidates import chosen, prior, quality, shortlist
+from .saliency import Detections, make_detector
+from .saliency.candidates import Choice, chosen, prior, quality, shortlist
 from .threads import map_batches
 from .timing import StepTimes, traced
 
@@ -138,8 +138,8 @@ class Labeler:
         categories: Names of all categories, for masks that their names select.
 
     Attributes:
-        times: Time of each step: "decode", "upload", "network", the detector's own steps, "names", "refine" and
-            "encode".
+        times: Time of each step: "decode", "upload", "network", the detector's own steps, "names", "refine",
+            "encode" and "score".
     """
 
     def __init__(self, config: RunConfig, device: str, categories: Sequence[str] = ()):
@@ -232,13 +232,17 @@ class Labeler:
         with step("encode"):
             masks = encode_masks(_binary(refined, at))
             detected = encode_masks(_binary(found.masks, at)) if self.keep_detected else [None] * len(masks)
-            confidence, certain = found.confidence.tolist(), certainty(refined).tolist()
+        with step("score"):
+            if isinstance(found, Choice):
+                scores = quality(found, refined).tolist()
+            else:
+                pairs = zip(masks, found.confidence.tolist(), strict=True)
+                scores = [mask.score(confidence) for mask, confidence in pairs]
         self.times.collect()
-        for mask, own, sure, before in zip(masks, confidence, certain, detected, strict=True):
-            score = quality(own, mask.border, sure) if self.selects else mask.score(own)
+        for mask, score, before in zip(masks, scores, detected, strict=True):
             yield Labeled(mask, score if mask.area else 0.0, before)
 
-    def _detect(self, images: Ragged, sizes: list[Size], categories: list[str | None]) -> Detections:
+    def _detect(self, images: Ragged, sizes: list[Size], categories: list[str | None]) -> Detections | Choice:
         if not self.selects:
             return self.detector.detect(images, sizes)
         masks, names = self.detector.candidates(images), None

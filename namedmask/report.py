@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
 
 from . import curation
 from .archive import read_archive
@@ -30,7 +29,7 @@ from .config import to_toml
 from .errors import DamagedFile
 from .files import absolute, atomic_write
 from .formats import encode
-from .masks import Key, MaskRecord, is_refined, read_masks
+from .masks import Key, MaskRecord, is_refined, mask_iou, read_masks
 from .memory import MemoryBudget
 from .pages import anchor, histogram, read_some_errors, script_json, template
 from .pages.pictures import (
@@ -273,12 +272,7 @@ def problem_of(record: MaskRecord) -> str:
 
 def iou(a: MaskRecord, b: MaskRecord) -> float | None:
     """The IoU of two masks of a photo, 1 if both are empty; None if the photo had different sizes."""
-    if a.size != b.size:
-        return None
-    if not a.area or not b.area:
-        return float(a.area == b.area)
-    first, second = ({"size": list(one.size), "counts": one.rle.encode()} for one in (a, b))
-    return float(coco.iou([first], [second], [0])[0][0])
+    return mask_iou(a, b) if a.size == b.size else None
 
 
 def results_digest(out: Path) -> str:

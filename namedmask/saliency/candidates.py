@@ -9,6 +9,9 @@ one. Each gets a score in two parts:
 - with `--select name`, how likely CLIP finds the name of the category inside the mask (`namedmask.names`), times
   `NAME_WEIGHT`.
 
+The mask that is selected and refined has another score, its `quality`: what the other good candidates say about it, and
+how clear its outline is.
+
 The weights are the same for all detectors. bench/ABLATIONS.md says what they were measured on.
 """
 
@@ -22,12 +25,12 @@ from torch import Tensor
 
 from namedmask_kernels import Ragged, normalized_cut, resize, spectral_clusters
 
-from ..batches import Size, on_rows, runs
-from . import Detections
+from ..batches import Size, on_rows, runs, sizes_of
 
 COUNTS = (2, 3, 4)  # numbers of clusters; every cluster is a candidate
 NAME_WEIGHT = 0.25  # of a probability, beside a mean IoU and a share of the border
-SHORTLIST = 6  # candidates per photo for which the name is looked up, the best by their prior
+SHORTLIST = 6  # candidates per photo, the best by their prior, that names are looked up in and that masks are scored by
+STRIP = 1 / 64  # width of the strips along an outline, relative to the short side of a photo
 
 
 class Prior(NamedTuple):
@@ -106,40 +109,94 @@ def column(candidates: Ragged, numbers: Tensor) -> Ragged:
     return candidates.with_rows(candidates.rows.gather(1, on_rows(candidates, numbers)[:, None])[:, 0])
 
 
-def chosen(candidates: Ragged, found: Prior, sizes: Sequence[Size], names: tuple[Tensor, Tensor] | None) -> Detections:
+class Choice(NamedTuple):
+    """The mask that is selected for each photo, and the candidates that it is scored by.
+
+    Attributes:
+        masks: float32 [P] in [0, 1]; above 0.5 is object.
+        witnesses: The shortlist of each photo, float32 [T, n] in [0, 1] on grids that cover the photos.
+        weights: What they count, float32 [B, n]. Those that cover half of the border or more do not count; those in
+            which the name is found count up to twice.
+    """
+
+    masks: Ragged
+    witnesses: Ragged
+    weights: Tensor
+
+
+def chosen(candidates: Ragged, found: Prior, sizes: Sequence[Size], names: tuple[Tensor, Tensor] | None) -> Choice:
     """The best candidate of each photo.
 
     Args:
         candidates: float32 [T, K] in [0, 1] on grids that cover the photos.
         found: Their prior.
         sizes: Height and width of each mask.
-        names: Numbers of candidates, int64 [B, n], and the probability of the name in them, float32 [B, n]; all other
-            candidates are left out. None: the prior decides alone.
-
-    Returns:
-        The masks. The confidence is the agreement of the candidate; with names, the mean of it and of the probability,
-        which has the weight `NAME_WEIGHT`.
+        names: The `shortlist`, int64 [B, n], and the probability of the name in its masks, float32 [B, n]. None: the
+            prior decides alone.
     """
-    merit, confidence = found.score, found.agreement
-    if names is None:
-        best = merit.argmax(1, keepdim=True)
-    else:
-        numbers, bonus = names[0], NAME_WEIGHT * names[1]
-        best = numbers.gather(1, (merit.gather(1, numbers) + bonus).argmax(1, keepdim=True))
-        confidence = confidence.scatter_add(1, numbers, bonus) / (1 + NAME_WEIGHT)
-    masks = resize(column(candidates, best[:, 0]), sizes)
-    return Detections(masks, confidence.gather(1, best)[:, 0].double())
+    numbers, probabilities = names or (shortlist(found), 0.0)
+    merit = found.score.gather(1, numbers) + NAME_WEIGHT * probabilities
+    best = numbers.gather(1, merit.argmax(1, keepdim=True))[:, 0]
+    weights = (1 - 2 * found.border.gather(1, numbers)).clamp_min(0) * (1 + probabilities)
+    witnesses = candidates.with_rows(candidates.rows.gather(1, on_rows(candidates, numbers)))
+    return Choice(resize(column(candidates, best), sizes), witnesses, weights)
 
 
-def quality(confidence: float, border: float, certain: float) -> float:
-    """Score of a mask that was selected, in [0, 1].
-
-    It is the mean of two numbers in [0, 1]: twice the difference of confidence and border, and the certainty. Twice,
-    since backgrounds and parts of objects are among the candidates: even perfect masks agree with half of them only.
+def quality(choice: Choice, refined: Ragged) -> Tensor:
+    """Scores of the refined masks: (2 `support` + `clearness`) / 3, at least 0.
 
     Args:
-        confidence: Confidence of the selected candidate (`chosen`).
-        border: Share of the photo's border that the refined mask covers.
-        certain: `certainty` of the refined mask.
+        choice: The masks before refinement.
+        refined: float32 [P] in [0, 1]; above 0.5 is object.
+
+    Returns:
+        float64 [B] in [0, 1].
     """
-    return (min(1.0, max(0.0, 2 * (confidence - border))) + certain) / 2
+    return ((2 * support(choice, refined) + clearness(refined)) / 3).clamp_min(0)
+
+
+def support(choice: Choice, refined: Ragged) -> Tensor:
+    """Mean IoU of the refined masks [P] with the witnesses of a choice, by their weights, float64 [B] in [0, 1]."""
+    sizes, inside = sizes_of(refined), refined.rows > 0.5
+    ious = torch.zeros_like(choice.weights, dtype=torch.float64)
+    for place, rows in enumerate(choice.witnesses.rows.unbind(1)):
+        other = resize(choice.witnesses.with_rows(rows.contiguous()), sizes).rows > 0.5
+        ious[:, place] = _counts(refined, inside & other) / _counts(refined, inside | other).clamp_min(1)
+    weights = choice.weights.double()
+    return (weights * ious).sum(1) / weights.sum(1).clamp_min(1e-9)
+
+
+def _counts(batch: Ragged, mask: Tensor) -> Tensor:
+    """Number of pixels of a mask, bool [P], in each photo of a batch, float64 [B]."""
+    counts = [images.sum((1, 2)) for images in runs(batch.with_rows(mask))]
+    return torch.cat([mask.new_zeros(0, dtype=torch.int64), *counts]).double()
+
+
+def clearness(softs: Ragged) -> Tensor:
+    """How clear the outline of each soft mask [P] is, float64 [B] in [-1, 1].
+
+    It is the mean of the mask along the inner side of its outline minus that along the outer side, in strips that are
+    `STRIP` wide. 0 without an outline: for an empty mask, and for one that covers the photo.
+    """
+    values = [softs.rows.new_zeros(0, dtype=torch.float64)]
+    for soft in runs(softs):
+        hard, width = soft > 0.5, max(1, round(STRIP * min(soft.shape[1:])))
+        inner, outer = hard & _near(~hard, width), ~hard & _near(hard, width)
+        sums = ((soft * strip).sum((1, 2), dtype=torch.float64) for strip in (inner, outer))
+        counts = (strip.sum((1, 2)).clamp_min(1) for strip in (inner, outer))
+        inside, outside = (total / count for total, count in zip(sums, counts, strict=True))
+        values.append(inside - outside)
+    return torch.cat(values)
+
+
+def _near(masks: Tensor, width: int) -> Tensor:
+    """The pixels of masks, bool [n, H, W], and those up to `width` rows and columns away."""
+    for dim in (1, 2):
+        reach, length = 0, masks.shape[dim]
+        while reach < width:
+            step = min(2 * reach + 1, width - reach, length)
+            near, rest = masks.clone(), length - step
+            near.narrow(dim, step, rest).logical_or_(masks.narrow(dim, 0, rest))
+            near.narrow(dim, 0, rest).logical_or_(masks.narrow(dim, step, rest))
+            masks, reach = near, reach + step
+    return masks

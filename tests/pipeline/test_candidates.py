@@ -19,12 +19,23 @@ from namedmask.demo.scenes import KINDS, index_photo
 from namedmask.distributed import Worker
 from namedmask.errors import UserError
 from namedmask.experts import relabel
-from namedmask.masks import MaskRecord, read_masks
+from namedmask.masks import MaskRecord, mask_score, read_masks
 from namedmask.names import NameScorer, _crop, expect_clip
 from namedmask.photos import Photo, PhotoSource
 from namedmask.pseudolabel import known_labels, pseudolabel, units_of
 from namedmask.saliency import make_detector
-from namedmask.saliency.candidates import COUNTS, NAME_WEIGHT, Prior, chosen, groups, prior, quality, shortlist
+from namedmask.saliency.candidates import (
+    COUNTS,
+    Choice,
+    Prior,
+    chosen,
+    clearness,
+    groups,
+    prior,
+    quality,
+    shortlist,
+    support,
+)
 from namedmask.segmenter.deeplab import DeepLab
 from namedmask.segmenter.predict import Segmenter
 from namedmask_kernels import Ragged
@@ -108,29 +119,80 @@ def test_the_prior_prefers_the_object_to_its_background():
     part[2] = 0
     batch = Ragged.pack([torch.stack([1 - inside, inside, part, 1 - part], -1)])
     found = prior(batch)
-    masks, confidence = chosen(batch, found, [(16, 24)], None)
-    assert found.score.argmax(1).item() == 1 and masks.shapes.tolist() == [[16, 24]]
-    assert confidence.item() == pytest.approx(found.agreement[0, 1].item())
-    assert iou(masks.grids()[0] > 0.5, inside.repeat_interleave(2, 0).repeat_interleave(3, 1) > 0.5) > 0.8
+    choice = chosen(batch, found, [(16, 24)], None)
+    assert found.score.argmax(1).item() == 1 and choice.masks.shapes.tolist() == [[16, 24]]
+    assert iou(choice.masks.grids()[0] > 0.5, inside.repeat_interleave(2, 0).repeat_interleave(3, 1) > 0.5) > 0.8
+    order = shortlist(found)[0]
+    assert torch.equal(choice.witnesses.rows, batch.rows[:, order])
+    assert choice.weights.tolist() == [[0.0 if k in (0, 3) else 1.0 for k in order]]  # backgrounds do not count
 
 
 def test_a_name_decides_among_the_shortlist_only():
     batch = Ragged.pack([torch.eye(8).view(2, 4, 8)])  # candidate k is pixel k
-    found = Prior(torch.linspace(0.5, 0.4, 8)[None], torch.zeros(1, 8))
+    found = Prior(torch.linspace(0.5, 0.4, 8)[None], torch.full((1, 8), 0.25))
     numbers = shortlist(found)
     assert numbers.tolist() == [[0, 1, 2, 3, 4, 5]]
     names = torch.zeros(1, 6)
     names[0, 4] = 1.0
-    masks, confidence = chosen(batch, found, [(2, 4)], (numbers, names))
-    assert masks.rows.tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
-    expected = (found.agreement[0, 4].item() + NAME_WEIGHT) / (1 + NAME_WEIGHT)
-    assert confidence.item() == pytest.approx(expected) and confidence.dtype == torch.float64
+    choice = chosen(batch, found, [(2, 4)], (numbers, names))
+    assert choice.masks.rows.tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
+    assert torch.equal(choice.witnesses.rows, batch.rows[:, :6])
+    assert choice.weights.tolist() == [[0.5, 0.5, 0.5, 0.5, 1.0, 0.5]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=3), st.integers(1, 4), st.integers(0, 99))
+def test_support_is_the_mean_iou_with_the_witnesses(sizes, count, seed):
+    rng = np.random.default_rng(seed)
+    grids = [torch.from_numpy(rng.random((h, w, count), np.float32)) for h, w in sizes]
+    batch = Ragged.pack(grids) if grids else Ragged.of_shapes(torch.zeros(0, count), [])
+    weights = torch.from_numpy(rng.random((len(sizes), count), np.float32) * (rng.random((len(sizes), count)) < 0.7))
+    refined = batch.with_rows(torch.from_numpy(rng.random(len(batch.rows), np.float32)))
+    found = support(Choice(refined, batch, weights), refined)
+    assert found.dtype == torch.float64 and found.shape == (len(sizes),)
+    for photo, grid in enumerate(grids):
+        mask = (refined.grids()[photo] > 0.5).numpy()
+        ious = [iou(mask, (grid[..., k] > 0.5).numpy()) for k in range(count)]
+        own = weights[photo].double().numpy()
+        assert found[photo].item() == pytest.approx(np.average(ious, weights=own) if own.any() else 0.0, abs=1e-6)
+
+
+def test_support_is_that_at_the_size_of_the_mask():
+    small = torch.zeros(4, 4, 1)
+    small[1:3, 1:3] = 1
+    large = torch.zeros(32, 64)
+    large[8:24, 16:48] = 1
+    choice = Choice(Ragged.pack([large]), Ragged.pack([small]), torch.ones(1, 1))
+    assert support(choice, choice.masks).item() > 0.85  # bilinear interpolation rounds the corners
+
+
+def test_clearness_of_an_outline():
+    square = torch.zeros(130, 200)  # strips of two pixels
+    square[40:80, :70] = 1
+    soft = square.clone()
+    soft[42:78, :68] = 0.7  # the outer pixels of the mask are 1, those below them 0.7
+    blurred = 0.2 + 0.5 * square
+    values = clearness(Ragged.pack([square, blurred, 0 * square, 0 * square + 1])).tolist()
+    assert values == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    assert clearness(Ragged.pack([soft])).item() == pytest.approx(1.0)
+    soft[41, :69] = soft[78, :69] = soft[41:79, 68] = 0.6
+    inner, first = 40 * 70 - 36 * 68, 2 * 69 + 36
+    assert clearness(Ragged.pack([soft])).item() == pytest.approx(1 - 0.4 * first / inner)
+    outside = square.clone()
+    outside[37:83, :73] = 0.4  # three pixels around, and the third does not count
+    outside[40:80, :70] = 1
+    assert clearness(Ragged.pack([outside])).item() == pytest.approx(0.6)
 
 
 def test_quality_of_masks():
-    assert quality(0.5, 0.0, 1.0) == quality(0.9, 0.0, 1.0) == 1.0
-    assert quality(0.4, 0.1, 0.5) == pytest.approx(0.55)
-    assert quality(0.2, 0.4, 0.5) == 0.25  # never below that of its outline
+    mask = torch.zeros(20, 20)
+    mask[5:15, 5:15] = 1
+    photo, witness, weights = Ragged.pack([mask]), Ragged.pack([mask[..., None]]), torch.ones(1, 1)
+    assert quality(Choice(photo, witness, weights), photo).tolist() == [1.0]
+    part = photo.with_rows(torch.where((mask > 0) & (mask.cumsum(0) > 5), 0.7, 0.2).flatten())
+    choice = Choice(photo, witness, weights)
+    expected = (2 * support(choice, part) + clearness(part)) / 3
+    assert quality(choice, part).tolist() == expected.tolist() and expected.item() == pytest.approx(0.5)
+    assert quality(choice._replace(weights=0 * weights), photo).tolist() == [pytest.approx(1 / 3)]
 
 
 def test_the_name_is_found_inside_of_the_object(scenes, scorer):
@@ -226,4 +288,8 @@ def test_an_expert_replaces_masks_in_which_its_category_is_less_likely(scenes, s
     for photo, (record,) in found.items():
         scene = scenes[int(photo.partition(".")[0])]
         assert record.key == by_photo[photo][0].key
-        assert by_photo[photo][0] is record or iou(record.mask(), scene.masks[0]) > 0.8
+        before = by_photo[photo][0]
+        assert before is record or iou(record.mask(), scene.masks[0]) > 0.8
+        if before is not record:
+            terms = 0.25, iou(record.mask(), before.mask()), mask_score(record.mask(), 1.0)
+            assert record.score == pytest.approx(sum(terms) / 3, abs=0.002)  # the expert is nearly certain

@@ -25,7 +25,7 @@ from namedmask.backbones import untrained_encoder
 from namedmask.config import ExpertTraining, make_config
 from namedmask.errors import UserError
 from namedmask.experts import SharedExperts, _by_category, certainty, expert_samples, file_name
-from namedmask.masks import MaskRecord, best_masks, mask_score, read_errors, read_masks, read_shard, write_shard
+from namedmask.masks import MaskRecord, best_masks, read_errors, read_masks, read_shard, write_shard
 from namedmask.report import write_report
 from namedmask.review import write_review
 from namedmask.segmenter.augment import IGNORE
@@ -320,7 +320,7 @@ def test_file_names():
     assert len(set(files)) == len(odd) and all(name.isascii() and len(name) <= 200 for name in files)
 
 
-def test_samples_and_scores():
+def test_samples_and_certainty():
     masks = {"empty": np.zeros((4, 6), bool), "full": np.ones((4, 6), bool)}
     records = {c: [MaskRecord.from_mask(name, m, c, None, 0) for name, m in masks.items()] for c in "xy"}
     records["z"] = records["x"][:1]  # a category of empty masks
@@ -338,5 +338,3 @@ def test_samples_and_scores():
     soft[1, 1] = 0.6
     soft[0, 0] = 0.4
     assert float(certainty(soft)) == pytest.approx(2 * 3.6 / (4.0 + 4))
-    hard = (soft > 0.5).numpy()
-    assert mask_score(hard, float(certainty(soft))) == pytest.approx(0.9)  # the border is free

@@ -122,7 +122,7 @@ def test_trace_and_times(labeler, tmp_path, monkeypatch):
     assert sum(map(len, labeler.label(PhotoSource(tmp_path), units, trace=trace))) == len(names)
     events = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"network", "candidates", "refine", "encode"} <= events
-    assert list(labeler.times.seconds) == ["decode", "upload", "network", "candidates", "refine", "encode"]
+    assert list(labeler.times.seconds) == ["decode", "upload", "network", "candidates", "refine", "encode", "score"]
     assert min(labeler.times.seconds.values()) > 0 and 0 < labeler.times.busy() <= 1
 
 
