@@ -271,7 +271,7 @@ class Solver {
     s.ring = s.channels == 1 ? s.grid_height : std::min(s.grid_height, 2 * s.radius + kTaps + kBlurRows - 1);
     const int64_t rows = s.channels == 1
                              ? (s.step + 1) * (s.grid_width + kTaps - 1) + 2 * s.radius + kGroup
-                             : 2 * CrfSystem::kRowsAtOnce * (s.cells + kTaps) + s.step * (s.cells + 2 * kTaps);
+                             : CrfSystem::kRowsAtOnce * (2 * (s.cells + kTaps) + s.step * (s.cells + 2 * kTaps));
     const std::pair<float**, int64_t> arrays[] = {
         {&s.lattice, lattice},
         {&s.next_lattice, lattice},
