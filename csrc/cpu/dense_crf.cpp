@@ -37,12 +37,13 @@ uint64_t scrambled(uint64_t key) {
   return key ^ key >> 32;
 }
 
-// Vertices, numbered in the order of insertion.
+// Vertices, numbered in the order of insertion, and the steps between them that have been walked.
 class VertexTable {
  public:
   void clear() {
     keys_.clear();
-    slots_.assign(std::max<size_t>(slots_.size(), 1 << 15), Slot{});
+    steps_.clear();
+    slots_.assign(std::max<size_t>(slots_.size(), 1 << 16), Slot{});
   }
 
   int32_t find(Key key) const {  // -1: not found
@@ -60,13 +61,29 @@ class VertexTable {
       const auto vertex = static_cast<int32_t>(keys_.size());
       slot = {key, vertex};
       keys_.push_back(key);
-      if (2 * keys_.size() > slots_.size()) grow();
+      steps_.resize(kCorners * keys_.size(), -1);
+      if (4 * keys_.size() > slots_.size()) grow();
       return vertex;
     }
   }
 
-  const std::vector<Key>& keys() const { return keys_; }
-  size_t bytes() const { return keys_.capacity() * sizeof(Key) + slots_.capacity() * sizeof(Slot); }
+  // The vertex one step away. Unlike a search, a known step has no branch that depends on the image.
+  int32_t walk(int32_t vertex, int direction) {
+    const size_t step = kCorners * static_cast<size_t>(vertex) + direction;
+    if (steps_[step] >= 0) return steps_[step];
+    const int32_t next = find_or_add(lattice_step(keys_[vertex], direction));
+    return steps_[step] = next;
+  }
+
+  int32_t find_step(int32_t vertex, int direction) const {  // -1: not found
+    const int32_t next = steps_[kCorners * static_cast<size_t>(vertex) + direction];
+    return next >= 0 ? next : find(lattice_step(keys_[vertex], direction));
+  }
+
+  size_t size() const { return keys_.size(); }
+  size_t bytes() const {
+    return keys_.capacity() * sizeof(Key) + slots_.capacity() * sizeof(Slot) + steps_.capacity() * sizeof(int32_t);
+  }
 
  private:
   struct Slot {
@@ -85,15 +102,8 @@ class VertexTable {
 
   std::vector<Key> keys_;
   std::vector<Slot> slots_;
+  std::vector<int32_t> steps_;  // [vertices, kCorners]: the vertex in each direction; -1: not known
 };
-
-// A recently used simplex with its vertices. Most pixels are in the same simplex as a pixel near them.
-struct RecentSimplex {
-  Key key;        // of its first vertex
-  int32_t order;  // of the walk around it; -1: empty entry
-  int32_t vertices[kCorners];
-};
-constexpr int kRecentBits = 14;
 
 class Solver {
  public:
@@ -194,7 +204,6 @@ class Solver {
     corners_.reserve(blocks * kCorners * kGroup);
     weights_.reserve(blocks * kCorners * kGroup);
     table_.clear();
-    recent_.assign(size_t{1} << kRecentBits, {0, -1, {}});
     int32_t* corners = corners_.data();
     float* weights = weights_.data();
     CrfSimplices simplices;
@@ -211,11 +220,15 @@ class Solver {
           }
           kernels().embed(features, &simplices, weights);
           for (int64_t i = 0; i < lanes; ++i) {
-            Key key = static_cast<Key>(simplices.low[i]) + (static_cast<Key>(simplices.middle[i]) << 24) +
-                      (static_cast<Key>(simplices.high[i]) << 48);
-            key <<= 3;
-            const int32_t* const vertices = find_simplex(key, simplices.order[i]);
-            for (int r = 0; r < kCorners; ++r) corners[r * kGroup + i] = vertices[r];
+            const Key key = static_cast<Key>(simplices.low[i]) + (static_cast<Key>(simplices.middle[i]) << 24) +
+                            (static_cast<Key>(simplices.high[i]) << 48);
+            corners[i] = table_.find_or_add(key << 3);
+          }
+          for (int r = 1; r < kCorners; ++r) {  // pixel by pixel, each step would wait for the last one
+            for (int64_t i = 0; i < lanes; ++i) {
+              corners[r * kGroup + i] = table_.walk(corners[(r - 1) * kGroup + i], simplices.order[i] & 7);
+              simplices.order[i] >>= 3;
+            }
           }
           for (int64_t i = lanes; i < kGroup; ++i) {
             for (int r = 0; r < kCorners; ++r) {
@@ -228,34 +241,21 @@ class Solver {
         }
       }
     }
-    s.vertices = static_cast<int64_t>(table_.keys().size());
+    s.vertices = static_cast<int64_t>(table_.size());
     s.corners = corners_.data();
     s.weights = weights_.data();
   }
 
-  const int32_t* find_simplex(Key key, int32_t order) {
-    RecentSimplex& simplex = recent_[scrambled(key ^ static_cast<Key>(order) << 40) >> (64 - kRecentBits)];
-    if (simplex.key != key || simplex.order != order) {
-      simplex.key = key;
-      simplex.order = order;
-      for (int r = 0; r < kCorners; ++r, order >>= 3) {
-        simplex.vertices[r] = table_.find_or_add(key);
-        key = lattice_step(key, order & 7);
-      }
-    }
-    return simplex.vertices;
-  }
-
   // Fills neighbors_.
   void find_neighbors() {
-    const std::vector<Key>& keys = table_.keys();
-    const auto count = static_cast<int32_t>(keys.size());
-    neighbors_.reserve(2 * kCorners * keys.size());
-    std::fill_n(neighbors_.data(), 2 * kCorners * keys.size(), count);
+    const size_t vertices = table_.size();
+    const auto count = static_cast<int32_t>(vertices);
+    neighbors_.reserve(2 * kCorners * vertices);
+    std::fill_n(neighbors_.data(), 2 * kCorners * vertices, count);
     for (int j = 0; j < kCorners; ++j) {
-      int32_t* const near = neighbors_.data() + 2 * j * keys.size();
+      int32_t* const near = neighbors_.data() + 2 * j * vertices;
       for (int32_t v = 0; v < count; ++v) {
-        const int32_t next = table_.find(lattice_step(keys[v], j));
+        const int32_t next = table_.find_step(v, j);
         if (next < 0) continue;
         near[2 * v + 1] = next;
         near[2 * next] = v;
@@ -271,7 +271,7 @@ class Solver {
     s.ring = s.channels == 1 ? s.grid_height : std::min(s.grid_height, 2 * s.radius + kTaps + kBlurRows - 1);
     const int64_t rows = s.channels == 1
                              ? (s.step + 1) * (s.grid_width + kTaps - 1) + 2 * s.radius + kGroup
-                             : 2 * CrfSystem::kRowsAtOnce * (s.cells + kTaps) + s.step * (s.cells + 2 * kTaps);
+                             : CrfSystem::kRowsAtOnce * (2 * (s.cells + kTaps) + s.step * (s.cells + 2 * kTaps));
     const std::pair<float**, int64_t> arrays[] = {
         {&s.lattice, lattice},
         {&s.next_lattice, lattice},
@@ -292,7 +292,6 @@ class Solver {
 
   CrfSystem system_ = {};
   VertexTable table_;
-  std::vector<RecentSimplex> recent_;
   Buffer<float> taps_, weights_, floats_;
   Buffer<int32_t> corners_, neighbors_;
 };
