@@ -25,7 +25,7 @@ def random_masks(seed, shapes, density=0.6):
 
 
 @connectivities
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(mask=MASKS)
 def test_labels_equal_scipy(backend, device, connectivity, mask):
     expected, count = ndimage.label(mask, STRUCTURES[connectivity])
@@ -41,7 +41,7 @@ def test_labels_equal_scipy(backend, device, connectivity, mask):
 
 
 @connectivities
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(mask=MASKS)
 def test_largest_component_and_fill_holes_equal_scipy(backend, device, connectivity, mask):
     labels, count = ndimage.label(mask, STRUCTURES[connectivity])

@@ -129,7 +129,7 @@ PARAMETERS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sample=SAMPLES, parameters=PARAMETERS, seed=st.integers(0, 99))
 def test_marginals_sum_to_one_and_commute_with_permutations_of_the_labels(backend, device, sample, parameters, seed):
     probabilities, image = (a.to(device) for a in random_sample(*sample))
@@ -141,7 +141,7 @@ def test_marginals_sum_to_one_and_commute_with_permutations_of_the_labels(backen
     torch.testing.assert_close(permuted, result[..., order], atol=2e-5, rtol=0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     probabilities=hnp.arrays(
         np.float32,

@@ -123,7 +123,7 @@ def test_groups_that_are_not_connected():
         assert torch.equal(result.partition, expected.partition) and torch.equal(result.foreground, expected.foreground)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @example(h=6, w=6, channels=35, seed=35, tau=0.5, noise=3.0)  # two equal Ritz values: QR stopped before it was done
 @given(
     h=st.integers(1, 9),

@@ -55,7 +55,7 @@ PARAMETERS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(image=IMAGES, labels=st.integers(1, 30), seed=st.integers(0, 99), parameters=PARAMETERS)
 def test_cpu_equals_reference_on_small_images(image, labels, seed, parameters):
     masks = np.random.default_rng(seed).random((*image.shape[:2], labels), np.float32)
@@ -92,7 +92,7 @@ def test_removes_noise_within_regions_of_one_color():
         assert ((result > 0.5) == (truth > 0.5)).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(image=IMAGES, value=st.floats(-100, 100, width=32), seed=st.integers(0, 99), parameters=PARAMETERS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_preserves_constants_and_ranges(backend, image, value, seed, parameters):

@@ -51,7 +51,7 @@ def test_equals_the_reference(run, backend, steps, sharpness):
     assert error(result, masks, features, steps, sharpness, backend) <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     h=st.integers(0, 12),
     w=st.integers(1, 12),

@@ -60,7 +60,7 @@ def test_equals_torchvision_and_pillow(interpolation):
         assert np.abs(result.numpy().astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @example(old=(2, 1), new=(3, 1), channels=0, interpolation="bilinear")
 @given(
     old=st.tuples(st.integers(1, 60), st.integers(1, 90)), new=st.tuples(st.integers(1, 60), st.integers(1, 90)),

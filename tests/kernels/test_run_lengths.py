@@ -61,7 +61,7 @@ def test_equals_pycocotools(pattern):
             np.testing.assert_array_equal(coco.decode({"size": list(mask.shape), "counts": runs.counts()[0]}), mask)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(h=st.integers(1, 80), w=st.integers(1, 200), share=st.sampled_from([0.01, 0.3, 0.9]), seed=st.integers(0, 99))
 def test_any_size(h, w, share, seed):
     mask = np.random.default_rng(seed).random((h, w)) < share

@@ -97,7 +97,7 @@ def sum_of_squares(points, labels):
     return sum(((points[labels == c] - points[labels == c].mean(0)) ** 2).sum() for c in np.unique(labels))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     h=st.integers(1, 8),
     w=st.integers(2, 9),

@@ -60,7 +60,7 @@ def test_ties_go_to_the_first(run):
     assert vote.winner.item() == 1 and vote.scores[1] == vote.scores[2] > vote.scores[3]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(masks=hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=24)))
 def test_equals_the_reference(masks):
     check_against_reference(torch.from_numpy(masks))

@@ -41,7 +41,7 @@ def brute_force(image, numbers, text, count):
     return [[(int(numbers[i]), scores[i, k]) for i in order[k]] for k in range(len(text))]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     photos=st.integers(1, 200),
     names=st.integers(1, 5),

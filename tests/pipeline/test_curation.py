@@ -47,7 +47,7 @@ def search(folder, image, text, categories, shard=3, **config):
     return {name: [entry.photo for entry in photos] for name, photos in found.photos.items()}, dropped
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     photos=st.integers(0, 40),
     directions=st.integers(1, 40),
@@ -166,7 +166,7 @@ def test_candidates_come_from_the_pool_alone(tmp_path):
     ]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(shard=st.integers(1, 40), rows=st.sampled_from([1, 30, 1 << 19]), seed=st.integers(0, 99))
 def test_archives_do_not_depend_on_shards_or_memory(tmp_path_factory, shard, rows, seed):
     rng = np.random.default_rng(seed)

@@ -204,7 +204,7 @@ def test_errors_have_one_line(run, tmp_path):
     expect_error("cat/1.jpg: the segmentation of annotation 0 is damaged", coco)
 
 
-@settings(deadline=None, max_examples=30)  # the first call loads scipy
+@settings(max_examples=30)
 @given(hnp.arrays(float, st.integers(2, 30), elements=st.integers(0, 5).map(float)), st.randoms())
 def test_rank_correlation_is_that_of_scipy(values, random):
     other = np.array([value + random.randint(0, 3) for value in values])

@@ -82,7 +82,6 @@ def test_rle_area_and_box(mask):
         assert created.bbox == box and all(type(side) is int for side in created.bbox)
 
 
-@settings(deadline=None)  # the first call loads the kernels
 @given(st.lists(masks, min_size=1, max_size=4))
 def test_records_of_a_batch_equal_those_of_single_masks(masks):
     batch = Ragged.pack([torch.from_numpy(mask) for mask in masks])
@@ -343,7 +342,7 @@ def test_new_files_have_the_usual_permissions(tmp_path):
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.builds(ErrorRecord, file_names, st.text(), st.text())))
 def test_errors_round_trip(tmp_path_factory, errors):
     path = tmp_path_factory.mktemp("errors") / "00000.errors.jsonl"

@@ -46,7 +46,7 @@ def test_metrics_equal_the_reference(case):
 
 
 @given(st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_confusion_counts_every_pixel_once(data):
     classes = data.draw(st.sampled_from([1, 2, 300, 920]))
     shape = data.draw(st.tuples(st.integers(0, 9), st.integers(1, 9)))

@@ -1095,7 +1095,7 @@ SEEDS = [
 ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.data())
 def test_damaged_files_give_a_photo_or_a_photo_error(tmp_path_factory, data):
     seed = bytearray(data.draw(st.sampled_from(SEEDS)))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from namedmask.masks import MaskRecord
@@ -83,7 +83,6 @@ def test_numbers_out_of_range_raise_value_error(wrong):
         Selection(**wrong)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine may pause for a second
 @given(
     st.lists(st.tuples(st.sampled_from(QUARTERS), st.sampled_from("xy"), st.sampled_from([None, 0.0, 0.1]))),
     st.none() | st.sampled_from([*QUARTERS, 1.0]),
