@@ -38,10 +38,6 @@ PatchFit = Literal["stretch", "pad"]
 
 TAPS = ("tokens", "keys", "queries", "values", "cls_attention")
 
-# Rows per call of a linear layer on a CPU, always exactly this many: with few rows a BLAS sums in another order, so the
-# features of a photo would depend on batch composition. The output of the widest layer of a ViT-S has 1.5 MB.
-CHUNK = 256
-
 _NOT_DENSE = "cannot be dilated to output stride 8 with features of stride 4; choose a ResNet, ConvNeXt or ViT of timm"
 _NO_VIT = "is not a ViT with fused QKV projections for photos of any shape; choose a DINO, DINOv2 or DINOv3 of timm"
 
@@ -62,7 +58,7 @@ class Backbone:
         self.interpolation, self.patch_fit = interpolation, patch_fit
         self.device, self.attention_dtype, self.dtype = device, dtype, linear.choose(device, dtype)
         self.model: Vit = model.eval().requires_grad_(False).to(device, self.dtype)
-        self.attention = attention.choose(device, dtype)
+        self.attention, self.linear = attention.choose(device, dtype), linear.Layers(device)
         self.fused = backends.obstacle("attention_features", "triton", device) is None  # kernels of block_layers
         self.patch: int = model.patch_embed.patch_size[0]
         self.prefix: int = model.num_prefix_tokens
@@ -187,7 +183,7 @@ class Backbone:
             begin, tokens = ends[-1], self.prefix + h * w
             ends += range(begin + tokens, begin + count * tokens + 1, tokens)
             runs.append(_Run((h, w), count, slice(begin, ends[-1]), slice(end, end := end + count * h * w)))
-        chunk = CHUNK if self.device.type == "cpu" else max(1, ends[-1])
+        chunk = self._chunk(ends[-1])
         rows = -(-ends[-1] // chunk) * chunk
         x = torch.empty(rows, model.embed_dim, device=self.device, dtype=self.dtype)
         x[ends[-1] :] = 0
@@ -214,15 +210,22 @@ class Backbone:
             if not isinstance(model.norm_pre, nn.Identity):
                 chunk_x.copy_(model.norm_pre(chunk_x))
             if first is not None:
-                _project(attn, self._norm(first.block.norm1, chunk_x), first.parts, target)
+                self._project(attn, self._norm(first.block.norm1, chunk_x), first.parts, target)
         return batch
+
+    def _chunk(self, rows: int) -> int:
+        """Rows per call of a layer if a batch has `rows` rows.
+
+        On a CPU always the same number: with few rows a BLAS sums in another order, so the features of a photo would
+        depend on batch composition.
+        """
+        return self.linear.rows if self.device.type == "cpu" else max(1, rows)
 
     def _embed_patches(self, patches: Tensor) -> Tensor:
         """The patch embedding [T, C] of patches [T, 3 * patch * patch]: one matrix product for all photos."""
-        embed, chunk = self.model.patch_embed, CHUNK if self.device.type == "cpu" else max(1, len(patches))
-        weight, bias = embed.proj.weight.flatten(1), embed.proj.bias
+        embed, chunk = self.model.patch_embed, self._chunk(len(patches))
         embedded = [
-            embed.norm(linear.linear(_filled(rows, chunk), weight, bias))[: len(rows)] for rows in patches.split(chunk)
+            embed.norm(self._layer(embed.proj, _filled(rows, chunk)))[: len(rows)] for rows in patches.split(chunk)
         ]
         return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
 
@@ -254,7 +257,7 @@ class Backbone:
         block, last = step.block, step.block is self.model.blocks[-1]
         norm = self.model.norm if last else None if following is None else following.block.norm1
         for x, y, target in zip(*(rows.split(batch.chunk) for rows in (batch.tokens, output, batch.qkv)), strict=True):
-            y = _linear(block.attn.proj, block.attn.norm(_filled(y.to(self.dtype), len(x))))
+            y = self._layer(block.attn.proj, block.attn.norm(_filled(y.to(self.dtype), len(x))))
             normed = self._norm(block.norm2, x, y, _layer_scale(block, 1))
             y, scale = self._mlp(block.mlp, normed), _layer_scale(block, 2)
             if norm is None:
@@ -262,7 +265,7 @@ class Backbone:
             elif last:
                 x.copy_(self._norm(norm, x, y, scale))
             elif following is not None:
-                _project(following.block.attn, self._norm(norm, x, y, scale), following.parts, target)
+                self._project(following.block.attn, self._norm(norm, x, y, scale), following.parts, target)
 
     def _norm(self, norm: Vit, x: Tensor, y: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Adds scale * y to x in place and returns its norm; one kernel on a GPU."""
@@ -280,9 +283,37 @@ class Backbone:
         if type(mlp) is not Mlp:
             return mlp(x)
         activate: Callable[[Tensor], Tensor] = mlp.act
-        if self.fused and type(mlp.act).__name__ == "GELU":
+        fused = type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and self.linear.onednn
+        if fused:
+            activate = nn.Identity()
+        elif self.fused and type(mlp.act).__name__ == "GELU":
             from namedmask_kernels.triton.block_layers import gelu as activate
-        return _linear(mlp.fc2, mlp.norm(activate(_linear(mlp.fc1, x))))
+        return self._layer(mlp.fc2, mlp.norm(activate(self._layer(mlp.fc1, x, fused))))
+
+    def _layer(self, layer: Vit, x: Tensor, gelu: bool = False) -> Tensor:
+        """The layer's product with x [n, C], plus its bias, and the GELU of that if requested."""
+        return self.linear(x, layer.weight, layer.bias, gelu)
+
+    def _project(self, attn: Vit, x: Tensor, parts: Sequence[str], out: Tensor) -> None:
+        """Writes the projections `parts`, of "q", "k" and "v", of x [n, C] to out [n, 3, H, D]."""
+        bias = _qkv_bias(attn)
+        norms: tuple[Vit, ...] = attn.q_norm, attn.k_norm, nn.Identity()
+        plain = all(isinstance(norm, nn.Identity) for norm in norms)
+        straight = plain and x.dtype == out.dtype and not self.linear.onednn  # which has no output argument
+        for part in [slice(3)] if len(parts) == 3 else [slice(i, i + 1) for i in map("qkv".index, parts)]:
+            w = attn.qkv.weight if len(parts) == 3 else attn.qkv.weight.unflatten(0, (3, -1))[part].flatten(0, 1)
+            b, target = None if bias is None else bias[part].flatten(), out[:, part]
+            if straight and b is not None:
+                torch.addmm(b, x, w.T, out=target.flatten(1))
+            elif straight:
+                torch.mm(x, w.T, out=target.flatten(1))
+            else:
+                projected = self.linear(x, w, b).view(target.shape)
+                if plain:
+                    target.copy_(projected)
+                    continue
+                for y, norm, own in zip(projected.unbind(1), norms[part], target.unbind(1), strict=True):
+                    own.copy_(norm(y))
 
     def _rotate(self, attn: Vit, x: Tensor, batch: _Batch) -> None:
         """Applies the rotary embedding, if the network has one, to queries or keys [rows, ., H, D] in place."""
@@ -296,10 +327,11 @@ class Backbone:
 
     def _project_cls(self, block: Vit, batch: _Batch) -> None:
         """Projects the queries of CLS alone, the first token of each photo, which is never rotated."""
-        for starts in torch.tensor(batch.ends[:-1], dtype=torch.int64).split(CHUNK):
-            x = _filled(batch.tokens[starts], CHUNK)
-            target = batch.qkv.new_empty(CHUNK, *batch.qkv.shape[1:])
-            _project(block.attn, block.norm1(x), "q", target)
+        rows = self.linear.rows
+        for starts in torch.tensor(batch.ends[:-1], dtype=torch.int64).split(rows):
+            x = _filled(batch.tokens[starts], rows)
+            target = batch.qkv.new_empty(rows, *batch.qkv.shape[1:])
+            self._project(block.attn, block.norm1(x), "q", target)
             batch.qkv[starts, 0] = target[: len(starts), 0]
 
 
@@ -375,11 +407,6 @@ def _filled(x: Tensor, rows: int) -> Tensor:
     return F.pad(x, (0, 0, 0, rows - len(x))) if len(x) < rows else x
 
 
-def _linear(layer: Vit, x: Tensor) -> Tensor:
-    """The layer's product with x [n, C] by the fastest library."""
-    return linear.linear(x, layer.weight, layer.bias)
-
-
 def _layer_scale(block: Vit, branch: int) -> Tensor | None:
     """The LayerScale of a branch, for which timm has two names; None if it has none."""
     return getattr(block, f"gamma_{branch}", getattr(getattr(block, f"ls{branch}", None), "gamma", None))
@@ -393,30 +420,12 @@ def _add(x: Tensor, y: Tensor, scale: Tensor | None) -> None:
         x.addcmul_(y, scale)
 
 
-def _qkv(attn: Vit) -> tuple[Tensor, Tensor | None]:
-    """The fused projection: weight [3, H * D, C] and bias [3, H * D]."""
-    weight, bias = attn.qkv.weight.unflatten(0, (3, -1)), attn.qkv.bias
+def _qkv_bias(attn: Vit) -> Tensor | None:
+    """The bias of the fused projection, [3, H * D]."""
+    bias = attn.qkv.bias
     if bias is None and getattr(attn, "q_bias", None) is not None:
-        return weight, torch.stack([attn.q_bias, attn.k_bias, attn.v_bias])
-    return weight, None if bias is None else bias.unflatten(0, (3, -1))
-
-
-def _project(attn: Vit, x: Tensor, parts: Sequence[str], out: Tensor) -> None:
-    """Writes the projections `parts`, of "q", "k" and "v", of x [n, C] to out [n, 3, H, D]."""
-    weight, bias = _qkv(attn)
-    norms: tuple[Vit, ...] = attn.q_norm, attn.k_norm, nn.Identity()
-    straight = x.dtype == out.dtype and all(isinstance(norm, nn.Identity) for norm in norms)
-    straight &= not linear.uses_onednn(x.device)  # which has no output argument
-    for part in [slice(3)] if len(parts) == 3 else [slice(i, i + 1) for i in map("qkv".index, parts)]:
-        w, b, target = weight[part].flatten(0, 1), None if bias is None else bias[part].flatten(), out[:, part]
-        if straight and b is not None:
-            torch.addmm(b, x, w.T, out=target.flatten(1))
-        elif straight:
-            torch.mm(x, w.T, out=target.flatten(1))
-        else:
-            projected = linear.linear(x, w, b).view(target.shape).unbind(1)
-            for y, norm, own in zip(projected, norms[part], target.unbind(1), strict=True):
-                own.copy_(norm(y))
+        return torch.stack([attn.q_bias, attn.k_bias, attn.v_bias])
+    return None if bias is None else bias.unflatten(0, (3, -1))
 
 
 def load(

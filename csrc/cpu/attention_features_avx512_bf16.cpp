@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // bfloat16 inputs by vdpbf16ps, which multiplies pairs of bfloat16 numbers and adds them to a float32 sum.
 //
-// Queries, keys and values are used as they are. Weights are rounded to bfloat16: each is off by at most 2^-9 of
+// Queries, keys and values are used as they are. Weights are rounded to bfloat16: each is off by at most 2^-8 of
 // itself, and the output stays a weighted mean of the values, because the rounded weights are what it is divided by.
 // The log-sum-exp uses the weights before rounding. The instruction takes numbers below 2^-126 as 0.
 #include "attention_features_kernel.h"
@@ -82,6 +82,11 @@ struct PairScores {
 
 struct PairWeights {
   static constexpr int kTotals = 2;  // of the weights, and of the rounded weights
+  static constexpr int32_t kOnes = 0x3f803f80;
+
+  // The reference of the weights follows the largest score so far at a distance of at most this: most blocks then
+  // require neither a new reference nor a search for the largest score.
+  static constexpr float kLead = 8;
 
   // Words [kKeys / 2, width] of two keys' values; an odd last key is paired with zeros.
   static void pack_values(const AttentionHead& head, int64_t first, int64_t count, float* out) {
@@ -98,16 +103,56 @@ struct PairWeights {
     }
   }
 
-  // Replaces scores by weights in bfloat16, 2^(score - reference), where the reference follows the largest score so far
-  // at a distance of at most kLead: most blocks then need neither a new reference nor a search for the largest score.
+  // Writes the weights of kRows queries for a block without a detour of their scores through memory: an AMD EPYC does
+  // not overlap stores with multiply-adds. The same bits as score() and soften(), but without the total of the weights
+  // before rounding. False if a reference must change; then the totals are untouched.
+  static bool weigh(const float* queries, const float* factors, const float* keys, int64_t dim, int64_t count,
+                    const float* largest, float* weights, float* totals) {
+    constexpr int64_t kTogether = 2 * kLanes;
+    const int64_t words = PairScores::query_words(dim);
+    for (int64_t k = 0; k < count; k += kTogether) {
+      Floats x[kRows][2] = {};  // scores minus references
+      multiply_add_pairs(x, reinterpret_cast<const int32_t*>(queries), words,
+                         reinterpret_cast<const int32_t*>(keys) + k, kKeys, words);
+      __m512i most = _mm512_setzero_si512();  // positive floats are ordered like integers
+#pragma GCC unroll 12
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          x[i][v] = x[i][v] * factors[i] - largest[i];
+          most = _mm512_maskz_max_epi32(0xffff, most, (__m512i)x[i][v]);
+        }
+      }
+      if (_mm512_cmpgt_epi32_mask(most, (__m512i)broadcast(kLead))) return false;
+      const auto there = static_cast<uint32_t>(count - k < kTogether ? (uint64_t{1} << (count - k)) - 1 : ~0u);
+#pragma GCC unroll 12
+      for (int i = 0; i < kRows; ++i) {
+        const __m512 low = (__m512)power_of_two(x[i][0]), high = (__m512)power_of_two(x[i][1]);
+        const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        _mm512_storeu_si512(weights + i * kKeys + k / 2, _mm512_maskz_mov_epi16(there, pairs));
+      }
+    }
+    const __m512i ones = _mm512_set1_epi32(kOnes);
+    for (int i = 0; i < kRows; ++i) {
+      float* rounded = totals + (i * kTotals + 1) * kLanes;
+      Floats sum = load(rounded);
+      for (int64_t k = 0; k < count; k += kTogether) {
+        sum = add_products(sum, _mm512_loadu_si512(weights + i * kKeys + k / 2), ones);
+      }
+      store(rounded, sum);
+    }
+    return true;
+  }
+
+  // Replaces scores by weights in bfloat16, 2^(score - reference).
   static void soften(float* scores, int64_t count, float* largest, float* totals, float* decay) {
-    constexpr float kLead = 8;
     for (int64_t k = count; k % (2 * kLanes); ++k) scores[k] = -__builtin_inff();
     Floats most = load(scores);
     for (int64_t k = kLanes; k < count; k += kLanes) most = larger(most, load(scores + k));
     *decay = 1;
-    if (above(most, broadcast(*largest + kLead))) {
-      const Floats before = broadcast(*largest), now = larger(before, largest_lane(most));
+    const Floats before = broadcast(*largest);
+    if (above(most - before, broadcast(kLead))) {
+      const Floats now = larger(before, largest_lane(most));
       const Floats fade = power_of_two(before - now);
       store(totals, load(totals) * fade);
       store(totals + kLanes, load(totals + kLanes) * fade);
@@ -115,7 +160,7 @@ struct PairWeights {
       *decay = fade[0];
     }
     const Floats reference = broadcast(*largest);
-    const __m512i ones = _mm512_set1_epi32(0x3f803f80);
+    const __m512i ones = _mm512_set1_epi32(kOnes);
     Floats sum = load(totals), rounded = load(totals + kLanes);
     for (int64_t k = 0; k < count; k += 2 * kLanes) {
       const Floats low = power_of_two(load(scores + k) - reference),

@@ -118,7 +118,7 @@ struct FloatScores {
 
 inline int64_t width_of(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
 
-// sums [kRows, width] = decay[i] * sums + block, for kWide vectors from `column` on.
+// sums [kRows, width] = decay[i] * sums + block, for kWide vectors from `column` on; decay is 1 if null.
 template <int kWide>
 inline void add_block(const Floats (&block)[kRows][kWide], const float* decay, int64_t width, int64_t column,
                       float* sums) {
@@ -127,7 +127,8 @@ inline void add_block(const Floats (&block)[kRows][kWide], const float* decay, i
     float* row = sums + i * width + column;
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
-      store(row + v * kLanes, fma(broadcast(decay[i]), load(row + v * kLanes), block[i][v]));
+      const Floats before = load(row + v * kLanes);
+      store(row + v * kLanes, decay ? fma(broadcast(decay[i]), before, block[i][v]) : before + block[i][v]);
     }
   }
 }
@@ -143,6 +144,10 @@ struct FloatWeights {
       read(head.qkv, head.stored, element(head, first + k, 2), head.dim, 1.0f, out);
       for (int64_t d = head.dim; d < width; ++d) out[d] = 0;
     }
+  }
+
+  static bool weigh(const float*, const float*, const float*, int64_t, int64_t, const float*, float*, float*) {
+    return false;  // only by way of scores in memory
   }
 
   // Replaces `count` scores of a row by weights 2^(score - largest so far). Earlier sums must be multiplied by `decay`.
@@ -205,10 +210,15 @@ void attend(const AttentionHead& head, const float* packed, int64_t begin, int64
     const int64_t count = head.count - first < kKeys ? head.count - first : kKeys;
     const float *key_factors = packed + kKeys * words, *values = key_factors + kKeys;
     for (int64_t i = 0; i < rows; i += kRows) {
-      float decay[kRows];
-      Scores::score(queries + i * words, factors + i, packed, key_factors, dim, count, weights, kKeys);
-      for (int r = 0; r < kRows; ++r) {
-        Weights::soften(weights + r * kKeys, count, largest + i + r, totals + (i + r) * kTotals, decay + r);
+      float decays[kRows];
+      const float* decay = nullptr;
+      if (lse || !Weights::weigh(queries + i * words, factors + i, packed, dim, count, largest + i, weights,
+                                 totals + i * kTotals)) {
+        Scores::score(queries + i * words, factors + i, packed, key_factors, dim, count, weights, kKeys);
+        for (int r = 0; r < kRows; ++r) {
+          Weights::soften(weights + r * kKeys, count, largest + i + r, totals + (i + r) * kTotals, decays + r);
+        }
+        decay = decays;
       }
       if (!output) continue;
       int64_t column = 0;

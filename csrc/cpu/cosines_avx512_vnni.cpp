@@ -101,6 +101,7 @@ void compare_bytes(const Bytes& bytes, int64_t row, int64_t count, int64_t colum
   for (int64_t r = row; r < row + count; r += kIntegerRows) {
     __m512i sums[kIntegerRows][2];
     // subtract the contribution of the 128 first
+#pragma GCC unroll 6
     for (int i = 0; i < kIntegerRows; ++i) sums[i][0] = sums[i][1] = _mm512_set1_epi32(-128 * bytes.sums[r + i]);
     for (int64_t k = 0; k < groups; ++k) {
       const __m512i b0 = _mm512_loadu_si512(panels + k * kPanel * kByteGroup);
@@ -115,11 +116,13 @@ void compare_bytes(const Bytes& bytes, int64_t row, int64_t count, int64_t colum
       }
     }
     // the error of a . b is at most |a'| times b's error plus |b| times a's error, with |a'| <= |a| + a's error
+#pragma GCC unroll 6
     for (int i = 0; i < kIntegerRows; ++i) {
       const Floats unit = broadcast(bytes.units[r + i]), error = broadcast(bytes.errors[r + i]);
       const Floats length = broadcast(bytes.lengths[r + i]) + error;
       const Floats least = broadcast(low - bytes.along[r + i]), most = broadcast(high - bytes.along[r + i]);
       uint32_t over = 0, under = 0;
+#pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         const int64_t at = column + v * kPanel;
         const Floats off = fma(error, load(bytes.lengths + at), length * load(bytes.errors + at));
@@ -136,19 +139,26 @@ void compare_bytes(const Bytes& bytes, int64_t row, int64_t count, int64_t colum
 
 constexpr int kColumns = 4;  // that share the reads of a row
 
+constexpr int kAtOnce = 4;  // most words of 64 bits have no more bits set
+
 // Writes the positions of the bits that are set in words [count], kBlock words apart, and returns their number. Writes
-// up to kLanes values more.
+// up to kAtOnce values more. Branches that depend on single bits would often be mispredicted.
 int64_t positions(const uint32_t* words, int64_t count, int32_t* out) {
-  const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  int64_t found = 0;
-  for (int64_t half = 0; half < 2 * count; ++half) {
-    const auto set = static_cast<__mmask16>(words[half / 2 * kBlock] >> half % 2 * kLanes);
-    const __m512i all = _mm512_add_epi32(steps, _mm512_set1_epi32(static_cast<int32_t>(half * kLanes)));
-    // not stored by the compressing instruction, which takes an AMD EPYC a hundred cycles
-    _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(set, all));
-    found += __builtin_popcount(set);
+  int32_t* next = out;
+  for (int64_t word = 0; word < count; word += 2) {
+    uint64_t set = words[word * kBlock];
+    if (word + 1 < count) set |= uint64_t{words[(word + 1) * kBlock]} << kWord;
+    int32_t* const end = next + __builtin_popcountll(set);
+    do {
+#pragma GCC unroll 4
+      for (int i = 0; i < kAtOnce; ++i, set &= set - 1) {
+        next[i] = static_cast<int32_t>(word * kWord) + __builtin_ctzll(set | uint64_t{1} << 63);
+      }
+      next += kAtOnce;
+    } while (next < end);
+    next = end;
   }
-  return found;
+  return next - out;
 }
 
 // Lane j: the sum of the lanes of sums[j].
@@ -168,7 +178,7 @@ void decide(const int16_t* rows, int64_t count, const int16_t* columns, int64_t 
   const auto last = static_cast<__mmask32>((uint64_t{1} << (length - whole)) - 1);
   for (int64_t r = 0; r < count; ++r) {
     const int16_t* row = rows + r * length;
-    int32_t tokens[kTileWords * kWord + kLanes];
+    int32_t tokens[kTileWords * kWord + kAtOnce];
     const int64_t found = positions(unsure + r, words, tokens);
     for (int j = 0; j < kColumns; ++j) tokens[found + j] = tokens[0];
     for (int64_t first = 0; first < found; first += kColumns) {

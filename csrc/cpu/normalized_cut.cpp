@@ -27,16 +27,23 @@ constexpr double kTie = 1 - 1e-5;      // entries this close to the largest coun
 constexpr double kWorthThreads = 4e8;
 static_assert(kBlock % kWord == 0 && kBlock % kMicroRows == 0);
 
-// Transposes the 32 x 32 bit matrix a, one word per row.
+// Transposes the 32 x 32 bit matrix a, one word per row: squares of j x j bits change places. 64 bits hold two rows.
 void transpose(const uint32_t* a, uint32_t* out) {
-  std::copy_n(a, 32, out);
-  uint32_t mask = 0x0000ffff;
-  for (int j = 16; j; j >>= 1, mask ^= mask << j) {
-    for (int k = 0; k < 32; k = ((k | j) + 1) & ~j) {
-      const uint32_t t = ((out[k] >> j) ^ out[k | j]) & mask;
-      out[k | j] ^= t;
-      out[k] ^= t << j;
+  uint64_t x[16];
+  for (int k = 0; k < 16; ++k) x[k] = a[2 * k] | uint64_t{a[2 * k + 1]} << kWord;
+  uint64_t mask = 0x0000ffff0000ffff;
+  for (int j = 16; j > 1; j >>= 1, mask ^= mask << j) {
+    for (int pair = 0; pair < 8; ++pair) {
+      const int k = (pair & ~(j / 2 - 1)) * 2 | (pair & (j / 2 - 1));
+      const uint64_t t = ((x[k] >> j) ^ x[k | j / 2]) & mask;
+      x[k | j / 2] ^= t;
+      x[k] ^= t << j;
     }
+  }
+  for (int k = 0; k < 16; ++k) {
+    const uint64_t t = ((x[k] >> 31) ^ x[k]) & 0xaaaaaaaa;
+    const uint64_t rows = x[k] ^ t ^ (t << 31);
+    out[2 * k] = static_cast<uint32_t>(rows), out[2 * k + 1] = static_cast<uint32_t>(rows >> kWord);
   }
 }
 

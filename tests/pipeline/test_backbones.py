@@ -111,12 +111,12 @@ def test_last_block_computes_only_the_requested_taps():
     backbone = make(FAMILIES[0])
     last, ran = backbone.model.blocks[-1], []
     middle = backbone.model.blocks[1]
-    for module in (last.norm1, last.norm2, last.mlp.act, last.attn.norm, backbone.model.norm, middle.mlp.act):
+    for module in (last.norm1, last.norm2, last.mlp.norm, last.attn.norm, backbone.model.norm, middle.mlp.norm):
         module.register_forward_hook(lambda module, *_: ran.append(module))
     backbone.extract(
         patches_of(backbone, photos_for(backbone, (4, 6))), ["keys", "queries", "values", "cls_attention", "tokens.1"]
     )
-    assert ran == [middle.mlp.act, last.norm1]
+    assert ran == [middle.mlp.norm, last.norm1]
     ran.clear()
     backbone.extract(patches_of(backbone, photos_for(backbone, (4, 6))), ["keys.0"])
     assert ran == []
@@ -141,7 +141,7 @@ def test_results_do_not_depend_on_batch_composition(name, dtype):
 @pytest.fixture(params=[False, True], ids=["torch", "oneDNN"])
 def library(request, monkeypatch):
     """The library of linear layers; both run on any CPU."""
-    monkeypatch.setattr(linear, "rates", lambda: linear.Rates(True, request.param, "a test"))
+    monkeypatch.setattr(linear, "rates", lambda: linear.Rates(True, request.param, 256, "a test"))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -167,7 +167,7 @@ def test_tiny_photos_do_not_depend_on_batch_composition(dtype, threads):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_is_as_accurate_as_timm(name, bfloat16, monkeypatch):
     """With linear layers in the dtype of either kind of CPU; both run on any CPU."""
-    monkeypatch.setattr(linear, "rates", lambda: linear.Rates(bfloat16, bfloat16, "a test"))
+    monkeypatch.setattr(linear, "rates", lambda: linear.Rates(bfloat16, bfloat16, 256, "a test"))
     backbone = make(name, dtype=torch.bfloat16)
     assert (backbone.dtype, backbone.attention_dtype) == (torch.bfloat16 if bfloat16 else torch.float32, torch.bfloat16)
     photo, model = photos_for(backbone, (9, 11))[0], make(name).model

@@ -7,17 +7,26 @@ from namedmask import linear
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_both_libraries_compute_the_product(onednn, dtype, biased, monkeypatch):
-    monkeypatch.setattr(linear, "rates", lambda: linear.Rates(True, onednn, "a test"))
+def test_both_libraries_compute_the_product(onednn, dtype, biased, gelu, monkeypatch):
+    """With weights as they are, and with parameters, which oneDNN packs."""
+    monkeypatch.setattr(linear, "rates", lambda: linear.Rates(True, onednn, 33, "a test"))
+    layers = linear.Layers(CPU)
     torch.manual_seed(0)
-    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((33, 70), (45, 70), (45,)))
-    expected = x.double() @ weight.double().T + (bias.double() if biased else 0)
-    result = linear.linear(x, weight, bias if biased else None)
-    assert result.dtype == dtype and result.shape == (33, 45)
-    assert (result - expected).abs().max() <= expected.abs().max() * 4 * torch.finfo(dtype).eps
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((33, 72), (45, 2, 36), (45,)))
+    expected = x.double() @ weight.flatten(1).double().T + (bias.double() if biased else 0)
+    size = expected.abs().max()
+    if gelu:
+        expected = torch.nn.functional.gelu(expected)
+    parameter = torch.nn.Parameter(weight, requires_grad=False)
+    for w in (weight.flatten(1), parameter, parameter):
+        result = layers(x, w, bias if biased else None, gelu)
+        assert result.dtype == dtype and result.shape == (33, 45)
+        assert (result - expected).abs().max() <= size * 4 * torch.finfo(dtype).eps
+    assert list(layers.packed) == ([parameter] if onednn else [])
 
 
 def test_the_choice_follows_the_table(monkeypatch):
@@ -35,6 +44,13 @@ def test_the_choice_follows_the_table(monkeypatch):
 def test_a_processor_that_was_not_measured_computes_as_torch_does_in_float32(monkeypatch):
     monkeypatch.setattr(linear, "processor", lambda: "CentaurHauls no bfloat16")
     assert linear.choose(CPU, torch.bfloat16) == torch.float32 and not linear.uses_onednn(CPU)
+
+
+def test_a_torch_without_the_operators_multiplies_as_usual(monkeypatch):
+    monkeypatch.setattr(linear, "rates", lambda: linear.Rates(True, True, 256, "a test"))
+    assert linear.uses_onednn(CPU)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert not linear.uses_onednn(CPU) and "by torch on" in linear.explain(CPU, torch.bfloat16)
 
 
 def test_gpus_are_left_to_torch():
