@@ -350,7 +350,9 @@ class SegmenterTraining(DeepLabTraining):
         1.0, "Weight of the background's pixels in the loss. Below 1, short trainings miss fewer objects.", gt=0, le=10
     )
     label_others: bool = setting(
-        True, "In a photo with masks of several categories, label all of them. Otherwise, the others are background."
+        True,
+        "In a photo with masks of several categories, label all of them, and ignore those that are not trained on. "
+        "Otherwise, all but the mask of the sample is background.",
     )
     score_every: int = setting(500, "Steps between two scores on the held-out masks.", ge=1, le=1_000_000_000)
     score_power: float = setting(

@@ -104,7 +104,7 @@ def train_segmenter(
     selected = select(records, settings.selection, review)
     used = training_records(selected, settings)
     weights = draw_weights(used, settings.score_power, review)
-    others = other_masks(used, label) if settings.label_others else {}
+    others = other_masks(records, used, label) if settings.label_others else {}
     samples = [
         Sample(record, label[record.category], weight=weight, others=others.get(record.key, ()))
         for record, weight in zip(used, weights, strict=True)
@@ -148,17 +148,29 @@ def training_records(records: Iterable[MaskRecord], settings: DeepLabTraining) -
 
 
 def other_masks(
-    records: Iterable[MaskRecord], label: Mapping[str, int]
+    records: Iterable[MaskRecord], used: Iterable[MaskRecord], label: Mapping[str, int]
 ) -> dict[Key, tuple[tuple[MaskRecord, int], ...]]:
-    """For each mask whose photo has masks of other categories, by its key: these, with their labels."""
+    """For each mask whose photo has masks of other categories, by its key: these, with their labels.
+
+    Args:
+        records: All masks of the run.
+        used: Those that are trained on. The label of the others is IGNORE, also of those that the review rejects.
+        label: Label of each category.
+    """
+    keys = {record.key for record in used}
     photos: dict[str, list[MaskRecord]] = {}
     for record in records:
         photos.setdefault(record.photo, []).append(record)
     return {
-        record.key: tuple((other, label[other.category]) for other in together if other is not record)
+        record.key: tuple(
+            (other, label[other.category] if other.key in keys else IGNORE)
+            for other in together
+            if other is not record and other.area and other.size == record.size
+        )
         for together in photos.values()
         if len(together) > 1
         for record in together
+        if record.key in keys
     }
 
 
@@ -524,20 +536,23 @@ def make_view(sample: Sample, pixels: np.ndarray, settings: DeepLabTraining, rng
 
 
 def labels_of(sample: Sample) -> np.ndarray:
-    """The labels of the pixels of a sample's photo, int32 [H, W]; IGNORE where masks of several categories overlap."""
-    mask = sample.record.mask()
-    labels = np.where(mask, np.int32(sample.label), np.int32(sample.background))
-    covered = mask
+    """The labels of the pixels of a sample's photo, int32 [H, W].
+
+    The mask of the sample covers the others, so that a sample always teaches its category. Where others overlap, the
+    label is IGNORE.
+    """
+    labels = np.full(sample.record.size, np.int32(sample.background))
+    covered = np.zeros(sample.record.size, bool)
     for record, label in sample.others:
         other = record.mask()
         labels[other] = np.where(covered[other], np.int32(IGNORE), np.int32(label))
-        covered = covered | other
-    return labels
+        covered |= other
+    return np.where(sample.record.mask(), np.int32(sample.label), labels)
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
     """A digest of the samples."""
     weights = [sample.weight for sample in samples]
     about: list[object] = [(sample.label, sample.background) for sample in samples]
-    about += [[other.key for other, _ in sample.others] for sample in samples if sample.others]
+    about += [digest(*zip(*sample.others, strict=True)) for sample in samples if sample.others]
     return digest((sample.record for sample in samples), about + (weights if set(weights) - {1.0} else []))

@@ -500,21 +500,60 @@ def test_held_out_photos():
 
 
 def test_labels_of_photos_with_masks_of_several_categories():
-    """All of them are labeled, and pixels of several are ignored; a photo with one mask is as before."""
+    """The mask of a sample covers the others; where these overlap, nothing is known. One mask is as before."""
     rows = np.arange(6)[:, None] + np.zeros((1, 4), int)
-    parts = {"cat": rows < 3, "dog": (rows >= 2) & (rows < 5), "cow": rows == 2}
+    parts = {"cat": rows < 3, "dog": (rows >= 2) & (rows < 5), "cow": rows == 4, "owl": rows > 9}
     records = [MaskRecord.from_mask("many.png", mask, name, None, 0.5) for name, mask in parts.items()]
     records.append(MaskRecord.from_mask("one.png", parts["cat"], "cat", None, 0.5))
+    label = {name: number for number, name in enumerate(parts, 1)}
+
+    def labeled(used: list[MaskRecord]) -> list[list[int]]:
+        others = other_masks(records, used, label)
+        samples = [Sample(r, label[r.category], others=others.get(r.key, ())) for r in used]
+        return [labels_of(sample)[:, 0].tolist() for sample in samples]
+
+    cat, dog, cow, owl = (
+        [1, 1, 1, 2, IGNORE, 0],
+        [1, 1, 2, 2, 2, 0],
+        [1, 1, IGNORE, 2, 3, 0],
+        [1, 1, IGNORE, 2, IGNORE, 0],
+    )
+    assert labeled(records) == [cat, dog, cow, owl, [1, 1, 1, 0, 0, 0]]
+    assert labeled(records[1:2]) == [[IGNORE, IGNORE, 2, 2, 2, 0]]  # a mask that is left out may be right
+    assert set(other_masks(records, records, label)) == {("many.png", name) for name in parts}
+
+
+def test_identical_masks_and_masks_of_another_size():
+    """Masks that are the same teach their own categories; a photo had another size when its other mask was made."""
+    same = [record_of("a.png", name) for name in ("cat", "dog")]
+    larger = MaskRecord.from_mask("a.png", np.ones((3, 3), bool), "cow", None, 0.5)
     label = {"cat": 1, "dog": 2, "cow": 3}
-    others = other_masks(records, label)
-    assert set(others) == {("many.png", name) for name in parts}
-    samples = [Sample(r, label[r.category], others=others.get(r.key, ())) for r in records]
-    for sample in samples[:3]:
-        assert labels_of(sample)[:, 0].tolist() == [1, 1, IGNORE, 2, 2, 0]
-    assert labels_of(samples[3])[:, 0].tolist() == [1, 1, 1, 0, 0, 0]
-    alone = [sample._replace(others=()) for sample in samples]
-    assert samples_digest(samples) != samples_digest(alone)
-    assert samples_digest(samples[3:]) == samples_digest(alone[3:])
+    records = [*same, larger]
+    others = other_masks(records, records, label)
+    for record, value in zip(records, (1, 2, 3), strict=True):
+        assert (labels_of(Sample(record, value, others=others.get(record.key, ()))) == value).all()
+
+
+def test_digest_of_samples_with_other_masks():
+    first, second = record_of("a.png", "cat"), record_of("a.png", "dog")
+    digests = {samples_digest([Sample(first, 1, others=others)]) for others in ((), ((second, 2),), ((second, -1),))}
+    assert len(digests) == 3
+
+
+def test_a_segmenter_is_updated_after_the_experts(run_of_discs, small):
+    """Whose settings are not those of an update's masks before; without --update, the error names it."""
+    train_run(run_of_discs, {**small, "steps": 2})
+    before = json.loads((run_of_discs / "segmenter" / "categories.json").read_text())["masks"]
+    experts = {**small, "steps": 2, "mode": "shared", "select": "all"}
+    assert run.start(run_of_discs, {"experts": experts}, ["experts"], 1, 0, False)
+    with pytest.raises(
+        UserError, match=r"on masks that were made with other settings: experts.*--update` trains it again"
+    ):
+        run.start(run_of_discs, {}, ["train"], 1, 0, False)
+    with pytest.raises(UserError, match=r"made with other settings: .*segmenter.steps: 2 -> 3"):
+        run.start(run_of_discs, {"segmenter": {"steps": 3}}, ["train"], 1, 0, False, update=True)
+    assert run.start(run_of_discs, {}, ["train"], 1, 0, False, update=True)
+    assert json.loads((run_of_discs / "segmenter" / "categories.json").read_text())["masks"] != before
 
 
 def test_other_objects_of_a_photo_are_labeled(run_of_discs, small, monkeypatch):
