@@ -164,7 +164,7 @@ def settle(
         if old and keeps:
             if imported:
                 raise UserError(f"{out} has results of `{stage.name}` already; --overwrite replaces them")
-            _expect_continuation(out, stage, old, differences, update)
+            _expect_continuation(out, stage, old, new, differences, update)
         if update and keeps and not kept_import:
             changed = differences or any(one.name in stage.made_from for one in outdated)
             if changed or stage.outdated(out, config, source):
@@ -215,13 +215,16 @@ def settle(
     return config
 
 
-def _expect_continuation(out: Path, stage: Stage, old: StageRecord, differences: Sequence[str], update: bool) -> None:
+def _expect_continuation(
+    out: Path, stage: Stage, old: StageRecord, new: StageRecord, differences: Sequence[str], update: bool
+) -> None:
     """Raises UserError if a stage cannot go on from its results.
 
     Args:
         out: The run folder.
         stage: A stage that has results.
         old: Their record.
+        new: What their record would be now.
         differences: Settings that differ from those that they were made with.
         update: Accept differences that only make the run grow.
     """
@@ -237,6 +240,15 @@ def _expect_continuation(out: Path, stage: Stage, old: StageRecord, differences:
     grows = all(line.startswith(GROWING) for line in differences)
     if differences and grows and not update and LEFT_BEHIND in old.made_with:  # the user has given no other options
         raise UserError(f"{_left_behind(out)}: {'; '.join(differences)}")
+    if stage.name == "train":  # what its masks were made with does not matter to an update, which starts again
+        own = [line for line in differences if line.partition(":")[0] in new.settings]
+        if update:
+            differences, grows = own, not own
+        elif differences and not own:
+            raise UserError(
+                f"{out / stage.outputs[0]} was trained on masks that were made with other settings: "
+                f"{'; '.join(differences)}; `namedmask train {out} --update` trains it again"
+            )
     if differences and not (update and grows):
         updates = ", bring it up to date with --update, which computes only what is new" if grows else ""
         raise UserError(
