@@ -67,12 +67,15 @@ def explained(error: Exception) -> Exception:
     names = metadata.packages_distributions().get(package)
     if names is None:  # a module of the user's own
         return UserError(f"{module} cannot be imported: {type(error).__name__}: {error}")
-    # Each version and build of torchvision works with a single one of torch.
-    together = ["torchvision", "torch"] if package == "torchvision" else names[:1]
+    name, beside, options = names[0], "", "--no-deps"
+    if name == "torchvision":  # each of its versions and builds works with a single one of torch
+        import torch
+
+        beside = f" beside torch {torch.__version__}"
+        options = "torch" if torch.version.cuda else "torch --index-url https://download.pytorch.org/whl/cpu"
     return UserError(
-        f"{' and '.join(f'{name} {metadata.version(name)}' for name in together)} cannot be imported: "
-        f"{first_line(error)}; install versions that fit{' together' * (len(together) > 1)}: "
-        f"pip install --force-reinstall {' '.join(together)}"
+        f"{name} {metadata.version(name)} cannot be imported{beside}: "
+        f"{first_line(error)}; install it again: pip install --force-reinstall {name} {options}"
     )
 
 

@@ -30,6 +30,8 @@ import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Literal
 
+from .errors import UserError, explained
+
 GROUP = "namedmask.models"
 
 Kind = Literal["clip", "selfmask"]
@@ -48,12 +50,18 @@ def load_plugins() -> tuple[str, ...]:
 
     Returns:
         One line for each plugin that failed: its name, its entry point and the reason.
+
+    Raises:
+        UserError: If a plugin of this package fails because a package cannot be imported.
     """
     failures = []
     for plugin in plugins():
         try:
             plugin.load()()
-        except Exception as error:  # a plugin is other people's code and may raise anything
+        except Exception as error:  # a plugin may be other people's code and raise anything
+            why = explained(error)
+            if plugin.value.startswith(f"{__package__}.") and isinstance(why, UserError):
+                raise why from error
             reason = (str(error).splitlines() or [""])[0]
             failures.append(f"plugin {plugin.name!r} ({plugin.value}) failed: {type(error).__name__}: {reason}")
             warnings.warn(failures[-1], RuntimeWarning, stacklevel=2)

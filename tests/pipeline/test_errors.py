@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from namedmask.errors import DamagedFile, NothingUsable, UserError, WriteError, explained, first_line, listed
 
@@ -59,17 +60,22 @@ def test_a_package_that_cannot_be_imported_is_explained(tmp_path, monkeypatch):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("from . import ops")
     (tmp_path / "torchvision" / "ops.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "timm.py").write_text("raise ImportError('cannot import name')")
     (tmp_path / "own.py").write_text("1 / 0")
     (tmp_path / "well.py").write_text("def fail():\n    raise RuntimeError('not while it was imported')")
-    names = ("torchvision", "torchvision.ops")
-    for name in names:
+    for name in ("torchvision", "torchvision.ops", "timm"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     why = imported("torchvision")
     assert type(why) is UserError
+    index = "" if torch.version.cuda else " --index-url https://download.pytorch.org/whl/cpu"
     assert str(why) == (
-        f"torchvision {version('torchvision')} and torch {version('torch')} cannot be imported: operator "
-        "torchvision::nms does not exist; install versions that fit together: "
-        "pip install --force-reinstall torchvision torch"
+        f"torchvision {version('torchvision')} cannot be imported beside torch {torch.__version__}: operator "
+        "torchvision::nms does not exist; install it again: "
+        f"pip install --force-reinstall torchvision torch{index}"
+    )
+    assert str(imported("timm")) == (
+        f"timm {version('timm')} cannot be imported: cannot import name; install it again: "
+        "pip install --force-reinstall timm --no-deps"
     )
     assert str(imported("own")) == "own cannot be imported: ZeroDivisionError: division by zero"
     with pytest.raises(RuntimeError) as info:
