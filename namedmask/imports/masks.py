@@ -101,6 +101,8 @@ def import_masks(
             write_shard(file, [record for name in names for record in records[name]])
     if failed:
         warn(f"{failed:,} of {len(work):,} photos have no mask; see {out / 'errors.jsonl'}")
+    if partly := sum(bool(found and errors[name]) for name, found in records.items()):
+        warn(f"{partly:,} photos have masks of some of their categories only; see {out / 'errors.jsonl'}")
     if unused := masks.count - len({key for key in sources.values()}):
         warn(f"{unused:,} of {masks.count:,} masks are of no photo of {out}")
     return count, failed

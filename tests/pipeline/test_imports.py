@@ -429,6 +429,18 @@ def test_damaged_masks_are_listed_with_their_files(photos, run, tmp_path):
     assert "n02_0.json" in reasons["n02/n02_0.JPEG"] and "has no mask" in reasons["n02/n02_1.JPEG"]
 
 
+def test_masks_of_some_of_the_categories_of_a_photo(photos, tmp_path):
+    paths = ["n01/n01_0.JPEG", "n01/n01_1.JPEG"]
+    archive = write_json(tmp_path / "archive.json", {"cat": paths, "dog": paths})
+    succeed("import", "archive", archive, "--photos", photos, "--out", tmp_path / "both")
+    for name in ("cat/n01_0", "cat/n01_1", "dog/n01_1"):
+        write_json(tmp_path / "m" / f"{name}.json", rle(mask_of(photos / "n01" / f"{name[4:]}.JPEG")))
+    output = succeed("import", "masks", tmp_path / "m", "--out", tmp_path / "both")
+    assert "1 photos have masks of some of their categories only" in " ".join(output.split())
+    assert set(masks_in(tmp_path / "both")) == {(paths[0], "cat"), (paths[1], "cat"), (paths[1], "dog")}
+    assert [error.photo for error in read_errors(tmp_path / "both" / "errors.jsonl")] == [paths[0]]
+
+
 def test_sizes_are_those_of_the_upright_photo(tmp_path):
     (tmp_path / "photos").mkdir()
     exif = Image.Exif()
