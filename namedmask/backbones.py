@@ -283,12 +283,12 @@ class Backbone:
         if type(mlp) is not Mlp:
             return mlp(x)
         activate: Callable[[Tensor], Tensor] = mlp.act
-        fused = type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and self.linear.onednn
-        if fused:
+        in_product = type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and self.linear.onednn
+        if in_product:
             activate = nn.Identity()
         elif self.fused and type(mlp.act).__name__ == "GELU":
             from namedmask_kernels.triton.block_layers import gelu as activate
-        return self._layer(mlp.fc2, mlp.norm(activate(self._layer(mlp.fc1, x, fused))))
+        return self._layer(mlp.fc2, mlp.norm(activate(self._layer(mlp.fc1, x, in_product))))
 
     def _layer(self, layer: Vit, x: Tensor, gelu: bool = False) -> Tensor:
         """The layer's product with x [n, C], plus its bias, and the GELU of that if requested."""

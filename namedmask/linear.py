@@ -87,8 +87,8 @@ def explain(device: torch.device, dtype: torch.dtype) -> str:
 class Layers:
     """Linear layers on a device, without gradient, for weights that do not change.
 
-    oneDNN multiplies by weights in a layout of its own. A weight that is a parameter is converted at its first use and
-    kept in that layout, too.
+    oneDNN multiplies by weights in a layout of its own. A weight that is a parameter is converted at its first use, and
+    the copy is kept: the layers take twice the memory then, 43 MB more for a ViT-S in bfloat16.
     """
 
     def __init__(self, device: torch.device):

@@ -120,6 +120,7 @@ struct PairWeights {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
           x[i][v] = x[i][v] * factors[i] - largest[i];
+          // a mask as in simd.h
           most = _mm512_maskz_max_epi32(0xffff, most, (__m512i)x[i][v]);
         }
       }

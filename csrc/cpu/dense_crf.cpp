@@ -67,7 +67,7 @@ class VertexTable {
     }
   }
 
-  // The vertex one step away. Unlike a search, a known step has no branch that depends on the image.
+  // The vertex one step away. A known step has a single branch, which is nearly always predicted.
   int32_t walk(int32_t vertex, int direction) {
     const size_t step = kCorners * static_cast<size_t>(vertex) + direction;
     if (steps_[step] >= 0) return steps_[step];

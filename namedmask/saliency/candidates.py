@@ -115,8 +115,8 @@ class Choice(NamedTuple):
     Attributes:
         masks: float32 [P] in [0, 1]; above 0.5 is object.
         witnesses: The shortlist of each photo, float32 [T, n] in [0, 1] on grids that cover the photos.
-        weights: What they count, float32 [B, n]. Those that cover half of the border or more do not count; those in
-            which the name is found count up to twice.
+        weights: Weight of each in `support`, float32 [B, n]. Those that cover half of the border or more do not count;
+            those in which the name is found count up to twice.
     """
 
     masks: Ragged
@@ -143,7 +143,7 @@ def chosen(candidates: Ragged, found: Prior, sizes: Sequence[Size], names: tuple
 
 
 def quality(choice: Choice, refined: Ragged) -> Tensor:
-    """Scores of the refined masks: (2 `support` + `clearness`) / 3, at least 0.
+    """Scores of the refined masks: (2 `support` + `clearness`) / 3.
 
     Args:
         choice: The masks before refinement.
@@ -152,7 +152,7 @@ def quality(choice: Choice, refined: Ragged) -> Tensor:
     Returns:
         float64 [B] in [0, 1].
     """
-    return ((2 * support(choice, refined) + clearness(refined)) / 3).clamp_min(0)
+    return (2 * support(choice, refined) + clearness(refined)) / 3
 
 
 def support(choice: Choice, refined: Ragged) -> Tensor:
@@ -173,7 +173,7 @@ def _counts(batch: Ragged, mask: Tensor) -> Tensor:
 
 
 def clearness(softs: Ragged) -> Tensor:
-    """How clear the outline of each soft mask [P] is, float64 [B] in [-1, 1].
+    """How clear the outline of each soft mask [P] is, float64 [B] in [0, 1].
 
     It is the mean of the mask along the inner side of its outline minus that along the outer side, in strips that are
     `STRIP` wide. 0 without an outline: for an empty mask, and for one that covers the photo.

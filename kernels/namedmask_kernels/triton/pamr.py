@@ -268,7 +268,7 @@ def pamr(
     """Fills `out`, on the current stream.
 
     Args:
-        masks: float32 [T, L] on a GPU, contiguous; up to 2^31 elements per image.
+        masks: float32 [T, L] on a GPU, contiguous; of any size.
         image: uint8 [T, 3] on the same GPU, contiguous.
         offsets: int32 [B + 1] on the CPU, like `shapes` checked by the caller; up to 2^31 pixels.
         shapes: int32 [B, 2] on the CPU.

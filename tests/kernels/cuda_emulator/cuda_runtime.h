@@ -71,7 +71,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-enum class State { kReady, kWarp, kBlock, kCluster, kDone };  // kWarp ...: waits for the rest of its warp ...
+enum class State { kReady, kWarp, kBlock, kCluster, kDone };  // waits for its warp, block or cluster
 
 using Offer = std::array<uint32_t, 6>;
 
