@@ -60,7 +60,7 @@ class Work(NamedTuple):
 SMALL_8, SMALL_16, SMALL_14 = (f"vit_small_patch{p}" for p in ("8_224.dino", "16_224.dino", "14_dinov2.lvd142m"))
 ON_GPU = [Work("spectral", SMALL_8, 512), Work("selfmask", SMALL_8, 512), Work("spectral", SMALL_14, 448)]
 ON_CPU = [Work(name, SMALL_16, side) for name in ("spectral", "selfmask") for side in (448, 512)]
-ON_CPU += [Work("selfmask", SMALL_8, 512, precision, photos=1) for precision in ("float32", "bfloat16")]
+ON_CPU += [Work("selfmask", SMALL_8, 512, precision, photos=2) for precision in ("float32", "bfloat16")]
 ROWS = ON_CPU if DEVICE == "cpu" else ON_GPU
 QUICK = [Work(name, "deit_tiny_patch16_224.fb_in1k", 96, photos=4) for name in ("spectral", "selfmask")]
 

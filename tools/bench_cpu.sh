@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: MIT
 # The benches of the operators, of ViT features and of the labeling engine on this CPU, as bench/results/NAME.md. Takes
-# half an hour on a machine that does nothing else. NAME should say which processor it is and how many cores it has: amd-epyc-zen4-2-cores.
+# half an hour on two idle cores. NAME should say which processor it is and how many cores it has, such as
+# amd-epyc-zen4-2-cores.
 #
 #   tools/bench_cpu.sh NAME
 set -euo pipefail
