@@ -59,7 +59,7 @@ def explained(error: Exception) -> Exception:
             f"out of memory ({first_line(error)}); lower --image-size, --crop-size, --batch-size or --workers (see "
             "Troubleshooting in the documentation)"
         )
-    if (module := _not_imported(error)) is None:
+    if (module := not_imported(error)) is None:
         return error
     from importlib import metadata  # takes as long as the start of Python
 
@@ -79,7 +79,7 @@ def explained(error: Exception) -> Exception:
     )
 
 
-def _not_imported(error: Exception) -> str | None:
+def not_imported(error: Exception) -> str | None:
     """The module outside this project whose import raised the exception, if one did."""
     names = [
         frame.f_globals.get("__name__", "")

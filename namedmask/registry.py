@@ -30,7 +30,7 @@ import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Literal
 
-from .errors import UserError, explained
+from .errors import explained, not_imported
 
 GROUP = "namedmask.models"
 
@@ -59,9 +59,8 @@ def load_plugins() -> tuple[str, ...]:
         try:
             plugin.load()()
         except Exception as error:  # a plugin may be other people's code and raise anything
-            why = explained(error)
-            if plugin.value.startswith(f"{__package__}.") and isinstance(why, UserError):
-                raise why from error
+            if plugin.value.startswith(f"{__package__}.") and not_imported(error):
+                raise explained(error) from error
             reason = (str(error).splitlines() or [""])[0]
             failures.append(f"plugin {plugin.name!r} ({plugin.value}) failed: {type(error).__name__}: {reason}")
             warnings.warn(failures[-1], RuntimeWarning, stacklevel=2)

@@ -106,6 +106,18 @@ def test_a_plugin_that_fails_is_named_and_the_others_work(site):
         Clip(IndexConfig(clip_model="clip-of-nobody"), "cpu")
 
 
+@pytest.mark.parametrize("name", ["timm", "open_clip"])
+def test_a_package_that_models_of_this_package_need_is_named_if_it_cannot_be_imported(site, name):
+    (site / f"{name}.py").write_text("raise ImportError('cannot import name')")
+    paths = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    finds = "from namedmask import registry; registry.load_plugins()"
+    options = {"capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": paths}}
+    error = subprocess.run([sys.executable, "-c", finds], check=False, **options).stderr
+    last = error.splitlines()[-1]
+    assert last.startswith("namedmask.errors.UserError: ") and " cannot be imported: cannot import name; " in last
+    assert {"open_clip": "open_clip_torch"}.get(name, name) in last
+
+
 def test_models_that_timm_knows_load_no_plugin(site):
     install(site, "broken_plugin", "raise ImportError('loaded')")
     backbones.untrained("vit_tiny_patch16_224")
