@@ -65,7 +65,7 @@ def _import_problem(package: str) -> str:
     if package not in ("torchvision", "xformers"):
         return ""
     try:
-        importlib.import_module({"xformers": "xformers.ops"}.get(package, package))
+        importlib.import_module("xformers.ops" if package == "xformers" else package)
     except (ImportError, OSError, RuntimeError) as error:
         return f", cannot be imported: {first_line(error)}"
     return ""
