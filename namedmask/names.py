@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -60,46 +60,51 @@ class NameScorer:
         self.scale = float(self.clip.model.logit_scale.detach().exp())
 
     def score(self, images: Ragged, masks: Ragged, numbers: Tensor, categories: Sequence[str]) -> Tensor:
-        """Scores masks of each photo. On a CPU, results do not depend on batch composition.
+        """Scores masks of each photo. On a CPU, results do not depend on the other photos of the batch.
 
         Args:
             images: Photos, uint8 [P, 3].
             masks: Candidate masks, float32 [T, K] in [0, 1] on grids that cover the photos.
-            numbers: The candidates to score, int64 [B, n].
+            numbers: The candidates to score, int64 [B, n]; -1 for none.
             categories: A category for each photo.
 
         Returns:
-            Probability of the category's name, float32 [B, n] in [0, 1]; 0 for an empty mask.
+            Probability of the category's name, float32 [B, n] in [0, 1]; 0 for an empty mask and for none.
         """
         sizes, blurred = sizes_of(images), _blurred(images)
         crops: list[list[Tensor]] = [[] for _ in sizes]
-        empty = torch.zeros(numbers.shape, dtype=torch.bool)
+        scored = torch.zeros(numbers.shape, dtype=torch.bool)
         for place, candidates in enumerate(numbers.unbind(1)):
-            mask = column(masks, candidates)
+            wanted = (candidates >= 0).tolist()
+            if not any(wanted):
+                continue
+            mask = column(masks, candidates.clamp_min(0))
             inside = resize(mask, sizes).rows > 0.5
             shown = images.with_rows(torch.where(inside[:, None], images.rows, blurred.rows))
             grids = Ragged(mask.rows.cpu() > 0.5, mask.offsets, mask.shapes).grids()
             for photo, (grid, pixels) in enumerate(zip(grids, shown.grids(), strict=True)):
-                empty[photo, place] = not grid.any()
-                crops[photo].append(_crop(pixels, grid.numpy()))
-        wanted = torch.tensor([self.numbers[name] for name in categories], device=self.texts.device)
-        probabilities = self._probabilities(crops)  # [B, n, names]
-        found = probabilities.gather(2, wanted[:, None, None].expand(-1, numbers.shape[1], 1))[..., 0]
-        return found.masked_fill(empty.to(found.device), 0.0)
+                if wanted[photo] and grid.any():
+                    scored[photo, place] = True
+                    crops[photo].append(_crop(pixels, grid.numpy()))
+        names = torch.tensor([self.numbers[name] for name in categories], device=self.texts.device)
+        photos = scored.nonzero()[:, 0].to(names.device)  # of each crop
+        found = torch.zeros(numbers.shape, device=names.device)
+        found[scored] = self._probabilities(crops).gather(1, names[photos, None])[:, 0]
+        return found
 
     def _probabilities(self, crops: list[list[Tensor]]) -> Tensor:
-        """Probabilities of all names for crops of each photo, float32 [B, n, names].
+        """Probabilities of all names for the crops of each photo, float32 [crops, names].
 
         On a CPU, the crops of a photo are a batch of their own, since rounding depends on the size of a batch.
         """
-        together = len(crops) if self.clip.kind != "cpu" else 1
-        each = len(crops[0]) if crops else 1
-        batch = max(1, min(together, CLIP_BATCH[self.clip.kind] // each))
-        parts = [self.texts.new_zeros(0, each, len(self.texts))]
-        for first in range(0, len(crops), batch):
-            pixels = self.clip.prepare(list(itertools.chain(*crops[first : first + batch])))
-            embeddings = F.normalize(self.clip.model.encode_image(pixels).float(), dim=-1)
-            parts.append((self.scale * embeddings @ self.texts.T).softmax(-1).unflatten(0, (-1, each)))
+        batches: Iterator[list[Tensor]] = filter(None, crops)
+        if self.clip.kind != "cpu":
+            rest = itertools.chain.from_iterable(crops)
+            batches = iter(lambda: list(itertools.islice(rest, CLIP_BATCH[self.clip.kind])), [])
+        parts = [self.texts.new_zeros(0, len(self.texts))]
+        for batch in batches:
+            embeddings = F.normalize(self.clip.model.encode_image(self.clip.prepare(batch)).float(), dim=-1)
+            parts.append((self.scale * embeddings @ self.texts.T).softmax(-1))
         return torch.cat(parts)
 
 

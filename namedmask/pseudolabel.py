@@ -8,6 +8,7 @@ settings, not on which worker computed it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import deque
@@ -42,7 +43,7 @@ from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .progress import warn
 from .refine import Refiner
 from .saliency import Detections, make_detector
-from .saliency.candidates import Choice, chosen, prior, quality, shortlist
+from .saliency.candidates import Choice, chosen, merit, prior, quality, shortlist
 from .threads import map_batches
 from .timing import StepTimes, traced
 
@@ -249,8 +250,12 @@ class Labeler:
         found = prior(masks)
         if self.names:
             numbers = shortlist(found)
+            score = functools.partial(self.names.score, images, masks, categories=[str(name) for name in categories])
             with self.times.step("names"):
-                names = numbers, self.names.score(images, masks, numbers, [str(name) for name in categories])
+                # First the best by the prior, then only those that a certain name would make better.
+                best = score(numbers[:, :1])
+                wins = merit(found, numbers[:, 1:], 1.0) > merit(found, numbers[:, :1], best)
+                names = numbers, torch.cat([best, score(numbers[:, 1:].where(wins, -1))], 1)
         return chosen(masks, found, sizes, names)
 
     def _size(self, photo: Photo) -> Size:

@@ -104,6 +104,17 @@ def shortlist(found: Prior) -> Tensor:
     return found.score.sort(dim=1, descending=True, stable=True).indices[:, :SHORTLIST]
 
 
+def merit(found: Prior, numbers: Tensor, probabilities: Tensor | float) -> Tensor:
+    """What the candidate with the highest value of is selected, float32 [B, n].
+
+    Args:
+        found: The prior of all candidates.
+        numbers: Candidates, int64 [B, n].
+        probabilities: Probability of the name in each, float32 [B, n].
+    """
+    return found.score.gather(1, numbers) + NAME_WEIGHT * probabilities
+
+
 def column(candidates: Ragged, numbers: Tensor) -> Ragged:
     """One candidate of each photo, float32 [T], by its number, int64 [B]."""
     return candidates.with_rows(candidates.rows.gather(1, on_rows(candidates, numbers)[:, None])[:, 0])
@@ -135,8 +146,7 @@ def chosen(candidates: Ragged, found: Prior, sizes: Sequence[Size], names: tuple
             prior decides alone.
     """
     numbers, probabilities = names or (shortlist(found), 0.0)
-    merit = found.score.gather(1, numbers) + NAME_WEIGHT * probabilities
-    best = numbers.gather(1, merit.argmax(1, keepdim=True))[:, 0]
+    best = numbers.gather(1, merit(found, numbers, probabilities).argmax(1, keepdim=True))[:, 0]
     weights = (1 - 2 * found.border.gather(1, numbers)).clamp_min(0) * (1 + probabilities)
     witnesses = candidates.with_rows(candidates.rows.gather(1, on_rows(candidates, numbers)))
     return Choice(resize(column(candidates, best), sizes), witnesses, weights)

@@ -22,7 +22,7 @@ from namedmask.experts import relabel
 from namedmask.masks import MaskRecord, mask_score, read_masks
 from namedmask.names import NameScorer, _crop, expect_clip
 from namedmask.photos import Photo, PhotoSource
-from namedmask.pseudolabel import known_labels, pseudolabel, units_of
+from namedmask.pseudolabel import Labeler, known_labels, pseudolabel, units_of
 from namedmask.saliency import make_detector
 from namedmask.saliency.candidates import (
     COUNTS,
@@ -212,6 +212,42 @@ def test_the_name_is_found_inside_of_the_object(scenes, scorer):
         alone = scorer.score(packed(Photo("", scene.image)), Ragged.pack(grids[number : number + 1]), numbers[:1],
                              kinds[number : number + 1])  # fmt: skip
         assert torch.equal(alone[0], found[number])
+
+
+@pytest.mark.parametrize("settings", [SPECTRAL, SELFMASK], ids=["spectral", "selfmask"])
+def test_names_are_looked_up_where_they_can_decide(settings, scenes, scorer, monkeypatch):
+    """With fewer crops, the same candidates are selected as with the names in the whole shortlist."""
+    given = {"detector": settings | {"select": "name"}, "index": {"clip_model": CLIP_NAME}}
+    labeler = Labeler(make_config({"photos": "", **given}), "cpu", KINDS)
+    images, sizes = packed(*(Photo("", scene.image) for scene in scenes)), [scene.image.shape[:2] for scene in scenes]
+    kinds = [scene.kinds[0] for scene in scenes]
+    masks = labeler.detector.candidates(images)
+    numbers = shortlist(prior(masks))
+    expected = chosen(masks, prior(masks), sizes, (numbers, scorer.score(images, masks, numbers, kinds)))
+    crops, encode = [], labeler.names.clip.model.encode_image
+
+    def counted(pixels):
+        crops.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(labeler.names.clip.model, "encode_image", counted)
+    found = labeler._detect(images, sizes, kinds)
+    assert torch.equal(found.masks.rows, expected.masks.rows)
+    assert len(scenes) < sum(crops) < numbers.numel()
+
+
+def test_a_name_is_not_looked_up_in_no_candidate(scenes, scorer):
+    """-1 has the probability 0, and what the others have does not depend on it but for rounding."""
+    images = packed(*(Photo("", scene.image) for scene in scenes))
+    masks = Ragged.pack([torch.from_numpy(np.stack([s.masks[0], ~s.masks[0]], -1)).float() for s in scenes])
+    kinds = [scene.kinds[0] for scene in scenes]
+    numbers = torch.tensor([[0, 1]] * len(scenes))
+    everything = scorer.score(images, masks, numbers, kinds)
+    kept = torch.arange(2 * len(scenes)).view(-1, 2) % 3 > 0
+    some = scorer.score(images, masks, numbers.where(kept, -1), kinds)
+    torch.testing.assert_close(some, everything * kept)
+    assert torch.equal(scorer.score(images, masks, numbers * 0 - 1, kinds), torch.zeros(len(scenes), 2))
+    assert scorer.score(images, masks, numbers[:, :0], kinds).shape == (len(scenes), 0)
 
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
