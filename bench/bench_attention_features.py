@@ -4,7 +4,9 @@
 `pytest bench/bench_attention_features.py --benchmark-only -s` prints the tables.
 """
 
+import contextlib
 import functools
+import itertools
 
 import pytest
 import torch
@@ -93,25 +95,35 @@ def added_memory(call, *args):
     return resident_memory() - before
 
 
-def peers_on_gpu(packed, offsets, dense, tokens):
-    """Attention in torch without a row of weights: (name, call), or None for a kernel that cannot run here."""
+def peers_on_gpu(packed, offsets):
+    """Attention in torch without a row of weights: (name, call), or None for a kernel that cannot run here.
+
+    Torch's scaled_dot_product_attention takes sequences of equal length as one dense batch, others one at a time.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    def sdpa(kernel):
-        with sdpa_kernel(kernel):
-            return F.scaled_dot_product_attention(*dense)
+    lengths = offsets.diff().tolist()
+    groups = [packed] if len(set(lengths)) == 1 else packed.split(lengths)
+    count = len(lengths) // len(groups)
+    # [3, n, H, N, D] each
+    dense = [part.unflatten(0, (count, len(part) // count)).permute(2, 0, 3, 1, 4) for part in groups]
 
-    yield "torch SDPA (no row)", lambda: F.scaled_dot_product_attention(*dense)
+    def sdpa(*kernels):
+        with sdpa_kernel([*kernels]) if kernels else contextlib.nullcontext():
+            return [F.scaled_dot_product_attention(*part) for part in dense]
+
     calls = {
-        f"torch SDPA, {name} (no row)": functools.partial(sdpa, kernel)
-        for name, kernel in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
+        "torch SDPA (no row)": sdpa,
+        "torch SDPA, cuDNN (no row)": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+        "torch SDPA, flash (no row)": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION),
     }
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         calls["torch varlen_attn (no row)"] = None
     else:
-        calls["torch varlen_attn (no row)"] = lambda: varlen_attn(*packed.unbind(1), offsets, offsets, tokens, tokens)
+        ends, longest = offsets.to(packed.device), max(lengths)
+        calls["torch varlen_attn (no row)"] = lambda: varlen_attn(*packed.unbind(1), ends, ends, longest, longest)
     for method, call in calls.items():
         try:
             runs = call is not None and call() is not None
@@ -120,24 +132,38 @@ def peers_on_gpu(packed, offsets, dense, tokens):
         yield method, call if runs else None
 
 
+MIXED = tuple(range(1673, 5922, 283))  # 16 lengths
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("tokens", [785, 3601])
-def test_batch_of_16_on_gpu(benchmark, tokens, dtype):
-    qkv, _ = inputs(16 * tokens, dtype)
-    offsets = torch.arange(17, dtype=torch.int32) * tokens
+@pytest.mark.parametrize(
+    "lengths",
+    [(785,) * 16, (785,) * 64, (1601,) * 32, (3601,) * 16, (5505,) * 16, MIXED],
+    ids=lambda lengths: f"{len(lengths)} of {'mixed lengths' if lengths is MIXED else lengths[0]}",
+)
+def test_batch_on_gpu(benchmark, lengths, dtype):
+    """Single calls, and eight in a row, which show what the GPU does while it does not wait for the host."""
+    tokens = f"{min(lengths)} to {max(lengths)}" if len(set(lengths)) > 1 else lengths[0]
+    title = f"attention_features, {HEADS} x {DIM}, {len(lengths)} images of {tokens} tokens, {str(dtype)[6:]}, on a GPU"
 
     def calls():
-        packed, dense = qkv.cuda(), qkv.cuda().unflatten(0, (16, tokens)).permute(2, 0, 3, 1, 4)  # [3, 16, H, n, D]
-        exact = nk.attention_features(qkv[:tokens].double(), offsets[:2], backend="reference")
+        qkv, _ = inputs(sum(lengths), dtype)
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        packed, first = qkv.cuda(), qkv[: lengths[0]]
+        exact = nk.attention_features(first.double(), offsets[:2], backend="reference")
         result = nk.attention_features(packed, offsets)
-        sdpa_output = F.scaled_dot_product_attention(*dense)
-        first = sdpa_output[0].transpose(0, 1).cpu()
-        assert (result.output[:tokens].cpu() - exact.output).norm() <= 2 * (first - exact.output).norm()
-        torch.testing.assert_close(result.rows[:tokens].cpu().double(), exact.rows, rtol=1e-4, atol=1e-9)
-        work = Work(flops=4.0 * 16 * tokens**2 * HEADS * DIM, dtype=dtype)
-        yield "triton", lambda: nk.attention_features(packed, offsets), work
-        for method, call in peers_on_gpu(packed, offsets.cuda(), dense, tokens):
-            yield method, call, work
+        error = (sdpa(first.cuda(), None).cpu() - exact.output).norm()
+        assert (result.output[: lengths[0]].cpu() - exact.output).norm() <= 2 * error
+        torch.testing.assert_close(result.rows[: lengths[0]].cpu().double(), exact.rows, rtol=1e-4, atol=1e-9)
+        ours = {
+            "triton": lambda: nk.attention_features(packed, offsets),
+            "triton, output only": lambda: nk.attention_features(packed, offsets, want=["output"]),
+        }
+        flops = 4.0 * sum(n**2 for n in lengths) * HEADS * DIM
+        for method, call in itertools.chain(ours.items(), peers_on_gpu(packed, offsets)):
+            yield method, call, Work(flops=flops, dtype=dtype)
+            if call is not None:
+                eight = Work(flops=8 * flops, dtype=dtype, images=8 * len(lengths))
+                yield f"{method}, 8 calls in a row", lambda call=call: [call() for _ in range(8)], eight
 
-    title = f"attention_features, {HEADS} x {DIM}, 16 images of {tokens} tokens, {str(dtype)[6:]}, on a GPU"
-    report_gpu(title, calls, 16, benchmark)
+    report_gpu(title, calls, len(lengths), benchmark)

@@ -35,12 +35,12 @@ def compile_for(arch: int, variant: Variant) -> tuple[int, int, int]:
     """Returns registers, bytes spilled (stores and loads), bytes of shared memory; raises if it does not compile."""
     # What the launcher detects at run time on common inputs: pointers and strides are multiples of 16.
     types = variant.types
-    aligned = [i for i, (name, t) in enumerate(types.items()) if t.startswith("*") or name.endswith("_stride")]
+    names = [name for name, t in types.items() if t.startswith("*") or name.endswith("_stride")]
     source = ASTSource(
         fn=variant.kernel,
         signature={**types, **dict.fromkeys(variant.constants, "constexpr")},
         constexprs=variant.constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        attrs={(variant.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
     # compiled.n_spills requires a driver to load the kernel; running ptxas again on the PTX does not.

@@ -96,6 +96,22 @@ def test_attention_features_do_not_depend_on_batch_composition():
         assert all(torch.equal(alone[name], together[name][begin:end]) for name in ALL)
 
 
+@pytest.mark.parametrize("scale", [3.0, 0.0, -0.5])
+def test_attention_features_with_any_scale(scale):
+    """Lengths with and without a last block of keys that extends past the end; a score of -Inf is a weight of 0."""
+    qkv, offsets = random_qkv([128, 130, 64], 2, 32, torch.float32)
+    if scale:
+        qkv[:64, 0], qkv[5, 1] = qkv[:64, 0].abs(), -torch.inf * scale
+    result = run(qkv, offsets, scale, [1])
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        exact = reference.attention_features(qkv[begin:end].double(), scale, [1])
+        tolerance = 2e-6 * max(1.0, float(exact.lse.abs().nan_to_num(posinf=0.0).max()))
+        for name, truth in zip(("output", "rows", "lse"), exact, strict=False):
+            torch.testing.assert_close(
+                result[name][begin:end].double(), truth, rtol=10 * tolerance, atol=tolerance, equal_nan=True
+            )
+
+
 @pytest.mark.parametrize("want", [(), *((name,) for name in ALL)], ids=str)
 def test_attention_features_computes_only_the_requested_fields(want):
     qkv, offsets = random_qkv([150, 71], 2, 32, torch.float32)

@@ -2,7 +2,7 @@
 """attention_features for GPUs of compute capability 8.0 and later: flash attention over packed sequences.
 
 One pass over the keys per block of queries with an online softmax (Dao, FlashAttention-2, 2023) computes the output and
-the log-sum-exp. A tapped row is then one exponential per key, and the key norms are a sum: both are small kernels.
+the log-sum-exp. A tapped row is then one exponential per key, and the key norms are a sum: a second pass over the keys.
 Nothing of size N x N is written. No atomics: bit-identical on every call and in any batch. With 16-bit input the
 softmax weights are rounded to 16 bits before they are multiplied with the values, as in every flash attention.
 """
@@ -48,14 +48,15 @@ BLOCKS = {
 }
 # For head dims below the power of two, if the registers for their masks would spill.
 MASKED_BLOCKS = {(64, 2): Blocks(128, 64, 8, 3)}
-TOKENS = 32  # per block of the two small kernels
+TOKENS = 32  # per block of `_statistics`
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
 def _keys_pass(
     acc, top, total, q, keys, values, token_stride, low, high, length, scale,
-    D: tl.constexpr, PADDED_D: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, WRITE_OUTPUT: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, NEGATIVE: tl.constexpr,
+    WRITE_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over keys low .. high, KEYS at a time; only with TAIL may they extend past `length`."""
     d = tl.arange(0, PADDED_D)
@@ -70,11 +71,17 @@ def _keys_pass(
             k = tl.load(keys + at[None, :] + d[:, None], mask=k_mask, other=0.0)
         else:
             k = tl.load(keys + at[None, :] + d[:, None])
-        scores = tl.dot(q, k, input_precision="ieee") * scale  # [queries, keys], in log2 units
+        products = tl.dot(q, k, input_precision="ieee")  # [queries, keys]
         if TAIL:
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - new_top[:, None])
+            scores = tl.where(inside[None, :], products * scale, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            p = tl.exp2(scores - new_top[:, None])
+        else:
+            # Scales the maximum of each row instead of all scores, and these in the FMA that subtracts it. Added with
+            # its sign reversed: a subtraction spills registers on sm_80 (Triton 3.6).
+            largest = (tl.min(products, 1) if NEGATIVE else tl.max(products, 1)) * scale
+            new_top = tl.maximum(top, largest)
+            p = tl.exp2(products * scale + (-new_top)[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         top = new_top
@@ -93,12 +100,13 @@ def _keys_pass(
 @triton.jit
 def _attend(
     qkv, table, output, lse, scale, token_stride, part_stride, head_stride,
-    D: tl.constexpr, PADDED_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WRITE_OUTPUT: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, NEGATIVE: tl.constexpr,
+    WRITE_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """output [T, H, D] and lse [T, H] for a block of queries of one sequence and one head; grid (blocks, heads).
 
     table: int32 [blocks, 3], the first token of the sequence, its length, and the block's first query in it
-    scale: the softmax's scale * log2(e), so that the exponentials are powers of two
+    scale: the softmax's scale * log2(e), so that the exponentials are powers of two; below 0 only if NEGATIVE
     """
     entry = table + 3 * tl.program_id(0)
     begin = tl.load(entry).to(tl.int64)
@@ -121,11 +129,11 @@ def _attend(
     whole = length // KEYS * KEYS
     acc, top, total = _keys_pass(
         acc, top, total, q, keys, values, token_stride, 0, whole, length, scale,
-        D, PADDED_D, KEYS, False, WRITE_OUTPUT,
+        D, PADDED_D, KEYS, False, NEGATIVE, WRITE_OUTPUT,
     )  # fmt: skip
     acc, top, total = _keys_pass(
         acc, top, total, q, keys, values, token_stride, whole, length, length, scale,
-        D, PADDED_D, KEYS, True, WRITE_OUTPUT,
+        D, PADDED_D, KEYS, True, NEGATIVE, WRITE_OUTPUT,
     )  # fmt: skip
 
     at = (begin + m) * heads + head
@@ -136,50 +144,40 @@ def _attend(
 
 
 @triton.jit
-def _tap(
-    qkv, table, taps, lse, rows, scale, token_stride, part_stride, head_stride, count,
+def _statistics(
+    qkv, table, taps, lse, rows, norms, scale, heads, token_stride, part_stride, head_stride, count,
     D: tl.constexpr, PADDED_D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """rows [T, H, R]: softmax weight that each of the `count` = R tapped queries of a sequence gives to its tokens.
+    """Both statistics of the keys, for a block of tokens of one sequence; grid (blocks).
 
-    table: as for `_attend`, with the block's first token instead of its first query; grid (blocks, heads)
+    table: as for `_attend`, with the block's first token instead of its first query
+    rows: None, or [T, H, R], the softmax weight that each of the `count` = R tapped queries of a sequence gives to its
+        tokens
+    norms: None, or [T], the sum of k^2 over heads and channels
     """
     entry = table + 3 * tl.program_id(0)
     begin = tl.load(entry).to(tl.int64)
     length = tl.load(entry + 1)
     first = tl.load(entry + 2)
-    head = tl.program_id(1)
-    heads = tl.num_programs(1)
 
     n = first + tl.arange(0, TOKENS)
     d = tl.arange(0, PADDED_D)
-    queries = qkv + begin * token_stride + head * head_stride
     mask = (n < length)[:, None] & (d < D)[None, :]
-    k = tl.load(queries + part_stride + n[:, None] * token_stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    at = (begin + n) * heads + head
-    for r in tl.range(0, count):
-        tapped = tl.load(taps + r)
-        q = tl.load(queries + tapped * token_stride + d, mask=d < D, other=0.0).to(tl.float32)
-        score = tl.sum(k * q[None, :], 1) * scale
-        weight = tl.exp2(score - tl.load(lse + (begin + tapped) * heads + head) * 1.4426950408889634)
-        tl.store(rows + at * count + r, weight, mask=n < length)
-
-
-@triton.jit
-def _key_norms(
-    qkv, norms, tokens, heads, token_stride, part_stride, head_stride,
-    D: tl.constexpr, PADDED_D: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """norms [T], the sum of k^2 over heads and channels; grid (blocks of tokens)."""
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    d = tl.arange(0, PADDED_D)
-    mask = (t < tokens)[:, None] & (d < D)[None, :]
     total = tl.zeros([TOKENS], tl.float32)
     for head in tl.range(0, heads):
-        at = part_stride + head * head_stride + t[:, None] * token_stride + d[None, :]
-        k = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
+        queries = qkv + begin * token_stride + head * head_stride
+        k = tl.load(queries + part_stride + n[:, None] * token_stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(k * k, 1)
-    tl.store(norms + t, total, mask=t < tokens)
+        if rows is not None:
+            at = (begin + n) * heads + head
+            for r in tl.range(0, count):
+                tapped = tl.load(taps + r)
+                q = tl.load(queries + tapped * token_stride + d, mask=d < D, other=0.0).to(tl.float32)
+                score = tl.sum(k * q[None, :], 1) * scale
+                weight = tl.exp2(score - tl.load(lse + (begin + tapped) * heads + head) * 1.4426950408889634)
+                tl.store(rows + at * count + r, weight, mask=n < length)
+    if norms is not None:
+        tl.store(norms + begin + n, total, mask=n < length)
 
 
 def _padded(dim: int, dtype: torch.dtype) -> tuple[int, Blocks]:
@@ -226,22 +224,23 @@ def attention_features(
         rows = None
 
     with torch.cuda.device_of(qkv):
+        at = sums = None
         if output is not None or rows is not None or lse is not None:
             tapped = tuple(taps) if output is None and lse is None else None
             table = table_on_device(block_table, qkv, offsets, blocks.queries, tapped)
             sums = lse if lse is not None else qkv.new_empty(tokens, heads, dtype=torch.float32)
             _attend[len(table), heads](
                 qkv, table, output, sums, scale * LOG2_E, *strides, **shape, QUERIES=blocks.queries, KEYS=blocks.keys,
-                WRITE_OUTPUT=output is not None, num_warps=blocks.warps, num_stages=blocks.stages,
+                NEGATIVE=scale < 0, WRITE_OUTPUT=output is not None, num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
         if rows is not None:
-            table = table_on_device(block_table, qkv, offsets, TOKENS)
             at = table_on_device(_positions, qkv, tuple(taps))
-            _tap[len(table), heads](
-                qkv, table, at, sums, rows, scale * LOG2_E, *strides, len(taps), **shape, TOKENS=TOKENS
-            )
-        if key_norms is not None:
-            _key_norms[(triton.cdiv(tokens, TOKENS),)](qkv, key_norms, tokens, heads, *strides, **shape, TOKENS=TOKENS)
+        if rows is not None or key_norms is not None:
+            table = table_on_device(block_table, qkv, offsets, TOKENS)
+            _statistics[(len(table),)](
+                qkv, table, at, sums, rows, key_norms, scale * LOG2_E, heads, *strides, len(taps), **shape,
+                TOKENS=TOKENS,
+            )  # fmt: skip
 
 
 def ahead_of_time() -> Iterator[Variant]:
@@ -253,20 +252,21 @@ def ahead_of_time() -> Iterator[Variant]:
             padded, blocks = _padded(dim, dtype)
             name, dims = names[dtype], {"D": dim, "PADDED_D": padded}
             array = {"qkv": f"*{name}", "table": "*i32"}
-            for write in (True, False):
+            for write in (True, False):  # NEGATIVE only replaces a maximum by a minimum
                 yield Variant(
                     f"_attend {name} D={dim}" + ("" if write else " lse only"), _attend,
                     {**array, "output": f"*{name}", "lse": "*fp32", "scale": "fp32", **strides},
-                    {**dims, "QUERIES": blocks.queries, "KEYS": blocks.keys, "WRITE_OUTPUT": write},
+                    {**dims, "QUERIES": blocks.queries, "KEYS": blocks.keys, "NEGATIVE": False, "WRITE_OUTPUT": write},
                     {"num_warps": blocks.warps, "num_stages": blocks.stages},
                 )  # fmt: skip
-            yield Variant(
-                f"_tap {name} D={dim}", _tap,
-                {**array, "taps": "*i32", "lse": "*fp32", "rows": "*fp32", "scale": "fp32", **strides, "count": "i32"},
-                {**dims, "TOKENS": TOKENS}, {},
-            )  # fmt: skip
-            yield Variant(
-                f"_key_norms {name} D={dim}", _key_norms,
-                {"qkv": f"*{name}", "norms": "*fp32", "tokens": "i32", "heads": "i32", **strides},
-                {**dims, "TOKENS": TOKENS}, {},
-            )  # fmt: skip
+            for fields in (("rows", "norms"), ("rows",), ("norms",)):
+                absent = {"rows", "norms"} - {*fields} | ({"taps", "lse"} if "rows" not in fields else set())
+                types = {
+                    **array, "taps": "*i32", "lse": "*fp32", "rows": "*fp32", "norms": "*fp32", "scale": "fp32",
+                    "heads": "i32", **strides, "count": "i32",
+                }  # fmt: skip
+                yield Variant(
+                    f"_statistics {name} D={dim} {' '.join(fields)}", _statistics,
+                    {argument: t for argument, t in types.items() if argument not in absent},
+                    {**dims, "TOKENS": TOKENS, **dict.fromkeys(absent)}, {},
+                )  # fmt: skip
