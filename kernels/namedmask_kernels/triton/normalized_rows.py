@@ -21,9 +21,12 @@ from .tables import Variant
 
 CHANNELS = 64  # per step of a product; rows are padded with zeros to a multiple of it
 TOKENS = 16  # per block of `_normalized_rows`
+SCALE = tl.constexpr(65536.0)  # of the products, since unit vectors are scaled by 2^8
 # For tiles of 128 x 128 cosines, by architecture: channels per step, a divisor of CHANNELS, and compiler options.
-# Chosen so that no registers spill.
-STEPS = {80: (16, {"num_warps": 8, "num_stages": 3}), 90: (64, {"num_warps": 8, "num_stages": 2})}
+# Chosen so that two blocks, of up to 128 registers per thread, fit a multiprocessor: one computes while the other loads
+# its first operands or packs its bits. With three stages, the loads of a step are in flight during all of the step
+# before.
+STEPS = {80: (16, {"num_warps": 8, "num_stages": 3}), 90: (32, {"num_warps": 8, "num_stages": 3})}
 
 
 class NormalizedRows(NamedTuple):
@@ -66,8 +69,10 @@ def _normalized_rows(features, high, low, finite, tokens, channels, TOKENS: tl.c
 
 
 @triton.jit
-def cosines(high, low, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
-    """float32 [ROWS, COLUMNS]: products of an image's unit vectors `rows` (int32 [ROWS]) and `columns` [COLUMNS].
+def scaled_cosines(
+    high, low, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """SCALE times the cosines of an image's tokens `rows` (int32 [ROWS]) and `columns` [COLUMNS], float32.
 
     high, low: where the image begins; it may have up to 2^31 elements
     """
@@ -81,7 +86,7 @@ def cosines(high, low, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: t
         acc = tl.dot(a_high, b_high, acc)
         acc = tl.dot(a_high, tl.load(low + b + start), acc)
         acc = tl.dot(tl.load(low + a + start), b_high, acc)
-    return acc * (1.0 / 65536)
+    return acc
 
 
 @triton.jit

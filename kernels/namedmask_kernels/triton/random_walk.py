@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ragged import expect_finite
-from .normalized_rows import CHANNELS, cosines, normalized_rows
+from .normalized_rows import CHANNELS, SCALE, normalized_rows, scaled_cosines
 from .tables import Variant, block_table, table_on_device
 
 # Chosen so that no registers spill.
@@ -55,8 +55,8 @@ def _step(
         column = start + tl.arange(0, COLUMNS)
         inside = column < length
         columns = tl.minimum(column, length - 1)
-        tile = cosines(high, low, rows, columns, row_stride, ROWS, COLUMNS, CHANNELS)
-        exponent = tl.minimum(tl.maximum(factor * (tile - 1), LEAST), 1.5)
+        tile = scaled_cosines(high, low, rows, columns, row_stride, ROWS, COLUMNS, CHANNELS)
+        exponent = tl.minimum(tl.maximum(factor * (tile * (1 / SCALE) - 1), LEAST), 1.5)
         weights = tl.where(inside[None, :], tl.exp2(exponent), 0)
         total += tl.sum(weights, 1)
         at = columns[:, None] * masks + mask[None, :]
