@@ -103,7 +103,7 @@ def affinity_bits(unit: NormalizedRows, offsets: Tensor, tau: float) -> Tensor:
     if len(bits):
         table = table_on_device(_image_table, unit.high, offsets)
         threshold = math.inf if tau >= 1 else tau  # no cosine exceeds 1, whatever the rounding
-        channels, options = steps_on(unit.high)
+        channels, options = steps_on(STEPS, unit.high)
         _connect[upper_tiles(lengths, TILE), len(lengths)](
             unit.high, unit.low, table, bits, threshold, unit.high.shape[1], TILE=TILE, CHANNELS=channels, **options
         )

@@ -65,7 +65,7 @@ def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
     ranges[..., 0], ranges[..., 1] = torch.inf, -torch.inf
     if tiles:
         table = table_on_device(_image_table, unit.high, offsets)
-        channels, options = steps_on(unit.high)
+        channels, options = steps_on(STEPS, unit.high)
         _range[tiles, len(lengths)](
             unit.high, unit.low, table, ranges, unit.high.shape[1], TILE=TILE, CHANNELS=channels, **options
         )
