@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The eigenvector of an image's affinity and the results derived from it, one thread block per image, in one launch.
+// The eigenvector of an image's affinity and the results derived from it, in one launch: one cluster of blocks, or one
+// block, per image.
 //
 // The affinity is a bit matrix (computed by triton/normalized_cut.py), and a product with it sums entries of a vector.
 // Consumer GPUs add 64-bit numbers slowly, but all GPUs add bytes fast on their tensor cores. The vector is therefore
@@ -10,17 +11,18 @@
 #include <climits>
 #include <cmath>
 
-#include "block.h"
 #include "lanczos.h"
-#include "launch.h"
 #include "mma.h"
 #include "namedmask/normalized_cut.h"
+#include "team.h"
 
 namespace namedmask::cuda {
 namespace {
 
-constexpr int kWarps = 16;
-constexpr int kThreads = 32 * kWarps;
+// 64 images in clusters of four occupy two blocks of each of an H100's multiprocessors.
+using Cluster = Team<4, 8>;
+using Block = Team<1, 16>;
+constexpr int64_t kAtOnce = 4;     // groups of columns whose loads do not wait for each other
 constexpr int kTile = 128;         // rows are padded to a multiple of this; a group of columns is four words
 constexpr int kMaxImages = 100;    // per launch: the table below must fit the 4 kB of a kernel's arguments
 constexpr double kTie = 1 - 1e-5;  // entries this close to the largest count as equal
@@ -38,11 +40,17 @@ __host__ __device__ int64_t max_steps(int64_t n, int64_t iterations) {
   return iterations < most ? iterations : most;
 }
 __host__ __device__ int64_t work_size(int64_t n, int64_t steps) {
-  return (steps + 4) * padded_rows(n) + 6 * (steps + 1);
+  return (steps + 4) * padded_rows(n) + Lanczos<Block>::small_size(steps) + Block::memory_size(steps + 2);
 }
 
-// The arrays of an image in device memory.
+struct alignas(8) Pair32 {
+  uint32_t digits[2];
+};
+
+// The arrays of an image in device memory. A thread accesses only its own entries of vectors (see lanczos.h).
+template <class Team>
 struct Cut {
+  Team& team;
   int64_t n, padded, steps;
   const uint32_t* bits;  // [padded / kTile, padded, 4]: group of columns, row, word
   double* known;         // D^1/2 1, the first eigenvector, then the Lanczos basis; vectors are `padded` elements apart
@@ -52,12 +60,17 @@ struct Cut {
   __device__ uint32_t* digits() const {  // [padded / kTile, 4, 32, 2]: the operands of four matrix products
     return reinterpret_cast<uint32_t*>(product() + 2 * padded);
   }
-  __device__ Lanczos<kWarps> lanczos() const { return {n, padded, 1, steps, known, product(), product() + 3 * padded}; }
+  __device__ Lanczos<Team> lanczos() const {
+    return {team,      static_cast<int32_t>(n), 1, static_cast<int32_t>(steps), padded, known,
+            product(), product() + 3 * padded};
+  }
 };
 
 // product = D^-1/2 A D^-1/2 q
-__device__ void multiply(const Cut& cut, const double* q, double eps) {
-  const auto thread = static_cast<int64_t>(threadIdx.x);
+template <class Team>
+__device__ void multiply(const Cut<Team>& cut, const double* q, double eps) {
+  constexpr int kThreads = Team::kThreads;
+  const int64_t thread = Team::thread();
   double total = 0, largest = 0;
   for (int64_t i = thread; i < cut.n; i += kThreads) {
     const double x = cut.inverse_root()[i] * q[i];
@@ -65,8 +78,12 @@ __device__ void multiply(const Cut& cut, const double* q, double eps) {
     largest = max(largest, fabs(x));
     cut.product()[i] = x;
   }
-  total = block_reduce<kWarps>(total, Sum());
-  largest = block_reduce<kWarps>(largest, Most());
+  double* const parts = cut.team.next_parts();
+  Team::put(parts, 0, total, Sum());
+  Team::put(parts, 1, largest, Most());
+  Team::sync();
+  total = Team::get(parts, 0, Sum());
+  largest = Team::get(parts, 1, Most());
   int exponent, count;  // the largest entry is below 2^exponent and n below 2^count: a sum of n integers is below 2^62
   frexp(largest, &exponent);
   frexp(static_cast<double>(cut.n), &count);
@@ -84,22 +101,33 @@ __device__ void multiply(const Cut& cut, const double* q, double eps) {
     }
     for (int d = 0; d < 8; ++d) cut.digits()[group * 256 + step * 64 + (d * 4 + word) * 2 + half] = digit[d];
   }
-  __syncthreads();
+  Team::sync();
 
   const int64_t lane = thread % 32, word = lane % 4;
-  for (int64_t row = thread / 32 * 32; row < cut.padded; row += kThreads) {  // 32 rows per warp
+  for (int64_t row = thread / 32 * 32; row < cut.padded; row += kThreads) {  // 32 rows per warp, those of its threads
     int32_t sums[2][4] = {};
-    const uint32_t *bits = cut.bits + row * 4 + lane, *digits = cut.digits() + 2 * lane;
-    for (int64_t column = 0; column < cut.padded; column += kTile, bits += 4 * cut.padded, digits += 256) {
-      const uint32_t w[4] = {bits[0], bits[32], bits[64], bits[96]};  // of rows 8 apart
+    const uint32_t* bits = cut.bits + row * 4 + lane;
+    const Pair32* digits = reinterpret_cast<const Pair32*>(cut.digits()) + lane;
+    for (int64_t group = 0; group < cut.padded / kTile; group += kAtOnce) {
+      const int64_t last = cut.padded / kTile - 1;
+      uint32_t w[kAtOnce][4];  // of rows 8 apart; 0 after the last group
 #pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const uint32_t b[2] = {digits[64 * step], digits[64 * step + 1]};
+      for (int64_t g = 0; g < kAtOnce; ++g) {
+        const uint32_t* from = bits + min(group + g, last) * 4 * cut.padded;
+        for (int i = 0; i < 4; ++i) w[g][i] = group + g <= last ? from[32 * i] : 0;
+      }
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const uint32_t low = w[2 * r] >> 2 * step, high = w[2 * r + 1] >> 2 * step, ones = 0x01010101;
-          const uint32_t a[4] = {low & ones, high & ones, low >> 1 & ones, high >> 1 & ones};
-          multiply_add_bytes(sums[r], a, b);
+      for (int64_t g = 0; g < kAtOnce; ++g) {
+        const Pair32* from = digits + min(group + g, last) * 128;
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          const Pair32 b = from[32 * step];
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const uint32_t low = w[g][2 * r] >> 2 * step, high = w[g][2 * r + 1] >> 2 * step, ones = 0x01010101;
+            const uint32_t a[4] = {low & ones, high & ones, low >> 1 & ones, high >> 1 & ones};
+            multiply_add_bytes(sums[r], a, b.digits);
+          }
         }
       }
     }
@@ -113,34 +141,42 @@ __device__ void multiply(const Cut& cut, const double* q, double eps) {
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
       if (word == r) mine = sum;
     }
-    const int64_t i = row + 8 * word + lane / 4;
+    // The lane has the sum of row 8 * word + lane / 4; its own is that of its number.
+    mine = __shfl_sync(kAllLanes, mine, static_cast<int>(lane % 8 * 4 + lane / 8));
+    const int64_t i = row + lane;
     if (i < cut.n) {
       const double sum = static_cast<double>(static_cast<int64_t>(mine)) * unit;
       cut.product()[i] = cut.inverse_root()[i] * (eps * total + (1 - eps) * sum);
     }
   }
-  __syncthreads();
 }
 
 // Whether all tokens are alike, so that the image has no cut; `value` is then the common eigenvalue.
-__device__ bool alike(const Cut& cut, double eps, double* value) {
-  int32_t least = INT_MAX, most = -1;  // of twice the number of bits in a row plus the bit on the diagonal
-  for (auto i = static_cast<int64_t>(threadIdx.x); i < cut.n; i += kThreads) {
+template <class Team>
+__device__ bool alike(const Cut<Team>& cut, double eps, double* value) {
+  double least = INFINITY, most = -1;  // of twice the number of bits in a row plus the bit on the diagonal
+  for (int64_t i = Team::thread(); i < cut.n; i += Team::kThreads) {
     int32_t count = 0;
+#pragma unroll 4
     for (int64_t group = 0; group < cut.padded / kTile; ++group) {
       const uint32_t* bits = cut.bits + (group * cut.padded + i) * 4;
       for (int word = 0; word < 4; ++word) count += __popc(bits[word]);
     }
     const uint32_t own = cut.bits[(i / kTile * cut.padded + i) * 4 + i % kTile / 32] >> i % 32 & 1;
-    least = min(least, 2 * count + static_cast<int32_t>(own));
-    most = max(most, 2 * count + static_cast<int32_t>(own));
+    const double both = 2 * count + static_cast<int32_t>(own);
+    least = min(least, both);
+    most = max(most, both);
     cut.known[i] = sqrt(eps * static_cast<double>(cut.n) + (1 - eps) * count);
   }
-  least = block_reduce<kWarps>(least, Least());
-  most = block_reduce<kWarps>(most, Most());
+  double* const parts = cut.team.next_parts();
+  Team::put(parts, 0, least, Least());
+  Team::put(parts, 1, most, Most());
+  Team::sync();
+  least = Team::get(parts, 0, Least());
+  most = Team::get(parts, 1, Most());
   *value = 1;
   if (cut.n < 2) return true;
-  const int64_t own = most % 2, others = most / 2 - own;
+  const int64_t own = static_cast<int64_t>(most) % 2, others = static_cast<int64_t>(most) / 2 - own;
   if (least != most || (others != 0 && others != cut.n - 1)) return false;
   // A = (self - other) I + other 11' and D = degree I
   const double self = own ? 1 : eps, other = others ? 1 : eps;
@@ -155,13 +191,17 @@ struct Results {
   uint8_t* partition;
 };
 
-__global__ void __launch_bounds__(kThreads)
+template <class Team>
+__global__ void __launch_bounds__(Team::kBlockThreads, Team::kBlockThreads <= 256 ? 2 : 1)
     cut_images(const __grid_constant__ Images images, const uint32_t* all_bits, double* work,
                const __grid_constant__ Results results, double eps, double tolerance, int64_t iterations) {
-  const auto b = static_cast<int32_t>(blockIdx.x);
-  const auto thread = static_cast<int64_t>(threadIdx.x);
-  const int64_t n = images.length[b];
-  const Cut cut = {n, padded_rows(n), max_steps(n, iterations), all_bits + images.bits[b], work + images.work[b]};
+  constexpr int kThreads = Team::kThreads;
+  const int32_t b = Team::number();
+  const int64_t thread = Team::thread(), n = images.length[b], steps = max_steps(n, iterations);
+  double* const memory = work + images.work[b];
+  Team team(memory, steps + 2);
+  const Cut<Team> cut = {
+      team, n, padded_rows(n), steps, all_bits + images.bits[b], memory + Team::memory_size(steps + 2)};
   float* vector = results.vector + images.begin[b];
   uint8_t* partition = results.partition + images.begin[b];
   const auto report = [&](double value, double residual, int64_t products, int32_t seed) {
@@ -184,13 +224,11 @@ __global__ void __launch_bounds__(kThreads)
     cut.inverse_root()[i] = 1 / cut.known[i];
     squares += cut.known[i] * cut.known[i];
   }
-  const double norm = sqrt(block_reduce<kWarps>(squares, Sum()));
+  const double norm = sqrt(team.reduce(squares, Sum()));
   for (int64_t i = thread; i < n; i += kThreads) cut.known[i] /= norm;
-  __syncthreads();
-  const Lanczos<kWarps> lanczos = cut.lanczos();
+  const Lanczos<Team> lanczos = cut.lanczos();
   const Pair pair = lanczos.solve(0, tolerance, [&](const double* q) { multiply(cut, q, eps); });
-  lanczos.vector(pair.products,
-                 cut.product());  // every thread accesses only its own entries, here and in the next lines
+  lanczos.vector(pair.products, cut.product());
 
   double largest = 0, sum = 0;
   for (int64_t i = thread; i < n; i += kThreads) {
@@ -198,13 +236,13 @@ __global__ void __launch_bounds__(kThreads)
     largest = max(largest, fabs(v));
     sum += v;
   }
-  largest = block_reduce<kWarps>(largest, Most());
-  const double mean = block_reduce<kWarps>(sum, Sum()) / static_cast<double>(n);
-  int32_t seed = INT_MAX;
+  largest = team.reduce(largest, Most());
+  const double mean = team.reduce(sum, Sum()) / static_cast<double>(n);
+  auto first = static_cast<double>(n);
   for (int64_t i = thread; i < n; i += kThreads) {
-    if (fabs(cut.product()[i]) >= kTie * largest) seed = min(seed, static_cast<int32_t>(i));
+    if (fabs(cut.product()[i]) >= kTie * largest) first = min(first, static_cast<double>(i));
   }
-  seed = block_reduce<kWarps>(seed, Least());
+  const auto seed = static_cast<int32_t>(team.reduce(first, Least()));
   const double sign = cut.product()[seed] < 0 ? -1 : 1;
   for (int64_t i = thread; i < n; i += kThreads) {
     const double v = sign * cut.product()[i];
@@ -237,6 +275,7 @@ void normalized_cut(const TensorView& bits, const TensorView& offsets, const Ten
   expect(op, "bits", bits, DType::kInt32, {words}, Device::kCUDA);
   expect(op, "workspace", workspace, DType::kFloat64, {doubles}, Device::kCUDA);
   const OnDevice device(vector);
+  const bool in_clusters = has_clusters(cut_images<Cluster>);
   const Results results = {vector.as<float>(),       value.as<double>(), residual.as<double>(),
                            iterations.as<int32_t>(), seed.as<int32_t>(), partition.as<uint8_t>()};
   words = doubles = 0;
@@ -252,8 +291,13 @@ void normalized_cut(const TensorView& bits, const TensorView& offsets, const Ten
       words += padded_rows(n) * padded_rows(n) / 32;
       doubles += work_size(n, max_steps(n, max_iterations));
     }
-    launch(cut_images, count, kThreads, stream, images, bits.as<uint32_t>(), workspace.as<double>(), results, eps,
-           tolerance, max_iterations);
+    if (in_clusters) {
+      launch_clusters(cut_images<Cluster>, count, Cluster::kBlocks, Cluster::kBlockThreads, stream, images,
+                      bits.as<uint32_t>(), workspace.as<double>(), results, eps, tolerance, max_iterations);
+    } else {
+      launch(cut_images<Block>, count, Block::kBlockThreads, stream, images, bits.as<uint32_t>(),
+             workspace.as<double>(), results, eps, tolerance, max_iterations);
+    }
   }
 }
 

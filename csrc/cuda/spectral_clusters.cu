@@ -1,23 +1,26 @@
 // SPDX-License-Identifier: MIT
 // Eigenvectors and k-means of spectral_clusters. The affinity is a matrix of rank C plus a constant,
 // A = (F F' - m) / (M - m), so a product with it takes two products with the features F and one sum; once m and M are
-// known (triton/spectral_clusters.py), no work of size n x n is left, only a long sequence of small steps. One thread
-// block per image finds the eigenvectors one after another, each orthogonal to those before, so that multiple
-// eigenvalues are found as often as they occur. Then every run of k-means has its own block.
+// known (triton/spectral_clusters.py), no work of size n x n is left, only a long sequence of small steps. A cluster
+// of blocks (or one block) per image finds the eigenvectors one after another, each orthogonal to those before, so that
+// multiple eigenvalues are found as often as they occur. Then every run of k-means has its own block.
 #include <algorithm>
 #include <climits>
 #include <cmath>
 
 #include "block.h"
 #include "lanczos.h"
-#include "launch.h"
 #include "namedmask/spectral_clusters.h"
+#include "team.h"
 
 namespace namedmask::cuda {
 namespace {
 
-constexpr int kWarps = 16;      // per block that finds eigenvectors
-constexpr int kRunWarps = 8;    // per block of k-means
+// Find the eigenvectors of an image. 64 clusters of four blocks occupy two blocks of each of an H100's multiprocessors.
+using Cluster = Team<4, 8>;
+using Block = Team<1, 16>;
+constexpr int64_t kMostThreads = Cluster::kThreads;  // of a team
+constexpr int kRunWarps = 8;                         // per block of k-means
 constexpr int kMaxImages = 64;  // per launch: the table below must fit the 4 kB of a kernel's arguments
 constexpr int kMaxCount = 64;
 constexpr int64_t kMaxProducts = 192;  // per vector
@@ -41,22 +44,34 @@ struct Work {
   int64_t n, channels, vectors, runs;  // vectors: required number, at most n - 1
 
   __host__ __device__ int64_t steps() const { return smaller(kMaxProducts, n > 1 ? n - 1 : 0); }
-  __host__ __device__ int64_t parts() const { return 4 * 32 * kWarps + channels; }
+  __host__ __device__ int64_t values() const { return 1 + vectors + steps(); }  // of a reduction
   __host__ __device__ int64_t run_size() const { return 1 + n + (n + 1) / 2; }
   __host__ __device__ int64_t size() const {
-    return (1 + vectors + steps() + 2) * n + 6 * steps() + 1 + vectors + parts() + runs * run_size() + 1;
+    return (values() + 2) * n + Lanczos<Block>::small_size(steps()) + Block::memory_size(values()) + sums_size() +
+           runs * run_size() + 1;
   }
 
   // The first of the known vectors is D^1/2 1; finally `points` [vectors, n] follow it.
-  __device__ Lanczos<kWarps> lanczos(double* memory, int64_t known) const {
-    double* product = memory + (1 + vectors + steps()) * n;
-    return {n, n, known, smaller(steps(), n - known), memory, product, product + 2 * n};
+  template <class Team>
+  __device__ Lanczos<Team> lanczos(Team& team, double* memory, int64_t known) const {
+    return {team,
+            static_cast<int32_t>(n),
+            static_cast<int32_t>(known),
+            static_cast<int32_t>(smaller(steps(), n - known)),
+            n,
+            memory,
+            product(memory),
+            inverse_root(memory) + n};
   }
-  __device__ double* inverse_root(double* memory) const { return memory + (2 + vectors + steps()) * n; }
-  __device__ double* sums(double* memory) const {  // [channels], then the partial sums of threads
-    return inverse_root(memory) + n + 6 * steps() + 1 + vectors;
+  __device__ double* product(double* memory) const { return memory + values() * n; }
+  __device__ double* inverse_root(double* memory) const { return product(memory) + n; }
+  __device__ double* reductions(double* memory) const {
+    return inverse_root(memory) + n + Lanczos<Block>::small_size(steps());
   }
-  __device__ double* found(double* memory) const { return sums(memory) + parts(); }
+  __device__ double* sums(double* memory) const { return reductions(memory) + Block::memory_size(values()); }
+  // The sums of each block of a team, [channels], then those of groups of threads.
+  __host__ __device__ int64_t sums_size() const { return Cluster::kBlocks * channels + 4 * kMostThreads + channels; }
+  __device__ double* found(double* memory) const { return sums(memory) + sums_size(); }
   // The sum of squared distances; distances [n]; labels int32 [n].
   __device__ double* run(double* memory, int64_t r) const { return found(memory) + 1 + r * run_size(); }
 };
@@ -66,96 +81,133 @@ __device__ Work my_work(const Images& images, int32_t b, int64_t channels) {
   return {n, channels, smaller(images.vectors, n > 1 ? n - 1 : 0), images.n_counts * kRestarts};
 }
 
+struct alignas(16) Quad {
+  float of[4];
+};
+
+template <class Team>
 struct Affinity {
+  static constexpr int kRows = 4;  // whose loads do not wait for each other
+
+  Team& team;
   const float* unit;  // [n, channels], unit vectors
   int32_t n, channels;
   double least, scale;
   double *inverse_root, *sums;
 
-  // out = D^-1/2 A D^-1/2 q
+  // Four channels of a row.
+  __device__ Quad quad(int64_t row, int32_t c) const {
+    return *reinterpret_cast<const Quad*>(unit + row * channels + 4 * c);
+  }
+
+  // out = D^-1/2 A D^-1/2 q; a thread accesses only its own entries (see lanczos.h). Features are read twice, upwards
+  // and downwards, so that the second pass and the next product find the last ones in L2.
   __device__ void multiply(const double* q, double* out) const {
-    constexpr int32_t kThreads = 32 * kWarps;
-    const auto thread = static_cast<int32_t>(threadIdx.x);
+    const int32_t thread = Team::thread();
     double total = 0;
-    for (int32_t i = thread; i < n; i += kThreads) total += inverse_root[i] * q[i];
-    total = block_reduce<kWarps>(total, Sum());
-    // sums = F' x: four channels per thread; remaining threads split the rows
+    for (int32_t i = thread; i < n; i += Team::kThreads) total += out[i] = inverse_root[i] * q[i];
+    total = team.reduce(total, Sum());
+    // parts = F' x: four channels per thread; groups of threads split the rows
     const int32_t quads = channels / 4;
-    const int32_t groups = quads < kThreads ? kThreads / quads : 1;
-    double* parts = sums + channels;
-    for (int32_t c = thread % quads; c < quads && thread / quads < groups; c += kThreads) {
+    const int32_t groups = quads < Team::kThreads ? Team::kThreads / quads : 1;
+    double* const parts = sums + Team::kBlocks * channels;
+    for (int32_t c = thread % quads; c < quads && thread / quads < groups; c += Team::kThreads) {
       double part[4] = {};
-      for (int32_t i = thread / quads; i < n; i += groups) {
-        const double x = inverse_root[i] * q[i];
-        const float* f = unit + static_cast<int64_t>(i) * channels + 4 * c;
-        for (int k = 0; k < 4; ++k) part[k] += f[k] * x;
+      for (int32_t first = thread / quads; first < n; first += kRows * groups) {
+        Quad f[kRows];
+        double x[kRows];
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) {
+          const int32_t i = first + j * groups, row = min(i, n - 1);
+          f[j] = quad(row, c);
+          x[j] = i < n ? out[row] : 0;
+        }
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) {
+          for (int k = 0; k < 4; ++k) part[k] += f[j].of[k] * x[j];
+        }
       }
-      double* to = groups > 1 ? parts + thread / quads * channels : sums;
-      for (int k = 0; k < 4; ++k) to[4 * c + k] = part[k];
+      for (int k = 0; k < 4; ++k) parts[thread / quads * channels + 4 * c + k] = part[k];
     }
-    __syncthreads();
-    if (groups > 1) {
-      for (int32_t c = thread; c < channels; c += kThreads) {
-        double sum = 0;
-        for (int32_t g = 0; g < groups; ++g) sum += parts[g * channels + c];
-        sums[c] = sum;
-      }
-      __syncthreads();
-    }
-    for (int32_t i = thread / 32; i < n; i += kWarps) {
+    Team::sync();
+    double* const mine = sums + blockIdx.x % Team::kBlocks * channels;  // every block has its own copy
+    for (auto c = static_cast<int32_t>(threadIdx.x); c < channels; c += Team::kBlockThreads) {
       double sum = 0;
-      for (int32_t c = thread % 32; c < channels; c += 32)
-        sum += unit[static_cast<int64_t>(i) * channels + c] * sums[c];
-      sum = warp_reduce(sum, Sum());
-      if (thread % 32 == 0) out[i] = inverse_root[i] * scale * (sum - least * total);
+#pragma unroll 4
+      for (int32_t g = 0; g < groups; ++g) sum += parts[g * channels + c];
+      mine[c] = sum;
     }
     __syncthreads();
+    // out = F sums: a warp computes the 32 rows of its threads
+    const int32_t lane = thread % 32;
+    for (int32_t first = (n - 1) / Team::kThreads * Team::kThreads + thread - lane; first >= 0;
+         first -= Team::kThreads) {
+      if (first >= n) continue;
+      double own = 0;
+      for (int32_t r = 32 - kRows; r >= 0; r -= kRows) {
+        double of_rows[kRows] = {};
+        for (int32_t c = lane; c < quads; c += 32) {
+          Quad f[kRows];
+#pragma unroll
+          for (int j = 0; j < kRows; ++j) f[j] = quad(min(first + r + j, n - 1), c);
+#pragma unroll
+          for (int j = 0; j < kRows; ++j) {
+            for (int k = 0; k < 4; ++k) of_rows[j] += f[j].of[k] * mine[4 * c + k];
+          }
+        }
+        for (int j = 0; j < kRows; ++j) {
+          const double sum = warp_reduce(of_rows[j], Sum());
+          if (lane == r + j) own = sum;
+        }
+      }
+      const int32_t i = first + lane;
+      if (i < n) out[i] = inverse_root[i] * scale * (own - least * total);
+    }
   }
 };
 
 // Computes v_2, v_3, ... of each image, in place of the known vectors after the first, and their number.
-__global__ void __launch_bounds__(32 * kWarps) embed(const __grid_constant__ Images images, const float* all_units,
-                                                     int64_t channels, const float* ranges, double* workspace) {
-  constexpr int64_t kThreads = 32 * kWarps;
-  const auto b = static_cast<int32_t>(blockIdx.x);
-  const auto thread = static_cast<int64_t>(threadIdx.x);
+template <class Team>
+__global__ void __launch_bounds__(Team::kBlockThreads, Team::kBlockThreads <= 256 ? 2 : 1)
+    embed(const __grid_constant__ Images images, const float* all_units, int64_t channels, const float* ranges,
+          double* workspace) {
+  const int32_t b = Team::number();
+  const int32_t thread = Team::thread(), n = images.length[b];
   const Work work = my_work(images, b, channels);
   double* memory = workspace + images.work[b];
   const double least = ranges[2 * (images.first + b)], most = ranges[2 * (images.first + b) + 1];
   if (thread == 0) *work.found(memory) = 0;
   if (work.vectors == 0 || !(most - least >= kAlike)) return;
-  const Affinity affinity = {all_units + images.begin[b] * channels,
-                             images.length[b],
-                             static_cast<int32_t>(channels),
-                             least,
-                             1 / (most - least),
-                             work.inverse_root(memory),
-                             work.sums(memory)};
-  double* known = memory;
-  double* product = work.lanczos(memory, 1).product;
-  for (int64_t i = thread; i < work.n; i += kThreads) affinity.inverse_root[i] = known[i] = 1;
-  __syncthreads();
+  Team team(work.reductions(memory), work.values());
+  const Affinity<Team> affinity = {team,
+                                   all_units + images.begin[b] * channels,
+                                   n,
+                                   static_cast<int32_t>(channels),
+                                   least,
+                                   1 / (most - least),
+                                   work.inverse_root(memory),
+                                   work.sums(memory)};
+  double *known = memory, *product = work.product(memory);
+  for (int32_t i = thread; i < n; i += Team::kThreads) affinity.inverse_root[i] = known[i] = 1;
   affinity.multiply(known, product);
   double squares = 0;
-  for (int64_t i = thread; i < work.n; i += kThreads) {
+  for (int32_t i = thread; i < n; i += Team::kThreads) {
     const bool joined = product[i] > kIsolated;
     known[i] = joined ? sqrt(product[i]) : 0;
     affinity.inverse_root[i] = joined ? 1 / known[i] : 0;
     squares += known[i] * known[i];
   }
-  const double norm = sqrt(block_reduce<kWarps>(squares, Sum()));
-  for (int64_t i = thread; i < work.n; i += kThreads) known[i] /= norm;
-  __syncthreads();
+  const double norm = sqrt(team.reduce(squares, Sum()));
+  for (int32_t i = thread; i < n; i += Team::kThreads) known[i] /= norm;
   for (int64_t j = 0; j < work.vectors; ++j) {
-    const Lanczos<kWarps> lanczos = work.lanczos(memory, 1 + j);
+    const Lanczos<Team> lanczos = work.lanczos(team, memory, 1 + j);
     const Pair pair = lanczos.solve(static_cast<uint64_t>(j * work.n), kTolerance,
                                     [&](const double* q) { affinity.multiply(q, product); });
-    lanczos.vector(pair.products, product);  // every thread accesses only its own entries, here and in the next line
-    for (int64_t i = thread; i < work.n; i += kThreads) known[(1 + j) * work.n + i] = product[i];
-    __syncthreads();
+    lanczos.vector(pair.products, product);
+    for (int32_t i = thread; i < n; i += Team::kThreads) known[(1 + j) * work.n + i] = product[i];
   }
   for (int64_t j = 1; j <= work.vectors; ++j) {
-    for (int64_t i = thread; i < work.n; i += kThreads) known[j * work.n + i] *= affinity.inverse_root[i];
+    for (int32_t i = thread; i < n; i += Team::kThreads) known[j * work.n + i] *= affinity.inverse_root[i];
   }
   if (thread == 0) *work.found(memory) = static_cast<double>(work.vectors);
 }
@@ -274,11 +326,12 @@ __global__ void __launch_bounds__(32 * kRunWarps)
   double* memory = workspace + images.work[b];
   int32_t* labels = all_labels + images.begin[b] * static_cast<int64_t>(images.n_counts) + column;
   const bool alike = images.counts[column] == 1 || *work.found(memory) == 0;
-  int64_t best = column * kRestarts;
-  for (int64_t r = best + 1; r < (column + 1) * kRestarts && !alike; ++r) {
-    if (*work.run(memory, r) < *work.run(memory, best)) best = r;
+  const double* best = work.run(memory, column * kRestarts);
+  for (int64_t r = 1; r < kRestarts && !alike; ++r) {
+    const double* run = work.run(memory, column * kRestarts + r);
+    if (*run < *best) best = run;
   }
-  const auto* label = reinterpret_cast<const int32_t*>(work.run(memory, best) + 1 + work.n);
+  const auto* label = reinterpret_cast<const int32_t*>(best + 1 + work.n);
   if (thread < kMaxCount) first[thread] = INT_MAX;
   __syncthreads();
   for (int64_t i = thread; i < work.n && !alike; i += kThreads) atomicMin(&first[label[i]], static_cast<int32_t>(i));
@@ -324,6 +377,7 @@ void spectral_clusters(const TensorView& unit, const TensorView& ranges, const T
                                 ": channels must be a multiple of 4, and there must be at most 64 counts");
   }
   const OnDevice device(unit);
+  const bool in_clusters = has_clusters(embed<Cluster>);
   int64_t doubles = 0;
   for (int64_t first = 0; first < batch.count; first += kMaxImages) {
     Images images;
@@ -340,8 +394,13 @@ void spectral_clusters(const TensorView& unit, const TensorView& ranges, const T
       images.work[i] = doubles;
       doubles += work_of(batch, first + i, counts, channels).size();
     }
-    launch(embed, count, 32 * kWarps, stream, images, unit.as<float>(), channels, ranges.as<float>(),
-           workspace.as<double>());
+    if (in_clusters) {
+      launch_clusters(embed<Cluster>, count, Cluster::kBlocks, Cluster::kBlockThreads, stream, images, unit.as<float>(),
+                      channels, ranges.as<float>(), workspace.as<double>());
+    } else {
+      launch(embed<Block>, count, Block::kBlockThreads, stream, images, unit.as<float>(), channels, ranges.as<float>(),
+             workspace.as<double>());
+    }
     launch(run_kmeans, count * n_counts * kRestarts, 32 * kRunWarps, stream, images, channels, workspace.as<double>(),
            seed);
     launch(pick_run, count * n_counts, 32 * kRunWarps, stream, images, channels, workspace.as<double>(),

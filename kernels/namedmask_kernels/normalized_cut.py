@@ -208,7 +208,7 @@ def _cut_cuda(
 def _work_size(tokens: int, max_iterations: int) -> int:
     """The number of doubles of an image in the workspace of normalized_cut.h."""
     steps = min(max(tokens - 1, 0), max_iterations)
-    return (steps + 4) * -(-tokens // 128) * 128 + 6 * (steps + 1)
+    return (steps + 4) * -(-tokens // 128) * 128 + 5 * steps + 2 + 64 * (steps + 2)
 
 
 def _fields(numbers: Tensor) -> list[Tensor]:

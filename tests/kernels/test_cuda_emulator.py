@@ -112,6 +112,48 @@ def test_bilateral_solver_is_the_same_in_a_cluster_of_blocks(emulated_cuda, with
     assert alone.isfinite().all() and all(torch.equal(alone, other) for other in together)
 
 
+@pytest.mark.parametrize("side", [0, 1, 5, 36])
+def test_normalized_cut_is_the_same_in_a_cluster_of_blocks(emulated_cuda, side):
+    """To rounding: sums have another order. The largest has more tokens than a cluster has threads."""
+    generator = torch.Generator().manual_seed(side)
+    features = torch.randn(side, side, 24, generator=generator)
+    features[: side // 2, : side // 3] += 1
+
+    def cut():
+        return nk.normalized_cut(features, backend="cuda")
+
+    alone = cut()
+    emulator.extension().use_clusters(True)
+    try:
+        together = [cut() for _ in range(2)]
+    finally:
+        emulator.extension().use_clusters(False)
+    for name, one, first, second in zip(alone._fields, alone, *together, strict=True):
+        assert torch.equal(first, second), name
+        if name != "residual":
+            torch.testing.assert_close(one, first, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("side, channels", [(0, 24), (1, 24), (3, 2), (7, 24), (36, 24), (12, 4100)])
+def test_spectral_clusters_are_the_same_in_a_cluster_of_blocks(emulated_cuda, side, channels):
+    """The largest has more tokens than a cluster has threads, another more channels."""
+    generator = torch.Generator().manual_seed(side)
+    centers = 3 * torch.randn(4, channels, generator=generator)
+    which = torch.randint(4, (side, side), generator=generator)
+    features = centers[which] + torch.randn(side, side, channels, generator=generator)
+
+    def split():
+        return nk.spectral_clusters(features, [2, 4], backend="cuda")
+
+    alone = split()
+    emulator.extension().use_clusters(True)
+    try:
+        together = [split() for _ in range(2)]
+    finally:
+        emulator.extension().use_clusters(False)
+    assert all(torch.equal(alone, other) for other in together)
+
+
 @pytest.fixture
 def failing_launches(emulated_cuda):
     emulator.extension().fail_launches(True)

@@ -53,9 +53,10 @@ void normalized_cut(const TensorView& features, const TensorView& offsets, const
 // bits       int32 [sum over the images of p^2 / 32], p the number of tokens rounded up to a multiple of 128. For each
 //            image [p / 128, p, 4]: bit k % 32 of word k / 32 of group g and row i is set if i is connected to
 //            128 g + k. Symmetric, and 0 beyond the image's tokens.
-// workspace  float64 [sum over the images of (s + 4) p + 6 (s + 1)], s = min(max_iterations, tokens - 1); scratch.
+// workspace  float64 [sum over the images of (s + 4) p + 5 s + 2 + 64 (s + 2)], s = min(max_iterations, tokens - 1);
+//            scratch.
 // The other arrays are as above; results from features that are not finite mean nothing. One launch per 100 images, one
-// thread block per image. Results are bit-identical for any batch.
+// cluster of blocks per image where there are any, else one block. Results are bit-identical for any batch.
 namespace cuda {
 
 void normalized_cut(const TensorView& bits, const TensorView& offsets, const TensorView& shapes,

@@ -39,11 +39,11 @@ void spectral_clusters(const TensorView& features, const TensorView& offsets, co
 // on one device and must stay alive until the work on `stream` is done. Eigenvectors are found one after another, not
 // together, to a residual of 1e-8 or for at most 192 products each; the sums of k-means have a different order.
 //
-// unit       float32 [T, C], the unit vectors, C a multiple of 4 (zeros at the end change nothing)
+// unit       float32 [T, C], aligned to 16 bytes, the unit vectors, C a multiple of 4 (zeros at the end change nothing)
 // ranges     float32 [B, 2], m and M of each image
 // workspace  float64 [spectral_clusters_workspace(...)], scratch
-// At most 64 counts. Three launches per 64 images, with one thread block per image, per run of k-means, and per image
-// and k.
+// At most 64 counts. Three launches per 64 images, with one cluster of thread blocks (or one block) per image, and one
+// block per run of k-means and per image and k.
 namespace cuda {
 
 int64_t spectral_clusters_workspace(const TensorView& offsets, const TensorView& shapes, const TensorView& counts,

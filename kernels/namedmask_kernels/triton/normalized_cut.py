@@ -20,10 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .normalized_rows import STEPS, NormalizedRows, cosines, steps_on, upper_tile, upper_tiles
+from .normalized_rows import SCALE, STEPS, NormalizedRows, scaled_cosines, steps_on, upper_tile, upper_tiles
 from .tables import Variant, table_on_device
 
 TILE = 128  # rows and columns; fixed by the layout of the bits, see normalized_cut.h
+
+
+@triton.jit
+def _bits_from(first):
+    """uint32: bit k is set if k >= first."""
+    first = tl.minimum(tl.maximum(first, 0), 32).to(tl.uint64)
+    return (tl.full(first.shape, 0xFFFFFFFF, tl.uint64) << first).to(tl.uint32)
 
 
 @triton.jit
@@ -45,20 +52,24 @@ def _connect(high, low, table, bits, threshold, row_stride, TILE: tl.constexpr, 
         low += begin * row_stride
         rows = tl.minimum(row, length - 1)
         columns = tl.minimum(column, length - 1)
-        above = cosines(high, low, rows, columns, row_stride, TILE, TILE, CHANNELS) > threshold
-        above = above & (row < length)[:, None] & (column < length)[None, :]
-        above = above & ((row[:, None] <= column[None, :]) | (down < right))
+        products = scaled_cosines(high, low, rows, columns, row_stride, TILE, TILE, CHANNELS)
+        above = tl.reshape(products > threshold * SCALE, [TILE, TILE // 32, 32])
         bit = tl.arange(0, 32)
-        ones = above.to(tl.int32)
-        words = tl.sum(tl.reshape(ones, [TILE, TILE // 32, 32]) << bit[None, None, :], 2)  # [row, word]
-        transposed = tl.trans(
-            tl.sum(tl.reshape(ones, [TILE // 32, 32, TILE]) << bit[None, :, None], 1)
-        )  # [column, word]
+        one = tl.full([32], 1, tl.uint32) << bit.to(tl.uint32)
+        word = tl.arange(0, TILE // 32)
+        words = tl.sum(tl.where(above, one[None, None, :], 0), 2)  # [row, word]
+        # Words, of which there are few, are cleared instead of pairs: outside of the image and below the diagonal.
+        first_bit = right * TILE + 32 * word
+        begins = tl.where((row < length)[:, None], row[:, None] - first_bit[None, :], 32)
+        words &= _bits_from(begins) ^ _bits_from(tl.maximum(begins, (length - first_bit)[None, :]))
+        squares = tl.reshape(words, [TILE // 32, 32, TILE // 32])  # [word of the transpose, bit of it, word]
+        is_set = (squares[:, :, :, None] >> bit.to(tl.uint32)[None, None, None, :]) & 1
+        transposed = tl.sum(tl.where(is_set != 0, one[None, :, None, None], 0), 1)
+        transposed = tl.reshape(tl.permute(transposed, [1, 2, 0]), [TILE, TILE // 32])  # [column, word]
         if down == right:
-            words = words | transposed
+            words |= transposed
             transposed = words
         size = tiles.to(tl.int64) * TILE
-        word = tl.arange(0, TILE // 32)
         own = bits + tl.load(entry + 2)
         tl.store(own + ((right * size + row)[:, None] * 4 + word[None, :]), words)
         tl.store(own + ((down * size + column)[:, None] * 4 + word[None, :]), transposed)
@@ -92,7 +103,7 @@ def affinity_bits(unit: NormalizedRows, offsets: Tensor, tau: float) -> Tensor:
     if len(bits):
         table = table_on_device(_image_table, unit.high, offsets)
         threshold = math.inf if tau >= 1 else tau  # no cosine exceeds 1, whatever the rounding
-        channels, options = steps_on(unit.high)
+        channels, options = steps_on(STEPS, unit.high)
         _connect[upper_tiles(lengths, TILE), len(lengths)](
             unit.high, unit.low, table, bits, threshold, unit.high.shape[1], TILE=TILE, CHANNELS=channels, **options
         )

@@ -21,9 +21,15 @@ from .tables import Variant
 
 CHANNELS = 64  # per step of a product; rows are padded with zeros to a multiple of it
 TOKENS = 16  # per block of `_normalized_rows`
-# For tiles of 128 x 128 cosines, by architecture: channels per step, a divisor of CHANNELS, and compiler options.
-# Chosen so that no registers spill.
-STEPS = {80: (16, {"num_warps": 8, "num_stages": 3}), 90: (64, {"num_warps": 8, "num_stages": 2})}
+SCALE = tl.constexpr(65536.0)  # of the products, since unit vectors are scaled by 2^8
+Steps = tuple[int, dict[str, int]]  # channels per step of a product, a divisor of CHANNELS, and compiler options
+# For tiles of 128 x 128 cosines, by architecture. With 128 registers per thread, two blocks fit a multiprocessor: one
+# computes while the other loads its first operands or packs its bits. With three stages, the loads of a step are in
+# flight during all of the step before.
+STEPS: dict[int, Steps] = {
+    80: (16, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}),
+    90: (32, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}),
+}
 
 
 class NormalizedRows(NamedTuple):
@@ -66,8 +72,10 @@ def _normalized_rows(features, high, low, finite, tokens, channels, TOKENS: tl.c
 
 
 @triton.jit
-def cosines(high, low, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
-    """float32 [ROWS, COLUMNS]: products of an image's unit vectors `rows` (int32 [ROWS]) and `columns` [COLUMNS].
+def scaled_cosines(
+    high, low, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """SCALE times the cosines of an image's tokens `rows` (int32 [ROWS]) and `columns` [COLUMNS], float32.
 
     high, low: where the image begins; it may have up to 2^31 elements
     """
@@ -81,7 +89,7 @@ def cosines(high, low, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: t
         acc = tl.dot(a_high, b_high, acc)
         acc = tl.dot(a_high, tl.load(low + b + start), acc)
         acc = tl.dot(tl.load(low + a + start), b_high, acc)
-    return acc * (1.0 / 65536)
+    return acc
 
 
 @triton.jit
@@ -99,10 +107,10 @@ def upper_tiles(lengths: np.ndarray, size: int) -> int:
     return tiles * (tiles + 1) // 2
 
 
-def steps_on(like: Tensor) -> tuple[int, dict[str, int]]:
-    """The entry of STEPS for the tensor's GPU."""
+def steps_on(steps: dict[int, Steps], like: Tensor) -> Steps:
+    """The entry of a table like STEPS for the tensor's GPU."""
     major = torch.cuda.get_device_capability(like.device)[0] if like.is_cuda else 9
-    return STEPS[90 if major in (9, 10) else 80]  # later consumer GPUs have the shared memory of sm_8x
+    return steps[90 if major in (9, 10) else 80]  # later consumer GPUs have the shared memory of sm_8x
 
 
 def normalized_rows(features: Tensor) -> NormalizedRows:

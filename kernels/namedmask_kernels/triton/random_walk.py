@@ -9,6 +9,7 @@ less time than writing and reading n^2 floats. No atomics: bit-identical on ever
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -18,13 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ragged import expect_finite
-from .normalized_rows import CHANNELS, cosines, normalized_rows
+from .normalized_rows import SCALE, Steps, normalized_rows, scaled_cosines, steps_on
 from .tables import Variant, block_table, table_on_device
 
-# Chosen so that no registers spill.
-ROWS, COLUMNS = 128, 64  # of a tile of S
+ROWS, COLUMNS = 128, 64  # of a tile of S; larger tiles spill registers
 MASKS = (16, 32)  # masks per block: the first that holds all of them; more masks go to several blocks
-OPTIONS = {"num_warps": 8, "num_stages": 2}
+# As in normalized_rows.py. On sm_90 two blocks fit a multiprocessor: one computes while the other loads the first
+# operands of a tile or multiplies it with the masks.
+STEPS: dict[int, Steps] = {
+    80: (64, {"num_warps": 8, "num_stages": 2}),
+    90: (32, {"num_warps": 8, "num_stages": 4, "maxnreg": 128}),
+}
 # The least exponent of 2, as in csrc/cpu/random_walk_kernel.h: not 0, so that a row of zeros has a sum.
 LEAST = tl.constexpr(-60 * math.log2(math.e))
 
@@ -55,8 +60,8 @@ def _step(
         column = start + tl.arange(0, COLUMNS)
         inside = column < length
         columns = tl.minimum(column, length - 1)
-        tile = cosines(high, low, rows, columns, row_stride, ROWS, COLUMNS, CHANNELS)
-        exponent = tl.minimum(tl.maximum(factor * (tile - 1), LEAST), 1.5)
+        tile = scaled_cosines(high, low, rows, columns, row_stride, ROWS, COLUMNS, CHANNELS)
+        exponent = tl.minimum(tl.maximum(factor * (tile * (1 / SCALE) - 1), LEAST), 1.5)
         weights = tl.where(inside[None, :], tl.exp2(exponent), 0)
         total += tl.sum(weights, 1)
         at = columns[:, None] * masks + mask[None, :]
@@ -91,12 +96,13 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
         together = next((m for m in MASKS if m >= count), MASKS[-1])
         table = table_on_device(block_table, masks, offsets, ROWS)
         spare = torch.empty_like(out) if steps > 1 else out
+        channels, options = steps_on(STEPS, unit.high)
         source = masks
         for i in reversed(range(steps)):  # the last one writes to out
             target = spare if i % 2 else out
             _step[len(table), triton.cdiv(count, together)](
                 unit.high, unit.low, source, target, table, sharpness * math.log2(math.e), unit.high.shape[1], count,
-                ROWS=ROWS, COLUMNS=COLUMNS, CHANNELS=CHANNELS, MASKS=together, **OPTIONS,
+                ROWS=ROWS, COLUMNS=COLUMNS, CHANNELS=channels, MASKS=together, **options,
             )  # fmt: skip
             source = target
         if scales is not None:
@@ -124,6 +130,6 @@ def ahead_of_time() -> Iterator[Variant]:
     """The kernels that `random_walk` launches."""
     types = {"high": "*fp16", "low": "*fp16", "source": "*fp32", "target": "*fp32", "table": "*i32", "factor": "fp32",
              "row_stride": "i32", "masks": "i32"}  # fmt: skip
-    for masks in MASKS:
-        sizes = {"ROWS": ROWS, "COLUMNS": COLUMNS, "CHANNELS": CHANNELS, "MASKS": masks}
-        yield Variant(f"_step masks={masks}", _step, types, sizes, OPTIONS)
+    for masks, (arch, (channels, options)) in itertools.product(MASKS, STEPS.items()):
+        sizes = {"ROWS": ROWS, "COLUMNS": COLUMNS, "CHANNELS": channels, "MASKS": masks}
+        yield Variant(f"_step masks={masks}", _step, types, sizes, options, (arch,))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .normalized_rows import STEPS, NormalizedRows, cosines, steps_on, upper_tile, upper_tiles
+from .normalized_rows import SCALE, STEPS, NormalizedRows, scaled_cosines, steps_on, upper_tile, upper_tiles
 from .tables import Variant, table_on_device
 
 TILE = 128
@@ -38,10 +38,10 @@ def _range(high, low, table, ranges, row_stride, TILE: tl.constexpr, CHANNELS: t
         here = tl.arange(0, TILE)
         rows = tl.minimum(down * TILE + here, length - 1)  # repeats the last token, which adds no new cosine
         columns = tl.minimum(right * TILE + here, length - 1)
-        tile = cosines(high, low, rows, columns, row_stride, TILE, TILE, CHANNELS)
+        tile = scaled_cosines(high, low, rows, columns, row_stride, TILE, TILE, CHANNELS)
         at = ranges + 2 * (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
-        tl.store(at, tl.min(tl.min(tile, 1), 0))
-        tl.store(at + 1, tl.max(tl.max(tile, 1), 0))
+        tl.store(at, tl.min(tl.min(tile, 1), 0) * (1 / SCALE))
+        tl.store(at + 1, tl.max(tl.max(tile, 1), 0) * (1 / SCALE))
 
 
 def _image_table(offsets: np.ndarray) -> np.ndarray:
@@ -65,7 +65,7 @@ def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
     ranges[..., 0], ranges[..., 1] = torch.inf, -torch.inf
     if tiles:
         table = table_on_device(_image_table, unit.high, offsets)
-        channels, options = steps_on(unit.high)
+        channels, options = steps_on(STEPS, unit.high)
         _range[tiles, len(lengths)](
             unit.high, unit.low, table, ranges, unit.high.shape[1], TILE=TILE, CHANNELS=channels, **options
         )
