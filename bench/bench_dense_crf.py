@@ -134,9 +134,12 @@ def test_batch_of_64_on_gpu(benchmark, labels):
     seconds = device_median(lambda: nk.dense_crf(*on_gpu))
     no_updates = device_median(lambda: nk.dense_crf(*on_gpu, iterations=0))
     benchmark.pedantic(lambda: (nk.dense_crf(*on_gpu), torch.cuda.synchronize()), rounds=5)
-    # An update moves per pixel: for each label 24 bytes to splat, about 16 for the grid and 12 for the softmax; 96 of
-    # vertices and weights. Reads from caches are included.
-    moved = (52 * labels + 96) * len(batch[0].rows)
+    # An update moves per pixel: 36 bytes of weights and vertices, 4 per label of the unary, and for each channel 22 of
+    # marginals and grid. These images have 0.05 vertices per pixel, each with 68 bytes per channel (take_sums and 6
+    # blurs) and 48 of neighbors, and 0.31 vertices of tiles per pixel, each with 12 per channel. Other reads come from
+    # caches.
+    channels = 1 if labels == 2 else (labels + 3) // 4 * 4
+    moved = (39 + 4 * labels + 29 * channels) * len(batch[0].rows)
     update = (seconds - no_updates) / ITERATIONS
     report(
         title,

@@ -61,11 +61,11 @@ void define_cuda(pybind11::module_ m) {
                                              bilateral_weight});
          });
   define(m, "dense_crf",
-         [](const TensorView& offsets, const TensorView& shapes, const TensorView& out, const TensorView& status,
-            const TensorView& counts, const TensorView& lattice_workspace, const TensorView& workspace,
-            int64_t iterations, std::vector<double> gaussian_sigma, double gaussian_weight,
-            std::vector<double> bilateral_sigma, double bilateral_sigma_rgb, double bilateral_weight, Stream stream) {
-           cuda::dense_crf(offsets, shapes, out, status, counts, lattice_workspace, workspace,
+         [](const TensorView& offsets, const TensorView& shapes, const TensorView& out, const TensorView& counts,
+            const TensorView& lattice_workspace, const TensorView& workspace, int64_t iterations,
+            std::vector<double> gaussian_sigma, double gaussian_weight, std::vector<double> bilateral_sigma,
+            double bilateral_sigma_rgb, double bilateral_weight, Stream stream) {
+           cuda::dense_crf(offsets, shapes, out, counts, lattice_workspace, workspace,
                            {iterations,
                             {std::move(gaussian_sigma)},
                             gaussian_weight,

@@ -2,14 +2,18 @@
 // The lattice of all images (dense_crf_lattice.h) and the grid of the Gaussian of position (dense_crf_grid.h) are built
 // once. An update is then
 //
-//   splat_pieces, add_pieces, 6 x blur                          the marginals on the lattice
+//   take_sums, 6 x blur                                         the marginals on the lattice
 //   add_rows, add_columns, 2 x blur_nodes, read_columns         and on the grid
-//   update                                                      sums both with the unary, and the softmax
+//   update                                                      sums both with the unary; the softmax; adds it to the
+//                                                               next lattice
 //
-// No sum uses atomics on floats: outputs gather their inputs in a fixed order, so results are bit-identical in every
-// run and do not depend on batch composition.
+// Two labels are one channel, the difference of their scores and marginals, since filters are linear.
+//
+// No sum uses atomics on floats: they add integers, or gather their inputs in a fixed order, so results are
+// bit-identical in every run and do not depend on batch composition.
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "dense_crf_grid.h"
 #include "dense_crf_lattice.h"
@@ -18,7 +22,9 @@
 namespace namedmask::cuda {
 namespace {
 
-constexpr int kUpdateThreads = 256, kUpdatePixels = 32;  // per block
+// The channels of a pixel: one for two labels, otherwise vectors of four.
+int32_t vectors_of(int64_t labels) { return labels == 2 ? 1 : static_cast<int32_t>((labels + 3) / 4); }
+int64_t channels_of(int64_t labels) { return labels == 2 ? 1 : 4 * int64_t{vectors_of(labels)}; }
 
 // The workspace of the second call.
 struct Workspace {
@@ -27,16 +33,10 @@ struct Workspace {
     const auto take = [&](int64_t count) { return std::exchange(next, next + (count + 3) / 4 * 4); };  // 16 bytes
     const auto take_floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count)); };
     lattice.vertices = vertices;
-    lattice.entries = kCorners * pixels;
     lattice.neighbors = take(2 * kCorners * vertices);
-    lattice.starts = take(vertices + 1);
-    lattice.pieces = take(vertices + 1);
-    lattice.piece_vertex = take(lattice.most_pieces());
-    lattice.of_pieces = take_floats(lattice.most_pieces() * channels);
+    lattice.sums = reinterpret_cast<Fixed*>(take(2 * vertices * channels));
     lattice.values = take_floats(vertices * channels);
     lattice.other = take_floats(vertices * channels);
-    totals = take(chunks_of(vertices + 1));
-    sorting = take(sort_scratch(kCorners * pixels));
     tables = take_floats(grids.tables);
     halves = take_floats(grids.halves * channels);
     nodes = take_floats(grids.nodes * channels);
@@ -46,7 +46,6 @@ struct Workspace {
   }
 
   Lattice lattice = {};
-  int32_t *totals, *sorting;
   float* tables;
   float* halves;               // [halves, channels]
   float *nodes, *other_nodes;  // [nodes, channels]
@@ -71,55 +70,102 @@ __global__ void __launch_bounds__(kChunk) take_logs(const __grid_constant__ Imag
 
 // The arguments of an update besides the lattice.
 struct Update {
-  int32_t labels, group;  // group: lanes of a warp that share a pixel's softmax, a power of two
+  int32_t labels, vectors, group;  // group: lanes of a warp that share a pixel, a power of two
   float bilateral_weight;
   bool messages;  // false: softmax of the unary only
+  bool last;      // writes the marginals of the labels over the unary; otherwise those of channels for the next update
 };
 
-// Scores of kUpdatePixels pixels, one thread per label; then their softmax, a group of lanes per pixel. Reads 44 bytes
-// per label and pixel, 40 of them from the lattice and the halves and thus mostly from caches, and writes 8. unary and
-// out may be the same array, since a block reads its pixels before it writes them; so may scores and out.
-__global__ void __launch_bounds__(kUpdateThreads, 4)
-    update(const __grid_constant__ GridImages images, const __grid_constant__ Lattice lattice,
-           const __grid_constant__ Update settings, float* tables, const float* halves, const float* unary,
-           float* scores, float* out) {
-  const GridImage grid = my_grid(images, tables);
-  const int32_t first = grid.block * kUpdatePixels, count = min(kUpdatePixels, grid.pixels() - first);
-  const int32_t labels = settings.labels;
-  const auto thread = static_cast<int32_t>(threadIdx.x), lane = thread % settings.group;
-  for (int32_t i = thread; i < count * labels; i += kUpdateThreads) {
-    const int32_t in_block = i / labels, label = i - in_block * labels;
-    const int32_t pixel = first + in_block;
-    const int64_t at = int64_t{grid.begin} + pixel;
-    float score = unary[at * labels + label];
-    if (settings.messages) {
-      score += read_row(grid, labels, halves, pixel % grid.width, pixel / grid.width, label);
-      score += settings.bilateral_weight * slice(lattice, at, labels, label);
-    }
-    scores[at * labels + label] = score;
-  }
-  __syncthreads();
-  for (int32_t turn = 0; turn < count; turn += kUpdateThreads / settings.group) {
-    const int32_t p = turn + thread / settings.group;
-    // Lanes without a pixel repeat the last one, so that all lanes of a warp take part in the shuffles.
-    const bool inside = p < count;
-    const int64_t at = (int64_t{grid.begin} + first + (inside ? p : count - 1)) * labels;
-    float best = -INFINITY, sum = 0;
-    for (int32_t c = lane; c < labels; c += settings.group) best = fmaxf(best, scores[at + c]);
-    for (int step = settings.group / 2; step > 0; step /= 2) best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, step));
-    for (int32_t c = lane; c < labels; c += settings.group) sum += expf(scores[at + c] - best);
-    for (int step = settings.group / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    for (int32_t c = lane; inside && c < labels; c += settings.group) {
-      out[at + c] = expf(scores[at + c] - best) / sum;
-    }
-  }
+// The unary of two labels as one channel.
+__device__ inline void read_unary(const float* of_pixel, int32_t, int32_t, int32_t, Channels<1>* score) {
+  score->of[0] = of_pixel[1] - of_pixel[0];
 }
 
-// The number of bits of numbers below n.
-int bits_of(int64_t n) {
-  int bits = 0;
-  while (int64_t{1} << bits < n) ++bits;
-  return bits;
+// The unary of a vector. Channels that are not labels get a probability of 0.
+__device__ inline void read_unary(const float* of_pixel, int32_t vector, int32_t vectors, int32_t labels,
+                                  Channels<4>* score) {
+  const float* at = of_pixel + vector;
+#pragma unroll
+  for (int k = 0; k < 4; ++k, at += vectors) score->of[k] = k * vectors + vector < labels ? *at : -INFINITY;
+}
+
+// Marginals of a tile, one pixel for each group of lanes, and their splat. Reads per pixel 36 bytes of entries, 8 per
+// label (unary and halves) and the tile's vertices, and writes 4 per label. `out` holds the unary.
+template <int kWidth>
+__global__ void __launch_bounds__(kTilePixels, 4)
+    update(const __grid_constant__ GridImages images, const __grid_constant__ Lattice lattice,
+           const __grid_constant__ Update settings, float* tables, const Channels<kWidth>* halves,
+           Channels<kWidth>* marginals, float* out) {
+  typedef Channels<kWidth> Vector;
+  __shared__ TileMemory<kWidth> memory;
+  __shared__ ColumnTaps of_columns[kSide];
+  const GridImage grid = my_grid(images, tables);
+  const Tile tile(grid);
+  const int32_t labels = settings.labels, vectors = kWidth == 1 ? 1 : settings.vectors;
+  const int32_t group = kWidth == 1 ? 1 : settings.group;
+  const auto thread = static_cast<int32_t>(threadIdx.x), lane = thread % group;
+  const TileFilter<kWidth> filter(tile, lattice, vectors, memory);
+  if (settings.messages) filter.load();
+  if (thread < tile.columns) of_columns[thread] = ColumnTaps(grid, tile.left + thread);
+  __syncthreads();
+  for (int32_t turn = thread / group; turn < kTilePixels; turn += kTilePixels / group) {
+    // Lanes without a pixel repeat the first one, so that all lanes of a warp take part in the shuffles.
+    const bool inside = tile.has(turn);
+    const int32_t pixel = inside ? turn : 0;
+    float* const own_out = out + int64_t{tile.place(pixel)} * labels;
+    Vector* const own = marginals + int64_t{tile.place(pixel)} * vectors;
+    const auto score_of = [&](int32_t v) {
+      Vector score;
+      read_unary(own_out, v, vectors, labels, &score);
+      if (settings.messages) {
+        score.add(1, read_row(grid, vectors, halves, of_columns[Tile::column(pixel)], tile.top + Tile::row(pixel), v));
+        score.add(settings.bilateral_weight, filter.slice(pixel, v));
+      }
+      return score;
+    };
+    if constexpr (kWidth == 1) {
+      const float score = score_of(0).of[0];
+      const float ratio = expf(-fabsf(score)), larger = 1 / (1 + ratio);
+      if (inside && settings.last) {
+        own_out[score > 0] = larger;
+        own_out[score <= 0] = ratio * larger;
+      } else if (inside) {
+        own->of[0] = copysignf((1 - ratio) * larger, score);
+      }
+    } else {
+      // With more vectors than lanes, scores are kept in `marginals`.
+      const bool many = vectors > group;
+      Vector vector = {};
+      float best = -INFINITY, sum = 0;
+      for (int32_t v = lane; v < vectors; v += group) {
+        vector = score_of(v);
+        if (many && inside) own[v] = vector;
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) best = fmaxf(best, vector.of[k]);
+      }
+      for (int step = group / 2; step > 0; step /= 2) best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, step));
+      for (int32_t v = lane; v < vectors; v += group) {
+        if (many) vector = own[v];
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) sum += vector.of[k] = expf(vector.of[k] - best);
+        if (many && inside) own[v] = vector;
+      }
+      for (int step = group / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+      for (int32_t v = lane; inside && v < vectors; v += group) {
+        if (many) vector = own[v];
+        vector.scale(1 / sum);
+        if (!settings.last) own[v] = vector;
+#pragma unroll
+        for (int k = 0; settings.last && k < kWidth; ++k) {
+          if (k * vectors + v < labels) own_out[k * vectors + v] = vector.of[k];
+        }
+      }
+    }
+  }
+  if (settings.last) return;
+  __syncthreads();
+  filter.splat(tile, group,
+               [&](int32_t pixel, int32_t v) { return marginals[int64_t{tile.place(pixel)} * vectors + v]; });
 }
 
 RaggedShape expect_batch(const TensorView& offsets, const TensorView& shapes, int64_t pixels,
@@ -130,25 +176,45 @@ RaggedShape expect_batch(const TensorView& offsets, const TensorView& shapes, in
   return batch;
 }
 
-// Images with the number of vertices before each; items(b): how many items of image b `chunks` counts.
-template <class Count, class F>
-void for_each_group_of_vertices(const RaggedShape& batch, const int32_t* counts, Count items, F f) {
-  int64_t before = 0;
-  for_each_group(batch, [&](const Images& group, int64_t) {
-    VertexImages images = {group};
-    for (int32_t i = 0; i < images.count; ++i) {
-      images.before[i] = static_cast<int32_t>(before);
-      before += counts[images.first + i];
-      images.chunks[i + 1] = images.chunks[i] + static_cast<int32_t>(chunks_of(items(images.first + i)));
-    }
-    f(images, blocks_of(images));
-  });
-}
-
 int64_t sum_of(const int32_t* counts, int64_t n) {
   int64_t sum = 0;
   for (int64_t b = 0; b < n; ++b) sum += counts[b];
   return sum;
+}
+
+// The mean-field updates, once the lattice has been normalized.
+template <int kWidth>
+void infer(const Workspace& work, const Grids& grids, const CrfSettings& settings, const TensorView& out,
+           Stream stream) {
+  typedef Channels<kWidth> Vector;
+  const auto labels = static_cast<int32_t>(out.shape[1]), vectors = vectors_of(labels);
+  auto *const marginals = reinterpret_cast<Vector*>(work.marginals), *const halves =
+                                                                         reinterpret_cast<Vector*>(work.halves);
+  auto *const nodes = reinterpret_cast<Vector*>(work.nodes), *const other = reinterpret_cast<Vector*>(work.other_nodes);
+  int32_t group = 1;
+  while (group < 32 && group < vectors) group *= 2;
+  for (int64_t i = 0; i <= settings.iterations; ++i) {
+    const bool messages = i > 0;
+    if (messages) blur_sums<kWidth>(work.lattice, vectors, stream);
+    const Update how = {
+        labels, vectors, group, static_cast<float>(settings.bilateral_weight), messages, i == settings.iterations};
+    for (const GridImages& images : grids.groups) {
+      if (messages) {
+        const GridImages of_halves = with_chunks(images, Items::kHalves, vectors);
+        const GridImages of_nodes = with_chunks(images, Items::kNodes, vectors);
+        const int64_t half_blocks = blocks_of(of_halves), node_blocks = blocks_of(of_nodes);
+        launch(add_rows<kWidth>, half_blocks, kChunk, stream, of_halves, work.tables, vectors, marginals, halves);
+        launch(add_columns<kWidth>, node_blocks, kChunk, stream, of_nodes, work.tables, vectors, halves, nodes);
+        launch(blur_nodes<kWidth>, node_blocks, kChunk, stream, of_nodes, work.tables, vectors, false, nodes, other);
+        launch(blur_nodes<kWidth>, node_blocks, kChunk, stream, of_nodes, work.tables, vectors, true, other, nodes);
+        launch(read_columns<kWidth>, half_blocks, kChunk, stream, of_halves, work.tables, vectors,
+               static_cast<float>(settings.gaussian_weight), nodes, halves);
+      }
+      const GridImages tiles = with_tiles(images);
+      launch(update<kWidth>, blocks_of(tiles), kTilePixels, stream, tiles, work.lattice, how, work.tables, halves,
+             marginals, out.as<float>());
+    }
+  }
 }
 
 }  // namespace
@@ -163,30 +229,22 @@ void dense_crf_lattice(const TensorView& probabilities, const TensorView& image,
   expect(op, "out", out, DType::kFloat32, {pixels, labels}, Device::kCUDA);
   const RaggedShape batch = expect_batch(offsets, shapes, pixels, settings);
   expect(op, "status", status, DType::kInt32, {2, batch.count}, Device::kCUDA);
-  expect(op, "workspace", workspace, DType::kInt32, {49 * pixels + batch.count}, Device::kCUDA);
+  expect(op, "workspace", workspace, DType::kInt32, {kWorkspace * pixels}, Device::kCUDA);
   const Corners corners(workspace, pixels);
   int32_t *const counts = status.as<int32_t>(), *const invalid = counts + batch.count;
   const OnDevice device(probabilities);
-  check(cudaMemsetAsync(invalid, 0, sizeof(int32_t) * batch.count, static_cast<cudaStream_t>(stream.handle)));
+  check(cudaMemsetAsync(counts, 0, sizeof(int32_t) * 2 * batch.count, static_cast<cudaStream_t>(stream.handle)));
+  corners.clear(pixels, stream);
   for_each_group(batch, [&](const Images& group, int64_t chunks) {
-    ScaledImages images = {group};
+    launch(take_logs, chunks, kChunk, stream, group, static_cast<int32_t>(labels), probabilities.as<float>(),
+           out.as<float>(), invalid);
+    ScaledImages images = {with_tiles(group)};
     for (int32_t i = 0; i < kAxes * images.count; ++i) {
       const double sigma = settings.bilateral_sigma[images.first + i / kAxes];
       images.scale[i / kAxes][i % kAxes] = lattice_scale(i % kAxes, sigma, settings.bilateral_sigma_rgb);
     }
-    launch(take_logs, chunks, kChunk, stream, images, static_cast<int32_t>(labels), probabilities.as<float>(),
-           out.as<float>(), invalid);
-    launch(embed, chunks, kChunk, stream, images, image.as<uint8_t>(), corners);
+    launch(find_vertices, blocks_of(images), kTilePixels, stream, images, image.as<uint8_t>(), corners, counts);
   });
-  for_each_group(
-      batch,
-      [&](const Images& images, int64_t chunks) {
-        launch(insert_corners, chunks, kChunk, stream, images, corners);
-        launch(rank_vertices, chunks, kChunk, stream, images, corners);
-        launch(add_ranks, images.count, 32, stream, images, corners.chunk_first, counts);
-        launch(number_vertices, chunks, kChunk, stream, images, corners);
-      },
-      kCorners);
 }
 
 int64_t dense_crf_workspace(const TensorView& offsets, const TensorView& shapes, const TensorView& counts,
@@ -195,91 +253,60 @@ int64_t dense_crf_workspace(const TensorView& offsets, const TensorView& shapes,
   const RaggedShape batch = expect_batch(offsets, shapes, pixels, settings);
   expect("dense_crf", "counts", counts, DType::kInt32, {batch.count});
   const Grids grids = lay_grids(batch, settings.gaussian_sigma);
-  return Workspace(nullptr, pixels, sum_of(counts.as<int32_t>(), batch.count), labels, grids).size;
+  return Workspace(nullptr, pixels, sum_of(counts.as<int32_t>(), batch.count), channels_of(labels), grids).size;
 }
 
-void dense_crf(const TensorView& offsets, const TensorView& shapes, const TensorView& out, const TensorView& status,
-               const TensorView& counts, const TensorView& lattice_workspace, const TensorView& workspace,
-               const CrfSettings& settings, Stream stream) {
+void dense_crf(const TensorView& offsets, const TensorView& shapes, const TensorView& out, const TensorView& counts,
+               const TensorView& lattice_workspace, const TensorView& workspace, const CrfSettings& settings,
+               Stream stream) {
   const char* op = "dense_crf";
   expect(op, "out", out, DType::kFloat32, {-1, -1}, Device::kCUDA);
   const int64_t pixels = out.shape[0], labels = out.shape[1];
   const RaggedShape batch = expect_batch(offsets, shapes, pixels, settings);
-  expect(op, "status", status, DType::kInt32, {2, batch.count}, Device::kCUDA);
   expect(op, "counts", counts, DType::kInt32, {batch.count});
-  expect(op, "lattice_workspace", lattice_workspace, DType::kInt32, {49 * pixels + batch.count}, Device::kCUDA);
+  expect(op, "lattice_workspace", lattice_workspace, DType::kInt32, {kWorkspace * pixels}, Device::kCUDA);
   const Grids grids = lay_grids(batch, settings.gaussian_sigma);
   const int32_t* const vertices = counts.as<int32_t>();
   const Corners corners(lattice_workspace, pixels);
-  Workspace work(workspace.as<int32_t>(), pixels, sum_of(vertices, batch.count), labels, grids);
+  Workspace work(workspace.as<int32_t>(), pixels, sum_of(vertices, batch.count), channels_of(labels), grids);
   expect(op, "workspace", workspace, DType::kInt32, {work.size}, Device::kCUDA);
   if (pixels == 0 || labels == 0) return;
-  if (std::max(grids.most, work.lattice.most_pieces()) * labels > INT32_MAX - kChunk) {
+  Lattice& lattice = work.lattice;
+  if (std::max(grids.most, lattice.vertices) * channels_of(labels) > INT32_MAX - kChunk) {
     throw std::invalid_argument("dense_crf: too many pixels times labels; give fewer images at a time");
   }
   const OnDevice device(out);
-  const auto channels = static_cast<int32_t>(labels);
 
-  Lattice& lattice = work.lattice;
-  lattice.vertex = corners.vertex;
+  lattice.list = corners.list;
+  lattice.listed = corners.listed;
+  lattice.local = corners.local;
   lattice.weights = corners.weights;
-  check(cudaMemsetAsync(lattice.neighbors, 0xff, sizeof(int32_t) * 2 * kCorners * lattice.vertices,
-                        static_cast<cudaStream_t>(stream.handle)));
-  for_each_group_of_vertices(
-      batch, vertices, [&](int64_t b) { return vertices[b]; },
-      [&](const VertexImages& images, int64_t chunks) {
-        launch(join_vertices, chunks, kChunk, stream, images, status.as<int32_t>(), corners, lattice);
-      });
-  for_each_group_of_vertices(
-      batch, vertices, [&](int64_t b) { return kCorners * batch.height(b) * batch.width(b); },
-      [&](const VertexImages& images, int64_t chunks) {
-        launch(number_through, chunks, kChunk, stream, images, corners);
-      });
-  // Keys and slots are no longer needed: entries are sorted in their memory, and only the weights remain.
-  const int64_t entries = lattice.entries;
-  auto* const room = reinterpret_cast<int32_t*>(corners.keys);
-  const Sorted sorted = sort_numbers(corners.vertex, entries, bits_of(lattice.vertices), {room, room + entries},
-                                     {room + 2 * entries, room + 3 * entries}, work.sorting, stream);
-  lattice.sorted = sorted.numbers;
-  lattice.sorted_weights = reinterpret_cast<float*>(corners.rank);
-  launch(find_starts, chunks_of(entries), kChunk, stream, sorted.keys, lattice);
-  launch(count_pieces, chunks_of(lattice.vertices + 1), kChunk, stream, lattice);
-  exclusive_sum(lattice.pieces, lattice.vertices + 1, work.totals, stream);
-  launch(assign_pieces, chunks_of(lattice.vertices), kChunk, stream, lattice);
-  launch(sort_weights, chunks_of(entries), kChunk, stream, lattice);
-  filter(lattice, 1, nullptr, stream);
-  launch(normalize, chunks_of(pixels), kChunk, stream, lattice);
-  launch(sort_weights, chunks_of(entries), kChunk, stream, lattice);
-
+  const auto fill = [&](void* array, int value, int64_t bytes) {
+    check(cudaMemsetAsync(array, value, bytes, static_cast<cudaStream_t>(stream.handle)));
+  };
+  fill(lattice.neighbors, 0xff, sizeof(int32_t) * 2 * kCorners * lattice.vertices);  // kNone
+  fill(lattice.sums, 0, sizeof(Fixed) * lattice.vertices * channels_of(labels));
+  int32_t before = 0;
+  for_each_group(batch, [&](const Images& group, int64_t) {
+    VertexImages images = {with_tiles(group)};
+    for (int32_t i = 0; i < images.count; ++i)
+      images.before[i] = std::exchange(before, before + vertices[images.first + i]);
+    launch(join_vertices, blocks_of(images), kJoinThreads, stream, images, corners, lattice);
+    launch(splat_ones, blocks_of(images), kTilePixels, stream, images, lattice);
+  });
+  blur_sums<1>(lattice, 1, stream);
+  for_each_group(batch, [&](const Images& group, int64_t) {
+    const Images images = with_tiles(group);
+    launch(normalize, blocks_of(images), kTilePixels, stream, images, lattice);
+  });
   for (const GridImages& group : grids.groups) {
     const GridImages images = with_chunks(group, Items::kTables, 1);
     launch(fill_tables, blocks_of(images), kChunk, stream, images, work.tables);
   }
-  int32_t lanes = 1;
-  while (lanes < 32 && lanes < channels) lanes *= 2;
-  for (int64_t i = 0; i <= settings.iterations; ++i) {
-    const bool messages = i > 0, last = i == settings.iterations;
-    if (messages) {
-      filter(lattice, channels, work.marginals, stream);
-      for (const GridImages& group : grids.groups) {
-        const GridImages halves = with_chunks(group, Items::kHalves, channels);
-        const GridImages nodes = with_chunks(group, Items::kNodes, channels);
-        launch(add_rows, blocks_of(halves), kChunk, stream, halves, work.tables, channels, work.marginals, work.halves);
-        launch(add_columns, blocks_of(nodes), kChunk, stream, nodes, work.tables, channels, work.halves, work.nodes);
-        launch(blur_nodes, blocks_of(nodes), kChunk, stream, nodes, work.tables, channels, false, work.nodes,
-               work.other_nodes);
-        launch(blur_nodes, blocks_of(nodes), kChunk, stream, nodes, work.tables, channels, true, work.other_nodes,
-               work.nodes);
-        launch(read_columns, blocks_of(halves), kChunk, stream, halves, work.tables, channels,
-               static_cast<float>(settings.gaussian_weight), work.nodes, work.halves);
-      }
-    }
-    const Update how = {channels, lanes, static_cast<float>(settings.bilateral_weight), messages};
-    for (const GridImages& group : grids.groups) {
-      const GridImages images = with_chunks(group, Items::kPixels, 1, kUpdatePixels);
-      launch(update, blocks_of(images), kUpdateThreads, stream, images, lattice, how, work.tables, work.halves,
-             out.as<float>(), work.marginals, last ? out.as<float>() : work.marginals);
-    }
+  if (labels == 2) {
+    infer<1>(work, grids, settings, out, stream);
+  } else {
+    infer<4>(work, grids, settings, out, stream);
   }
 }
 

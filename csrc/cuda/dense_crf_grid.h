@@ -3,20 +3,22 @@
 // nodes along rows and then along columns, the nodes are blurred along both, and interpolated along columns and then
 // along rows. The arrays between rows and columns are called "halves": rows of pixels by nodes of a row.
 //
-// Every kernel uses one thread per output and channel, which gathers its inputs in a fixed order. All should be bound
-// by memory: at sigma 3 (step 2) they read and write about 4 floats per pixel and channel, apart from cached accesses.
+// Every kernel uses one thread per output and vector of channels, which gathers its inputs in a fixed order. All should
+// be bound by memory: at sigma 3 (step 2) they read and write about 5 floats per pixel and channel, apart from cached
+// accesses.
 #pragma once
 
 #include <vector>
 
+#include "channels.h"
 #include "images.h"
 #include "spline_grid.h"
 
 namespace namedmask::cuda {
 namespace {
 
-// The items that images.chunks of GridImages counts.
-enum class Items { kPixels, kHalves, kNodes, kTables };
+// The items that images.chunks of GridImages counts, unless it counts tiles.
+enum class Items { kHalves, kNodes, kTables };
 
 // The images of a launch with their grids. Nodes, halves and tables are the totals of the images before each, including
 // images of other launches.
@@ -57,22 +59,22 @@ __device__ GridImage my_grid(const GridImages& images, float* tables) {
   return GridImage(images, my_place(images, images.chunks), tables);
 }
 
-// The output of a thread, in the image's array [lines, columns, channels]; spare threads have a line beyond the last.
+// The output of a thread, in the image's array [lines, columns, vectors]; spare threads have a line beyond the last.
 // 32 bits are enough (dense_crf checks the size), and their division is several times faster than that of 64.
 struct Output {
-  int32_t line, column, channel;
+  int32_t line, column, vector;
 };
 
-__device__ Output my_output(const GridImage& grid, int32_t channels) {
-  const auto item = static_cast<unsigned>(grid.chunk_item()), across = static_cast<unsigned>(grid.columns * channels);
-  const unsigned line = item / across, rest = item - line * across, column = rest / static_cast<unsigned>(channels);
+__device__ Output my_output(const GridImage& grid, int32_t vectors) {
+  const auto item = static_cast<unsigned>(grid.chunk_item()), across = static_cast<unsigned>(grid.columns * vectors);
+  const unsigned line = item / across, rest = item - line * across, column = rest / static_cast<unsigned>(vectors);
   return {static_cast<int32_t>(line), static_cast<int32_t>(column),
-          static_cast<int32_t>(rest - column * static_cast<unsigned>(channels))};
+          static_cast<int32_t>(rest - column * static_cast<unsigned>(vectors))};
 }
 
-// Its index in an array with `begin` elements per channel before the image.
-__device__ int64_t place_of(const Output& to, const GridImage& grid, int64_t begin, int32_t channels) {
-  return (begin + int64_t{to.line} * grid.columns + to.column) * channels + to.channel;
+// Its index in an array with `begin` elements per vector before the image.
+__device__ int64_t place_of(const Output& to, const GridImage& grid, int64_t begin, int32_t vectors) {
+  return (begin + to.line * grid.columns + to.column) * vectors + to.vector;
 }
 
 // -- tables --
@@ -147,74 +149,96 @@ __device__ void for_each_pixel_of(int32_t node, int32_t pixels, const GridImage&
   }
 }
 
-__global__ void __launch_bounds__(kChunk) add_rows(const __grid_constant__ GridImages images, float* tables,
-                                                   int32_t channels, const float* pixels, float* halves) {
-  const GridImage grid = my_grid(images, tables);
-  const Output to = my_output(grid, channels);
-  if (to.line >= grid.height) return;
-  const float* const row = pixels + (grid.begin + int64_t{to.line} * grid.width) * channels + to.channel;
-  float sum = 0;
-  for_each_pixel_of(to.column, grid.width, grid,
-                    [&](int32_t x, float tap) { sum += tap * grid.column_norm[x] * row[x * channels]; });
-  halves[place_of(to, grid, grid.half_begin, channels)] = sum;
-}
-
-__global__ void __launch_bounds__(kChunk) add_columns(const __grid_constant__ GridImages images, float* tables,
-                                                      int32_t channels, const float* halves, float* nodes) {
-  const GridImage grid = my_grid(images, tables);
-  const Output to = my_output(grid, channels);
-  if (to.line >= grid.rows) return;
-  const float* const column = halves + (grid.half_begin + to.column) * channels + to.channel;
-  const int32_t stride = grid.columns * channels;
-  float sum = 0;
-  for_each_pixel_of(to.line, grid.height, grid,
-                    [&](int32_t y, float tap) { sum += tap * grid.row_norm[y] * column[y * stride]; });
-  nodes[place_of(to, grid, grid.node_begin, channels)] = sum;
-}
-
+template <int kWidth>
 __global__ void __launch_bounds__(kChunk)
-    blur_nodes(const __grid_constant__ GridImages images, float* tables, int32_t channels, bool along_rows,
-               const float* from, float* to_nodes) {
+    add_rows(const __grid_constant__ GridImages images, float* tables, int32_t vectors, const Channels<kWidth>* pixels,
+             Channels<kWidth>* halves) {
   const GridImage grid = my_grid(images, tables);
-  const Output to = my_output(grid, channels);
+  const Output to = my_output(grid, vectors);
+  if (to.line >= grid.height) return;
+  const auto* const row = pixels + (grid.begin + int64_t{to.line} * grid.width) * vectors + to.vector;
+  Channels<kWidth> sum = {};
+  for_each_pixel_of(to.column, grid.width, grid,
+                    [&](int32_t x, float tap) { sum.add(tap * grid.column_norm[x], row[x * vectors]); });
+  halves[place_of(to, grid, grid.half_begin, vectors)] = sum;
+}
+
+template <int kWidth>
+__global__ void __launch_bounds__(kChunk)
+    add_columns(const __grid_constant__ GridImages images, float* tables, int32_t vectors,
+                const Channels<kWidth>* halves, Channels<kWidth>* nodes) {
+  const GridImage grid = my_grid(images, tables);
+  const Output to = my_output(grid, vectors);
   if (to.line >= grid.rows) return;
-  const int64_t at = place_of(to, grid, grid.node_begin, channels);
-  const int32_t stride = along_rows ? channels : grid.columns * channels;
+  const auto* const column = halves + (grid.half_begin + to.column) * vectors + to.vector;
+  const int32_t stride = grid.columns * vectors;
+  Channels<kWidth> sum = {};
+  for_each_pixel_of(to.line, grid.height, grid,
+                    [&](int32_t y, float tap) { sum.add(tap * grid.row_norm[y], column[y * stride]); });
+  nodes[place_of(to, grid, grid.node_begin, vectors)] = sum;
+}
+
+template <int kWidth>
+__global__ void __launch_bounds__(kChunk)
+    blur_nodes(const __grid_constant__ GridImages images, float* tables, int32_t vectors, bool along_rows,
+               const Channels<kWidth>* from, Channels<kWidth>* to_nodes) {
+  const GridImage grid = my_grid(images, tables);
+  const Output to = my_output(grid, vectors);
+  if (to.line >= grid.rows) return;
+  const int64_t at = place_of(to, grid, grid.node_begin, vectors);
+  const int32_t stride = along_rows ? vectors : grid.columns * vectors;
   const int32_t place = along_rows ? to.column : to.line;
   const int32_t before = min(place, grid.radius);
   const int32_t after = min((along_rows ? grid.columns : grid.rows) - 1 - place, grid.radius);
-  float sum = 0;
-  for (int32_t t = -before; t <= after; ++t) sum += grid.gauss[t < 0 ? -t : t] * from[at + t * stride];
+  Channels<kWidth> sum = {};
+#pragma unroll 4
+  for (int32_t t = -before; t <= after; ++t) sum.add(grid.gauss[t < 0 ? -t : t], from[at + t * stride]);
   to_nodes[at] = sum;
 }
 
+template <int kWidth>
 __global__ void __launch_bounds__(kChunk)
-    read_columns(const __grid_constant__ GridImages images, float* tables, int32_t channels, float weight,
-                 const float* nodes, float* halves) {
+    read_columns(const __grid_constant__ GridImages images, float* tables, int32_t vectors, float weight,
+                 const Channels<kWidth>* nodes, Channels<kWidth>* halves) {
   const GridImage grid = my_grid(images, tables);
-  const Output to = my_output(grid, channels);
+  const Output to = my_output(grid, vectors);
   if (to.line >= grid.height) return;
-  const int32_t y = to.line;
-  const int32_t stride = grid.columns * channels;
-  const float* const column =
-      nodes + (grid.node_begin + y / grid.step * int64_t{grid.columns} + to.column) * channels + to.channel;
-  float sum = 0;
+  const int32_t y = to.line, stride = grid.columns * vectors;
+  const auto first = static_cast<int32_t>(static_cast<unsigned>(y) / static_cast<unsigned>(grid.step));
+  const float* const taps = grid.taps + (y - first * grid.step) * kSplineTaps;
+  const auto* const column = nodes + (grid.node_begin + first * grid.columns + to.column) * vectors + to.vector;
+  Channels<kWidth> sum = {};
 #pragma unroll
   for (int tap = 0; tap < kSplineTaps; ++tap) {
-    sum += grid.taps[y % grid.step * kSplineTaps + tap] * column[tap * stride];
+    sum.add(taps[tap], column[tap * stride]);
   }
-  halves[place_of(to, grid, grid.half_begin, channels)] = weight * grid.row_norm[y] * sum;
+  sum.scale(weight * grid.row_norm[y]);
+  halves[place_of(to, grid, grid.half_begin, vectors)] = sum;
 }
 
-__device__ float read_row(const GridImage& grid, int32_t channels, const float* halves, int32_t x, int32_t y,
-                          int32_t channel) {
-  const float* const row = halves + (grid.half_begin + int64_t{y} * grid.columns + x / grid.step) * channels + channel;
-  float sum = 0;
-#pragma unroll
-  for (int tap = 0; tap < kSplineTaps; ++tap) {
-    sum += grid.taps[x % grid.step * kSplineTaps + tap] * row[tap * channels];
+// How a column of pixels reads a row of halves, for read_row.
+struct ColumnTaps {
+  __device__ ColumnTaps(const GridImage& grid, int32_t x) {
+    const auto node = static_cast<int32_t>(static_cast<unsigned>(x) / static_cast<unsigned>(grid.step));
+    const float* const of_phase = grid.taps + (x - node * grid.step) * kSplineTaps;
+    first = node;
+    for (int tap = 0; tap < kSplineTaps; ++tap) taps.of[tap] = grid.column_norm[x] * of_phase[tap];
   }
-  return grid.column_norm[x] * sum;
+  ColumnTaps() = default;
+
+  Channels<kSplineTaps> taps;
+  int32_t first;
+};
+
+template <int kWidth>
+__device__ Channels<kWidth> read_row(const GridImage& grid, int32_t vectors, const Channels<kWidth>* halves,
+                                     const ColumnTaps& x, int32_t y, int32_t vector) {
+  const auto* const row = halves + (grid.half_begin + y * grid.columns + x.first) * vectors + vector;
+  const Channels<kSplineTaps> taps = x.taps;
+  Channels<kWidth> sum = {};
+#pragma unroll
+  for (int tap = 0; tap < kSplineTaps; ++tap) sum.add(taps.of[tap], row[tap * vectors]);
+  return sum;
 }
 
 // -- on the host --
@@ -253,20 +277,19 @@ Grids lay_grids(const RaggedShape& batch, const PerImage& sigma) {
   return grids;
 }
 
-// The same images with chunks of other items, times `channels`.
-GridImages with_chunks(GridImages images, Items items, int64_t channels, int64_t chunk = kChunk) {
+// The same images with chunks of other items, times `vectors`.
+GridImages with_chunks(GridImages images, Items items, int64_t vectors) {
   for (int32_t i = 0; i < images.count; ++i) {
     const int64_t h = images.height[i], w = images.width[i], step = images.step[i];
     int64_t count = 0;
     if (h * w > 0) {
       switch (items) {
-        case Items::kPixels: count = h * w; break;
-        case Items::kHalves: count = h * grid_nodes(w, step) * channels; break;
-        case Items::kNodes: count = grid_nodes(h, step) * grid_nodes(w, step) * channels; break;
+        case Items::kHalves: count = h * grid_nodes(w, step) * vectors; break;
+        case Items::kNodes: count = grid_nodes(h, step) * grid_nodes(w, step) * vectors; break;
         case Items::kTables: count = table_size(h, w, step, images.radius[i]); break;
       }
     }
-    images.chunks[i + 1] = images.chunks[i] + static_cast<int32_t>((count + chunk - 1) / chunk);
+    images.chunks[i + 1] = images.chunks[i] + static_cast<int32_t>((count + kChunk - 1) / kChunk);
   }
   return images;
 }

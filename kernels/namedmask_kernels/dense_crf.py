@@ -77,9 +77,9 @@ def dense_crf(
     Cost:
         On one CPU core about 55 ms for an image of 512 x 683 with 2 labels and 280 ms with 21; the images of a Ragged
         batch are distributed over torch's threads. Proportional to pixels times labels, whatever the sigmas. On an
-        H100, 1.1 ms per image with 2 labels and 4.1 ms with 21, in a batch of 64 of up to that size. The CUDA version
-        waits for the GPU once, to learn the number of lattice vertices, and allocates about 210 bytes per pixel and 10
-        more per label.
+        H100, an earlier version took 1.1 ms per image with 2 labels and 4.1 ms with 21, in a batch of 64 of up to that
+        size; no GPU has run this one. The CUDA version waits for the GPU once, to learn the number of lattice vertices,
+        and allocates about 155 bytes per pixel and 10 more per label.
 
     Determinism:
         On the CPU, bit-identical for any batch and number of threads. On a GPU, bit-identical on every call and for any
@@ -139,14 +139,14 @@ def _infer_cuda(probabilities: Tensor, image: Tensor, offsets: Tensor, shapes: T
     native, stream = backends.native().cuda, cuda_stream(probabilities)
     out = like_first(probabilities)
     status = torch.empty(2, len(shapes), dtype=torch.int32, device=out.device)
-    corners = torch.empty(49 * len(out) + len(shapes), dtype=torch.int32, device=out.device)
+    corners = torch.empty(37 * len(out), dtype=torch.int32, device=out.device)
     native.dense_crf_lattice(probabilities, image, offsets, shapes, out, status, corners, *settings, stream)
     counts, invalid = status.cpu()  # waits for the device
     if invalid.any():
         raise not_finite(NAME, "probabilities", int(invalid.argmax()))
     size = native.dense_crf_workspace(offsets, shapes, counts, out.shape[1], *settings)
     scratch = torch.empty(size, dtype=torch.int32, device=out.device)
-    native.dense_crf(offsets, shapes, out, status, counts, corners, scratch, *settings, stream)
+    native.dense_crf(offsets, shapes, out, counts, corners, scratch, *settings, stream)
     return out
 
 

@@ -6,7 +6,6 @@ The operators' own test files have the rest: without a GPU they run `backend="cu
 
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -189,17 +188,6 @@ def test_errors_that_are_not_of_cuda_and_lack_of_memory_keep_their_types():
         with pytest.raises(type(error)) as raised:
             library._naming_faults("erode", fail)(torch.zeros(1))
         assert raised.value is error
-
-
-@pytest.mark.parametrize(("n", "bits"), [(0, 5), (1, 0), (5000, 3), (5000, 11), (2049, 22)])
-def test_sort_is_stable(emulated_cuda, n, bits):
-    native = nk.backends.native().cuda
-    keys = torch.from_numpy(np.random.default_rng(n).integers(0, 1 << bits, n).astype(np.int32))
-    buffers = torch.empty(2, n, dtype=torch.int32), torch.empty(2, n, dtype=torch.int32)
-    scratch = torch.empty(native.sort_scratch(n), dtype=torch.int32)
-    sorted_ = buffers[native.sort_numbers(keys, bits, *buffers, scratch)]
-    order = keys.argsort(stable=True)
-    assert torch.equal(sorted_, torch.stack([keys[order], order.int()]))
 
 
 def test_new_memory_is_poisoned(emulated_cuda):

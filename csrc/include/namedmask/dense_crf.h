@@ -45,25 +45,25 @@ void dense_crf(const TensorView& probabilities, const TensorView& image, const T
 // device. The calls only enqueue work on `stream`; the arrays must stay alive until it is done. The number of lattice
 // vertices is known only on the device, and their memory grows with the labels, so one call builds the lattice and
 // another runs the inference. Results are bit-identical for any batch and any order in which threads run. At most 178
-// million pixels. An update takes 14 launches for a batch of up to 64 images, and 6 more for every further 64.
+// million pixels. An update takes 13 launches for a batch of up to 64 images, and 6 more for every further 64.
 namespace cuda {
 
 // status int32 [2, B]: the number of vertices of each image, and 1 where a probability is not finite. dense_crf takes
-// over workspace int32 [49 P + B] and out.
+// over workspace int32 [37 P] and out.
 void dense_crf_lattice(const TensorView& probabilities, const TensorView& image, const TensorView& offsets,
                        const TensorView& shapes, const TensorView& out, const TensorView& status,
                        const TensorView& workspace, const CrfSettings& settings, Stream stream);
 
-// The size of dense_crf's workspace. counts int32 [B]: the number of vertices of each image. About 9 L + 4 bytes per
-// pixel and 12 L + 60 per vertex; an image of 512 x 683 has a tenth as many vertices as pixels.
+// The size of dense_crf's workspace. counts int32 [B]: the number of vertices of each image. With C channels, 1 for two
+// labels and otherwise L rounded up to a multiple of 4, about 8 C bytes per pixel and 16 C + 48 per vertex; a photo of
+// 512 x 683 has 0.05 to 0.15 vertices per pixel.
 int64_t dense_crf_workspace(const TensorView& offsets, const TensorView& shapes, const TensorView& counts,
                             int64_t labels, const CrfSettings& settings);
 
-// status and lattice_workspace come from dense_crf_lattice; counts is the first row of status, on the CPU; workspace
-// int32.
-void dense_crf(const TensorView& offsets, const TensorView& shapes, const TensorView& out, const TensorView& status,
-               const TensorView& counts, const TensorView& lattice_workspace, const TensorView& workspace,
-               const CrfSettings& settings, Stream stream);
+// lattice_workspace comes from dense_crf_lattice; counts is the first row of status, on the CPU; workspace int32.
+void dense_crf(const TensorView& offsets, const TensorView& shapes, const TensorView& out, const TensorView& counts,
+               const TensorView& lattice_workspace, const TensorView& workspace, const CrfSettings& settings,
+               Stream stream);
 
 }  // namespace cuda
 }  // namespace namedmask

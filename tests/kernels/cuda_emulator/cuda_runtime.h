@@ -278,6 +278,7 @@ T atomicCAS(T* at, T expected, T value) {
 
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return x ? 1 + std::countr_zero(static_cast<unsigned>(x)) : 0; }
 inline int __popc(unsigned x) { return std::popcount(x); }
