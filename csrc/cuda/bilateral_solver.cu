@@ -95,7 +95,7 @@ __device__ Region cell_at(const Image& image, int32_t column, int32_t row, doubl
   return {2 * (y * image.width + (y_end - y) * x), 2 * (y_end - y) * (x_end - x)};
 }
 
-__device__ FirstTable<int32_t> table_of(const Image& image, const Workspace& work) {
+__device__ FirstTable table_of(const Image& image, const Workspace& work) {
   return {work.table + 2 * int64_t{image.begin}, work.key + image.begin};
 }
 
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kChunk, 1)
   const float mean = weight > 0 ? static_cast<float>(sum / weight) : 0;  // `solve` sets it without a weight
   work.value[at] = extreme < kInfinity ? mean * scale : NAN;
 
-  const FirstTable<int32_t> table = table_of(image, work);
+  const FirstTable table = table_of(image, work);
   const int32_t pixel = work.first[at], key = table.keys[pixel];
   const int32_t column = spatial_cell(pixel % image.width, sigma), row = spatial_cell(pixel / image.width, sigma);
   int32_t* neighbor = work.neighbors + kDirections * int64_t{image.begin} + vertex;

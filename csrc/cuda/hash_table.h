@@ -52,14 +52,13 @@ struct Region {
 
 // A slot holds kNone or an item; after all insertions, the first item of its key. A region must have more slots than
 // keys; with twice as many, searches are short.
-template <class Key>
 struct FirstTable {
   int32_t* slots;
-  const Key* keys;  // of the items
+  const int32_t* keys;  // of the items
 
   // Returns the slot of the item's key, relative to the region.
   __device__ int32_t insert(const Region& region, int32_t item) const {
-    const Key key = keys[item];
+    const int32_t key = keys[item];
     for (int32_t i = home_of(static_cast<uint64_t>(key), region.size);; i = i + 1 == region.size ? 0 : i + 1) {
       int32_t* const slot = &slots[region.begin + i];
       int32_t held = *const_cast<volatile int32_t*>(slot);
@@ -72,7 +71,7 @@ struct FirstTable {
   }
 
   // The first item of a key, or kNone.
-  __device__ int32_t find(const Region& region, Key key) const {
+  __device__ int32_t find(const Region& region, int32_t key) const {
     for (int32_t i = home_of(static_cast<uint64_t>(key), region.size);; i = i + 1 == region.size ? 0 : i + 1) {
       const int32_t held = slots[region.begin + i];
       if (held == kNone || keys[held] == key) return held;
