@@ -165,19 +165,37 @@ inline void blur_rows(CrfSystem s, int64_t channels, int64_t first, int64_t coun
                 end = last < s.grid_height ? last + 1 : s.grid_height;
   for_each_plane(channels, [&](int64_t c, int64_t lanes) {
     const int64_t pad = s.radius * lanes;
-    for_each_vector(s.grid_width * lanes, [&](auto zero, int64_t i) {
+    const float* const first_row = ring_row(s, channels, begin) + c * s.grid_width;
+    const float* const stop = s.next_grid + s.ring * line;
+    const auto blur_columns = [&](auto zero, auto turns, int64_t i) {
       using V = decltype(zero);
-      V sums[kBlurRows] = {};
-      const float* from = ring_row(s, channels, begin) + c * s.grid_width + i;
-      const float *const stop = s.next_grid + s.ring * line, *gauss = s.gauss + (begin - first);
+      constexpr int kTurns = decltype(turns)::value;
+      V sums[kBlurRows][kTurns] = {};
+      const float *from = first_row + i, *gauss = s.gauss + (begin - first);
       for (int64_t n = begin; n < end; ++n, from += line, ++gauss) {
         if (from >= stop) from -= s.ring * line;
-        const V v = load<V>(from);
 #pragma GCC unroll 4
-        for (int r = 0; r < kBlurRows; ++r) sums[r] = fma(v, broadcast<V>(gauss[-r]), sums[r]);
+        for (int r = 0; r < kBlurRows; ++r) {
+          const V factor = broadcast<V>(gauss[-r]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kTurns; ++v) sums[r][v] = fma(load<V>(from + v * kLanesOf<V>), factor, sums[r][v]);
+        }
       }
-      for (int64_t r = 0; r < count; ++r) store(columns + (r * channels + c) * padded + pad + i, sums[r]);
-    });
+#pragma GCC unroll 4
+      for (int r = 0; r < kBlurRows; ++r) {  // an index that is no constant would keep the sums in memory
+        float* const to = columns + (r * channels + c) * padded + pad + i;
+#pragma GCC unroll 4
+        for (int v = 0; v < kTurns; ++v) store(to + v * kLanesOf<V>, sums[r][v]);
+      }
+    };
+    constexpr int kTurns = kLanes > 8 ? 4 : 2, kStep = sizeof(Wide) / sizeof(float);  // more do not fit the registers
+    const int64_t n = s.grid_width * lanes;
+    int64_t whole = 0;
+    for (; whole + kTurns * kStep <= n; whole += kTurns * kStep) {
+      blur_columns(Wide{}, std::integral_constant<int, kTurns>{}, whole);
+    }
+    for_each_vector(n - whole,
+                    [&](auto v, int64_t i) { blur_columns(v, std::integral_constant<int, 1>{}, whole + i); });
     for (int64_t r = 0; r < count; ++r) {
       convolve(columns + (r * channels + c) * padded + pad, lanes, s.gauss, s.radius, s.radius,
                s.grid + (first + r) * line + c * s.grid_width, s.grid_width * lanes);

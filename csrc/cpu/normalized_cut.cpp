@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The affinity has two values, so it is stored as a bit matrix. A product with it sums the entries whose bit is set: a
-// table holds the 256 possible sums of every eight columns, and a row adds one table entry per byte.
+// The affinity has two values, so it is stored as a bit matrix. A product with it sums the entries whose bit is set:
+// tables hold all possible sums of a few columns, and a row adds the entries that its bits select.
 // The first eigenvector of M = D^-1/2 A D^-1/2 is known (D^1/2 1, eigenvalue 1), so Lanczos runs on its complement and
 // the largest Ritz value is 1 - value.
 #include "namedmask/normalized_cut.h"
@@ -12,6 +12,8 @@
 #include "cosines.h"
 #include "for_each_image.h"
 #include "lanczos.h"
+#include "level.h"
+#include "normalized_cut_levels.h"
 #include "parallel_for.h"
 
 namespace namedmask::cpu {
@@ -26,6 +28,8 @@ constexpr double kTie = 1 - 1e-5;      // entries this close to the largest coun
 // costs 4 to 8 ms, one or two time slices, whenever another process keeps its core busy.
 constexpr double kWorthThreads = 4e8;
 static_assert(kBlock % kWord == 0 && kBlock % kMicroRows == 0);
+
+const CutKernels& kernels() { return NMK_BEST(normalized_cut); }
 
 // Transposes the 32 x 32 bit matrix a, one word per row: squares of j x j bits change places. 64 bits hold two rows.
 void transpose(const uint32_t* a, uint32_t* out) {
@@ -84,10 +88,10 @@ class Cut {
     const Products products = std::abs(settings_.tau) < 1 ? Products::kInt16 : Products::kFloat32;
     cosines_.prepare(features, n_, channels, products, settings_.tau);
     padded_ = cosines_.padded();
-    bits_ = bit_memory_.reserve((words_ + words_ % 2) * padded_);
-    double* memory = vector_memory_.reserve(3 * n_ + 2 * kWord);
+    bits_ = bit_memory_.reserve(words_ * padded_);
+    double* memory = vector_memory_.reserve(3 * n_ + kWord);
     inverse_root_ = memory, product_ = memory + n_, input_ = memory + 2 * n_;
-    std::fill_n(input_ + n_, 2 * kWord, 0.0);  // read where bits are 0
+    std::fill_n(input_ + n_, kWord, 0.0);  // read where bits are 0
     counts_.resize(n_), queue_.resize(n_), diagonal_.resize(n_);
     tiles_.clear();
     for (int64_t block = 0; block < padded_ / kBlock; ++block) {
@@ -99,7 +103,6 @@ class Cut {
 
   // On one thread, but for the products with the affinity.
   void solve() {
-    if (words_ % 2) std::fill_n(bits_ + words_ * padded_, n_, 0u);
     count();
     if (alike()) {
       // A = (self - other) I + other 11' and D = degree I
@@ -163,23 +166,9 @@ class Cut {
 
   // The same for rows [begin, end).
   void multiply(int64_t begin, int64_t end) {
-    double table[8][256];
     std::fill(product_ + begin, product_ + end, 0.0);
-    for (int64_t word = 0; word < words_; word += 2) {
-      const double* x = input_ + word * kWord;
-      for (int byte = 0; byte < 8; ++byte, x += 8) {
-        table[byte][0] = 0;
-        for (int bit = 0; bit < 8; ++bit) {
-          for (int k = 0; k < 1 << bit; ++k) table[byte][k + (1 << bit)] = table[byte][k] + x[bit];
-        }
-      }
-      const uint32_t* low = bits_ + word * padded_;
-      const uint32_t* high = low + padded_;
-      for (int64_t i = begin; i < end; ++i) {
-        const uint32_t a = low[i], b = high[i];
-        product_[i] += ((table[0][a & 255] + table[1][a >> 8 & 255]) + (table[2][a >> 16 & 255] + table[3][a >> 24])) +
-                       ((table[4][b & 255] + table[5][b >> 8 & 255]) + (table[6][b >> 16 & 255] + table[7][b >> 24]));
-      }
+    for (int64_t word = 0; word < words_; ++word) {
+      kernels().add_selected(bits_ + word * padded_ + begin, end - begin, input_ + word * kWord, product_ + begin);
     }
   }
 

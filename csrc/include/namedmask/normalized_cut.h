@@ -22,11 +22,12 @@
 //             names the first image); the outputs are then unspecified.
 // Threads     OpenMP, one region: over images, and over tiles of the affinity if there is only one image. Results are
 //             bit-identical for any number of threads and any batch. Levels differ by the rounding of cosines.
-// Cost        per image of n tokens n^2 C flops, and n^2 / 8 table lookups per iteration. Memory per thread, kept for
-//             its next call (64 MB at most): 8 n C + n^2 / 8 + 8 n iterations bytes. With AVX-512 VNNI the products are
-//             of bytes, four times as fast, then of 16-bit integers for the few percent of the pairs that bytes leave
-//             in doubt, or, where these are too many, of 16-bit integers alone, twice as fast; they take at most 4 n C
-//             bytes. Floats decide where the integers' rounding leaves doubt, so the bits are those of the floats.
+// Cost        per image of n tokens n^2 C flops, and per iteration n^2 / 8 table lookups, with AVX-512 n^2 / 4, eight
+//             per instruction. Memory per thread, kept for its next call (64 MB at most): 8 n C + n^2 / 8 + 8 n
+//             iterations bytes. With AVX-512 VNNI the products are of bytes, four times as fast, then of 16-bit
+//             integers for the few percent of the pairs that bytes leave in doubt, or, where these are too many, of
+//             16-bit integers alone, twice as fast; they take at most 4 n C bytes. Floats decide where the integers'
+//             rounding leaves doubt, so the bits are those of the floats.
 #pragma once
 
 #include "namedmask/tensor_view.h"
