@@ -49,6 +49,7 @@ BLOCKS = {
 # For head dims below the power of two, if the registers for their masks would spill.
 MASKED_BLOCKS = {(64, 2): Blocks(128, 64, 8, 3)}
 TOKENS = 32  # per block of `_statistics`
+STATISTICS = {"maxnreg": 255}  # its options: without a limit, ptxas spills a few registers for more occupancy at D = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -239,7 +240,7 @@ def attention_features(
             table = table_on_device(block_table, qkv, offsets, TOKENS)
             _statistics[(len(table),)](
                 qkv, table, at, sums, rows, key_norms, scale * LOG2_E, heads, *strides, len(taps), **shape,
-                TOKENS=TOKENS,
+                TOKENS=TOKENS, **STATISTICS,
             )  # fmt: skip
 
 
@@ -268,5 +269,5 @@ def ahead_of_time() -> Iterator[Variant]:
                 yield Variant(
                     f"_statistics {name} D={dim} {' '.join(fields)}", _statistics,
                     {argument: t for argument, t in types.items() if argument not in absent},
-                    {**dims, "TOKENS": TOKENS, **dict.fromkeys(absent)}, {},
+                    {**dims, "TOKENS": TOKENS, **dict.fromkeys(absent)}, STATISTICS,
                 )  # fmt: skip
