@@ -622,7 +622,7 @@ def train_selfmask(arguments: argparse.Namespace) -> None:
             Image.fromarray(pool[number]).save(path.with_suffix(".part"), "png", compress_level=1)
             path.with_suffix(".part").rename(path)
     weights = arguments.start and str(arguments.start.absolute())
-    detector = DETECTOR | {"weights": weights, "select": "none"} if weights else SPECTRAL | {"select": "none"}
+    detector = (DETECTOR | {"weights": weights} if weights else SPECTRAL) | {"select": arguments.select}
     for turn, (keep, steps) in enumerate(zip(arguments.keep, arguments.steps, strict=True)):
         out = arguments.out / f"{arguments.name}{turn}"
         training = {
@@ -632,9 +632,10 @@ def train_selfmask(arguments: argparse.Namespace) -> None:
             "encoder_lr": 3e-4, "warmup_steps": 50, "clip_grad_norm": 1.0, "weight_decay": 0.02,
         }  # fmt: skip
         given = {"photos": str(photos.parent.absolute()), "detector": detector, "refine": REFINE, "saliency": training}
-        run.start(out, given, ["archive", "pseudolabel", "train-saliency"], gpus=0)
+        run.start(out, given, ["archive", "pseudolabel"], workers=arguments.workers, gpus=0)
+        run.start(out, given, ["train-saliency"], gpus=0)
         weights = str((out / "saliency" / "model.safetensors").absolute())
-        detector = DETECTOR | {"weights": weights, "select": "none"}
+        detector = DETECTOR | {"weights": weights, "select": arguments.select}
     save_file({name: value.half() for name, value in load_file(weights).items()}, SELFMASK_WEIGHTS)
     print(f"{SELFMASK_WEIGHTS}: {SELFMASK_WEIGHTS.stat().st_size / 1e6:.1f} MB")
 
@@ -676,6 +677,7 @@ def main() -> None:
     mask.add_argument("--photos", type=int, default=8000, help="number of photos of the pool")
     mask.add_argument("--name", default="selfmask", help="prefix of the folder of each turn")
     mask.add_argument("--start", type=Path, help="a network that makes the masks of the first turn, instead of the cut")
+    mask.add_argument("--select", default="none", help="how masks are selected: none or prior")
     mask.add_argument(
         "--keep",
         type=float,
@@ -687,6 +689,7 @@ def main() -> None:
     mask.add_argument("--texture", type=float, default=0.0, help="fraction of objects with a texture of another photo")
     mask.add_argument("--steps", type=int, nargs="+", default=[400, 500, 700, 2000, 1400], help="steps of each turn")
     mask.add_argument("--threads", type=int, default=1)
+    mask.add_argument("--workers", type=int, default=1, help="number of processes that detect masks")
     mask.set_defaults(run=train_selfmask)
     for command in (clip, vit):
         command.add_argument("--steps", type=int, help="length of the learning-rate schedule, resumed steps included")
