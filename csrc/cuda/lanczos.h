@@ -168,7 +168,9 @@ struct Lanczos {
         before = minor;
         minor = next;
         small_x |= minor < 0;
-        if (fabs(minor) + fabs(before) < 1e-100) minor *= 1e100, before *= 1e100;  // keeps them from underflowing
+        const double size = fabs(minor) + fabs(before);  // minors have no scale: no underflow, no overflow
+        if (size < 1e-100) minor *= 1e100, before *= 1e100;
+        if (size > 1e100) minor *= 1e-100, before *= 1e-100;
       }
       const int below = __popc(__ballot_sync(kAllLanes, small_x));
       const double new_low = below > 0 ? candidate(below - 1) : low;

@@ -19,7 +19,7 @@
 namespace namedmask::cuda {
 namespace {
 
-// 64 images in clusters of four occupy two blocks of each of an H100's multiprocessors.
+// 64 images in clusters of four occupy two blocks of each of an H100 SXM's multiprocessors.
 using Cluster = Team<4, 8>;
 using Block = Team<1, 16>;
 constexpr int64_t kAtOnce = 4;     // groups of columns whose loads do not wait for each other

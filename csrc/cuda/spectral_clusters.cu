@@ -16,7 +16,8 @@
 namespace namedmask::cuda {
 namespace {
 
-// Find the eigenvectors of an image. 64 clusters of four blocks occupy two blocks of each of an H100's multiprocessors.
+// Find the eigenvectors of an image. 64 clusters of four blocks occupy two blocks of each of an H100
+// SXM's multiprocessors.
 using Cluster = Team<4, 8>;
 using Block = Team<1, 16>;
 constexpr int64_t kMostThreads = Cluster::kThreads;  // of a team
