@@ -145,14 +145,14 @@ __global__ void __launch_bounds__(kTilePixels, 4)
       }
       for (int step = group / 2; step > 0; step /= 2) best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, step));
       for (int32_t v = lane; v < vectors; v += group) {
-        if (many) vector = own[v];
+        if (many && inside) vector = own[v];
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) sum += vector.of[k] = expf(vector.of[k] - best);
         if (many && inside) own[v] = vector;
       }
       for (int step = group / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
       for (int32_t v = lane; inside && v < vectors; v += group) {
-        if (many) vector = own[v];
+        if (many && inside) vector = own[v];
         vector.scale(1 / sum);
         if (!settings.last) own[v] = vector;
 #pragma unroll

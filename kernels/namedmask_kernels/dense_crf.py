@@ -79,7 +79,7 @@ def dense_crf(
         batch are distributed over torch's threads. Proportional to pixels times labels, whatever the sigmas. On an
         H100, an earlier version took 1.1 ms per image with 2 labels and 4.1 ms with 21, in a batch of 64 of up to that
         size; no GPU has run this one. The CUDA version waits for the GPU once, to learn the number of lattice vertices,
-        and allocates about 155 bytes per pixel and 10 more per label.
+        and allocates about 155 bytes per pixel and 10 more per label for photos, several times as much for noise.
 
     Determinism:
         On the CPU, bit-identical for any batch and number of threads. On a GPU, bit-identical on every call and for any

@@ -55,12 +55,13 @@ void dense_crf_lattice(const TensorView& probabilities, const TensorView& image,
                        const TensorView& workspace, const CrfSettings& settings, Stream stream);
 
 // The size of dense_crf's workspace. counts int32 [B]: the number of vertices of each image. With C channels, 1 for two
-// labels and otherwise L rounded up to a multiple of 4, about 8 C bytes per pixel and 16 C + 48 per vertex; a photo of
-// 512 x 683 has 0.05 to 0.15 vertices per pixel.
+// labels and otherwise L rounded up to a multiple of 4, about 8 C bytes per pixel (16 C for a Gaussian sigma below 3)
+// and 16 C + 48 per vertex; a photo of 512 x 683 has 0.05 to 0.15 vertices per pixel, noise up to 6.
 int64_t dense_crf_workspace(const TensorView& offsets, const TensorView& shapes, const TensorView& counts,
                             int64_t labels, const CrfSettings& settings);
 
-// lattice_workspace comes from dense_crf_lattice; counts is the first row of status, on the CPU; workspace int32.
+// lattice_workspace comes from dense_crf_lattice; counts is the first row of status, on the CPU; workspace int32. Both
+// workspaces are aligned to 16 bytes, like whole tensors of torch.
 void dense_crf(const TensorView& offsets, const TensorView& shapes, const TensorView& out, const TensorView& counts,
                const TensorView& lattice_workspace, const TensorView& workspace, const CrfSettings& settings,
                Stream stream);

@@ -161,7 +161,7 @@ def _statistics(
     length = tl.load(entry + 1)
     first = tl.load(entry + 2)
 
-    n = first + tl.arange(0, TOKENS)
+    n = (first + tl.arange(0, TOKENS)).to(tl.int64)  # any number of tokens, for the norms alone
     d = tl.arange(0, PADDED_D)
     mask = (n < length)[:, None] & (d < D)[None, :]
     total = tl.zeros([TOKENS], tl.float32)
@@ -172,7 +172,7 @@ def _statistics(
         if rows is not None:
             at = (begin + n) * heads + head
             for r in tl.range(0, count):
-                tapped = tl.load(taps + r)
+                tapped = tl.load(taps + r).to(tl.int64)
                 q = tl.load(queries + tapped * token_stride + d, mask=d < D, other=0.0).to(tl.float32)
                 score = tl.sum(k * q[None, :], 1) * scale
                 weight = tl.exp2(score - tl.load(lse + (begin + tapped) * heads + head) * 1.4426950408889634)
