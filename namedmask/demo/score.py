@@ -7,7 +7,7 @@
   retrieved by mistake have no true mask and lower the precision only. A kind without any such photo counts as 0.
 - `detector_iou` scores the masks of the detector without refinement. `spectral_iou` scores the refined masks that are
   selected among the candidates of the cut, which needs no training on such photos. The baseline is the one of
-  `baselines.py` with the highest mean on every fourth photo (`all`), refined. The cut and the baselines are refined
+  `baselines.py` with the highest mean on every tenth photo (`all`), refined. The cut and the baselines are refined
   with the settings that suit them best.
 
 Means are over the kinds.
@@ -35,7 +35,7 @@ from ..record import read_config
 from ..threads import kernels_on_one_thread, map_ahead
 from .scenes import Scene, index_photo
 
-SAMPLE_EVERY = 4  # one photo in four is compared with all baselines
+SAMPLE_EVERY = 10  # one photo in ten is compared with all baselines
 SHOWN = 2  # photos per kind on the contact sheet: the first of the archive and the middle one
 
 Baseline = Callable[[np.ndarray], np.ndarray]  # a photo -> a mask, as in `baselines.py`
@@ -164,7 +164,7 @@ def print_figures(figures: Mapping) -> None:
     columns = {"mask + CLIP's name": "pseudo_miou", "segmenter": "segmenter_miou"}
     _print_table("IoU on scenes of one to three objects", figures, columns, "class")
     print(
-        "baselines without learning, refined, on every fourth photo: "
+        "baselines without learning, refined, on every tenth photo: "
         + ", ".join(f"{method} {mean:.3f}" for method, mean in baseline["all"].items())
     )
     print(", ".join(f"{stage} {taken:.1f} s" for stage, taken in figures["seconds"].items()))
