@@ -59,7 +59,14 @@ class NameScorer:
         self.texts = torch.from_numpy(texts).to(device)
         self.scale = float(self.clip.model.logit_scale.detach().exp())
 
-    def score(self, images: Ragged, masks: Ragged, numbers: Tensor, categories: Sequence[str]) -> Tensor:
+    def score(
+        self,
+        images: Ragged,
+        masks: Ragged,
+        numbers: Tensor,
+        categories: Sequence[str],
+        blurred: Ragged | None = None,
+    ) -> Tensor:
         """Scores masks of each photo. On a CPU, results do not depend on the other photos of the batch.
 
         Args:
@@ -67,11 +74,12 @@ class NameScorer:
             masks: Candidate masks, float32 [T, K] in [0, 1] on grids that cover the photos.
             numbers: The candidates to score, int64 [B, n]; -1 for none.
             categories: A category for each photo.
+            blurred: The photos after `blur`, if that is done.
 
         Returns:
             Probability of the category's name, float32 [B, n] in [0, 1]; 0 for an empty mask and for none.
         """
-        sizes, blurred = sizes_of(images), _blurred(images)
+        sizes, blurred = sizes_of(images), blur(images) if blurred is None else blurred
         crops: list[list[Tensor]] = [[] for _ in sizes]
         scored = torch.zeros(numbers.shape, dtype=torch.bool)
         for place, candidates in enumerate(numbers.unbind(1)):
@@ -108,7 +116,7 @@ class NameScorer:
         return torch.cat(parts)
 
 
-def _blurred(images: Ragged) -> Ragged:
+def blur(images: Ragged) -> Ragged:
     """Photos, uint8 [P, 3], reduced to `BLURRED_CELLS` along the short side and enlarged again."""
     parts = [images.rows[:0]]
     for photos in runs(images):

@@ -38,7 +38,7 @@ from .masks import (
     write_shard,
 )
 from .memory import BATCH_PIXELS, processing_budget
-from .names import NameScorer
+from .names import NameScorer, blur
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .progress import warn
 from .refine import Refiner
@@ -250,8 +250,9 @@ class Labeler:
         found = prior(masks)
         if self.names:
             numbers = shortlist(found)
-            score = functools.partial(self.names.score, images, masks, categories=[str(name) for name in categories])
             with self.times.step("names"):
+                of = [str(name) for name in categories]
+                score = functools.partial(self.names.score, images, masks, categories=of, blurred=blur(images))
                 # First the best by the prior, then only those that a certain name would make better.
                 best = score(numbers[:, :1])
                 wins = merit(found, numbers[:, 1:], 1.0) > merit(found, numbers[:, :1], best)
