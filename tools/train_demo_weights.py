@@ -677,7 +677,7 @@ def main() -> None:
     mask.add_argument("--photos", type=int, default=8000, help="number of photos of the pool")
     mask.add_argument("--name", default="selfmask", help="prefix of the folder of each turn")
     mask.add_argument("--start", type=Path, help="a network that makes the masks of the first turn, instead of the cut")
-    mask.add_argument("--select", default="none", help="how masks are selected: none or prior")
+    mask.add_argument("--select", choices=("none", "prior"), default="none", help="how masks are selected")
     mask.add_argument(
         "--keep",
         type=float,
