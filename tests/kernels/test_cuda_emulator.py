@@ -59,6 +59,16 @@ def call(operator, shapes, run=None):
     return [part.rows if isinstance(part, Ragged) else part for part in parts]
 
 
+def with_and_without_clusters(run):
+    """What `run` returns on a GPU without clusters of blocks, and what it returns twice on one that has them."""
+    alone = run()
+    emulator.extension().use_clusters(True)
+    try:
+        return alone, [run() for _ in range(2)]
+    finally:
+        emulator.extension().use_clusters(False)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_more_images_than_a_launch_takes(run, monkeypatch, operator):
     if operator == "normalized_cut":  # its adapter passes fewer at a time than a launch takes
@@ -102,12 +112,7 @@ def test_bilateral_solver_is_the_same_in_a_cluster_of_blocks(emulated_cuda, with
     def solve():
         return nk.bilateral_solver(target, image, **settings, backend="cuda").rows
 
-    alone = solve()
-    emulator.extension().use_clusters(True)
-    try:
-        together = [solve() for _ in range(2)]
-    finally:
-        emulator.extension().use_clusters(False)
+    alone, together = with_and_without_clusters(solve)
     assert alone.isfinite().all() and all(torch.equal(alone, other) for other in together)
 
 
@@ -121,12 +126,7 @@ def test_normalized_cut_is_the_same_in_a_cluster_of_blocks(emulated_cuda, side):
     def cut():
         return nk.normalized_cut(features, backend="cuda")
 
-    alone = cut()
-    emulator.extension().use_clusters(True)
-    try:
-        together = [cut() for _ in range(2)]
-    finally:
-        emulator.extension().use_clusters(False)
+    alone, together = with_and_without_clusters(cut)
     for name, one, first, second in zip(alone._fields, alone, *together, strict=True):
         assert torch.equal(first, second), name
         if name != "residual":
@@ -144,12 +144,7 @@ def test_spectral_clusters_are_the_same_in_a_cluster_of_blocks(emulated_cuda, si
     def split():
         return nk.spectral_clusters(features, [2, 4], backend="cuda")
 
-    alone = split()
-    emulator.extension().use_clusters(True)
-    try:
-        together = [split() for _ in range(2)]
-    finally:
-        emulator.extension().use_clusters(False)
+    alone, together = with_and_without_clusters(split)
     assert all(torch.equal(alone, other) for other in together)
 
 
