@@ -41,8 +41,9 @@ def map_ahead(
     initializer: Callable[[], None] | None = None,
     cost: Callable[[Item], int] | None = None,
     limit: int = 0,
+    ahead: int = 0,
 ) -> Iterator[Result]:
-    """Like `map`, but computes results in threads ahead of the caller, at most two per thread.
+    """Like `map`, but computes results in threads ahead of the caller, at most two per thread or `ahead`.
 
     Args:
         function: Called with each item, in one of the threads.
@@ -52,17 +53,20 @@ def map_ahead(
         cost: Cost of an item, such as its bytes; None: 0.
         limit: Maximum total cost of the items whose results the caller has not finished with. An item that costs more
             is processed alone.
+        ahead: Number of results that the caller takes at once, such as those of a batch. At most as many wait for it,
+            or two per thread if that is more.
 
     Yields:
         The result for each item, in order. An exception in `function` is raised where its result would be.
     """
     pool = ThreadPoolExecutor(threads, initializer=initializer)
+    most = max(2 * threads, ahead)
     pending: deque[tuple[Future[Result], int]] = deque()
     used = 0
     try:
         for item in items:
             needed = cost(item) if cost else 0
-            while len(pending) >= 2 * threads or (pending and used + needed > limit > 0):
+            while len(pending) >= most or (pending and used + needed > limit > 0):
                 yield pending[0][0].result()
                 used -= pending.popleft()[1]
             pending.append((pool.submit(function, item), needed))

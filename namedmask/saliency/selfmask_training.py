@@ -238,9 +238,10 @@ def batches(
         return (photo.flip(2), mask.flip(2)) if rng.random() < 0.5 else (photo, mask)
 
     places = (place for step in steps for place in worker.share(step * settings.batch_size, settings.batch_size))
-    loaded = map_ahead(sample, places, thread_count())
+    count = settings.batch_size // worker.count
+    loaded = map_ahead(sample, places, thread_count(), ahead=count)
     for _ in steps:
-        views, masks = zip(*(next(loaded) for _ in range(settings.batch_size // worker.count)), strict=True)
+        views, masks = zip(*itertools.islice(loaded, count), strict=True)
         yield torch.stack(views), torch.cat(masks)
 
 

@@ -511,9 +511,10 @@ def batches(
         return view
 
     numbers = (number for step in steps for number in worker.share(step * settings.batch_size, settings.batch_size))
-    views = map_ahead(load, numbers, thread_count(), use_one_torch_thread)
+    count = settings.batch_size // worker.count
+    views = map_ahead(load, numbers, thread_count(), use_one_torch_thread, ahead=count)
     for _ in steps:
-        pixels, labels = zip(*(next(views) for _ in range(settings.batch_size // worker.count)), strict=True)
+        pixels, labels = zip(*itertools.islice(views, count), strict=True)
         yield torch.stack(pixels), torch.stack(labels)
 
 

@@ -48,6 +48,14 @@ def test_items_are_taken_ahead_up_to_a_number_and_a_cost(costs, limit, taken):
     assert list(results) == list(range(1, len(costs)))
 
 
+@pytest.mark.parametrize("ahead, taken", [(0, 6), (4, 6), (10, 10)])
+def test_a_batch_is_computed_ahead(ahead, taken):
+    seen = []
+    results = map_ahead(str, (seen.append(n) or n for n in range(30)), 3, ahead=ahead)
+    assert [next(results) for _ in range(8)] == list("01234567") and len(seen) == taken + 8
+    assert list(results) == list(map(str, range(8, 30)))
+
+
 def test_cost_of_an_item_is_freed_when_the_caller_asks_for_the_next():
     seen = []
     results = map_ahead(str, (seen.append(n) or n for n in range(6)), 3, cost=lambda _: 2, limit=4)
