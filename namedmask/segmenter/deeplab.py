@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from .. import weights as stored
 from ..backbones import Encoder, padded, untrained_encoder
@@ -48,15 +49,41 @@ def conv_bn_relu(in_channels: int, out_channels: int, dilation: int | None = Non
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise 3 x 3 convolution that keeps the size: [n, channels, h, w] -> [n, channels, h, w]."""
+
+    def __init__(self, channels: int, dilation: int):
+        super().__init__(channels, channels, 3, padding=dilation, dilation=dilation, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and x.requires_grad and torch.is_grad_enabled():
+            return _DepthwiseOnCpu.apply(x, self.weight, self.dilation)
+        return super().forward(x)
+
+
+class _DepthwiseOnCpu(torch.autograd.Function):
+    """The convolution whose gradient for x is the convolution with flipped weights, which oneDNN computes faster."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = {"padding": dilation, "dilation": dilation, "groups": len(weight)}
+        return F.conv2d(x, weight, **ctx.options)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight = (saved.to(gradient.dtype) for saved in ctx.saved_tensors)  # autocast has rounded them like that
+        of_x = F.conv2d(gradient, weight.flip(2, 3), **ctx.options)
+        return of_x, conv2d_weight(x, weight.shape, gradient, **ctx.options), None
+
+
 class SeparableConv(nn.Module):
     """Depthwise 3 x 3 convolution, then a pointwise one: [n, in_channels, h, w] -> [n, out_channels, h, w]."""
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int):
         super().__init__()
-        depthwise = nn.Conv2d(
-            in_channels, in_channels, 3, padding=dilation, dilation=dilation, groups=in_channels, bias=False
-        )
-        self.body = nn.Sequential(depthwise, nn.Conv2d(in_channels, out_channels, 1, bias=False))
+        pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.body = nn.Sequential(DepthwiseConv(in_channels, dilation), pointwise)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)

@@ -16,7 +16,7 @@ from namedmask.config import IndexConfig
 from namedmask.errors import UserError
 from namedmask.index import Clip
 from namedmask.saliency.selfmask import SelfMask
-from namedmask.segmenter.deeplab import DeepLab, SampleDropout, load_segmenter, on_device, save_segmenter
+from namedmask.segmenter.deeplab import DeepLab, DepthwiseConv, SampleDropout, load_segmenter, on_device, save_segmenter
 
 TINY = "test_resnet"  # timm's, for tests
 
@@ -39,6 +39,27 @@ def test_dilations_are_those_of_output_stride_8():
 def test_names_of_tensors_equal_the_authors(authors_network):
     assert shapes(authors_network) == json.loads((GOLDEN / "deeplabv3plus_resnet50_keys.json").read_text())
     assert shapes(authors_network.backbone) == json.loads((GOLDEN / "dino_resnet50_keys.json").read_text())
+
+
+@pytest.mark.parametrize("shape, dilation", [((2, 3, 7, 10), 1), ((1, 5, 4, 4), 2), ((3, 2, 5, 1), 6)])
+def test_depthwise_convolution_has_the_gradients_of_torch(shape, dilation):
+    torch.manual_seed(0)
+    conv = DepthwiseConv(shape[1], dilation).double()
+    x, gradient = torch.randn(2, *shape, dtype=torch.float64)
+    x.requires_grad_()
+    plain = torch.nn.functional.conv2d(x, conv.weight, padding=dilation, dilation=dilation, groups=shape[1])
+    expected = torch.autograd.grad(plain, (x, conv.weight), gradient)
+    result = conv(x)
+    torch.testing.assert_close(result, plain)
+    for own, other in zip(torch.autograd.grad(result, (x, conv.weight), gradient), expected, strict=True):
+        torch.testing.assert_close(own, other)
+    assert torch.autograd.gradcheck(conv, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = conv.float()(x.float())
+    own = torch.autograd.grad(low, (x, conv.weight), gradient.to(low.dtype))
+    assert low.dtype == torch.bfloat16 and own[1].dtype == torch.float32
+    for rounded, exact in zip((low, *own), (plain, *expected), strict=True):
+        torch.testing.assert_close(rounded.double(), exact, rtol=0.03, atol=0.1)
 
 
 def test_dropout_of_a_sample_depends_on_its_seed_only():
