@@ -97,7 +97,7 @@ def train_saliency(
     with worker.collective(device), TrainingState(folder, about, network, optimizer, steps, worker) as state:
         shared: nn.Module = network
         if worker.count > 1:
-            shared = DistributedDataParallel(network, broadcast_buffers=False)
+            shared = DistributedDataParallel(network)
 
         def step(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
             with precision:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -24,24 +27,53 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         """
         if not self.training:
             return super().forward(x)
-        from torch.distributed import get_world_size
-        from torch.distributed.nn.functional import all_reduce
-
         assert self.num_batches_tracked is not None
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
-        y = x.float()
-        count = get_world_size() * y.numel() // y.shape[1]
-        mean = all_reduce(y.sum((0, 2, 3))) / count
-        centered = y - mean.view(-1, 1, 1)
-        variance = all_reduce(centered.square().sum((0, 2, 3))) / count
+        y, mean, variance, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / max(1, count - 1)), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centered * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
+        return y
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """BatchNorm with the statistics of all workers: one exchange in each direction, torch's kernels around it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, int]:
+        from torch.distributed import all_reduce, get_world_size
+
+        workers = get_world_size()
+        variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        moments = torch.stack([mean, variance]).double()  # in float64, the squares cancel without a loss
+        moments[1] += moments[0].square()
+        all_reduce(moments)
+        moments /= workers
+        moments[1] -= moments[0].square()
+        mean, variance = moments.float()
+        ctx.eps, ctx.count = eps, workers * x.numel() // x.shape[1]
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, ctx.count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *others: None) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        from torch.distributed import all_reduce
+
+        x, weight, mean, variance = ctx.saved_tensors
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )  # of_x as if the statistics were constants
+        sums = torch.stack([of_weight, of_bias])
+        all_reduce(sums)
+        scale = (variance + ctx.eps).rsqrt()
+        slope = weight * scale.square() * sums[0] / ctx.count
+        offset = weight * scale * sums[1] / ctx.count - slope * mean
+        of_x = of_x - torch.addcmul(offset.view(-1, 1, 1), x.float(), slope.view(-1, 1, 1)).to(of_x.dtype)
+        return of_x, of_weight, of_bias, None
 
 
 def synchronize(network: nn.Module, device: str) -> None:

@@ -303,7 +303,7 @@ def train(
         worker.collective(device),
         TrainingState(folder, about, network, optimizer, settings.steps, worker, scoring, average) as state,
     ):
-        parallel = DistributedDataParallel(network, broadcast_buffers=False) if worker.count > 1 else None
+        parallel = DistributedDataParallel(network) if worker.count > 1 else None
 
         def step(photos: Tensor, labels: Tensor) -> dict[str, Tensor]:
             first = worker.share(state.step * settings.batch_size, settings.batch_size).start

@@ -27,7 +27,7 @@ def step(batch: dict, worker: distributed.Worker) -> dict[str, torch.Tensor]:
     if worker.count > 1:
         synchronize(network, "cpu")
     network.train()
-    parallel = DistributedDataParallel(network, broadcast_buffers=False) if worker.count > 1 else None
+    parallel = DistributedDataParallel(network) if worker.count > 1 else None
     part = worker.share(0, len(batch["photos"]))
     photos, labels = (batch[name][part.start : part.stop] for name in ("photos", "labels"))
     loss = accumulate_gradients(
