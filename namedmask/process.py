@@ -36,6 +36,8 @@ def prepare() -> None:
     - Output that nobody reads any more (`| head`) is dropped and does not end a run.
     - Characters that the terminal cannot show are printed as escapes such as \\xe9.
     - torch's C++ code logs errors only: its warnings about sockets say nothing to the user of a command.
+    - Threads of OpenMP sleep where they wait for each other. They would spin, and a training on a CPU, whose photos are
+      loaded by other threads, would lose cores to that: on a busy machine, most of its speed.
     - Pillow does not warn of unusual photos. (The line that libtiff itself prints for a damaged TIFF stays.)
 
     Raises:
@@ -43,6 +45,7 @@ def prepare() -> None:
     """
     sys.stdout, sys.stderr = (_robust(stream) for stream in (sys.stdout, sys.stderr))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # libgomp reads it when torch is imported
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints its warnings
     if not os.environ.get("OMP_NUM_THREADS", "").strip():

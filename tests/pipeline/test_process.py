@@ -197,6 +197,15 @@ def test_malformed_omp_num_threads(monkeypatch, value):
         thread_count()
 
 
+@pytest.mark.parametrize("given, used", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
+def test_threads_of_openmp_sleep_while_they_wait(given, used):
+    code = "from namedmask import process; process.prepare(); import torch"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true", **given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert f"OMP_WAIT_POLICY = '{used}'" in done.stderr
+
+
 def test_threads_follow_the_cores_that_the_process_may_use(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
