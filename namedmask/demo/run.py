@@ -40,7 +40,8 @@ SHEETS = {
 }
 
 # Chosen on photos of another seed. The sigmas of the solver are given for photos of 512 pixels; these have about 160.
-# COARSE suits the cut and the baselines, REFINE the finer masks of SelfMask.
+# COARSE suits the cut and the baselines, REFINE the finer masks of SelfMask. Masks are as good in bfloat16 as in float32
+# (bench/ABLATIONS.md), and faster on CPUs that multiply in it.
 SPECTRAL: dict[str, Any] = {
     "select": "name",
     "backbone": VIT_NAME,
@@ -48,6 +49,7 @@ SPECTRAL: dict[str, Any] = {
     "center_features": True,
     "tau": 0.0,
     "image_size": 128,
+    "precision": "bfloat16",
 }
 DETECTOR = {
     "name": "selfmask",
@@ -56,6 +58,7 @@ DETECTOR = {
     "image_size": 160,
     "scales": [1.0, 1.4],
     "horizontal_flip": True,
+    "precision": "bfloat16",
 }
 REFINE: dict[str, Any] = {
     "name": "bilateral",
