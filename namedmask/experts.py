@@ -82,7 +82,7 @@ SHARD_SIZE = 64  # minimum number of records in a shard of the mode "shared", ex
 
 # With --select name, an expert's mask replaces the detector's if their IoU is below MOST_OVERLAP, so one of them has
 # missed the object, and if the probability of the category inside the expert's is higher by MARGIN.
-MOST_OVERLAP = 0.2
+MOST_OVERLAP = 0.1
 MARGIN = 0.1
 ObjectLogits = Callable[[Tensor, str], Tensor]  # coarse output [C, h, w] and category -> logits of the object [h, w]
 
