@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,20 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from ..archive import Archive, Retrieved, read_archive, write_archive
+from ..archive import Archive, Retrieved, expect_distinct, read_archive, write_archive
 from ..config import PseudolabelConfig
 from ..errors import UserError
 from ..files import absolute, make_folder
 from ..masks import ErrorRecord, MaskRecord, errors_path, mask_score, run_lengths, write_errors, write_shard
 from ..photos import PhotoError, decode_ahead, open_source
-from ..progress import warn
-from ..pseudolabel import Work, shard_path, work_of
+from ..progress import logger, warn
+from ..pseudolabel import shard_path, work_of
 from ..record import read_config, read_record
 from ..run import locked
 from ..suffixes import PHOTO_SUFFIXES
 from . import category_of, imported_results, match_photos, read_json, some, unreadable
 
-OBJECT = "object"  # the category of masks that are imported without an archive
+OBJECT = "object"  # the category of a new run whose masks are not in class folders
 
 
 def import_masks(
@@ -38,7 +39,8 @@ def import_masks(
             that of the photo without its suffix; or one JSON file {photo: RLE}. In a folder, the files below a
             subfolder with the name of a category are the masks of that category alone.
         out: The run folder.
-        photos: Where the photos are now; needed for a new run, whose photos get the category `OBJECT`.
+        photos: Where the photos are now; needed for a new run. Its categories are the class folders of the masks if
+            there are any, else `OBJECT`.
         overwrite: Replace existing masks and what was made from them.
 
     Returns:
@@ -57,17 +59,21 @@ def import_masks(
         )
     source = open_source(photos if photos is not None else read_config(out).photos)
     if is_new:
-        found = masks.of_photos(list(source.names(lambda _: None)), source.path)
-        archive = Archive([OBJECT], {OBJECT: [Retrieved(name, None) for name in sorted(found)]})
-        given |= {"categories": [OBJECT]}
+        sources = masks.find(masks.candidates(source.names(lambda _: None)), source.path)
+        found: defaultdict[str, list[Retrieved]] = defaultdict(list)
+        for name, category in sorted(sources):
+            found[category].append(Retrieved(name, None))
+        archive = Archive(sorted(found), dict(sorted(found.items())))
+        given |= {"categories": archive.categories}
     else:
         archive = read_archive(out / "archive.json")
+        listed = {category: [entry.photo for entry in entries] for category, entries in archive.photos.items()}
+        sources = masks.find(listed, source.path)
     shard_size = PseudolabelConfig().shard_size if is_new else read_config(out).pseudolabel.shard_size
     given |= {"pseudolabel": {"shard_size": shard_size}}
     work = work_of(archive)
     records: dict[str, list[MaskRecord]] = {}
     errors: dict[str, list[ErrorRecord]] = defaultdict(list)
-    sources = masks.of_work(work, source.path)
     for (name, categories), (_, size) in zip(
         work, decode_ahead(source, (name for name, _ in work), source.size), strict=True
     ):
@@ -87,12 +93,14 @@ def import_masks(
     count, failed = sum(map(len, records.values())), sum(not found for found in records.values())
     if not count:
         reasons = [error.reason for found in errors.values() for error in found]
-        first = f", such as {work[0][0]!r}: {reasons[0]}" if reasons else ""
-        raise UserError(f"{path} has no usable mask of the {len(work):,} photos of {out}{first}")
+        first = f"{work[0][0]!r}: {reasons[0]}" if reasons else masks.unused(sources.values())[0]
+        which = f"photos in {source.path}" if is_new else f"{len(work):,} photos of {out}"
+        raise UserError(f"{path} has no usable mask of the {which}, such as {first}")
     stages = ["archive", "pseudolabel"] if is_new else ["pseudolabel"]
     with locked(out), imported_results(out, given, stages, overwrite, path):
         if is_new:
             write_archive(out / "archive.json", archive)
+            logger.info(f"categories of the new run: {some(archive.categories)}")
         make_folder(out / "masks")
         for shard in range(-(-len(work) // shard_size)):
             names = [name for name, _ in work[shard * shard_size : (shard + 1) * shard_size]]
@@ -103,8 +111,8 @@ def import_masks(
         warn(f"{failed:,} of {len(work):,} photos have no mask; see {out / 'errors.jsonl'}")
     if partly := sum(bool(found and errors[name]) for name, found in records.items()):
         warn(f"{partly:,} photos have masks of some of their categories only; see {out / 'errors.jsonl'}")
-    if unused := masks.count - len({key for key in sources.values()}):
-        warn(f"{unused:,} of {masks.count:,} masks are of no photo of {out}")
+    if unused := masks.unused(sources.values()):
+        warn(f"{len(unused):,} of {len(masks.keys):,} masks are not used, such as {unused[0]}")
     return count, failed
 
 
@@ -128,7 +136,7 @@ class _Masks:
                     "imported as a file in a folder"
                 )
             self.values, self.keys = values, list(values)
-        self.count = len(self.keys)
+        self.unmatched: dict[str, str] = {}  # why no photo was found for a key
         if not self.keys:
             raise UserError(f"{path} holds no masks" + (" (*.json)" if self.values is None else ""))
 
@@ -140,16 +148,32 @@ class _Masks:
         value = self.values[key] if self.values is not None else read_json(self.path / f"{key}.json")
         return decode_rle(value, size)
 
-    def of_photos(self, names: Iterable[str], root: str) -> dict[str, str]:
-        """The key of each photo that has a mask."""
-        return self._match({key: key for key in self.keys}, names, root)
+    def unused(self, used: Iterable[str]) -> list[str]:
+        """Where the masks with other keys are, and why."""
+        known, other = set(used), "another mask of its photo is more specific"
+        return [f"{self.file(key)}: {self.unmatched.get(key, other)}" for key in self.keys if key not in known]
 
-    def of_work(self, work: Work, root: str) -> dict[tuple[str, str], str]:
-        """The key of each photo and category that have a mask."""
-        photos: defaultdict[str, list[str]] = defaultdict(list)
-        for name, categories in work:
-            for category, _ in categories:
+    def candidates(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The photos that may be of each category of a new run, by the names of files and folders."""
+        folders = {key: key.partition("/")[0] if "/" in key else "" for key in self.keys}
+        if self.values is not None or not all(any(map(str.isalpha, folder)) for folder in folders.values()):
+            folders = dict.fromkeys(self.keys, OBJECT)  # a file, masks outside folders, or folders such as 00001
+        categories = dict.fromkeys(folders.values())
+        expect_distinct(categories, str(self.path))
+        claims: defaultdict[str, set[str]] = defaultdict(set)
+        for key, category in folders.items():
+            claims[_file_stem(key)].add(category)
+        of_folder = functools.cache(lambda folder: category_of(folder, categories))
+        photos: dict[str, list[str]] = {category: [] for category in categories}
+        for name in names:
+            own = {of_folder(folder) for folder in name.split("/")[:-1]} - {None}
+            claiming = claims.get(_file_stem(name), set())
+            for category in claiming & own if own else claiming:  # a photo of the folder cat is no dog
                 photos[category].append(name)
+        return photos
+
+    def find(self, photos: dict[str, list[str]], root: str) -> dict[tuple[str, str], str]:
+        """The key of each photo and category that have a mask, given the photos of each category."""
         folders: dict[str, dict[str, str]] = {category: {} for category in photos}
         if self.values is None:
             of_folder = functools.cache(lambda folder: category_of(folder, photos.keys()))
@@ -159,8 +183,8 @@ class _Masks:
                     folders[own_category][below] = key
         below_folders = {key for own in folders.values() for key in own.values()}
         others = {key: key for key in self.keys if key not in below_folders}
-        general = self._match(others, [name for name, _ in work], root)
-        found = {(name, c): general[name] for name, categories in work if name in general for c, _ in categories}
+        general = self._match(others, (name for names in photos.values() for name in names), root)
+        found = {(name, c): general[name] for c, names in photos.items() for name in names if name in general}
         for category, names in photos.items():
             own = folders[category]
             whole = self._match({key: key for key in own.values()}, names, root)  # in class folders like the photos
@@ -170,23 +194,29 @@ class _Masks:
 
     def _match(self, keys: dict[str, str], names: Iterable[str], root: str) -> dict[str, str]:
         """The key of each photo. Photos are found by their whole names, or by their names without suffix."""
-        names = list(names)
+        names = list(dict.fromkeys(names))  # an archive may be written by hand
         matched, reasons = match_photos(keys.keys(), names, root)
         by_stem: defaultdict[str, list[str]] = defaultdict(list)
         for name in names:
             by_stem[_stem(name)].append(name)
-        stems, _ = match_photos({_stem(path): None for path in reasons}.keys(), by_stem, root)
+        stems, stem_reasons = match_photos({_stem(path): None for path in reasons}.keys(), by_stem, root)
         counts = Counter(map(_stem, reasons))
         for path in reasons:
             photos = by_stem.get(stems.get(_stem(path), ""), [])
             if len(photos) == 1 and counts[_stem(path)] == 1:
                 matched.setdefault(path, photos[0])
+            else:
+                self.unmatched[keys[path]] = stem_reasons.get(_stem(path), "several photos or masks have this name")
         result: dict[str, str] = {}
         for path, name in matched.items():
             if name in result:
                 raise UserError(f"{self.path} has several masks of {name!r}: {some([result[name], keys[path]])}")
             result[name] = keys[path]
         return result
+
+
+def _file_stem(name: str) -> str:
+    return unicodedata.normalize("NFC", _stem(name.rpartition("/")[2]))
 
 
 def _stem(name: str) -> str:

@@ -23,7 +23,7 @@ from namedmask.imports.masks import decode_rle
 from namedmask.index import PrecomputedEmbeddings
 from namedmask.masks import ErrorRecord, read_errors, read_masks
 from namedmask.photos import PhotoError, PhotoSource
-from namedmask.record import read_record
+from namedmask.record import read_config, read_record
 from namedmask.segmenter.deeplab import DeepLab
 from small_world import ENCODER, command, draw_photo, files_of
 
@@ -316,6 +316,13 @@ def test_a_photo_of_two_categories_has_a_mask_per_folder(photos, tmp_path):
     assert np.array_equal(masks["dining table"], mask_of(path, 3))
 
 
+def test_a_mask_of_all_categories_may_be_unused(photos, run, tmp_path):
+    for name in ("n01_0", "cat/n01_0"):
+        write_json(tmp_path / "m" / f"{name}.json", rle(mask_of(photos / "n01/n01_0.JPEG")))
+    output = succeed("import", "masks", tmp_path / "m", "--out", run)
+    assert f"1 of 2 masks are not used, such as {tmp_path / 'm/n01_0.json'}: another mask of its photo" in output
+
+
 def test_imported_masks_train_and_are_not_mixed_with_others(photos, run, tmp_path, detector_options):
     for path in photos.rglob("*.JPEG"):
         write_json(tmp_path / "m" / f"{path.stem}.json", rle(mask_of(path)))
@@ -372,6 +379,70 @@ def test_masks_without_an_archive_start_a_run_of_one_category(photos, tmp_path):
     assert (tmp_path / "run" / "saliency" / "model.safetensors").exists()
 
 
+def new_run(masks: list[str], photos: list[str], folder: Path) -> tuple[dict[str, list[str]], str]:
+    """The categories of the masks of a new run, in order, with the photos that have one, and the output."""
+    for number, name in enumerate(photos):
+        (folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        draw_photo(number, "cat", (40, 30)).save(folder / "photos" / name)
+    for number, name in enumerate(masks):
+        write_json(folder / "masks" / f"{name}.json", {"size": [30, 40], "counts": [number, 100, 1100 - number]})
+    output = succeed("import", "masks", folder / "masks", "--photos", folder / "photos", "--out", folder / "run")
+    for (name, category), mask in masks_in(folder / "run").items():
+        key = masks[int(np.flatnonzero(mask.T.ravel())[0])]
+        assert key.rpartition("/")[2] == Path(name).stem and category in (key.partition("/")[0], "object")
+    archive = read_archive(folder / "run" / "archive.json")
+    assert list(archive.photos) == archive.categories == read_config(folder / "run").categories
+    listed = {category: [entry.photo for entry in entries] for category, entries in archive.photos.items()}
+    assert masks_in(folder / "run").keys() == {(name, category) for category in listed for name in listed[category]}
+    return listed, output
+
+
+FLAT = ["1.jpg", "2.jpg", "3.jpg"]
+DEEP = ["a/1.jpg", "b/1.jpg"]
+IN_FOLDERS = ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("photos", "masks", "expected"),
+    [
+        (FLAT, ["dog/2", "Cat/1"], {"Cat": ["1.jpg"], "dog": ["2.jpg"]}),
+        (IN_FOLDERS, ["cat/1", "cat/2", "dog/1"], {"cat": ["cat/1.jpg", "cat/2.jpg"], "dog": ["dog/1.jpg"]}),
+        (FLAT, ["cat/1", "dog/1", "dog/2"], {"cat": ["1.jpg"], "dog": ["1.jpg", "2.jpg"]}),
+        (DEEP, ["cat/a/1", "dog/a/1", "dog/b/1"], {"cat": ["a/1.jpg"], "dog": ["a/1.jpg", "b/1.jpg"]}),
+        (FLAT, ["cat/1", "2"], {"object": ["1.jpg", "2.jpg"]}),
+        (["00/1.jpg", "01/1.jpg"], ["00/1", "01/1"], {"object": ["00/1.jpg", "01/1.jpg"]}),
+    ],
+)
+def test_class_folders_of_masks_are_the_categories_of_a_new_run(photos, masks, expected, tmp_path):
+    listed, output = new_run(masks, photos, tmp_path)
+    assert listed == expected and "not used" not in output
+    assert f"categories of the new run: {str(list(expected))[1:-1]}" in output
+
+
+@pytest.mark.parametrize(
+    ("photos", "masks", "expected", "reason"),
+    [
+        (["dog/1.jpg"], ["cat/1", "dog/1"], {"dog": ["dog/1.jpg"]}, "cat/1.json: there is no such photo"),
+        (["cat/1.jpg"], ["cat/1", "dog/7"], {"cat": ["cat/1.jpg"]}, "dog/7.json: there is no such photo"),
+        (DEEP, ["a/1", "b/1", "1"], {"object": DEEP}, "1.json: several photos match: 'a/1', 'b/1'"),
+        (["1.jpg", "1.png", "2.jpg"], ["2", "1"], {"object": ["2.jpg"]}, "1.json: several photos or masks have"),
+    ],
+)
+def test_masks_that_a_new_run_does_not_use_are_named(photos, masks, expected, reason, tmp_path):
+    listed, output = new_run(masks, photos, tmp_path)
+    assert listed == expected
+    assert f"1 of {len(masks)} masks are not used, such as {tmp_path / 'masks' / reason}" in output
+
+
+def test_a_new_run_without_a_usable_mask_is_an_error(tmp_path):
+    (tmp_path / "photos").mkdir()
+    draw_photo(0, "cat", (40, 30)).save(tmp_path / "photos/1.jpg")
+    write_json(tmp_path / "m/cat/2.json", {"size": [30, 40], "counts": [1200]})
+    words = ["import", "masks", tmp_path / "m", "--photos", tmp_path / "photos", "--out", tmp_path / "run"]
+    assert f"such as {tmp_path / 'm/cat/2.json'}: there is no such photo" in fail(*words)
+    assert not (tmp_path / "run").exists()
+
+
 DAMAGED = {
     "no object": [],
     "no counts": {"size": [30, 40]},
@@ -422,7 +493,8 @@ def test_damaged_masks_are_listed_with_their_files(photos, run, tmp_path):
     (tmp_path / "m/n02_0.json").write_text('{"size": [30')
     write_json(tmp_path / "m/n09_9.json", DAMAGED["short"])
     output = succeed("import", "masks", tmp_path / "m", "--out", run)
-    assert "4 of 5 photos have no mask" in output and "1 of 4 masks are of no photo" in output
+    assert "4 of 5 photos have no mask" in output
+    assert f"1 of 4 masks are not used, such as {tmp_path / 'm/n09_9.json'}: there is no such photo" in output
     reasons = {error.photo: error.reason for error in read_errors(run / "errors.jsonl")}
     assert set(reasons) == {"n01/n01_1.JPEG", "n01/Käse.JPEG", "n02/n02_0.JPEG", "n02/n02_1.JPEG"}
     assert "n01_1.json" in reasons["n01/n01_1.JPEG"] and "[40, 30]" in reasons["n01/n01_1.JPEG"]
