@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .distributed import Worker
-from .errors import DamagedFile, UserError
+from .errors import DamagedFile, UserError, first_line
 from .files import atomic_write, move, outdated_folders, remove_empty, write_error
 from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path
 from .memory import MemoryBudget
@@ -159,8 +159,7 @@ class TrainingState:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.board is not None:
-            self.board.close()
+        self._use_board(lambda board: board.close())
 
     def end_step(self, photos: int, values: dict[str, Tensor]) -> None:
         """Counts a finished step; scores, logs and saves when it is time. Every worker calls it.
@@ -239,13 +238,27 @@ class TrainingState:
         try:
             with path.open("a") as file:
                 file.write(text)
-            if self.board is not None:
-                path = self.folder / "tensorboard"
-                for name, value in line.items():
-                    self.board.add_scalar(name, value, self.step)
-                self.board.flush()
         except OSError as error:
             raise write_error(path, error) from error
+
+        def add(board: Any) -> None:
+            for name, value in line.items():
+                board.add_scalar(name, value, self.step)
+            board.flush()
+
+        self._use_board(add)
+
+    def _use_board(self, use: Callable[[Any], None]) -> None:
+        """Calls a function with the TensorBoard writer, if there is one. The training goes on without a broken one."""
+        if self.board is None:
+            return
+        try:
+            use(self.board)
+        except OSError as error:
+            raise write_error(self.folder / "tensorboard", error) from error
+        except Exception as error:
+            self.board = None
+            _warn_that_tensorboard(_fails(error))
 
     def _expect_finite_weights(self) -> None:
         for name, tensor in self.network.state_dict().items():
@@ -440,20 +453,37 @@ def fit(
         progress.advance(share)
 
 
-@functools.cache
-def _say_that_tensorboard_is_missing() -> None:
-    warn("tensorboard is not installed: metrics are in metrics.jsonl alone")
+@functools.cache  # once, not for every category
+def _warn_that_tensorboard(reason: str) -> None:
+    warn(f"tensorboard {reason}: metrics are in metrics.jsonl alone")
+
+
+def _fails(error: Exception) -> str:
+    return f"fails ({type(error).__name__}: {first_line(error)})"
+
+
+@functools.cache  # a second import of a broken package may raise something else
+def _summary_writer() -> Any:
+    """TensorBoard's SummaryWriter; None, and a warning, if it is not installed or its import fails."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # a TypeError of another protobuf, for example
+        missing = isinstance(error, ModuleNotFoundError) and error.name in ("tensorboard", "torch.utils.tensorboard")
+        _warn_that_tensorboard("is not installed" if missing else _fails(error))
+        return None
+    return SummaryWriter
 
 
 def _tensorboard(folder: str, first_step: int) -> Any:
-    """A TensorBoard writer; None, and a line that says so, if it is not installed or cannot write to `folder`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        _say_that_tensorboard_is_missing()
+    """A TensorBoard writer; None, and a warning, if there is none that works. Raises OSError of `folder`."""
+    if (writer := _summary_writer()) is None:
         return None
     try:
-        return SummaryWriter(folder, purge_step=first_step)
+        return writer(folder, purge_step=first_step)
+    except OSError:
+        raise
     except UnicodeEncodeError:  # tensorboard writes to paths in UTF-8 only
-        warn(f"tensorboard cannot write to {folder}, which is not UTF-8: metrics are in metrics.jsonl alone")
-        return None
+        _warn_that_tensorboard(f"cannot write to {folder}, which is not UTF-8")
+    except Exception as error:
+        _warn_that_tensorboard(_fails(error))
+    return None

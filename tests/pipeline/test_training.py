@@ -223,18 +223,77 @@ def test_replaced_photos(tmp_path):
         photos.use([2, 1], lambda number, pixels: None)
 
 
-def test_tensorboard_may_be_missing_or_unable_to_write(tmp_path, monkeypatch, printing, capsys):
-    def fails(folder, purge_step):
-        raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogate")
+@pytest.fixture
+def no_tensorboard_yet():
+    for function in (training._summary_writer, training._warn_that_tensorboard):
+        function.cache_clear()
+    yield
+    for function in (training._summary_writer, training._warn_that_tensorboard):
+        function.cache_clear()
 
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = lambda folder, purge_step: (folder, purge_step)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    assert training._tensorboard("x", 4) == ("x", 4)
-    module.SummaryWriter = fails
-    assert training._tensorboard("x", 4) is None
-    assert "warning: tensorboard cannot write to x, which is not UTF-8" in capsys.readouterr().err
-    training._say_that_tensorboard_is_missing.cache_clear()
+
+WRITER = """
+class SummaryWriter:
+    def __init__(self, folder, purge_step):
+        pass
+
+    def add_scalar(self, name, value, step):
+        pass
+
+    flush = close = lambda self: None
+"""
+BROKEN = {
+    "import": "raise TypeError('Descriptors cannot be created directly.\\nmore')",
+    "its module": "import google_protobuf_that_is_missing",
+    "its version": "raise ImportError('version 1.15 or above')",
+    "constructor": WRITER.replace("pass", "raise TypeError('x')", 1),
+    "UTF-8": WRITER.replace("pass", "'\\udcff'.encode()", 1),
+    "add_scalar": WRITER + "\n    def add_scalar(self, *_):\n        raise AttributeError('x')",
+    "flush": WRITER + "\n    def flush(self):\n        raise RuntimeError",
+    "close": WRITER + "\n    def close(self):\n        raise ValueError('x')",
+}
+REASONS = {
+    "import": "fails (TypeError: Descriptors cannot be created directly.)",
+    "its module": "fails (ModuleNotFoundError: No module named 'google_protobuf_that_is_missing')",
+    "its version": "fails (ImportError: version 1.15 or above)",
+    "constructor": "fails (TypeError: x)",
+    "UTF-8": "cannot write to",
+    "add_scalar": "fails (AttributeError: x)",
+    "flush": "fails (RuntimeError: RuntimeError)",
+    "close": "fails (ValueError: x)",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_training_goes_on_without_a_broken_tensorboard(
+    broken, tmp_path, monkeypatch, printing, capsys, no_tensorboard_yet
+):
+    (tmp_path / "tensorboard.py").write_text(BROKEN[broken])
+    monkeypatch.setattr(torch.utils, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(torch.utils, "tensorboard", None, raising=False)  # set again by the import, removed at the end
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    del sys.modules["torch.utils.tensorboard"]
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        with new_state(tmp_path / name, 2) as state:
+            for _ in range(2):
+                state.end_step(3, {"loss": torch.tensor(1.0)})
+        assert lines(tmp_path / name)[-1]["loss"] == 1
+    warnings = capsys.readouterr().err
+    folders = 2 if broken == "UTF-8" else 1
+    assert warnings.count(f"tensorboard {REASONS[broken]}") == warnings.count("warning") == folders
+    assert warnings.count("metrics are in metrics.jsonl alone\n") == folders
+
+
+def test_a_folder_that_tensorboard_cannot_write_is_an_error(tmp_path, no_tensorboard_yet):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").symlink_to("missing")
+    with pytest.raises(OSError, match="tensorboard"), new_state(tmp_path, 1):
+        pass
+
+
+def test_tensorboard_may_be_missing(monkeypatch, printing, capsys, no_tensorboard_yet):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # its import raises ModuleNotFoundError
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     assert training._tensorboard("x", 4) is training._tensorboard("x", 4) is None
     assert capsys.readouterr().err.count("tensorboard is not installed") == 1
