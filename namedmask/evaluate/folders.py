@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -238,8 +239,13 @@ def evaluate_segmenter(
 
 
 def as_json(confusion: Confusion, classes: Sequence[str], photos: int) -> dict:
-    """Returns the metrics of photos as fractions, by name of the metric and of the class; undefined ones are None."""
+    """Returns the metrics of photos as fractions, by name of the metric and of the class; undefined ones are None.
+
+    A name that several classes have, as in ImageNet-S, is followed by the number of the class: "crane (135)".
+    """
     metrics = confusion.metrics()
+    counts = Counter(classes)
+    names = [f"{name} ({number})" if counts[name] > 1 else name for number, name in enumerate(classes)]
 
     def number(value: float) -> float | None:
         return None if math.isnan(value) else round(float(value), 6)
@@ -251,8 +257,8 @@ def as_json(confusion: Confusion, classes: Sequence[str], photos: int) -> dict:
         "weighted_iou": number(metrics.weighted_iou),
         "photos": photos,
         "ignored_pixels": number(confusion.ignored),
-        "iou": {name: number(value) for name, value in zip(classes, metrics.iou, strict=True)},
-        "accuracy": {name: number(value) for name, value in zip(classes, metrics.accuracy, strict=True)},
+        "iou": {name: number(value) for name, value in zip(names, metrics.iou, strict=True)},
+        "accuracy": {name: number(value) for name, value in zip(names, metrics.accuracy, strict=True)},
     }
 
 

@@ -115,6 +115,8 @@ def test_metrics_of_classes_that_are_absent():
     figures = as_json(confusion, ["a", "b", "c", "d"], 7)
     assert figures["weighted_iou"] == 0.666667 and figures["accuracy"] == {"a": 1, "b": 0.5, "c": None, "d": None}
     assert figures["photos"] == 7 and figures["ignored_pixels"] == 0
+    ious = as_json(confusion, ["a", "b", "c", "b"], 7)["iou"]
+    assert ious == {"a": 1, "b (1)": 0.5, "c": 0, "b (3)": None}
     assert [percent(value) for value in (None, 0.12345, 1.0)] == ["-", "12.3", "100.0"]
     none = Confusion(2).metrics()
     assert np.isnan([none.mean_iou, none.mean_accuracy, none.pixel_accuracy, *none.iou]).all()
