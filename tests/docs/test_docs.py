@@ -10,6 +10,7 @@ import doctest
 import html
 import importlib.util
 import io
+import json
 import pickle
 import re
 import shlex
@@ -24,6 +25,7 @@ import pytest
 import torch
 import typer
 from nbclient import NotebookClient
+from PIL import Image
 from typer.testing import CliRunner
 
 import namedmask_kernels
@@ -240,6 +242,41 @@ def test_settings_page_lists_every_setting():
         cells = rows[name].strip("| ").split(" | ")
         assert len(cells) == 4 and cells[1] == html.escape(one.field.description)
         assert one.flag is None or f"<code>{one.flag}</code>" in cells[0]
+
+
+def test_every_key_of_the_figures_is_documented(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mask = np.zeros((8, 10), np.uint8)
+    mask[2:5, 3:6] = 255
+    voc = Path("VOCdevkit/VOC2012")
+    for path in ("photos/0.jpg", "truth/0.png", "ECSSD/images/0.jpg", "ECSSD/ground_truth_mask/0.png"):
+        save(Path(path), mask)
+    for path in ("labels/0.png", voc / "JPEGImages/0.jpg", voc / "SegmentationClass/0.png"):
+        save(Path(path), mask // 255)
+    (voc / "ImageSets/Segmentation").mkdir(parents=True)
+    (voc / "ImageSets/Segmentation/val.txt").write_text("0")
+    Path("names.txt").write_text("cat")
+    Path("masks.json").write_text('{"0": {"size": [8, 10], "counts": [26, 3, 5, 3, 5, 3, 35]}}')
+    found = set()
+    for words in (
+        "import masks masks.json --photos photos --out run",
+        "evaluate run truth --json figures.json",
+        "evaluate labels labels --categories-file names.txt --json figures.json",
+        "evaluate labels --benchmark voc2012 --root VOCdevkit --json figures.json",
+        "evaluate truth --benchmark ecssd --root ECSSD --json figures.json",
+    ):
+        done = CliRunner().invoke(cli.app, words.split())
+        assert done.exit_code == 0, done.output
+        if "--json" in words:
+            found |= set(json.loads(Path("figures.json").read_text()))
+    section = TEXTS["docs/evaluate.md"].partition("## Figures as JSON")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("|")]
+    assert set(re.findall(r"`(\w+)`", "".join(row[2] for row in rows))) == found
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def test_the_readme_is_short():
