@@ -458,8 +458,9 @@ def batches(
 
     Every epoch has a new order of the samples. If their weights differ, a sample with a weight of w times the mean is
     in it about w times: rounded up or down at random, so that w is the mean over the epochs. Pasted objects are from
-    samples drawn at random from those with a mask that is not empty, likewise by weight. A sample whose photo cannot be
-    read is replaced by the next one with the same label, one with an object by one with an object.
+    samples drawn at random from those with a mask that is not empty, likewise by weight; the other objects of their
+    photos are not pasted. A sample whose photo cannot be read is replaced by the next one with the same label, one with
+    an object by one with an object.
 
     Args:
         photos: The photos of the samples.
@@ -502,12 +503,17 @@ def batches(
             return int(with_object[rng.integers(len(with_object))])
         return int(with_object[at(weights[with_object], rng.random())])
 
+    def load_object(rng: np.random.Generator) -> View:
+        number = pasted(rng)
+        view = load_view(number, rng)
+        return View(view.photo, view.labels.where(view.labels == samples[number].label, 0))
+
     def load(number: int) -> View:
         epoch, index = divmod(number, len(samples))
         rng = np.random.default_rng((settings.seed, 1, number))
         view = load_view(order(epoch)[index], rng)
         count = rng.integers(settings.paste_objects[0], settings.paste_objects[1] + 1)
-        copy_paste(view, [load_view(pasted(rng), rng) for _ in range(count)], rng)
+        copy_paste(view, [load_object(rng) for _ in range(count)], rng)
         return view
 
     numbers = (number for step in steps for number in worker.share(step * settings.batch_size, settings.batch_size))

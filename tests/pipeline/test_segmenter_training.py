@@ -375,6 +375,30 @@ def test_views_show_at_most_one_object_of_another_photo(run_of_discs, small):
     assert 1.35 < share[1] / share[0] < 1.55 and 1.7 < share[2] / share[0] < 2
 
 
+def test_one_object_of_a_photo_with_several_is_pasted(run_of_discs, small):
+    """The others of the photo are drawn by their own weights."""
+    beside = 17
+
+    def with_other(sample: Sample, label: int) -> Sample:
+        corner = np.zeros(sample.record.size, bool)
+        corner[:4, :4] = True
+        other = MaskRecord.from_mask(sample.record.photo, corner, "cow", None, 0.5)
+        return sample._replace(label=label, others=((other, beside),))
+
+    samples, source = samples_of(run_of_discs)
+    samples = [with_other(sample, label) for label, sample in enumerate(samples, 1)]
+    photos = photos_of(run_of_discs, samples, source)
+
+    def views(pasted: int) -> torch.Tensor:
+        settings = SegmenterTraining(**{**small, "scale": (0.5, 0.6)}, **PLAIN, paste_objects=(pasted, pasted))
+        return torch.cat([labels for _, labels in batches(photos, samples, settings, Worker(), range(16))])
+
+    plain, pasted = views(0), views(1)  # of whole photos
+    assert (plain == beside).flatten(1).any(1).all()
+    changed = (pasted != plain).flatten(1).any(1)
+    assert changed.float().mean() > 0.9 and not ((pasted == beside) & (plain != beside)).any()
+
+
 def with_empty_masks(samples: list[Sample], photos: set[str]) -> list[Sample]:
     """The samples with the masks of some photos replaced by empty ones."""
     empty = lambda r: MaskRecord.from_mask(r.photo, np.zeros(r.size, bool), r.category, None, 0.0)  # noqa: E731
