@@ -40,8 +40,8 @@ SHEETS = {
 }
 
 # Chosen on photos of another seed. The sigmas of the solver are given for photos of 512 pixels; these have about 160.
-# COARSE suits the cut and the baselines, REFINE the finer masks of SelfMask. Masks are as good in bfloat16 as in float32
-# (bench/ABLATIONS.md), and faster on CPUs that multiply in it.
+# COARSE suits the cut and the baselines, REFINE the finer masks of SelfMask. In bfloat16, masks are as good as in
+# float32 (bench/ABLATIONS.md), and computed in less time on CPUs that multiply in it.
 SPECTRAL: dict[str, Any] = {
     "select": "name",
     "backbone": VIT_NAME,
