@@ -284,6 +284,16 @@ def test_weights_from_a_local_file(backbone_weights):
     assert all(torch.equal(value, expected[key]) for key, value in backbone.model.state_dict().items())
 
 
+def test_only_networks_of_the_computed_layers_are_supported():
+    """Post-norm blocks and differential attention have fused projections, too, and would give wrong features."""
+    unsupported = ["vit_base_patch16_rpn_224", "eva02_enormous_patch14_clip_224", "vit_dwee_patch16_reg1_gap_256"]
+    unsupported += ["vit_small_r26_s32_224", "vit_small_patch16_rope_mixed_224"]
+    for name in [*unsupported, *FAMILIES]:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+        assert backbones.is_supported(model) == (name not in unsupported), name
+
+
 def test_load_errors_say_what_is_wrong(tmp_path, backbone_weights):
     with pytest.raises(UserError, match="'vit_smal_patch8' is no timm model; similar: "):
         backbones.load("vit_smal_patch8")
