@@ -28,7 +28,6 @@ from namedmask_kernels import Ragged, backends, resize
 from . import attention, hub, linear, registry
 from . import weights as stored
 from .errors import UserError, first_line
-from .progress import warn
 
 # If the aspect ratio is larger, the photo is resized by its long side: otherwise, a strip of 1 x 10,000 patches would
 # cost as much as twenty photos.
@@ -555,38 +554,12 @@ class TokenPyramid(nn.Module):
         self.vit: Vit = vit
         self.patch: int = vit.patch_embed.patch_size[0]
         self.taken = [len(vit.blocks) // 2 - 1, len(vit.blocks) - 1]
-        self.backbone: Backbone | None = None
-
-    def fuse(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Lets a `Backbone` compute the tokens from now on, if it can: faster, and without gradients.
-
-        Args:
-            device: Device of the photos.
-            dtype: See `precision` of `load`.
-        """
-        if is_supported(self.vit) and self.taken[0] >= 0:
-            self.backbone = Backbone(self.vit, device, dtype)
-        else:
-            warn("this ViT encoder runs in timm's layers, without the faster kernels: they do not support it")
 
     def forward(self, photos: Tensor) -> list[Tensor]:
         whole = padded(photos, self.patch)
-        if self.backbone is None or torch.compiler.is_exporting():
-            middle, end = self.vit.forward_intermediates(whole, self.taken, norm=True, intermediates_only=True)
-        else:
-            middle, end = self._tokens(whole, self.backbone)
+        middle, end = self.vit.forward_intermediates(whole, self.taken, norm=True, intermediates_only=True)
         h, w = ((2 * side + self.patch - 1) // self.patch for side in photos.shape[2:])
         return [F.interpolate(middle, scale_factor=2, mode="bilinear")[:, :, :h, :w], end]
-
-    def _tokens(self, photos: Tensor, backbone: Backbone) -> list[Tensor]:
-        """The normalized tokens [n, C, h, w] of the two blocks."""
-        grid = len(photos), photos.shape[2] // self.patch, photos.shape[3] // self.patch
-        rows = F.unfold(photos, self.patch, stride=self.patch).mT.flatten(0, 1)
-        features = backbone.extract(
-            Ragged.of_shapes(rows, [grid[1:]] * len(photos)), [f"tokens.{self.taken[0]}", "tokens"]
-        )
-        middle, end = (tokens.rows.to(backbone.dtype) for tokens in features.values())
-        return [rows.to(photos.dtype).unflatten(0, grid).permute(0, 3, 1, 2) for rows in (self.vit.norm(middle), end)]
 
 
 # Encoders whose published weights are not in timm.

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .. import hub
-from ..backbones import TokenPyramid
 from ..decoding import pixels_of
 from ..files import atomic_write, make_folder
 from ..formats import BACKGROUND
@@ -130,8 +129,6 @@ class Segmenter:
         self.dtype = getattr(torch, precision or ("float32" if on_cpu else "bfloat16"))
         folded = fold_batch_norms(network.eval().requires_grad_(False)).to(dtype=self.dtype)
         self.network = on_device(folded, self.device)
-        if isinstance(self.network.backbone, TokenPyramid):
-            self.network.backbone.fuse(self.device, self.dtype)
 
     @classmethod
     def load(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from golden import GOLDEN, fill_weights
-from namedmask.backbones import TokenPyramid, load_encoder, untrained, untrained_encoder
+from namedmask.backbones import load_encoder, untrained, untrained_encoder
 from namedmask.config import IndexConfig
 from namedmask.errors import UserError
 from namedmask.index import Clip
@@ -156,27 +156,6 @@ def test_vit_encoder_loads_vit_and_selfmask_weights(tmp_path):
         assert encoder.taken == (0, 1) and encoder.channels == (96, 96) and fine.shape == (1, 96, 13, 23)
     network = DeepLab(encoder, 3, head_channels=16).eval()
     assert network(photos).shape == (1, 3, 50, 91)
-
-
-@pytest.mark.parametrize("name", ["vit_namedmask_demo", "vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2"])
-def test_fused_vit_encoder_equals_timm(name):
-    torch.manual_seed(0)
-    pyramid = untrained_encoder(name).network.eval()
-    photos = torch.randn(2, 3, 50, 91)
-    with torch.inference_mode():
-        expected = pyramid(photos)
-        pyramid.fuse(torch.device("cpu"), torch.float32)
-        for own, other in zip(pyramid(photos), expected, strict=True):
-            torch.testing.assert_close(own, other, atol=2e-5, rtol=0)
-        assert not any(torch.equal(own, other) for own, other in zip(pyramid(photos), expected, strict=True))
-
-
-def test_vit_encoder_of_other_layers_runs_in_timm(capsys, printing):
-    for name in ("vit_base_patch16_rpn_224", "vit_dwee_patch16_reg1_gap_256"):
-        with torch.device("meta"):
-            pyramid = TokenPyramid(untrained(name))
-        pyramid.fuse(torch.device("cpu"), torch.float32)
-        assert pyramid.backbone is None and "this ViT encoder runs in timm's layers" in capsys.readouterr().err
 
 
 def test_demo_encoder_equals_its_clip():
