@@ -53,14 +53,14 @@ def map_ahead(
         cost: Cost of an item, such as its bytes; None: 0.
         limit: Maximum total cost of the items whose results the caller has not finished with. An item that costs more
             is processed alone.
-        ahead: Number of results that the caller takes at once, such as those of a batch. At most as many wait for it,
-            or two per thread if that is more.
+        ahead: Number of results that the caller takes at once, such as those of a batch. As many are computed while the
+            caller is busy with the last ones, or two per thread if that is more.
 
     Yields:
         The result for each item, in order. An exception in `function` is raised where its result would be.
     """
     pool = ThreadPoolExecutor(threads, initializer=initializer)
-    most = max(2 * threads, ahead)
+    most = max(2 * threads, ahead + 1)  # the result that the caller is busy with counts, too
     pending: deque[tuple[Future[Result], int]] = deque()
     used = 0
     try:

@@ -48,7 +48,7 @@ def test_items_are_taken_ahead_up_to_a_number_and_a_cost(costs, limit, taken):
     assert list(results) == list(range(1, len(costs)))
 
 
-@pytest.mark.parametrize("ahead, taken", [(0, 6), (4, 6), (10, 10)])
+@pytest.mark.parametrize("ahead, taken", [(0, 6), (4, 6), (10, 11)])
 def test_a_batch_is_computed_ahead(ahead, taken):
     seen = []
     results = map_ahead(str, (seen.append(n) or n for n in range(30)), 3, ahead=ahead)
