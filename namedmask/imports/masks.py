@@ -156,8 +156,11 @@ class _Masks:
     def candidates(self, names: Iterable[str]) -> dict[str, list[str]]:
         """The photos that may be of each category of a new run, by the names of files and folders."""
         folders = {key: key.partition("/")[0] if "/" in key else "" for key in self.keys}
-        if self.values is not None or not all(any(map(str.isalpha, folder)) for folder in folders.values()):
-            folders = dict.fromkeys(self.keys, OBJECT)  # a file, masks outside folders, or folders such as 00001
+        outside = [key for key, folder in folders.items() if not any(map(str.isalpha, folder))]  # or in 00001
+        if self.values is not None or outside:
+            if self.values is None and len(outside) < len(self.keys):
+                logger.info(f"{self.file(outside[0])} is in no class folder: all masks get the category {OBJECT!r}")
+            folders = dict.fromkeys(self.keys, OBJECT)
         categories = dict.fromkeys(folders.values())
         expect_distinct(categories, str(self.path))
         claims: defaultdict[str, set[str]] = defaultdict(set)

@@ -417,6 +417,7 @@ def test_class_folders_of_masks_are_the_categories_of_a_new_run(photos, masks, e
     listed, output = new_run(masks, photos, tmp_path)
     assert listed == expected and "not used" not in output
     assert f"categories of the new run: {str(list(expected))[1:-1]}" in output
+    assert ("2.json is in no class folder: all masks get the category 'object'" in output) == ("2" in masks)
 
 
 @pytest.mark.parametrize(
