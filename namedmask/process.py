@@ -37,7 +37,7 @@ def prepare() -> None:
     - Characters that the terminal cannot show are printed as escapes such as \\xe9.
     - torch's C++ code logs errors only: its warnings about sockets say nothing to the user of a command.
     - Threads of OpenMP sleep where they wait for each other. They would spin, and a training on a CPU, whose photos are
-      loaded by other threads, would lose cores to that: on a busy machine, most of its speed.
+      loaded by other threads, would lose cores to that.
     - Pillow does not warn of unusual photos. (The line that libtiff itself prints for a damaged TIFF stays.)
 
     Raises:
