@@ -62,7 +62,11 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class _DepthwiseOnCpu(torch.autograd.Function):
-    """The convolution whose gradient for x is the convolution with flipped weights, which oneDNN computes faster."""
+    """The convolution, with its gradient for x computed as the convolution with flipped weights.
+
+    On one core of a Zen 4, oneDNN takes 1 to 8 ms for that instead of 12 to 17 (16 x 512 x 12 x 12, dilations 2 to 6).
+    No other processor has been measured.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: tuple[int, int]) -> Tensor:
