@@ -115,12 +115,12 @@ class Solver {
     system_.labels = labels;
     system_.channels = labels == 2 ? 1 : round_up(labels, kGroup);
     system_.out = out;
-    // One channel holds half log-odds.
-    const double half = labels == 2 ? 0.5 : 1;
-    build_grid(settings.gaussian_sigma[b], half * settings.gaussian_weight);
+    // Scores are logarithms to base 2; one channel holds half log-odds.
+    const double unit = (labels == 2 ? 0.5 : 1) * M_LOG2E;
+    build_grid(settings.gaussian_sigma[b], unit * settings.gaussian_weight);
     build_lattice(image, settings.bilateral_sigma[b], settings.bilateral_sigma_rgb);
     find_neighbors();
-    system_.bilateral_weight = static_cast<float>(half * settings.bilateral_weight);
+    system_.bilateral_weight = static_cast<float>(unit * settings.bilateral_weight);
     allocate();
     kernels().normalize(system_);
     if (!kernels().start(system_, probabilities)) return false;

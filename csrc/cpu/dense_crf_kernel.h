@@ -9,22 +9,14 @@
 namespace namedmask::cpu {
 namespace {
 
-// e^x for x <= 88; below -87 and for NaN e^-87.
-template <class V>
-inline V exponential(V x) {
-  return exponential<TaylorTerms>(larger(x, broadcast<V>(-87.0f)));
-}
-
-// log(x) for positive normal numbers.
-inline Floats8 logarithm(Floats8 x) {
+// log2(x) for positive normal numbers.
+inline Floats8 log2(Floats8 x) {
   const Ints8 exponent = (bits(x) - 0x3f3504f3) >> 23;  // so that the mantissa is in [sqrt(1/2), sqrt(2)]
   const Floats8 m = reinterpret_cast<Floats8>(bits(x) - (exponent << 23)),
                 n = __builtin_convertvector(exponent, Floats8);
-  const Floats8 s = (m - 1.0f) / (m + 1.0f), square = s * s;  // log(m) = 2 atanh(s), |s| < 0.18
-  Floats8 sum = fma(square, broadcast<Floats8>(2.0f / 9), broadcast<Floats8>(2.0f / 7));
-  sum = fma(square, sum, broadcast<Floats8>(2.0f / 5));
-  sum = fma(square, sum, broadcast<Floats8>(2.0f / 3));
-  return fma(n, broadcast<Floats8>(0.693147181f), fma(s * square, sum, 2.0f * s));
+  const Floats8 s = (m - 1.0f) / (m + 1.0f), square = s * s;  // ln(m) = 2 atanh(s), |s| < 0.18
+  constexpr float kTwice = 2 * kLog2E;
+  return fma(s, polynomial(square, kTwice / 9, kTwice / 7, kTwice / 5, kTwice / 3, kTwice), n);
 }
 
 inline Floats8 clipped(Floats8 p) { return smaller(larger(p, broadcast<Floats8>(1e-5f)), broadcast<Floats8>(1.0f)); }
@@ -44,7 +36,7 @@ bool start(CrfSystem s, const float* probabilities) {
             p1[i] = probabilities[2 * x + 1];
           }
           finite += p0 * 0.0f + p1 * 0.0f;
-          store(unary, 0.5f * (logarithm(clipped(p1)) - logarithm(clipped(p0))));
+          store(unary, 0.5f * (log2(clipped(p1)) - log2(clipped(p0))));
         }
       }
     }
@@ -53,11 +45,11 @@ bool start(CrfSystem s, const float* probabilities) {
     for (int64_t i = 0; i < whole; i += kGroup) {
       const Floats8 p = load<Floats8>(probabilities + i);
       finite += p * 0.0f;
-      store(s.out + i, logarithm(clipped(p)));
+      store(s.out + i, log2(clipped(p)));
     }
     const Floats8 p = load_first(probabilities + whole, n - whole);
     finite += p * 0.0f;
-    store_first(s.out + whole, logarithm(clipped(p)), n - whole);
+    store_first(s.out + whole, log2(clipped(p)), n - whole);
   }
   float sum = 0;
   for (int i = 0; i < kGroup; ++i) sum += finite[i];
@@ -67,17 +59,16 @@ bool start(CrfSystem s, const float* probabilities) {
 // Converts half the log-odds of two labels to the difference of their marginals, a tanh.
 void tanh_line(float* line, int64_t n) {
   for_each_vector(n, [&](auto half, int64_t i) {
-    using V = decltype(half);
-    half = load<V>(line + i);
-    // e^2x overflows from 44 on, where tanh is 1 in floats
-    store(line + i, 1.0f - 2.0f / (1.0f + exponential(select(half < 40.0f, 2.0f * half, broadcast<V>(80.0f)))));
+    half = load<decltype(half)>(line + i);
+    const auto ratio = power_of_two(-2.0f * larger(half, -half)), likely = (1.0f - ratio) / (1.0f + ratio);
+    store(line + i, select(half > 0.0f, likely, -likely));
   });
 }
 
 // Converts half the log-odds to both marginals, in out. Small values keep their relative precision.
 void write_line(CrfSystem s, int64_t y, int64_t phase, const float* line) {
   for (int64_t cell = 0; cell < s.cells; cell += kGroup) {
-    const Floats8 half = load<Floats8>(line + cell), e = exponential(-2.0f * larger(half, -half));
+    const Floats8 half = load<Floats8>(line + cell), e = power_of_two(-2.0f * larger(half, -half));
     const Floats8 likely = 1.0f / (1.0f + e), other = e * likely;
     const Floats8 first = select(half > 0.0f, other, likely), second = select(half > 0.0f, likely, other);
     for (int i = 0; i < kGroup; ++i) {
@@ -252,7 +243,7 @@ inline __attribute__((always_inline)) Floats8 score(const CrfSystem& s, int64_t 
   return reduce_each(best, [](Floats8 a, Floats8 b) { return larger(a, b); });
 }
 
-// Replaces scores by e^(score - largest). Returns 1 / their sum for each pixel.
+// Replaces scores by 2^(score - largest). Returns 1 / their sum for each pixel.
 inline __attribute__((always_inline)) Floats8 exponentials(float* scores, int64_t channels, Floats8 largest) {
   const auto plus = [](Floats8 a, Floats8 b) { return a + b; };
   float top[kGroup];
@@ -266,7 +257,7 @@ inline __attribute__((always_inline)) Floats8 exponentials(float* scores, int64_
       float* const score = scores + of_score.begin + i * of_score.stride;
       V v = load<V>(score) - broadcast<V>(top[i]);
       // Negligible values become 0: their products would be denormal numbers, which are slow.
-      v = select(v > -50.0f, exponential(v), V{});
+      v = select(v > -72.0f, power_of_two(v), V{});
       store(score, v);
       sums[i] = joined(sums[i], v, plus);
     }

@@ -48,7 +48,7 @@ struct CrfSystem {
   float* rows;                    // scratch: rows of a grid and of pixels
   float* columns;                 // scratch: kBlurRows rows of a grid with `radius` nodes on both sides (channels > 1)
   float* scores;                  // [kGroup, channels] scratch
-  float* unary;                   // half log-odds [height, step, cells] (channels = 1), else log(p) in out
+  float* unary;                   // half log2-odds [height, step, cells] (channels = 1), else log2(p) in out
   float* out;                     // [height * width, labels]
 };
 

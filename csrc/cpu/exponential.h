@@ -23,67 +23,42 @@ inline V times_power_of_two(V p, V n) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// e^x = 2^n e^r with r = x - n ln 2, |r| <= ln 2 / 2. ln 2 has two parts, the first with so few bits that its product
-// with n is exact even without a fused multiply-add. Terms computes n and e^r. There are two because they round
-// differently: with one of them for all operators, results would change.
-template <class Terms, class V>
-inline V exponential(V x) {
-  const V n = Terms::round(x);
-  const V r = fma(n, broadcast<V>(-Terms::kLn2Low), fma(n, broadcast<V>(-Terms::kLn2High), x));
-  return times_power_of_two(Terms::polynomial(r), n);
+// e^x = 2^n e^r with r = x - n ln 2, |r| <= ln 2 / 2, for x >= -87.3. ln 2 has two parts, the first with so few bits
+// that its product with n is exact even without a fused multiply-add. The coefficients are those of Cephes' expf (S.
+// Moshier).
+inline Floats exponential(Floats x) {
+  const Floats n = fma(x, broadcast(kLog2E), broadcast(kRoundingBias)) - kRoundingBias;
+  const Floats r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
+  const Floats p = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                              1.6666665459e-1f, 5.0000001201e-1f);
+  return times_power_of_two(fma(p, r * r, r) + 1.0f, n);
 }
-
-// The coefficients of Cephes' expf (S. Moshier). For x >= -87.3.
-struct CephesTerms {
-  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-
-  template <class V>
-  static V round(V x) {
-    return fma(x, broadcast<V>(kLog2E), broadcast<V>(kRoundingBias)) - kRoundingBias;
-  }
-
-  template <class V>
-  static V polynomial(V r) {
-    const V p = cpu::polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
-                                1.6666665459e-1f, 5.0000001201e-1f);
-    return fma(p, r * r, r) + 1.0f;
-  }
-};
-
-// Within 2e-7 of e^x, relative, for x from -87 to 88.
-struct TaylorTerms {
-  static constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
-
-  template <class V>
-  static V round(V x) {
-    return nearest(x * kLog2E);
-  }
-
-  template <class V>
-  static V polynomial(V r) {
-    return cpu::polynomial(r, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f);
-  }
-};
 
 // e^x for x <= 0: 0 below -87.3, NaN for NaN.
-inline Floats exponential_or_zero(Floats x) {
-  return reinterpret_cast<Floats>(bits(exponential<CephesTerms>(x)) & ~(x < -87.3f));
-}
+inline Floats exponential_or_zero(Floats x) { return reinterpret_cast<Floats>(bits(exponential(x)) & ~(x < -87.3f)); }
+
+#if defined(__AVX512DQ__)
+// x - floor(x), 0 for -Inf; p * 2^floor(x).
+inline Floats fraction(Floats x) { return _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEG_INF); }
+inline Floats8 fraction(Floats8 x) { return _mm256_maskz_reduce_ps(0xff, x, _MM_FROUND_TO_NEG_INF); }
+inline Floats times_power_of_floor(Floats p, Floats x) { return _mm512_maskz_scalef_ps(0xffff, p, x); }
+inline Floats8 times_power_of_floor(Floats8 p, Floats8 x) { return _mm256_maskz_scalef_ps(0xff, p, x); }
+#endif
 
 // 2^x for x <= 0 within 2 ulp; NaN for NaN. The polynomials are relative minimax on an interval of length 1 around or
-// from 0, with their value at 0 fixed at 1. Not an instance of `exponential`: it requires no reduction by ln 2, and
-// AVX-512 has instructions for both ends of it.
-inline Floats power_of_two(Floats x) {
+// from 0, with their value at 0 fixed at 1. Cheaper than `exponential`: it requires no reduction by ln 2, and AVX-512
+// has instructions for both ends of it.
+template <class V>
+inline V power_of_two(V x) {
 #if defined(__AVX512DQ__)
-  const Floats r = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEG_INF);  // x - floor(x), 0 for -Inf
-  const Floats p = polynomial(r, 1.86713028e-3f, 9.01702978e-3f, 5.57999127e-2f, 2.40164444e-1f, 6.93151295e-1f, 1.0f);
-  return _mm512_maskz_scalef_ps(0xffff, p, x);  // p * 2^floor(x)
+  const V p =
+      polynomial(fraction(x), 1.86713028e-3f, 9.01702978e-3f, 5.57999127e-2f, 2.40164444e-1f, 6.93151295e-1f, 1.0f);
+  return times_power_of_floor(p, x);
 #else
   // Smaller numbers give 2^-126: they are lost in a sum that contains a 1.
-  x = larger(broadcast(-126.0f), x);  // x if it is NaN
-  const Floats n = nearest(x);
-  const Floats p =
-      polynomial(x - n, 1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.0f);
+  x = larger(broadcast<V>(-126.0f), x);  // x if it is NaN
+  const V n = nearest(x);
+  const V p = polynomial(x - n, 1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.0f);
   return times_power_of_two(p, n);
 #endif
 }

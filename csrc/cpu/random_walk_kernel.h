@@ -39,8 +39,7 @@ void weigh(const float* rows, const float* panels, int64_t channels, float sharp
   for (int64_t r = 0; r < kBlock; ++r, weights += kBlock) {
     for (int64_t i = 0; i < columns; i += kLanes) {
       const Floats exponent = broadcast(sharpness) * (load(weights + i) - broadcast(1.0f));
-      store(weights + i,
-            exponential<CephesTerms>(smaller(larger(exponent, broadcast(kLeastExponent)), broadcast(1.0f))));
+      store(weights + i, exponential(smaller(larger(exponent, broadcast(kLeastExponent)), broadcast(1.0f))));
     }
   }
 }
