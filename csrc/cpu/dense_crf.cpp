@@ -2,8 +2,8 @@
 // The lattice and the grid are built once per image, with the norms of both kernels multiplied into the pixels'
 // weights. An update is then a single pass over the pixels: it reads the filtered marginals of the last iteration,
 // computes the new ones and adds them to the next lattice and grid. The marginals themselves are never stored. With
-// more than two labels the pass also filters the next grid, row by row as soon as all pixels of a row are added, and
-// stores it in place of rows that are no longer read.
+// more than two labels the pass also filters the next grid, rows as soon as all their pixels are added, and stores it
+// in place of rows that are no longer read.
 #include "namedmask/dense_crf.h"
 
 #include <algorithm>
@@ -159,6 +159,7 @@ class Solver {
     CrfSystem& s = system_;
     s.step = grid_step(sigma, s.width);
     s.cells = round_up((s.width + s.step - 1) / s.step, kGroup);
+    s.tile = s.channels == 1 ? s.cells : std::min<int64_t>(s.cells, CrfSystem::kTileCells);
     s.grid_width = round_up(s.cells + kTaps - 1, kGroup);
     s.grid_height = grid_nodes(s.height, s.step);
     std::vector<double> taps(s.step * kTaps);
@@ -200,50 +201,60 @@ class Solver {
     CrfSystem& s = system_;
     float scale[kAxes];
     for (int i = 0; i < kAxes; ++i) scale[i] = lattice_scale(i, sigma, sigma_rgb);
-    const int64_t blocks = s.height * s.step * s.cells / kGroup;
-    corners_.reserve(blocks * kCorners * kGroup);
-    weights_.reserve(blocks * kCorners * kGroup);
+    const int64_t groups = s.height * s.step * s.cells / kGroup, band = CrfSystem::kBandNodes * s.step;
+    corners_.reserve(groups * kCorners * kGroup);
+    weights_.reserve(groups * kCorners * kGroup);
     table_.clear();
     int32_t* corners = corners_.data();
     float* weights = weights_.data();
-    CrfSimplices simplices;
-    for (int64_t y = 0; y < s.height; ++y, image += 3 * s.width) {
-      for (int64_t phase = 0; phase < s.step; ++phase) {
-        for (int64_t cell = 0; cell < s.cells; cell += kGroup) {
-          float features[kAxes * kGroup] = {};
-          const int64_t lanes = std::clamp<int64_t>((s.width - phase - 1) / s.step + 1 - cell, 0, kGroup);
-          for (int64_t i = 0; i < lanes; ++i) {
-            const int64_t x = (cell + i) * s.step + phase;
-            features[i] = static_cast<float>(x) * scale[0];
-            features[kGroup + i] = static_cast<float>(y) * scale[1];
-            for (int c = 0; c < 3; ++c) features[(2 + c) * kGroup + i] = image[3 * x + c] * scale[2 + c];
-          }
-          kernels().embed(features, &simplices, weights);
-          for (int64_t i = 0; i < lanes; ++i) {
-            const Key key = static_cast<Key>(simplices.low[i]) + (static_cast<Key>(simplices.middle[i]) << 24) +
-                            (static_cast<Key>(simplices.high[i]) << 48);
-            corners[i] = table_.find_or_add(key << 3);
-          }
-          for (int r = 1; r < kCorners; ++r) {  // pixel by pixel, each step would wait for the last one
-            for (int64_t i = 0; i < lanes; ++i) {
-              corners[r * kGroup + i] = table_.walk(corners[(r - 1) * kGroup + i], simplices.order[i] & 7);
-              simplices.order[i] >>= 3;
+    for (int64_t top = 0; top < s.height; top += band) {
+      for (int64_t first = 0; first < s.cells; first += s.tile) {
+        for (int64_t y = top; y < std::min(top + band, s.height); ++y) {
+          for (int64_t phase = 0; phase < s.step; ++phase) {
+            for (int64_t cell = first; cell < std::min(first + s.tile, s.cells); cell += kGroup) {
+              embed_group(image, scale, y, phase, cell, corners, weights);
+              corners += kCorners * kGroup;
+              weights += kCorners * kGroup;
             }
           }
-          for (int64_t i = lanes; i < kGroup; ++i) {
-            for (int r = 0; r < kCorners; ++r) {
-              corners[r * kGroup + i] = 0;
-              weights[r * kGroup + i] = 0;
-            }
-          }
-          corners += kCorners * kGroup;
-          weights += kCorners * kGroup;
         }
       }
     }
     s.vertices = static_cast<int64_t>(table_.size());
     s.corners = corners_.data();
     s.weights = weights_.data();
+  }
+
+  void embed_group(const uint8_t* image, const float* scale, int64_t y, int64_t phase, int64_t cell, int32_t* corners,
+                   float* weights) {
+    const CrfSystem& s = system_;
+    const int64_t lanes = std::clamp<int64_t>((s.width - phase - 1) / s.step + 1 - cell, 0, kGroup);
+    float features[kAxes * kGroup] = {};
+    for (int64_t i = 0; i < lanes; ++i) {
+      const int64_t x = (cell + i) * s.step + phase;
+      features[i] = static_cast<float>(x) * scale[0];
+      features[kGroup + i] = static_cast<float>(y) * scale[1];
+      for (int c = 0; c < 3; ++c) features[(2 + c) * kGroup + i] = image[3 * (y * s.width + x) + c] * scale[2 + c];
+    }
+    CrfSimplices simplices;
+    kernels().embed(features, &simplices, weights);
+    for (int64_t i = 0; i < lanes; ++i) {
+      const Key key = static_cast<Key>(simplices.low[i]) + (static_cast<Key>(simplices.middle[i]) << 24) +
+                      (static_cast<Key>(simplices.high[i]) << 48);
+      corners[i] = table_.find_or_add(key << 3);
+    }
+    for (int r = 1; r < kCorners; ++r) {  // pixel by pixel, each step would wait for the last one
+      for (int64_t i = 0; i < lanes; ++i) {
+        corners[r * kGroup + i] = table_.walk(corners[(r - 1) * kGroup + i], simplices.order[i] & 7);
+        simplices.order[i] >>= 3;
+      }
+    }
+    for (int64_t i = lanes; i < kGroup; ++i) {
+      for (int r = 0; r < kCorners; ++r) {
+        corners[r * kGroup + i] = 0;
+        weights[r * kGroup + i] = 0;
+      }
+    }
   }
 
   // Fills neighbors_.
@@ -268,10 +279,11 @@ class Solver {
     CrfSystem& s = system_;
     const int64_t lattice = (s.vertices + 1) * std::max<int64_t>(s.channels, kSums);
     const int64_t grid = s.grid_height * s.grid_width * s.channels;
-    s.ring = s.channels == 1 ? s.grid_height : std::min(s.grid_height, 2 * s.radius + kTaps + kBlurRows - 1);
+    s.ring = s.channels == 1 ? s.grid_height
+                             : std::min(s.grid_height, 2 * s.radius + kTaps + kBlurRows + CrfSystem::kBandNodes - 2);
     const int64_t rows = s.channels == 1
                              ? (s.step + 1) * (s.grid_width + kTaps - 1) + 2 * s.radius + kGroup
-                             : CrfSystem::kRowsAtOnce * (2 * (s.cells + kTaps) + s.step * (s.cells + 2 * kTaps));
+                             : CrfSystem::kRowsAtOnce * (2 * (s.tile + kTaps) + s.step * (s.tile + 2 * kTaps));
     const std::pair<float**, int64_t> arrays[] = {
         {&s.lattice, lattice},
         {&s.next_lattice, lattice},

@@ -12,6 +12,7 @@ constexpr int kAxes = CrfSystem::kAxes, kCorners = CrfSystem::kCorners;
 constexpr int kTaps = CrfSystem::kTaps, kSums = CrfSystem::kSums;
 constexpr int kGroup = CrfSystem::kGroup, kPlane = CrfSystem::kPlane;
 constexpr int kRowsAtOnce = CrfSystem::kRowsAtOnce, kBlurRows = CrfSystem::kBlurRows;
+constexpr int kBandNodes = CrfSystem::kBandNodes;
 typedef VectorOf<float, (kLanes > 8 ? kLanes : 8)>::Type Wide;
 
 inline void fill(float* p, float value, int64_t n) {
@@ -51,7 +52,8 @@ template <int kChannels>
 struct Block {
   static constexpr int kFirst = kChannels < kPlane ? kChannels : kPlane, kSecond = kChannels - kFirst;  // of each plane
   static constexpr int kWide = kLanes > 8 ? kChannels / 16 : 0, kHalves = kChannels / 8 - 2 * kWide;
-  Floats wide;  // if kWide is 1
+  typedef std::conditional_t<(kWide > 0), Floats, Floats8> Longest;  // one in all lanes serves each of its vectors
+  Floats wide;                                                       // if kWide is 1
   Floats8 half[3];
 
   // Replaces each vector by f(vector, its first channel, those of the other blocks).

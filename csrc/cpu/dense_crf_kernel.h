@@ -181,7 +181,7 @@ struct Group {
   const float* weights;
 };
 
-// Adds the messages of a group to its unary: s.scores [kGroup, channels], unnormalized log marginals. Returns the
+// Adds the messages of a group to its unary: s.scores [kGroup, channels], unnormalized log2 marginals. Returns the
 // largest score of each pixel.
 template <bool kSlice>
 inline __attribute__((always_inline)) Floats8 score(const CrfSystem& s, int64_t channels, const Group& group) {
@@ -198,10 +198,14 @@ inline __attribute__((always_inline)) Floats8 score(const CrfSystem& s, int64_t 
   }
   for_each_block(channels, [&](auto zero, int64_t c) __attribute__((always_inline)) {
     using B = decltype(zero);
+    typedef typename B::Longest Longest;
     const Planes<B> at_node(group.row, c, group.items), at_vertex(s.lattice, c, s.vertices + 1),
         at_score(s.scores, c, kGroup);
     B nodes[kTaps];
+    Longest tap[kTaps];
     if (kSlice) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) tap[t] = broadcast<Longest>(taps[t]);
 #pragma GCC unroll 3
       for (int t = 0; t < kTaps - 1; ++t) nodes[t] = at_node.load(group.cell + t);
     }
@@ -211,26 +215,27 @@ inline __attribute__((always_inline)) Floats8 score(const CrfSystem& s, int64_t 
       sum.replace([&](auto v, int channel) {
         using V = decltype(v);
         const float* const from = pixels[i] + c + channel;
-        if (channel % kPlane == 0) __builtin_prefetch(from + kGroup * stride);  // too far away for the hardware's
         return c + channel + kLanesOf<V> < channels ? load<V>(from) : load_labels<V>(from, labels - c - channel);
       });
       if (kSlice) {
         nodes[(i + kTaps - 1) % kTaps] = at_node.load(group.cell + i + kTaps - 1);
         B spatial = nodes[i % kTaps], bilateral = {};
-        spatial.replace([&](auto v, int) { return v * taps[0]; });
+        spatial.replace([&](auto v, int) { return v * first_lanes_of<decltype(v)>(tap[0]); });
 #pragma GCC unroll 3
         for (int t = 1; t < kTaps; ++t) {
-          spatial.replace([&](auto v, int, auto node) { return fma(node, broadcast<decltype(v)>(taps[t]), v); },
+          spatial.replace([&](auto v, int, auto node) { return fma(node, first_lanes_of<decltype(v)>(tap[t]), v); },
                           nodes[(i + t) % kTaps]);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < kCorners; ++r) {
-          const float weight = weights[r * kGroup + i];
-          bilateral.replace([&](auto v, int, auto vertex) { return fma(vertex, broadcast<decltype(v)>(weight), v); },
-                            at_vertex.load(corners[r * kGroup + i]));
+          const Longest weight = broadcast<Longest>(weights[r * kGroup + i]);
+          bilateral.replace(
+              [&](auto v, int, auto vertex) { return fma(vertex, first_lanes_of<decltype(v)>(weight), v); },
+              at_vertex.load(corners[r * kGroup + i]));
         }
+        const Longest norm = broadcast<Longest>(norms[i]);
         sum.replace(
-            [&](auto v, int, auto near, auto far) { return v + fma(near, broadcast<decltype(v)>(norms[i]), far); },
+            [&](auto v, int, auto near, auto far) { return v + fma(near, first_lanes_of<decltype(v)>(norm), far); },
             spatial, bilateral);
       }
       at_score.store(i, sum);
@@ -274,21 +279,22 @@ inline __attribute__((always_inline)) void splat(const CrfSystem& s, int64_t cha
   const int64_t cell = group.cell + kTaps - 1;
   for_each_block(channels, [&](auto zero, int64_t c) __attribute__((always_inline)) {
     using B = decltype(zero);
+    typedef typename B::Longest Longest;
     const Planes<B> at_cell(line, c, items), at_vertex(s.next_lattice, c, s.vertices + 1),
         at_score(s.scores, c, kGroup);
     for (int i = 0; i < kGroup; ++i) {
-      const float factor = scale[i], norm = norms[i];
+      const Longest factor = broadcast<Longest>(scale[i]), norm = broadcast<Longest>(norms[i]);
       B marginals = at_score.load(i), normalized;
-      marginals.replace([&](auto v, int) { return v * broadcast<decltype(v)>(factor); });
-      normalized.replace([&](auto v, int, auto marginal) { return marginal * broadcast<decltype(v)>(norm); },
+      marginals.replace([&](auto v, int) { return v * first_lanes_of<decltype(v)>(factor); });
+      normalized.replace([&](auto v, int, auto marginal) { return marginal * first_lanes_of<decltype(v)>(norm); },
                          marginals);
       at_cell.store(cell + i, normalized);
 #pragma GCC unroll 6
       for (int r = 0; r < kCorners; ++r) {
         const int64_t vertex = corners[r * kGroup + i];
-        const float weight = weights[r * kGroup + i];
+        const Longest weight = broadcast<Longest>(weights[r * kGroup + i]);
         B sum = at_vertex.load(vertex);
-        sum.replace([&](auto v, int, auto marginal) { return fma(marginal, broadcast<decltype(v)>(weight), v); },
+        sum.replace([&](auto v, int, auto marginal) { return fma(marginal, first_lanes_of<decltype(v)>(weight), v); },
                     marginals);
         at_vertex.store(vertex, sum);
       }
@@ -313,27 +319,41 @@ inline void write_marginals(const CrfSystem& s, int64_t channels, const Group& g
   }
 }
 
-// Updates the pixels of `count` rows, y and those after it, which have the same nodes.
+// Rows of a tile that have the same nodes of the grid.
+struct Rows {
+  int64_t y, count;
+  int64_t first, cells;    // of the tile
+  const int32_t* corners;  // of the first group
+  const float* weights;
+};
+
+// Updates the pixels of some rows. values [count, step, cells between kTaps - 1 and kTaps + 1 zeros, channels]:
+// scratch.
 template <bool kSlice, bool kSplat>
-inline __attribute__((always_inline)) void update_rows(const CrfSystem& s, int64_t channels, int64_t y, int64_t count) {
-  const int64_t nodes = s.cells + kTaps, items = nodes + kTaps, stride = s.step * s.labels;
-  float *const rows = s.rows, *const sums = rows + kRowsAtOnce * nodes * channels,
-               *const values = sums + kRowsAtOnce * nodes * channels;
-  if (kSlice) read_rows(s, channels, y, count, rows, nodes);
-  for (int64_t r = 0; r < count; ++r) {
+inline __attribute__((always_inline)) void update_rows(const CrfSystem& s, int64_t channels, const Rows& rows,
+                                                       float* values) {
+  constexpr int64_t kLine = 16;  // floats
+  const int64_t nodes = rows.cells + kTaps, items = nodes + kTaps, stride = s.step * s.labels;
+  float *const nodes_of_rows = s.rows, *const sums = nodes_of_rows + kRowsAtOnce * nodes * channels;
+  if (kSlice) read_rows(s, channels, rows.y, rows.count, rows.first, nodes_of_rows, nodes);
+  Group group;
+  group.items = nodes;
+  group.corners = rows.corners;
+  group.weights = rows.weights;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    float* const row = s.out + ((rows.y + r) * s.width + rows.first * s.step) * s.labels;
+    const float* below = row + s.width * s.labels;
+    group.row = nodes_of_rows + r * nodes * channels;
     for (int64_t phase = 0; phase < s.step; ++phase) {
-      const int64_t inside = (s.width - phase + s.step - 1) / s.step;  // cells of this phase inside the image
-      const int64_t first = ((y + r) * s.step + phase) * s.cells * kCorners;
-      Group group;
-      group.pixel = s.out + ((y + r) * s.width + phase) * s.labels;
-      group.row = rows + r * nodes * channels;
-      group.items = nodes;
+      const int64_t inside = (s.width - phase + s.step - 1) / s.step - rows.first;  // cells of this phase in the image
+      group.pixel = row + phase * s.labels;
       group.taps = s.taps + phase * kTaps;
-      for (group.cell = 0; group.cell < inside; group.cell += kGroup, group.pixel += kGroup * stride) {
+      for (group.cell = 0; group.cell < rows.cells; group.cell += kGroup) {
         group.pixels = inside - group.cell < kGroup ? inside - group.cell : kGroup;
-        group.norms = s.column_norm + phase * s.cells + group.cell;
-        group.corners = s.corners + first + group.cell * kCorners;
-        group.weights = s.weights + first + group.cell * kCorners;
+        group.norms = s.column_norm + phase * s.cells + rows.first + group.cell;
+        // The hardware does not follow from row to row. All groups together fetch the tile's next row into L2.
+        for (int64_t i = 0; i < kGroup * s.labels; i += kLine) __builtin_prefetch(below + i, 0, 2);
+        below += kGroup * s.labels;
         const Floats8 largest = score<kSlice>(s, channels, group);
         float scale[kGroup];
         store(scale, exponentials(s.scores, channels, largest));
@@ -342,14 +362,17 @@ inline __attribute__((always_inline)) void update_rows(const CrfSystem& s, int64
         } else {
           write_marginals(s, channels, group, scale);
         }
+        group.pixel += kGroup * stride;
+        group.corners += kCorners * kGroup;
+        group.weights += kCorners * kGroup;
       }
     }
   }
   if (kSplat) {
-    for (int64_t r = 0; r < count; ++r) {
+    for (int64_t r = 0; r < rows.count; ++r) {
       add_cells(s, channels, values + r * s.step * items * channels, items, sums + r * nodes * channels);
     }
-    add_rows(s, channels, y, count, sums, nodes);
+    add_rows(s, channels, rows.y, rows.count, rows.first, sums, nodes);
   }
 }
 
@@ -357,26 +380,44 @@ inline __attribute__((always_inline)) void update_rows(const CrfSystem& s, int64
 template <bool kSlice, bool kSplat, int kChannels>
 void update_many(CrfSystem s) {
   const int64_t channels = kChannels > 0 ? kChannels : s.channels;
-  const int64_t line = s.grid_width * channels;
+  const int64_t line = s.grid_width * channels, band = kBandNodes * s.step;
   float* const columns = s.columns;
   int64_t blurred = 0;  // rows of the next grid
   if (kSplat) {
     fill(s.next_lattice, 0.0f, (s.vertices + 1) * channels);
-    const int64_t nodes = s.cells + kTaps;
-    fill(s.rows + 2 * kRowsAtOnce * nodes * channels, 0.0f, kRowsAtOnce * s.step * (nodes + kTaps) * channels);
     fill(columns, 0.0f, kBlurRows * (s.grid_width + 2 * s.radius) * channels);
     for (int t = 0; t < kTaps - 1; ++t) fill(ring_row(s, channels, t), 0.0f, line);
   }
-  for (int64_t y = 0, count; y < s.height; y += count) {
-    const int64_t node = y / s.step, left = (node + 1) * s.step - y;
-    count = left < kRowsAtOnce ? left : kRowsAtOnce;
-    if (count > s.height - y) count = s.height - y;
-    if (kSplat && y % s.step == 0) fill(ring_row(s, channels, node + kTaps - 1), 0.0f, line);
-    update_rows<kSlice, kSplat>(s, channels, y, count);
-    // Row `node` of the next grid is complete, and row `node` of this grid is not read any more.
-    if (kSplat && count == left && node - s.radius + 1 - blurred >= kBlurRows) {
-      blur_rows(s, channels, blurred, kBlurRows, columns);
-      blurred += kBlurRows;
+  Rows rows = {};
+  rows.corners = s.corners;
+  rows.weights = s.weights;
+  int64_t zeroed = 0;  // for tiles of so many cells
+  for (int64_t top = 0; top < s.height; top += band) {
+    const int64_t bottom = top + band < s.height ? top + band : s.height, node = (bottom - 1) / s.step;
+    if (kSplat) {
+      for (int64_t n = top / s.step; n <= node; ++n) fill(ring_row(s, channels, n + kTaps - 1), 0.0f, line);
+    }
+    for (rows.first = 0; rows.first < s.cells; rows.first += s.tile) {
+      rows.cells = s.cells - rows.first < s.tile ? s.cells - rows.first : s.tile;
+      float* const values = s.rows + 2 * kRowsAtOnce * (rows.cells + kTaps) * channels;
+      if (kSplat && rows.cells != zeroed) {
+        fill(values, 0.0f, kRowsAtOnce * s.step * (rows.cells + 2 * kTaps) * channels);
+        zeroed = rows.cells;
+      }
+      for (rows.y = top; rows.y < bottom; rows.y += rows.count) {
+        const int64_t next_node = (rows.y / s.step + 1) * s.step, end = next_node < bottom ? next_node : bottom;
+        rows.count = end - rows.y < kRowsAtOnce ? end - rows.y : kRowsAtOnce;
+        update_rows<kSlice, kSplat>(s, channels, rows, values);
+        const int64_t pixels = rows.count * s.step * rows.cells;
+        rows.corners += pixels * kCorners;
+        rows.weights += pixels * kCorners;
+      }
+    }
+    if (kSplat) {
+      // Rows up to `node` of the next grid are complete, and the same rows of this grid are not read any more.
+      for (; bottom < s.height && blurred + kBlurRows + s.radius <= node + 1; blurred += kBlurRows) {
+        blur_rows(s, channels, blurred, kBlurRows, columns);
+      }
     }
   }
   if (kSplat) {

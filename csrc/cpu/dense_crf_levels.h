@@ -4,6 +4,9 @@
 // An image's pixels are in groups of kGroup. The spatial grid has a node every `step` pixels along both axes; a group
 // holds pixels of one row that are `step` apart, so that neighboring lanes read neighboring nodes: lane i of group
 // (y, phase, cell / kGroup) is the pixel x = (cell + i) * step + phase. Lanes beyond the image have weight 0.
+//
+// With more than two labels pixels are processed tile by tile, kTileCells wide and kBandNodes rows of the grid high:
+// row by row, the vertices of a whole row would not fit the L1 cache, and neighboring rows read mostly the same ones.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +26,13 @@ struct CrfSystem {
   static constexpr int kPlane = 16;      // channels that are next to each other: as many as the widest vectors have
   static constexpr int kRowsAtOnce = 2;  // of an image, if they have the same nodes (channels > 1)
   static constexpr int kBlurRows = 4;    // of the grid, at once (channels > 1)
-  static constexpr int kSums = 2;        // copies of a vertex, to which pixels are added alternately (channels = 1)
+  static constexpr int kTileCells = 32, kBandNodes = 8;  // of a tile (channels > 1)
+  static constexpr int kSums = 2;  // copies of a vertex, to which pixels are added alternately (channels = 1)
 
   int64_t height, width, labels, channels;
 
   int64_t step, cells;              // cells per row, a multiple of kGroup
+  int64_t tile;                     // cells of a tile
   int64_t grid_height, grid_width;  // in nodes, including the taps of the last pixel
   const float* taps;                // [step, kTaps]: of a pixel by phase
   const float* row_taps;            // [height, kTaps]: times the row's norm and the term's weight
@@ -38,8 +43,8 @@ struct CrfSystem {
   int64_t ring;  // rows of next_grid: all, or (channels > 1) as many as are in use at a time
 
   int64_t vertices;
-  const int32_t* corners;    // [height, step, cells / kGroup, kCorners, kGroup]: a pixel's vertices
-  float* weights;            // same shape: their weights; `normalize` multiplies them by the pixel's norm
+  const int32_t* corners;  // [groups, kCorners, kGroup]: a pixel's vertices; bands, tiles, rows, phases, cells in turn
+  float* weights;          // same shape: their weights; `normalize` multiplies them by the pixel's norm
   const int32_t* neighbors;  // [kCorners, vertices, 2]: in each direction; a missing neighbor is `vertices`
   float bilateral_weight;
 

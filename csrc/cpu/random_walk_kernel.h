@@ -44,15 +44,6 @@ void weigh(const float* rows, const float* panels, int64_t channels, float sharp
   }
 }
 
-template <class V>
-inline __attribute__((always_inline)) V first_lanes_of(Floats v) {
-  if constexpr (kLanesOf<V> == kLanes) {
-    return v;
-  } else {
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
-  }
-}
-
 // sums [kRows, lanes of First and Second] += a times masks [depth, the same lanes], where column k of a begins at
 // a + k * k_stride and its rows are row_stride apart.
 template <class First, class Second, bool kBoth = true>

@@ -98,6 +98,16 @@ inline V broadcast(Lane<V> a) {
   return a - V{};
 }
 
+// Of a vector that is as long, or of 16 lanes.
+template <class V, class Longer>
+inline __attribute__((always_inline)) V first_lanes_of(Longer v) {
+  if constexpr (sizeof(V) == sizeof(Longer)) {
+    return v;
+  } else {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  }
+}
+
 template <class V>
 inline IntsOf<V> bits(V v) {
   return reinterpret_cast<IntsOf<V>>(v);

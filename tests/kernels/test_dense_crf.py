@@ -159,11 +159,22 @@ def test_no_iterations_and_no_weights_give_the_softmax_of_the_unary(backend, dev
     torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_filtering_two_labels_as_one_channel_equals_filtering_them_as_three():
-    probabilities, image = random_sample(8, 50, 70, 2)
-    third = torch.cat([probabilities, torch.zeros(50, 70, 1)], dim=-1)  # a label with probability 0 everywhere
-    result, padded = nk.dense_crf(probabilities, image), nk.dense_crf(third, image)
-    torch.testing.assert_close(result, padded[..., :2], atol=1e-3, rtol=0)
+@pytest.mark.parametrize("labels", [3, 11, 23, 41])
+@pytest.mark.parametrize(
+    ("h", "w", "sigma"),
+    [
+        (50, 70, 3.0),
+        *((h, w, 3.0) for h, w in [(15, 64), (16, 65), (17, 63), (33, 129), (1, 145), (49, 128)]),  # tiles: 16 x 64
+        *((41, w, sigma) for w in (95, 97) for sigma in (0.5, 1.6, 5.0, 40.0)),  # other tiles, and one
+    ],
+)
+def test_two_labels_filtered_as_one_channel_equal_those_filtered_in_tiles(h, w, sigma, labels):
+    probabilities, image = random_sample(8, h, w, 2)
+    absent = torch.zeros(h, w, labels - 2)  # labels with probability 0 everywhere
+    settings = {"gaussian": (sigma, 3.0)}
+    result = nk.dense_crf(probabilities, image, **settings)
+    tiled = nk.dense_crf(torch.cat([probabilities, absent], dim=-1), image, **settings)
+    torch.testing.assert_close(result, tiled[..., :2], atol=1e-3, rtol=0)
 
 
 def test_more_labels_and_vertices_than_a_thread_block_has_room_for(backend, device):
