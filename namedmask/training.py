@@ -41,6 +41,7 @@ SAVE_EVERY = 60.0  # seconds
 BYTES_PER_PIXEL = 24  # of a photo in a training: decoding, or pixels, mask and labels
 NOTE_EVERY = 10  # steps; reading a loss makes the CPU wait for a GPU
 AGREEMENT = "agreement with held-out masks"
+HELD_OUT = "agreement_with_held_out_masks"  # in metrics.jsonl
 
 Result = TypeVar("Result")
 Network = TypeVar("Network", bound=nn.Module)
@@ -213,7 +214,7 @@ class TrainingState:
         is_best = self.best is None or value > self.best.value
         self.best = self.latest if is_best else self.best
         if self.worker.is_main:
-            self._write_metrics({"agreement_with_held_out_masks": value})
+            self._write_metrics({HELD_OUT: value})
             if is_best:
                 self._expect_finite_weights()
                 write(self.folder / "best.safetensors", self.result)

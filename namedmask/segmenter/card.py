@@ -14,8 +14,8 @@ from typing import Any
 from ..errors import UserError
 from ..masks import best_masks, is_refined, read_masks
 from ..record import FILE, read_config
+from ..training import HELD_OUT
 
-HELD_OUT = "agreement_with_held-out_masks"  # in metrics.jsonl
 SHOWN = ("crop_size", "batch_size", "steps", "lr", "encoder_lr", "precision", "seed")  # of the training's settings
 LIMITS = """It was trained on masks that no person has drawn: a detector without labels found one object per photo, and
 the name of the object is that of the photo's retrieval or folder. Expect wrong edges, missed objects, and parts of the
@@ -49,7 +49,7 @@ def model_card(weights: Path, categories: Sequence[str], encoder: str, license: 
         f"## Categories\n\nClass 0 is the background.\n\n{names}",
         *_sections(weights),
         "## Use\n\n```python\nfrom namedmask.segmenter.predict import Segmenter\n\n"
-        f'segmenter = Segmenter.from_pretrained("{repository}")\nmask, names = segmenter("photo.jpg")\n```',
+        f'segmenter = Segmenter.from_pretrained("{repository}")\nmask, names, scores = segmenter("photo.jpg")\n```',
         f"## Limits\n\n{LIMITS}",
     ]
     return "\n\n".join(parts) + "\n"

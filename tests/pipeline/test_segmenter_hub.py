@@ -53,8 +53,8 @@ def run(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     save_segmenter(folder, DeepLab(untrained_encoder(ENCODER), 3, 16), NAMES, "digest")
     about = {"settings": SegmenterTraining(encoder_weights="/home/me/secret.pth", steps=70).without_files()}
-    lines = [about, {"step": 50, "loss": 1.5}, {"step": 50, "agreement_with_held-out_masks": 0.8125}]
-    lines += [{"step": 70, "agreement_with_held-out_masks": 0.75}]
+    lines = [about, {"step": 50, "loss": 1.5}, {"step": 50, "agreement_with_held_out_masks": 0.8125}]
+    lines += [{"step": 70, "agreement_with_held_out_masks": 0.75}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
     return out
 
@@ -90,6 +90,15 @@ def test_the_card(run, tmp_path):
     assert "| steps | 70 |" in body and "held out of the training: 0.750 after 70 steps" in body
     assert 'Segmenter.from_pretrained("user/name")' in body and "## Limits" in body
     assert "secret" not in text and str(tmp_path) not in text and "/home" not in text
+
+
+def test_the_example_of_the_card_runs(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Segmenter.load(run / "segmenter").save_pretrained("copy")
+    draw_photo(3, "cat").save("photo.jpg")
+    names: dict = {}
+    exec(Path("copy/README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    assert names["names"] == ["background", *NAMES] and names["mask"].dtype == np.uint16
 
 
 def test_an_own_card_is_kept(run, tmp_path):
