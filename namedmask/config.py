@@ -614,8 +614,9 @@ def describe(where: Setting | str, error: Any) -> str:
     message = plain(error["msg"]).removeprefix("Field ")
     if error["type"] == "missing":
         return f"{name}: {message}"
-    near = nearest(error["input"], where.choices) if isinstance(where, Setting) and where.choices else ""
-    return f"{name}: {message}, got {error['input']!r}{near}"
+    given, choices = error["input"], where.choices if isinstance(where, Setting) else ()
+    near = nearest(given, choices) if choices and isinstance(given, str) else ""
+    return f"{name}: {message}, got {given!r}{near}"
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

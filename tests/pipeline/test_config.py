@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -165,6 +166,13 @@ def test_wrong_texts_are_named(name, text, message):
         make_config({"photos": "p", **nest({name: one.parse(text)})})
     assert str(caught.value).startswith(f"wrong settings: {name}") and message in str(caught.value)
     assert str(caught.value).endswith("?") == ("did you mean" in message)
+
+
+@pytest.mark.parametrize("value", [False, 1, None, ["crf"], {"name": "crf"}])
+@pytest.mark.parametrize("one", [one for one in settings() if one.choices], ids=lambda one: one.name)
+def test_choices_of_another_type_are_named(one, value):
+    with pytest.raises(UserError, match=f"wrong settings: {re.escape(one.name)}"):
+        make_config({"photos": "p", **nest({one.name: value})})
 
 
 def test_all_wrong_values_are_named():
