@@ -64,7 +64,7 @@ CategoriesFile = Annotated[Path | None, typer.Option("--categories-file", help="
 Preset = Annotated[
     str | None,
     typer.Option(
-        "--preset", metavar="NAME", help="Settings of a published experiment; `namedmask presets` lists them."
+        "--preset", metavar="NAME", help="Named settings, such as a published experiment's; see `namedmask presets`."
     ),
 ]
 PresetNames = Annotated[
@@ -136,7 +136,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
         **options: str | None,
     ) -> None:
         if update and overwrite:
-            raise UserError("pass --update, which keeps what still holds, or --overwrite, not both")
+            raise UserError("pass --update, which keeps results that are still valid, or --overwrite, not both")
         chosen = {flags[name]: text for name, text in options.items() if text is not None}
         given = given_settings(sections, config, set_ or [], chosen)
         given = with_names(given, options.get("categories"), categories_file)
@@ -200,21 +200,13 @@ def report(
     if (out / SEGMENT_RECORD).exists():
         from .segmenter.report import write_segmented_report
 
-        print(write_segmented_report(out))
+        print(write_segmented_report(out, photos))
     else:
         from .report import write_report
+        from .run import move_photos
 
-        _move_photos(out, photos)
+        move_photos(out, photos)
         print(write_report(out))
-
-
-def _move_photos(out: Path, photos: str | None) -> None:
-    """Records where the photos of a run are now, if they have moved."""
-    if photos is not None:
-        from . import run
-
-        with run.locked(out):
-            run.settle(out, {"photos": absolute(photos)}, ["report"])
 
 
 @app.command()
@@ -231,8 +223,9 @@ def review(
     Serves the page of all masks on this machine alone and writes each verdict to OUT/review.jsonl. Ctrl-C ends it.
     """
     from .review_server import Review, ReviewServer
+    from .run import move_photos
 
-    _move_photos(out, photos)
+    move_photos(out, photos)
     with ReviewServer(Review(out), port) as server:
         print(f"{server.url}\nCtrl-C ends the review; verdicts are in {out / 'review.jsonl'}", flush=True)
         if browser:
@@ -429,7 +422,12 @@ def _evaluate(
     ] = None,
     categories: Categories = None,
     categories_file: CategoriesFile = None,
-    preset: PresetNames = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset", metavar="NAME", help="Preset whose category names to use, or without PREDICTIONS its detector."
+        ),
+    ] = None,
     encoder: EncoderName = "resnet50",
     ignore: Annotated[
         int | None,
@@ -451,7 +449,7 @@ def _evaluate(
     """Evaluate masks: IoU and pixel accuracy.
 
     Prints the IoU of each class, the mIoU and the pixel accuracy. Label 0 is the background, label k the k-th category.
-    Of a run, it scores the masks of the photos in TRUTH, and suggests a --min-score for trainings. With --benchmark, it
+    For a run, it scores the masks of the photos in TRUTH, and suggests a --min-score for trainings. With --benchmark, it
     reads a public benchmark as it was unpacked. The benchmarks of salient objects also score a detector, without
     PREDICTIONS: --detector and the options that follow it. --scales and --horizontal-flip also count for a segmenter.
     """
@@ -465,7 +463,8 @@ def _evaluate(
     if preset is not None and predictions is None:
         from . import presets
 
-        values = merge({section: presets.preset(preset)[section] for section in DETECTION}, values)
+        chosen = presets.preset(preset)
+        values = merge({section: chosen[section] for section in DETECTION if section in chosen}, values)
         preset = None
     augmentation: dict[str, Any] = {}
     if predictions is not None and (predictions.is_file() or (predictions / "model.safetensors").exists()):
@@ -752,7 +751,7 @@ def list_presets(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """List the presets, settings of published experiments, or show one."""
+    """List the presets, most of them of published experiments, or show one."""
     from .archive import prompts
     from .presets import PRESETS, describe
 

@@ -147,8 +147,13 @@ def timm(name: str, kind: str) -> Published | None:
     return Published(what, option, url=str(cfg.url), folder=folder)
 
 
-def needed(config: RunConfig, stages: Collection[str]) -> list[Published]:
+def needed(config: RunConfig, stages: Collection[str], select_experts: bool | None = None) -> list[Published]:
     """The published weights that stages load, but for those that are given as local files.
+
+    Args:
+        config: Settings of the stages.
+        stages: Names of the stages.
+        select_experts: Whether names select the masks of the experts; None: if the settings say so.
 
     Raises:
         UserError: If there is no such model.
@@ -157,7 +162,9 @@ def needed(config: RunConfig, stages: Collection[str]) -> list[Published]:
     index, detector, saliency = config.index, config.detector, config.saliency
     with_clip = {"index", "archive"}
     with_clip |= {"pseudolabel"} if detector.selection == "name" else set()
-    with_clip |= {"experts"} if config.experts.select == "name" else set()
+    if select_experts is None:
+        select_experts = config.experts.select == "name"
+    with_clip |= {"experts"} if select_experts else set()
     if with_clip & set(stages) and not (index.embeddings or index.clip_weights):
         found.append(clip(index.clip_model))
     if "pseudolabel" in stages and detector.name != "selfmask":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,9 +33,11 @@ BLURRED_CELLS = 10  # along the short side of a photo that is blurred
 
 
 def expect_clip(config: RunConfig) -> None:
-    """Raises UserError if the run has no CLIP model, only embeddings of whole photos."""
+    """Raises UserError if the run has no CLIP model: only embeddings of whole photos, or a file that is gone."""
     if config.index.embeddings:
         raise UserError("--select name embeds parts of photos, so it needs a CLIP model instead of --embeddings")
+    if (file := config.index.clip_weights) and not Path(file).exists():
+        raise UserError(f"--select name needs the CLIP model, but --clip-weights {file} is gone: put it back")
 
 
 class NameScorer:

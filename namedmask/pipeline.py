@@ -48,7 +48,8 @@ class Pipeline:
         photos: Folder, list file (.txt) or .tar of photos. None: those of the run in `out`.
         categories: Category names in class order. None: those of the run in `out`, or the names of class folders.
         out: Run folder; created if missing, continued if it exists.
-        preset: Settings of a published experiment; `namedmask presets` lists them. Other arguments win over it.
+        preset: Named settings, such as a published experiment's; `namedmask presets` lists them. Other arguments win
+            over it.
         workers: Number of processes on the CPU.
         gpus: Number of processes with a GPU each. None: one if there is a GPU and `workers` is 1.
         progress: Called with a `ProgressEvent` whenever a stage has processed photos, and at the end of each stage.
@@ -148,7 +149,9 @@ class Pipeline:
     def report(self) -> Run:
         """Writes the gallery of the run: `Run.report`."""
         from .report import write_report
+        from .run import move_photos
 
+        move_photos(self.out, self._given.get("photos"))
         write_report(self.out)
         return Run(self.out)
 

@@ -4,7 +4,7 @@
 run.toml  stages.json  index/  archive.json  masks/  errors.jsonl  saliency/  experts/  refined/  segmenter/
 report.html  (each described where it is made)
 .replaced/   what a command with --overwrite replaces, until it has finished
-.outdated/   what --update has set aside, until the stage that takes what still holds has finished
+.outdated/   what --update has set aside, until the stage that takes what is still valid has finished
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .errors import NothingUsable, UserError, explained, listed
 from .files import (
     OLD,
     OUTDATED,
+    absolute,
     atomic_write,
     make_folder,
     outdated_folders,
@@ -54,7 +55,7 @@ from .record import (
     recorded_config,
     stage_record,
 )
-from .stages import STAGES, Context, Plan, Stage
+from .stages import STAGES, Context, Plan, Stage, selects_experts
 
 # Of a run, besides the outputs of its stages.
 FILES = ("run.toml", "errors.jsonl", "report.html", "review.jsonl", "sheets.json")
@@ -122,7 +123,7 @@ def settle(
             the given settings are recorded for them. "": they are not imported.
         update: Accept other category names and another size of the archive, and photos that were added or removed. The
             results of `stages` that this changes, and those made from them, are moved to OUT/.outdated, where the
-            stages find what still holds. A segmenter stays, unless `stages` name it.
+            stages find what is still valid. A segmenter stays, unless `stages` name it.
 
     Raises:
         UserError: If existing results were made with other settings or other photos, or not by a run at all, or if a
@@ -331,9 +332,21 @@ def _check(
         loading -= {"index", "archive"}
     if "experts" in imported:
         loading.discard("experts")
-    plan = Plan(out, config, source, tuple(stages), workers, tuple(hub.needed(config, loading)), imported)
+    weights = hub.needed(config, loading, selects_experts(out, config))
+    plan = Plan(out, config, source, tuple(stages), workers, tuple(weights), imported)
     for check in dict.fromkeys(stage.check for stage in ahead):
         check(plan)
+
+
+def move_photos(out: Path, photos: str | None) -> None:
+    """Records where the photos of a run are now; None: where they were.
+
+    Raises:
+        UserError: If `out` is not a run folder, or the photos are others.
+    """
+    if photos is not None:
+        with locked(out):
+            settle(out, {"photos": absolute(photos)}, ["report"])
 
 
 def finish(out: Path, stages: Sequence[str]) -> None:

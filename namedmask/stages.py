@@ -73,7 +73,7 @@ class Stage:
                what earlier stages make, unless they are among the stages of the plan
     sections:  of RunConfig, that it reads
     made_from: stages whose output goes into its own; when they are made again, so is it
-    outdated:  whether --update has to make its results again although no setting differs; it may take what still holds
+    outdated:  whether --update has to make its results again although no setting differs; it may take what is still valid
                from OUT/.outdated
     done:      what to print at the end, with {out} for the run folder
     continues_imported: whether it accepts imported results of its own; else they can only be replaced
@@ -382,7 +382,7 @@ def _check_experts(plan: Plan) -> None:
 
     _expect_all_masks(plan, refined=False)
     settings = plan.config.experts
-    if settings.select == "name":
+    if selects_experts(plan.out, plan.config):  # before a training that takes hours
         expect_clip(plan.config)
         require(plan.weights)
     if "experts" in plan.imported:
@@ -399,10 +399,10 @@ def _is_refined(out: Path, config: RunConfig) -> bool:
     return is_refined(out)
 
 
-def _selects_experts(ctx: Context) -> bool:
+def selects_experts(out: Path, config: RunConfig) -> bool:
     """Whether names decide which masks the experts replace, with "auto" resolved."""
-    select = ctx.config.experts.select
-    has_index = not ctx.config.index.embeddings and next((ctx.out / "index").glob("*.safetensors"), None) is not None
+    select = config.experts.select
+    has_index = not config.index.embeddings and next((out / "index").glob("*.safetensors"), None) is not None
     return has_index if select == "auto" else select == "name"
 
 
@@ -415,7 +415,7 @@ def _experts(ctx: Context) -> None:
     _expect_all_masks(ctx)
     imported = IMPORTED in read_record(ctx.out).stages["experts"].made_with
     scorer = None
-    if _selects_experts(ctx):
+    if selects_experts(ctx.out, ctx.config):
         categories = read_archive(ctx.out / "archive.json").categories
         scorer = functools.partial(NameScorer, ctx.config.index, categories, ctx.device)
     train_experts(ctx.out, ctx.source, ctx.config.experts, ctx.worker, ctx.device, ctx.progress, imported, scorer)
@@ -434,7 +434,7 @@ def _check_train(plan: Plan) -> None:
     if STAGES["experts"].outdated_files(plan.out):
         raise UserError(
             f"the experts' masks of {plan.out} are from before the update; `namedmask experts {plan.out}` makes them "
-            "again and keeps what still holds"
+            "again and keeps results that are still valid"
         )
     _check_training(plan, plan.config.segmenter, plan.workers)
 

@@ -45,13 +45,17 @@ class Shown(NamedTuple):
     problem: str = ""
 
 
-def write_segmented_report(out: str | os.PathLike[str]) -> Path:
+def write_segmented_report(out: str | os.PathLike[str], photos: str | None = None) -> Path:
     """Writes `out`/report.html, the page of an output folder of `namedmask segment`.
 
     The legend has the color of each category that was found, its share of the pixels of all photos and the number of
     photos that show it. `MAX_PHOTOS` photos are shown, evenly spaced in their order, and of each category that none of
     them shows, the photo with the most pixels of it. If there is `out`/scores.jsonl, the page shows confidences.
     The page depends on the folder and the photos alone.
+
+    Args:
+        out: The folder.
+        photos: Where the photos are, if they have moved.
 
     Returns:
         Path of the page.
@@ -75,13 +79,13 @@ def write_segmented_report(out: str | os.PathLike[str]) -> Path:
             raise DamagedFile(paths[photo], f"class {len(pixels) - 1} has no name", remedy="segment the photo again")
         return photo, pixels
 
-    photos = list(paths)
-    step = max(1.0, len(photos) / MAX_PHOTOS)
-    chosen = {photos[int(number * step)] for number in range(min(len(photos), MAX_PHOTOS))}
+    segmented = list(paths)
+    step = max(1.0, len(segmented) / MAX_PHOTOS)
+    chosen = {segmented[int(number * step)] for number in range(min(len(segmented), MAX_PHOTOS))}
     pixels, present = np.zeros(len(names) + 1, np.int64), np.zeros(len(names) + 1, np.int64)
     best: dict[int, tuple[int, str]] = {}  # of each class: its most pixels in a photo, and that photo
     seen: set[int] = set()
-    for photo, counts in map_ahead(count, iter(photos), thread_count()):
+    for photo, counts in map_ahead(count, iter(segmented), thread_count()):
         pixels += counts
         present += counts > 0
         found = np.flatnonzero(counts[1:]) + 1
@@ -95,9 +99,9 @@ def write_segmented_report(out: str | os.PathLike[str]) -> Path:
     errors, error_count = read_some_errors(out / "errors.jsonl")
     page = template("segmented.html.j2").generate(
         title=Path(absolute(out)).name,
-        photos=record.photos,
-        photo_count=len(photos),
-        unfinished=len(listed) - len(photos) - error_count,
+        photos=photos or record.photos,
+        photo_count=len(segmented),
+        unfinished=len(listed) - len(segmented) - error_count,
         categories=[
             {
                 "number": number,
@@ -112,7 +116,9 @@ def write_segmented_report(out: str | os.PathLike[str]) -> Path:
         absent=sum(not n for n in present[1:]),
         background=pixels[0] / max(1, pixels.sum()),
         names=["background", *names],
-        shown=_draw_all(out, record.photos, {photo: listed[photo] for photo in photos if photo in chosen}, scores),
+        shown=_draw_all(
+            out, photos or record.photos, {photo: listed[photo] for photo in segmented if photo in chosen}, scores
+        ),
         has_scores=bool(scores),
         errors=errors,
         error_count=error_count,

@@ -418,6 +418,9 @@ def test_evaluate_command_with_a_benchmark(calls, monkeypatch):
     assert calls["evaluate_benchmark"][4] is None
     assert invoke("evaluate", "w", *start[1:], "--preset", "p").exit_code == 0
     assert calls["evaluate_benchmark"][3:5] == (Path("w"), ["fish"])
+    monkeypatch.setattr(presets, "preset", lambda name: {"segmenter": {"steps": 7}})
+    assert invoke(*start, "--preset", "p", "--detector", "selfmask").exit_code == 0  # it has no setting of a detector
+    assert calls["evaluate_benchmark"][3].detector.name == "selfmask"
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,21 @@ def test_changed_settings_raise_with_the_difference(world, tmp_path):
         make_config({"photos": "p", "experts": {"paste_objects": (1, 2)}})
 
 
+def test_a_missing_clip_model_is_said_before_the_training(world, tmp_path):
+    """With `--select auto`, names select the masks of runs that have an index."""
+    original, settings, _ = world
+    out = copy_of(original, tmp_path)
+    weights = tmp_path / "clip.pt"
+    weights.write_bytes(b"x")
+    run.settle(out, {"index": {"clip_weights": str(weights)}}, ["index"])
+    weights.unlink()
+    (out / "index").mkdir()
+    (out / "index" / "00000.safetensors").touch()
+    with pytest.raises(UserError, match=r"--clip-weights .*clip\.pt is gone: put it back"):
+        start(out, {**settings, "steps": 2})
+    assert not list(out.glob("experts/*"))
+
+
 @pytest.mark.parametrize("mode", ["separate", "shared"])
 def test_experts_train_on_the_selected_masks_and_relabel_all(world, tmp_path, printing, capsys, mode):
     original, settings, _ = world

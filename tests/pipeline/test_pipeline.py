@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,15 @@ def test_changed_settings_need_overwrite(world, tmp_path):
         changed.pseudolabel()
     assert [record.rle for record in Run(tmp_path / "run").masks()] == first
     assert [record.rle for record in changed.pseudolabel(overwrite=True).masks()] != first
+
+
+def test_photos_that_have_moved_are_said_to_the_report(world, tmp_path):
+    root, settings = world
+    photos = Path(shutil.copytree(root / "photos", tmp_path / "before"))
+    Pipeline(photos, ["cat", "dog"], out=tmp_path / "run", **settings).run()
+    moved = photos.rename(tmp_path / "after")
+    Pipeline(moved, out=tmp_path / "run").report()
+    assert "does not exist" not in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_run_is_updated(world, tmp_path):

@@ -98,6 +98,8 @@ def test_photos_and_masks_that_are_gone_are_said(out, segmented, tmp_path):
     assert "Photos 5" in shown and "Cannot be shown: vanished" in shown and "1 photos are not segmented yet" in shown
     shutil.rmtree(tmp_path / "photos")
     assert text(report.write_segmented_report(out).read_text()).count("does not exist") == 5
+    page = command("report", out, "--photos", segmented / "photos")  # where they are now
+    assert page.exit_code == 0 and "does not exist" not in text((out / "report.html").read_text())
     shutil.rmtree(out / "masks")
     result = command("report", out)
     assert result.exit_code == 2 and "has no masks; run `namedmask segment` first" in result.output
