@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import logging
 import os
 import signal
@@ -40,7 +42,7 @@ class Worker:
         rank: Index of the worker; the main worker has rank 0.
         count: Number of workers.
         local_rank: Index of the worker on its machine.
-        store: torch's TCPStore, which all workers share; None for a single worker.
+        store: torch's store, which all workers share; None for a single worker.
         attempt: Number of restarts so far. Each attempt has its own counters and barriers.
         counters: Photos done per stage, for a single worker.
     """
@@ -176,13 +178,25 @@ def current() -> Worker:
         serve = rank == 0
     else:
         return Worker()
-    from torch.distributed import TCPStore
+    from torch.distributed import PrefixStore
 
     try:
-        store = TCPStore(host, port, count, serve, CONNECT_WITHIN, wait_for_workers=False)
+        store = _connect(host, port, count, serve)
     except (RuntimeError, ValueError) as error:  # torch's network errors are RuntimeErrors
         raise UserError(f"worker {rank} of {count} has no connection to {host}:{port}: {first_line(error)}") from None
-    return Worker(rank, count, local, store, attempt)
+    # A script may run several commands, one after the other; each has its own counters and barriers.
+    return Worker(rank, count, local, PrefixStore(str(next(_COMMANDS)), store), attempt)
+
+
+_COMMANDS = itertools.count()
+
+
+@functools.cache
+def _connect(host: str, port: int, count: int, serve: bool) -> Any:
+    """torch's TCPStore, which lives as long as the process: the main worker may serve it."""
+    from torch.distributed import TCPStore
+
+    return TCPStore(host, port, count, serve, CONNECT_WITHIN, wait_for_workers=False)
 
 
 def _text(name: str) -> str:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+import itertools
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
 
 from namedmask import distributed, process
 from namedmask.distributed import Worker
@@ -108,24 +109,13 @@ def test_ranks_from_the_environment_of_slurm(monkeypatch, tmp_path):
     }.items():
         monkeypatch.setenv(key, value)
     main = distributed.current()
+    monkeypatch.setattr(distributed, "_COMMANDS", itertools.count())  # as in another process
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_LOCALID", "1")
     second = distributed.current()
     assert (main.rank, main.count, main.is_main) == (0, 2, True)
     assert (second.rank, second.local_rank, second.is_main) == (1, 1, False)
     assert sorted([*main.claim("stage", 1), *second.claim("stage", 1)]) == [0]
-
-
-@pytest.mark.parametrize(("rank", "agent", "serves"), [(0, None, True), (0, "True", False), (1, None, False)])
-def test_the_main_worker_serves_the_store_unless_torchrun_does(monkeypatch, rank, agent, serves):
-    stores = []
-    monkeypatch.setattr("torch.distributed.TCPStore", lambda *arguments, **_: stores.append(arguments))
-    for key, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1234}.items():
-        monkeypatch.setenv(key, str(value))
-    if agent:
-        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
-    distributed.current()
-    assert stores[0][:4] == ("localhost", 1234, 2, serves)
 
 
 @pytest.fixture
@@ -135,8 +125,38 @@ def connections(monkeypatch):
         if name.startswith(("SLURM", "TORCHELASTIC", "MASTER")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             monkeypatch.delenv(name)
     stores = []
-    monkeypatch.setattr("torch.distributed.TCPStore", lambda *arguments, **more: stores.append((*arguments, more)))
-    return stores
+
+    def connect(*arguments, **more):
+        stores.append((*arguments, more))
+        return HashStore()
+
+    monkeypatch.setattr("torch.distributed.TCPStore", connect)
+    distributed._connect.cache_clear()
+    yield stores
+    distributed._connect.cache_clear()
+
+
+def test_commands_of_one_process_have_their_own_counters(connections, monkeypatch):
+    """A script may run several under torchrun; they share the connection."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1234}.items():
+        monkeypatch.setenv(name, str(value))
+    first, second = distributed.current(), distributed.current()
+    assert len(connections) == 1
+    for worker in (first, second):
+        assert list(worker.claim("index", 3)) == [0, 1, 2] and worker.count_done("index", 5) == 5
+    first.fail("lost")
+    first.store.set("0/barrier/settled/open", "1")
+    assert not second.store.check(["0/failed"]) and not second.store.check(["0/barrier/settled/open"])
+
+
+@pytest.mark.parametrize(("rank", "agent", "serves"), [(0, None, True), (0, "True", False), (1, None, False)])
+def test_the_main_worker_serves_the_store_unless_torchrun_does(monkeypatch, connections, rank, agent, serves):
+    for key, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1234}.items():
+        monkeypatch.setenv(key, str(value))
+    if agent:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+    distributed.current()
+    assert connections[0][:4] == ("localhost", 1234, 2, serves)
 
 
 @pytest.mark.parametrize(
