@@ -77,7 +77,8 @@ from .selection import select
 from .training import take_outdated, trained_on
 
 SHARED = "shared"
-KEPT = "experts/kept"  # counter of the networks from before an update
+# Counters of all workers: networks from before an update, and masks that this command has written.
+KEPT, KEPT_MASKS, EMPTY_MASKS = "experts/kept", "experts/kept masks", "experts/empty masks"
 SHARD_SIZE = 64  # minimum number of records in a shard of the mode "shared", except for the last
 
 # With --select name, an expert's mask replaces the detector's if their IoU is below MOST_OVERLAP, so one of them has
@@ -277,9 +278,10 @@ def train_experts(
         experts.train_separate()
     worker.barrier("all photos are relabeled")
     if worker.is_main:
-        if kept := worker.count_done(KEPT, 0):
-            kept_networks = f"{kept} network{'s' * (kept > 1)} kept"
-            progress.note = "; ".join(filter(None, (kept_networks, progress.note)))
+        networks, kept, empty = (worker.count_done(name, 0) for name in (KEPT, KEPT_MASKS, EMPTY_MASKS))
+        counts = {f"network{'s' * (networks > 1)} kept": networks, "masks of the detector kept": kept}
+        counts["empty masks"] = empty
+        progress.note = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         if not all(experts.shard(number).exists() for number in range(experts.shard_count())):
             raise UserError("a worker died before it finished its shard; run the same command again to continue")
         _move_shards(out / "refining", out / "refined")
@@ -341,7 +343,8 @@ class _Experts:
         networks = {SHARED: names} if self.settings.mode == SHARED else {name: [name] for name in names}
         changed = []
         for name, categories in networks.items():
-            if (path := network_path(self.out, name)).exists():
+            path = network_path(self.out, name)
+            if path.exists() and not self._is_half_taken(path):
                 samples = expert_samples(self.selected, categories, self.settings)
                 if trained_on(path.with_suffix(""), f"namedmask experts {self.out}") != samples_digest(samples):
                     changed.append(path.name)
@@ -350,6 +353,11 @@ class _Experts:
                 f"{listed(changed)} in {self.out / 'experts'}: trained on other masks than {self.out / 'masks'} and "
                 "review.jsonl give now; start over with --overwrite to train on these"
             )
+
+    def _is_half_taken(self, path: Path) -> bool:
+        """Whether `take_outdated` was killed before it moved the metrics, after this network."""
+        has_metrics = self.imported or (path.with_suffix("") / "metrics.jsonl").exists()
+        return not has_metrics and bool(outdated_folders(self.out))
 
     def _shared_shards(self) -> list[list[MaskRecord]]:
         """Sorted by photo, so that one forward pass serves all categories of a photo."""
@@ -402,7 +410,7 @@ class _Experts:
         path = network_path(self.out, name)
         folder = path.with_suffix("")
         samples = expert_samples(self.selected, categories, self.settings)
-        if worker.is_main and not path.exists():
+        if worker.is_main and (not path.exists() or self._is_half_taken(path)):
             about = training_about(self.settings, samples, classes)
             self.worker.count_done(KEPT, int(take_outdated(self.out, folder, about, path)))
         worker.barrier(f"an earlier {path.name} is taken")
@@ -472,16 +480,15 @@ class _Experts:
                 errors.append(ErrorRecord(name, "experts", result.reason))
             else:
                 refined += result
-                self.kept += sum(record is before for record, before in zip(result, by_photo[name], strict=True))
+                kept = sum(record is before for record, before in zip(result, by_photo[name], strict=True))
+                self.worker.count_done(KEPT_MASKS, kept)
             self.progress.advance(len(by_photo[name]))
         self._write(number, refined, errors)
 
     def _write(self, number: int, records: list[MaskRecord], errors: list[ErrorRecord]) -> None:
         write_errors(errors_path(self.shard(number)), errors)
         write_shard(self.shard(number), records)
-        self.empty += sum(not record.area for record in records)
-        counts = {"of the detector kept": self.kept, "empty": self.empty}
-        self.progress.note = ", ".join(f"{count} masks {what}" for what, count in counts.items() if count)
+        self.worker.count_done(EMPTY_MASKS, sum(not record.area for record in records))
 
 
 def _made_of(records: Iterable[MaskRecord]) -> tuple:

@@ -186,6 +186,21 @@ def test_experts_of_unchanged_categories_are_kept(world, tmp_path):
     assert results_of(grown, "experts", ".safetensors") == results_of(whole, "experts", ".safetensors")
 
 
+def test_an_expert_that_is_half_taken_back_is_taken(world, tmp_path):
+    """A kill between the two renames, of the network and of its metrics."""
+    out = world.copy("first", tmp_path / "out")
+    succeed(*world.words, "cat", "--out", out, "--update")  # the other photos
+    succeed("experts", out, *world.training)
+    network = (out / "experts/cat.safetensors").read_bytes()
+    succeed(*world.words, "cat,dog", "--out", out, "--update")
+    (before,) = (out / OUTDATED).glob("*/experts/cat.safetensors")
+    (out / "experts").mkdir(exist_ok=True)
+    before.rename(out / "experts/cat.safetensors")
+    assert "1 network kept" in succeed("experts", out)
+    assert (out / "experts/cat.safetensors").read_bytes() == network
+    assert (out / "experts/cat/metrics.jsonl").exists() and not (out / OUTDATED).exists()
+
+
 def results_of(out: Path, folder: str, suffix: str = ".jsonl") -> dict[str, bytes]:
     return {name: data for name, data in files_of(out / folder).items() if name.endswith(suffix)}
 
