@@ -42,6 +42,13 @@ def listed(names: Sequence[str], count: int = 3) -> str:
 _NO_MEMORY = ("can't allocate memory", "out of memory", "size calculation overflowed", "multiplication overflow")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch has failed to allocate memory. torch's CPU allocator has no type of its own."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
+    )
+
+
 def explained(error: Exception) -> Exception:
     """The exception itself, or a UserError with the remedy.
 
@@ -52,9 +59,7 @@ def explained(error: Exception) -> Exception:
     if isinstance(error, OSError) and error.filename is not None:
         file, reason = os.fsdecode(error.filename), error.strerror or error
         return UserError(f"{file}: {reason}; correct or move it, and run the same command again")
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
-    ):
+    if is_out_of_memory(error):
         return UserError(
             f"out of memory ({first_line(error)}); lower --image-size, --crop-size, --batch-size or --workers (see "
             "Troubleshooting in the documentation)"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .threads import thread_count
 
+MIN_BUDGET = 64 << 20  # bytes, even if less is available: 0 would be no limit
 MIN_CAP = 4 << 30  # bytes
 CAP_PER_THREAD = 384 << 20  # bytes; a ResNet-50 segmenter takes this much for half a megapixel
 BATCH_PIXELS = 1 << 24  # maximum number of pixels in a batch of several photos
@@ -34,7 +35,7 @@ def photo_budget() -> int:
 
     threads = thread_count()
     share = available_memory() / 2 * min(1.0, threads / usable_cores())
-    return int(min(share, max(MIN_CAP, CAP_PER_THREAD * threads)))
+    return max(MIN_BUDGET, int(min(share, max(MIN_CAP, CAP_PER_THREAD * threads))))
 
 
 def processing_budget() -> int:

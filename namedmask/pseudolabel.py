@@ -25,7 +25,7 @@ from .archive import Archive
 from .batches import Size, nearest, upload
 from .config import RunConfig
 from .distributed import Worker
-from .errors import first_line
+from .errors import first_line, is_out_of_memory
 from .files import make_folder
 from .masks import (
     EncodedMask,
@@ -209,7 +209,9 @@ class Labeler:
             return []
         try:
             return list(self._label_photos(*map(list, zip(*photos, strict=True))))
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             reason = f"there is not enough memory to label it: {first_line(error)}"
             if len(photos) > 1 and not self.has_warned:
                 self.has_warned = True

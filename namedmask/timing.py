@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 UNTRACED, TRACED = 2, 8  # batches before the trace, and in it
+MOST_INTERVALS = 4096  # until those that overlap are merged
 
 
 class StepTimes:
@@ -33,6 +34,8 @@ class StepTimes:
         self._own = threading.local()
         self._lock = threading.Lock()
         self._intervals: list[tuple[float, float]] = []  # of the steps, in seconds after the start
+        self._busy = 0.0  # seconds until `_until` in which a step was running
+        self._until = 0.0
         if self._on_gpu:
             with torch.cuda.device(device):  # of the threads that process batches
                 self._origin = self._now()
@@ -65,17 +68,24 @@ class StepTimes:
                 at = self._after(self._origin, begin), self._after(self._origin, end)
                 self.seconds[name] += at[1] - at[0]
                 self._intervals.append(at)
+            if len(self._intervals) > MOST_INTERVALS:
+                self._merge()
 
     def busy(self) -> float:
         """The share of the time since the start in which a step was running, in [0, 1].
 
         It is an upper bound of the share in which kernels were running: steps include the gaps between their kernels.
         """
-        total = end = 0.0
+        with self._lock:
+            self._merge()
+            return min(1.0, self._busy / max(time.perf_counter() - self._start, 1e-9))
+
+    def _merge(self) -> None:
+        """Replaces the intervals by their total length. A later one that began before their end counts from there."""
         for first, last in sorted(self._intervals):
-            total += max(0.0, last - max(first, end))
-            end = max(end, last)
-        return min(1.0, total / max(time.perf_counter() - self._start, 1e-9))
+            self._busy += max(0.0, last - max(first, self._until))
+            self._until = max(self._until, last)
+        self._intervals.clear()
 
     def summary(self) -> str:
         """The times in words."""

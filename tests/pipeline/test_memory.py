@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from namedmask import photos
-from namedmask.memory import MemoryBudget, available_memory, photo_budget, processing_budget
+from namedmask.memory import MIN_BUDGET, MemoryBudget, available_memory, photo_budget, processing_budget
 from namedmask.photos import PhotoSource, decode_ahead
 from namedmask.threads import map_ahead
 
@@ -71,6 +71,7 @@ def test_budget_follows_memory_and_threads(monkeypatch):
         (4, 16 << 30, 2 << 30),
         (4, 64 << 30, 4 << 30),  # the least cap
         (32, 6 << 30, 3 << 30),  # more threads than cores
+        (16, 0, MIN_BUDGET),  # a limit of 0 would be none
     ):
         monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
         monkeypatch.setattr("namedmask.memory.available_memory", lambda available=available: available)

@@ -93,7 +93,17 @@ def test_photos_of_a_window_are_sorted_by_size(labeler, tmp_path, monkeypatch):
     assert [[json.loads(line)["photo"] for line in lines] for lines in shards] == [names[:4], names[4:]]
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_halved(labeler, tmp_path, monkeypatch, printing, capsys):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 20 GiB"),
+        (RuntimeError, "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),  # on a CPU
+        (MemoryError, "Unable to allocate 20 GiB"),  # numpy
+    ],
+)
+def test_a_batch_that_does_not_fit_into_memory_is_halved(
+    labeler, tmp_path, monkeypatch, printing, capsys, kind, message
+):
     names, source = draw_photos(tmp_path, SIZES), PhotoSource(tmp_path)
     expected = labels_of(labeler, source, names)
     candidates, calls = labeler.detector.candidates, []
@@ -102,16 +112,25 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(labeler, tmp_path, monk
         sizes = sizes_of(images)
         calls.append(len(sizes))
         if len(sizes) > 2 or (20, 64) in sizes:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+            raise kind(message)
         return candidates(images)
 
     monkeypatch.setattr(labeler.detector, "candidates", small_memory)
     labels = labels_of(labeler, source, names)
     assert calls == [6, 3, 1, 2, 3, 1, 2]
     reason = labels.pop("3.png").reason
-    assert reason == "there is not enough memory to label it: CUDA out of memory. Tried to allocate 20 GiB"
+    assert reason == f"there is not enough memory to label it: {message}"
     assert labels == {name: own for name, own in expected.items() if name != "3.png"}
     assert capsys.readouterr().err.count("a batch of 6 photos does not fit into memory and is halved") == 1
+
+
+def test_other_errors_end_the_run(labeler, tmp_path, monkeypatch):
+    def fail(images):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(labeler.detector, "candidates", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        labels_of(labeler, PhotoSource(tmp_path), draw_photos(tmp_path, SIZES[:1]))
 
 
 def test_trace_and_times(labeler, tmp_path, monkeypatch):
@@ -124,6 +143,20 @@ def test_trace_and_times(labeler, tmp_path, monkeypatch):
     assert {"network", "candidates", "refine", "encode"} <= events
     assert list(labeler.times.seconds) == ["decode", "upload", "network", "candidates", "refine", "encode", "score"]
     assert min(labeler.times.seconds.values()) > 0 and 0 < labeler.times.busy() <= 1
+
+
+def test_busy_time_needs_no_memory_per_batch(monkeypatch):
+    """Intervals of several threads are collected in any order."""
+    monkeypatch.setattr(timing, "MOST_INTERVALS", 100)
+    now = iter([0.0, 0.0, *(t for n in range(1000) for t in (n + 0.5 * (n % 2 == 0), n + 1.0)), 1000.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
+    times = StepTimes("cpu")
+    for _ in range(1000):
+        with times.step("network"):
+            pass
+        times.collect()
+        assert len(times._intervals) <= 100
+    assert times.busy() == 0.75
 
 
 def test_busy_time_is_the_union_of_all_steps(monkeypatch):
