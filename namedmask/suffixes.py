@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Which files are photos, by their names."""
 
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 # HEIC and AVIF are read if Pillow can, see `photos`.
 PHOTO_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(*JPEG_SUFFIXES, ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     *(".heic", ".heif", ".hif", ".avif"),
 )
 # Photos that are listed as errors, so that nobody believes that they were used.

@@ -134,8 +134,7 @@ def convert(
             why = f" ({dataset.errors[0].photo}: {dataset.errors[0].reason})" if dataset.errors else ""
             raise NothingUsable(f"{path}: no photo of the chosen masks can be used{why}; see --photos")
         write(dataset)
-        rotated = [] if options.upright else dataset.rotated
-        if rotated:
+        if rotated := dataset.rotated:
             (folder / "rotated.txt").write_bytes(b"".join(os.fsencode(name) + b"\n" for name in rotated))
         if dataset.errors:
             write_errors(folder / "errors.jsonl", dataset.errors)

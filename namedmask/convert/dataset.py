@@ -98,7 +98,6 @@ class Dataset:
         splits: Names of photos by split, in the order of the run.
         masks: Number of masks.
         left_out: Number of masks that the selection has left out.
-        rotated: Names of photos whose files store them rotated.
         errors: Photos that cannot be used, with the reason.
 
     Raises:
@@ -135,7 +134,6 @@ class Dataset:
                 ) from None
             self.ids = {name: number for number, name in enumerate(self.categories, 1)}
             entries = self._choose(path, records, review, empty)
-            self.rotated: list[str] = []
             self.splits: dict[str, list[str]] = {}
             self._entries = self._usable(entries)
             self._arrange()
@@ -180,16 +178,23 @@ class Dataset:
             raise UserError(f"{error}; it was there before; run the same command again") from None
         return _upright(data) if self.options.upright and self._entries[item.photo].rotated else data
 
+    @property
+    def rotated(self) -> list[str]:
+        """Names of photos that the data set stores rotated, as their files do; complete when all are placed."""
+        return [] if self.options.upright else [entry.photo for entry in self._entries.values() if entry.rotated]
+
     def place(self, item: Item, path: Path, data: bytes | None = None) -> None:
         """Puts a photo into the data set, as a link or as a file.
 
         Args:
             item: The photo.
             path: Path of the photo.
-            data: Its bytes, if they differ from those of its file.
+            data: Its bytes, upright, if they differ from those of its file.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         turn = self.options.upright and self._entries[item.photo].rotated
+        if data is not None:
+            self._entries[item.photo].rotated = False
         try:
             if data is not None or self.mode == "copy" or turn:
                 path.write_bytes(self.photo_bytes(item) if data is None else data)
@@ -321,8 +326,6 @@ class Dataset:
             if self.mode in ("path", "link") and self.source.file(entry.photo) is None:
                 raise UserError(f"{entry.photo} is in a tar or at a URL, where other tools do not find it: add --copy")
             usable[entry.photo] = entry
-            if entry.rotated:
-                self.rotated.append(entry.photo)
         return usable
 
     def _arrange(self) -> None:

@@ -9,6 +9,7 @@ import re
 from ..decoding import pixels_of
 from ..errors import UserError
 from ..formats import encode, encode_label_map, label_palette
+from ..suffixes import JPEG_SUFFIXES
 from .dataset import JPEG_QUALITY, TRAIN, VAL, Dataset, Item, printable
 from .png import list_photos
 
@@ -25,7 +26,7 @@ def write(dataset: Dataset) -> None:
 
     def labels(item: Item) -> None:
         path = dataset.folder / ROOT / "JPEGImages" / f"{item.name}.jpg"
-        dataset.place(item, path, None if item.file.endswith((".jpg", ".jpeg")) else _jpeg(dataset, item))
+        dataset.place(item, path, None if item.file.endswith(JPEG_SUFFIXES) else _jpeg(dataset, item))
         classes, objects = dataset.label_map(item), dataset.label_map(item, objects=True)
         for folder, labels in (("SegmentationClass", classes), ("SegmentationObject", objects)):
             data = encode_label_map(labels, 256, dataset.options.gray)

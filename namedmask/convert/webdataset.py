@@ -10,10 +10,10 @@ from itertools import islice
 
 from ..files import write_error
 from ..formats import encode_label_map
+from ..suffixes import JPEG_SUFFIXES
 from .dataset import Dataset, Item, printable
 
 PER_FILE = 1000  # photos
-SUFFIXES = {".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg"}  # one name per format, as columns are named after it
 
 
 def write(dataset: Dataset) -> None:
@@ -29,7 +29,8 @@ def write(dataset: Dataset) -> None:
         height, width = item.size
         about = {"photo": printable(item.photo), "width": width, "height": height, "objects": masks}
         suffix = item.file.removeprefix(item.name)
-        photo = f"{item.name}{SUFFIXES.get(suffix, suffix)}"
+        # One name per format, as columns are named after it.
+        photo = f"{item.name}{'.jpg' if suffix in JPEG_SUFFIXES else suffix}"
         return [
             (photo, dataset.photo_bytes(item)),
             (f"{item.name}.seg.png", labels),

@@ -175,7 +175,9 @@ class Measurement:
         shard = self.folder / "00000.jsonl"
         write_shard(shard, records)
         disk = self.retrieved * shard.stat().st_size / len(records) * (1 + self.config.pseudolabel.keep_detected)
-        row = Row("pseudolabel", "", "photos", measured, rate, self.labeled, int(disk), *peak.sizes())
+        # Names select a mask for each category of a photo.
+        count = self.retrieved if self.config.detector.selection == "name" else self.labeled
+        row = Row("pseudolabel", "", "photos", measured, rate, count, int(disk), *peak.sizes())
         return row, [record for record in records if record.area] or [_box(record) for record in records]
 
     def _experts(self, records: list[MaskRecord], masks: int) -> Iterator[Row]:

@@ -702,6 +702,11 @@ def test_photos_of_every_format_are_written_upright(tmp_path):
         save_photo(tmp_path / "photos" / name, 0, 72, 48, orientation=6)
     write_run(tmp_path / "run", tmp_path / "photos", records)
     assert convert(tmp_path / "run", "coco", tmp_path / "out").rotated == names
+    voc = convert(tmp_path / "run", "voc", tmp_path / "voc")
+    assert voc.rotated == names[:1]  # the others are encoded as JPEG, upright
+    for path in (tmp_path / "voc").rglob("*.jpg"):
+        with Image.open(path) as opened:
+            assert (opened.getexif().get(0x0112, 1) != 1) == (opened.size == (48, 72))
     convert(tmp_path / "run", "coco", tmp_path / "upright", Options(upright=True))
     for path in (tmp_path / "upright" / "images" / "train").iterdir():
         with Image.open(path) as image:

@@ -70,6 +70,13 @@ def test_the_counts_of_a_job(found):
     assert found.decoding > 0 and found.megapixels == pytest.approx(0.0115, rel=0.1)
 
 
+def test_names_select_a_mask_for_each_category_of_a_photo(photos):
+    detector = {**MODELS["detector"], "select": "name"}
+    config = make_config({"photos": str(photos), "categories": ["cat", "dog", "bird"], **MODELS, "detector": detector})
+    rows = rows_of(estimate(config, seconds=0.1, photos_total=1200, trainings=False))
+    assert rows["pseudolabel"].count == 1500
+
+
 def test_the_bytes_of_the_index_are_those_of_a_run(found, photos, tmp_path):
     assert command("index", photos, "--clip-model", "namedmask-demo", "--out", tmp_path / "run").exit_code == 0
     folder = tmp_path / "run" / "index"
