@@ -138,7 +138,7 @@ def ranked_masks(out: Path) -> list[MaskRecord]:
     Ties are in the order of the names.
     """
     records = select(read_masks(out / "masks"), Selection(), read_review(out))
-    by_photo = {record.photo: record for record in records if record.area}
+    by_photo = {record.photo: record for record in sorted(records, key=lambda record: record.rank) if record.area}
     if not by_photo:
         raise UserError(f"there are no masks in {out / 'masks'}; make them with `namedmask-pseudolabel`")
     return sorted(by_photo.values(), key=lambda record: (-record.score, record.photo))

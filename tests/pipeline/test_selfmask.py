@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The SelfMask network against the authors' code, its detector, and its training on the masks of a run."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -261,6 +262,14 @@ def test_training_uses_the_masks_with_the_best_scores(run_of_discs):
     assert [training_count(records[:n], SaliencyTraining(keep_fraction=0.1)) for n in (1, 14, 16, 24)] == [1, 1, 2, 2]
     write_review(run_of_discs, {(records[0].photo, "disc"): "reject"})
     assert ranked_masks(run_of_discs) == records[1:]
+
+
+def test_training_uses_the_best_mask_of_a_photo(run_of_discs):
+    """Names select a mask for each category of a photo."""
+    best = ranked_masks(run_of_discs)
+    others = [dataclasses.replace(record, category="other", score=record.score / 2) for record in best]
+    write_shard(run_of_discs / "masks" / "00001.jsonl", others)
+    assert ranked_masks(run_of_discs) == best
 
 
 @pytest.mark.parametrize("protocol", [{}, DEMO])
