@@ -23,7 +23,7 @@ TEMPORARY_PREFIX = ".tmp-"
 MAX_NAME = 255  # bytes of a file name
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 OLD = ".replaced"  # in an output folder: the results that a command with --overwrite is replacing
-OUTDATED = ".outdated"  # in a run folder: results from before an update, of which new ones take what still holds
+OUTDATED = ".outdated"  # in a run folder: results from before an update, from which new ones take what is still valid
 
 
 class _File(io.FileIO):

@@ -6,13 +6,11 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from safetensors.torch import save
-
 from .. import weights as stored
 from ..archive import read_archive
 from ..errors import UserError
 from ..experts import network_path
-from ..files import atomic_write, make_folder, open_csv
+from ..files import make_folder, open_csv
 from ..progress import warn
 from ..record import read_config
 from ..run import locked
@@ -61,9 +59,7 @@ def import_experts(path: Path, out: Path, encoder: str = "resnet50", overwrite: 
     with locked(out), imported_results(out, {"experts": settings}, ["experts"], overwrite, path):
         make_folder(out / "experts")
         for name, file in files.items():
-            network = network_of(stored.read(file), file, 2, encoder)
-            with atomic_write(network_path(out, name)) as target:
-                target.write(save({key: tensor.contiguous() for key, tensor in network.state_dict().items()}))
+            stored.write(network_path(out, name), network_of(stored.read(file), file, 2, encoder))
     if others:
         warn(f"{path} has networks of other categories than those of the run: {some(others)}")
     return files
