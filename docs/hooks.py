@@ -39,7 +39,7 @@ ON_SITE = {source: name for name, source in OUTSIDE.items()}
 # What a reader of the files sees in place of the generated parts.
 SETTINGS_MARKER = "The tables of all settings are generated: `mkdocs serve` in a clone shows them here."
 OPERATORS_MARKER = "The table of all operators is generated: `mkdocs serve` in a clone shows it here."
-DOCSTRINGS_MARKER = "The docstrings of all operators are in `kernels/namedmask_kernels`; `mkdocs serve` in a clone shows them here."
+DOCSTRINGS_MARKER = "The docstrings of all operators are in `kernels/`; `mkdocs serve` in a clone shows them here."
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 
 

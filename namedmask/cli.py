@@ -449,8 +449,8 @@ def _evaluate(
     """Evaluate masks: IoU and pixel accuracy.
 
     Prints the IoU of each class, the mIoU and the pixel accuracy. Label 0 is the background, label k the k-th category.
-    For a run, it scores the masks of the photos in TRUTH, and suggests a --min-score for trainings. With --benchmark, it
-    reads a public benchmark as it was unpacked. The benchmarks of salient objects also score a detector, without
+    For a run, it scores the masks of the photos in TRUTH and suggests a --min-score for trainings. With --benchmark,
+    it reads a public benchmark as it was unpacked. The benchmarks of salient objects also score a detector, without
     PREDICTIONS: --detector and the options that follow it. --scales and --horizontal-flip also count for a segmenter.
     """
     from .evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json

@@ -73,8 +73,8 @@ class Stage:
                what earlier stages make, unless they are among the stages of the plan
     sections:  of RunConfig, that it reads
     made_from: stages whose output goes into its own; when they are made again, so is it
-    outdated:  whether --update has to make its results again although no setting differs; it may take what is still valid
-               from OUT/.outdated
+    outdated:  whether --update has to make its results again although no setting differs; it may take what is still
+               valid from OUT/.outdated
     done:      what to print at the end, with {out} for the run folder
     continues_imported: whether it accepts imported results of its own; else they can only be replaced
     """
