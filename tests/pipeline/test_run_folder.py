@@ -228,7 +228,7 @@ def test_only_work_that_is_ahead_is_checked(
     tmp_path, photos, monkeypatch, stages, ahead, categories, imported, loading, checked
 ):
     made, needed = [], []
-    monkeypatch.setattr(run.hub, "needed", lambda config, names: needed.append(set(names)) or ["w"])
+    monkeypatch.setattr(run.hub, "needed", lambda config, names, select: needed.append(set(names)) or ["w"])
     checks = {name: lambda plan, name=name: made.append((name, plan)) for name in STAGES}
     checks["archive"] = checks["index"]  # as in the table of stages
     table = [SimpleNamespace(name=name, check=checks[name]) for name in ahead]
