@@ -47,7 +47,7 @@ from ..progress import Progress
 from ..review import read_review
 from ..segmenter.augment import recolored
 from ..selection import Selection, select
-from ..threads import map_ahead, thread_count
+from ..threads import map_ahead, thread_count, use_one_torch_thread
 from ..training import TrainingPhotos, TrainingState, fit, trained_on
 from .selfmask import SelfMask
 from .selfmask import load as load_selfmask
@@ -239,7 +239,7 @@ def batches(
 
     places = (place for step in steps for place in worker.share(step * settings.batch_size, settings.batch_size))
     count = settings.batch_size // worker.count
-    loaded = map_ahead(sample, places, thread_count(), ahead=count)
+    loaded = map_ahead(sample, places, thread_count(), use_one_torch_thread, ahead=count)
     for _ in steps:
         views, masks = zip(*itertools.islice(loaded, count), strict=True)
         yield torch.stack(views), torch.cat(masks)
