@@ -105,9 +105,9 @@ def pamr(
     return packed.restore(refined[:, 0] if dims == 1 else refined)
 
 
-def _dilation_lists(dilations: Sequence[Any], masks: Ragged | Array) -> list[list[int]]:
+def _dilation_lists(dilations: Any, masks: Ragged | Array) -> list[list[int]]:
     """The checked dilations: one list for all images, or one for each."""
-    if is_sequence(dilations[0]) if len(dilations) else image_count(masks) == 0:
+    if is_sequence(dilations) and (is_sequence(dilations[0]) if len(dilations) else image_count(masks) == 0):
         lists = expect_one_per_image(NAME, "dilations", dilations, masks, "list")
     else:
         lists = [dilations]

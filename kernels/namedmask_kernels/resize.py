@@ -173,12 +173,14 @@ def _grids(pairs: Sequence[tuple[int, int]], patch: int) -> list[tuple[int, int]
 
 def _pairs(sizes: Any, count: int) -> list[tuple[int, int]]:
     """The new height and width of each image, from one size for all of them or one for each."""
+    if not is_sequence(sizes):
+        raise TypeError(f"{NAME}: sizes must be a height and a width, or one such pair per image, but is {sizes!r}")
     pairs = list(sizes)
-    if pairs and (isinstance(pairs[0], (int, float, np.number)) or getattr(pairs[0], "ndim", 1) == 0):
+    if pairs and not is_sequence(pairs[0]):
         pairs = [pairs] * count
     if len(pairs) != count:
         raise ValueError(f"{NAME}: sizes must be one size, or one for each of the {count} images, but has {len(pairs)}")
-    if odd := [pair for pair in pairs if len(pair) != 2]:
+    if odd := [pair for pair in pairs if not is_sequence(pair) or len(pair) != 2]:
         raise ValueError(f"{NAME}: a size must be a height and a width, but is {odd[0]!r}")
     return [(expect_int(NAME, "height", height), expect_int(NAME, "width", width)) for height, width in pairs]
 

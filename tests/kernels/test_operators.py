@@ -452,6 +452,19 @@ def test_numbers_of_any_type_are_accepted_and_others_rejected(op, name):
         op(*CALLS[op], **{name: (10**400,) * count if count else 10**400})
 
 
+# public operator -> its settings that are several numbers
+SEQUENCES = {nk.dense_crf: ("gaussian", "bilateral"), nk.pamr: ("dilations",), nk.resize: ("sizes", "mean", "std")}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in SEQUENCES.items() for name in names], ids=label)
+def test_one_number_is_no_sequence(op, name):
+    tensors = [argument for argument in CALLS[op] if isinstance(argument, torch.Tensor)]
+    others = {"sizes": (5, 12), "mean": (0.5,) * 3, "std": (0.5,) * 3} if op is nk.resize else {}
+    for value in (3, 2.5, np.float32(3), np.array(3), torch.tensor(3)):
+        with pytest.raises((TypeError, ValueError), match=f"^{op.__name__}: {name} must be .*, but is "):
+            op(*tensors, **{**others, name: value})
+
+
 def test_tapped_rows_are_checked_before_they_are_listed():
     for taps in (2**31 - 1, 13, range(2**40), [12]):
         with pytest.raises(ValueError, match="attention_features: tap_rows must be at most "):

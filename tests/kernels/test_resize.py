@@ -186,6 +186,8 @@ def test_wrong_arguments_raise():
         nk.resize(torch.zeros(4, 4), (2, 2), interpolation="nearest")
     with pytest.raises(TypeError, match=r"must be an integer, but is 2\.5"):
         nk.resize(torch.zeros(4, 4), (2, 2.5))
+    with pytest.raises(ValueError, match="a size must be a height and a width, but is 5"):
+        nk.resize(Ragged.pack([torch.zeros(4, 4)] * 2), [(2, 2), 5])
     with pytest.raises(TypeError, match="image must be"):
         nk.resize(torch.zeros(4, 4, dtype=torch.int64), (2, 2))
 
