@@ -148,8 +148,8 @@ def given_settings(sections: list[str], config: Path | None, pairs: list[str], o
         flat[one.name] = one.parse(text.strip())
     for one, value in options.items():
         flat[one.name] = value if isinstance(value, bool) else one.parse(value)
-    if flat.get("categories") == []:
-        raise UserError("--categories: no category name was given")
+    if "categories" in flat:
+        _expect_names(flat["categories"], "--categories")
     return merge(read_settings(config) if config else {}, nest(flat))
 
 
@@ -171,9 +171,14 @@ def read_names(file: Path) -> list[str]:
         names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"--categories-file {file}: {error}") from None
-    if not (names := [name for name in names if name]):
-        raise UserError(f"--categories-file {file}: no category name was given")
+    names = [name for name in names if name]
+    _expect_names(names, f"--categories-file {file}")
     return names
+
+
+def _expect_names(names: list[str], option: str) -> None:
+    if not names:
+        raise UserError(f"{option}: no category name was given")
 
 
 def names_of(categories: str | None, file: Path | None, preset: str | None, distinct: bool = True) -> list[str] | None:
@@ -189,6 +194,7 @@ def names_of(categories: str | None, file: Path | None, preset: str | None, dist
     if categories is None and file is None:
         return None
     names = read_names(file) if file is not None else find_setting("categories").parse(categories or "")
+    _expect_names(names, "--categories")
     if distinct:
         from .archive import expect_distinct
 

@@ -383,8 +383,21 @@ def test_one_source_of_names(calls, monkeypatch):
     Path("names.txt").write_text("cat\nCat\n")
     result = invoke("evaluate", "a", "b", "--categories-file", "names.txt")
     assert result.exit_code == 2 and "--categories-file names.txt: the name 'Cat'" in result.stderr
-    result = invoke("run", "photos", "--categories", " , ")
-    assert result.exit_code == 2 and "--categories: no category name was given" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["", " , "])
+def test_no_name_is_a_mistake(calls, text):
+    for words in (
+        ["evaluate", "a", "b"],
+        ["segment", "w.pth", "photos", "--out", "o"],
+        ["export", "w", "--onnx", "f.onnx"],
+        ["import", "archive", "f", "--photos", "p", "--overwrite"],
+        ["import", "embeddings", "f", "--out", "o"],
+        ["run", "photos"],
+    ):
+        result = invoke(*words, "--categories", text)
+        assert result.exit_code == 2 and "--categories: no category name was given" in result.stderr, words
+    assert not calls
 
 
 @pytest.mark.parametrize("ignore", [None, 0, 65535])
