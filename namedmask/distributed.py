@@ -100,7 +100,8 @@ class Worker:
     def fail(self, reason: str) -> None:
         """Makes the other workers' barriers, current and later ones, raise a UserError with this reason."""
         if self.store is not None:
-            self.store.set(f"{self.attempt}/failed", f"worker {self.rank} stopped: {reason}")
+            text = f"worker {self.rank} stopped: {reason}"
+            self.store.set(f"{self.attempt}/failed", text.encode(errors="backslashreplace"))  # names that are not UTF-8
 
     def share(self, begin: int, count: int) -> range:
         """This worker's part of range(begin, begin + count). The parts of all workers, in order, form the range."""

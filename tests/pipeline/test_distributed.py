@@ -324,6 +324,12 @@ def test_failure_of_a_worker_ends_the_barriers_of_others(workers):
             waiting.result(timeout=30)
 
 
+def test_failure_may_name_a_file_that_is_not_utf_8(workers):
+    workers[0].fail("é\udce9\ud800: vanished")
+    with pytest.raises(UserError, match=r"worker 0 stopped: é\\udce9\\ud800: vanished"):
+        workers[1].barrier("here")
+
+
 def test_device_of_each_worker(monkeypatch):
     import torch
 
