@@ -498,12 +498,19 @@ class PrecomputedEmbeddings:
     """
 
     def __init__(self, path: str):
+        import torch
+
         names_path = Path(path).with_suffix(".json")
         tensors = weights.read(path, "--embeddings").tree
         try:
             lists = json.loads(read_bytes(names_path))
             image, text, files, names = tensors["image"], tensors["text"], lists["image_files"], lists["names"]
-        except (OSError, ValueError, TypeError) as error:
+            for one in (files, names):
+                if not isinstance(one, list) or not all(isinstance(name, str) for name in one):
+                    raise ValueError(f"expected lists of names as image_files and names in {names_path.name}")
+            if not isinstance(image, torch.Tensor) or not isinstance(text, torch.Tensor):
+                raise ValueError("expected image and text to be tensors")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"--embeddings {path}: {error}") from None
         except KeyError as error:
             raise UserError(

@@ -481,6 +481,31 @@ def test_embeddings_must_fit_their_lists(tmp_path, image, text, files, names, me
         PrecomputedEmbeddings(str(path))
 
 
+@pytest.mark.parametrize("one", [None, 2, "ab", {"a": 0, "b": 1}, [1, 2], [None, "a"], [["a"], ["b"]]], ids=str)
+@pytest.mark.parametrize("key", ["image_files", "names"])
+def test_lists_of_embeddings_hold_names(tmp_path, key, one):
+    path = tmp_path / "e.safetensors"
+    write_embeddings(path, torch.ones(2, 8), torch.ones(2, 8))
+    lists = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(lists | {key: one}))
+    with pytest.raises(UserError, match=r"expected lists of names as image_files and names in e\.json"):
+        PrecomputedEmbeddings(str(path))
+
+
+def test_embeddings_are_tensors_and_their_lists_json(tmp_path):
+    path = tmp_path / "e.pt"
+    write_embeddings(path, torch.ones(2, 8), torch.ones(2, 8))
+    for wrong in ({"a": torch.ones(2, 8)}, 2, [torch.ones(8)] * 2):
+        for key in ("image", "text"):
+            torch.save({"image": torch.ones(2, 8), "text": torch.ones(2, 8), key: wrong}, path)
+            with pytest.raises(UserError, match="expected image and text to be tensors"):
+                PrecomputedEmbeddings(str(path))
+    for text in ("null", "[" * 100_000):
+        path.with_suffix(".json").write_text(text)
+        with pytest.raises(UserError, match=f"--embeddings {path}: "):
+            PrecomputedEmbeddings(str(path))
+
+
 def write_embeddings(path: Path, image: torch.Tensor, text: torch.Tensor) -> PrecomputedEmbeddings:
     save_file({"image": image, "text": text}, path)
     files = [f"{number}.jpg" for number in range(len(image))]
