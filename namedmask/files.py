@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -23,6 +24,7 @@ TEMPORARY_PREFIX = ".tmp-"
 MAX_NAME = 255  # bytes of a file name
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 OLD = ".replaced"  # in an output folder: the results that a command with --overwrite is replacing
+LOCK = ".lock"  # in a folder that a process works on
 OUTDATED = ".outdated"  # in a run folder: results from before an update, from which new ones take what is still valid
 
 
@@ -129,16 +131,59 @@ def write_error(path: str | os.PathLike, error: OSError) -> WriteError:
     return result
 
 
-def remove_stale(folder: str | os.PathLike) -> None:
-    """Removes the temporary files of killed writers from `folder`.
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Within the context, an OSError says that `path` could not be written (`write_error`)."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
 
-    It also removes those of active writers, so only the process that holds the lock of the folder may call it.
+
+def expect_writable(path: Path) -> None:
+    """Raises WriteError if a file cannot be written. One that exists is not changed, another is not left behind."""
+    is_new = not os.path.lexists(path)
+    with writing(path):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
+        if is_new:
+            path.unlink()
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the lock of a folder; a second process that asks for it gets a UserError. It ends with the process."""
+    make_folder(out)
+    path = out / LOCK
+    try:
+        # Neither follows a link nor truncates: the file may be the user's.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise UserError(f"{path} is a symbolic link; remove it") from None
+        raise write_error(path, error) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), path.stat()):  # the other one has just removed it
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            raise UserError(f"{out} is in use by another run; wait for it or choose another --out") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale(folder: str | os.PathLike) -> None:
+    """Removes the temporary files of killed writers from `folder`, and their temporary folders unless one is `locked`.
+
+    It also removes the files of active writers, so only the process that holds the lock of the folder may call it.
     """
     for stale in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
-        if stale.is_dir() and not stale.is_symlink():
-            shutil.rmtree(stale)
-        else:
+        if not stale.is_dir() or stale.is_symlink():
             stale.unlink(missing_ok=True)
+            continue
+        with contextlib.suppress(UserError), locked(stale):
+            shutil.rmtree(stale)
 
 
 def name_digest(name: str) -> str:

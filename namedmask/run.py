@@ -10,9 +10,7 @@ report.html  (each described where it is made)
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +27,8 @@ from .files import (
     OUTDATED,
     absolute,
     atomic_write,
+    expect_writable,
+    locked,
     make_folder,
     outdated_folders,
     put_back_files,
@@ -37,7 +37,6 @@ from .files import (
     remove_stale,
     set_aside,
     set_outdated,
-    write_error,
 )
 from .masks import read_errors, read_masks
 from .photos import PhotoSource, open_source
@@ -59,33 +58,8 @@ from .stages import STAGES, Context, Plan, Stage, selects_experts
 
 # Of a run, besides the outputs of its stages.
 FILES = ("run.toml", "errors.jsonl", "report.html", "review.jsonl", "sheets.json")
-LOCK = ".lock"
 CHECKED_PHOTOS = 1000  # of a run whose photos have moved or changed
 GROWING = ("categories:", "archive.", "index.embeddings:")  # what the differences that --update accepts begin with
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Holds the lock of a folder; a second process that asks for it gets a UserError. It ends with the process."""
-    make_folder(out)
-    path = out / LOCK
-    try:
-        # Neither follows a link nor truncates: the file may be the user's.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if path.is_symlink():
-            raise UserError(f"{path} is a symbolic link; remove it") from None
-        raise write_error(path, error) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(descriptor), path.stat()):  # the other one has just removed it
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            raise UserError(f"{out} is in use by another run; wait for it or choose another --out") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def claim(out: Path, photos: str) -> None:
@@ -483,8 +457,7 @@ def start(
     if worker.count > 1:
         logger.info(f"worker 0 of {worker.count}; waiting for the others")
     if trace is not None:
-        with atomic_write(trace):  # if it cannot be written, before the work
-            pass
+        expect_writable(trace)  # before the work
     with locked(out):
         try:
             count = max(worker.count, workers, gpus)
@@ -586,7 +559,7 @@ def reason_of_failure(out: Path) -> Iterator[None]:
         yield
     except UserError:
         if failure.exists():  # a worker has said what is wrong, and a restart would not help
-            code, _, reason = failure.read_text(encoding="utf-8", errors="surrogateescape").partition(" ")
+            code, _, reason = failure.read_text(encoding="utf-8").partition(" ")
             raise (NothingUsable if code == "3" else UserError)(reason or "a worker failed, see above") from None
         raise
 
@@ -645,7 +618,7 @@ def as_worker(function: Callable[..., None]) -> None:
             raise
         try:
             code = 3 if isinstance(why, NothingUsable) else 2
-            failure.write_text(f"{code} {why}", encoding="utf-8", errors="surrogateescape")
+            failure.write_text(f"{code} {why}", encoding="utf-8", errors="backslashreplace")
         except OSError:  # the disk is full
             process.complain(why)
         sys.exit(2)

@@ -14,18 +14,19 @@ from pathlib import Path
 
 from ..errors import DamagedFile, UserError
 from ..files import (
+    LOCK,
     TEMPORARY_PREFIX,
     absolute,
     atomic_write,
     files_below,
     fitted,
     is_file,
+    locked,
     make_folder,
     read_bytes,
     remove_files,
     write_error,
 )
-from ..run import LOCK, locked
 
 RECORD = ".convert.json"  # {"files": [...]}: what convert has written into the folder; hidden from readers of folders
 

@@ -21,7 +21,7 @@ from .. import run
 from ..config import DetectorConfig, RefineConfig
 from ..distributed import Worker, count_gpus
 from ..errors import UserError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, locked, make_folder
 from ..progress import Progress
 from ..record import expect_no_files, read_record
 from ..report import results_digest, write_report
@@ -155,7 +155,7 @@ def run_demo(
         "segmenter": SEGMENTER | ({"steps": steps} if steps else {}),
     }
     _expect_rendered(out / "photos", blocks * BLOCK)
-    with run.locked(out):
+    with locked(out):
         if read_record(out).photos is None:
             expect_no_files(out, ("photos", FIGURES, *SHEETS))
         run.claim(out, settings["photos"])

@@ -12,11 +12,10 @@ from typing import Any
 
 from ..archive import Archive, Retrieved, expect_distinct, write_archive
 from ..errors import UserError
-from ..files import absolute, open_csv
+from ..files import absolute, locked, open_csv
 from ..masks import ErrorRecord, errors_path, write_errors
 from ..photos import PhotoError, open_source
 from ..progress import warn
-from ..run import locked
 from . import imported_results, match_photos, read_json, some, unreadable
 
 Listing = dict[str, list[Retrieved]]

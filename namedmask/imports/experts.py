@@ -10,10 +10,9 @@ from .. import weights as stored
 from ..archive import read_archive
 from ..errors import UserError
 from ..experts import network_path
-from ..files import make_folder, open_csv
+from ..files import locked, make_folder, open_csv
 from ..progress import warn
 from ..record import read_config
-from ..run import locked
 from ..segmenter.deeplab import network_of
 from ..stages import STAGES
 from . import category_of, imported_results, read_json, some, unreadable

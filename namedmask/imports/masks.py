@@ -16,13 +16,12 @@ import numpy as np
 from ..archive import Archive, Retrieved, expect_distinct, read_archive, write_archive
 from ..config import PseudolabelConfig
 from ..errors import UserError
-from ..files import absolute, make_folder
+from ..files import absolute, locked, make_folder
 from ..masks import ErrorRecord, MaskRecord, errors_path, mask_score, run_lengths, write_errors, write_shard
 from ..photos import PhotoError, decode_ahead, open_source
 from ..progress import logger, warn
 from ..pseudolabel import shard_path, work_of
 from ..record import read_config, read_record
-from ..run import locked
 from ..suffixes import PHOTO_SUFFIXES
 from . import category_of, imported_results, match_photos, read_json, some, unreadable
 

@@ -111,6 +111,10 @@ def test_stale_files_and_folders_are_removed(tmp_path):
     (tmp_path / ".tmp-folder" / "a").touch()
     (tmp_path / ".tmp-file").touch()
     (tmp_path / ".tmp-link").symlink_to("kept")
+    with files.locked(tmp_path / ".tmp-used"):  # as `namedmask convert --out used` does
+        (tmp_path / ".tmp-used" / "a").touch()
+        remove_stale(tmp_path)
+        assert tree(tmp_path) == [".tmp-used", ".tmp-used/.lock", ".tmp-used/a", "kept", "kept/a"]
     remove_stale(tmp_path)
     assert tree(tmp_path) == ["kept", "kept/a"]
 

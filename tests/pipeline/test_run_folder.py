@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +127,20 @@ def test_error_of_a_worker_keeps_what_was_replaced(started, tmp_path, monkeypatc
         with pytest.raises(UserError, match="stop"):
             run.start(tmp_path / "out", {"photos": "p"}, ["train"])
         assert len(kept) == keeps and ("finish", tmp_path / "out", ["train"]) not in started.calls
+
+
+def test_earlier_trace_stays_if_nothing_is_traced(started, tmp_path):
+    trace = tmp_path / "trace.json"
+    run.start(tmp_path / "out", {"photos": "p"}, ["train"], trace=trace)
+    assert not trace.exists()
+    trace.write_text("earlier")
+    run.start(tmp_path / "out", {"photos": "p"}, ["train"], trace=trace)
+    assert trace.read_text() == "earlier" and not list(tmp_path.glob(".tmp-*"))
+    os.mkfifo(tmp_path / "pipe")
+    for bad in (tmp_path, tmp_path / "none" / "t", tmp_path / "pipe"):
+        with pytest.raises(UserError, match=f"^{bad} cannot be written: "):
+            run.start(tmp_path / "new", {"photos": "p"}, ["train"], trace=bad)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
