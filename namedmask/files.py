@@ -6,18 +6,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from .errors import UserError, WriteError
+from .suffixes import is_hidden
 from .urls import is_url
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -277,6 +279,73 @@ def is_file(path: Path) -> bool:
 def files_below(folder: Path) -> list[Path]:
     """The files of a folder and its subfolders, sorted."""
     return sorted(filter(is_file, folder.rglob("*")))
+
+
+def walk(
+    root: str,
+    list_folder: Callable[[str], Iterable[tuple[bytes, bool]]],
+    on_error: Callable[[str, OSError], None],
+) -> Iterator[str]:
+    """Yields the names of files below a folder, with "/" between folders. Bytes that are not UTF-8 are kept by
+    surrogateescape. Links to folders are followed, except back into a folder that is being listed.
+
+    Args:
+        root: The folder.
+        list_folder: The files and folders in a folder, in order, as `list_folder` returns them.
+        on_error: Called for a folder that cannot be listed, with its name ("": the root).
+    """
+    # An explicit stack of (identity, prefix, remaining entries): folders may be nested deeper than Python recurses.
+    stack: list[tuple[tuple[int, int], str, Iterator[tuple[bytes, bool]]]] = []
+
+    def enter(name: str) -> None:
+        path = os.path.join(root, name)  # noqa: PTH118 (pathlib is slow for millions of names)
+        try:
+            status = os.stat(path)  # noqa: PTH116
+            identity = (status.st_dev, status.st_ino)
+            if all(identity != above for above, _, _ in stack):
+                stack.append((identity, f"{name}/" if name else "", iter(list_folder(path))))
+        except OSError as error:
+            on_error(name, error)
+
+    enter("")
+    while stack:
+        _, prefix, entries = stack[-1]
+        entry, is_folder = next(entries, (None, False))
+        if entry is None:
+            stack.pop()
+            continue
+        name = prefix + os.fsdecode(entry)
+        if is_folder:
+            enter(name)
+        else:
+            yield name
+
+
+def list_folder(path: str, suffixes: tuple[str, ...]) -> list[tuple[bytes, bool]]:
+    """The folders in a folder, and the files with these suffixes in upper or lower case, as (name, is a folder), sorted
+    by the bytes of their names. Hidden ones are skipped."""
+    entries = []
+    with os.scandir(path) as scan:
+        for entry in scan:
+            if is_hidden(entry.name):
+                continue
+            is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # noqa: PTH112
+            if is_folder or entry.name.lower().endswith(suffixes):
+                entries.append((os.fsencode(entry.name), is_folder))
+    return sorted(entries)
+
+
+def find_files(folder: Path, *suffixes: str) -> list[str]:
+    """The names of files with these suffixes below a folder, found as photos are (`walk`).
+
+    Raises:
+        UserError: If a folder cannot be listed.
+    """
+
+    def stop(name: str, error: OSError) -> None:
+        raise UserError(f"{folder / name}: the folder cannot be listed: {error.strerror or error}")
+
+    return list(walk(os.fspath(folder), functools.partial(list_folder, suffixes=suffixes), stop))
 
 
 def remove_files(out: Path, files: Iterable[Path]) -> None:

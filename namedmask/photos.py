@@ -32,9 +32,10 @@ from .decoding import (
     why_unread,
 )
 from .errors import UserError
+from .files import list_folder, walk
 from .memory import CACHE_SHARE, DECODE_SHARE, photo_budget
 from .remote import RemoteError
-from .suffixes import COMPRESSED, LISTED, is_hidden
+from .suffixes import COMPRESSED, LISTED
 from .threads import map_ahead, thread_count
 from .urls import clean_url, is_url, path_part, url_problem
 
@@ -209,7 +210,7 @@ class PhotoSource:
         Raises:
             PhotoError: If the file cannot be read, or if `decode` would reject its header.
         """
-        with self._image(name) as (image, size):
+        with self.image(name) as (image, size):
             return size + image.width * image.height * DECODING_BYTES
 
     def size(self, name: str) -> tuple[int, int]:
@@ -226,7 +227,7 @@ class PhotoSource:
         Raises:
             PhotoError: As `size`.
         """
-        with self._image(name) as (image, _):
+        with self.image(name) as (image, _):
             turned, swapped = rotation(image)
             if image.format != "JPEG":
                 image.load()  # see `pixels_of`
@@ -245,7 +246,7 @@ class PhotoSource:
         return self._root or "."
 
     @contextlib.contextmanager
-    def _image(self, name: str) -> Iterator[tuple[Image.Image, int]]:
+    def image(self, name: str) -> Iterator[tuple[Image.Image, int]]:
         """Opens a photo whose pixels are not decoded yet, with the size of its file. All errors are PhotoErrors."""
         with self._opened(name) as (part, size):
             try:
@@ -318,31 +319,11 @@ class PhotoSource:
             raise PhotoError(name, explain(error, data)) from error
 
     def _folder_names(self, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
-        # An explicit stack of (identity, prefix, remaining entries): folders may be nested deeper than Python recurses.
-        stack: list[tuple[tuple[int, int], str, Iterator[tuple[bytes, bool]]]] = []
+        def unlisted(name: str, error: OSError) -> None:
+            on_error(PhotoError(name or self.path, f"folder cannot be listed: {error.strerror or error}"))
 
-        def enter(name: str) -> None:
-            path = os.path.join(self._root, name)
-            try:
-                status = os.stat(path)
-                identity = (status.st_dev, status.st_ino)
-                if all(identity != above for above, _, _ in stack):
-                    stack.append((identity, f"{name}/" if name else "", iter(_list_folder(path))))
-            except OSError as error:
-                on_error(PhotoError(name or self.path, f"folder cannot be listed: {error.strerror or error}"))
-
-        enter("")
-        while stack:
-            _, prefix, entries = stack[-1]
-            entry, is_folder = next(entries, (None, False))
-            if entry is None:
-                stack.pop()
-                continue
-            name = prefix + os.fsdecode(entry)
-            if is_folder:
-                enter(name)
-            else:
-                yield from self._file_names(name, on_error)
+        for name in walk(self._root, _list_folder, unlisted):
+            yield from self._file_names(name, on_error)
 
     def _list_names(self, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
         listed: set[bytes] = set()
@@ -625,18 +606,11 @@ def _remote_part(url: str, member: str | None, name: str) -> tuple[io.RawIOBase,
 
 
 def _list_folder(path: str) -> list[tuple[bytes, bool]]:
-    """The folders, photos and archives in a folder as (name, is a folder), sorted by the bytes of their names."""
-    entries = []
-    with os.scandir(path) as scan:
-        for entry in scan:
-            if is_hidden(entry.name):
-                continue
-            is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-            if is_folder or entry.name.lower().endswith(LISTED):
-                entries.append((os.fsencode(entry.name), is_folder))
+    """The folders, photos and archives in a folder, as `files.list_folder` returns them."""
+    entries = list_folder(path, LISTED)
     if os.path.exists(os.path.join(path, SEGMENT_RECORD)):  # its masks and overlays are no photos
         entries = [entry for entry in entries if entry not in ((b"masks", True), (b"overlays", True))]
-    return sorted(entries)
+    return entries
 
 
 def _archive_problem(member: str) -> str | None:

@@ -16,10 +16,9 @@ import numpy as np
 from ..console import plain_console
 from ..distributed import Worker
 from ..errors import DamagedFile, UserError
-from ..files import atomic_write, read_bytes
+from ..files import atomic_write, find_files, read_bytes
 from ..formats import BACKGROUND, read_label_map
 from ..progress import Progress, warn
-from ..suffixes import is_hidden
 from ..threads import map_ahead, thread_count
 from .metrics import Confusion
 
@@ -47,19 +46,17 @@ class Truth(NamedTuple):
 def label_maps(folder: Path) -> dict[str, Path]:
     """Returns the PNG files of a folder and its subfolders by name: "sub/photo" for sub/photo.png.
 
-    Hidden files are skipped, as those of photos are.
+    Hidden files are skipped and links to folders are followed, as those of photos are.
 
     Raises:
-        UserError: If there are none, or if two have the same name.
+        UserError: If there are none, if two have the same name, or if a folder cannot be listed.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of PNG masks" if folder.exists() else f"{folder} does not exist")
     maps: dict[str, Path] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".png"):
-        relative = path.relative_to(folder)
-        if any(map(is_hidden, relative.parts)):
-            continue
-        if (earlier := maps.setdefault(relative.with_suffix("").as_posix(), path)) is not path:
+    for name in find_files(folder, ".png"):
+        path = folder / name
+        if (earlier := maps.setdefault(name[: -len(".png")], path)) is not path:
             raise UserError(f"{earlier} and {path} are masks of the same name; remove one of them")
     if not maps:
         raise UserError(f"there are no PNG masks in {folder}")

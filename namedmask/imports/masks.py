@@ -16,7 +16,7 @@ import numpy as np
 from ..archive import Archive, Retrieved, expect_distinct, read_archive, write_archive
 from ..config import PseudolabelConfig
 from ..errors import UserError
-from ..files import absolute, locked, make_folder
+from ..files import absolute, find_files, locked, make_folder
 from ..masks import ErrorRecord, MaskRecord, errors_path, mask_score, run_lengths, write_errors, write_shard
 from ..photos import PhotoError, decode_ahead, open_source
 from ..progress import logger, warn
@@ -122,8 +122,8 @@ class _Masks:
         self.path = path
         self.values: dict[str, Any] | None = None
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*.json") if file.is_file())
-            self.keys = [file.relative_to(path).as_posix().removesuffix(".json") for file in files]
+            files = [name for name in find_files(path, ".json") if name.endswith(".json") and (path / name).is_file()]
+            self.keys = [name.removesuffix(".json") for name in files]
         else:
             try:
                 values = read_json(path)
