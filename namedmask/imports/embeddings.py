@@ -19,7 +19,7 @@ import torch
 from .. import weights
 from ..config import IndexConfig
 from ..errors import UserError
-from ..files import atomic_write, open_file
+from ..files import TEMPORARY_PREFIX, atomic_write, expect_writable, fitted, open_file
 from ..index import is_direction, make_embedder
 from ..photos import open_source
 from ..progress import warn
@@ -62,6 +62,7 @@ def import_embeddings(
     existing = [file for file in (out, names_path) if file.exists()]
     if existing and not overwrite:
         raise UserError(f"{existing[0]} exists; --overwrite replaces it")
+    expect_writable(out)
     try:
         names, image, unusable = _stacked(_vectors(path, allow_pickle))
     except (OSError, ValueError) as error:
@@ -100,12 +101,18 @@ def _text(categories: Sequence[str], clip: IndexConfig) -> np.ndarray:
 def _write(out: Path, names_path: Path, tensors: dict[str, np.ndarray], names: dict[str, list[str]]) -> None:
     from safetensors.numpy import save
 
-    data = save(tensors)
-    out.unlink(missing_ok=True)  # never beside the names of others
-    with atomic_write(names_path) as file:
-        file.write(json.dumps(names).encode())
-    with atomic_write(out) as file:
-        file.write(data)
+    contents = {names_path: json.dumps(names).encode(), out: save(tensors)}
+    new = {path: path.with_name(fitted(f"{TEMPORARY_PREFIX}{path.name}")) for path in contents}
+    try:
+        for path, data in contents.items():  # both are complete before the old ones go
+            with atomic_write(new[path]) as file:
+                file.write(data)
+        out.unlink(missing_ok=True)  # never beside the names of others
+        for path in contents:
+            new[path].replace(path)
+    finally:
+        for path in new.values():
+            path.unlink(missing_ok=True)
 
 
 def _stacked(vectors: Iterator[tuple[Any, Any]]) -> tuple[list[str], np.ndarray, list[str]]:
@@ -189,7 +196,10 @@ def _clip_retrieval(folder: Path) -> Iterator[tuple[Any, Any]]:
     except ImportError:
         raise UserError(f"{folder} has .parquet files: pip install 'namedmask[parquet]'") from None
     for number, file in sorted(images.items()):
-        rows = np.load(file, mmap_mode="r", allow_pickle=False)
+        try:
+            rows = np.lib.format.open_memmap(file, mode="r")  # np.load would also open an .npz of this name
+        except (OSError, ValueError) as error:
+            raise unreadable(file, error) from None
         table = parquet.ParquetFile(metadata[number])
         if "image_path" not in table.schema_arrow.names:
             raise ValueError(f"{metadata[number].name} has no column image_path")

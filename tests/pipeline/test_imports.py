@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from namedmask.archive import read_archive
 from namedmask.backbones import untrained, untrained_encoder
 from namedmask.imports import category_of, match_photos, some
+from namedmask.imports.embeddings import import_embeddings
 from namedmask.imports.masks import decode_rle
 from namedmask.index import PrecomputedEmbeddings
 from namedmask.masks import ErrorRecord, read_errors, read_masks
@@ -314,6 +316,28 @@ def test_a_photo_of_two_categories_has_a_mask_per_folder(photos, tmp_path):
     masks = {category: mask for (_, category), mask in masks_in(out).items()}
     assert np.array_equal(masks["cat"], mask_of(path)) and np.array_equal(masks["dog"], mask_of(path))
     assert np.array_equal(masks["dining table"], mask_of(path, 3))
+
+
+def test_masks_are_found_as_photos_are(photos, run, tmp_path, monkeypatch):
+    for path in photos.rglob("*.JPEG"):
+        write_json(tmp_path / "elsewhere" / path.parent.name / f"{path.stem}.json", rle(mask_of(path)))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "m")
+    (tmp_path / "elsewhere" / "n01" / "._n01_0.json").write_bytes(b"a resource fork of macOS")
+    output = succeed("import", "masks", tmp_path / "m", "--out", run)
+    assert "5 masks are in" in output and "not used" not in output
+    before, scandir = files_of(run), os.scandir
+
+    def closed(path):
+        if os.fspath(path).endswith("/link"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    message = fail("import", "masks", tmp_path / "m", "--out", run, "--overwrite")
+    assert f"{tmp_path / 'm' / 'link'}: the folder cannot be listed: Permission denied" in message
+    assert files_of(run) == before
 
 
 def test_a_mask_of_all_categories_may_be_unused(photos, run, tmp_path):
@@ -780,6 +804,28 @@ def test_output_of_clip_retrieval(photos, tmp_path, monkeypatch):
     succeed(*words, "--overwrite")
 
 
+@pytest.mark.parametrize("count", range(4))  # of the calls of fsync until one fails: two per file
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_old_embeddings_stay_until_the_new_ones_are_complete(count, error, tmp_path, monkeypatch):
+    source, out = tmp_path / "vectors.safetensors", tmp_path / "e.safetensors"
+    save_file({"a.jpg": ROW}, source)
+    import_embeddings(source, out)
+    before = {name: data for name, data in files_of(tmp_path).items() if name.startswith("e.")}
+    save_file({"b.jpg": ROW}, source)
+    calls = iter(range(100))
+
+    def fsync(descriptor: int) -> None:
+        if next(calls) == count:
+            raise error
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(type(error)):
+        import_embeddings(source, out, overwrite=True)
+    assert {name: data for name, data in files_of(tmp_path).items() if name != source.name} == before
+    import_embeddings(source, out, overwrite=True)
+    assert list(PrecomputedEmbeddings(str(out)).rows) == ["b.jpg"] and len(files_of(tmp_path)) == 3
+
+
 def test_incomplete_output_of_clip_retrieval_is_named(photos, tmp_path):
     out = ["--photos", photos, "--out", tmp_path / "e.safetensors"]
     assert "no column image_path" in fail("import", "embeddings", clip_retrieval(tmp_path / "a", "caption"), *out)
@@ -791,6 +837,10 @@ def test_incomplete_output_of_clip_retrieval_is_named(photos, tmp_path):
     assert "cannot be imported" in fail("import", "embeddings", folder, *out)
     np.save(folder / "img_emb" / "img_emb_0.npy", np.array([print]), allow_pickle=True)
     assert "cannot be imported" in fail("import", "embeddings", folder, *out)
+    np.savez(tmp_path / "other.npz", np.eye(2))
+    for content in (b"", (tmp_path / "other.npz").read_bytes(), b"\x93NUMPY"):
+        (folder / "img_emb" / "img_emb_0.npy").write_bytes(content)
+        assert "img_emb_0.npy cannot be imported" in fail("import", "embeddings", folder, *out)
 
 
 def test_imported_embeddings_with_names_make_an_archive(photos, tmp_path, detector_options):
