@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..decoding import MAX_PIXELS
 from ..errors import DamagedFile, UserError
-from ..files import read_bytes
+from ..files import find_files, read_bytes
 from ..formats import read_label_map
 from ..presets import benchmarks
 from ..suffixes import PHOTO_SUFFIXES
@@ -311,7 +311,7 @@ def read_instances(path: Path, label_of: Callable[[str], int | None], remedy: st
                 raise ValueError(f"image {image['id']} is {size[0]} x {size[1]} (height x width)")
             photos[name] = Instances(size, instances[image["id"]])
         return photos
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DamagedFile(path, error, remedy=remedy) from None
 
 
@@ -392,14 +392,7 @@ def _is_photo(name: str) -> bool:
 
 def _files(folder: Path, suffixes: tuple[str, ...] = PHOTO_SUFFIXES) -> dict[str, Path]:
     """The files below a folder by their names without suffix, sorted."""
-    paths = (
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if _is_photo(name)
-    )
-    found = sorted(path for path in paths if path.suffix.lower() in suffixes)
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+    return {Path(name).with_suffix("").as_posix(): folder / name for name in find_files(folder, *suffixes)}
 
 
 def _names_by_stem(folder: Path) -> dict[str, str]:

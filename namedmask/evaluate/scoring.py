@@ -19,6 +19,7 @@ from ..console import plain_console
 from ..decoding import as_stored
 from ..distributed import Worker
 from ..errors import UserError
+from ..files import find_files
 from ..formats import BACKGROUND, read_label_map
 from ..masks import MaskRecord, best_masks, read_masks
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
@@ -221,8 +222,9 @@ class PhotoMatcher:
 
 
 def _without_suffix(name: str) -> str:
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and f".{suffix}".lower() in PHOTO_SUFFIXES else name
+    stem, _, suffix = name.rpartition(".")
+    is_photo = f".{suffix}".lower() in PHOTO_SUFFIXES
+    return stem if is_photo and stem.rpartition("/")[2].strip(".") else name  # ".jpg" is a whole name
 
 
 def _parts(path: str) -> list[str]:
@@ -286,7 +288,7 @@ def _png_files(folder: Path, data: Split) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist")
     masks = folder / "masks" if (folder / "masks").is_dir() else folder
-    if not any(masks.rglob("*.png")):
+    if not find_files(masks, ".png"):
         raise UserError(
             f"{folder} holds neither a segmenter (model.safetensors), nor masks of a run (masks/*.jsonl), nor PNG files"
         )

@@ -561,8 +561,10 @@ def test_segmentations_of_coco():
 def test_names_of_classes_and_photos(printing, capsys):
     assert key_of("TV/monitor 2") == key_of("tvMonitor2") == "tvmonitor2"
     assert [_some([*"abcd"[:n]]) for n in (1, 3, 4)] == ["'a'", "'a', 'b', 'c'", "'a', 'b', 'c' and 1 more"]
-    assert [_without_suffix(name) for name in ("a.jpg", "a.b.PNG", "a.b", "a", "jpg", ".jpg")] == [
-        "a", "a.b", "a.b", "a", "jpg", ""]  # fmt: skip
+    assert [_without_suffix(name) for name in ("a.jpg", "a.b.PNG", "a.b", "a", "jpg")] == [
+        "a", "a.b", "a.b", "a", "jpg"]  # fmt: skip
+    for name in (".jpg", "a/.jpg", "..jpg"):  # never without a name
+        assert _without_suffix(name) == name and PhotoMatcher(Path("/"), [name]).add(name) == name
     assert _parts("/a//./b/c") == ["a", "b", "c"]
     assert [_shared_end([*"abc"], list(other)) for other in ("abc", "xbc", "bc", "c", "cb", "", "zabc")] == [
         3, 2, 2, 1, 0, 0, 3]  # fmt: skip

@@ -194,11 +194,19 @@ def test_errors_have_one_line(run, tmp_path):
         ({"file_name": ""}, "image 1 has the file name ''"),
         ({"height": 10**12}, "image 1 is 1000000000000 x 5 (height x width)"),
         ({"height": -1}, "image 1 is -1 x 5 (height x width)"),
+        ({"height": float("inf")}, "labels.json: OverflowError"),
+        ({"height": float("nan")}, "labels.json: cannot convert"),
+        ({"height": None}, "labels.json: TypeError"),
     ):
         coco.write_text(
             json.dumps(content | {"images": [content["images"][0] | {"id": 1} | change], "annotations": []})
         )
         expect_error(message, coco)
+    own = [one for one in content["annotations"] if one["image_id"] == 0]
+    for name in (".jpg", "cat/.jpg", "..jpg"):
+        images = [content["images"][0] | {"file_name": name}]
+        coco.write_text(json.dumps(content | {"images": images, "annotations": own}))
+        expect_error("no photo, such as 'cat/1.jpg', has the name of one in", coco)
     content["annotations"][0]["segmentation"] = {"size": [4, 5], "counts": "zz"}
     coco.write_text(json.dumps(content))
     expect_error("cat/1.jpg: the segmentation of annotation 0 is damaged", coco)
