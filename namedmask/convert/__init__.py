@@ -135,7 +135,7 @@ def convert(
             raise NothingUsable(f"{path}: no photo of the chosen masks can be used{why}; see --photos")
         write(dataset)
         if rotated := dataset.rotated:
-            (folder / "rotated.txt").write_bytes(b"".join(os.fsencode(name) + b"\n" for name in rotated))
+            dataset.write("rotated.txt", b"".join(os.fsencode(name) + b"\n" for name in rotated))
         if dataset.errors:
             write_errors(folder / "errors.jsonl", dataset.errors)
         counts = {split: len(entries) for split, entries in dataset.splits.items()}

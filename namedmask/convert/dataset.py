@@ -8,13 +8,12 @@ own, so that memory holds neither masks nor photos.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..errors import UserError
-from ..files import fitted, name_digest, write_error
+from ..files import fitted, name_digest, writing
 from ..formats import encode, read_label_map
 from ..masks import RESIZED, ErrorRecord, MaskRecord
 from ..photos import SEGMENT_RECORD, PhotoError, open_source
@@ -33,6 +32,8 @@ from ..selection import Selection, select
 from ..threads import map_ahead, thread_count
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from . import Options, PhotoMode
 
 TRAIN, VAL, TEST = "train", "val", "test"
@@ -111,7 +112,8 @@ class Dataset:
         self.folder, self.mode, self.options = folder, mode, options
         self.errors: list[ErrorRecord] = []
         with ExitStack() as stack:
-            self._file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+            with writing(folder):  # unbuffered: after an error, closing it would write the rest and fail again
+                self._file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
             review: Review = {}
             empty: dict[str, tuple[int, int]] = {}  # sizes of photos without masks
             self.has_scores = True
@@ -172,11 +174,16 @@ class Dataset:
 
     def photo_bytes(self, item: Item) -> bytes:
         """The file of a photo, upright if the options ask for it."""
-        try:
-            data = self.source.read(item.photo)
-        except PhotoError as error:
-            raise UserError(f"{error}; it was there before; run the same command again") from None
-        return _upright(data) if self.options.upright and self._entries[item.photo].rotated else data
+        with _expect_unchanged():
+            if not self.options.upright or not self._entries[item.photo].rotated:
+                return self.source.read(item.photo)
+            with self.source.image(item.photo) as (image, _):
+                return _upright(image)
+
+    def pixels(self, item: Item) -> np.ndarray:
+        """The pixels of a photo, upright, uint8 [height, width, 3]."""
+        with _expect_unchanged():
+            return self.source.decode(item.photo).pixels
 
     @property
     def rotated(self) -> list[str]:
@@ -195,24 +202,20 @@ class Dataset:
         turn = self.options.upright and self._entries[item.photo].rotated
         if data is not None:
             self._entries[item.photo].rotated = False
-        try:
+        with writing(path):
             if data is not None or self.mode == "copy" or turn:
                 path.write_bytes(self.photo_bytes(item) if data is None else data)
             else:
                 file = self.source.file(item.photo)
                 assert file is not None  # checked before
                 path.symlink_to(Path(file).absolute())
-        except OSError as error:
-            raise write_error(path, error) from error
 
     def write(self, path: str, data: bytes) -> None:
         """Writes a file of the data set."""
         file = self.folder / path
-        try:
+        with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
-        except OSError as error:
-            raise write_error(file, error) from error
 
     def write_json(self, path: str, value: object) -> None:
         """Writes a small JSON file, in ASCII."""
@@ -223,15 +226,13 @@ class Dataset:
     ) -> None:
         """Writes a text file line by line, in UTF-8."""
         file = self.folder / path
-        try:
+        with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("w", encoding="utf-8", newline="\n") as text:
                 text.write(begin)
                 for number, line in enumerate(lines):
                     text.write((between if number else "") + line)
                 text.write(end)
-        except OSError as error:
-            raise write_error(file, error) from error
 
     def reference(self, item: Item) -> str:
         """Puts a photo into images/ unless the data set refers to it where it is.
@@ -288,10 +289,10 @@ class Dataset:
                     continue
                 if record.category not in self.ids:
                     raise UserError(f"{path} has a mask of {record.category!r}, which is none of its categories")
-                end += self._file.write(line := record.to_json().encode())
-                places.append((end - len(line), len(line)))
+                self._append(line := record.to_json().encode())
+                places.append((end, len(line)))
+                end += len(line)
                 yield replace(record, rle="", area=len(places) - 1)
-            self._file.flush()
 
         chosen = select(light(), self.options.selection, review)
         self.left_out = len(places) - len(chosen)
@@ -307,6 +308,12 @@ class Dataset:
             entry.places.append(places[record.area])
         entries |= {photo: _Entry(photo, size, []) for photo, size in empty.items()}
         return list(entries.values())
+
+    def _append(self, data: bytes) -> None:
+        """Writes to the end of the temporary file."""
+        with writing(self.folder):
+            while data:
+                data = data[self._file.write(data) :]
 
     def _usable(self, entries: list[_Entry]) -> dict[str, _Entry]:
         """The photos that can be used. Notes which ones are rotated."""
@@ -420,14 +427,25 @@ def _largest_part(record: MaskRecord) -> MaskRecord:
     return MaskRecord.from_mask(record.photo, mask, record.category, record.category_score, record.score)
 
 
-def _upright(data: bytes) -> bytes:
-    """Rotates a photo by its EXIF orientation and encodes it in its format again."""
-    from PIL import Image, ImageOps
+@contextmanager
+def _expect_unchanged() -> Iterator[None]:
+    try:
+        yield
+    except PhotoError as error:
+        raise UserError(f"{error}; replace or remove it, and run the same command again") from None
 
-    with Image.open(io.BytesIO(data)) as image:
-        kind, profile = image.format, image.info.get("icc_profile")
-        upright = ImageOps.exif_transpose(image)
-    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": JPEG_QUALITY}
+
+def _upright(image: Image.Image) -> bytes:
+    """Rotates a photo by its EXIF orientation and encodes it in its format again."""
+    from PIL import ImageOps
+
+    kind, profile = image.format or "", image.info.get("icc_profile")
+    upright = ImageOps.exif_transpose(image)
+    options: dict[str, Any] = {"quality": JPEG_QUALITY}
+    if kind == "WEBP":
+        options = {"lossless": True}
+    elif kind == "TIFF" and "jpeg" not in str(upright.info.get("compression")):  # others have no quality
+        options = {}
     return encode(upright, kind, icc_profile=profile, **options)
 
 

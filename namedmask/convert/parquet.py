@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from ..errors import UserError
+from ..files import writing
 from ..formats import BACKGROUND, encode_label_map
 from .dataset import Dataset, Item, printable
 
@@ -53,7 +54,7 @@ def write(dataset: Dataset) -> None:
         files = -(-len(photos) // PER_FILE)
         for number in range(files):
             path = dataset.folder / "data" / f"{split}-{number:05}-of-{files:05}.parquet"
-            with pq.ParquetWriter(path, schema) as writer:
+            with writing(path), pq.ParquetWriter(path, schema) as writer:
                 own = islice(rows, PER_FILE)
                 while group := list(islice(own, PER_GROUP)):
                     writer.write_table(pa.Table.from_pylist(group, schema))

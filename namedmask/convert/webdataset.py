@@ -8,7 +8,7 @@ import json
 import tarfile
 from itertools import islice
 
-from ..files import write_error
+from ..files import writing
 from ..formats import encode_label_map
 from ..suffixes import JPEG_SUFFIXES
 from .dataset import Dataset, Item, printable
@@ -41,12 +41,9 @@ def write(dataset: Dataset) -> None:
         samples = dataset.map(members, split)
         for number in range(-(-len(photos) // PER_FILE)):
             path = dataset.folder / f"{split}-{number:06}.tar"
-            try:
-                with tarfile.open(path, "w", encoding="utf-8") as tar:
-                    for name, data in (member for sample in islice(samples, PER_FILE) for member in sample):
-                        info = tarfile.TarInfo(name)  # with time, user and group 0
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))
-            except OSError as error:
-                raise write_error(path, error) from error
+            with writing(path), tarfile.open(path, "w", encoding="utf-8") as tar:
+                for name, data in (member for sample in islice(samples, PER_FILE) for member in sample):
+                    info = tarfile.TarInfo(name)  # with time, user and group 0
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
     dataset.write_json("categories.json", {"categories": dataset.categories})
