@@ -20,6 +20,7 @@ from .errors import UserError
 from .files import atomic_write, open_file
 
 MAX_LABEL = 0xFFFF
+JPEG_SIDE = 65500  # maximum side of a JPEG
 BACKGROUND = "background"  # the name of class 0
 
 
@@ -69,6 +70,13 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    """Encodes pixels, uint8 [H, W, 3], as a JPEG; shrunk if a side is longer than `JPEG_SIDE`."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((JPEG_SIDE, JPEG_SIDE))
+    return encode(image, "jpeg", quality=quality)
 
 
 def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:

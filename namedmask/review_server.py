@@ -33,12 +33,9 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import parse_qsl, urlsplit
 
-from PIL import Image
-
-from . import run
 from .errors import UserError
-from .files import open_file
-from .formats import encode
+from .files import locked, open_file
+from .formats import encode_jpeg
 from .masks import Key, MaskRecord, mask_shards, read_lines
 from .memory import MemoryBudget
 from .pages import anchor, printable, template
@@ -136,7 +133,7 @@ class Review:
         with self._saving, ExitStack() as stack:
             while True:
                 try:
-                    stack.enter_context(run.locked(self.out))
+                    stack.enter_context(locked(self.out))
                     break
                 except UserError:
                     if time.monotonic() > end:
@@ -224,7 +221,7 @@ class Review:
                 if problem := changed(record, pixels):
                     raise PhotoError(key[0], problem)
                 if kind == "photo":
-                    return encode(Image.fromarray(pixels), "jpeg", quality=92), "image/jpeg"
+                    return encode_jpeg(pixels, quality=92), "image/jpeg"
                 return draw_thumbnail(pixels), "image/jpeg"
         place = [folder.name for folder in self.contents.folders].index(name)
         record = self.places[place].get(key)

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import io
 import re
 
-from ..decoding import pixels_of
 from ..errors import UserError
-from ..formats import encode, encode_label_map, label_palette
+from ..formats import JPEG_SIDE, encode_jpeg, encode_label_map, label_palette
 from ..suffixes import JPEG_SUFFIXES
 from .dataset import JPEG_QUALITY, TRAIN, VAL, Dataset, Item, printable
 from .png import list_photos
@@ -52,8 +50,9 @@ def _label(name: str) -> str:
 
 
 def _jpeg(dataset: Dataset, item: Item) -> bytes:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(dataset.photo_bytes(item))) as image:
-        pixels = pixels_of(image)
-    return encode(Image.fromarray(pixels), "jpeg", quality=JPEG_QUALITY)
+    if max(item.size) > JPEG_SIDE:
+        raise UserError(
+            f"{item.photo!r} has a side of {max(item.size):,} pixels; --to voc needs a JPEG, which has at most "
+            f"{JPEG_SIDE:,}: choose another format, such as --to png"
+        )
+    return encode_jpeg(dataset.pixels(item), JPEG_QUALITY)

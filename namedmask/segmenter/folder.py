@@ -30,7 +30,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from .. import distributed
 from ..distributed import Worker
@@ -43,6 +42,7 @@ from ..files import (
     atomic_write,
     files_below,
     fitted,
+    locked,
     make_folder,
     name_digest,
     put_back_files,
@@ -53,7 +53,7 @@ from ..files import (
     sha256,
     write_error,
 )
-from ..formats import label_palette, write_label_map
+from ..formats import encode_jpeg, label_palette, write_label_map
 from ..masks import ONLY_FIELDS, ErrorRecord, parse_error, parse_line, parse_photo, read_lines, write_errors
 from ..memory import DECODE_SHARE, photo_budget
 from ..photos import SEGMENT_RECORD, Photo, PhotoError, PhotoSource, open_source
@@ -73,7 +73,6 @@ SAMPLE = 100  # overlays of a sample
 OVERLAY = 0.5  # opacity of the colors
 MAX_PATH = 3000  # bytes of NAME; Linux allows 4096 for the whole path
 LOADED = ("categories", "encoder", "precision", "scales", "horizontal_flip")  # settings that a worker loads it with
-JPEG_SIDE = 65500  # maximum side of a JPEG
 ROWS = 256  # of an overlay that are computed at once
 
 
@@ -129,7 +128,7 @@ def segment_photos(
         worker.barrier("settled")
         _work(out, worker, device, overlays)
         return None
-    with run.locked(out):
+    with locked(out):
         try:
             source = open_source(photos)
             network, names = load_segmenter(weights, categories, encoder)
@@ -504,11 +503,10 @@ def _write(out: Path, name: str, photo: Photo, mask: np.ndarray, classes: int, w
     try:
         mask_path(out, name).parent.mkdir(parents=True, exist_ok=True)
         if with_overlay:
-            image = Image.fromarray(overlay(photo.pixels, mask))
-            image.thumbnail((JPEG_SIDE, JPEG_SIDE))
+            data = encode_jpeg(overlay(photo.pixels, mask), quality=88)
             overlay_path(out, name).parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(overlay_path(out, name)) as file:
-                image.save(file, "jpeg", quality=88)
+                file.write(data)
         write_label_map(mask_path(out, name), mask, classes)
     except OSError as error:
         if error.errno not in NAME_ERRORS:

@@ -22,7 +22,7 @@ from namedmask.convert.cvat import row_runs
 from namedmask.convert.dataset import file_name, split_photos
 from namedmask.convert.label_studio import LONGEST, brush_rle
 from namedmask.errors import NothingUsable, UserError
-from namedmask.formats import read_label_map, write_label_map
+from namedmask.formats import JPEG_SIDE, read_label_map, write_label_map
 from namedmask.masks import MaskRecord, write_errors, write_shard
 from namedmask.photos import PhotoSource
 from namedmask.record import RunRecord, StageRecord
@@ -47,12 +47,12 @@ def blobs(seed: int, height: int, width: int) -> np.ndarray:
     return mask
 
 
-def save_photo(path: Path, seed: int, height: int, width: int, orientation: int = 1) -> None:
+def save_photo(path: Path, seed: int, height: int, width: int, orientation: int = 1, **options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     exif[0x0112] = orientation
     pixels = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
-    Image.fromarray(pixels).resize((width, height)).save(path, exif=exif)
+    Image.fromarray(pixels).resize((width, height)).save(path, exif=exif, **options)
 
 
 def write_run(out: Path, photos: Path, records: list[MaskRecord]) -> Path:
@@ -697,9 +697,12 @@ def test_any_category_name_can_be_written(run, tmp_path):
 
 def test_photos_of_every_format_are_written_upright(tmp_path):
     names = [f"turned.{suffix}" for suffix in ("jpg", "png", "webp", "tif")]
+    compressions = ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
+    names += [f"{compression}.tif" for compression in compressions]
     records = [MaskRecord.from_mask(name, blobs(0, 48, 72), "cat", 0.2, 0.5) for name in names]
     for name in names:
-        save_photo(tmp_path / "photos" / name, 0, 72, 48, orientation=6)
+        compression = {"compression": Path(name).stem} if Path(name).stem in compressions else {}
+        save_photo(tmp_path / "photos" / name, 0, 72, 48, orientation=6, **compression)
     write_run(tmp_path / "run", tmp_path / "photos", records)
     assert convert(tmp_path / "run", "coco", tmp_path / "out").rotated == names
     voc = convert(tmp_path / "run", "voc", tmp_path / "voc")
@@ -711,6 +714,38 @@ def test_photos_of_every_format_are_written_upright(tmp_path):
     for path in (tmp_path / "upright" / "images" / "train").iterdir():
         with Image.open(path) as image:
             assert image.getexif().get(0x0112, 1) == 1 and image.size == (72, 48), path
+            assert path.stem not in compressions or image.info["compression"] == path.stem
+
+
+@pytest.mark.parametrize(("name", "to", "option"), [("a.jpg", "coco", "--upright"), ("a.png", "voc", "--link")])
+def test_photos_that_were_cut_off_since_are_named(name, to, option, tmp_path):
+    save_photo(tmp_path / "a.jpg", 0, 480, 640, orientation=6)  # a JPEG, whatever its name
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / name).write_bytes((tmp_path / "a.jpg").read_bytes()[:-500])
+    record = MaskRecord.from_mask(name, blobs(0, 640, 480), "cat", 0.2, 0.5)
+    out = write_run(tmp_path / "run", tmp_path / "photos", [record])
+    result = command("convert", out, "--to", to, "--out", tmp_path / "out", option)
+    assert result.exit_code == 2 and result.stderr.startswith(f"namedmask: '{name}': truncated: "), result.output
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_photos_that_no_jpeg_can_hold_are_named(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (JPEG_SIDE + 1, 1)).save(tmp_path / "photos" / "long.png")
+    record = MaskRecord.from_mask("long.png", np.ones((1, JPEG_SIDE + 1), bool), "cat", 0.2, 0.5)
+    out = write_run(tmp_path / "run", tmp_path / "photos", [record])
+    result = command("convert", out, "--to", "voc", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "'long.png' has a side of 65,501 pixels" in result.stderr, result.output
+    assert "--to png" in result.stderr and not (tmp_path / "out").exists()
+    convert(out, "png", tmp_path / "out")
+
+
+def test_full_disk_under_the_masks_is_named(run, tmp_path, monkeypatch):
+    full = lambda dir, **options: open("/dev/full", "wb", **options)  # noqa: E731, SIM115, PTH123
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(UserError, match=r"\.tmp-out cannot be written: No space left on device \(the disk mounted at "):
+        convert(run, "coco", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_splits_and_cuts_that_select_nothing(run, tmp_path):

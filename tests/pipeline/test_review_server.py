@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from namedmask import formats
 from namedmask import run as runs
 from namedmask.errors import UserError
 from namedmask.review import read_review, reviewed_masks, write_review
@@ -210,6 +211,13 @@ def test_pictures_have_the_size_of_the_photo(ask, out):
     shard = out / "refined" / "00000.jsonl"
     shard.write_bytes(shard.read_bytes()[100:])
     assert b"has changed: run `namedmask review` again" in ask(f"/{ask.server.token}/0/3/refined")[1]
+
+
+def test_photos_that_no_jpeg_can_hold_are_shrunk(ask, monkeypatch):
+    pixels = np.zeros((1, formats.JPEG_SIDE + 1, 3), np.uint8)
+    assert Image.open(io.BytesIO(formats.encode_jpeg(pixels, 92))).size == (formats.JPEG_SIDE, 1)
+    monkeypatch.setattr(formats, "JPEG_SIDE", 20)
+    assert max(Image.open(io.BytesIO(ask(f"/{ask.server.token}/0/0/photo")[1])).size) == 20
 
 
 def test_what_cannot_be_reviewed_is_said(tmp_path, out):
