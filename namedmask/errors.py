@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # The stage that computes the files in a folder of a run, or a file of it, again.
@@ -34,8 +34,13 @@ def first_line(error: BaseException) -> str:
 
 def listed(names: Sequence[str], count: int = 3) -> str:
     """The first of some names, each shortened, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
     return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in names[:count]) + more
+
+
+def quoted(names: Iterable[object]) -> str:
+    """`listed`, with quotes and escapes."""
+    return listed([repr(name) for name in names])
 
 
 # In the messages of torch's allocators and of tensors too large to address.

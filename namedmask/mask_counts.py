@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .console import plain_console
 from .distributed import Worker
-from .errors import UserError
+from .errors import UserError, listed
 from .masks import MaskRecord
 from .progress import logger, warn
 
@@ -92,5 +92,4 @@ def check_mask_counts(
 
 def _some(names: Sequence[str]) -> str:
     """Names a few of many categories as the subject of a sentence."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{len(names)} categories ({', '.join(names[:5])}{more}) have" if len(names) > 1 else f"{names[0]!r} has"
+    return f"{len(names)} categories ({listed(names, 5)}) have" if len(names) > 1 else f"{names[0]!r} has"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..errors import NothingUsable, UserError, listed
+from ..errors import NothingUsable, UserError, quoted
 from ..selection import Selection
 
 PhotoMode = Literal["path", "link", "copy", "inside"]
@@ -153,7 +153,7 @@ def describe(converted: Converted, to: str, out: Path) -> list[str]:
     if FORMATS[to].photos == "path" and converted.root != out:
         lines.append(f"paths of photos start from {converted.root}")
     if converted.rotated:
-        names = listed([repr(name) for name in converted.rotated])
+        names = quoted(converted.rotated)
         lines.append(
             f"stored rotated (EXIF): {len(converted.rotated)} of {total} photos, {names}; {out / 'rotated.txt'} lists "
             "them. Masks fit photos as viewers show them; for tools that ignore EXIF, add --upright"

@@ -18,7 +18,7 @@ from ..config import RunConfig
 from ..console import plain_console
 from ..decoding import as_stored
 from ..distributed import Worker
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..files import find_files
 from ..formats import BACKGROUND, read_label_map
 from ..masks import MaskRecord, best_masks, read_masks
@@ -33,8 +33,6 @@ from .saliency import SaliencyScores
 if TYPE_CHECKING:
     from ..segmenter.predict import Segmenter
     from . import BenchmarkName
-
-SHOWN = 3  # names that a message lists
 
 
 class Predictions(NamedTuple):
@@ -154,17 +152,12 @@ def class_table(own: Sequence[str], names: Sequence[str], what: str) -> np.ndarr
     label_of = {key_of(name): label for label, name in enumerate(names, 1)}
     if unknown := [name for name in own if key_of(name) not in label_of]:
         raise UserError(
-            f"{what} has {_some(unknown)}, not a category of the benchmark; if it has other names for the {len(names)} "
-            f"categories, pass them with --categories-file in the benchmark's order ({_some(names)})"
+            f"{what} has {quoted(unknown)}, not a category of the benchmark; if it has other names for the "
+            f"{len(names)} categories, pass them with --categories-file in the benchmark's order ({quoted(names)})"
         )
     if missing := [name for name in names if key_of(name) not in set(map(key_of, own))]:
-        warn(f"{what} has no class for {len(missing)} of {len(names)} categories, counted as missed: {_some(missing)}")
+        warn(f"{what} has no class for {len(missing)} of {len(names)} categories, counted as missed: {quoted(missing)}")
     return np.array([0, *(label_of[key_of(name)] for name in own)], np.uint16)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(repr, names[:SHOWN])) + more
 
 
 class PhotoMatcher:

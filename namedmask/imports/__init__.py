@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, quoted
 from ..files import absolute, read_bytes, remove_files
 from ..run import finish, put_back, settle
 from ..stages import STAGES, assemble_run_errors
-
-SHOWN = 3  # examples in a message
 
 
 @contextmanager
@@ -81,12 +79,6 @@ def unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be imported: {reason}")
 
 
-def some(names: Sequence[object]) -> str:
-    """A few names for a message."""
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(repr(name) for name in names[:SHOWN]) + more
-
-
 def category_of(name: str, categories: Collection[str]) -> str | None:
     """The category for which a file or folder is named; None if there is none, or if several match equally well.
 
@@ -139,7 +131,7 @@ def match_photos(paths: Collection[str], names: Iterable[str], root: str = "") -
             matched[path] = found[0]
             rivals[found[0]].append((common, path))
         else:
-            reasons[path] = f"several photos match: {some(found)}" if common and found else "there is no such photo"
+            reasons[path] = f"several photos match: {quoted(found)}" if common and found else "there is no such photo"
     for name, claims in rivals.items():
         partial = [(common, path) for common, path in claims if common < len(parts_of[path])]
         best = max(common for common, _ in claims)

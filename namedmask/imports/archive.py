@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..archive import Archive, Retrieved, expect_distinct, write_archive
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..files import absolute, locked, open_csv
 from ..masks import ErrorRecord, errors_path, write_errors
 from ..photos import PhotoError, open_source
 from ..progress import warn
-from . import imported_results, match_photos, read_json, some, unreadable
+from . import imported_results, match_photos, read_json, unreadable
 
 Listing = dict[str, list[Retrieved]]
 
@@ -45,7 +45,7 @@ def import_archive(
     names = list(listing) if categories is None else list(categories)
     expect_distinct(names, str(file) if categories is None else "--categories")
     if absent := [name for name in names if not listing.get(name)]:
-        raise UserError(f"{file} lists no photos of {some(absent)}; its categories are {some(list(listing))}")
+        raise UserError(f"{file} lists no photos of {quoted(absent)}; its categories are {quoted(listing)}")
     source = open_source(photos)
     errors: list[ErrorRecord] = []
 
@@ -57,7 +57,7 @@ def import_archive(
     archive = Archive(names, {name: list(_found(listing[name], matched)) for name in names})
     if empty := [name for name in names if not archive.photos[name]]:
         raise UserError(
-            f"{file}: {photos} has none of the photos of {some(empty)}, such as {listing[empty[0]][0].photo!r} "
+            f"{file}: {photos} has none of the photos of {quoted(empty)}, such as {listing[empty[0]][0].photo!r} "
             f"({reasons[listing[empty[0]][0].photo]}); pass the folder that holds them as --photos"
         )
     errors += [ErrorRecord(path, "archive", reason) for path, reason in reasons.items()]
@@ -68,9 +68,9 @@ def import_archive(
         write_errors(errors_path(out / "archive.json"), errors)
         write_archive(out / "archive.json", archive)
     if reasons:
-        warn(f"{len(reasons):,} of {len(set(listed)):,} photos were not found: {some(list(reasons))}; see errors.jsonl")
+        warn(f"{len(reasons):,} of {len(set(listed)):,} photos were not found: {quoted(reasons)}; see errors.jsonl")
     if left_out := [name for name in listing if name not in archive.photos]:
-        warn(f"{len(left_out)} categories of {file} were left out: {some(left_out)}")
+        warn(f"{len(left_out)} categories of {file} were left out: {quoted(left_out)}")
     return archive
 
 
@@ -116,7 +116,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Any, Any, Any]]:
         named = columns.get("name", columns.get("category"))
         if named is None or "photo" not in columns:
             raise ValueError(
-                f"expected a header with the columns name (or category), photo and score, got {some(list(columns))}"
+                f"expected a header with the columns name (or category), photo and score, got {quoted(columns)}"
             )
         for row in rows:
             where = f"line {rows.line_num}"

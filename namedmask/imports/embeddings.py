@@ -18,12 +18,12 @@ import torch
 
 from .. import weights
 from ..config import IndexConfig
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..files import TEMPORARY_PREFIX, atomic_write, expect_writable, fitted, open_file
 from ..index import is_direction, make_embedder
 from ..photos import open_source
 from ..progress import warn
-from . import match_photos, some, unreadable
+from . import match_photos, unreadable
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch's old file format, which `weights.read` reads
@@ -75,9 +75,9 @@ def import_embeddings(
             raise UserError(f"{path}: {photos} has none of its {len(names):,} photos, such as {first!r} ({reason})")
         names, image = list(rows), image[list(rows.values())]
         if reasons:
-            warn(f"{len(reasons):,} embeddings are of no photo in {photos}: {some(list(reasons))}")
+            warn(f"{len(reasons):,} embeddings are of no photo in {photos}: {quoted(reasons)}")
     if unusable:
-        warn(f"{len(unusable):,} embeddings are NaN, infinite or zero and were left out: {some(unusable)}")
+        warn(f"{len(unusable):,} embeddings are NaN, infinite or zero and were left out: {quoted(unusable)}")
     text = np.zeros((0, image.shape[1]), np.float32)
     if categories:
         clip = clip or IndexConfig()
@@ -134,7 +134,7 @@ def _stacked(vectors: Iterator[tuple[Any, Any]]) -> tuple[list[str], np.ndarray,
         else:
             unusable.append(name)
     if not rows:
-        raise ValueError(f"all embeddings are NaN, infinite or zero: {some(unusable)}" if unusable else "it is empty")
+        raise ValueError(f"all embeddings are NaN, infinite or zero: {quoted(unusable)}" if unusable else "it is empty")
     return list(rows), np.stack(list(rows.values())), unusable
 
 

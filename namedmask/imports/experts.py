@@ -8,14 +8,14 @@ from pathlib import Path
 
 from .. import weights as stored
 from ..archive import read_archive
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..experts import network_path
 from ..files import locked, make_folder, open_csv
 from ..progress import warn
 from ..record import read_config
 from ..segmenter.deeplab import network_of
 from ..stages import STAGES
-from . import category_of, imported_results, read_json, some, unreadable
+from . import category_of, imported_results, read_json, unreadable
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 PREFIX = "expert_"  # of the authors' files
@@ -60,7 +60,7 @@ def import_experts(path: Path, out: Path, encoder: str = "resnet50", overwrite: 
         for name, file in files.items():
             stored.write(network_path(out, name), network_of(stored.read(file), file, 2, encoder))
     if others:
-        warn(f"{path} has networks of other categories than those of the run: {some(others)}")
+        warn(f"{path} has networks of other categories than those of the run: {quoted(others)}")
     return files
 
 
@@ -69,7 +69,7 @@ def _files(path: Path, categories: list[str]) -> tuple[dict[str, Path], list[str
     if not path.is_dir():
         listed = _listed(path)
         if absent := [name for name in categories if name not in listed]:
-            raise UserError(f"{path} names no network of {some(absent)}; it names {some(list(listed))}")
+            raise UserError(f"{path} names no network of {quoted(absent)}; it names {quoted(listed)}")
         return {name: path.parent / listed[name] for name in categories}, [n for n in listed if n not in categories]
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     found: dict[str, Path] = {}
@@ -83,10 +83,10 @@ def _files(path: Path, categories: list[str]) -> tuple[dict[str, Path], list[str
         else:
             found[name] = file
     if absent := [name for name in categories if name not in found]:
-        rest = f"; files that match no category: {some(others)}" if others else ""
+        rest = f"; files that match no category: {quoted(others)}" if others else ""
         raise UserError(
-            f"{path} has no network of {some(absent)} (expert_CATEGORY.pt){rest}; to map other file names, pass a JSON "
-            'file {"category": "file"} instead of the folder'
+            f"{path} has no network of {quoted(absent)} (expert_CATEGORY.pt){rest}; to map other file names, pass a "
+            'JSON file {"category": "file"} instead of the folder'
         )
     return {name: found[name] for name in categories}, others
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..archive import Archive, Retrieved, expect_distinct, read_archive, write_archive
 from ..config import PseudolabelConfig
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..files import absolute, find_files, locked, make_folder
 from ..masks import ErrorRecord, MaskRecord, errors_path, mask_score, run_lengths, write_errors, write_shard
 from ..photos import PhotoError, decode_ahead, open_source
@@ -23,7 +23,7 @@ from ..progress import logger, warn
 from ..pseudolabel import shard_path, work_of
 from ..record import read_config, read_record
 from ..suffixes import PHOTO_SUFFIXES
-from . import category_of, imported_results, match_photos, read_json, some, unreadable
+from . import category_of, imported_results, match_photos, read_json, unreadable
 
 OBJECT = "object"  # the category of a new run whose masks are not in class folders
 
@@ -99,7 +99,7 @@ def import_masks(
     with locked(out), imported_results(out, given, stages, overwrite, path):
         if is_new:
             write_archive(out / "archive.json", archive)
-            logger.info(f"categories of the new run: {some(archive.categories)}")
+            logger.info(f"categories of the new run: {quoted(archive.categories)}")
         make_folder(out / "masks")
         for shard in range(-(-len(work) // shard_size)):
             names = [name for name, _ in work[shard * shard_size : (shard + 1) * shard_size]]
@@ -212,7 +212,7 @@ class _Masks:
         result: dict[str, str] = {}
         for path, name in matched.items():
             if name in result:
-                raise UserError(f"{self.path} has several masks of {name!r}: {some([result[name], keys[path]])}")
+                raise UserError(f"{self.path} has several masks of {name!r}: {quoted([result[name], keys[path]])}")
             result[name] = keys[path]
         return result
 

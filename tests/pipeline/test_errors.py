@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from namedmask.errors import DamagedFile, NothingUsable, UserError, WriteError, explained, first_line, listed
+from namedmask.errors import DamagedFile, NothingUsable, UserError, WriteError, explained, first_line, listed, quoted
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,7 @@ def test_listed_names_are_few_and_short():
     assert [listed(list("abcd")[:n]) for n in range(5)] == ["", "a", "a, b", "a, b, c", "a, b, c and 1 more"]
     assert listed(list("abcde"), 2) == "a, b and 3 more"
     assert listed(["x" * 80, "y" * 81]) == "x" * 80 + ", " + "y" * 77 + "..."
+    assert [quoted("abcd"[:n]) for n in (1, 3, 4)] == ["'a'", "'a', 'b', 'c'", "'a', 'b', 'c' and 1 more"]
 
 
 def test_errors_with_a_remedy_are_explained():

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from namedmask.archive import read_archive
 from namedmask.backbones import untrained, untrained_encoder
-from namedmask.imports import category_of, match_photos, some
+from namedmask.imports import category_of, match_photos
 from namedmask.imports.embeddings import import_embeddings
 from namedmask.imports.masks import decode_rle
 from namedmask.index import PrecomputedEmbeddings
@@ -494,11 +494,6 @@ def test_run_lengths_may_be_0_and_cover_the_photo():
         decode_rle({"size": [2, 4], "counts": [8]}, (2, 3))
     with pytest.raises(ValueError, match="made of the photo without its EXIF orientation"):
         decode_rle({"size": [3, 2], "counts": [6]}, (2, 3))
-
-
-def test_messages_list_three_names():
-    names = [some([*"abcd"[:count]]) for count in (1, 3, 4)]
-    assert names == ["'a'", "'a', 'b', 'c'", "'a', 'b', 'c' and 1 more"]
 
 
 def test_names_without_letters_match_no_category():
