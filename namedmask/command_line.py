@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from .config import Setting, find_setting, merge, nest, plain, read_settings, settings
+from .config import Setting, find_setting, merge, nest, read_settings, settings
 from .console import printing
-from .errors import NothingUsable, UserError, explained
+from .errors import NothingUsable, UserError, explained, plain
 from .process import Interrupted, complain
 
 CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, of click or of typer's own copy of it

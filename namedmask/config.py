@@ -29,7 +29,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from .errors import UserError
+from .errors import UserError, wrong_value
 from .files import absolute
 from .selection import Selection
 
@@ -416,17 +416,6 @@ def ordered(value: tuple[float, float], highest: int = 100) -> tuple[float, floa
     return value
 
 
-# pydantic's words -> ours
-MESSAGES = {
-    "Value error, ": "",
-    "Input should be": "expected",
-    "less than or equal to": "at most",
-    "greater than or equal to": "at least",
-    "greater than": "above",
-    "less than": "below",
-    ", unable to parse string as a number": "",
-    ", unable to parse string as an integer": "",
-}
 METAVARS = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}
 
 
@@ -599,24 +588,13 @@ def make_config(values: dict) -> RunConfig:
         raise UserError("wrong settings: " + "; ".join(lines)) from None
 
 
-def plain(message: str) -> str:
-    """A message of pydantic or typer in the words of ours."""
-    for long, short in MESSAGES.items():
-        message = message.replace(long, short)
-    return message
-
-
 def describe(where: Setting | str, error: Any) -> str:
     """A pydantic error in one line: the setting, what was expected, what came, and the nearest choice."""
     name = where.name if isinstance(where, Setting) else where
     if isinstance(where, Setting) and where.flag:
         name += f" ({where.flag})"
-    message = plain(error["msg"]).removeprefix("Field ")
-    if error["type"] == "missing":
-        return f"{name}: {message}"
     given, choices = error["input"], where.choices if isinstance(where, Setting) else ()
-    near = nearest(given, choices) if choices and isinstance(given, str) else ""
-    return f"{name}: {message}, got {given!r}{near}"
+    return wrong_value(name, error) + (nearest(given, choices) if choices and isinstance(given, str) else "")
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 # The stage that computes the files in a folder of a run, or a file of it, again.
 _STAGE_OF = {
@@ -41,6 +42,32 @@ def listed(names: Sequence[str], count: int = 3) -> str:
 def quoted(names: Iterable[object]) -> str:
     """`listed`, with quotes and escapes."""
     return listed([repr(name) for name in names])
+
+
+# Of pydantic and typer, in our words.
+MESSAGES = {
+    "Value error, ": "",
+    "Input should be": "expected",
+    "less than or equal to": "at most",
+    "greater than or equal to": "at least",
+    "greater than": "above",
+    "less than": "below",
+    ", unable to parse string as a number": "",
+    ", unable to parse string as an integer": "",
+}
+
+
+def plain(message: str) -> str:
+    """A message of pydantic or typer in the words of ours."""
+    for long, short in MESSAGES.items():
+        message = message.replace(long, short)
+    return message
+
+
+def wrong_value(name: str, error: Any) -> str:
+    """A pydantic error in one line: the field, what was expected and what came."""
+    message = plain(error["msg"]).removeprefix("Field ")
+    return f"{name}: {message}" if error["type"] == "missing" else f"{name}: {message}, got {error['input']!r}"
 
 
 # In the messages of torch's allocators and of tensors too large to address.

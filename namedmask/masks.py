@@ -21,8 +21,7 @@ import numpy as np
 from pycocotools import mask as coco
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from namedmask.config import describe
-from namedmask.errors import DamagedFile
+from namedmask.errors import DamagedFile, wrong_value
 from namedmask.files import atomic_write, open_file
 
 if TYPE_CHECKING:
@@ -391,7 +390,7 @@ def parse_line(kind: type[_Record], line: str | bytes) -> _Record:
             keys = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
             actual = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
             raise ValueError(f"expected an object with the keys {keys}; got {actual}") from None
-        raise ValueError(describe(".".join(map(str, first["loc"])), first)) from None
+        raise ValueError(wrong_value(".".join(map(str, first["loc"])), first)) from None
 
 
 @dataclass(frozen=True, slots=True)
