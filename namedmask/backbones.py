@@ -12,7 +12,6 @@ training.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import math
@@ -455,7 +454,7 @@ def load(
     Raises:
         UserError: If the model is unknown or not supported, or if its weights cannot be loaded; says what to do.
     """
-    expect_model(name)
+    registry.expect_model(name)
     try:
         model: Vit = _with_weights("backbone", name, weights, num_classes=0, dynamic_img_size=True)
     except TypeError:
@@ -482,21 +481,6 @@ def is_supported(model: nn.Module) -> bool:
     )
 
 
-def expect_model(name: str) -> None:
-    """Raises UserError, with similar names, if neither timm nor a plugin has the model."""
-    import timm
-
-    if not timm.is_model(name):
-        registry.load_plugins()
-    if not timm.is_model(name):
-        similar = ", ".join(difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 5))
-        hint = f"similar: {similar}" if similar else "timm.list_models() lists them"
-        raise UserError(f"{name!r} is no timm model; {hint}{registry.failure_note()}")
-    architecture, _, tag = name.partition(".")
-    if tag and name not in (known := timm.list_pretrained(f"{architecture}.*")):
-        raise UserError(f"timm has no weights {tag!r} for {architecture}; there are: {', '.join(known) or 'none'}")
-
-
 def untrained(name: str) -> Vit:
     """Creates a timm ViT with random weights, for photos of any shape.
 
@@ -505,7 +489,7 @@ def untrained(name: str) -> Vit:
     """
     import timm
 
-    expect_model(name)
+    registry.expect_model(name)
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
     except TypeError:
@@ -562,10 +546,6 @@ class TokenPyramid(nn.Module):
         return [F.interpolate(middle, scale_factor=2, mode="bilinear")[:, :, :h, :w], end]
 
 
-# Encoders whose published weights are not in timm.
-PUBLISHED = {
-    "resnet50.dino": "https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
-}
 _DENSE: dict[str, Any] = {"features_only": True, "output_stride": 8}
 
 
@@ -573,15 +553,15 @@ def untrained_encoder(name: str) -> Encoder:
     """Creates an encoder with random weights.
 
     Args:
-        name: A model of timm or of a plugin, or a name of `PUBLISHED`.
+        name: A model of timm or of a plugin, or a name of `hub.PUBLISHED`.
 
     Raises:
         UserError: If there is no such model, or if timm cannot dilate it to output stride 8.
     """
     import timm
 
-    architecture = name.partition(".")[0] if name in PUBLISHED else name
-    expect_model(architecture)
+    architecture = name.partition(".")[0] if name in hub.PUBLISHED else name
+    registry.expect_model(architecture)
     if architecture.startswith("vit_"):
         vit = untrained(architecture)
         cfg = vit.pretrained_cfg
@@ -645,7 +625,7 @@ def load_encoder(name: str, weights: str | None = None) -> Encoder:
     pyramid = encoder.network if isinstance(encoder.network, TokenPyramid) else None
     network: nn.Module = encoder.network if pyramid is None else pyramid.vit
     options = _DENSE if pyramid is None else {"num_classes": 0, "dynamic_img_size": True}
-    local = weights is not None or name in PUBLISHED
+    local = weights is not None or name in hub.PUBLISHED
     with torch.random.fork_rng(devices=[], enabled=local):  # what is drawn next does not depend on the second network
         model = _with_weights("encoder", name, weights, stored.parameters_and_statistics(network), **options)
     network.load_state_dict(model.state_dict())
@@ -672,5 +652,5 @@ def _with_weights(kind: str, name: str, file: str | None, needed: Sequence[str] 
             raise UserError(f"{kind} {name!r} has no published weights; pass --{kind}-weights FILE")
         return stored.read(hub.fetch(published), "the published weights")
 
-    architecture = name.partition(".")[0] if name in PUBLISHED else name
+    architecture = name.partition(".")[0] if name in hub.PUBLISHED else name
     return stored.timm_model(architecture, f"{kind} {name!r}", source, needed, **options)

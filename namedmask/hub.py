@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from . import registry
 from .config import RunConfig
 from .errors import UserError, first_line
 from .files import atomic_write
@@ -29,6 +30,11 @@ READ_TIMEOUT = 30.0  # seconds without data after which a download from a URL fa
 
 SEGMENTER = "hf-hub:"  # before the name of a segmenter's repository on the Hub, where commands take a path
 SEGMENTER_FILES = ("categories.json", "model.safetensors")
+
+# Encoders whose published weights are not in timm.
+PUBLISHED = {
+    "resnet50.dino": "https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+}
 
 _Result = TypeVar("_Result")
 
@@ -121,7 +127,7 @@ def clip(model: str) -> Published | None:
 
 
 def timm(name: str, kind: str) -> Published | None:
-    """The published weights of a timm model or of a name of `backbones.PUBLISHED`; None if it has none of the network.
+    """The published weights of a timm model or of a name of `PUBLISHED`; None if it has none of the network.
 
     Args:
         name: Name of the model.
@@ -133,12 +139,10 @@ def timm(name: str, kind: str) -> Published | None:
     import torch
     from timm.models import get_pretrained_cfg
 
-    from .backbones import PUBLISHED, expect_model
-
     what, option, folder = f"{kind} {name}", f"--{kind}-weights", Path(torch.hub.get_dir()) / "checkpoints"
     if name in PUBLISHED:
         return Published(what, option, url=PUBLISHED[name], folder=folder)
-    expect_model(name)
+    registry.expect_model(name)
     cfg = get_pretrained_cfg(name)
     if cfg is None or cfg.file or not (cfg.hf_hub_id or cfg.url):
         return None

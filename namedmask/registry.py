@@ -24,13 +24,14 @@ the other plugins still work.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Literal
 
-from .errors import explained, not_imported
+from .errors import UserError, explained, not_imported
 
 GROUP = "namedmask.models"
 
@@ -87,3 +88,18 @@ def default_weights(kind: Kind, model: str) -> str | None:
     """Returns the file that a plugin has declared with `set_default_weights`; None if there is none."""
     load_plugins()
     return _default_weights.get((kind, model))
+
+
+def expect_model(name: str) -> None:
+    """Raises UserError, with similar names, if neither timm nor a plugin has the model."""
+    import timm
+
+    if not timm.is_model(name):
+        load_plugins()
+    if not timm.is_model(name):
+        similar = ", ".join(difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 5))
+        hint = f"similar: {similar}" if similar else "timm.list_models() lists them"
+        raise UserError(f"{name!r} is no timm model; {hint}{failure_note()}")
+    architecture, _, tag = name.partition(".")
+    if tag and name not in (known := timm.list_pretrained(f"{architecture}.*")):
+        raise UserError(f"timm has no weights {tag!r} for {architecture}; there are: {', '.join(known) or 'none'}")
