@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import io
 import os
@@ -338,6 +337,8 @@ def list_folder(path: str, suffixes: tuple[str, ...]) -> list[tuple[bytes, bool]
 def find_files(folder: Path, *suffixes: str) -> list[str]:
     """The names of files with these suffixes below a folder, found as photos are (`walk`).
 
+    A folder of such a name counts as a file: reading it says what is wrong.
+
     Raises:
         UserError: If a folder cannot be listed.
     """
@@ -345,7 +346,11 @@ def find_files(folder: Path, *suffixes: str) -> list[str]:
     def stop(name: str, error: OSError) -> None:
         raise UserError(f"{folder / name}: the folder cannot be listed: {error.strerror or error}")
 
-    return list(walk(os.fspath(folder), functools.partial(list_folder, suffixes=suffixes), stop))
+    def entries(path: str) -> list[tuple[bytes, bool]]:
+        found = list_folder(path, suffixes)
+        return [(name, is_folder and not os.fsdecode(name).lower().endswith(suffixes)) for name, is_folder in found]
+
+    return list(walk(os.fspath(folder), entries, stop))
 
 
 def remove_files(out: Path, files: Iterable[Path]) -> None:

@@ -122,7 +122,7 @@ class _Masks:
         self.path = path
         self.values: dict[str, Any] | None = None
         if path.is_dir():
-            files = [name for name in find_files(path, ".json") if name.endswith(".json") and (path / name).is_file()]
+            files = [name for name in find_files(path, ".json") if name.endswith(".json")]
             self.keys = [name.removesuffix(".json") for name in files]
         else:
             try:
