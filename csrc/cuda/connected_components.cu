@@ -66,8 +66,8 @@ __device__ void unite(int32_t* nodes, int32_t a, int32_t b) {
 // Labels pixels equal to `value` within each tile; a node's parent is its tile component's first pixel. `kEight`: with
 // 8-connectivity.
 template <bool kEight>
-__global__ void label_tiles(const __grid_constant__ TiledImages images, const uint8_t* mask, bool value,
-                            int32_t* all_nodes) {
+__global__ void __launch_bounds__(kTile* kTileWarps)
+    label_tiles(const __grid_constant__ TiledImages images, const uint8_t* mask, bool value, int32_t* all_nodes) {
   __shared__ int32_t tile[kTile * kTile];
   __shared__ unsigned words[kTile];
   const Image image = my_image(images, images.tiles);
@@ -106,7 +106,8 @@ __global__ void label_tiles(const __grid_constant__ TiledImages images, const ui
 // Merges across the upper (threadIdx.y == 0) and the left (1) side of each tile. With `outside`, also merges nodes at
 // the image border with node 0, which includes the lower (2) and the right side (3). `kEight`: with 8-connectivity.
 template <bool kEight>
-__global__ void unite_tiles(const __grid_constant__ TiledImages images, bool outside, int32_t* all_nodes) {
+__global__ void __launch_bounds__(4 * kTile)
+    unite_tiles(const __grid_constant__ TiledImages images, bool outside, int32_t* all_nodes) {
   const Image image = my_image(images, images.tiles);
   int32_t* nodes = nodes_of(image, all_nodes);
   const auto i = static_cast<int32_t>(threadIdx.x);
@@ -137,7 +138,8 @@ __global__ void unite_tiles(const __grid_constant__ TiledImages images, bool out
 }
 
 // Sets the parent of every node to its root, ranks the roots of each chunk 0, 1, ... in raster order and counts them.
-__global__ void rank_roots(const __grid_constant__ Images images, int32_t* all_nodes, int32_t* chunk_roots) {
+__global__ void __launch_bounds__(kChunk)
+    rank_roots(const __grid_constant__ Images images, int32_t* all_nodes, int32_t* chunk_roots) {
   const Image image = my_image(images, images.chunks);
   int32_t* nodes = nodes_of(image, all_nodes);
   const int32_t pixel = image.chunk_item(), node = pixel + 1;
@@ -148,8 +150,8 @@ __global__ void rank_roots(const __grid_constant__ Images images, int32_t* all_n
   if (labeled) nodes[node] = first == node ? kFirstRank - rank : first;
 }
 
-__global__ void paint(const __grid_constant__ Images images, const int32_t* chunk_first, int32_t* all_nodes,
-                      int32_t* labels) {
+__global__ void __launch_bounds__(kChunk)
+    paint(const __grid_constant__ Images images, const int32_t* chunk_first, int32_t* all_nodes, int32_t* labels) {
   const Image image = my_image(images, images.chunks);
   const int32_t* nodes = nodes_of(image, all_nodes);
   const int32_t pixel = image.chunk_item();
@@ -164,7 +166,8 @@ __global__ void paint(const __grid_constant__ Images images, const int32_t* chun
 }
 
 // Sets the parent of every node to its root and counts the pixels of each component in area[root].
-__global__ void add_areas(const __grid_constant__ TiledImages images, int32_t* all_nodes, int32_t* all_areas) {
+__global__ void __launch_bounds__(kTile* kTileWarps)
+    add_areas(const __grid_constant__ TiledImages images, int32_t* all_nodes, int32_t* all_areas) {
   const Image image = my_image(images, images.tiles);
   int32_t *nodes = nodes_of(image, all_nodes), *areas = nodes_of(image, all_areas);
   const unsigned lane = threadIdx.x;
@@ -185,8 +188,8 @@ __global__ void add_areas(const __grid_constant__ TiledImages images, int32_t* a
 }
 
 // best[image] = the largest component: the maximum area, then the smallest first pixel.
-__global__ void pick_largest(const __grid_constant__ Images images, int32_t* all_nodes, int32_t* all_areas,
-                             unsigned long long* best) {
+__global__ void __launch_bounds__(kChunk) pick_largest(const __grid_constant__ Images images, int32_t* all_nodes,
+                                                       int32_t* all_areas, unsigned long long* best) {
   const Image image = my_image(images, images.chunks);
   const int32_t node = image.chunk_item() + 1;
   if (node > image.pixels() || nodes_of(image, all_nodes)[node] != node) return;
@@ -196,8 +199,8 @@ __global__ void pick_largest(const __grid_constant__ Images images, int32_t* all
   if (key > *const_cast<volatile unsigned long long*>(&best[image.index])) atomicMax(&best[image.index], key);
 }
 
-__global__ void keep_largest(const __grid_constant__ Images images, int32_t* all_nodes, const unsigned long long* best,
-                             uint8_t* out) {
+__global__ void __launch_bounds__(kChunk) keep_largest(const __grid_constant__ Images images, int32_t* all_nodes,
+                                                       const unsigned long long* best, uint8_t* out) {
   const Image image = my_image(images, images.chunks);
   const int32_t pixel = image.chunk_item();
   if (pixel >= image.pixels()) return;
@@ -207,7 +210,8 @@ __global__ void keep_largest(const __grid_constant__ Images images, int32_t* all
 }
 
 // The mask plus the background that is not merged with the outside.
-__global__ void keep_inside(const __grid_constant__ Images images, int32_t* all_nodes, uint8_t* out) {
+__global__ void __launch_bounds__(kChunk)
+    keep_inside(const __grid_constant__ Images images, int32_t* all_nodes, uint8_t* out) {
   const Image image = my_image(images, images.chunks);
   const int32_t pixel = image.chunk_item();
   if (pixel >= image.pixels()) return;
@@ -215,8 +219,8 @@ __global__ void keep_inside(const __grid_constant__ Images images, int32_t* all_
   out[image.begin + pixel] = nodes[pixel + 1] == kUnlabeled || root(nodes, pixel + 1) != 0;
 }
 
-__global__ void keep_seeded(const __grid_constant__ Images images, const int32_t* seeds, int32_t* all_nodes,
-                            uint8_t* out) {
+__global__ void __launch_bounds__(kChunk)
+    keep_seeded(const __grid_constant__ Images images, const int32_t* seeds, int32_t* all_nodes, uint8_t* out) {
   const Image image = my_image(images, images.chunks);
   const int32_t pixel = image.chunk_item();
   if (pixel >= image.pixels()) return;
@@ -226,7 +230,7 @@ __global__ void keep_seeded(const __grid_constant__ Images images, const int32_t
   out[image.begin + pixel] = labeled && root(nodes, pixel + 1) == root(nodes, seed + 1);
 }
 
-__global__ void start_stats(int32_t n, int32_t* areas, int32_t* boxes) {
+__global__ void __launch_bounds__(256) start_stats(int32_t n, int32_t* areas, int32_t* boxes) {
   const auto i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
   areas[i] = 0;
@@ -235,8 +239,9 @@ __global__ void start_stats(int32_t n, int32_t* areas, int32_t* boxes) {
 }
 
 // Areas, and boxes as x, y and the first column and row beyond the component.
-__global__ void add_stats(const __grid_constant__ TiledImages images, const int32_t* labels, const int32_t* counts,
-                          int32_t* areas, int32_t* boxes) {
+__global__ void __launch_bounds__(kTile* kTileWarps)
+    add_stats(const __grid_constant__ TiledImages images, const int32_t* labels, const int32_t* counts, int32_t* areas,
+              int32_t* boxes) {
   __shared__ int32_t first;  // number of components of the images before this one
   const Image image = my_image(images, images.tiles);
   const auto lane = static_cast<int32_t>(threadIdx.x);
@@ -271,7 +276,7 @@ __global__ void add_stats(const __grid_constant__ TiledImages images, const int3
   }
 }
 
-__global__ void finish_boxes(int32_t n, int32_t* boxes) {
+__global__ void __launch_bounds__(256) finish_boxes(int32_t n, int32_t* boxes) {
   const auto i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
   boxes[4 * i + 2] -= boxes[4 * i];

@@ -91,7 +91,8 @@ __device__ inline int32_t rank_in_chunk(bool chosen, int32_t* total) {
 
 // One warp per image: replaces the number of chosen items per chunk by the sum over the chunks before it, and writes
 // the image's total.
-__global__ void add_ranks(const __grid_constant__ Images images, int32_t* chunk_totals, int32_t* counts) {
+__global__ void __launch_bounds__(32)
+    add_ranks(const __grid_constant__ Images images, int32_t* chunk_totals, int32_t* counts) {
   const auto b = static_cast<int32_t>(blockIdx.x), lane = static_cast<int32_t>(threadIdx.x);
   const int32_t begin = images.chunks[b], end = images.chunks[b + 1];
   const int32_t per_lane = (end - begin + 31) / 32;

@@ -8,7 +8,8 @@
 namespace namedmask::cuda {
 namespace {
 
-constexpr int kChannels = 4;  // that a thread sums at once
+constexpr int kChannels = 4;   // that a thread sums at once
+constexpr int kThreads = 256;  // for kChunk pixels: a thread takes 72 registers, too many for a block of 1,024
 
 // The output's grids are the ones that blocks are mapped to; these are the inputs, and the outputs' sizes in pixels.
 struct Sizes {
@@ -46,14 +47,11 @@ __device__ float weight_sum(const Taps& taps, Interpolation interpolation) {
   return sum;
 }
 
-// Threads go through the pixels of the patches in the raster order of the image.
+// Computes a pixel of the patches; pixels are in the raster order of the image.
 template <class T, class Elements>
-__global__ void resize_images(const __grid_constant__ Images images, const __grid_constant__ Sizes sizes,
-                              int32_t channels, int32_t patch, Interpolation interpolation, Elements elements,
-                              const T* all, typename Elements::Type* out) {
-  const int place = my_place(images, images.chunks);
-  const Image image = image_at(images, images.chunks, place);
-  const int64_t pixel = int64_t{image.block} * kChunk + threadIdx.x;
+__device__ void resize_pixel(int64_t pixel, const Image& image, int place, const Sizes& sizes, int32_t channels,
+                             int32_t patch, Interpolation interpolation, Elements elements, const T* all,
+                             typename Elements::Type* out) {
   const int64_t row_length = int64_t{image.width} * patch;
   if (pixel >= row_length * image.height * patch) return;
   const auto y = static_cast<int32_t>(pixel / row_length), x = static_cast<int32_t>(pixel % row_length);
@@ -88,6 +86,19 @@ __global__ void resize_images(const __grid_constant__ Images images, const __gri
 }
 
 template <class T, class Elements>
+__global__ void __launch_bounds__(kThreads, 3)
+    resize_images(const __grid_constant__ Images images, const __grid_constant__ Sizes sizes, int32_t channels,
+                  int32_t patch, Interpolation interpolation, Elements elements, const T* all,
+                  typename Elements::Type* out) {
+  const int place = my_place(images, images.chunks);
+  const Image image = image_at(images, images.chunks, place);
+  for (int32_t i = threadIdx.x; i < kChunk; i += kThreads) {
+    const int64_t pixel = int64_t{image.block} * kChunk + i;
+    resize_pixel(pixel, image, place, sizes, channels, patch, interpolation, elements, all, out);
+  }
+}
+
+template <class T, class Elements>
 void run(const TensorView& image, const ResizeBatch& batch, const TensorView& out, Elements elements,
          Interpolation interpolation, int64_t patch, Stream stream) {
   for_each_group(
@@ -102,8 +113,9 @@ void run(const TensorView& image, const ResizeBatch& batch, const TensorView& ou
           sizes.new_height[i] = batch.height(b);
           sizes.new_width[i] = batch.width(b);
         }
-        launch(resize_images<T, Elements>, chunks, kChunk, stream, images, sizes, static_cast<int32_t>(batch.channels),
-               static_cast<int32_t>(patch), interpolation, elements, image.as<T>(), out.as<typename Elements::Type>());
+        launch(resize_images<T, Elements>, chunks, kThreads, stream, images, sizes,
+               static_cast<int32_t>(batch.channels), static_cast<int32_t>(patch), interpolation, elements,
+               image.as<T>(), out.as<typename Elements::Type>());
       },
       patch * patch);
 }

@@ -52,7 +52,8 @@ __device__ int32_t column_of(const StripedImages& images, int place, const Image
 }
 
 // columns[c] = number of runs that begin in the column.
-__global__ void count_columns(const __grid_constant__ StripedImages images, const uint8_t* mask, int32_t* columns) {
+__global__ void __launch_bounds__(kStrip* kWarps)
+    count_columns(const __grid_constant__ StripedImages images, const uint8_t* mask, int32_t* columns) {
   __shared__ int32_t counts[kWarps][kStrip];
   const int place = my_place(images, images.strips);
   const Image image = image_at(images, images.strips, place);
@@ -65,8 +66,9 @@ __global__ void count_columns(const __grid_constant__ StripedImages images, cons
 }
 
 // Writes the column-major positions of the pixels that begin a run, those of each image in ascending order.
-__global__ void write_begins(const __grid_constant__ StripedImages images, const uint8_t* mask, const int32_t* columns,
-                             const int32_t* first, int32_t* begins) {
+__global__ void __launch_bounds__(kStrip* kWarps)
+    write_begins(const __grid_constant__ StripedImages images, const uint8_t* mask, const int32_t* columns,
+                 const int32_t* first, int32_t* begins) {
   __shared__ int32_t counts[kWarps][kStrip];
   const int place = my_place(images, images.strips);
   const Image image = image_at(images, images.strips, place);
@@ -80,8 +82,8 @@ __global__ void write_begins(const __grid_constant__ StripedImages images, const
 }
 
 // One block per image: the differences of the positions, from 0 and to the number of pixels.
-__global__ void subtract(const __grid_constant__ StripedImages images, const int32_t* first, const int32_t* begins,
-                         int32_t* lengths) {
+__global__ void __launch_bounds__(256) subtract(const __grid_constant__ StripedImages images, const int32_t* first,
+                                                const int32_t* begins, int32_t* lengths) {
   const auto place = static_cast<int32_t>(blockIdx.x);
   const int32_t begin = first[images.first + place], last = first[images.first + place + 1] - 1;
   for (int32_t i = begin + static_cast<int32_t>(threadIdx.x); i <= last; i += static_cast<int32_t>(blockDim.x)) {

@@ -4,6 +4,7 @@
 The operators' own test files have the rest: without a GPU they run `backend="cuda"` in the emulator.
 """
 
+import re
 import sys
 
 import pytest
@@ -211,3 +212,12 @@ def test_sources_are_compiled_once_and_after_a_change(emulated_cuda, tmp_path):
             header.write_text("int g();\n")
         times.append(emulator._compile(source, tmp_path).stat().st_mtime_ns)
     assert times[0] == times[1] < times[2]
+
+
+def test_kernels_say_how_many_threads_they_get():
+    """Else ptxas may give each thread more registers than a block has, and every launch on a GPU fails."""
+    folder = emulator.ROOT / "csrc" / "cuda"
+    sources = {path.name: path.read_text() for path in (*folder.glob("*.cu"), *folder.glob("*.h"))}
+    kernels = [(name, text) for name, source in sources.items() for text in re.findall(r"__global__[^{;]*", source)]
+    assert len(kernels) > 30
+    assert not [(name, text) for name, text in kernels if "__launch_bounds__" not in text]
