@@ -50,7 +50,7 @@ struct Adder {
   }
 };
 
-// Up to 64 bytes 0 or 1 -> bits.
+// Up to 64 bytes -> bits, 1 for each that is not 0: a bool array may view such bytes.
 inline uint64_t pack(const uint8_t* p, int64_t n) {
 #if defined(__AVX512BW__)
   const __mmask64 there = n < 64 ? (1ull << n) - 1 : ~0ull;
@@ -61,7 +61,7 @@ inline uint64_t pack(const uint8_t* p, int64_t n) {
   if (n >= 64) {
     const auto half = [](const uint8_t* q) {
       const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
-      return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi8(bytes, _mm256_setzero_si256())));
+      return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())));
     };
     return half(p) | static_cast<uint64_t>(half(p + 32)) << 32;
   }
@@ -71,9 +71,11 @@ inline uint64_t pack(const uint8_t* p, int64_t n) {
   for (; i + 8 <= n; i += 8) {
     uint64_t bytes;
     __builtin_memcpy(&bytes, p + i, 8);
+    constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7full;
+    bytes = (((bytes & kLow) + kLow) | bytes) >> 7 & 0x0101010101010101ull;
     word |= (bytes * 0x0102040810204080ull >> 56) << i;  // pixel 0 in bit 0
   }
-  for (; i < n; ++i) word |= static_cast<uint64_t>(p[i] & 1) << i;
+  for (; i < n; ++i) word |= static_cast<uint64_t>(p[i] != 0) << i;
   return word;
 #endif
 }

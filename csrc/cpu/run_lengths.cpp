@@ -12,6 +12,12 @@
 namespace namedmask::cpu {
 namespace {
 
+// Eight bytes -> 1 for each that is not 0. A bool array may view such bytes.
+uint64_t truths(uint64_t bytes) {
+  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
+  return (((bytes & kLow) + kLow) | bytes) >> 7 & 0x0101010101010101;
+}
+
 class Encoder {
  public:
   // Appends the runs of mask [h, w] to `lengths`.
@@ -56,14 +62,15 @@ class Encoder {
       uint64_t a[kWords], b[kWords], any = 0;
       std::memcpy(a, row + x, sizeof(a));
       std::memcpy(b, before + x, sizeof(b));
-      for (int64_t k = 0; k < kWords; ++k) any |= a[k] ^= b[k];
+      for (int64_t k = 0; k < kWords; ++k) any |= a[k] ^ b[k];
       if (any == 0) continue;
-      for (int64_t k = 0; k < kWords; ++k) {  // bytes are 0 or 1, so each set bit is a pixel
-        for (uint64_t bits = a[k]; bits != 0; bits &= bits - 1) note(x + 8 * k + __builtin_ctzll(bits) / 8);
+      for (int64_t k = 0; k < kWords; ++k) {  // each set bit is a pixel
+        for (uint64_t bits = truths(a[k]) ^ truths(b[k]); bits != 0; bits &= bits - 1)
+          note(x + 8 * k + __builtin_ctzll(bits) / 8);
       }
     }
     for (; x < w; ++x) {
-      if (row[x] != before[x]) note(x);
+      if ((row[x] != 0) != (before[x] != 0)) note(x);
     }
   }
 

@@ -474,3 +474,30 @@ def test_tapped_rows_are_checked_before_they_are_listed():
         assert nk.attention_features(*empty, tap_rows=taps).rows.shape == (0, 2, taps)
     with pytest.raises(ValueError, match="attention_features: tap_rows must be at most 65536"):
         nk.attention_features(*empty, tap_rows=2**31 - 1)
+
+
+ODD_BYTES = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+import namedmask_kernels as nk
+from namedmask_kernels import backends
+from operator_calls import flat
+
+generator = torch.Generator().manual_seed(0)
+masks = torch.rand(3, 70, 139, generator=generator) > 0.4  # words of 64 pixels and a rest
+image = torch.randint(0, 256, (70, 139, 3), dtype=torch.uint8, generator=generator)
+bytes_ = torch.tensor([1, 2, 127, 128, 254, 255], dtype=torch.uint8)
+odd = (masks * bytes_[torch.randint(0, 6, masks.shape, generator=generator)]).view(torch.bool)
+for op, *others in ((nk.bilateral_solver, image), (nk.connected_components,), (nk.largest_component,), (nk.fill_holes,),
+                    (nk.run_lengths,), (nk.vote_masks,)):
+    one = slice(None) if op is nk.vote_masks else 0
+    for a, b in zip(flat(op(masks[one], *others)), flat(op(odd[one], *others)), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, op.__name__
+"""
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_bytes_other_than_one_are_true(run_at_level, level):
+    """A bool array may view them, such as masks of OpenCV, which are 0 and 255."""
+    run_at_level(level, ODD_BYTES.replace("sys.argv[2]", repr(str(Path(__file__).parent))))
