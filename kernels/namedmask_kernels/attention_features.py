@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -118,7 +118,7 @@ def attention_features(
         taps = expect_ints(NAME, "tap_rows", tap_rows, high=most - 1)
     else:
         taps = list(range(expect_int(NAME, "tap_rows", tap_rows, high=most)))
-    if isinstance(want, str) or not set(want) <= set(FIELDS):
+    if isinstance(want, str) or not isinstance(want, Collection) or not all(field in FIELDS for field in want):
         raise ValueError(f"{NAME}: want must be a subset of {', '.join(FIELDS)}, but is {want!r}")
     scale = qkv.shape[3] ** -0.5 if scale is None else as_float(NAME, "scale", scale)
     if not abs(scale) <= torch.finfo(torch.float32).max:

@@ -251,7 +251,7 @@ def expect_int(op: str, name: str, value: object, low: int = 0, high: int = MOST
 
 def is_sequence(value: object) -> bool:
     """Whether an argument is several numbers; a numpy array or tensor without dimensions is one number."""
-    return not isinstance(value, (int, float, str)) and hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0
+    return not isinstance(value, (int, float, str)) and hasattr(value, "__getitem__") and getattr(value, "ndim", 1) > 0
 
 
 def expect_ints(op: str, name: str, values: object, low: int = 0, high: int = MOST, most: int = MOST) -> list[int]:

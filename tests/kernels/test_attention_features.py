@@ -286,6 +286,8 @@ def test_invalid_arguments_raise(backend):
     raises(ValueError, "tap_rows must be at least 0, but is -2", qkv, offsets, tap_rows=[0, -2])
     raises(ValueError, r"want must be a subset of output, .*, but is 'rows'", qkv, offsets, want="rows")
     raises(ValueError, r"want must be a subset of .*, but is \('keys',\)", qkv, offsets, want=("keys",))
+    for want in (None, 5, [["rows"]]):
+        raises(ValueError, r"want must be a subset of .*, but is ", qkv, offsets, want=want)
     raises(ValueError, "backend 'cuda' cannot run", qkv, offsets, backend="cuda")
     with pytest.raises(RuntimeError, match="attention_features has no gradient"):
         nk.attention_features(qkv.requires_grad_(), offsets, backend=backend)

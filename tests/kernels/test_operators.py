@@ -465,6 +465,15 @@ def test_one_number_is_no_sequence(op, name):
             op(*tensors, **{**others, name: value})
 
 
+@pytest.mark.parametrize(
+    ("op", "name"), [(nk.resize, "sizes"), (nk.dense_crf, "gaussian"), (nk.dense_crf, "bilateral")]
+)
+def test_a_generator_is_no_sequence(op, name):
+    tensors = [argument for argument in CALLS[op] if isinstance(argument, torch.Tensor)]
+    with pytest.raises((TypeError, ValueError), match=f"^{op.__name__}: {name} must be .*, but is <generator"):
+        op(*tensors, **{name: (number for number in (5, 12))})
+
+
 def test_tapped_rows_are_checked_before_they_are_listed():
     for taps in (2**31 - 1, 13, range(2**40), [12]):
         with pytest.raises(ValueError, match="attention_features: tap_rows must be at most "):
