@@ -232,8 +232,8 @@ struct Solver {
 //
 // An iteration reads and writes about 100 bytes per vertex, 2 MB for an image of 512 x 683, in L2 as long as the
 // running images fit; the array that neighbors read, 4 bytes per vertex, fits L1. On an H100, one block took 3 ms per
-// image and its L1 was busy for 53% of that. A cluster of blocks has the L1 of as many multiprocessors; no GPU has run
-// it yet.
+// image and its L1 was busy for 53% of that. A cluster of blocks has the L1 of as many multiprocessors, but each of its
+// barriers empties them (CCTL.IVALL): only neighbors read between two barriers are found there. No GPU has run it yet.
 template <int kBlocks, int kThreads>
 __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 1 : 2)
     solve(const __grid_constant__ Images images, const __grid_constant__ Solver solver,
