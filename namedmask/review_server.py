@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -173,11 +174,18 @@ class Review:
         return [n for n in numbers if review.get((photos[n], name)) == wanted]
 
     def tiles(self, category: int, photo: str, first: int, show: str) -> str:
-        """The tiles from `first` on, and where the next ones begin."""
+        """The tiles from place `first` of the category's whole order on, and the place where the next ones begin.
+
+        Places in the list that is shown would not do: verdicts shorten it between the requests.
+        """
+        last = len(self.photos[category]) - 1
         numbers = self.shown(category, photo, show)
-        part = numbers[first : first + TILES]
-        more = first + TILES if first + TILES < len(numbers) else None
-        return self._render([self.tile(category, number) for number in part], more, empty=not numbers)
+        places = [last - number if show == "lowest" else number for number in numbers]
+        begin = bisect_left(places, first)
+        end = begin + TILES
+        more = places[end - 1] + 1 if end < len(numbers) else None
+        tiles = [self.tile(category, number) for number in numbers[begin:end]]
+        return self._render(tiles, more, empty=not tiles and first == 0)
 
     def linked(self, mask: str) -> str:
         """The tile with this id, or ""."""

@@ -184,7 +184,14 @@ def test_tiles_come_in_parts(ask, out):
     assert photos(show="lowest")[0] == NAMES["disc"][: -TILES - 1 : -1]
     write_review(out, {("01.png", "disc"): "reject", ("02.png", "disc"): "detector"})
     assert photos(show="reject") == (["01.png"], None) and photos(show="accept") == ([], None)
-    assert photos(show="open")[0][:2] == ["00.png", "03.png"]
+    first, more = photos(show="open")
+    assert first == ["00.png", *NAMES["disc"][3:26]]
+    write_review(out, {(photo, "disc"): "accept" for photo in NAMES["disc"][:10]})  # before the next ones are asked for
+    assert photos(show="open", **{"from": more}) == (NAMES["disc"][26:], None)
+    assert photos(show="lowest", **{"from": photos(show="lowest")[1]}) == (NAMES["disc"][:-TILES][::-1], None)
+    write_review(out, {(photo, "disc"): "accept" for photo in NAMES["disc"]})
+    none = f"/{ask.server.token}/tiles?category=0&show=open&from="
+    assert b"no mask" in ask(f"{none}0")[1] and b"no mask" not in ask(f"{none}{more}")[1]
     linked = ask(f"/{ask.server.token}/linked?mask={quote('mask/%3Ci%3Eround%3C%2Fi%3E%20%26%20more/caf%E9.png')}")
     assert linked[0] == 200 and b"caf\\udce9.png" in linked[1] and b"<i>" not in linked[1]
     assert ask(f"/{ask.server.token}/linked?mask=mask/disc/gone.png")[0] == 404
