@@ -62,6 +62,7 @@ find("#sort").addEventListener("change", event => {
 const keyOf = tile => JSON.parse(tile.dataset.key);
 const review = new Map(data.review.map(([photo, category, verdict, score]) =>
   [JSON.stringify([photo, category]), { photo, category, verdict, score }]));
+const inGallery = tile => document.getElementById(tile.id) ?? tile;  // it may have been loaded again meanwhile
 const verdictOf = tile => review.get(JSON.stringify(keyOf(tile)))?.verdict;
 const history = [];  // what undo restores
 const unsaved = new Map();  // verdicts (null: none) that the server, or a download, does not have
@@ -70,7 +71,7 @@ function show(tile) {
   const verdict = verdictOf(tile);
   tile.dataset.verdict = verdict ?? "";
   for (const button of all(".verdicts button", tile)) button.setAttribute("aria-pressed", button.value === verdict);
-  if (tile === current) showVerdicts();
+  if (tile.id === current?.id) showVerdicts();
 }
 function decide(tile, verdict, remember = true) {
   const [photo, category] = keyOf(tile), key = JSON.stringify([photo, category]), before = review.get(key)?.verdict;
@@ -79,16 +80,17 @@ function decide(tile, verdict, remember = true) {
   if (verdict) review.set(key, { photo, category, verdict, score: Number(tile.dataset.score) });
   else review.delete(key);
   unsaved.set(key, { photo, category, verdict: verdict ?? null });
-  show(tile);
+  show(inGallery(tile));
   showCuts();
   if (data.served) save();
 }
 function undo() {
   const last = history.pop();
   if (!last) return;
-  decide(last.tile, last.verdict, false);
-  if (dialog.open) enlarge(last.tile);
-  else find(".frame", last.tile).focus();
+  const tile = inGallery(last.tile);
+  decide(tile, last.verdict, false);
+  if (dialog.open) enlarge(tile);
+  else find(".frame", tile).focus();
 }
 const toggle = (tile, verdict) => decide(tile, verdictOf(tile) === verdict ? undefined : verdict);
 
@@ -209,7 +211,7 @@ dialog.addEventListener("scroll", event => {  // views move together
     view.scrollTo(event.target.scrollLeft, event.target.scrollTop);
   }
 }, true);
-dialog.addEventListener("close", () => find(".frame", current)?.focus());
+dialog.addEventListener("close", () => find(".frame", inGallery(current))?.focus());
 dialog.addEventListener("click", event => {
   const button = event.target.closest("button");
   if (event.target === dialog || button?.id === "close") dialog.close();
@@ -236,9 +238,14 @@ addEventListener("hashchange", openLinked);
 // -- mouse and keys
 
 async function move(by) {
-  const more = by > 0 && find(".more[data-from]", current.parentElement);
-  if (more && current.nextElementSibling === more) await load(more);
-  const shown = tiles(), next = shown[shown.indexOf(current) + by];
+  const from = inGallery(current), linked = !from.isConnected;  // opened by its address, and not loaded in the gallery
+  if (linked && by < 0) return;
+  const [, category] = keyOf(from), number = data.categories.findIndex(([name]) => name === category);
+  const part = linked ? find(`.category[data-category="${number}"] .tiles`, gallery) : from.parentElement;
+  const more = by > 0 && find(".more[data-from]", part);
+  if (more && more === (linked ? part.firstElementChild : from.nextElementSibling)) await load(more);
+  const shown = tiles(), first = shown.findIndex(tile => part.contains(tile));
+  const next = shown[linked ? first : shown.indexOf(from) + by];
   if (!next) return;
   if (dialog.open) enlarge(next);
   else find(".frame", next).focus();

@@ -242,6 +242,52 @@ def test_served_page_saves_at_once(page, out):
         server.shutdown()
 
 
+def test_served_page_shows_all_masks_without_a_verdict(page, out):
+    with serve(out) as server:
+        page.goto(server.url)
+        page.locator("#show").select_option("open")
+        tile(page, "disc", 0).locator(".frame").click()
+        for n in range(40):
+            expect(page.locator("#enlarged")).to_have_text(f"disc · {n:02}.png")
+            with page.expect_response("**/review"):
+                page.keyboard.press("r")
+        expect(page.locator("#status")).to_have_text("Saved.")
+        assert {photo for photo, category in read_review(out) if category == "disc"} == set(NAMES["disc"])
+        server.shutdown()
+
+
+def test_a_linked_mask_that_is_not_loaded_leads_into_its_category(page, out):
+    with serve(out) as server:
+        for leave in ("ArrowRight", "r"):
+            page.goto("about:blank")
+            page.goto(server.url + "#mask/disc/39.png")
+            title = page.locator("#enlarged")
+            expect(title).to_have_text("disc · 39.png")
+            page.keyboard.press("ArrowLeft")
+            expect(title).to_have_text("disc · 39.png")
+            page.keyboard.press(leave)
+            expect(title).to_have_text("disc · 00.png")
+        page.keyboard.press("u")
+        expect(title).to_have_text("disc · 39.png")
+        page.keyboard.press("Escape")
+        server.shutdown()
+
+
+def test_undo_reaches_a_tile_that_was_loaded_again(page, out):
+    with serve(out) as server:
+        page.goto(server.url)
+        first = tile(page, "disc", 0)
+        first.get_by_role("button", name="Reject").click()
+        expect(page.locator("#status")).to_have_text("Saved.")
+        page.locator("#show").select_option("reject")
+        expect(page.locator(".category").first.locator(".tile")).to_have_count(1)
+        expect(first).to_have_attribute("data-verdict", "reject")
+        page.locator("#undo").click()
+        expect(first).to_have_attribute("data-verdict", "")
+        expect(first.locator(".frame")).to_be_focused()
+        server.shutdown()
+
+
 def test_served_page_says_why_a_photo_is_not_shown(browser, out):
     (out.parent / "photos" / "01.png").unlink()
     page = browser.new_page()
