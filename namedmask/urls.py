@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)\]]+")
+# Brackets, apostrophes and punctuation are legal in a URL; at its end they belong to the text.
+_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"<>]*[^\s\"<>)\]'.,:;]")
 _SECRET = re.compile(  # names of parameters that carry a signature or a key, or change with it
     r"(x-(amz|goog|oss|ms|cos)-.*|(.*[-_])?sig(nature)?|.*(token|auth|secret|passw|credential|hmac|apikey|hdnt).*"
     r"|(.*[-_])?key([-_]?(pair[-_]?)?id)?|policy|expires|.*accesskeyid|googleaccessid)",

@@ -19,7 +19,7 @@ from PIL import Image
 from namedmask import photos, remote, tars
 from namedmask.errors import UserError
 from namedmask.photos import PhotoError, PhotoSource, decode_ahead
-from namedmask.urls import clean_url
+from namedmask.urls import clean_url, without_secrets
 from small_world import command, draw_photos, files_of, write_embeddings
 
 pytest.importorskip("aiohttp")
@@ -151,6 +151,23 @@ def reason(source, name):
 def test_secrets_are_removed_from_urls(url, clean):
     assert clean_url(url) == clean and SECRET not in clean
     assert SECRET not in str(remote.RemoteError(url, "x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        (f"https://h/a(1).tar?X-Amz-Signature={SECRET}", "https://h/a(1).tar"),
+        (f"https://h/a[1]'s.jpg?w=1&sig={SECRET}", "https://h/a[1]'s.jpg?w=1"),
+        (f"https://u:1)'{SECRET}@h/a.jpg", "https://h/a.jpg"),
+        (f"https://[::1]/a.jpg?sig={SECRET}", "https://[::1]/a.jpg"),
+        (f"404 (https://h/a.tar?sig={SECRET})", "404 (https://h/a.tar)"),
+        (f"url=URL('https://h/a(1)?sig={SECRET}'), https://h/b?sig={SECRET}.", "url=URL('https://h/a(1)'), https://h/b."),
+        (f'<a href="https://h/a?sig={SECRET}">a</a> [s3://b/c]: no', '<a href="https://h/a">a</a> [s3://b/c]: no'),
+        ("no URL: http://) and (a)", "no URL: http://) and (a)"),
+    ],
+)
+def test_secrets_are_removed_from_urls_in_texts(text, clean):
+    assert without_secrets(text) == clean
 
 
 @pytest.mark.parametrize(
