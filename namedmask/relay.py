@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def receiving() -> Iterator[str]:
                     listener(ProgressEvent(**message))
 
     # The path of a socket has at most 107 bytes.
-    place = tempfile.gettempdir() if len(tempfile.gettempdir()) < 80 else "/tmp"
+    place = tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) < 80 else "/tmp"
     with tempfile.TemporaryDirectory(prefix="namedmask-", dir=place) as folder, ThreadPoolExecutor(1) as pool:
         address = f"{folder}/messages"
         receiver = _socket()
