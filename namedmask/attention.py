@@ -19,6 +19,8 @@ from torch import Tensor
 
 from namedmask_kernels import attention_features, backends
 
+from .errors import first_line
+
 
 def _sdpa(qkv: Tensor, ends: list[int], scale: float) -> Tensor:
     """torch's attention, one photo at a time."""
@@ -230,7 +232,7 @@ def _why_not(library: str, device: torch.device) -> str | None:
     try:
         LIBRARIES[library](torch.zeros(2, 3, 1, 64, dtype=torch.bfloat16, device=device), [0, 1, 2], 0.125)
     except (ImportError, RuntimeError) as error:  # NotImplementedError, a RuntimeError: no kernel for the device
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None
 
 

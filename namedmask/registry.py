@@ -31,7 +31,7 @@ import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Literal
 
-from .errors import UserError, explained, not_imported
+from .errors import UserError, explained, first_line, not_imported
 
 GROUP = "namedmask.models"
 
@@ -62,8 +62,8 @@ def load_plugins() -> tuple[str, ...]:
         except Exception as error:  # a plugin may be other people's code and raise anything
             if plugin.value.startswith(f"{__package__}.") and not_imported(error):
                 raise explained(error) from error
-            reason = (str(error).splitlines() or [""])[0]
-            failures.append(f"plugin {plugin.name!r} ({plugin.value}) failed: {type(error).__name__}: {reason}")
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            failures.append(f"plugin {plugin.name!r} ({plugin.value}) failed: {reason}")
             warnings.warn(failures[-1], RuntimeWarning, stacklevel=2)
     return tuple(failures)
 

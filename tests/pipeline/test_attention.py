@@ -34,6 +34,14 @@ def test_libraries_agree_and_do_not_depend_on_batch_composition(library, dtype):
     assert attend(qkv[:0], [0], 0.2).shape == (0, 2, 64)
 
 
+def test_a_library_that_fails_without_a_message_has_an_obstacle(monkeypatch):
+    def fail(*arguments):
+        raise NotImplementedError
+
+    monkeypatch.setitem(attention.LIBRARIES, "broken", fail)
+    assert attention._why_not("broken", DEVICE) == "NotImplementedError"
+
+
 def test_photos_of_equal_length_are_computed_as_dense_batches(monkeypatch):
     """In a given number for each length; the others by the library of the choice."""
     monkeypatch.setattr(attention, "DENSE_TOKENS", 40)

@@ -96,7 +96,7 @@ def test_models_of_a_plugin_are_found_by_name_with_their_default_weights(site):
 
 
 def test_a_plugin_that_fails_is_named_and_the_others_work(site):
-    install(site, "broken_plugin", "raise ImportError('no module named acme\\nsecond line')")
+    install(site, "broken_plugin", "raise ImportError('\\nno module named acme\\nsecond line')")
     with pytest.warns(RuntimeWarning, match="plugin 'broken_plugin'"):
         assert registry.default_weights("selfmask", "vit_namedmask_demo").endswith("selfmask.safetensors")
     failure = r"; plugin 'broken_plugin' \(broken_plugin:register\) failed: ImportError: no module named acme$"
