@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import re
 import shutil
 import threading
@@ -120,7 +121,8 @@ def clip(model: str) -> Published | None:
             "--clip-weights FILE"
         )
     repository, _, file = cfg.get("hf_hub", "").rpartition("/")
-    what, folder = f"CLIP model {model}", Path("~/.cache/clip").expanduser()
+    # open_clip's folder, also without a home folder, where Path.expanduser raises an error
+    what, folder = f"CLIP model {model}", Path(os.path.expanduser("~/.cache/clip"))
     if repository:
         return Published(what, "--clip-weights", repository, file or "open_clip_pytorch_model.bin")
     return Published(what, "--clip-weights", url=cfg["url"], folder=folder)

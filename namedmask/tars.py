@@ -138,8 +138,11 @@ def _index_members(file: BinaryIO, start: int, members: dict[str, tuple[int, int
 
 def _stored(file: RemoteFile) -> TarIndex:
     """The index of a tar at a URL, from disk if it is there."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "namedmask" / "tars"
+    except RuntimeError:  # there is no home folder
+        return _scan(cast(BinaryIO, _Headers(file)), file.size)
     url = clean_url(file.url)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "namedmask" / "tars"
     name = hashlib.blake2b(repr((url, LISTED)).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     path = cache / f"{name}.json.gz"
     with contextlib.suppress(Exception):  # absent, damaged, or of another tar: scan it again

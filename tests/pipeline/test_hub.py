@@ -222,6 +222,9 @@ def test_published_weights_of_open_clip(monkeypatch, cfg, published):
     one = hub.clip("ViT-B-32:tag")
     assert (one.repository, one.file, one.url) == published
     assert hub.clip("ViT-B-32") is None
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without a home folder
+    assert hub.clip("ViT-B-32:tag") is not None
 
 
 def needed(stages=STAGES, **values) -> list[str]:

@@ -287,6 +287,15 @@ def test_indexes_on_disk_that_were_used_longest_ago_are_removed(server, tmp_path
     assert list(PhotoSource(f"{server.url}/1.tar")) == ["1.tar/1.png"] and not list(cache.iterdir())
 
 
+def test_without_a_home_folder_the_index_of_a_tar_is_not_stored(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    server.files["/0.tar"] = tar_of({"0.png": png(0)})
+    assert list(PhotoSource(f"{server.url}/0.tar")) == ["0.tar/0.png"] and not list(tmp_path.iterdir())
+
+
 def test_only_headers_are_read_of_tars_with_large_members(server, monkeypatch):
     monkeypatch.setattr(remote, "BLOCK", 1 << 16)
     large = {f"{i}.png": bytes([i]) * (1 << 20) for i in range(8)}
