@@ -122,7 +122,7 @@ def clip(model: str) -> Published | None:
         )
     repository, _, file = cfg.get("hf_hub", "").rpartition("/")
     # open_clip's folder, also without a home folder, where Path.expanduser raises an error
-    what, folder = f"CLIP model {model}", Path(os.path.expanduser("~/.cache/clip"))
+    what, folder = f"CLIP model {model}", Path(os.path.expanduser("~/.cache/clip"))  # noqa: PTH111
     if repository:
         return Published(what, "--clip-weights", repository, file or "open_clip_pytorch_model.bin")
     return Published(what, "--clip-weights", url=cfg["url"], folder=folder)
