@@ -161,7 +161,10 @@ def test_secrets_are_removed_from_urls(url, clean):
         (f"https://u:1)'{SECRET}@h/a.jpg", "https://h/a.jpg"),
         (f"https://[::1]/a.jpg?sig={SECRET}", "https://[::1]/a.jpg"),
         (f"404 (https://h/a.tar?sig={SECRET})", "404 (https://h/a.tar)"),
-        (f"url=URL('https://h/a(1)?sig={SECRET}'), https://h/b?sig={SECRET}.", "url=URL('https://h/a(1)'), https://h/b."),
+        (
+            f"url=URL('https://h/a(1)?sig={SECRET}'), https://h/b?sig={SECRET}.",
+            "url=URL('https://h/a(1)'), https://h/b.",
+        ),
         (f'<a href="https://h/a?sig={SECRET}">a</a> [s3://b/c]: no', '<a href="https://h/a">a</a> [s3://b/c]: no'),
         ("no URL: http://) and (a)", "no URL: http://) and (a)"),
     ],
