@@ -5,6 +5,7 @@
 // which of them touch nothing. That leaves one or two table lookups per run. In a maze every branch that depends on the
 // pixels would be mispredicted half of the time, so there are hardly any.
 #include "connected_components_levels.h"
+#include "truths.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -50,7 +51,7 @@ struct Adder {
   }
 };
 
-// Up to 64 bytes -> bits, 1 for each that is not 0: a bool array may view such bytes.
+// Up to 64 bytes -> bits, 1 for each that is not 0.
 inline uint64_t pack(const uint8_t* p, int64_t n) {
 #if defined(__AVX512BW__)
   const __mmask64 there = n < 64 ? (1ull << n) - 1 : ~0ull;
@@ -71,9 +72,7 @@ inline uint64_t pack(const uint8_t* p, int64_t n) {
   for (; i + 8 <= n; i += 8) {
     uint64_t bytes;
     __builtin_memcpy(&bytes, p + i, 8);
-    constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7full;
-    bytes = (((bytes & kLow) + kLow) | bytes) >> 7 & 0x0101010101010101ull;
-    word |= (bytes * 0x0102040810204080ull >> 56) << i;  // pixel 0 in bit 0
+    word |= (truths(bytes) * 0x0102040810204080ull >> 56) << i;  // pixel 0 in bit 0
   }
   for (; i < n; ++i) word |= static_cast<uint64_t>(p[i] != 0) << i;
   return word;

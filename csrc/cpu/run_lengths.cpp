@@ -8,15 +8,10 @@
 
 #include "buffer.h"
 #include "for_each_image.h"
+#include "truths.h"
 
 namespace namedmask::cpu {
 namespace {
-
-// Eight bytes -> 1 for each that is not 0. A bool array may view such bytes.
-uint64_t truths(uint64_t bytes) {
-  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
-  return (((bytes & kLow) + kLow) | bytes) >> 7 & 0x0101010101010101;
-}
 
 class Encoder {
  public:
