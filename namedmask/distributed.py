@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Multiple workers of one run: distribution of shards, synchronization, and launching.
+"""Multiple workers of one run: distribution of shards, and synchronization.
 
 All code that depends on ranks is in this file. Workers claim shards one at a time from a shared counter, so that a slow
 shard does not delay the others. A shard is finished when its file exists. When a worker dies, torch's elastic launcher
@@ -9,17 +9,13 @@ restarts all workers; they skip finished shards, and one of them claims the shar
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import itertools
-import logging
 import os
-import signal
 import subprocess
-import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -30,7 +26,6 @@ from .errors import UserError, first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_RESTARTS = 3
 CONNECT_WITHIN = timedelta(minutes=5)  # workers of a cluster start at different times
 
 
@@ -166,7 +161,7 @@ def current() -> Worker:
         rank, local = _number("RANK", 0, count - 1), _number("LOCAL_RANK", 0, default=0)
         attempt = _number("TORCHELASTIC_RESTART_COUNT", 0, default=0)
         if "TORCHELASTIC_RUN_ID" in env:
-            die_with(process.PARENT)
+            process.die_with(process.PARENT)
         if count == 1:
             return Worker(attempt=attempt)
         host, port = _text("MASTER_ADDR"), _number("MASTER_PORT", 1, 65535)
@@ -277,99 +272,3 @@ def warm_up(device: str) -> threading.Thread:
     thread = threading.Thread(target=use, daemon=True)
     thread.start()
     return thread
-
-
-def threads_per_worker(cores: int, workers: int) -> int:
-    """OMP_NUM_THREADS of a worker on a machine whose `cores` its workers share: threads that decode photos, write
-    results and, without a GPU, process batches."""
-    return max(1, cores // workers)
-
-
-def launch(arguments: Sequence[str], workers: int, module: str = "namedmask.run") -> None:
-    """Runs `python -m MODULE LAUNCHER ADDRESS ARGUMENTS` in several processes and waits until all have finished.
-
-    If one dies, all are restarted, up to MAX_RESTARTS times. Their messages and progress come out here (`relay`).
-
-    Args:
-        arguments: Command line arguments.
-        workers: Number of processes.
-        module: The module, which calls `run.as_worker`.
-
-    Raises:
-        UserError: If a worker died again after the last restart.
-        Interrupted: On SIGTERM, after all workers have ended, unless this process has a handler that ends it.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from namedmask_kernels.threads import usable_cores
-
-    from . import relay
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        run_id=f"namedmask-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=MAX_RESTARTS,
-        monitor_interval=0.1,
-        start_method="spawn",
-        # Not SIGINT, on which it would send workers a SIGINT, too, and they would print tracebacks. Not SIGHUP, which
-        # nohup ignores.
-        signals_to_handle="SIGTERM",
-    )
-    threads = threads_per_worker(usable_cores(), workers)
-    try:
-        with relay.receiving() as address, _prepared_for_launch(threads):
-            elastic_launch(config, sys.executable)("-m", module, str(os.getpid()), address, *arguments)
-    except SignalException as error:  # how the launcher reports SIGTERM; it has stopped the workers
-        signal.raise_signal(error.sigval)  # for the handler that this process had before
-        raise process.Interrupted(error.sigval) from None
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        raise UserError(
-            f"worker {rank} died ({how}) again after {MAX_RESTARTS} restarts; finished shards are kept: run the same "
-            "command again to continue, or with --workers 1 to see where it fails"
-        ) from None
-
-
-@contextlib.contextmanager
-def _prepared_for_launch(threads: int) -> Iterator[None]:
-    """Sets the environment of workers and silences the launcher; restores both, and the signal handlers, at the end."""
-    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]
-    levels = {name: logging.getLogger(name).level for name in names}  # each has its own
-    variables = ("OMP_NUM_THREADS", "TORCHELASTIC_SIGNALS_TO_HANDLE", "TORCH_CPP_LOG_LEVEL")
-    environment = {name: os.environ.get(name) for name in variables}
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for name, value in environment.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        if signal.getsignal(signal.SIGTERM) != handler:
-            signal.signal(signal.SIGTERM, handler)
-
-
-def die_with(parent: int) -> None:
-    """Makes Linux kill this process when its parent dies, so that no worker outlives a launcher killed with kill -9.
-
-    Args:
-        parent: Process id of the launcher. If it is not the parent any more, it is dead already, and this process ends.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

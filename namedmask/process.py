@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import logging
@@ -84,6 +85,19 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
             os._exit(interrupted.exit_code)
         frame = frame.f_back
     raise interrupted
+
+
+def die_with(parent: int) -> None:
+    """Makes Linux kill this process when its parent dies, so that no worker outlives a launcher killed with kill -9.
+
+    Args:
+        parent: Process id of the launcher. If it is not the parent any more, it is dead already, and this process ends.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def complain(message: object) -> None:

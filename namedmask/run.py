@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from . import distributed, hub, process, relay
+from . import distributed, hub, launcher
 from .archive import expect_distinct, read_archive
 from .config import RunConfig, flatten, make_config, merge, nest, to_toml
 from .distributed import Worker
-from .errors import NothingUsable, UserError, explained, listed
+from .errors import UserError, listed
 from .files import (
     OLD,
     OUTDATED,
@@ -472,7 +471,7 @@ def start(
             if worker.count > 1 or max(workers, gpus) == 1:
                 work(out, stages, worker, device, trace)
             else:
-                _start_workers(out, stages, gpus or workers, device, trace)
+                launcher.launch(__name__, out, device, gpus or workers, str(trace or ""), *stages)
             has_masks = "pseudolabel" not in stages or _log_counts(out)
         except Exception as error:
             if worker.count == 1:  # else the other workers may still write
@@ -545,25 +544,6 @@ def _log_counts(out: Path) -> bool:
     return masks > 0
 
 
-def _start_workers(out: Path, stages: Sequence[str], count: int, device: str, trace: Path | None = None) -> None:
-    with reason_of_failure(out):
-        distributed.launch([str(out), device, str(trace or ""), *stages], count)
-
-
-@contextmanager
-def reason_of_failure(out: Path) -> Iterator[None]:
-    """Within the context, `distributed.launch` raises the UserError of a worker that `as_worker` runs on `out`."""
-    failure = out / ".failed"
-    failure.unlink(missing_ok=True)
-    try:
-        yield
-    except UserError:
-        if failure.exists():  # a worker has said what is wrong, and a restart would not help
-            code, _, reason = failure.read_text(encoding="utf-8").partition(" ")
-            raise (NothingUsable if code == "3" else UserError)(reason or "a worker failed, see above") from None
-        raise
-
-
 def work(out: Path, stages: Sequence[str], worker: Worker, device: str, trace: Path | None = None) -> None:
     """This worker's part of the stages. device: "cpu" or "cuda". trace: see `start`."""
     from .threads import limit_torch_threads
@@ -595,34 +575,5 @@ def _work(out: Path, worker: Worker, device: str, trace: str, *stages: str) -> N
     work(out, stages, worker, device, Path(trace) if trace else None)
 
 
-def as_worker(function: Callable[..., None]) -> None:
-    """Runs a worker that `distributed.launch` has started: python -m MODULE LAUNCHER ADDRESS OUT DEVICE ARGUMENT...
-
-    Args:
-        function: Called with OUT, the worker, DEVICE ("cpu" or "cuda") and the other arguments.
-    """
-    launcher, address, out, device, *arguments = sys.argv[1:]
-    distributed.die_with(int(launcher))
-    process.prepare()
-    failure = Path(out) / ".failed"
-    if failure.exists():  # what stopped one worker would stop this one too
-        sys.exit(2)
-    try:
-        worker = distributed.current()
-        if device != "cpu":
-            distributed.warm_up(worker.device(device))
-        with relay.sending(address):
-            function(Path(out), worker, device, *arguments)
-    except Exception as error:
-        if not isinstance(why := explained(error), UserError):
-            raise
-        try:
-            code = 3 if isinstance(why, NothingUsable) else 2
-            failure.write_text(f"{code} {why}", encoding="utf-8", errors="backslashreplace")
-        except OSError:  # the disk is full
-            process.complain(why)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    as_worker(_work)
+    launcher.as_worker(_work)

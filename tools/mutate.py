@@ -61,6 +61,7 @@ TESTS = {
     },
     "namedmask/decoding.py": ["pipeline/test_photos", "pipeline/test_memory"],
     "namedmask/distributed.py": ["pipeline/test_distributed", "pipeline/test_process"],
+    "namedmask/launcher.py": ["pipeline/test_launcher", "pipeline/test_process", "pipeline/test_run"],
     "namedmask/doctor.py": ["pipeline/test_hub", "pipeline/test_cli"],
     "namedmask/errors.py": ["pipeline/test_errors", "pipeline/test_process", "pipeline/test_cli"],
     "namedmask/files.py": ["pipeline/test_files", "pipeline/test_masks"],

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .. import distributed
+from .. import distributed, launcher
 from ..distributed import Worker
 from ..errors import DamagedFile, UserError
 from ..files import (
@@ -119,8 +119,6 @@ def segment_photos(
         UserError: If weights or photos cannot be read, if `out` was made with another segmenter or from other photos
             or has files of other origin, or if there are no photos. Nothing is changed then.
     """
-    from .. import run
-
     gpus = distributed.count_gpus(gpus, workers)
     device = "cuda" if gpus else "cpu"
     worker = distributed.current()
@@ -145,8 +143,7 @@ def segment_photos(
                 segmenter = Segmenter(network, names, worker.device(device), precision, **augmentation)
                 _work(out, worker, device, overlays, segmenter)
             else:
-                with run.reason_of_failure(out):
-                    distributed.launch([str(out), device, overlays], gpus or workers, __name__)
+                launcher.launch(__name__, out, device, gpus or workers, overlays)
             made, failed = _assemble(out, errors)
         except Exception:
             if worker.count == 1:  # else the other workers may still write
@@ -663,6 +660,4 @@ def masks_of(segmenter: Segmenter, source: PhotoSource, names: Iterable[str]) ->
 
 
 if __name__ == "__main__":
-    from ..run import as_worker
-
-    as_worker(_work)
+    launcher.as_worker(_work)

@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: MIT
 import itertools
-import logging
 import os
-import signal
 import socket
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from namedmask import distributed, process
+from namedmask import distributed
 from namedmask.distributed import Worker
 from namedmask.errors import UserError
 
@@ -246,76 +242,6 @@ def test_up_to_four_workers_per_core(monkeypatch, cores, limit):
         distributed.count_gpus(None, limit + 1)
 
 
-@pytest.fixture
-def launched(monkeypatch):
-    """What torch's launcher is called with; `fail` is raised if it is set."""
-    from torch.distributed.launcher import api
-
-    call = SimpleNamespace(fail=None)
-
-    def elastic_launch(config, entrypoint):
-        def start(*arguments):
-            call.config, call.arguments = config, (entrypoint, *arguments)
-            call.threads = os.environ["OMP_NUM_THREADS"]
-            call.level = logging.getLogger("torch.distributed.elastic").level
-            call.other_level = logging.getLogger("torch").level
-            os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM"  # as torch does
-            signal.signal(signal.SIGTERM, lambda *_: None)
-            if call.fail:
-                raise call.fail
-
-        return start
-
-    monkeypatch.setattr(api, "elastic_launch", elastic_launch)
-    monkeypatch.setattr("namedmask_kernels.threads.usable_cores", lambda: 5)
-    monkeypatch.setenv("OMP_NUM_THREADS", "")
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    return call
-
-
-@pytest.mark.parametrize(("workers", "threads"), [(2, "2"), (5, "1"), (8, "1")])
-def test_launcher_starts_workers_on_their_cores(launched, workers, threads):
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.DEBUG)
-    before = signal.getsignal(signal.SIGTERM)
-    distributed.launch(["out", "cpu", "index"], workers)
-    assert launched.arguments[:4] == (sys.executable, "-m", "namedmask.run", str(os.getpid()))
-    assert launched.arguments[5:] == ("out", "cpu", "index")
-    config = launched.config
-    assert (config.min_nodes, config.max_nodes, config.nproc_per_node, config.max_restarts) == (1, 1, workers, 3)
-    assert (config.rdzv_endpoint, config.signals_to_handle, config.start_method) == ("localhost:0", "SIGTERM", "spawn")
-    assert launched.threads == threads
-    assert launched.level == logging.ERROR != launched.other_level
-    # Nothing of it is left in the process that has started the workers.
-    assert "OMP_NUM_THREADS" not in os.environ and "TORCHELASTIC_SIGNALS_TO_HANDLE" not in os.environ
-    assert logging.getLogger("torch.distributed.elastic").level == logging.DEBUG
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-@pytest.mark.parametrize(("code", "how"), [(-9, "signal 9"), (1, "exit code 1"), (0, "exit code 0")])
-def test_dead_worker_is_named(launched, code, how):
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    failures = {rank: SimpleNamespace(timestamp=rank, exitcode=code, local_rank=rank, pid=1) for rank in (3, 4)}
-    launched.fail = ChildFailedError.__new__(ChildFailedError)
-    launched.fail.failures = failures
-    with pytest.raises(UserError, match=rf"^worker 3 died \({how}\) again after 3 restarts; finished shards are kept"):
-        distributed.launch([], 2)
-
-
-def test_sigterm_of_the_launcher_is_an_interruption(launched):
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
-    launched.fail = SignalException("", signal.SIGTERM)
-    before, seen = signal.getsignal(signal.SIGTERM), []
-    signal.signal(signal.SIGTERM, lambda signum, _: seen.append(signum))
-    try:
-        with pytest.raises(process.Interrupted) as caught:
-            distributed.launch([], 2)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert caught.value.exit_code == 143 and seen == [signal.SIGTERM]
-
-
 def test_failure_of_a_worker_ends_the_barriers_of_others(workers):
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(workers[1].barrier, "here")
@@ -336,11 +262,6 @@ def test_device_of_each_worker(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [Worker(r, 8, r).device("cuda") for r in (0, 3, 5)] == ["cuda:0", "cuda:3", "cuda:1"]
     assert Worker().device("cpu") == "cpu"
-
-
-@pytest.mark.parametrize(("cores", "workers", "threads"), [(16, 8, 2), (128, 8, 16), (12, 8, 1), (2, 8, 1), (5, 1, 5)])
-def test_workers_share_the_cores_of_the_machine(cores, workers, threads):
-    assert distributed.threads_per_worker(cores, workers) == threads
 
 
 def test_a_gpu_that_cannot_be_warmed_up_is_left_to_its_first_use():

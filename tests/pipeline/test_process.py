@@ -96,9 +96,9 @@ def test_ctrl_c_before_the_first_import_is_one_line():
 
 WORKER = """
 import os, sys, time
-from namedmask import distributed
+from namedmask import process
 time.sleep(float(sys.argv[2]))
-distributed.die_with(int(sys.argv[1]))
+process.die_with(int(sys.argv[1]))
 print("alive", flush=True)
 time.sleep(60)
 """

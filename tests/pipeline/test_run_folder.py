@@ -17,7 +17,7 @@ from namedmask import run
 from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.config import make_config
 from namedmask.distributed import Worker
-from namedmask.errors import NothingUsable, UserError
+from namedmask.errors import UserError
 from namedmask.files import OLD
 from namedmask.masks import ErrorRecord, MaskRecord, write_errors, write_shard
 from namedmask.photos import PhotoSource
@@ -54,7 +54,7 @@ def started(monkeypatch):
     monkeypatch.setattr(run.distributed, "warm_up", note("warm up"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen.gpus)
     monkeypatch.setattr(run, "work", lambda out, stages, *more: seen.calls.append(("work", *more)))
-    monkeypatch.setattr(run, "_start_workers", lambda out, stages, *more: seen.calls.append(("launch", *more)))
+    monkeypatch.setattr(run.launcher, "launch", lambda module, out, *more: seen.calls.append(("launch", module, *more)))
     monkeypatch.setattr(run, "_log_counts", note("count", lambda: seen.masks))
     monkeypatch.setattr(run, "finish", note("finish"))
     monkeypatch.setattr(run, "put_back", note("put back", lambda: True))
@@ -68,16 +68,16 @@ def started(monkeypatch):
         (1, None, 1, 1, ("work", Worker(), "cuda", None)),
         (1, 0, 1, 1, ("work", Worker(), "cpu", None)),
         (1, 1, 1, 1, ("work", Worker(), "cuda", None)),
-        (1, 3, 4, 3, ("launch", 3, "cuda", None)),
-        (2, None, 0, 2, ("launch", 2, "cpu", None)),
-        (2, 0, 1, 2, ("launch", 2, "cpu", None)),
+        (1, 3, 4, 3, ("launch", "namedmask.run", "cuda", 3, "", "train")),
+        (2, None, 0, 2, ("launch", "namedmask.run", "cpu", 2, "", "train")),
+        (2, 0, 1, 2, ("launch", "namedmask.run", "cpu", 2, "", "train")),
     ],
 )
 def test_processes_of_a_command(started, tmp_path, workers, gpus, available, processes, how):
     started.gpus = available
     out = tmp_path / "out"
     assert run.start(out, {"photos": "p"}, ["train"], workers, gpus, True) is True
-    warm = [("warm up", "cuda:0")] if how[:1] + how[2:3] == ("work", "cuda") else []
+    warm = [("warm up", "cuda:0")] if how == ("work", Worker(), "cuda", None) else []
     assert started.calls == [
         *warm,
         ("settle", out, {"photos": "p"}, ["train"], True, processes),
@@ -141,30 +141,6 @@ def test_earlier_trace_stays_if_nothing_is_traced(started, tmp_path):
         with pytest.raises(UserError, match=f"^{bad} cannot be written: "):
             run.start(tmp_path / "new", {"photos": "p"}, ["train"], trace=bad)
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "message"),
-    [
-        ("2 no weights", UserError, "no weights"),
-        ("3 no photo", NothingUsable, "no photo"),
-        ("2 ", UserError, "a worker failed, see above"),
-        (None, UserError, "worker 1 died"),
-    ],
-)
-def test_reason_of_a_failed_worker(tmp_path, monkeypatch, text, kind, message):
-    def launch(arguments, count):
-        assert arguments == [str(tmp_path), "cuda", "", "index", "archive"] and count == 4
-        assert not (tmp_path / ".failed").exists()  # of an earlier command
-        if text is not None:
-            (tmp_path / ".failed").write_text(text)
-        raise UserError("worker 1 died")
-
-    (tmp_path / ".failed").write_text("2 old")
-    monkeypatch.setattr(run.distributed, "launch", launch)
-    with pytest.raises(kind, match=f"^{message}$") as caught:
-        run._start_workers(tmp_path, ["index", "archive"], 4, "cuda")
-    assert type(caught.value) is kind
 
 
 @pytest.mark.parametrize(("masks", "failed"), [(0, 0), (1, 0), (2, 3)])
