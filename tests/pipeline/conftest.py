@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Fixtures: a small ViT with random weights, options that select it, a single thread for torch, and a browser."""
+"""Fixtures: a small ViT with random weights, options that select it, closed folders, one thread, and a browser."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,23 @@ def printing() -> Iterator[Any]:
 
     with printing() as printer:
         yield printer
+
+
+@pytest.fixture
+def close_folder(monkeypatch) -> Callable[[Path], None]:
+    """Denies the permission to list a folder, also for root."""
+
+    def close(folder: Path) -> None:
+        scandir = os.scandir
+
+        def closed(path):
+            if os.fspath(path) == os.fspath(folder):
+                raise PermissionError(13, "Permission denied")
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", closed)
+
+    return close
 
 
 def run_on_one_thread() -> Iterator[None]:

@@ -318,7 +318,7 @@ def test_a_photo_of_two_categories_has_a_mask_per_folder(photos, tmp_path):
     assert np.array_equal(masks["dining table"], mask_of(path, 3))
 
 
-def test_masks_are_found_as_photos_are(photos, run, tmp_path, monkeypatch):
+def test_masks_are_found_as_photos_are(photos, run, tmp_path, close_folder):
     for path in photos.rglob("*.JPEG"):
         write_json(tmp_path / "elsewhere" / path.parent.name / f"{path.stem}.json", rle(mask_of(path)))
     (tmp_path / "m").mkdir()
@@ -327,14 +327,8 @@ def test_masks_are_found_as_photos_are(photos, run, tmp_path, monkeypatch):
     (tmp_path / "elsewhere" / "n01" / "._n01_0.json").write_bytes(b"a resource fork of macOS")
     output = succeed("import", "masks", tmp_path / "m", "--out", run)
     assert "5 masks are in" in output and "not used" not in output
-    before, scandir = files_of(run), os.scandir
-
-    def closed(path):
-        if os.fspath(path).endswith("/link"):
-            raise PermissionError(13, "Permission denied")
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", closed)
+    before = files_of(run)
+    close_folder(tmp_path / "m" / "link")
     message = fail("import", "masks", tmp_path / "m", "--out", run, "--overwrite")
     assert f"{tmp_path / 'm' / 'link'}: the folder cannot be listed: Permission denied" in message
     assert files_of(run) == before

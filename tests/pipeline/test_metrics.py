@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import struct
 import zlib
@@ -328,21 +327,14 @@ def test_hidden_files_are_no_masks_and_twins_are_an_error(folders):
     assert result.exit_code == 2 and "are masks of the same name; remove one of them" in result.stderr
 
 
-def test_label_maps_are_found_as_photos_are(folders, monkeypatch):
+def test_label_maps_are_found_as_photos_are(folders, close_folder):
     words = folders / "predictions", folders / "truth", "--categories", "cat,dog", "--json", folders / "figures.json"
     (folders / "truth" / "deep").rename(folders / "elsewhere")
     (folders / "truth" / "deep").symlink_to(folders / "elsewhere")
     (folders / "elsewhere" / "loop").symlink_to(folders / "truth")
     assert evaluate(*words).exit_code == 0
     assert json.loads((folders / "figures.json").read_text())["photos"] == 3
-    scandir = os.scandir
-
-    def closed(path):
-        if os.fspath(path).endswith("/deep"):
-            raise PermissionError(13, "Permission denied")
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", closed)
+    close_folder(folders / "truth" / "deep")
     result = evaluate(*words)
     assert result.exit_code == 2 and "deep: the folder cannot be listed: Permission denied" in result.stderr
 

@@ -274,18 +274,11 @@ def test_unreadable_files_and_folders(tmp_path):
         (tmp_path / "closed").chmod(0o700)
 
 
-def test_permission_errors_are_reported_and_skipped(tmp_path, monkeypatch):
+def test_permission_errors_are_reported_and_skipped(tmp_path, close_folder, monkeypatch):
     """The same as above, for root."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b.jpg").write_bytes(PNG)
-    scandir = os.scandir
-
-    def closed(path):
-        if os.fspath(path).endswith("/a"):
-            raise PermissionError(13, "Permission denied")
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", closed)
+    close_folder(tmp_path / "a")
     assert names_and_errors(tmp_path) == (["b.jpg"], [("a", "folder cannot be listed: Permission denied")])
     with pytest.raises(PhotoError, match="'a': folder cannot be listed"):
         list(PhotoSource(tmp_path))
