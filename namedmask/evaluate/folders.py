@@ -43,10 +43,14 @@ class Truth(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def label_maps(folder: Path) -> dict[str, Path]:
+def label_maps(folder: Path, instead: str = "") -> dict[str, Path]:
     """Returns the PNG files of a folder and its subfolders by name: "sub/photo" for sub/photo.png.
 
     Hidden files are skipped and links to folders are followed, as those of photos are.
+
+    Args:
+        folder: The folder.
+        instead: Ends the message if there are none: what else the folder may hold.
 
     Raises:
         UserError: If there are none, if two have the same name, or if a folder cannot be listed.
@@ -59,7 +63,7 @@ def label_maps(folder: Path) -> dict[str, Path]:
         if (earlier := maps.setdefault(name[: -len(".png")], path)) is not path:
             raise UserError(f"{earlier} and {path} are masks of the same name; remove one of them")
     if not maps:
-        raise UserError(f"there are no PNG masks in {folder}")
+        raise UserError(f"there are no PNG masks in {folder}{instead}")
     return maps
 
 

@@ -19,7 +19,6 @@ from ..console import plain_console
 from ..decoding import as_stored
 from ..distributed import Worker
 from ..errors import UserError, quoted
-from ..files import find_files
 from ..formats import BACKGROUND, read_label_map
 from ..masks import MaskRecord, best_masks, read_masks
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
@@ -278,14 +277,9 @@ def matched_records(folder: Path, photos: Path, names: Collection[str]) -> tuple
 
 def _png_files(folder: Path, data: Split) -> dict[str, Path]:
     """The PNG file of each photo of a benchmark."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist")
     masks = folder / "masks" if (folder / "masks").is_dir() else folder
-    if not find_files(masks, ".png"):
-        raise UserError(
-            f"{folder} holds neither a segmenter (model.safetensors), nor masks of a run (masks/*.jsonl), nor PNG files"
-        )
-    matcher, files = PhotoMatcher(data.photos, data.truth), label_maps(masks)
+    files = label_maps(masks, ", nor a segmenter (model.safetensors) or masks of a run (*.jsonl)")
+    matcher = PhotoMatcher(data.photos, data.truth)
     for name in files:
         matcher.add(name)
     if missing := [name for name in data.truth if name not in matcher.matches]:

@@ -446,7 +446,7 @@ def test_sizes_and_masks_that_do_not_fit(tmp_path):
     expect_error("JPEGImages/2007_000033.jpg: there is no mask of that name in", masks, *words)
     shutil.rmtree(masks)
     masks.mkdir()
-    expect_error("holds neither a segmenter", masks, *words)
+    expect_error(f"there are no PNG masks in {masks}, nor a segmenter", masks, *words)
     expect_error("does not exist", tmp_path / "none", *words)
     coca = miniatures.write("coca", tmp_path)
     Image.fromarray(np.ones((4, 6), np.uint8)).save(coca / "binary/whisk/51499.png")
