@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .errors import UserError
-from .files import atomic_write, open_file
+from .errors import DamagedFile, UserError
+from .files import atomic_write, open_file, read_bytes
 
 MAX_LABEL = 0xFFFF
 JPEG_SIDE = 65500  # maximum side of a JPEG
 BACKGROUND = "background"  # the name of class 0
+CATEGORIES = "categories.json"  # beside a folder of label maps: the names of classes 1, 2, ...
 
 
 @functools.cache
@@ -118,3 +120,19 @@ def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:
             raise UserError(f"{path} holds ids above {MAX_LABEL}")
         return pixels.astype(np.uint16)
     return pixels
+
+
+def read_categories(folder: Path, remedy: str) -> list[str]:
+    """Returns the names of classes 1, 2, ... in categories.json of a folder.
+
+    Raises:
+        DamagedFile: If it cannot be read or holds something else; ends with `remedy`.
+    """
+    path = folder / CATEGORIES
+    try:
+        names = json.loads(read_bytes(path))["categories"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("expected a list of names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedFile(path, error, remedy=remedy) from None
+    return names

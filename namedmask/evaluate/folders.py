@@ -15,9 +15,9 @@ import numpy as np
 
 from ..console import plain_console
 from ..distributed import Worker
-from ..errors import DamagedFile, UserError
-from ..files import atomic_write, find_files, read_bytes
-from ..formats import BACKGROUND, read_label_map
+from ..errors import UserError
+from ..files import atomic_write, find_files
+from ..formats import BACKGROUND, CATEGORIES, read_categories, read_label_map
 from ..progress import Progress, warn
 from ..threads import map_ahead, thread_count
 from .metrics import Confusion
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..photos import PhotoSource
     from ..segmenter.predict import Segmenter
 
+REMEDY = "pass the names with --categories-file FILE"  # for a damaged list of names
 IGNORED = 255  # the ignored id, unless it is a class
 IGNORED_RED_GREEN = 1000  # in color files of ImageNet-S
 IGNORED_16_BIT = 0xFFFF  # if 255 is a class
@@ -91,27 +92,6 @@ def new_confusion(categories: Sequence[str], ignore: int | None, red_green: bool
         return Confusion(classes, ignore)
     except ValueError as error:
         raise UserError(f"--ignore {ignore}: {error}") from None
-
-
-def read_categories(folder: Path) -> list[str]:
-    """Returns the names in categories.json of a folder.
-
-    Raises:
-        UserError: If the file is missing or damaged.
-    """
-    try:
-        names = json.loads(read_bytes(folder / "categories.json"))["categories"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise TypeError("expected a list of names")
-        return names
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no categories.json in {folder}: pass the names of the classes without the background, one per "
-            "line, with --categories-file FILE"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        remedy = "pass the names with --categories-file FILE"
-        raise DamagedFile(folder / "categories.json", error, remedy=remedy) from None
 
 
 def compare(predicted: Iterator[tuple[str, np.ndarray]], truth: Mapping[str, Truth], confusion: Confusion) -> list[str]:
@@ -197,19 +177,21 @@ def evaluate_folders(
     from ..photos import SEGMENT_RECORD
     from ..segmenter.folder import segmented_photos
 
-    if categories is None:
-        categories = read_categories(predictions)
-    segmented = None
-    if (predictions / "masks").is_dir():  # the output of `namedmask segment`
-        if (predictions / SEGMENT_RECORD).exists():
-            segmented = set(segmented_photos(predictions).values())
-        predictions = predictions / "masks"
-    predicted_paths, true_paths = label_maps(predictions), label_maps(truth)
-    if segmented is not None:  # files of other origin do not count
+    masks = predictions / "masks" if (predictions / "masks").is_dir() else predictions
+    predicted_paths, true_paths = label_maps(masks), label_maps(truth)
+    if (predictions / SEGMENT_RECORD).exists():  # files of other origin do not count
+        segmented = set(segmented_photos(predictions).values())
         predicted_paths = {name: path for name, path in predicted_paths.items() if name in segmented}
     if missing := [name for name in true_paths if name not in predicted_paths]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{true_paths[missing[0]]}{more}: there is no mask of that name in {predictions}")
+        raise UserError(f"{true_paths[missing[0]]}{more}: there is no mask of that name in {masks}")
+    if categories is None:
+        if not (predictions / CATEGORIES).exists():
+            raise UserError(
+                f"there is no {CATEGORIES} in {predictions}: pass the names of the classes without the background, one "
+                "per line, with --categories-file FILE"
+            )
+        categories = read_categories(predictions, REMEDY)
     predicted = ((name, read_label_map(predicted_paths[name])) for name in true_paths)
     return _compare_folders(predicted, true_paths, categories, ignore, red_green)
 

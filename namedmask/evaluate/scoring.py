@@ -19,14 +19,14 @@ from ..console import plain_console
 from ..decoding import as_stored
 from ..distributed import Worker
 from ..errors import UserError, quoted
-from ..formats import BACKGROUND, read_label_map
+from ..formats import BACKGROUND, CATEGORIES, read_categories, read_label_map
 from ..masks import MaskRecord, best_masks, read_masks
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
 from ..progress import Progress, warn
 from ..suffixes import PHOTO_SUFFIXES
 from ..threads import map_ahead, thread_count
 from .benchmarks import BENCHMARKS, Split, category_names, key_of, read_gray
-from .folders import Confusion, as_json, compare, label_maps, print_table, read_categories
+from .folders import REMEDY, Confusion, as_json, compare, label_maps, print_table
 from .saliency import SaliencyScores
 
 if TYPE_CHECKING:
@@ -314,8 +314,8 @@ def _score_labels(
         photos, pairs = list(records), _as_stored(data, _painted(records, own))
     else:
         files = _png_files(predictions, data)
-        if (predictions / "categories.json").exists():
-            own = read_categories(predictions)
+        if (predictions / CATEGORIES).exists():
+            own = read_categories(predictions, REMEDY)
         pairs = _label_maps(files, about.classes if own is None else len(own))
         if (predictions / SEGMENT_RECORD).exists():
             pairs = _as_stored(data, pairs)

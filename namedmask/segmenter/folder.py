@@ -33,7 +33,7 @@ import numpy as np
 
 from .. import distributed, launcher
 from ..distributed import Worker
-from ..errors import DamagedFile, UserError
+from ..errors import UserError
 from ..files import (
     MAX_NAME,
     NAME_ERRORS,
@@ -46,14 +46,13 @@ from ..files import (
     make_folder,
     name_digest,
     put_back_files,
-    read_bytes,
     remove_files,
     remove_stale,
     set_aside,
     sha256,
     write_error,
 )
-from ..formats import encode_jpeg, label_palette, write_label_map
+from ..formats import encode_jpeg, label_palette, read_categories, write_label_map
 from ..masks import ONLY_FIELDS, ErrorRecord, parse_error, parse_line, parse_photo, read_lines, write_errors
 from ..memory import DECODE_SHARE, photo_budget
 from ..photos import SEGMENT_RECORD, Photo, PhotoError, PhotoSource, open_source
@@ -384,14 +383,7 @@ def _parse_photo(line: bytes) -> tuple[str, str]:
 
 def segmented_categories(out: Path) -> list[str]:
     """The names of classes 1, 2, ... in categories.json of the output folder `out`. Raises DamagedFile."""
-    path = out / "categories.json"
-    try:
-        names = json.loads(read_bytes(path))["categories"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("expected a list of names")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedFile(path, error, remedy="segment the photos again with --overwrite") from None
-    return names
+    return read_categories(out, "segment the photos again with --overwrite")
 
 
 def mask_path(out: Path, name: str) -> Path:

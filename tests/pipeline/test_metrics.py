@@ -18,10 +18,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from namedmask import cli
-from namedmask.errors import UserError
-from namedmask.evaluate.folders import as_json, default_ignore, percent, read_categories
+from namedmask.errors import DamagedFile, UserError
+from namedmask.evaluate.folders import as_json, default_ignore, percent
 from namedmask.evaluate.metrics import Confusion
-from namedmask.formats import label_palette, read_label_map, write_label_map
+from namedmask.formats import label_palette, read_categories, read_label_map, write_label_map
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "running_score.npz"
 CASES = ("binary", "voc21", "voc21_absent_gt", "voc21_absent_both", "all_ignored", "perfect")
@@ -128,8 +128,8 @@ def test_metrics_of_classes_that_are_absent():
 )
 def test_damaged_lists_of_categories_are_named(tmp_path, content):
     (tmp_path / "categories.json").write_text(content)
-    with pytest.raises(UserError, match=r"categories.json: .* pass the names with --categories-file FILE"):
-        read_categories(tmp_path)
+    with pytest.raises(DamagedFile, match=r"categories.json: .* pass the names"):
+        read_categories(tmp_path, "pass the names")
 
 
 @pytest.mark.parametrize("classes", [2, 21, 256, 257, 920])
@@ -307,7 +307,7 @@ def test_evaluate_errors_have_one_line(folders):
     expect_error("--ignore 2", predictions, truth, *names, "--ignore", 2)
     expect_error("--ignore 1000: ", predictions, truth, "--categories", ",".join(map(str, range(1000))), "--red-green")
     expect_error("a.png: the prediction has the id 2: classes are 0 to 1", predictions, truth, "--categories", "cat")
-    expect_error("does not exist", folders / "none", truth, *names)
+    expect_error("none does not exist", folders / "none", truth)
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(predictions / "a.png")
     expect_error("a.png: the prediction is 5 x 5, the truth 20 x 30", predictions, truth, *names)
     (predictions / "b.png").unlink()
