@@ -367,7 +367,7 @@ def segment(
     Writes a label map and scores per photo, and overlays, on a GPU if there is one. Run it again to continue.
     """
     weights = _local(weights)
-    from .segmenter.folder import segment_photos
+    from .segmenter.segment import segment_photos
 
     if os.path.realpath(out) == os.path.realpath(weights if weights.is_dir() else weights.parent):
         raise UserError(f"{out} holds the weights: choose another --out, as their files would be overwritten")

@@ -30,7 +30,7 @@ from namedmask.formats import read_label_map
 from namedmask.photos import PhotoError, PhotoSource
 from namedmask.pseudolabel import Labeler
 from namedmask.run import start
-from namedmask.segmenter.folder import overlay
+from namedmask.segmenter.overlay import overlay
 from namedmask.segmenter.predict import Segmenter
 
 

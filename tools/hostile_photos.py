@@ -37,7 +37,7 @@ from namedmask.masks import ErrorRecord, read_errors, read_masks
 from namedmask.photos import PhotoSource
 from namedmask.pseudolabel import pseudolabel
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
-from namedmask.segmenter.folder import segment_photos
+from namedmask.segmenter.segment import segment_photos
 
 BACKBONE, ENCODER = "vit_tiny_patch16_224", "test_resnet"
 REFINERS = ("bilateral", "crf", "pamr", "none")

@@ -87,7 +87,10 @@ TESTS = {
     "namedmask/saliency/selfmask_training.py": ["pipeline/test_selfmask"],
     "namedmask/segmenter/batch_norm.py": ["pipeline/test_segmenter_training"],
     "namedmask/segmenter/card.py": ["pipeline/test_segmenter_hub"],
-    "namedmask/segmenter/folder.py": ["pipeline/test_predict"],
+    **{
+        f"namedmask/segmenter/{name}.py": ["pipeline/test_predict", "pipeline/test_overwrite"]
+        for name in ("folder", "mask_names", "overlay", "segment")
+    },
     "namedmask/segmenter/report.py": ["pipeline/test_segmented_report"],
     "namedmask/segmenter/training.py": ["pipeline/test_segmenter_training"],
     "namedmask/suffixes.py": ["pipeline/test_photos"],

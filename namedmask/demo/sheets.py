@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..segmenter.folder import overlay
+from ..segmenter.overlay import overlay
 from .scenes import KINDS, evaluation_scene, index_photo
 from .score import ScoredPhoto
 from .score_scenes import ShownScene

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,12 +18,13 @@ from ..distributed import Worker
 from ..errors import UserError
 from ..files import atomic_write, find_files
 from ..formats import BACKGROUND, CATEGORIES, read_categories, read_label_map
+from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
 from ..progress import Progress, warn
+from ..segmenter.mask_names import stem
 from ..threads import map_ahead, thread_count
 from .metrics import Confusion
 
 if TYPE_CHECKING:
-    from ..photos import PhotoSource
     from ..segmenter.predict import Segmenter
 
 REMEDY = "pass the names with --categories-file FILE"  # for a damaged list of names
@@ -174,7 +175,6 @@ def evaluate_folders(
     Raises:
         UserError: If a prediction is missing, or as `_compare_folders` does.
     """
-    from ..photos import SEGMENT_RECORD
     from ..segmenter.folder import segmented_photos
 
     masks = predictions / "masks" if (predictions / "masks").is_dir() else predictions
@@ -214,11 +214,45 @@ def evaluate_segmenter(
     Raises:
         UserError: If a photo is missing, or as `_compare_folders` does.
     """
-    from ..segmenter.folder import predictions
-
     true_paths = label_maps(truth)
-    predicted = predictions(segmenter, source, set(true_paths))
+    predicted = _segmented(segmenter, source, set(true_paths))
     return _compare_folders(predicted, true_paths, segmenter.names[1:], ignore, red_green)
+
+
+def _segmented(segmenter: Segmenter, source: PhotoSource, stems: set[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Segments some photos of a source.
+
+    Args:
+        segmenter: The segmenter.
+        source: The photos.
+        stems: Names of the photos to segment, without suffixes.
+
+    Yields:
+        The name of a photo without its suffix, and its mask, uint16 [H, W].
+
+    Raises:
+        UserError: If a photo is missing or cannot be used, or if two have the same name without its suffix.
+    """
+    errors: list[PhotoError] = []
+    names: dict[str, str] = {}
+    for name in source.names(errors.append):
+        if (key := stem(name)) in stems and (other := names.setdefault(key, name)) != name:
+            raise UserError(f"{other} and {name} would both become {key}.png; rename one of them")
+    if missing := sorted(stems - names.keys()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        why = f" ({errors[0]})" if errors else ""
+        raise UserError(f"there is no photo called {missing[0]}{more} in {source.path}{why}")
+    for name, mask in masks_of(segmenter, source, sorted(names.values())):
+        yield stem(name), mask
+
+
+def masks_of(segmenter: Segmenter, source: PhotoSource, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the names of photos with their masks, uint16 [H, W]. Raises UserError if a photo cannot be used."""
+    for batch in segmenter.segment(source, names):
+        for name, photo, mask in batch:
+            if isinstance(photo, PhotoError):
+                raise UserError(f"{Path(source.path) / name}: {photo.reason}")
+            yield name, mask
 
 
 def as_json(confusion: Confusion, classes: Sequence[str], photos: int) -> dict:

@@ -26,7 +26,7 @@ from ..progress import Progress, warn
 from ..suffixes import PHOTO_SUFFIXES
 from ..threads import map_ahead, thread_count
 from .benchmarks import BENCHMARKS, Split, category_names, key_of, read_gray
-from .folders import REMEDY, Confusion, as_json, compare, label_maps, print_table
+from .folders import REMEDY, Confusion, as_json, compare, label_maps, masks_of, print_table
 from .saliency import SaliencyScores
 
 if TYPE_CHECKING:
@@ -303,8 +303,6 @@ def _score_labels(
     own: list[str] | None = None  # names of the classes of the predictions
     note, photos = "", list(data.truth)
     if _is_weights(predictions):
-        from ..segmenter.folder import masks_of
-
         segmenter = load(known or data.categories)
         own = segmenter.names[1:]
         pairs = masks_of(segmenter, PhotoSource(data.photos, upright=False), photos)

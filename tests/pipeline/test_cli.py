@@ -262,7 +262,7 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name, result in {
         "run.start": True,
-        "segmenter.folder.segment_photos": (3, 0),
+        "segmenter.segment.segment_photos": (3, 0),
         "segmenter.export.export_onnx": 1.23e-7,
         "demo.run.run_demo": None,
         "evaluate.folders.evaluate_folders": "figures",

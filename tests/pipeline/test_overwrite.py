@@ -17,6 +17,7 @@ from namedmask import run
 from namedmask.backbones import untrained_encoder
 from namedmask.errors import UserError
 from namedmask.files import OLD
+from namedmask.formats import write_label_map
 from namedmask.record import read_record
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
 from small_world import ENCODER, command, draw_photo, draw_photos, files_of, small_run, write_embeddings
@@ -329,9 +330,7 @@ def test_segment_restores_or_continues_after_a_failure(weights, dataset, tmp_pat
     expected = files_of(out)
 
     def failing_after(count):
-        from namedmask.segmenter import folder
-
-        write, calls = folder.write_label_map, []
+        write, calls = write_label_map, []
 
         def fail(*arguments):
             calls.append(arguments)
@@ -343,7 +342,7 @@ def test_segment_restores_or_continues_after_a_failure(weights, dataset, tmp_pat
 
     for count in (0, 1):
         with monkeypatch.context() as patched:
-            patched.setattr("namedmask.segmenter.folder.write_label_map", failing_after(count))
+            patched.setattr("namedmask.segmenter.segment.write_label_map", failing_after(count))
             assert command(*words, "--overwrite").stderr == "namedmask: stop\n"
         left = files_of(out)
         assert all(data in left.values() for name, data in expected.items() if name != "segment.json")

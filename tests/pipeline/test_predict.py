@@ -27,10 +27,13 @@ from namedmask.distributed import Worker
 from namedmask.formats import read_label_map, write_label_map
 from namedmask.masks import read_errors
 from namedmask.photos import Photo, PhotoError, PhotoSource
-from namedmask.segmenter import folder, predict
+from namedmask.segmenter import predict
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
-from namedmask.segmenter.folder import overlay, stem
+from namedmask.segmenter.folder import read_scores
+from namedmask.segmenter.mask_names import stem
+from namedmask.segmenter.overlay import overlay, shown_photos
 from namedmask.segmenter.predict import Segmenter, batches_by_shape, fold_batch_norms, upsampled_argmax
+from namedmask.segmenter.segment import segment_photos
 from small_world import draw_photo, draw_photos, files_of
 
 TINY = "test_resnet"
@@ -284,19 +287,19 @@ def results_of(out: Path) -> dict[str, bytes]:
 def test_scores_and_files_do_not_depend_on_workers_or_interruptions(weights, tmp_path, monkeypatch):
     names = sorted([*draw_photos(tmp_path / "photos", 9, (60, 40)), "bad.jpg"])
     (tmp_path / "photos" / "bad.jpg").write_text("no photo")
-    monkeypatch.setattr(folder, "SHARD", 4)
+    monkeypatch.setattr("namedmask.segmenter.segment.SHARD", 4)
     words = (weights, tmp_path / "photos", "--out")
     assert segment(*words, tmp_path / "one").exit_code == 0
     expected, segmenter = results_of(tmp_path / "one"), Segmenter.load(weights)
     lines = [json.loads(line) for line in expected["scores.jsonl"].splitlines()]
     assert [line["photo"] for line in lines] == [name for name in names if name != "bad.jpg"]
-    for line, (name, scores) in zip(lines, folder.read_scores(tmp_path / "one").items(), strict=True):
+    for line, (name, scores) in zip(lines, read_scores(tmp_path / "one").items(), strict=True):
         own = segmenter(tmp_path / "photos" / name).scores
         assert line["photo"] == name and scores.confidence == line["confidence"] == round(own.confidence, 4)
         assert scores.categories.keys() == own.categories.keys()
         assert all(scores.categories[n].area == round(own.categories[n].area, 6) for n in own.categories)
     # Interrupted: the next command makes what is missing.
-    write, made = folder.write_label_map, []
+    write, made = write_label_map, []
 
     def interrupted(*arguments):
         made.append(arguments)
@@ -305,7 +308,7 @@ def test_scores_and_files_do_not_depend_on_workers_or_interruptions(weights, tmp
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "write_label_map", interrupted)
+        patch.setattr("namedmask.segmenter.segment.write_label_map", interrupted)
         assert segment(*words, tmp_path / "two").exit_code == 130
     journal = next((tmp_path / "two" / ".segmenting").glob("*.scores.jsonl"))
     with journal.open("ab") as file:
@@ -326,24 +329,24 @@ def test_scores_and_files_do_not_depend_on_workers_or_interruptions(weights, tmp
 
 def test_photos_of_a_lost_worker_are_segmented_by_the_main_one(weights, tmp_path, monkeypatch):
     draw_photos(tmp_path / "photos", 4, (60, 40))
-    monkeypatch.setattr(folder, "SHARD", 2)
+    monkeypatch.setattr("namedmask.segmenter.segment.SHARD", 2)
     lost = types.SimpleNamespace(rank=0, count=2, is_main=True, attempt=0, barrier=lambda name: None,
                                  device=lambda kind: kind, count_done=Worker().count_done, fail=print,
                                  claim=lambda stage, shards: iter([1]))  # fmt: skip
-    monkeypatch.setattr(folder.distributed, "current", lambda: lost)
-    assert folder.segment_photos(weights, tmp_path / "photos", tmp_path / "out") == (4, 0)
-    assert len(folder.read_scores(tmp_path / "out")) == 4 and not (tmp_path / "out" / ".segmenting").exists()
+    monkeypatch.setattr("namedmask.distributed.current", lambda: lost)
+    assert segment_photos(weights, tmp_path / "photos", tmp_path / "out") == (4, 0)
+    assert len(read_scores(tmp_path / "out")) == 4 and not (tmp_path / "out" / ".segmenting").exists()
 
 
 def test_overlays_of_none_a_sample_or_all_photos(weights, tmp_path, monkeypatch):
     names = draw_photos(tmp_path / "photos", 5, (40, 30))
-    monkeypatch.setattr(folder, "SAMPLE", 2)
+    monkeypatch.setattr("namedmask.segmenter.overlay.SAMPLE", 2)
     for overlays, shown in (("none", []), ("sample", [0, 2]), ("all", range(5))):  # each continues
         assert segment(weights, tmp_path / "photos", "--out", tmp_path / "out", "--overlays", overlays).exit_code == 0
         made = {path.name for path in (tmp_path / "out").glob("overlays/*")}
         assert made == {sorted(names)[number] for number in shown}
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 5
-    assert folder.shown_photos(["a"] * 2, "sample") == {"a"}
+    assert shown_photos(["a"] * 2, "sample") == {"a"}
 
 
 def test_segment_reports_errors_in_one_line(weights, tmp_path):
@@ -425,7 +428,7 @@ def test_masks_and_overlays_do_not_depend_on_the_size_of_blocks(monkeypatch):
     mask, photo = upsampled_argmax(logits, 60, 50), make_photo(60, 50)
     blended = overlay(photo, mask.numpy())
     monkeypatch.setattr(predict, "ROWS_AT_ONCE", 7 * 50)
-    monkeypatch.setattr(folder, "ROWS", 7)
+    monkeypatch.setattr("namedmask.segmenter.overlay.ROWS", 7)
     assert torch.equal(upsampled_argmax(logits, 60, 50), mask)
     np.testing.assert_array_equal(overlay(photo, mask.numpy()), blended)
 
