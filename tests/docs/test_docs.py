@@ -30,7 +30,8 @@ from typer.testing import CliRunner
 
 import namedmask_kernels
 from namedmask import cli, config
-from namedmask.stages import STAGES
+from namedmask.command_line import given_settings
+from namedmask.stages import LABELING, STAGES
 from namedmask_kernels import backends
 
 ROOT = Path(__file__).parents[2]
@@ -174,14 +175,14 @@ def test_commands_parse(words):
         if hasattr(command, "commands"):
             command = command.commands[rest.pop(0)]
     context = command.make_context(name, rest)
-    stages = cli.LABELING if name in ("run", "namedmask-pseudolabel") else (name,)
+    stages = LABELING if name in ("run", "namedmask-pseudolabel") else (name,)
     sections = [section for stage in stages if stage in STAGES for section in STAGES[stage].sections]
     options = {}
     for one in SETTINGS.values():
         text = context.params.get(one.flag.lstrip("-").replace("-", "_")) if one.flag else None
         if text is not None and one.name.split(".")[0] in sections:
             options[one] = text
-    given = cli.given_settings(sections, None, context.params.get("set_") or [], options)
+    given = given_settings(sections, None, context.params.get("set_") or [], options)
     config.make_config({"photos": "photos", **given})
 
 

@@ -14,7 +14,7 @@ from namedmask import cli, command_line, config, presets
 from namedmask.errors import NothingUsable, UserError
 from namedmask.process import Interrupted
 from namedmask.record import RunRecord, StageRecord
-from namedmask.stages import STAGES
+from namedmask.stages import LABELING, STAGES
 
 SETTINGS = list(config.settings())
 
@@ -292,8 +292,8 @@ def source_path(source) -> str:
 @pytest.mark.parametrize(
     ("words", "out", "given", "rest"),
     [
-        (["run", "photos"], "run", {"photos": "photos"}, [cli.LABELING, 1, None, False, None, False]),
-        (["run", "--trace", "t"], "run", {}, [cli.LABELING, 1, None, False, Path("t"), False]),
+        (["run", "photos"], "run", {"photos": "photos"}, [LABELING, 1, None, False, None, False]),
+        (["run", "--trace", "t"], "run", {}, [LABELING, 1, None, False, Path("t"), False]),
         (
             ["index", "photos", "--out", "o", "--workers", 1, "--gpus", 0, "--overwrite"],
             "o",
