@@ -61,8 +61,10 @@ def random_walk(
     Cost:
         For n tokens, n^2 C flops and n^2 / 2 exponentials, and n^2 2 M flops per step. On a CPU, half of S is kept from
         step to step while it fits 32 MB, 2 n^2 bytes of up to 4,032 tokens; what does not fit is computed again. The
-        Triton version holds one tile at a time and computes the cosines in each step, with 6 n^2 C flops of float16; on
-        an H100, 0.24 ms per image of 3,600 tokens with 20 masks and 2 steps, in a batch of 64.
+        Triton version also computes half of the cosines, with 3 n^2 C flops of float16, and keeps S, 4 n^2 bytes, for
+        as many images at a time as fit 1 GiB; it holds one tile of images of more than 16,384 tokens, and computes
+        their cosines in each step. On an H100, 0.24 ms per image of 3,600 tokens with 20 masks and 2 steps, in a batch
+        of 64, when it did so for all images; no GPU has run the present version.
 
     Determinism:
         Bit-identical for any batch and number of threads.

@@ -312,7 +312,11 @@ def run_walk(masks, features, *settings):
 @pytest.mark.parametrize(
     "masks, channels, steps, sharpness", [(1, 5, 1, 10.0), (20, 64, 3, 10.0), (70, 100, 2, 60.0), (3, 16, 2, 0.0)]
 )
-def test_random_walk(masks, channels, steps, sharpness):
+@pytest.mark.parametrize("kept", [0, 1, 5, 2**14], ids="{} tiles kept".format)
+def test_random_walk(masks, channels, steps, sharpness, kept, monkeypatch):
+    from namedmask_kernels.triton import random_walk as kernels
+
+    monkeypatch.setattr(kernels, "MOST_KEPT", kept * kernels.TILE**2)  # the images require 4, 0, 1 and 1 tiles
     features = tokens([(9, 17), (0, 4), (1, 1), (8, 8)], channels)
     soft = features.with_rows(torch.rand(len(features.rows), masks, generator=torch.Generator().manual_seed(0)))
     result = run_walk(soft, features, steps, sharpness)
@@ -323,6 +327,20 @@ def test_random_walk(masks, channels, steps, sharpness):
         torch.testing.assert_close(walked.flatten(0, 1).double(), exact, rtol=0, atol=allowed)
     last = [Ragged.pack(batch.grids()[-1:]) for batch in (soft, features)]
     assert torch.equal(run_walk(*last, steps, sharpness).rows, result.grids()[-1].flatten(0, 1))
+
+
+def test_random_walk_writes_all_weights_that_it_reads(monkeypatch):
+    features = tokens([(9, 17), (8, 8)], 16)
+    soft = features.with_rows(torch.rand(len(features.rows), 3))
+    expected = run_walk(soft, features, 2, 10.0)
+    plain = torch.Tensor.new_empty
+
+    def poisoned(*arguments, **options):
+        empty = plain(*arguments, **options)
+        return empty.fill_(torch.nan) if empty.is_floating_point() else empty
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    assert torch.equal(run_walk(soft, features, 2, 10.0).rows, expected.rows)
 
 
 def test_random_walk_of_empty_input_without_steps_and_of_features_that_are_not_finite():

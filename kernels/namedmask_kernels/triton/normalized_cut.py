@@ -20,7 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .normalized_rows import SCALE, STEPS, NormalizedRows, scaled_cosines, steps_on, upper_tile, upper_tiles
+from .normalized_rows import (
+    SCALE,
+    STEPS,
+    NormalizedRows,
+    image_table,
+    scaled_cosines,
+    square_sizes,
+    steps_on,
+    upper_tile,
+    upper_tiles,
+)
 from .tables import Variant, table_on_device
 
 TILE = 128  # rows and columns; fixed by the layout of the bits, see normalized_cut.h
@@ -37,7 +47,7 @@ def _bits_from(first):
 def _connect(high, low, table, bits, threshold, row_stride, TILE: tl.constexpr, CHANNELS: tl.constexpr):
     """The bits of a tile and of its transpose; grid (tiles of the largest image, images).
 
-    table: int64 [images, 3], the image's first token, its length, and its first word of bits
+    table: that of image_table
     """
     entry = table + 3 * tl.program_id(1)
     begin = tl.load(entry)
@@ -70,21 +80,9 @@ def _connect(high, low, table, bits, threshold, row_stride, TILE: tl.constexpr, 
             words |= transposed
             transposed = words
         size = tiles.to(tl.int64) * TILE
-        own = bits + tl.load(entry + 2)
+        own = bits + tl.load(entry + 2) // 32
         tl.store(own + ((right * size + row)[:, None] * 4 + word[None, :]), words)
         tl.store(own + ((down * size + column)[:, None] * 4 + word[None, :]), transposed)
-
-
-def _words(lengths: np.ndarray) -> np.ndarray:
-    """The number of int32 words of each image's bits, int64."""
-    return (-(-lengths.astype(np.int64) // TILE) * TILE) ** 2 // 32
-
-
-def _image_table(offsets: np.ndarray) -> np.ndarray:
-    """int64 [B, 3]: the first token of each image, the number of its tokens, and the first word of its bits."""
-    lengths = np.diff(offsets)
-    words = _words(lengths)
-    return np.stack([offsets[:-1], lengths, words.cumsum() - words], 1)
 
 
 def affinity_bits(unit: NormalizedRows, offsets: Tensor, tau: float) -> Tensor:
@@ -99,9 +97,10 @@ def affinity_bits(unit: NormalizedRows, offsets: Tensor, tau: float) -> Tensor:
         The int32 `bits` of normalized_cut.h.
     """
     lengths = np.diff(offsets.numpy())
-    bits = torch.empty(int(_words(lengths).sum()), dtype=torch.int32, device=unit.high.device)
-    if len(bits):
-        table = table_on_device(_image_table, unit.high, offsets)
+    words = int(square_sizes(lengths, TILE).sum()) // 32
+    bits = torch.empty(words, dtype=torch.int32, device=unit.high.device)
+    if words:
+        table = table_on_device(image_table, unit.high, offsets, TILE)
         threshold = math.inf if tau >= 1 else tau  # no cosine exceeds 1, whatever the rounding
         channels, options = steps_on(STEPS, unit.high)
         _connect[upper_tiles(lengths, TILE), len(lengths)](

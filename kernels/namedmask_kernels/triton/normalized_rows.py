@@ -107,6 +107,19 @@ def upper_tiles(lengths: np.ndarray, size: int) -> int:
     return tiles * (tiles + 1) // 2
 
 
+def square_sizes(lengths: np.ndarray, size: int) -> np.ndarray:
+    """The number of elements of each image's square matrix in whole tiles of size x size, int64."""
+    return (-(-lengths.astype(np.int64) // size) * size) ** 2
+
+
+def image_table(offsets: np.ndarray, size: int) -> np.ndarray:
+    """int64 [B, 3]: the first token of each image, the number of its tokens, the first element of its matrix among
+    those of all images."""
+    lengths = np.diff(offsets)
+    sizes = square_sizes(lengths, size)
+    return np.stack([offsets[:-1], lengths, sizes.cumsum() - sizes], 1)
+
+
 def steps_on(steps: dict[int, Steps], like: Tensor) -> Steps:
     """The entry of a table like STEPS for the tensor's GPU."""
     major = torch.cuda.get_device_capability(like.device)[0] if like.is_cuda else 9

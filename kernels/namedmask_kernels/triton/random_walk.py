@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""random_walk for GPUs of compute capability 8.0 and later: a step is attention with unit queries and keys.
+"""random_walk for GPUs of compute capability 8.0 and later, in two kernels.
 
-A thread block iterates over the tiles of S in its rows and accumulates the product of each tile with the masks and the
-row sums; only one tile of S exists at a time. Cosines are at most 1, so unlike attention it requires no running
-maximum. Tiles are recomputed in each step: their three float16 products on the tensor cores (normalized_rows.py) take
-less time than writing and reading n^2 floats. No atomics: bit-identical on every call and in any batch.
+`_keep` writes S once: the tiles of cosines on and above the diagonal, three float16 products each on the tensor cores
+(normalized_rows.py), and their transposes below it. `_step` reads S: a thread block iterates over the tiles in its rows
+and accumulates the product of each tile with the masks and the row sums. S is symmetric, so a step alone would compute
+each cosine twice; for an image too large for its S to be kept, `_step` does so and holds one tile at a time. Cosines
+are at most 1, so unlike attention it requires no running maximum. No atomics: bit-identical on every call and in any
+batch.
 """
 
 from __future__ import annotations
@@ -13,19 +15,37 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..ragged import expect_finite
-from .normalized_rows import SCALE, Steps, normalized_rows, scaled_cosines, steps_on
+from .normalized_rows import (
+    SCALE,
+    Steps,
+    image_table,
+    normalized_rows,
+    scaled_cosines,
+    square_sizes,
+    steps_on,
+    upper_tile,
+    upper_tiles,
+)
+from .normalized_rows import STEPS as COSINE_STEPS
 from .tables import Variant, block_table, table_on_device
 
-ROWS, COLUMNS = 128, 64  # of a tile of S; larger tiles spill registers
-MASKS = (16, 32)  # masks per block: the first that holds all of them; more masks go to several blocks
-# As in normalized_rows.py. On sm_90 two blocks fit a multiprocessor: one computes while the other loads the first
-# operands of a tile or multiplies it with the masks.
+TILE = 128  # rows and columns of a tile that `_keep` computes
+KEEP_STEPS = COSINE_STEPS | {80: (16, {"num_warps": 8, "num_stages": 3})}  # 128 registers per thread would spill there
+MOST_KEPT = 2**28  # elements of S that are kept at a time, 1 GiB: 20 images of 3,600 tokens, or one of 16,384
+MASKS = (16, 32)  # masks per block of `_step`: the first that holds all of them; more masks go to several blocks
+ROWS, COLUMNS = 128, 64  # of a tile that `_step` computes; larger tiles spill registers
+# Of a tile that `_step` reads. Two blocks fit a multiprocessor of sm_90, each with two tiles of 16 KB in flight.
+KEPT_ROWS = 64
+KEPT_OPTIONS = {"num_warps": 4, "num_stages": 3}
+# As in normalized_rows.py, for `_step` without kept weights. On sm_90 two blocks fit a multiprocessor: one computes
+# while the other loads the first operands of a tile or multiplies it with the masks.
 STEPS: dict[int, Steps] = {
     80: (64, {"num_warps": 8, "num_stages": 2}),
     90: (32, {"num_warps": 8, "num_stages": 4, "maxnreg": 128}),
@@ -35,23 +55,69 @@ LEAST = tl.constexpr(-60 * math.log2(math.e))
 
 
 @triton.jit
+def _weights(
+    high, low, rows, columns, factor, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """The elements of S at the rows and columns of an image, float32 [ROWS, COLUMNS].
+
+    factor: sharpness * log2(e), so that the exponentials are powers of two
+    """
+    tile = scaled_cosines(high, low, rows, columns, row_stride, ROWS, COLUMNS, CHANNELS)
+    return tl.exp2(tl.minimum(tl.maximum(factor * (tile * (1 / SCALE) - 1), LEAST), 1.5))
+
+
+@triton.jit
+def _keep(high, low, table, kept, factor, row_stride, TILE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Writes a tile of S and its transpose; grid (tiles of the largest image, images).
+
+    table: that of image_table
+    kept: S of each image, in whole tiles; 0 outside of the image
+    """
+    entry = table + 3 * tl.program_id(1)
+    begin = tl.load(entry)
+    length = tl.load(entry + 1).to(tl.int32)
+    tiles = tl.cdiv(length, TILE)
+    down, right = upper_tile(tl.program_id(0))
+    if right < tiles:
+        here = tl.arange(0, TILE)
+        row = down * TILE + here
+        column = right * TILE + here
+        high += begin * row_stride
+        low += begin * row_stride
+        rows = tl.minimum(row, length - 1)
+        columns = tl.minimum(column, length - 1)
+        weights = _weights(high, low, rows, columns, factor, row_stride, TILE, TILE, CHANNELS)
+        weights = tl.where((row < length)[:, None] & (column < length)[None, :], weights, 0)
+        kept += tl.multiple_of(tl.load(entry + 2), TILE)
+        stride = tiles * TILE
+        tl.store(kept + (row[:, None] * stride + column[None, :]), weights)
+        if down != right:  # the halves of a tile on the diagonal differ by rounding, so its transpose is not written
+            tl.store(kept + (column[:, None] * stride + row[None, :]), tl.trans(weights))
+
+
+@triton.jit
 def _step(
-    high, low, source, target, table, factor, row_stride, masks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, MASKS: tl.constexpr,
+    high, low, kept, source, target, table, factor, row_stride, masks,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, MASKS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """target [T, masks] = P source for a block of tokens and MASKS masks; grid (blocks, groups of masks).
 
-    table: int32 [blocks, 3], the image's first token, its length, and the block's first token in it
-    factor: sharpness * log2(e), so that the exponentials are powers of two
+    kept: S as `_keep` wrote it, or None to compute it
+    table: int64 [blocks, 4], the image's first token, its length, the block's first token in it, and the first element
+        of the image's S
     """
-    entry = table + 3 * tl.program_id(0)
-    begin = tl.load(entry).to(tl.int64)
-    length = tl.load(entry + 1)
-    row = tl.load(entry + 2) + tl.arange(0, ROWS)
+    entry = table + 4 * tl.program_id(0)
+    begin = tl.load(entry)
+    length = tl.load(entry + 1).to(tl.int32)
+    row = tl.load(entry + 2).to(tl.int32) + tl.arange(0, ROWS)
     mask = tl.program_id(1) * MASKS + tl.arange(0, MASKS)
     rows = tl.minimum(row, length - 1)
-    high += begin * row_stride
-    low += begin * row_stride
+    if kept is None:
+        high += begin * row_stride
+        low += begin * row_stride
+    else:
+        kept += tl.multiple_of(tl.load(entry + 3), TILE)
+        stride = tl.cdiv(length, TILE) * TILE
     source += begin * masks
     target += begin * masks
     acc = tl.zeros([ROWS, MASKS], tl.float32)
@@ -60,15 +126,35 @@ def _step(
         column = start + tl.arange(0, COLUMNS)
         inside = column < length
         columns = tl.minimum(column, length - 1)
-        tile = scaled_cosines(high, low, rows, columns, row_stride, ROWS, COLUMNS, CHANNELS)
-        exponent = tl.minimum(tl.maximum(factor * (tile * (1 / SCALE) - 1), LEAST), 1.5)
-        weights = tl.where(inside[None, :], tl.exp2(exponent), 0)
+        if kept is None:
+            weights = _weights(high, low, rows, columns, factor, row_stride, ROWS, COLUMNS, CHANNELS)
+            weights = tl.where(inside[None, :], weights, 0)
+        else:
+            weights = tl.load(kept + (row[:, None] * stride + column[None, :]))
         total += tl.sum(weights, 1)
         at = columns[:, None] * masks + mask[None, :]
         values = tl.load(source + at, mask=inside[:, None] & (mask < masks)[None, :], other=0.0)
         acc = tl.dot(weights, values, acc, input_precision="tf32x3")
     at = rows[:, None] * masks + mask[None, :]
     tl.store(target + at, acc / total[:, None], mask=(row < length)[:, None] & (mask < masks)[None, :])
+
+
+def _step_table(offsets: np.ndarray, rows: int) -> np.ndarray:
+    """The table of `_step`."""
+    table = block_table(offsets, rows).astype(np.int64)
+    images = np.searchsorted(offsets, table[:, 0], side="right") - 1  # of those that begin there, the one with tokens
+    return np.concatenate([table, image_table(offsets, TILE)[images, 2:]], 1)
+
+
+def _groups(sizes: np.ndarray) -> Iterator[slice]:
+    """Splits a batch into groups of images whose S fits MOST_KEPT; an image that is larger is a group of its own."""
+    first = total = 0
+    for b, size in enumerate(sizes.tolist()):
+        if total + size > MOST_KEPT and b > first:
+            yield slice(first, b)
+            first, total = b, 0
+        total += size
+    yield slice(first, len(sizes))
 
 
 def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, steps: int, sharpness: float) -> None:
@@ -85,7 +171,6 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
     Raises:
         ValueError: If the features of an image are not finite.
     """
-    count = masks.shape[1]
     with torch.cuda.device_of(masks):
         unit = normalized_rows(features)
         expect_finite("random_walk", "features", unit.finite, offsets)
@@ -93,18 +178,37 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
             out.copy_(masks)
             return
         masks, scales = _scaled(masks, offsets)
-        together = next((m for m in MASKS if m >= count), MASKS[-1])
-        table = table_on_device(block_table, masks, offsets, ROWS)
         spare = torch.empty_like(out) if steps > 1 else out
-        channels, options = steps_on(STEPS, unit.high)
-        source = masks
-        for i in reversed(range(steps)):  # the last one writes to out
-            target = spare if i % 2 else out
-            _step[len(table), triton.cdiv(count, together)](
-                unit.high, unit.low, source, target, table, sharpness * math.log2(math.e), unit.high.shape[1], count,
-                ROWS=ROWS, COLUMNS=COLUMNS, CHANNELS=channels, MASKS=together, **options,
-            )  # fmt: skip
-            source = target
+        lengths = np.diff(offsets.numpy())
+        sizes = square_sizes(lengths, TILE)
+        count = masks.shape[1]
+        together = next((m for m in MASKS if m >= count), MASKS[-1])
+        factor, stride = sharpness * math.log2(math.e), unit.high.shape[1]
+        for images in _groups(sizes):
+            elements = int(sizes[images].sum())
+            if not elements:
+                continue
+            own = offsets[images.start : images.stop + 1]
+            if elements <= MOST_KEPT:
+                kept = masks.new_empty(elements)
+                table = table_on_device(image_table, masks, own, TILE)
+                channels, options = steps_on(KEEP_STEPS, unit.high)
+                _keep[upper_tiles(lengths[images], TILE), len(own) - 1](
+                    unit.high, unit.low, table, kept, factor, stride, TILE=TILE, CHANNELS=channels, **options
+                )
+                rows, options = KEPT_ROWS, KEPT_OPTIONS
+            else:
+                kept, rows = None, ROWS
+                channels, options = steps_on(STEPS, unit.high)
+            table = table_on_device(_step_table, masks, own, rows)
+            source = masks
+            for i in reversed(range(steps)):  # the last one writes to out
+                target = spare if i % 2 else out
+                _step[len(table), triton.cdiv(count, together)](
+                    unit.high, unit.low, kept, source, target, table, factor, stride, count,
+                    ROWS=rows, COLUMNS=COLUMNS, CHANNELS=channels, MASKS=together, TILE=TILE, **options,
+                )  # fmt: skip
+                source = target
         if scales is not None:
             limit = torch.finfo(out.dtype).max
             out.copy_(torch.where(out.isfinite(), (out / scales).clamp(-limit, limit), out))
@@ -128,8 +232,13 @@ def _scaled(masks: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def ahead_of_time() -> Iterator[Variant]:
     """The kernels that `random_walk` launches."""
-    types = {"high": "*fp16", "low": "*fp16", "source": "*fp32", "target": "*fp32", "table": "*i32", "factor": "fp32",
-             "row_stride": "i32", "masks": "i32"}  # fmt: skip
+    unit = {"high": "*fp16", "low": "*fp16", "factor": "fp32", "row_stride": "i32"}
+    for arch, (channels, options) in KEEP_STEPS.items():
+        types = unit | {"table": "*i64", "kept": "*fp32"}
+        yield Variant("_keep", _keep, types, {"TILE": TILE, "CHANNELS": channels}, options, (arch,))
+    step = unit | {"source": "*fp32", "target": "*fp32", "table": "*i64", "masks": "i32"}
     for masks, (arch, (channels, options)) in itertools.product(MASKS, STEPS.items()):
-        sizes = {"ROWS": ROWS, "COLUMNS": COLUMNS, "CHANNELS": channels, "MASKS": masks}
-        yield Variant(f"_step masks={masks}", _step, types, sizes, options, (arch,))
+        sizes = {"COLUMNS": COLUMNS, "CHANNELS": channels, "MASKS": masks, "TILE": TILE}
+        yield Variant(f"_step masks={masks}", _step, step, sizes | {"ROWS": ROWS, "kept": None}, options, (arch,))
+        types, sizes = step | {"kept": "*fp32"}, sizes | {"ROWS": KEPT_ROWS}
+        yield Variant(f"_step kept masks={masks}", _step, types, sizes, KEPT_OPTIONS, (arch,))

@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .normalized_rows import SCALE, STEPS, NormalizedRows, scaled_cosines, steps_on, upper_tile, upper_tiles
+from .normalized_rows import (
+    SCALE,
+    STEPS,
+    NormalizedRows,
+    image_table,
+    scaled_cosines,
+    steps_on,
+    upper_tile,
+    upper_tiles,
+)
 from .tables import Variant, table_on_device
 
 TILE = 128
@@ -26,9 +35,9 @@ TILE = 128
 def _range(high, low, table, ranges, row_stride, TILE: tl.constexpr, CHANNELS: tl.constexpr):
     """ranges float32 [images, tiles of the largest image, 2]: minimum and maximum of a tile; grid (tiles, images).
 
-    table: int64 [images, 2], the image's first token and its length
+    table: that of image_table
     """
-    entry = table + 2 * tl.program_id(1)
+    entry = table + 3 * tl.program_id(1)
     begin = tl.load(entry)
     length = tl.load(entry + 1).to(tl.int32)
     down, right = upper_tile(tl.program_id(0))
@@ -42,11 +51,6 @@ def _range(high, low, table, ranges, row_stride, TILE: tl.constexpr, CHANNELS: t
         at = ranges + 2 * (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
         tl.store(at, tl.min(tl.min(tile, 1), 0) * (1 / SCALE))
         tl.store(at + 1, tl.max(tl.max(tile, 1), 0) * (1 / SCALE))
-
-
-def _image_table(offsets: np.ndarray) -> np.ndarray:
-    """int64 [B, 2]: the first token of each image and the number of its tokens."""
-    return np.stack([offsets[:-1], np.diff(offsets)], 1).astype(np.int64)
 
 
 def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
@@ -64,7 +68,7 @@ def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
     ranges = torch.empty(len(lengths), max(tiles, 1), 2, dtype=torch.float32, device=unit.high.device)
     ranges[..., 0], ranges[..., 1] = torch.inf, -torch.inf
     if tiles:
-        table = table_on_device(_image_table, unit.high, offsets)
+        table = table_on_device(image_table, unit.high, offsets, TILE)
         channels, options = steps_on(STEPS, unit.high)
         _range[tiles, len(lengths)](
             unit.high, unit.low, table, ranges, unit.high.shape[1], TILE=TILE, CHANNELS=channels, **options
