@@ -133,7 +133,6 @@ def compare(
     calls: Mapping[str, Callable[[], object]],
     benchmark,
     *,
-    optional: Mapping[str, Callable[[], Callable[[], object]]] | None = None,
     same: Callable[[object, object], None] = np.testing.assert_array_equal,
     count: int = 1,
     rounds: int = 30,
@@ -146,7 +145,6 @@ def compare(
         title: Title of the table.
         calls: The calls by method, ours first.
         benchmark: Fixture of pytest-benchmark, which times our call.
-        optional: Methods of packages that may be absent: functions that import the package and return the call.
         same: Takes our result and another one, and raises AssertionError if they differ.
         count: Number of threads.
         rounds: As in `paired_medians`.
@@ -154,12 +152,6 @@ def compare(
         moved: Bytes that our call must read and write at least. Their bandwidth is compared with that of one thread
             that copies an array of this size, times `count`.
     """
-    calls, absent = dict(calls), []
-    for method, prepare in (optional or {}).items():
-        try:
-            calls[method] = prepare()
-        except ImportError as error:
-            absent.append({"method": f"{method}: absent ({error})"})
     ours, *others = calls.values()
     for other in others:
         same(ours(), other())
@@ -171,7 +163,7 @@ def compare(
     rows = [{"method": method, "ms": 1e3 * s, "time / ours": s / ours_seconds} for method, s in medians.items()]
     if moved:
         rows[0] |= {"GB/s": moved / ours_seconds / 1e9, "share of a copy's": moved / ours_seconds / ceiling}
-    report(title, rows + absent)
+    report(title, rows)
 
 
 def report_two_threads(title: str, call: Callable[[], object], images: int, benchmark, rounds: int, seconds: float):

@@ -67,15 +67,3 @@ def describe(scene: Scene, rng: HasRandom) -> str:
     if rng.random() < 0.4:
         phrase += " " + _pick(rng, _GROUND[scene.background])
     return phrase
-
-
-def captions(scene: Scene, rng: HasRandom, templates: Sequence[str] = TEMPLATES) -> str:
-    """One caption for a scene: with equal probability plain ("a photo of a fish.") or with a description.
-
-    Args:
-        scene: The scene.
-        rng: Source of random numbers.
-        templates: Sentences with one ``{}`` each.
-    """
-    template = _pick(rng, templates)
-    return template.format(subject(scene) if rng.random() < 0.5 else describe(scene, rng))

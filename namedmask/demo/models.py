@@ -76,12 +76,12 @@ def register() -> None:
     registry.set_default_weights("selfmask", VIT_NAME, SELFMASK_WEIGHTS)
 
 
-def untrained_vit(seed: int = 0) -> nn.Module:
+def untrained_vit() -> nn.Module:
     """Returns the ViT of the demo with random weights, in float32 and eval mode, for photos of any shape."""
     import timm
     import torch
 
     register()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         return timm.create_model(VIT_NAME, pretrained=False, num_classes=0, dynamic_img_size=True).eval()

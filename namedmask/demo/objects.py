@@ -81,9 +81,8 @@ class Canvas:
         pieces = [self.capsule(x0, y0, x1, y1, ra, rb) for (x0, y0, ra), (x1, y1, rb) in pairwise(curve)]
         return functools.reduce(np.minimum, pieces)
 
-    def convex(self, points: list[tuple[float, float]], mirror: bool = False) -> np.ndarray:
+    def convex(self, points: list[tuple[float, float]]) -> np.ndarray:
         """A convex polygon; the corners may be in either order."""
-        u = np.abs(self.u) if mirror else self.u
         turns = sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True))
         points = points if turns > 0.0 else points[::-1]
         sides = []
@@ -91,7 +90,7 @@ class Canvas:
             dx, dy = x1 - x0, y1 - y0
             length = math.sqrt(dx * dx + dy * dy)
             nx, ny = dy / length, -dx / length
-            sides.append(u * nx + (self.v * ny - (x0 * nx + y0 * ny)))
+            sides.append(self.u * nx + (self.v * ny - (x0 * nx + y0 * ny)))
         return functools.reduce(np.maximum, sides)
 
     def box(self, cx: float, cy: float, hx: float, hy: float, corner: float = 0.03) -> np.ndarray:

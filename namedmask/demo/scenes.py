@@ -60,10 +60,10 @@ def index_photo(seed: int, number: int, size: tuple[int, int] | None = None) -> 
     return _render(Dice(seed, 2, number), [kind] if kind else [], size, largest=0.56)
 
 
-def evaluation_scene(seed: int, number: int, size: tuple[int, int] | None = None) -> Scene:
-    """Renders a scene for evaluation: one to three objects of different kinds. Arguments as in `index_photo`."""
+def evaluation_scene(seed: int, number: int) -> Scene:
+    """Renders a scene for evaluation: one to three objects of different kinds. Arguments: see `index_photo`."""
     dice = Dice(seed, 3, number)
-    return _render(dice, dice.shuffled(KINDS)[: dice.integer(1, 4)], size, largest=0.42)
+    return _render(dice, dice.shuffled(KINDS)[: dice.integer(1, 4)], None, largest=0.42)
 
 
 # Colors ------------------------------------------------------------------------------------------------------------

@@ -88,10 +88,11 @@ class Estimate:
         """The estimate as plain values, with the seconds of each row."""
         return asdict(self) | {"rows": [asdict(row) | {"seconds": row.seconds} for row in self.rows]}
 
-    def line(self, stages: Sequence[str] = ()) -> str:
+    def line(self) -> str:
         """The time in one line: "about 3 h 10 min: index 2 h, pseudolabel 1 h 10 min"."""
-        chosen = [row for row in self.rows if not stages or row.stage in stages]
-        times = {row.stage: sum(other.seconds for other in chosen if other.stage == row.stage) for row in chosen}
+        times: dict[str, float] = {}
+        for row in self.rows:
+            times[row.stage] = times.get(row.stage, 0.0) + row.seconds
         parts = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in times.items())
         return f"about {duration(sum(times.values()))}: {parts}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,20 +32,6 @@ from .saliency import SaliencyScores
 if TYPE_CHECKING:
     from ..segmenter.predict import Segmenter
     from . import BenchmarkName
-
-
-class Predictions(NamedTuple):
-    """Predictions for photos of a benchmark.
-
-    Attributes:
-        names: Names of the photos that have one.
-        pairs: Yields each of these names with its prediction [H, W], in order.
-        note: Where they come from and how many there are, in one line.
-    """
-
-    names: list[str]
-    pairs: Iterator[tuple[str, np.ndarray]]
-    note: str = ""
 
 
 def evaluate_benchmark(

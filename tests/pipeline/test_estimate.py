@@ -168,7 +168,6 @@ def test_the_table():
     found = Estimate(90_000, 3, 0.3, "a CPU", rows, 100.0, (), 100 * 10**9, 10 * 10**9, 0)
     assert found.seconds() == 36_000 + 360 + 18_000 + 1_800
     assert found.line() == "about 15 h 36 min: index 10 h, pseudolabel 6 min, experts 5 h 30 min"
-    assert found.line(("index",)) == "about 10 h: index 10 h"
     lines = found.table().splitlines()
     assert lines[0].split() == ["stage", "rate", "here", "of", "this", "job", "hours", "disk,", "GB", "memory,", "GB"]
     assert lines[3].split() == ["experts:", "training", "0.5", "views/s", "9,000", "views", "5.00", "1.00", "12"]
