@@ -73,11 +73,11 @@ def setting(default: Any, description: str, *, flag: str | None = "", **limits: 
     """A field of a Section.
 
     Args:
-        default: its default value.
-        description: one sentence for --help and the settings reference.
-        flag: its option on the command line; "" for one called like the field, None for settings that only --set and
+        default: Its default value.
+        description: One sentence for --help and the settings reference.
+        flag: Its option on the command line; "" for one called like the field, None for settings that only --set and
             --config reach.
-        limits: its range, as pydantic's Field takes it (gt, ge, lt, le, min_length, max_length).
+        limits: Its range, as pydantic's Field takes it (gt, ge, lt, le, min_length, max_length).
     """
     return Field(default, description=description, json_schema_extra={"flag": flag}, **limits)
 

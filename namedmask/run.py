@@ -433,14 +433,20 @@ def start(
     Under torchrun or SLURM this process is one of many already and takes its place among them.
 
     Args:
-        given: nested settings, as for `settle`.
-        workers: number of processes on the CPU.
-        gpus: number of processes with a GPU each, instead; None: one if there is a GPU.
-        trace: file for torch's profiler trace of some batches of `pseudolabel`, from worker 0.
-        update: as for `settle`.
+        out: The run folder; created if `given` has photos.
+        given: Nested settings, as for `settle`.
+        stages: Names of the stages, in order.
+        workers: Number of processes on the CPU.
+        gpus: Number of processes with a GPU each, instead; None: one if there is a GPU.
+        overwrite: Start over; as for `settle`.
+        trace: File for torch's profiler trace of some batches of `pseudolabel`, from worker 0.
+        update: As for `settle`.
 
     Returns:
         False if masks were to be made and there is none, else True.
+
+    Raises:
+        UserError: As `settle` does, if a stage cannot use its input, or if a worker died.
     """
     if "photos" not in given:
         read_config(out)  # an error for what is not a run folder, before one is made

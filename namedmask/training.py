@@ -430,11 +430,13 @@ def fit(
     """Runs the remaining steps of a training.
 
     Args:
-        batches: this worker's photos and targets of each remaining step.
-        step: gradients and losses of a batch on `device`; the first loss is shown as progress.
-        learning_rate: of a step and a parameter group's highest rate, which is its entry "highest".
-        batch_size: of all workers together.
-        progress: advances with every photo.
+        state: The training, at the step where it continues.
+        batches: This worker's photos and targets of each remaining step.
+        step: Computes the gradients and losses of a batch on `device`; the first loss is shown as progress.
+        learning_rate: The rate of a step, from a parameter group's highest rate, which is its entry "highest".
+        batch_size: Photos of a batch of all workers together.
+        device: Device of this worker, as torch names it.
+        progress: Advances with every photo.
     """
     share = batch_size // state.worker.count
     progress.advance(state.step * share, existing=True)
