@@ -118,6 +118,39 @@ def run(backend, device):
     return call
 
 
+UNSUPPORTED = "the highest level of this CPU is"  # in the error for a SIMD level that this CPU does not have
+LOAD_NATIVE = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("namedmask_kernels._native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+print(native.level())
+"""
+
+
+@pytest.fixture
+def native_at_levels():
+    """A function (code, *arguments) that runs code with `native`, the extension alone, at each SIMD level of this CPU.
+
+    It returns the words that the code prints at each level. Importing torch would take seconds per level.
+    """
+
+    def run(code: str, *arguments: object) -> dict[str, list[str]]:
+        printed = {}
+        for level in ("portable", "avx2", "avx512"):
+            command = [sys.executable, "-c", LOAD_NATIVE + code, backends.native().__file__, *map(str, arguments)]
+            done = subprocess.run(command, env=os.environ | {"NMK_LEVEL": level}, capture_output=True, text=True)
+            if level != "portable" and UNSUPPORTED in done.stderr:
+                continue
+            assert done.returncode == 0, done.stderr
+            name, *printed[level] = done.stdout.split()
+            assert name == level
+        return printed
+
+    return run
+
+
 @pytest.fixture
 def run_at_level(tmp_path):
     """A function (level, code) that runs Python code in a process restricted to a SIMD level; its argument is tmp_path.
@@ -128,7 +161,7 @@ def run_at_level(tmp_path):
     def run(level: str, code: str) -> None:
         command = [sys.executable, "-c", code, str(tmp_path)]
         done = subprocess.run(command, env=os.environ | {"NMK_LEVEL": level}, capture_output=True, text=True)
-        if "the highest level of this CPU is" in done.stderr:
+        if UNSUPPORTED in done.stderr:
             pytest.skip(f"this CPU does not support {level}")
         assert done.returncode == 0, done.stderr
 

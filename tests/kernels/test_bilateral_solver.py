@@ -1,8 +1,4 @@
 # SPDX-License-Identifier: MIT
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 import namedmask_kernels as nk
-from namedmask_kernels import Ragged, backends
+from namedmask_kernels import Ragged
 from namedmask_kernels.reference import bilateral_solver as reference
 
 BACKENDS = ["cpu", "cuda", "reference"]
@@ -216,14 +212,8 @@ def test_results_do_not_depend_on_the_number_of_threads(on_threads):
     assert all(torch.equal(other, first) for other in others)
 
 
-def test_instruction_levels_are_bit_identical():
-    # One process per level, which loads the extension without torch, since importing torch takes seconds.
+def test_instruction_levels_are_bit_identical(native_at_levels):
     script = """
-import importlib.util, sys
-import numpy as np
-spec = importlib.util.spec_from_file_location("namedmask_kernels._native", sys.argv[1])
-native = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(native)
 rng = np.random.default_rng(0)
 image = rng.integers(0, 99, (90 * 71, 3)).astype(np.uint8)
 image[:2000] = image[:2000, :1]
@@ -232,23 +222,12 @@ shape = np.array([0, len(image)], np.int32), np.array([[90, 71]], np.int32)
 native.bilateral_solver(target, image, np.empty(0, np.float32), *shape, out, 0.999, [16.0], 20.5, 8.0, 256.0, 25, 1e-5)
 result, confidence = out.tobytes(), rng.random(len(image), np.float32)
 native.bilateral_solver(target, image, confidence, *shape, out, 1.0, [16.0], 20.5, 8.0, 256.0, 25, 1e-5)
-print(native.level(), (result + out.tobytes()).hex())
+print((result + out.tobytes()).hex())
 """
 
-    def run(level):
-        command = [sys.executable, "-c", script, backends.native().__file__]
-        return subprocess.run(command, env=os.environ | {"NMK_LEVEL": level}, capture_output=True, text=True)
-
-    level, expected = run("portable").stdout.split()
-    assert level == "portable" and len(expected) == 2 * 90 * 71 * 8
-    for other in ("avx2", "avx512"):
-        done = run(other)
-        if done.returncode == 0:
-            assert done.stdout.split() == [other, expected]
-        else:
-            assert f"NMK_LEVEL={other}: this CPU goes up to " in done.stderr
-    assert run(backends.native().level()).returncode == 0
-    assert "must be portable, avx2, avx512, avx512_vnni or avx512_bf16" in run("sse9").stderr
+    results = native_at_levels(script)
+    assert len(results["portable"][0]) == 2 * 90 * 71 * 8
+    assert all(result == results["portable"] for result in results.values())
 
 
 def test_non_contiguous_views_and_other_dtypes():

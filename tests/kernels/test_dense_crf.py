@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
 import functools
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import namedmask_kernels as nk
-from namedmask_kernels import Ragged, backends
+from namedmask_kernels import Ragged
 from namedmask_kernels.reference import dense_crf as reference
 
 BACKENDS = ["cpu", "cuda", "reference"]
@@ -246,18 +243,11 @@ def test_results_do_not_depend_on_the_number_of_threads(labels, on_threads):
         assert torch.equal(batched, first[0]) and torch.equal(single, first[1])
 
 
-def test_instruction_levels_agree():
-    # One process per level, which loads the extension without torch, since importing torch takes seconds.
+def test_instruction_levels_agree(native_at_levels):
     script = """
-import importlib.util, sys
-import numpy as np
-spec = importlib.util.spec_from_file_location("namedmask_kernels._native", sys.argv[1])
-native = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(native)
 rng = np.random.default_rng(0)
 image = rng.integers(0, 99, (50 * 61, 3)).astype(np.uint8)
 shape = np.array([0, len(image)], np.int32), np.array([[50, 61]], np.int32)
-print(native.level())
 for labels in (2, 5):
     probabilities = rng.random((len(image), labels), np.float32)
     out = np.full_like(probabilities, np.nan)
@@ -265,19 +255,12 @@ for labels in (2, 5):
     print(out.tobytes().hex())
 """
 
-    def run(level):
-        command = [sys.executable, "-c", script, backends.native().__file__]
-        done = subprocess.run(command, env=os.environ | {"NMK_LEVEL": level}, capture_output=True, text=True)
-        if done.returncode != 0:
-            assert f"NMK_LEVEL={level}: this CPU goes up to " in done.stderr
-            return None
-        name, *marginals = done.stdout.split()
-        assert name == level
-        return [np.frombuffer(bytes.fromhex(m), np.float32) for m in marginals]
-
-    expected = run("portable")
-    for other in ("avx2", "avx512"):
-        for a, b in zip(expected, run(other) or expected, strict=True):
+    results = [
+        [np.frombuffer(bytes.fromhex(marginals), np.float32) for marginals in printed]
+        for printed in native_at_levels(script).values()
+    ]
+    for result in results:
+        for a, b in zip(results[0], result, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 

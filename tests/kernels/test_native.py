@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The C++ extension: the arrays that it accepts, and its coexistence with torch."""
 
+import os
 import subprocess
 import sys
 
@@ -64,6 +65,12 @@ def test_shapes_and_dtypes_are_checked():
         native.fill_holes(np.zeros(12, bool)[::2], offsets, shapes, out, 4)
     with pytest.raises(ValueError, match="offsets must run from 0 to the 6 rows, but run from 0 to 5"):
         native.fill_holes(flat, np.array([0, 5], np.int32), shapes, out, 4)
+
+
+def test_unknown_instruction_level_is_named():
+    code = "import numpy as np, namedmask_kernels as nk; nk.fill_holes(np.zeros((2, 3), bool))"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NMK_LEVEL": "sse9"}, capture_output=True)
+    assert b"NMK_LEVEL=sse9: must be portable, avx2, avx512, avx512_vnni or avx512_bf16" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")

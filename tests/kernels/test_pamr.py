@@ -1,8 +1,4 @@
 # SPDX-License-Identifier: MIT
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -171,41 +167,28 @@ def test_results_do_not_depend_on_the_number_of_threads(on_threads):
     assert all(torch.equal(other, first) for other in others)
 
 
-def test_instruction_levels_agree():
-    # One process per level, which loads the extension without torch, since importing torch takes seconds.
+def test_instruction_levels_agree(native_at_levels):
     script = """
-import importlib.util, sys
-import numpy as np
-spec = importlib.util.spec_from_file_location("namedmask_kernels._native", sys.argv[1])
-native = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(native)
 rng = np.random.default_rng(0)
 image = rng.integers(0, 99, (90 * 71, 3)).astype(np.uint8)
 masks = rng.random((len(image), 11), np.float32)
 out = np.full_like(masks, np.nan)
 shape = np.array([0, len(image)], np.int32), np.array([[90, 71]], np.int32)
 native.pamr(masks, image, *shape, out, [1, 2, 4, 8, 12, 24], [6], 10)
-print(native.level(), out.tobytes().hex())
+print(out.tobytes().hex())
 """
 
-    def run(level):
-        command = [sys.executable, "-c", script, backends.native().__file__]
-        done = subprocess.run(command, env=os.environ | {"NMK_LEVEL": level}, capture_output=True, text=True)
-        if done.returncode != 0:
-            assert f"NMK_LEVEL={level}: this CPU goes up to " in done.stderr
-            return None
-        ran, values = done.stdout.split()
-        assert ran == level
-        return np.frombuffer(bytes.fromhex(values), np.float32).reshape(90 * 71, 11)
-
-    portable = run("portable")
+    results = {
+        level: np.frombuffer(bytes.fromhex(values), np.float32).reshape(90, 71, 11)
+        for level, (values,) in native_at_levels(script).items()
+    }
+    portable = results["portable"]
     rng = np.random.default_rng(0)
     image = rng.integers(0, 99, (90 * 71, 3)).astype(np.uint8).reshape(90, 71, 3)
     masks = rng.random((90 * 71, 11), np.float32).reshape(90, 71, 11)
-    np.testing.assert_allclose(portable.reshape(90, 71, 11), exact(masks, image), rtol=0, atol=5e-5)
-    for other in ("avx2", "avx512"):
-        if (result := run(other)) is not None:
-            np.testing.assert_allclose(result, portable, rtol=0, atol=5e-5)
+    np.testing.assert_allclose(portable, exact(masks, image), rtol=0, atol=5e-5)
+    for result in results.values():
+        np.testing.assert_allclose(result, portable, rtol=0, atol=5e-5)
 
 
 def test_non_contiguous_views():
