@@ -42,8 +42,9 @@ from .names import NameScorer, blur
 from .photos import Photo, PhotoError, PhotoSource, decode_ahead
 from .progress import warn
 from .refine import Refiner
-from .saliency import Detections, make_detector
+from .saliency import make_detector
 from .saliency.candidates import Choice, chosen, merit, prior, quality, shortlist
+from .saliency.detector import Detections
 from .threads import map_batches
 from .timing import StepTimes, traced
 

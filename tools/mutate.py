@@ -82,6 +82,7 @@ TESTS = {
     "namedmask/pseudolabel.py": ["pipeline/test_detect_and_refine", "pipeline/test_run", "pipeline/test_pseudolabel"],
     "namedmask/refine.py": ["pipeline/test_refine", "pipeline/test_detect_and_refine"],
     "namedmask/saliency/__init__.py": ["pipeline/test_detect_and_refine", "pipeline/test_selfmask"],
+    "namedmask/saliency/detector.py": ["pipeline/test_detect_and_refine", "pipeline/test_selfmask"],
     "namedmask/saliency/spectral.py": ["pipeline/test_detect_and_refine"],
     "namedmask/saliency/cluster_vote.py": ["pipeline/test_detect_and_refine"],
     "namedmask/saliency/selfmask_training.py": ["pipeline/test_selfmask"],

@@ -18,8 +18,8 @@ from namedmask_kernels import Ragged, vote_masks
 from ..backbones import Fit, load
 from ..batches import Size, nearest, on_rows, sizes_of
 from ..config import DetectorConfig
-from . import Detections, Detector, at_sizes, backbone_options, cells, without_padding
 from .candidates import COUNTS, clusters
+from .detector import Detections, Detector, at_sizes, backbone_options, cells, without_padding
 
 
 class ClusterVoteDetector(Detector):

@@ -25,8 +25,8 @@ from ..backbones import Backbone, Vit, untrained
 from ..batches import Size, flipped, runs, sizes_of
 from ..config import DetectorConfig
 from ..errors import UserError
-from . import Detections, Detector, at_sizes, backbone_options, cells, centered, certainty
 from .candidates import groups
+from .detector import Detections, Detector, at_sizes, backbone_options, cells, centered, certainty
 
 PROPOSALS = 2  # masks of single queries among the candidates, beside the detected one
 UPSAMPLED = 2  # mask resolution: cells per side of a patch

@@ -16,8 +16,8 @@ from namedmask_kernels import Ragged, normalized_cut
 from ..backbones import load
 from ..batches import Size, runs, sizes_of
 from ..config import DetectorConfig
-from . import Detections, Detector, at_sizes, backbone_options, cells
 from .candidates import groups
+from .detector import Detections, Detector, at_sizes, backbone_options, cells
 
 
 class SpectralDetector(Detector):

@@ -22,8 +22,9 @@ from namedmask.masks import mask_score
 from namedmask.photos import Photo
 from namedmask.pseudolabel import Labeler
 from namedmask.refine import Refiner, fill_holes, keep_largest_component
-from namedmask.saliency import at_sizes, centered, make_detector
+from namedmask.saliency import make_detector
 from namedmask.saliency.cluster_vote import COUNTS, ClusterVoteDetector, elect
+from namedmask.saliency.detector import at_sizes, centered
 from namedmask.saliency.selfmask import SelfMask
 from namedmask.saliency.spectral import SpectralDetector, separation
 from namedmask_kernels import Ragged, vote_masks
