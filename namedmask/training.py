@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import math
 import threading
@@ -34,6 +35,7 @@ from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path
 from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
 from .progress import Progress, warn
+from .threads import map_ahead, thread_count, use_one_torch_thread
 from .weights import read, write
 
 LOG_EVERY = 50  # steps
@@ -416,6 +418,26 @@ class TrainingPhotos:
                 self.unusable.add(error.photo)
                 with self.path.open("ab") as file:
                     file.write(ErrorRecord(error.photo, self.progress.stage, error.reason).to_line())
+
+
+def loaded_batches(
+    load: Callable[[int], tuple[Tensor, Tensor]], steps: range, batch_size: int, worker: Worker
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields this worker's photos and targets of each step, which threads load ahead.
+
+    Args:
+        load: Returns the photo and the target of a sample, by its number in the whole training; step s has the numbers
+            from s * `batch_size` on.
+        steps: Numbers of the steps.
+        batch_size: Samples of a batch of all workers together.
+        worker: This worker.
+    """
+    numbers = (number for step in steps for number in worker.share(step * batch_size, batch_size))
+    count = batch_size // worker.count
+    samples = map_ahead(load, numbers, thread_count(), use_one_torch_thread, ahead=count)
+    for _ in steps:
+        photos, targets = zip(*itertools.islice(samples, count), strict=True)
+        yield torch.stack(photos), torch.stack(targets)
 
 
 def fit(

@@ -47,8 +47,7 @@ from ..progress import Progress
 from ..review import read_review
 from ..segmenter.augment import recolored
 from ..selection import Selection, select
-from ..threads import map_ahead, thread_count, use_one_torch_thread
-from ..training import TrainingPhotos, TrainingState, fit, trained_on
+from ..training import TrainingPhotos, TrainingState, fit, loaded_batches, trained_on
 from .selfmask import SelfMask
 from .selfmask import load as load_selfmask
 
@@ -235,14 +234,9 @@ def batches(
             photo = photo.lerp(corner(rng), mask * rng.uniform(0.3, 0.9))
         if rng.random() < settings.paste_prob:
             photo = corner(rng).lerp(photo, mask)
-        return (photo.flip(2), mask.flip(2)) if rng.random() < 0.5 else (photo, mask)
+        return (photo.flip(2), mask[0].flip(1)) if rng.random() < 0.5 else (photo, mask[0])
 
-    places = (place for step in steps for place in worker.share(step * settings.batch_size, settings.batch_size))
-    count = settings.batch_size // worker.count
-    loaded = map_ahead(sample, places, thread_count(), use_one_torch_thread, ahead=count)
-    for _ in steps:
-        views, masks = zip(*itertools.islice(loaded, count), strict=True)
-        yield torch.stack(views), torch.cat(masks)
+    return loaded_batches(sample, steps, settings.batch_size, worker)
 
 
 def random_box(h: int, w: int, scale: tuple[float, float], rng: np.random.Generator) -> list[int]:

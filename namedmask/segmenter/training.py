@@ -48,7 +48,7 @@ from ..progress import Progress, logger
 from ..review import Verdict, current_masks, read_review, warn_of_others
 from ..selection import select
 from ..threads import map_ahead, thread_count, use_one_torch_thread
-from ..training import MovingAverage, Scoring, TrainingPhotos, TrainingState, fit, take_outdated
+from ..training import MovingAverage, Scoring, TrainingPhotos, TrainingState, fit, loaded_batches, take_outdated
 from .augment import IGNORE, View, augment, copy_paste, whole_view
 from .batch_norm import synchronize
 from .deeplab import DeepLab, on_device, read_about, save_segmenter
@@ -516,12 +516,7 @@ def batches(
         copy_paste(view, [load_object(rng) for _ in range(count)], rng)
         return view
 
-    numbers = (number for step in steps for number in worker.share(step * settings.batch_size, settings.batch_size))
-    count = settings.batch_size // worker.count
-    views = map_ahead(load, numbers, thread_count(), use_one_torch_thread, ahead=count)
-    for _ in steps:
-        pixels, labels = zip(*itertools.islice(views, count), strict=True)
-        yield torch.stack(pixels), torch.stack(labels)
+    return loaded_batches(load, steps, settings.batch_size, worker)
 
 
 def at(weights: np.ndarray, positions: np.ndarray | float) -> np.ndarray:

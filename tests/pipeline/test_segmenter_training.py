@@ -759,7 +759,7 @@ def test_views_depend_on_the_seed_and_their_number(run_of_discs, small, monkeypa
         "make_view",
         lambda sample, pixels, settings, rng: drawn.append((sample.record.photo, rng.random())) or View(*[LABELS] * 2),
     )
-    monkeypatch.setattr(segmenter_training, "map_ahead", lambda function, items, *_, ahead: map(function, items))
+    monkeypatch.setattr("namedmask.training.map_ahead", lambda function, items, *_, ahead: map(function, items))
     list(batches(photos_of(run_of_discs, samples, source), samples, settings, Worker(), range(3, 9)))
     order = np.concatenate([np.random.default_rng((7, 0, epoch)).permutation(16) for epoch in range(3)])
     assert [photo for photo, _ in drawn] == [samples[number].record.photo for number in order[12:36]]
@@ -791,7 +791,7 @@ def test_photos_with_better_masks_are_drawn_more_often(run_of_discs, small, monk
         "make_view",
         lambda sample, pixels, settings, rng: drawn.append(sample.record.photo) or View(LABELS.repeat(3, 1, 1), LABELS),
     )
-    monkeypatch.setattr(segmenter_training, "map_ahead", lambda function, items, *_, ahead: map(function, items))
+    monkeypatch.setattr("namedmask.training.map_ahead", lambda function, items, *_, ahead: map(function, items))
     photos, share = photos_of(run_of_discs, samples, source), np.array(weights) / np.mean(weights)
     for pasted in (0, 1):
         drawn.clear()

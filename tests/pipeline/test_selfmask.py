@@ -490,7 +490,7 @@ def test_views_depend_on_the_seed_and_their_number(tmp_path, monkeypatch):
     monkeypatch.setattr(
         selfmask_training, "random_box", lambda h, w, scale, rng: drawn.append(rng.random()) or [0, 0, h, w]
     )
-    monkeypatch.setattr(selfmask_training, "map_ahead", lambda function, items, *rest, **more: map(function, items))
+    monkeypatch.setattr("namedmask.training.map_ahead", lambda function, items, *rest, **more: map(function, items))
     photos = two_photos(tmp_path)
     settings = SaliencyTraining(backbone=TINY, batch_size=4, crop_size=16, views="crop", seed=7)
     names: list[str] = []
