@@ -35,7 +35,7 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 
 ROOT = Path(__file__).resolve().parents[1]
-# The tests of modules whose test file has another name. All others: tests/*/test_NAME.py.
+# The tests of modules whose test file has another name. All others: tests/*/test_NAME.py, of the module or its folder.
 TESTS = {
     "kernels/namedmask_kernels/__init__.py": ["kernels/test_threads", "kernels/test_operators"],
     "kernels/namedmask_kernels/backends.py": [
@@ -50,15 +50,21 @@ TESTS = {
     "namedmask/__init__.py": ["pipeline/test_entry"],
     "namedmask/__main__.py": ["pipeline/test_entry", "pipeline/test_process"],
     "namedmask/batches.py": ["pipeline/test_detect_and_refine", "pipeline/test_pseudolabel"],
+    **{
+        f"namedmask/commands/{name}.py": ["pipeline/test_cli", *more]
+        for name, more in {
+            "convert": ["pipeline/test_convert"],
+            "estimate": ["pipeline/test_estimate"],
+            "evaluate": ["pipeline/test_benchmarks", "pipeline/test_metrics"],
+            "imports": ["pipeline/test_imports"],
+            "options": [],
+            "segment": ["pipeline/test_predict"],
+            "stages": ["pipeline/test_run"],
+        }.items()
+    },
+    "namedmask/command_line.py": ["pipeline/test_cli"],
     "namedmask/config.py": ["pipeline/test_config", "pipeline/test_cli"],
     "namedmask/console.py": ["pipeline/test_progress"],
-    **{
-        f"namedmask/convert/{name}.py": ["pipeline/test_convert"]
-        for name in (
-            *("__init__", "coco", "cvat", "dataset", "folder", "label_studio", "parquet", "png", "voc", "webdataset"),
-            "yolo",
-        )
-    },
     "namedmask/decoding.py": ["pipeline/test_photos", "pipeline/test_memory"],
     "namedmask/distributed.py": ["pipeline/test_distributed", "pipeline/test_process"],
     "namedmask/launcher.py": ["pipeline/test_launcher", "pipeline/test_process", "pipeline/test_run"],
@@ -76,8 +82,8 @@ TESTS = {
         f"namedmask/imports/{name}.py": ["pipeline/test_imports"]
         for name in ("__init__", "archive", "embeddings", "experts", "masks")
     },
+    "namedmask/names.py": ["pipeline/test_candidates"],
     "namedmask/photos.py": ["pipeline/test_photos", "pipeline/test_memory"],
-    "namedmask/presets/__init__.py": ["pipeline/test_presets"],
     "kernels/namedmask_kernels/attention_features.py": ["kernels/test_attention_features", "kernels/test_operators"],
     "namedmask/pseudolabel.py": ["pipeline/test_detect_and_refine", "pipeline/test_run", "pipeline/test_pseudolabel"],
     "namedmask/refine.py": ["pipeline/test_refine", "pipeline/test_detect_and_refine"],
@@ -137,10 +143,10 @@ def tests_of(module: str) -> list[str]:
     """The test files of a module."""
     if module in TESTS:
         return [f"tests/{name}.py" for name in TESTS[module]]
-    found = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob(f"tests/*/test_{Path(module).stem}.py"))]
-    if not found:
-        raise SystemExit(f"{module} has no tests/*/test_{Path(module).stem}.py: add it to TESTS in tools/mutate.py")
-    return found
+    for name in (Path(module).stem, Path(module).parent.name):
+        if found := sorted(ROOT.glob(f"tests/*/test_{name}.py")):
+            return [str(path.relative_to(ROOT)) for path in found]
+    raise SystemExit(f"{module} has no tests/*/test_{Path(module).stem}.py: add it to TESTS in tools/mutate.py")
 
 
 def modules() -> list[str]:
