@@ -19,6 +19,7 @@ import typer
 from .command_line import (
     HELP,
     PLAIN,
+    CategoriesFile,
     Command,
     Commands,
     Debug,
@@ -34,7 +35,6 @@ from .commands.evaluate import evaluate
 from .commands.imports import import_app
 from .commands.options import (
     Categories,
-    CategoriesFile,
     Config,
     EncoderName,
     MovedPhotos,
@@ -60,7 +60,7 @@ for _stage in STAGES.values():
         app.command(_stage.name, help=_stage.summary)(stage_command(_stage.name, takes_photos=_stage.name == "index"))
 
 
-@app.command(help="Write the gallery of a run, or of photos that `segment` has segmented: OUT/report.html.")
+@app.command(help="Write the gallery of a run or of segmented photos.")
 @command
 def report(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Run folder, or the OUT of `segment`.")],
@@ -86,7 +86,9 @@ def report(
 def review(
     out: RunFolder,
     photos: MovedPhotos = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on this machine; 0 for a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option("--port", metavar="INTEGER", min=0, max=65535, help="Port on this machine; 0 for a free one.")
+    ] = 0,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
     debug: Debug = False,
 ) -> None:
@@ -108,7 +110,7 @@ def review(
             server.serve_forever()
 
 
-app.command("estimate", help="Estimate hours, disk and memory of a run by measuring a sample of its photos.")(estimate)
+app.command("estimate", help="Estimate hours, disk and memory of a run from a sample.")(estimate)
 app.command("segment")(segment)
 app.command("evaluate")(evaluate)
 
@@ -145,7 +147,8 @@ app.command("convert")(convert)
 @command
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", help="Folder of the demo; created if missing, continued if it exists.")
+        Path,
+        typer.Option("--out", metavar="FOLDER", help="Folder of the demo; created if missing, continued if it exists."),
     ] = Path("namedmask-demo"),
     overwrite: OverwriteFolder = False,
     debug: Debug = False,
@@ -159,9 +162,7 @@ def demo(
     run_demo(out, overwrite=overwrite)
 
 
-app.add_typer(
-    import_app, name="import", help="Import archives, masks, experts and embeddings that were made elsewhere."
-)
+app.add_typer(import_app, name="import", help="Import archives, masks, experts or embeddings.")
 
 FETCHED = ("index.clip_model", "detector.name", "detector.backbone", "detector.more_backbones", "segmenter.encoder")
 
@@ -188,11 +189,11 @@ app.command("fetch", help="Download the weights of models before they are needed
 @command
 def list_presets(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Preset to show, in the format of --config.")
+        str | None, typer.Argument(metavar="NAME", help="Preset to show, in the format of --config.")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """List the presets, most of them of published experiments, or show one."""
+    """List the presets of settings, or show one."""
     from .archive import prompts
     from .presets import PRESETS, describe
 

@@ -20,6 +20,9 @@ from .process import Interrupted, complain
 
 CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, of click or of typer's own copy of it
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+CategoriesFile = Annotated[
+    Path | None, typer.Option("--categories-file", metavar="FILE", help="File with one category name per line.")
+]
 
 
 class OneLineErrors:
@@ -49,7 +52,7 @@ class Command(OneLineErrors, typer.core.TyperCommand):
 
 
 PLAIN: Any = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
-HELP = {"help_option_names": ["-h", "--help"]}
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
 def command(function: Callable) -> Callable:
@@ -103,9 +106,20 @@ def command_with_settings(function: Callable, generated: Iterable[Setting]) -> C
         for name, one in signature(function, eval_str=True).parameters.items()
         if one.kind is not Parameter.VAR_KEYWORD
     }
-    options = {variable(one): (option(one), None) for one in generated}
-    give_signature(wrapper, {**own, **options, "debug": (Debug, False)})
+    options = options_of(generated)
+    first = {name: one for name, one in own.items() if name not in options}
+    give_signature(wrapper, {**first, **options, "debug": (Debug, False)})
     return wrapper
+
+
+def options_of(generated: Iterable[Setting]) -> dict[str, tuple[Any, Any]]:
+    """The parameters of settings that have a flag, as give_signature takes them, and --categories-file."""
+    parameters: dict[str, tuple[Any, Any]] = {}
+    for one in generated:
+        parameters[variable(one)] = option(one), None
+        if one.name == "categories":
+            parameters["categories_file"] = CategoriesFile, None
+    return parameters
 
 
 def flags_of(sections: Sequence[str]) -> dict[str, Setting]:
@@ -121,7 +135,7 @@ def variable(one: Setting) -> str:
 def option(one: Setting) -> Any:
     """The typer option of a setting. Its text is parsed by the setting itself, as that of --set is."""
     default = one.field.default
-    shown = ",".join(map(str, default)) if one.is_list else str(default).lower() if default is False else default
+    shown = ",".join(map(str, default)) if one.is_list else str(default).lower() if one.kind is bool else default
     notes = [one.limits, "" if default in (None, [], ...) else f"default: {shown}"]
     note = "; ".join(filter(None, notes))
     text = f"{one.field.description} [{note}]" if note else one.field.description

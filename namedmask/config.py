@@ -416,7 +416,7 @@ def ordered(value: tuple[float, float], highest: int = 100) -> tuple[float, floa
     return value
 
 
-METAVARS = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}
+METAVARS = {str: "NAME", int: "INTEGER", float: "NUMBER", bool: "true|false"}
 
 
 # -- one setting at a time ------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -19,15 +19,24 @@ def convert(
     path: Annotated[
         Path, typer.Argument(metavar="RUN|SEGMENTED", help="Run folder, or the --out of `namedmask segment`.")
     ],
-    to: Annotated[FormatName, typer.Option("--to", help="Format of the data set.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; it appears when it is complete.")],
-    min_score: Annotated[float | None, typer.Option("--min-score", help="Use masks with at least this score.")] = None,
+    to: Annotated[
+        FormatName, typer.Option("--to", metavar="|".join(get_args(FormatName)), help="Format of the data set.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; it appears when it is complete.")
+    ],
+    min_score: Annotated[
+        float | None, typer.Option("--min-score", metavar="NUMBER", help="Use masks with at least this score.")
+    ] = None,
     keep_fraction: Annotated[
         float | None,
-        typer.Option("--keep-fraction", help="Use this fraction of the masks of each category."),
+        typer.Option("--keep-fraction", metavar="NUMBER", help="Use this fraction of the masks of each category."),
     ] = None,
     per_category: Annotated[
-        int | None, typer.Option("--per-category", help="Use at most this many masks of each category, best first.")
+        int | None,
+        typer.Option(
+            "--per-category", metavar="INTEGER", help="Use at most this many masks of each category, best first."
+        ),
     ] = None,
     largest_part: Annotated[
         bool, typer.Option("--largest-part", help="Keep only the largest connected part of each mask.")
@@ -41,7 +50,7 @@ def convert(
         tuple[float, float, float] | None,
         typer.Option("--split", metavar="TRAIN VAL TEST", help="Shares of the photos, such as .8 .1 .1."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of --split.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="INTEGER", help="Seed of --split.")] = 0,
     gray: Annotated[
         bool,
         typer.Option("--gray", help="Write label maps as grayscale PNGs; cv2 reads the colors of others."),

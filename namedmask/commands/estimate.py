@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from ..command_line import command_with_settings, flags_of, given_settings, with_names
+from ..command_line import CategoriesFile, command_with_settings, flags_of, given_settings, with_names
 from ..config import make_config, merge
 from ..errors import UserError
 from ..files import absolute
 from ..stages import LABELING, STAGES
-from .options import PHOTOS_HELP, CategoriesFile, Config, Preset, Set
+from .options import PHOTOS_HELP, Config, Preset, Set
 
 ESTIMATED = [section for stage in (*LABELING, "experts", "train") for section in STAGES[stage].sections]
 ESTIMATE_FLAGS = flags_of([section for stage in LABELING for section in STAGES[stage].sections])
@@ -22,21 +22,25 @@ ESTIMATE_FLAGS = flags_of([section for stage in LABELING for section in STAGES[s
 
 def _estimate(
     photos: Annotated[
-        str | None, typer.Argument(metavar="[PHOTOS]", help=f"{PHOTOS_HELP} Default: that of --config.")
+        str | None, typer.Argument(metavar="PHOTOS", help=f"{PHOTOS_HELP} Default: that of --config.")
     ] = None,
     photos_total: Annotated[
         int | None,
-        typer.Option("--photos-total", metavar="N", min=1, help="Photos of the job, if PHOTOS has only some of them."),
+        typer.Option(
+            "--photos-total", metavar="INTEGER", min=1, help="Photos of the job, if PHOTOS has only some of them."
+        ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.1, help="Time to measure, besides loading the models.")
+        float, typer.Option("--seconds", metavar="NUMBER", min=0.1, help="Time to measure, besides loading the models.")
     ] = 60.0,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Random weights for models that are not downloaded.")
     ] = False,
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", min=0, max=1, help="1: measure on the GPU, 0: on the CPU. Default: 1 if any."),
+        typer.Option(
+            "--gpus", metavar="INTEGER", min=0, max=1, help="1: measure on the GPU, 0: on the CPU. Default: 1 if any."
+        ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE.")] = None,
     categories_file: CategoriesFile = None,

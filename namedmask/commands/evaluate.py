@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from ..command_line import command_with_settings, flags_of, given_settings, names_of
+from ..command_line import CategoriesFile, command_with_settings, flags_of, given_settings, names_of
 from ..config import make_config, merge
 from ..errors import UserError
 from ..evaluate import BenchmarkName
 from ..files import absolute
-from .options import Categories, CategoriesFile, Config, EncoderName, Set
+from .options import Categories, Config, EncoderName, Set
 from .segment import AUGMENTATION, augmentation_of
 
 DETECTION = ("detector", "refine")  # sections of the settings that `evaluate` reads
@@ -41,14 +41,27 @@ def _evaluate(
         typer.Argument(metavar="TRUTH", help="Folder of PNG masks with the same names; for a run also a COCO file."),
     ] = None,
     photos: Annotated[
-        str | None, typer.Option("--photos", help="Photos to segment; PREDICTIONS are the weights of a segmenter.")
+        str | None,
+        typer.Option(
+            "--photos", metavar="PHOTOS", help="Photos to segment; PREDICTIONS are the weights of a segmenter."
+        ),
     ] = None,
     benchmark: Annotated[
-        BenchmarkName | None, typer.Option("--benchmark", help="Public benchmark, instead of TRUTH; requires --root.")
+        BenchmarkName | None,
+        typer.Option(
+            "--benchmark",
+            metavar="|".join(get_args(BenchmarkName)),
+            help="Public benchmark, instead of TRUTH; requires --root.",
+        ),
     ] = None,
-    root: Annotated[Path | None, typer.Option("--root", help="Folder in which the benchmark was unpacked.")] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", metavar="FOLDER", help="Folder in which the benchmark was unpacked.")
+    ] = None,
     split: Annotated[
-        str | None, typer.Option("--split", help="Split of the benchmark. [default: the published one, such as val]")
+        str | None,
+        typer.Option(
+            "--split", metavar="NAME", help="Split of the benchmark. [default: the published one, such as val]"
+        ),
     ] = None,
     categories: Categories = None,
     categories_file: CategoriesFile = None,
@@ -63,6 +76,7 @@ def _evaluate(
         int | None,
         typer.Option(
             "--ignore",
+            metavar="INTEGER",
             min=0,
             max=65535,
             help="Label in TRUTH to ignore. [default: 255, or 65535 if there are more than 255 classes]",
@@ -117,7 +131,7 @@ def _evaluate(
         if wrong := [name for name, value in taken.items() if value is not None]:
             raise UserError(f"leave out {', '.join(wrong)}: --benchmark {benchmark} has its own")
         if root is None:
-            raise UserError(f"pass the folder of {benchmark} with --root DIR")
+            raise UserError(f"pass the folder of {benchmark} with --root FOLDER")
         if predictions is None and "name" not in values.get("detector", {}):
             raise UserError("pass PREDICTIONS, or --detector for a benchmark of salient objects")
         if predictions is not None and values:

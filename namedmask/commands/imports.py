@@ -11,6 +11,7 @@ import typer
 from ..command_line import (
     HELP,
     PLAIN,
+    CategoriesFile,
     Commands,
     Debug,
     command,
@@ -20,10 +21,10 @@ from ..command_line import (
     variable,
 )
 from ..config import find_setting, make_config
-from .options import PHOTOS_HELP, CategoriesFile, EncoderName, Out, Overwrite, PresetNames
+from .options import PHOTOS_HELP, EncoderName, Out, Overwrite, PresetNames
 
 import_app = typer.Typer(cls=Commands, no_args_is_help=True, context_settings=HELP, **PLAIN)
-ImportOut = Annotated[Path, typer.Option("--out", help="Run folder.")]
+ImportOut = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Run folder.")]
 
 
 @import_app.command("archive")
@@ -33,7 +34,7 @@ def import_archive(
         Path,
         typer.Argument(metavar="FILE", help="JSON {name: [path, ...]}, or JSON or CSV: name, photo, score."),
     ],
-    photos: Annotated[str, typer.Option("--photos", help=PHOTOS_HELP)],
+    photos: Annotated[str, typer.Option("--photos", metavar="PHOTOS", help=PHOTOS_HELP)],
     out: Out = Path("run"),
     categories: Annotated[
         str | None, typer.Option("--categories", metavar="NAME,...", help="Categories to import, in class order.")
@@ -63,7 +64,8 @@ def import_masks(
     ],
     out: ImportOut,
     photos: Annotated[
-        str | None, typer.Option("--photos", help="Photos of a new run without archive, or where they are now.")
+        str | None,
+        typer.Option("--photos", metavar="PHOTOS", help="Photos of a new run without archive, or where they are now."),
     ] = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -103,7 +105,7 @@ def import_experts(
 def _import_embeddings(
     path: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="{photo: vector}, or clip-retrieval's output.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="File to write.")],
-    photos: Annotated[str | None, typer.Option("--photos", help=PHOTOS_HELP)] = None,
+    photos: Annotated[str | None, typer.Option("--photos", metavar="PHOTOS", help=PHOTOS_HELP)] = None,
     categories: Annotated[
         str | None, typer.Option("--categories", metavar="NAME,...", help="Names to embed with CLIP.")
     ] = None,

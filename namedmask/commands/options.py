@@ -9,14 +9,17 @@ from typing import Annotated
 import typer
 
 PHOTOS_HELP = "Folder, list file (.txt), .tar or '{000..146}.tar' of photos, or a URL of the latter three."
-Out = Annotated[Path, typer.Option("--out", help="Run folder; created if missing, continued if it exists.")]
+Out = Annotated[
+    Path, typer.Option("--out", metavar="FOLDER", help="Run folder; created if missing, continued if it exists.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Run folder.")]
-MovedPhotos = Annotated[str | None, typer.Option("--photos", help="Where the photos are now, if they have moved.")]
+MovedPhotos = Annotated[
+    str | None, typer.Option("--photos", metavar="PHOTOS", help="Where the photos are now, if they have moved.")
+]
 Categories = Annotated[
     str | None,
     typer.Option("--categories", metavar="NAME,...", help="Category names in class order, for weights without them."),
 ]
-CategoriesFile = Annotated[Path | None, typer.Option("--categories-file", help="File with one category name per line.")]
 Preset = Annotated[
     str | None,
     typer.Option(
@@ -34,9 +37,12 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any setting, such as refine.crf.confidence=0.9. Repeatable."),
 ]
-Workers = Annotated[int, typer.Option("--workers", min=1, help="Number of processes on the CPU.")]
+Workers = Annotated[int, typer.Option("--workers", metavar="INTEGER", min=1, help="Number of processes on the CPU.")]
 Gpus = Annotated[
-    int | None, typer.Option("--gpus", min=0, help="Number of processes with a GPU each. Default: 1 if there is a GPU.")
+    int | None,
+    typer.Option(
+        "--gpus", metavar="INTEGER", min=0, help="Number of processes with a GPU each. Default: 1 if there is a GPU."
+    ),
 ]
 Overwrite = Annotated[
     bool,
@@ -50,5 +56,6 @@ WeightsArgument = Annotated[
     ),
 ]
 EncoderName = Annotated[
-    str, typer.Option("--encoder", help="timm name of the encoder, for weights without a categories.json.")
+    str,
+    typer.Option("--encoder", metavar="NAME", help="timm name of the encoder, for weights without a categories.json."),
 ]

@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..command_line import Debug, command, names_of
+from ..command_line import CategoriesFile, Debug, command, names_of
 from ..config import find_setting, make_config
 from ..errors import UserError
 from .options import (
     PHOTOS_HELP,
     Categories,
-    CategoriesFile,
     EncoderName,
     Gpus,
     OverwriteFolder,
@@ -37,24 +36,35 @@ def augmentation_of(given: dict[str, Any]) -> dict[str, Any]:
 def segment(
     weights: WeightsArgument,
     photos: Annotated[str, typer.Argument(metavar="PHOTOS", help=PHOTOS_HELP)],
-    out: Annotated[Path, typer.Option("--out", help="Folder for masks and overlays; continued if it exists.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder for masks and overlays; continued if it exists.")
+    ],
     categories: Categories = None,
     categories_file: CategoriesFile = None,
     preset: PresetNames = None,
     encoder: EncoderName = "resnet50",
     precision: Annotated[
         Literal["float32", "bfloat16"] | None,
-        typer.Option("--precision", help="Floating-point format. [default: bfloat16 on a GPU, float32 on a CPU]"),
+        typer.Option(
+            "--precision",
+            metavar="float32|bfloat16",
+            help="Floating-point format. [default: bfloat16 on a GPU, float32 on a CPU]",
+        ),
     ] = None,
     scales: Annotated[
-        str, typer.Option("--scales", help="Test-time augmentation: sizes of the input, relative to the photo.")
+        str,
+        typer.Option(
+            "--scales", metavar="NUMBER,...", help="Test-time augmentation: sizes of the input, relative to the photo."
+        ),
     ] = "1.0",
     horizontal_flip: Annotated[
         bool, typer.Option("--horizontal-flip", help="Test-time augmentation: average with the flipped photo.")
     ] = False,
     overlays: Annotated[
         Literal["none", "sample", "all"],
-        typer.Option("--overlays", help="Photos that get an overlay; sample: 100, evenly spaced."),
+        typer.Option(
+            "--overlays", metavar="none|sample|all", help="Photos that get an overlay; sample: 100, evenly spaced."
+        ),
     ] = "sample",
     workers: Workers = 1,
     gpus: Gpus = None,

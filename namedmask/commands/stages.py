@@ -10,14 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..command_line import Debug, command, flags_of, give_signature, given_settings, option, with_names
+from ..command_line import Debug, command, flags_of, give_signature, given_settings, options_of, with_names
 from ..config import merge
 from ..errors import UserError
 from ..files import absolute
 from ..stages import LABELING, STAGES
 from .options import (
     PHOTOS_HELP,
-    CategoriesFile,
     Config,
     Gpus,
     MovedPhotos,
@@ -31,7 +30,7 @@ from .options import (
 
 Photos = Annotated[
     str | None,
-    typer.Argument(metavar="[PHOTOS]", help=f"{PHOTOS_HELP} Default: those of the run in --out."),
+    typer.Argument(metavar="PHOTOS", help=f"{PHOTOS_HELP} Default: those of the run in --out."),
 ]
 Trace = Annotated[
     Path | None,
@@ -87,10 +86,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
 
     folder = {"photos": (Photos, None), "out": (Out, Path("run"))}
     parameters: dict[str, tuple[Any, Any]] = folder if takes_photos else {"out": (RunFolder, Parameter.empty)}
-    for name, one in flags.items():
-        parameters[name] = option(one), None
-        if name == "categories":
-            parameters["categories_file"] = CategoriesFile, None
+    parameters |= options_of(flags.values())
     if not takes_photos:
         parameters["photos"] = MovedPhotos, None
     parameters |= {"preset": (Preset, None), "config": (Config, None), "set_": (Set, None)}

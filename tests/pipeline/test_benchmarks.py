@@ -464,7 +464,7 @@ def test_options_that_do_not_fit_together(tmp_path):
     expect_error("pass PREDICTIONS and TRUTH, or a --benchmark", tmp_path)
     expect_error("--root requires --benchmark", tmp_path, tmp_path, "--root", root)
     expect_error("a detector requires --benchmark", tmp_path, tmp_path, "--tau", 0.1)
-    expect_error("pass the folder of ecssd with --root DIR", tmp_path, "--benchmark", "ecssd")
+    expect_error("pass the folder of ecssd with --root FOLDER", tmp_path, "--benchmark", "ecssd")
     expect_error("leave out TRUTH, --ignore: --benchmark ecssd", tmp_path, tmp_path, *ecssd, "--ignore", 3)
     expect_error("pass PREDICTIONS, or --detector", *ecssd)
     expect_error("ecssd has no categories", tmp_path, *ecssd, "--categories", "cat")

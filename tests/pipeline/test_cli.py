@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from namedmask import cli, command_line, config, presets
@@ -32,6 +33,19 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]" and "pseudolabel" in done.stdout, done.stderr
+
+
+def test_help_is_worded_alike_in_all_commands():
+    """Metavars and defaults of options that are generated from settings, and of the others; summaries on one line."""
+    listed = CliRunner().invoke(cli.app, ["-h"], env={"COLUMNS": "80"}).output
+    assert "..." not in listed.partition("Commands:")[2]
+    group = typer.main.get_command(cli.app)
+    for name, command in [*group.commands.items(), *group.commands["import"].commands.items()]:
+        text = command.get_help(command.context_class(command, info_name=name, max_content_width=400))
+        assert "[[" not in text and "default: True" not in text and "default: False" not in text, name
+        for option in command.params:
+            if option.param_type_name == "option" and not option.is_flag and not option.count:
+                assert option.metavar, (name, option.name)
 
 
 def test_doctor_names_every_kernel_and_its_backends():
@@ -444,7 +458,7 @@ def test_evaluate_command_with_a_benchmark(calls, monkeypatch):
         (["a", "b", "--root", "r"], "--root requires --benchmark"),
         (["a", "b", "--split", "s"], "--split requires --benchmark"),
         (["a", "b", "--tau", "0.5"], "a detector requires --benchmark"),
-        (["--benchmark", "duts-te"], "pass the folder of duts-te with --root DIR"),
+        (["--benchmark", "duts-te"], "pass the folder of duts-te with --root FOLDER"),
         (["--benchmark", "duts-te", "--root", "r"], "pass PREDICTIONS, or --detector"),
         (["--benchmark", "duts-te", "--root", "r", "--tau", "0.5"], "pass PREDICTIONS, or --detector"),
         (

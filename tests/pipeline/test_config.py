@@ -101,8 +101,8 @@ def test_settings_without_files():
 @pytest.mark.parametrize(
     ("name", "flag", "metavar", "limits", "default"),
     [
-        ("photos", None, "TEXT", "", ...),
-        ("categories", "--categories", "TEXT,...", "", []),
+        ("photos", None, "NAME", "", ...),
+        ("categories", "--categories", "NAME,...", "", []),
         ("index.clip_weights", "--clip-weights", "FILE", "", None),
         ("index.embeddings", "--embeddings", "FILE", "", None),
         ("detector.name", "--detector", "spectral|cluster-vote|selfmask", "", "spectral"),
