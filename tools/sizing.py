@@ -42,8 +42,10 @@ def main() -> None:
         own = f"{hours(row['seconds'])} at {row['rate']:.3g} {row['unit']}/s"
         print(f"| {name}, {row['count']:,} {row['unit']} | {own} | {hours(row['seconds'] * cores / CORES)} | {gpu} |")
     print(f"| Sum | {hours(sums[0])} | {hours(sums[0] * cores / CORES)} | {hours(sums[1])}, without what is missing |")
-    parts = ", ".join(f"{row['stage']} {row['part']}".strip() + f" {row['disk'] / 1e9:.2f}" for row in figures["rows"])
-    print(f"\nDisk in GB: {parts}; {sum(row['disk'] for row in figures['rows']) / 1e9:.1f} in all.")
+    for title, key, digits in (("Disk", "disk", 2), ("Peak memory", "memory", 1)):
+        parts = [f"{row['stage']} {row['part']}".strip() + f" {row[key] / 1e9:.{digits}f}" for row in figures["rows"]]
+        total = f"; {sum(row[key] for row in figures['rows']) / 1e9:.1f} in all" if key == "disk" else ""
+        print(f"\n{title} in GB: {', '.join(parts)}{total}.")
 
 
 if __name__ == "__main__":

@@ -84,8 +84,7 @@ def attention_features(
         neither output nor lse is requested. O(T) memory. On an H100, bfloat16, 6 heads of 64 dimensions, 16 sequences
         of 3,601 tokens: the kernel of the output takes 0.856 ms (372 TFLOP/s), a single call for it took 1.20 ms (266
         TFLOP/s), since the GPU waited for the host. The first call with given offsets builds tables for the GPU, which
-        the next ones use: without its launches, a call for output and rows then takes 49 us on the host instead of 281
-        us, for output alone 47 us instead of 163 us (on a Zen 4 CPU; no GPU has timed it).
+        the next ones use; no GPU has timed that.
 
     Determinism:
         Results of a sequence are bit-identical in any batch and with any number of threads.
