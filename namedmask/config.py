@@ -480,6 +480,8 @@ class Setting(NamedTuple):
     def metavar(self) -> str:
         """The type of its value, for --help."""
         kind = self.kind
+        if self.name == "photos":
+            return "PHOTOS"
         if self.files:
             return "NAME[=FILE],..." if self.is_list else "FILE"
         if self.choices:

@@ -86,10 +86,10 @@ def bilateral_solver(
         pixels with a luma sigma of 1. A GPU rounds confidences to multiples of 2^-61 times the number of pixels.
 
     Cost:
-        On one core of a Zen 4, 3 ms for an image of 512 x 683; the images of a Ragged batch are distributed over torch's
-        threads. The CUDA version solves an image with one thread block, or with a cluster of 8 where the GPU has
-        clusters (compute capability 9.0), and allocates 92 bytes per pixel. With one block, an H100 took 0.05 ms per
-        image in a batch of 64, but 3 ms for a single image; no GPU has run clusters.
+        On one core of a Zen 4, 3 ms for an image of 512 x 683; the images of a Ragged batch are distributed over
+        torch's threads. The CUDA version solves an image with one thread block, or with a cluster of 8 where the GPU
+        has clusters (compute capability 9.0), and allocates 92 bytes per pixel. With one block, an H100 took 0.05 ms
+        per image in a batch of 64, but 3 ms for a single image; no GPU has run clusters.
 
     Determinism:
         On the CPU, bit-identical for any batch, number of threads and instruction set. On a GPU, bit-identical on every

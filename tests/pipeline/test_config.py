@@ -101,7 +101,7 @@ def test_settings_without_files():
 @pytest.mark.parametrize(
     ("name", "flag", "metavar", "limits", "default"),
     [
-        ("photos", None, "NAME", "", ...),
+        ("photos", None, "PHOTOS", "", ...),
         ("categories", "--categories", "NAME,...", "", []),
         ("index.clip_weights", "--clip-weights", "FILE", "", None),
         ("index.embeddings", "--embeddings", "FILE", "", None),
