@@ -9,11 +9,11 @@ A detector without learning errs differently on every photo; a network that has 
 what they share. `keep_fraction` trains on the masks with the best scores alone. These tend to be of easy photos, which
 `paste_prob` compensates for: it pastes their objects onto the backgrounds of all other photos.
 
-The defaults are those of the paper. A photo is squeezed to a square, shrunk, recolored and blurred as in the training
-of a segmenter, and placed at a uniformly random position in the view; the rest of the network's input is 0. The loss of
-a photo is the sum of the Dice losses of all queries and decoder layers, at the size of the view, and of the ranking
-losses of their objectness; that of a batch is the mean over its photos. `views`, `loss`, `warmup_steps` and
-`clip_grad_norm` select what short trainings on few photos need.
+The defaults are those of the paper. A photo is squeezed to a square, shrunk, placed at a uniformly random position and
+padded with its mean color; then the view is recolored and blurred as in the training of a segmenter. The loss of a
+photo is the sum of the Dice losses of all queries and decoder layers, at the size of the view, and of the ranking
+losses of their objectness; that of a batch is the mean over its photos with an object, for a small one may vanish in a
+shrunk view. `views`, `loss`, `warmup_steps` and `clip_grad_norm` select what short trainings on few photos need.
 
 Every step derives its photos and their augmentation from the seed and the step number. On the CPU, an interrupted
 training therefore ends with weights that are bit-identical to those of one that was not. Several workers share each
@@ -52,7 +52,7 @@ from .selfmask import SelfMask
 from .selfmask import load as load_selfmask
 
 NEAREST = TF.InterpolationMode.NEAREST_EXACT
-COLORS = SegmenterTraining()  # how shrunk photos are recolored and blurred
+COLORS = SegmenterTraining()  # how views with a shrunk photo are recolored and blurred
 
 
 def train_saliency(
@@ -103,7 +103,8 @@ def train_saliency(
                 masks, objectness = shared(images)
             dice, rank, pairs = losses(masks.float(), objectness.float(), targets, settings.loss)
             if settings.loss == "sum":
-                dice_loss, rank_loss = dice.sum() / len(images), rank / len(images)
+                share = worker.count / worker.sum(shown(targets).sum()).clamp_min(1)
+                dice_loss, rank_loss = dice.sum() * share, rank * share
             else:
                 dice_loss = dice.mean()
                 rank_loss = rank / worker.sum(pairs).clamp_min(1) * worker.count  # DDP takes the mean over the workers
@@ -207,10 +208,10 @@ def batches(
         side = max(1, round(size * rng.uniform(*settings.scale)))
         top, left = (int(rng.integers(size - side + 1)) for _ in range(2))
         photo = TF.resize(torch.from_numpy(pixels).permute(2, 0, 1), [side, side], antialias=True).float() / 255
-        view, target = torch.zeros(3, size, size), torch.zeros(1, size, size)
-        view[:, top : top + side, left : left + side] = (recolored(photo, COLORS, rng) - mean) / std
+        view, target = photo.mean((1, 2)).view(3, 1, 1).repeat(1, size, size), torch.zeros(1, size, size)
+        view[:, top : top + side, left : left + side] = photo
         target[:, top : top + side, left : left + side] = TF.resize(mask, [side, side], NEAREST)
-        return view, target
+        return (recolored(view, COLORS, rng) - mean) / std, target
 
     def corner(rng: np.random.Generator) -> Tensor:
         numbers = from_there(int(rng.integers(len(records))), len(records))
@@ -271,6 +272,11 @@ def relit(photo: Tensor, rng: np.random.Generator) -> Tensor:
     return pixels.clamp(0, 1).view(photo.shape)
 
 
+def shown(targets: Tensor) -> Tensor:
+    """Whether each target [n, S, S] shows an object, bool [n]."""
+    return targets.flatten(1).any(1)
+
+
 def losses(masks: Tensor, objectness: Tensor, targets: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """Dice losses and the ranking loss of SelfMask.
 
@@ -282,6 +288,7 @@ def losses(masks: Tensor, objectness: Tensor, targets: Tensor, kind: str) -> tup
         targets: [n, S, S] in [0, 1].
         kind: "sum", as published: soft masks are upsampled to the size of the targets. The ranking loss of a pair of
             queries is the difference of their objectness as probabilities, if that of the worse one is higher, else 0.
+            Both losses of a photo without an object are 0.
             "mean": targets are averaged to the size of the masks. The ranking loss is the softplus of the difference of
             the objectness logits.
 
@@ -299,4 +306,7 @@ def losses(masks: Tensor, objectness: Tensor, targets: Tensor, kind: str) -> tup
     overlap = torch.einsum("lnqhw,nhw->lnq", soft, targets)
     dice = 1 - (2 * overlap + 1) / (soft.sum((-2, -1)) + targets.sum((-2, -1))[:, None] + 1)
     worse = dice.detach()[..., :, None] > dice.detach()[..., None, :]
+    if kind == "sum":
+        dice = dice * shown(targets)[:, None]
+        worse = worse & shown(targets)[:, None, None]
     return dice, (rank * worse).sum(), worse.sum()

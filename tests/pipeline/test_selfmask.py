@@ -383,6 +383,23 @@ def test_published_losses_equal_hand_computed_values():
     assert float(rank) == pytest.approx(0.25)
 
 
+def test_photos_without_an_object_do_not_count(run_of_discs, monkeypatch):
+    """In a shrunk view, a small object may vanish. Queries must not learn that it is best to find nothing."""
+    masks, objectness = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4)
+    targets = torch.zeros(3, 4, 4)
+    targets[::2, 1] = 1
+    dice, rank, pairs = losses(masks, objectness, targets, "sum")
+    others, rank_of_others, pairs_of_others = losses(masks[:, ::2], objectness[:, ::2], targets[::2], "sum")
+    assert torch.equal(dice[:, ::2], others) and not dice[:, 1].any()
+    assert torch.equal(rank, rank_of_others) and pairs == pairs_of_others == 2 * 2 * 6
+    for shown, scale in ((3, 20 * 6 / 3), (0, 20 * 6)):  # the mean is over the photos that count
+        dice = torch.full((6, 4, 20), 0.5, requires_grad=True)
+        monkeypatch.setattr(selfmask_training, "losses", lambda *_, dice=dice: (dice, dice.sum() * 0, torch.tensor(0)))
+        monkeypatch.setattr(selfmask_training, "shown", lambda targets, shown=shown: torch.arange(4) < shown)
+        train_saliency(run_of_discs, overwrite=True, steps=1, batch_size=4)
+        assert float(dice.grad.sum()) == pytest.approx(4 * scale)
+
+
 def test_mean_losses_equal_hand_computed_values():
     targets = torch.zeros(1, 4, 4)
     targets[:, :2, :2] = 1.0  # one cell of 2 x 2
@@ -586,24 +603,32 @@ def test_gradients_are_clipped_and_learning_rates_warm_up_on_request(run_of_disc
     assert max(norms) == pytest.approx(0.1, rel=1e-3)
 
 
-def test_views_are_squeezed_shrunk_and_padded_with_zeros(tmp_path):
-    """The whole photo is in the view at a random position; the rest is 0 after normalization, and background."""
-    pixels, mask = np.zeros((40, 80, 3), np.uint8), np.zeros((40, 80), bool)
-    pixels[:, 40:], mask[:, 40:] = 255, True
-    Image.fromarray(pixels).save(tmp_path / "0.png")
+def shrunk_views(folder: Path, pixels: np.ndarray, mask: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Views in colors from 0 to 255, [4 * steps, 224, 224, 3], and their targets, of a photo."""
+    Image.fromarray(pixels).save(folder / "0.png")
     record = MaskRecord.from_mask("0.png", mask, None, None, 1.0)
-    photos = training.TrainingPhotos(PhotoSource(tmp_path), [record], tmp_path, Progress("", Worker()))
-    settings = SaliencyTraining(backbone=TINY, batch_size=4)
-    network = SelfMask(untrained(TINY))
-    views, targets = map(torch.cat, zip(*batches(photos, settings, network, Worker(), range(40)), strict=True))
-    assert (
-        views.shape == (160, 3, 224, 224) and targets.shape == (160, 224, 224) and targets.unique().tolist() == [0, 1]
-    )
+    photos = training.TrainingPhotos(PhotoSource(folder), [record], folder, Progress("", Worker()))
+    settings, network = SaliencyTraining(backbone=TINY, batch_size=4), SelfMask(untrained(TINY))
+    drawn = zip(*batches(photos, settings, network, Worker(), range(steps)), strict=True)
+    views, targets = (torch.cat(parts).numpy() for parts in drawn)
+    mean, std = (network.encoder.pretrained_cfg[name] for name in ("mean", "std"))
+    return 255 * (views.transpose(0, 2, 3, 1) * std + mean), targets
+
+
+def test_views_are_squeezed_shrunk_and_padded_with_the_mean_color(tmp_path, monkeypatch):
+    """The whole photo is in the view at a random position; the rest has its mean color, and is background."""
+    monkeypatch.setattr(selfmask_training, "recolored", lambda photo, *_: photo)
+    pixels, mask = np.zeros((40, 80, 3), np.uint8), np.zeros((40, 80), bool)
+    pixels[:, 40:], mask[:, 40:] = (255, 200, 100), True
+    views, targets = shrunk_views(tmp_path, pixels, mask, 40)
+    assert views.shape == (160, 224, 224, 3) and targets.shape == (160, 224, 224) and set(np.unique(targets)) == {0, 1}
     corners, sides = [], []
     for view, target in zip(views, targets, strict=True):
-        rows, columns = (view != 0).any(0).nonzero().T
+        is_photo = (abs(view - (127.5, 100, 50)) > 10).any(2)
+        rows, columns = np.nonzero(is_photo)
         top, left, side = int(rows.min()), int(columns.min()), int(rows.max() - rows.min()) + 1
-        assert abs(int(columns.max()) - left + 1 - side) <= 1 and (target[(view == 0).all(0)] == 0).all()
+        assert abs(columns.max() - left + 1 - side) <= 1 and not target[~is_photo].sum() > 2 * side
+        np.testing.assert_allclose(view[:top].reshape(-1, 3), np.tile((127.5, 100, 50), (top * 224, 1)), atol=3)
         assert int(target.sum()) == pytest.approx(side * side / 2, abs=side)  # all of the photo, as a square
         corners.append((top / max(1, 224 - side), left / max(1, 224 - side)))
         sides.append(side / 224)
@@ -612,6 +637,14 @@ def test_views_are_squeezed_shrunk_and_padded_with_zeros(tmp_path):
         np.mean(corners, axis=0) == pytest.approx([0.5, 0.5], abs=0.1)
         and abs(np.corrcoef(np.array(corners).T)[0, 1]) < 0.3
     )
+
+
+def test_shrunk_photos_are_recolored_with_their_padding(tmp_path):
+    """A photo of one color leaves no edge in its view."""
+    pixels, mask = np.full((40, 80, 3), (200, 100, 40), np.uint8), np.ones((40, 80), bool)
+    views, _ = shrunk_views(tmp_path, pixels, mask, 10)
+    assert abs(views - views[:, :1, :1]).max() < 0.1
+    assert abs(views[:, 0, 0] - (200, 100, 40)).max(1).min() < 0.1 < 20 < np.ptp(views[:, 0, 0], 0).min()
 
 
 def test_defaults_are_those_of_the_paper():
