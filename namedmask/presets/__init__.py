@@ -32,6 +32,7 @@ SELFMASK = {
         "patch_fit": "pad",
         "scales": [1.0],
         "horizontal_flip": False,
+        "precision": "float32",
     },
     "refine": {
         "name": "bilateral",
@@ -58,6 +59,9 @@ DEEPLAB = {
     "grayscale_prob": 0.2,
     "blur_prob": 0.5,
     "blur_sigma": [0.1, 2.0],
+    "min_score": 0.0,
+    "keep_fraction": 1.0,
+    "per_category": 0,
     "empty_masks": "background",
     "grad_accum_steps": 1,
     "lr": 5e-4,
@@ -66,6 +70,7 @@ DEEPLAB = {
     "weight_decay": 2e-4,
     "poly_power": 0.9,
     "min_lr": 1e-6,
+    "precision": "float32",
 }
 
 NAMEDMASK = {
@@ -105,7 +110,7 @@ PRESETS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
         f"namedmask-imagenet-s{count}": (f"NamedMask on ImageNet-S{count}", f"imagenet-s{count}", NAMEDMASK)
         for count in (50, 300, 919)
     },
-    "selfmask": ("inference of SelfMask with the bilateral solver", None, SELFMASK),
+    "selfmask": ("SelfMask with the bilateral solver, as NamedMask runs them", None, SELFMASK),
 }
 
 
