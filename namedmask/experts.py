@@ -375,7 +375,7 @@ class _Experts:
             elif self.imported or any(record.area for record in self.selected[name]):
                 network = self._expert(name, [name], Worker())
                 if not self._take_shard(number, records, name):
-                    segmenter = Segmenter(network, [name], self.device)
+                    segmenter = Segmenter(network, [name], self.device, self.settings.precision)
                     self._refine(number, records, segmenter, lambda logits, _: logits[1] - logits[0])
             else:
                 self._write(number, records, [])
@@ -387,7 +387,7 @@ class _Experts:
         self.progress.total = self.views + sum(map(len, self.records.values()))
         network = self._expert(SHARED, names, self.worker)
         assert isinstance(network, SharedExperts)
-        layers, segmenter = network.layers, Segmenter(network, names, self.device)
+        layers, segmenter = network.layers, Segmenter(network, names, self.device, self.settings.precision)
         trained = {name for name, masks in self.selected.items() if any(record.area for record in masks)}
         indices = {name: torch.tensor([index], device=segmenter.device) for index, name in enumerate(names)}
 

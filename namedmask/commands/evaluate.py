@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..evaluate import BenchmarkName
 from ..files import absolute
 from .options import Categories, Config, EncoderName, Set
-from .segment import AUGMENTATION, augmentation_of
+from .segment import INFERENCE, inference_of
 
 DETECTION = ("detector", "refine")  # sections of the settings that `evaluate` reads
 DETECTION_FLAGS = flags_of(DETECTION)
@@ -95,7 +95,8 @@ def _evaluate(
     Prints the IoU of each class, the mIoU and the pixel accuracy. Label 0 is the background, label k the k-th category.
     For a run, it scores the masks of the photos in TRUTH and suggests a --min-score for trainings. With --benchmark,
     it reads a public benchmark as it was unpacked. The benchmarks of salient objects also score a detector, without
-    PREDICTIONS: --detector and the options that follow it. --scales and --horizontal-flip also count for a segmenter.
+    PREDICTIONS: --detector and the options that follow it. --precision, --scales and --horizontal-flip also count for a
+    segmenter.
     """
     from ..evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
     from ..evaluate.scoring import evaluate_benchmark, print_benchmark, records_folder
@@ -111,10 +112,10 @@ def _evaluate(
         chosen = presets.preset(preset)
         values = merge({section: chosen[section] for section in DETECTION if section in chosen}, values)
         preset = None
-    augmentation: dict[str, Any] = {}
+    inference: dict[str, Any] = {}
     if predictions is not None and (predictions.is_file() or (predictions / "model.safetensors").exists()):
         detector = values.get("detector", {})
-        augmentation = {name: detector.pop(name) for name in AUGMENTATION if name in detector}
+        inference = {name: detector.pop(name) for name in INFERENCE if name in detector}
         values = {section: given for section, given in values.items() if given}
     # Two names of ImageNet-S occur twice.
     names = names_of(categories, categories_file, preset, distinct=benchmark is None)
@@ -123,7 +124,7 @@ def _evaluate(
         assert predictions is not None
         from ..segmenter.predict import Segmenter
 
-        options = augmentation_of(augmentation)
+        options = inference_of(inference)
         return Segmenter.load(predictions, categories=fallback, encoder=encoder, device=_device(), **options)
 
     if benchmark is not None:

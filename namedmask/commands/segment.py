@@ -23,13 +23,13 @@ from .options import (
     Workers,
 )
 
-AUGMENTATION = ("scales", "horizontal_flip")  # at test time: settings of the detector, and options of a segmenter
+INFERENCE = ("precision", "scales", "horizontal_flip")  # settings of the detector, and options of a segmenter
 
 
-def augmentation_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The test-time augmentation of a segmenter, checked as that of the detector is. Raises UserError."""
+def inference_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Precision and test-time augmentation of a segmenter, checked as those of the detector are. Raises UserError."""
     detector = make_config({"photos": "", "detector": given}).detector
-    return {name: getattr(detector, name) for name in AUGMENTATION}
+    return {name: getattr(detector, name) for name in INFERENCE}
 
 
 @command
@@ -89,8 +89,7 @@ def segment(
         out,
         categories=names_of(categories, categories_file, preset),
         encoder=encoder,
-        precision=precision,
-        **augmentation_of(augmentation),
+        **inference_of(augmentation) | {"precision": precision},
         overlays=overlays,
         workers=workers,
         gpus=gpus,

@@ -195,7 +195,8 @@ class Measurement:
         yield self._training("experts", "training", settings, samples, classes, network_type, trainings)
         self.report("experts: relabeling")
         peak = _Peak(self.device)
-        segmenter = Segmenter(_untrained(settings, classes, network_type), [name], self.device)
+        network = _untrained(settings, classes, network_type)
+        segmenter = Segmenter(network, [name], self.device, settings.precision)
         by_photo = {record.photo: [record] for record in records}
 
         def predict() -> Iterator[int]:

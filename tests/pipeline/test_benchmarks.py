@@ -44,6 +44,7 @@ from namedmask.masks import MaskRecord, write_shard
 from namedmask.photos import PhotoSource
 from namedmask.pseudolabel import Labeler
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
+from namedmask.segmenter.predict import Segmenter
 from small_world import ENCODER, command
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_benchmark_miniatures.py"
@@ -196,6 +197,22 @@ def test_released_weights_need_no_names_and_photos_are_not_rotated(tmp_path):
     assert figures["mean_iou"] == pytest.approx(6 / 41 / 4, abs=1e-6)
     coco = miniatures.write("coco2017", tmp_path)
     expect_error("has 21 classes, but 80 categories", *words[:3], "--benchmark", "coco2017", "--root", coco)
+
+
+def test_segmenters_are_scored_in_float32_and_as_the_options_say(tmp_path, monkeypatch):
+    """By itself, a segmenter on a GPU takes bfloat16."""
+    root = miniatures.write("voc2012", tmp_path)
+    save(tmp_path / "own", 15, category_names("voc2012"))
+    loaded, load = [], Segmenter.load
+    monkeypatch.setattr(Segmenter, "load", lambda *parts, **options: loaded.append(options) or load(*parts, **options))
+    words = [tmp_path / "own", "--benchmark", "voc2012", "--root", root]
+    for options, expected in (
+        ([], {"precision": "float32", "scales": [1.0], "horizontal_flip": False}),
+        (["--precision", "bfloat16", "--scales", "1,2", "--horizontal-flip"],
+         {"precision": "bfloat16", "scales": [1.0, 2.0], "horizontal_flip": True}),
+    ):  # fmt: skip
+        figures, _ = figures_of(tmp_path, *words, *options)
+        assert expected.items() <= loaded[-1].items() and figures["iou"]["person"] == pytest.approx(6 / 41, abs=1e-6)
 
 
 def test_classes_of_a_segmenter_are_assigned_by_name(tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from namedmask import cli, run
+from namedmask import cli, experts, run
 from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained_encoder
 from namedmask.config import ExpertTraining, make_config
@@ -292,6 +292,22 @@ def test_empty_masks_and_missing_photos(world, tmp_path, printing, capsys):
     for mode in ("separate", "shared"):
         with pytest.raises(UserError, match=r"all masks in .* are empty"):
             start(out, {"mode": mode})
+
+
+@pytest.mark.parametrize("mode", ["separate", "shared"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_photos_are_relabeled_in_the_precision_of_the_settings(world, tmp_path, monkeypatch, mode, precision):
+    """A segmenter by itself would take bfloat16 on a GPU, whatever the settings say."""
+    original, settings, _ = world
+    dtypes, relabel = set(), experts.relabel
+
+    def spy(source, by_photo, segmenter, *others):
+        dtypes.update({segmenter.dtype, *(parameter.dtype for parameter in segmenter.network.parameters())})
+        return relabel(source, by_photo, segmenter, *others)
+
+    monkeypatch.setattr(experts, "relabel", spy)
+    start(copy_of(original, tmp_path), {**settings, "mode": mode, "steps": 1, "precision": precision})
+    assert dtypes == {getattr(torch, precision)}
 
 
 def test_shared_loss_trains_only_the_output_layer_of_the_category():
