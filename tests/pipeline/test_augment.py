@@ -24,6 +24,7 @@ from namedmask.segmenter.augment import (
     object_box,
     paste_object,
     recolored,
+    whole_view,
 )
 
 PLAIN = {"flip_prob": 0.0, "color_jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
@@ -147,6 +148,34 @@ def test_a_crop_shows_as_much_of_the_photo_as_its_scale_says(side, scale, size):
     for seed in range(5):
         crop = augment(np.zeros((side, side, 3), np.uint8), labels, settings, np.random.default_rng(seed)).labels
         assert abs(int(crop.max() - crop.min()) - (size / scale - 1)) <= 2
+
+
+@pytest.mark.parametrize("scale", [0.21, 0.3, 0.77, 1.6])
+@pytest.mark.parametrize("size", [320, 48])
+def test_labels_are_where_the_photo_is(scale, size):
+    """Both number the rows, then the columns. Rounding down would shift labels by half a step."""
+    numbers = np.broadcast_to(np.arange(200, dtype=np.int32)[:, None], (200, 200))
+    for labels in (numbers, numbers.T):
+        pixels = np.repeat(labels.astype(np.uint8)[..., None], 3, 2)
+        settings = SegmenterTraining(crop_size=size, scale=(scale, scale), **PLAIN)
+        views = [augment(pixels, labels.copy(), settings, np.random.default_rng(seed)) for seed in range(5)]
+        if scale < 1:
+            views.append(whole_view(pixels, labels.copy(), round(200 * scale)))
+        for view in views:
+            inside = (view.labels > 20) & (view.labels < 180)
+            shift = view.labels[inside].double() - view.photo[0][inside].double()
+            assert inside.any() and abs(shift.mean()) < 0.15
+
+
+@pytest.mark.parametrize("size", [64, 20])
+def test_photos_are_reduced_with_antialiasing(size):
+    """Lines of single pixels become gray."""
+    pixels, labels = np.zeros((160, 160, 3), np.uint8), np.ones((160, 160), np.int32)
+    pixels[:, ::2] = 255
+    settings = SegmenterTraining(crop_size=size, scale=(0.24, 0.24), **PLAIN)
+    for view in (augment(pixels, labels, settings, np.random.default_rng(0)), whole_view(pixels, labels, 38)):
+        inside = view.photo[0][view.labels == 1]
+        assert inside.min() > 90 and inside.max() < 165
 
 
 def only(change: int, strength: float) -> list[float]:

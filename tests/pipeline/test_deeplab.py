@@ -282,6 +282,16 @@ def test_batch_norm_momentum_of_the_encoder():
     assert momenta == {"backbone": {0.01}, "classifier": {0.1}}
 
 
+def test_head_is_initialized_as_published():
+    """Kaiming's normal distribution by the inputs of a weight, of which a depthwise convolution has nine."""
+    torch.manual_seed(0)
+    for module in DeepLab(untrained_encoder(TINY), 3).classifier.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            weight = module.weight.detach()
+            expected, error = (2 / weight[0].numel()) ** 0.5, (2 * weight.numel()) ** -0.5
+            assert float(weight.std()) == pytest.approx(expected, rel=4 * error)
+
+
 def test_defaults_are_those_of_the_paper():
     network = DeepLab(untrained_encoder(TINY), 3)
     assert network.head_channels == 256 and network.classifier.aspp.dropout.probability == 0.1

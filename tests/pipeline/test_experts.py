@@ -26,10 +26,12 @@ from namedmask.config import ExpertTraining, make_config
 from namedmask.errors import UserError
 from namedmask.experts import SharedExperts, _by_category, certainty, expert_samples, file_name
 from namedmask.masks import MaskRecord, best_masks, read_errors, read_masks, read_shard, write_shard
+from namedmask.photos import PhotoSource
 from namedmask.report import write_report
 from namedmask.review import write_review
 from namedmask.segmenter.augment import IGNORE
 from namedmask.segmenter.deeplab import DeepLab
+from namedmask.segmenter.predict import Segmenter
 from namedmask.segmenter.training import samples_digest
 from namedmask.selection import Selection, select
 from namedmask.training import trained_on
@@ -308,6 +310,59 @@ def test_photos_are_relabeled_in_the_precision_of_the_settings(world, tmp_path, 
     monkeypatch.setattr(experts, "relabel", spy)
     start(copy_of(original, tmp_path), {**settings, "mode": mode, "steps": 1, "precision": precision})
     assert dtypes == {getattr(torch, precision)}
+
+
+def test_scores_of_relabeled_masks(tmp_path):
+    """The mean of the detector's score, the IoU of both masks, and the expert's certainty times the free border."""
+    pixels, masks = scene(1, ["cat"])
+    Image.fromarray(pixels).save(tmp_path / "1.png")
+    before = MaskRecord.from_mask("1.png", masks["cat"], "cat", 0.5, 0.8)
+    torch.manual_seed(3)
+    segmenter = Segmenter(DeepLab(untrained_encoder(ENCODER), 2, 16), ["cat"])
+    difference = segmenter.coarse_logits([pixels])[0].diff(dim=0)[0]
+    object_logits = (difference.quantile(0.7) - difference) / difference.std()
+    [(_, [record])] = experts.relabel(PhotoSource(tmp_path), {"1.png": [before]}, segmenter, lambda *_: object_logits)
+    logits = F.interpolate(object_logits[None, None], pixels.shape[:2], mode="bilinear")[0, 0]
+    mask, soft = record.mask(), object_logits.sigmoid()
+    assert (mask != (logits > 0).numpy()).mean() < 1e-3 and 0.2 < mask.mean() < 0.8
+    iou = (mask & masks["cat"]).sum() / (mask | masks["cat"]).sum()
+    confidence = 2 * soft[soft > 0.5].sum() / (soft.sum() + (soft > 0.5).sum())
+    border = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]]).mean()
+    assert 0.05 < border < 0.5
+    assert record.score == pytest.approx((0.8 + iou + float(confidence) * (1 - border)) / 3, abs=1e-5)
+
+
+class Names:
+    """A scorer for which the name of a category is found in the old and in the new mask with given probabilities."""
+
+    def __init__(self, *probabilities: float):
+        self.probabilities = torch.tensor([probabilities])
+
+    def score(self, images, masks, numbers, categories):
+        assert numbers.tolist() == [[0, 1]] and categories == ["cat"]
+        return self.probabilities
+
+
+@pytest.mark.parametrize(
+    ("columns", "probabilities", "is_replaced"),
+    [(6, (0.2, 0.31), True), (6, (0.2, 0.29), False), (7, (0.2, 0.9), False), (0, (0.9, 0.2), False)],
+)
+def test_masks_are_replaced_where_they_hardly_overlap_and_the_name_is_likelier(
+    tmp_path, columns, probabilities, is_replaced
+):
+    """The expert's mask is the left half, the detector's the right half and some columns more: IoU .094 or .109."""
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "1.png")
+    mask = np.zeros((64, 64), bool)
+    mask[:, 32 - columns :] = True
+    before = MaskRecord.from_mask("1.png", mask, "cat", 0.5, 0.8)
+    segmenter = Segmenter(DeepLab(untrained_encoder(ENCODER), 2, 16), ["cat"])
+    logits = torch.full((16, 16), -9.0)
+    logits[:, :8] = 9
+    scorer = Names(*probabilities)
+    by_photo = {"1.png": [before]}
+    [(_, [record])] = experts.relabel(PhotoSource(tmp_path), by_photo, segmenter, lambda *_: logits, scorer)
+    assert (record is not before) == is_replaced
+    assert not is_replaced or (record.mask()[:, :32].all() and not record.mask()[:, 32:].any())
 
 
 def test_shared_loss_trains_only_the_output_layer_of_the_category():

@@ -32,7 +32,13 @@ from namedmask.segmenter.deeplab import DeepLab, save_segmenter
 from namedmask.segmenter.folder import read_scores
 from namedmask.segmenter.mask_names import stem
 from namedmask.segmenter.overlay import overlay, shown_photos
-from namedmask.segmenter.predict import Segmenter, batches_by_shape, fold_batch_norms, upsampled_argmax
+from namedmask.segmenter.predict import (
+    Segmenter,
+    batches_by_shape,
+    fold_batch_norms,
+    scored_argmax,
+    upsampled_argmax,
+)
 from namedmask.segmenter.segment import segment_photos
 from small_world import draw_photo, draw_photos, files_of
 
@@ -152,6 +158,17 @@ def test_labels_equal_the_authors():
 def test_upsampled_argmax_equals_argmax_of_interpolated_logits(shape, size):
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert_masks(upsampled_argmax(logits, *size).numpy(), F.interpolate(logits[None], size, mode="bilinear")[0])
+
+
+def test_probabilities_near_edges_are_those_of_the_interpolated_logits():
+    """Neighbors differ in their class, so every pixel but the corners is near an edge."""
+    sign = (-1.0) ** (torch.arange(6)[:, None] + torch.arange(7))
+    logits = torch.stack([sign, -sign]) * (0.5 + torch.rand(6, 7, generator=torch.Generator().manual_seed(0)))
+    best, expected = F.interpolate(logits[None], (23, 26), mode="bilinear")[0].softmax(0).max(0)
+    labels, pixels, certainty = scored_argmax(logits, 23, 26)
+    assert torch.equal(labels, expected.int()) and pixels.tolist() == [(expected == k).sum() for k in (0, 1)]
+    sums = torch.stack([best[expected == k].double().sum() for k in (0, 1)])
+    torch.testing.assert_close(certainty, sums, atol=1e-4, rtol=0)
 
 
 def test_accepts_arrays_pil_images_and_paths(weights, tmp_path):

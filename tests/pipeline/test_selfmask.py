@@ -312,10 +312,11 @@ def test_interrupted_training_resumes_bit_identically(run_of_discs, monkeypatch)
     assert train_saliency(run_of_discs, overwrite=True, steps=1).read_bytes() != expected
 
 
-def test_two_workers_and_bfloat16(run_of_discs, one_thread):
+@pytest.mark.parametrize("loss", ["sum", "mean"])
+def test_two_workers_and_bfloat16(run_of_discs, one_thread, loss):
     """Two workers train the same network as one, up to rounding; bfloat16 trains another, finite one."""
     # Gradients near 0 may change sign, and Adam takes steps of the same length.
-    slow = {"steps": 3, "warmup_steps": 50, "loss": "mean"}
+    slow = {"steps": 3, "warmup_steps": 50, "loss": loss}
     single = load_file(train_saliency(run_of_discs, **slow))
     logged = last_metrics(run_of_discs)
     two = load_file(train_saliency(run_of_discs, workers=2, overwrite=True, **slow))
@@ -410,6 +411,10 @@ def test_mean_losses_equal_hand_computed_values():
     assert pairs == 1 and float(rank) == pytest.approx(
         math.log1p(math.exp(2.0)), rel=1e-5
     )  # the worse query has the higher objectness
+    partly = torch.zeros(1, 4, 4)
+    partly[:, 0, 1] = 1.0  # a quarter of the cell
+    dice, _, _ = losses(masks, torch.zeros(1, 1, 2), partly, "mean")
+    torch.testing.assert_close(dice, torch.tensor([[[1 - 1.5 / 2.25, 1 - 1 / 2.25]]]), atol=1e-6, rtol=0)
     _, equal, _ = losses(torch.stack([good, good])[None, None], torch.tensor([[[0.0, 2.0]]]), targets, "mean")
     assert float(equal) == 0
 
@@ -587,18 +592,19 @@ def test_gradients_are_clipped_and_learning_rates_warm_up_on_request(run_of_disc
     rates, norms = [], []
 
     def step(optimizer, *_, **__):
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.03, 0.03]
         rates.append([group["lr"] for group in optimizer.param_groups])
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms.append(float(torch.nn.utils.get_total_norm(gradients)))
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    train_saliency(run_of_discs, steps=4)
+    train_saliency(run_of_discs, steps=4, weight_decay=0.03)
     polynomial = [(1 - i / 4) ** 0.9 for i in range(4)]
     np.testing.assert_allclose(rates, [[1e-3 * p, 2e-3 * p] for p in polynomial])
     highest = max(norms)
     assert highest > 0.1
     rates.clear(), norms.clear()
-    train_saliency(run_of_discs, overwrite=True, steps=4, warmup_steps=2, clip_grad_norm=0.1)
+    train_saliency(run_of_discs, overwrite=True, steps=4, warmup_steps=2, clip_grad_norm=0.1, weight_decay=0.03)
     np.testing.assert_allclose(rates[:2], [[0.5e-3, 1e-3], [1e-3 * polynomial[1], 2e-3 * polynomial[1]]])
     assert max(norms) == pytest.approx(0.1, rel=1e-3)
 
@@ -637,6 +643,24 @@ def test_views_are_squeezed_shrunk_and_padded_with_the_mean_color(tmp_path, monk
         np.mean(corners, axis=0) == pytest.approx([0.5, 0.5], abs=0.1)
         and abs(np.corrcoef(np.array(corners).T)[0, 1]) < 0.3
     )
+
+
+def test_targets_are_not_shifted_in_shrunk_photos(tmp_path):
+    """An object at the left has its share of the columns; rounding down would add half a pixel."""
+    mask = np.zeros((40, 80), bool)
+    mask[:, :26] = True
+    _, targets = shrunk_views(tmp_path, np.zeros((40, 80, 3), np.uint8), mask, 40)
+    sides, columns = (targets.any(axis).sum(1) for axis in (2, 1))
+    assert abs(np.mean(columns - 26 / 80 * sides)) < 0.1
+
+
+def test_photos_are_shrunk_with_antialiasing(tmp_path, monkeypatch):
+    """Lines of single pixels become gray, of the color of the padding."""
+    monkeypatch.setattr(selfmask_training, "recolored", lambda photo, *_: photo)
+    pixels = np.zeros((40, 800, 3), np.uint8)
+    pixels[:, ::2] = 255
+    views, _ = shrunk_views(tmp_path, pixels, np.ones((40, 800), bool), 5)
+    assert abs(views - 127.5).max() < 40
 
 
 def test_shrunk_photos_are_recolored_with_their_padding(tmp_path):
