@@ -78,6 +78,7 @@ class Converted(NamedTuple):
         photos: Number of photos by split.
         masks: Number of masks.
         left_out: Number of masks that the selection has left out.
+        rejected: Number of masks that the review has left out.
         failed: Number of photos that could not be used; they are in OUT/errors.jsonl.
         rotated: Names of the photos whose files store them rotated (EXIF), unless they were written upright.
         root: Folder that the data set's paths of photos start from.
@@ -86,6 +87,7 @@ class Converted(NamedTuple):
     photos: dict[str, int]
     masks: int
     left_out: int
+    rejected: int
     failed: int
     rotated: Sequence[str]
     root: Path
@@ -140,7 +142,7 @@ def convert(
             write_errors(folder / "errors.jsonl", dataset.errors)
         counts = {split: len(entries) for split, entries in dataset.splits.items()}
         root = Path(dataset.source.root) if mode == "path" else out
-        return Converted(counts, dataset.masks, dataset.left_out, len(dataset.errors), rotated, root)
+        return Converted(counts, dataset.masks, dataset.left_out, dataset.rejected, len(dataset.errors), rotated, root)
 
 
 def describe(converted: Converted, to: str, out: Path) -> list[str]:
@@ -150,6 +152,8 @@ def describe(converted: Converted, to: str, out: Path) -> list[str]:
     lines = [f"{converted.masks:,} masks of {total} photos ({splits}) are in {out}"]
     if converted.left_out:
         lines.append(f"left out by score: {converted.left_out:,} masks")
+    if converted.rejected:
+        lines.append(f"rejected by the review: {converted.rejected:,} masks")
     if FORMATS[to].photos == "path" and converted.root != out:
         lines.append(f"paths of photos start from {converted.root}")
     if converted.rotated:

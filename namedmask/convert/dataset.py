@@ -26,7 +26,7 @@ from ..formats import encode, read_label_map
 from ..masks import RESIZED, ErrorRecord, MaskRecord
 from ..photos import SEGMENT_RECORD, PhotoError, open_source
 from ..record import FILE, read_record
-from ..review import Review, read_review, reviewed_masks
+from ..review import Review, current_masks, read_review
 from ..segmenter.folder import mask_path, read_scores, segmented_categories, segmented_photos
 from ..selection import Selection, select
 from ..threads import map_ahead, thread_count
@@ -99,6 +99,7 @@ class Dataset:
         splits: Names of photos by split, in the order of the run.
         masks: Number of masks.
         left_out: Number of masks that the selection has left out.
+        rejected: Number of masks that the review has left out.
         errors: Photos that cannot be used, with the reason.
 
     Raises:
@@ -111,6 +112,7 @@ class Dataset:
     ):
         self.folder, self.mode, self.options = folder, mode, options
         self.errors: list[ErrorRecord] = []
+        self.rejected = 0
         with ExitStack() as stack:
             with writing(folder):  # unbuffered: after an error, closing it would write the rest and fail again
                 self._file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
@@ -119,7 +121,7 @@ class Dataset:
             self.has_scores = True
             if (path / FILE).exists():
                 recorded, self.categories, review = read_record(path).photos, _run_categories(path), read_review(path)
-                records: Iterable[MaskRecord] = reviewed_masks(path)
+                records: Iterable[MaskRecord] = current_masks(path, review)
             elif (path / SEGMENT_RECORD).exists():
                 recorded, self.categories = read_record(path, SEGMENT_RECORD).photos, segmented_categories(path)
                 self.has_scores = (path / "scores.jsonl").exists()
@@ -287,6 +289,9 @@ class Dataset:
             for record in records:
                 if not record.area:
                     continue
+                if review.get(record.key) == "reject":
+                    self.rejected += 1
+                    continue
                 if record.category not in self.ids:
                     raise UserError(f"{path} has a mask of {record.category!r}, which is none of its categories")
                 self._append(line := record.to_json().encode())
@@ -298,7 +303,7 @@ class Dataset:
         self.left_out = len(places) - len(chosen)
         entries: dict[str, _Entry] = {}
         if not places and not empty:
-            if "reject" in review.values():
+            if self.rejected:
                 raise UserError(f"no mask of {path} is left: its review.jsonl rejects them")
             raise UserError(f"{path} has no masks; `namedmask run` makes them")
         if not chosen and not empty:

@@ -165,7 +165,10 @@ def _vectors(path: Path, allow_pickle: bool) -> Iterator[tuple[Any, Any]]:
     with open_file(path) as file:
         head = file.read(len(TORCH_MAGIC))
     if head.startswith(b"PK") or head[8:9] == b"{" or head == TORCH_MAGIC:
-        return iter(weights.read(path).tree.items())
+        tree = weights.read(path).tree
+        if tree.keys() == {"image", "text"}:
+            raise UserError(f"{path} is in the format of --embeddings already; pass it there as it is")
+        return iter(tree.items())
     if not allow_pickle:
         raise UserError(
             f"{path} is neither a safetensors file nor a file of torch.save; if it is a pickle, which could execute "

@@ -482,7 +482,9 @@ def test_selection_and_review_choose_masks(run, records, truth, tmp_path):
     write_review(reviewed, {("a.png", "cat"): "reject", ("1.jpg", CATEGORIES[2]): "accept"})
     convert(reviewed, "coco", tmp_path / "review", Options(Selection(min_score=0.99)))
     assert masks_in(tmp_path / "review") == {("1.jpg", CATEGORIES[2])}
-    convert(reviewed, "coco", tmp_path / "rejected")
+    written = convert(reviewed, "coco", tmp_path / "rejected")
+    assert (written.left_out, written.rejected) == (0, 1)
+    assert "rejected by the review: 1 masks" in describe(written, "coco", tmp_path / "rejected")
     assert masks_in(tmp_path / "rejected") == set(truth) - {("a.png", "cat")}
 
 

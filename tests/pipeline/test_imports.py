@@ -702,6 +702,9 @@ def test_embeddings_in_every_form(kind, photos, tmp_path):
     assert rows.keys() == {"n01/n01_0.JPEG", "n01/Käse.JPEG", "n02/n02_1.JPEG"}
     assert np.array_equal(rows["n01/Käse.JPEG"], np.eye(8)[2])
     assert load_file(out)["image"].dtype == (np.float16 if "16" in kind else np.float32)
+    assert "e.safetensors is in the format of --embeddings already" in fail(
+        "import", "embeddings", out, "--out", tmp_path / "again.safetensors"
+    )
 
 
 class Payload:
