@@ -25,10 +25,10 @@ from .normalized_rows import (
     STEPS,
     NormalizedRows,
     image_table,
-    scaled_cosines,
+    image_tile,
     square_sizes,
     steps_on,
-    upper_tile,
+    tile_cosines,
     upper_tiles,
 )
 from .tables import Variant, table_on_device
@@ -49,20 +49,12 @@ def _connect(high, low, table, bits, threshold, row_stride, TILE: tl.constexpr, 
 
     table: that of image_table
     """
-    entry = table + 3 * tl.program_id(1)
-    begin = tl.load(entry)
-    length = tl.load(entry + 1).to(tl.int32)
+    begin, length, down, right = image_tile(table, TILE)
     tiles = tl.cdiv(length, TILE)
-    down, right = upper_tile(tl.program_id(0))
     if right < tiles:
-        here = tl.arange(0, TILE)
-        row = down * TILE + here
-        column = right * TILE + here
-        high += begin * row_stride
-        low += begin * row_stride
-        rows = tl.minimum(row, length - 1)
-        columns = tl.minimum(column, length - 1)
-        products = scaled_cosines(high, low, rows, columns, row_stride, TILE, TILE, CHANNELS)
+        products = tile_cosines(high, low, begin, length, down, right, row_stride, TILE, CHANNELS)
+        row = down * TILE + tl.arange(0, TILE)
+        column = right * TILE + tl.arange(0, TILE)
         above = tl.reshape(products > threshold * SCALE, [TILE, TILE // 32, 32])
         bit = tl.arange(0, 32)
         one = tl.full([32], 1, tl.uint32) << bit.to(tl.uint32)
@@ -80,7 +72,7 @@ def _connect(high, low, table, bits, threshold, row_stride, TILE: tl.constexpr, 
             words |= transposed
             transposed = words
         size = tiles.to(tl.int64) * TILE
-        own = bits + tl.load(entry + 2) // 32
+        own = bits + tl.load(table + 3 * tl.program_id(1) + 2) // 32
         tl.store(own + ((right * size + row)[:, None] * 4 + word[None, :]), words)
         tl.store(own + ((down * size + column)[:, None] * 4 + word[None, :]), transposed)
 

@@ -101,6 +101,29 @@ def upper_tile(t):
     return t - right * (right + 1) // 2, right
 
 
+@triton.jit
+def image_tile(table, TILE: tl.constexpr):
+    """The tile of a block in a grid (tiles of the largest image, images), and the image: its first token and its number
+    of tokens; then the tile's row and column, in tiles. The image has no such tile if the column is after its end.
+
+    table: that of image_table
+    """
+    entry = table + 3 * tl.program_id(1)
+    down, right = upper_tile(tl.program_id(0))
+    return tl.load(entry), tl.load(entry + 1).to(tl.int32), down, right
+
+
+@triton.jit
+def tile_cosines(high, low, begin, length, down, right, row_stride, TILE: tl.constexpr, CHANNELS: tl.constexpr):
+    """SCALE times the cosines in such a tile, float32 [TILE, TILE]; those beyond the image repeat its last token."""
+    here = tl.arange(0, TILE)
+    rows = tl.minimum(down * TILE + here, length - 1)
+    columns = tl.minimum(right * TILE + here, length - 1)
+    high += begin * row_stride
+    low += begin * row_stride
+    return scaled_cosines(high, low, rows, columns, row_stride, TILE, TILE, CHANNELS)
+
+
 def upper_tiles(lengths: np.ndarray, size: int) -> int:
     """The number of such tiles of size x size in the largest image; lengths: tokens of each image."""
     tiles = -(-int(lengths.max()) // size) if len(lengths) else 0

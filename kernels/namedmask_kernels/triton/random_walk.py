@@ -26,11 +26,12 @@ from .normalized_rows import (
     SCALE,
     Steps,
     image_table,
+    image_tile,
     normalized_rows,
     scaled_cosines,
     square_sizes,
     steps_on,
-    upper_tile,
+    tile_cosines,
     upper_tiles,
 )
 from .normalized_rows import STEPS as COSINE_STEPS
@@ -55,14 +56,11 @@ LEAST = tl.constexpr(-60 * math.log2(math.e))
 
 
 @triton.jit
-def _weights(
-    high, low, rows, columns, factor, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    """The elements of S at the rows and columns of an image, float32 [ROWS, COLUMNS].
+def _weights(tile, factor):
+    """The elements of S for SCALE times the cosines, float32.
 
     factor: sharpness * log2(e), so that the exponentials are powers of two
     """
-    tile = scaled_cosines(high, low, rows, columns, row_stride, ROWS, COLUMNS, CHANNELS)
     return tl.exp2(tl.minimum(tl.maximum(factor * (tile * (1 / SCALE) - 1), LEAST), 1.5))
 
 
@@ -73,22 +71,14 @@ def _keep(high, low, table, kept, factor, row_stride, TILE: tl.constexpr, CHANNE
     table: that of image_table
     kept: S of each image, in whole tiles; 0 outside of the image
     """
-    entry = table + 3 * tl.program_id(1)
-    begin = tl.load(entry)
-    length = tl.load(entry + 1).to(tl.int32)
+    begin, length, down, right = image_tile(table, TILE)
     tiles = tl.cdiv(length, TILE)
-    down, right = upper_tile(tl.program_id(0))
     if right < tiles:
-        here = tl.arange(0, TILE)
-        row = down * TILE + here
-        column = right * TILE + here
-        high += begin * row_stride
-        low += begin * row_stride
-        rows = tl.minimum(row, length - 1)
-        columns = tl.minimum(column, length - 1)
-        weights = _weights(high, low, rows, columns, factor, row_stride, TILE, TILE, CHANNELS)
-        weights = tl.where((row < length)[:, None] & (column < length)[None, :], weights, 0)
-        kept += tl.multiple_of(tl.load(entry + 2), TILE)
+        tile = tile_cosines(high, low, begin, length, down, right, row_stride, TILE, CHANNELS)
+        row = down * TILE + tl.arange(0, TILE)
+        column = right * TILE + tl.arange(0, TILE)
+        weights = tl.where((row < length)[:, None] & (column < length)[None, :], _weights(tile, factor), 0)
+        kept += tl.multiple_of(tl.load(table + 3 * tl.program_id(1) + 2), TILE)
         stride = tiles * TILE
         tl.store(kept + (row[:, None] * stride + column[None, :]), weights)
         if down != right:  # the halves of a tile on the diagonal differ by rounding, so its transpose is not written
@@ -127,8 +117,8 @@ def _step(
         inside = column < length
         columns = tl.minimum(column, length - 1)
         if kept is None:
-            weights = _weights(high, low, rows, columns, factor, row_stride, ROWS, COLUMNS, CHANNELS)
-            weights = tl.where(inside[None, :], weights, 0)
+            tile = scaled_cosines(high, low, rows, columns, row_stride, ROWS, COLUMNS, CHANNELS)
+            weights = tl.where(inside[None, :], _weights(tile, factor), 0)
         else:
             weights = tl.load(kept + (row[:, None] * stride + column[None, :]))
         total += tl.sum(weights, 1)

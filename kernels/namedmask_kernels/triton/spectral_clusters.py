@@ -16,16 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .normalized_rows import (
-    SCALE,
-    STEPS,
-    NormalizedRows,
-    image_table,
-    scaled_cosines,
-    steps_on,
-    upper_tile,
-    upper_tiles,
-)
+from .normalized_rows import SCALE, STEPS, NormalizedRows, image_table, image_tile, steps_on, tile_cosines, upper_tiles
 from .tables import Variant, table_on_device
 
 TILE = 128
@@ -37,17 +28,9 @@ def _range(high, low, table, ranges, row_stride, TILE: tl.constexpr, CHANNELS: t
 
     table: that of image_table
     """
-    entry = table + 3 * tl.program_id(1)
-    begin = tl.load(entry)
-    length = tl.load(entry + 1).to(tl.int32)
-    down, right = upper_tile(tl.program_id(0))
+    begin, length, down, right = image_tile(table, TILE)
     if right < tl.cdiv(length, TILE):
-        high += begin * row_stride
-        low += begin * row_stride
-        here = tl.arange(0, TILE)
-        rows = tl.minimum(down * TILE + here, length - 1)  # repeats the last token, which adds no new cosine
-        columns = tl.minimum(right * TILE + here, length - 1)
-        tile = scaled_cosines(high, low, rows, columns, row_stride, TILE, TILE, CHANNELS)
+        tile = tile_cosines(high, low, begin, length, down, right, row_stride, TILE, CHANNELS)
         at = ranges + 2 * (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
         tl.store(at, tl.min(tl.min(tile, 1), 0) * (1 / SCALE))
         tl.store(at + 1, tl.max(tl.max(tile, 1), 0) * (1 / SCALE))
