@@ -33,11 +33,17 @@ def like_first(first: Tensor, *arguments: object) -> Tensor:
     return torch.empty_like(first)
 
 
+def first_packed(first: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    """The usual packed tensor whose rows the offsets count: the first argument."""
+    return (first,)
+
+
 def register(
     schema: str,
     *,
     reference: Callable[..., Any],
     outputs: Callable[..., Any] = like_first,
+    packed: Callable[..., tuple[Tensor, ...]] = first_packed,
     cpu: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
     cuda_workspace: Callable[[int, int], int] | None = None,
@@ -53,6 +59,7 @@ def register(
         schema: As torch.library writes it, "name(Tensor mask, ..., int iterations) -> Tensor". Tensors come first.
         reference: The definition, on any device.
         outputs: Takes the arguments and returns the results unfilled, a tensor or a tuple; used for tracing, too.
+        packed: Takes the arguments and returns the tensors whose number of rows the reference compares with offsets.
         cpu: If None, `_native.name(*tensors, *outputs, *settings)`.
         cuda: If None, and `cuda_workspace` is given,
             `_native.cuda.name(*tensors, *outputs, workspace, *settings, stream)`.
@@ -72,7 +79,7 @@ def register(
     on_gpu = {"cuda": cuda, "triton": triton}
     available = {backend: _naming_faults(name, run) for backend, run in on_gpu.items() if run is not None}
     available["cpu"] = cpu or _cpu_kernel(name, tensors, outputs)
-    checked = _checked(name, tensors, reference) if "Tensor shapes" in schema else reference
+    checked = _checked(name, tensors, packed, reference) if "Tensor shapes" in schema else reference
     available["reference"] = _without_autocast(checked)
     backends.IMPLEMENTATIONS[name] = available
     if cuda_needs_triton:
@@ -150,11 +157,13 @@ def _as_tuple(values: Any) -> tuple[Any, ...]:
     return values if isinstance(values, tuple) else (values,)
 
 
-def _checked(name: str, tensors: int, reference: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(
+    name: str, tensors: int, packed: Callable[..., tuple[Tensor, ...]], reference: Callable[..., Any]
+) -> Callable[..., Any]:
     """The reference, after a check of offsets and shapes, the last tensors. Kernels check them themselves."""
 
     def run(*arguments: Any) -> Any:
-        expect_rows(name, *arguments[tensors - 2 : tensors])
+        expect_rows(name, *arguments[tensors - 2 : tensors], *packed(*arguments))
         return reference(*arguments)
 
     return run

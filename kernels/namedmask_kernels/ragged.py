@@ -85,7 +85,13 @@ class Ragged(NamedTuple):
         ]
 
     def with_rows(self, rows: Tensor) -> Ragged:
-        """Returns a batch with the same grids and other rows [T, ...]."""
+        """Returns a batch with the same grids and other rows [T, ...].
+
+        Raises:
+            ValueError: If the number of rows differs.
+        """
+        if rows.shape[0] != self.rows.shape[0]:
+            raise ValueError(f"Ragged.with_rows: rows must be [{self.rows.shape[0]}, ...], but are {list(rows.shape)}")
         return Ragged(rows, self.offsets, self.shapes)
 
 
@@ -157,14 +163,22 @@ def arrange(
     if isinstance(value, Ragged):
         if not all(isinstance(part, Tensor) for part in value):
             raise TypeError(f"{op}: {name} must be a Ragged of tensors; Ragged.pack makes one from numpy arrays")
-        if value.offsets.device.type != "cpu" or value.shapes.device.type != "cpu":
+        rows, offsets, shapes = value
+        if offsets.device.type != "cpu" or shapes.device.type != "cpu":
             raise ValueError(f"{op}: offsets and shapes of {name} must be on cpu, also where its rows are on a GPU")
-        if value.rows.ndim != 1 + row_dims:
+        expect_dtype(op, f"offsets of {name}", offsets, torch.int32)
+        expect_dtype(op, f"shapes of {name}", shapes, torch.int32)
+        if shapes.ndim != 2 or shapes.shape[1] != 2 or offsets.shape != (shapes.shape[0] + 1,):
             raise ValueError(
-                f"{op}: the rows of {name} must have {1 + row_dims} dimensions, but have shape {list(value.rows.shape)}"
+                f"{op}: offsets of {name} must be [B + 1] and shapes [B, 2], but are {list(offsets.shape)} and "
+                f"{list(shapes.shape)}"
             )
-        expect_dtype(op, name, value.rows, *dtypes)
-        return Packed(name, value, None, *value)
+        if rows.ndim != 1 + row_dims:
+            raise ValueError(
+                f"{op}: the rows of {name} must have {1 + row_dims} dimensions, but have shape {list(rows.shape)}"
+            )
+        expect_dtype(op, name, rows, *dtypes)
+        return Packed(name, value, None, rows, offsets.contiguous(), shapes.contiguous())
     grid = as_tensor(op, name, value)
     shape = tuple(grid.shape)
     dims = len(shape) - row_dims
@@ -335,7 +349,7 @@ def _different_grids(op: str, one: str, other: str, one_size: list[Any], other_s
 
 
 def expect_same_grids(op: str, one: Packed[Any], other: Packed[Any]) -> None:
-    """Raises ValueError unless two arguments are on the same device and have the same grids."""
+    """Raises ValueError unless two arguments are on the same device and have the same grids and number of rows."""
     if one.rows.device != other.rows.device:
         raise ValueError(
             f"{op}: {one.name} must be on {other.rows.device}, like {other.name}, but is on {one.rows.device}"
@@ -349,6 +363,11 @@ def expect_same_grids(op: str, one: Packed[Any], other: Packed[Any]) -> None:
     elif one.shapes.shape != other.shapes.shape or not torch.equal(one.shapes, other.shapes):
         sizes = [list(packed.leading or packed.shapes.tolist()[:4]) for packed in (one, other)]
         raise _different_grids(op, one.name, other.name, *sizes)
+    if one.rows.shape[0] != other.rows.shape[0]:
+        raise ValueError(
+            f"{op}: {one.name} and {other.name} must have the same number of rows, but have {one.rows.shape[0]} and "
+            f"{other.rows.shape[0]}"
+        )
 
 
 def expect_image(op: str, image: Ragged | Array, like: Packed[Any]) -> Tensor:

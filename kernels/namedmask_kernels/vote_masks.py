@@ -151,6 +151,7 @@ def _vote_cuda(masks: Tensor, offsets: Tensor, shapes: Tensor, candidates: int) 
 _vote = register(
     f"{NAME}(Tensor masks, Tensor offsets, Tensor shapes, int candidates) -> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_outputs,
+    packed=lambda masks, *_: (masks,) if masks.ndim == 2 else (),
     reference=_vote_reference,
     cpu=_vote_cpu,
     cuda=_vote_cuda,

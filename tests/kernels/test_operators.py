@@ -133,15 +133,52 @@ def test_empty_batch(op, backend):
     assert all(len(field) == 0 for field in fields(op(*empty, backend=backend)))
 
 
-@batched
+LAYOUT = r"offsets of .* must be \[B \+ 1\] and shapes \[B, 2\], but are "
+
+# change of a batch -> its rows, offsets and shapes, and the error of every backend
+MALFORMED = {
+    "shapes": (lambda rows, offsets, shapes: (rows, offsets, shapes + 1), "image 0 has shape .* but owns rows 0 to "),
+    "offsets": (lambda rows, offsets, shapes: (rows, offsets + 1, shapes), "offsets must run from 0 to the "),
+    "fewer rows": (lambda rows, *rest: (rows[:-1], *rest), "offsets must run from 0 to the "),
+    "more rows": (lambda rows, *rest: (torch.cat([rows, rows[:1]]), *rest), "offsets must run from 0 to the "),
+    "int64 offsets": (lambda rows, offsets, shapes: (rows, offsets.long(), shapes), "offsets of .* must be int32"),
+    "int64 shapes": (lambda rows, offsets, shapes: (rows, offsets, shapes.long()), "shapes of .* must be int32"),
+    "short offsets": (lambda rows, offsets, shapes: (rows, offsets[:-1], shapes), LAYOUT),
+    "one shape": (lambda rows, offsets, shapes: (rows, offsets, shapes[0]), LAYOUT),
+    "3-D shapes": (lambda rows, offsets, shapes: (rows, offsets, shapes[None]), LAYOUT),
+}
+ragged = pytest.mark.parametrize("op", [op for op in CALLS if op is not nk.attention_features], ids=label)
+
+
+@ragged
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_malformed_batches_raise(op, backend):
-    wrong = [a._replace(shapes=a.shapes + 1) if isinstance(a, Ragged) else a for a in packed(images(op))]
-    with pytest.raises(ValueError, match=f"{op.__name__}: image 0 has shape 8 x 10 but owns rows 0 to 63"):
+@pytest.mark.parametrize("change", MALFORMED)
+def test_malformed_batches_raise(op, backend, change):
+    function, message = MALFORMED[change]
+    wrong = [Ragged(*function(*a)) if isinstance(a, Ragged) else a for a in arranged(op, "ragged")]
+    with pytest.raises((TypeError, ValueError), match=f"{op.__name__}: {message}"):
         op(*wrong, backend=backend)
 
 
-@pytest.mark.parametrize("op", [op for op in CALLS if op is not nk.attention_features], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", [nk.bilateral_solver, nk.dense_crf, nk.pamr, nk.random_walk], ids=label)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("change", ["fewer rows", "more rows"])
+def test_the_rows_of_two_batches_are_compared(op, backend, change):
+    first, second = arranged(op, "ragged")
+    second = Ragged(*MALFORMED[change][0](*second))
+    with pytest.raises(ValueError, match=f"{op.__name__}: .* must have the same number of rows, but have "):
+        op(first, second, backend=backend)
+
+
+@ragged
+def test_offsets_and_shapes_of_any_strides(op):
+    batch = arranged(op, "ragged")
+    strided = [Ragged(a.rows, *(x.repeat_interleave(2, -1)[..., ::2] for x in a[1:])) if isinstance(a, Ragged) else a
+               for a in batch]  # fmt: skip
+    assert_same(op(*strided), op(*batch))
+
+
+@ragged
 def test_numpy_arrays_give_numpy_arrays(op):
     arrays = [a.numpy() if isinstance(a, torch.Tensor) else a for a in CALLS[op]]
     for result, expected in zip(flat(op(*arrays)), flat(op(*CALLS[op])), strict=True):

@@ -37,6 +37,8 @@ def test_rows_and_shapes_that_do_not_match_raise():
         Ragged.of_shapes(torch.zeros(6), [(2, 3), (1, 1)])
     with pytest.raises(ValueError, match="grids must not be empty"):
         Ragged.pack([])
+    with pytest.raises(ValueError, match=r"Ragged.with_rows: rows must be \[6, ...\], but are \[7, 2\]"):
+        Ragged.of_shapes(torch.zeros(6), [(2, 3)]).with_rows(torch.zeros(7, 2))
     empty = Ragged.of_shapes(torch.zeros(0, 4), [])
     assert empty.grids() == [] and empty.offsets.tolist() == [0] and empty.shapes.shape == (0, 2)
 
