@@ -104,6 +104,9 @@ def packed_shapes(shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     ends = list(itertools.accumulate((h * w for h, w in shapes), initial=0))
     if ends[-1] > MOST:
         raise ValueError(f"Ragged: a batch may have at most {MOST} rows, but has {ends[-1]}")
+    if torch.compiler.is_compiling():  # numpy would bind the graph to these sizes, which may be symbols
+        sides = torch.tensor([side for shape in shapes for side in shape], dtype=torch.int32, device="cpu")
+        return torch.tensor(ends, dtype=torch.int32, device="cpu"), sides.reshape(-1, 2)
     # Going through numpy takes a quarter of the time that torch needs to read a list.
     offsets = torch.from_numpy(np.array(ends, np.int32))
     return offsets, torch.from_numpy(np.array(shapes, np.int32).reshape(-1, 2))

@@ -12,6 +12,7 @@ import operator_calls
 import pytest
 import torch
 from operator_calls import CALLS, flat
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import namedmask_kernels as nk
@@ -251,6 +252,18 @@ def test_torch_compile(op, kind, dynamic):
     arguments = arranged(op, kind)
     compiled = torch.compile(op, fullgraph=True, backend="eager", dynamic=dynamic)
     assert_same(compiled(*arguments), op(*arguments))
+
+
+@ragged
+def test_one_graph_is_compiled_for_grids_of_all_sizes(op):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(op, fullgraph=True, backend=counter, dynamic=True)
+    for h, w in ((7, 9), (6, 8), (4, 7), (5, 6)):
+        crop = (slice(None), slice(h - 1), slice(w - 1)) if op is nk.vote_masks else (slice(h), slice(w))
+        arguments = [a[crop].clone() if isinstance(a, torch.Tensor) else a for a in CALLS[op]]
+        assert_same(compiled(*arguments), op(*arguments))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("op", [nk.bilateral_solver, nk.dense_crf, nk.pamr, nk.random_walk])
