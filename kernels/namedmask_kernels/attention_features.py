@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backends
 from .library import register
-from .ragged import FLOATING, as_float, expect_dtype, expect_int, expect_ints, is_sequence
+from .ragged import FLOATING, as_float, expect_dense, expect_dtype, expect_int, expect_ints, is_sequence
 from .reference import attention_features as reference
 
 NAME = "attention_features"
@@ -101,6 +101,7 @@ def attention_features(
     if not isinstance(qkv, Tensor) or not isinstance(offsets, Tensor):
         name, value = ("offsets", offsets) if isinstance(qkv, Tensor) else ("qkv", qkv)
         raise TypeError(f"{NAME}: {name} must be a torch tensor, but is {type(value).__name__}")
+    expect_dense(NAME, "qkv", qkv)
     if qkv.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{NAME} has no gradient; call it under torch.no_grad() or on detached tensors")
     expect_dtype(NAME, "qkv", qkv, *FLOATING)

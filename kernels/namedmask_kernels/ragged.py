@@ -167,6 +167,7 @@ def arrange(
         if not all(isinstance(part, Tensor) for part in value):
             raise TypeError(f"{op}: {name} must be a Ragged of tensors; Ragged.pack makes one from numpy arrays")
         rows, offsets, shapes = value
+        expect_dense(op, f"the rows of {name}", rows)
         if offsets.device.type != "cpu" or shapes.device.type != "cpu":
             raise ValueError(f"{op}: offsets and shapes of {name} must be on cpu, also where its rows are on a GPU")
         expect_dtype(op, f"offsets of {name}", offsets, torch.int32)
@@ -209,11 +210,11 @@ def as_tensor(op: str, name: str, value: object) -> Tensor:
     """Returns a tensor as it is, and a numpy array as a tensor, without a copy if torch can read it in place.
 
     Raises:
-        TypeError: If the value is neither, a sparse tensor, a masked array or of a dtype that torch does not have.
+        TypeError: If the value is neither, a sparse or nested tensor, a masked array or of a dtype that torch does not
+            have.
     """
     if isinstance(value, Tensor):
-        if value.layout != torch.strided:
-            raise TypeError(f"{op}: {name} must be a dense tensor, but is {value.layout}; call .to_dense() first")
+        expect_dense(op, name, value)
         return value
     if not isinstance(value, np.ndarray):
         raise TypeError(
@@ -238,6 +239,14 @@ def as_mask(mask: Tensor) -> Tensor:
 
 
 # -- argument checks: the messages name the operator, the argument, what was expected and what came -------------------
+
+
+def expect_dense(op: str, name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a sparse or nested tensor."""
+    if tensor.is_nested:
+        raise TypeError(f"{op}: {name} must not be a nested tensor; Ragged.pack(tensor.unbind()) makes a batch of it")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, but is {tensor.layout}; call .to_dense() first")
 
 
 def expect_dtype(op: str, name: str, rows: Tensor, *dtypes: torch.dtype) -> None:

@@ -206,7 +206,7 @@ def _reference(
     for b, (grid, size) in enumerate(zip(Ragged(image, offsets, shapes).grids(), sizes, strict=True)):
         if (0 in grid.shape[:2]) != (0 in size):
             raise ValueError(f"{NAME}: image {b} and its new size must both have pixels, or neither")
-        if 0 in size:
+        if 0 in size or not image.shape[1]:  # torch resizes no image without channels
             continue
         new = reference.resize(grid, size, INTERPOLATIONS[interpolation])
         if mean:

@@ -398,6 +398,22 @@ def test_arrays_that_cannot_be_read_are_rejected_by_name(op):
             op(value, *rest)
 
 
+@operators
+@pytest.mark.parametrize("kind", ["tensors", "ragged"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_tensors_that_are_not_dense_are_rejected(op, kind):
+    first, *rest = arranged(op, kind)
+    dense = first.rows if isinstance(first, Ragged) else first
+    for tensor, message in (
+        (dense.to_sparse(), "must be a dense tensor, but is torch.sparse_coo; call .to_dense"),
+        (torch.nested.nested_tensor([dense, dense]), "must not be a nested tensor; "),
+        (torch.nested.nested_tensor([dense, dense], layout=torch.jagged), "must not be a nested tensor; "),
+    ):
+        value = first._replace(rows=tensor) if isinstance(first, Ragged) else tensor
+        with pytest.raises(TypeError, match=f"{op.__name__}: .* {message}"):
+            op(value, *rest)
+
+
 @pytest.mark.parametrize("op", [nk.connected_components, nk.fill_holes, nk.largest_component, nk.vote_masks])
 @pytest.mark.parametrize("true", [1, 255])
 def test_uint8_masks(op, true):

@@ -34,6 +34,11 @@ def expect_close(result, expected):
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
+def test_images_without_channels(backend, device):
+    batch = Ragged.of_shapes(torch.zeros(63, 0, device=device), [SIZES[0][0]])
+    assert nk.resize(batch, SIZES[0][1], backend=backend).rows.shape == (70, 0)
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("channels", [0, 1, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
