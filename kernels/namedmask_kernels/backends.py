@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .ragged import Ragged
+from .ragged import MOST, Ragged
 from .threads import usable_cores
 
 # Fastest first: "auto" takes the first that can run. It never takes the reference, which is slow.
@@ -115,6 +115,8 @@ def numpy_arguments(op: str, backend: str, *arguments: tuple[object, int, tuple[
         if array.shape != ((*size, channels) if channels else size):
             return None
         arrays.append(array)
+    if max(*size, size[0] * size[1]) > MOST:
+        return None
     return arrays if choose(op, backend, torch.device("cpu")) == "cpu" else None
 
 

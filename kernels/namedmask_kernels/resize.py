@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .library import cuda_stream, register
-from .ragged import FLOATING, Batch, Packed, Ragged, arrange, as_float, expect_int, is_sequence
+from .ragged import FLOATING, Batch, Packed, Ragged, arrange, as_float, expect_int, is_sequence, packed_shapes
 from .reference import resize as reference
 
 NAME = "resize"
@@ -109,6 +109,7 @@ def resize(
     rows = rows[:, None] if dims == 0 else rows
     means, stds = _normalization(packed, rows.shape[1], mean, std, patch, dtype)
     side = 1 if patch is None else expect_int(NAME, "patch", patch, 1, MAX_PATCH)
+    layout = packed_shapes(_grids(pairs, side))  # too many rows raise before they are allocated
     new = _resize(
         rows.contiguous(),
         packed.offsets,
@@ -122,10 +123,10 @@ def resize(
         backend,
     )
     if patch is not None:
-        return Ragged.of_shapes(new, _grids(pairs, side))
+        return Ragged(new, *layout)
     new = new[:, 0] if dims == 0 else new
     if isinstance(image, Ragged):
-        return Ragged.of_shapes(new, pairs)
+        return Ragged(new, *layout)
     grid = new.reshape(*pairs[0], *new.shape[1:])
     return cast(Batch, grid.numpy() if isinstance(image, np.ndarray) else grid)
 

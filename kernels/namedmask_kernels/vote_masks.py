@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends
 from .library import cuda_stream, register
-from .ragged import MASK, Array, Ragged, arrange, as_mask, as_tensor, expect_dtype, packed_shapes
+from .ragged import MASK, Array, Ragged, arrange, as_mask, as_tensor, expect_dtype, expect_int, packed_shapes
 from .reference import vote_masks as reference
 
 NAME = "vote_masks"
@@ -95,7 +95,7 @@ def _flatten(masks: Ragged | Array) -> tuple[Tensor, Tensor, Tensor, int, tuple[
     expect_dtype(NAME, "masks", grids, *MASK)
     *leading, n, h, w = grids.shape
     count = leading[0] if leading else 1
-    offsets, shapes = packed_shapes([(h, w)] * count)
+    offsets, shapes = packed_shapes([(expect_int(NAME, "height", h), expect_int(NAME, "width", w))] * count)
     return as_mask(grids.reshape(-1)).contiguous(), offsets, shapes, n, tuple(leading)
 
 

@@ -398,6 +398,22 @@ def test_arrays_that_cannot_be_read_are_rejected_by_name(op):
             op(value, *rest)
 
 
+@of_arrays
+@pytest.mark.parametrize("shape", [(2**31, 0), (0, 2**31)], ids=str)
+def test_arrays_beyond_the_range_of_int32_are_rejected(op, shape):
+    side = "height" if shape[0] else "width"
+    channels = slice(1, 1) if op is nk.vote_masks else slice(2, None)
+    large = [
+        torch.zeros(*(a.shape[:1] if op is nk.vote_masks else ()), *shape, *a.shape[channels][:1], dtype=a.dtype)
+        if isinstance(a, torch.Tensor)
+        else a
+        for a in CALLS[op]
+    ]
+    for arguments in (large, [a.numpy() if isinstance(a, torch.Tensor) else a for a in large]):
+        with pytest.raises(ValueError, match=f"{side} must be at most 2147483647, but is 2147483648"):
+            op(*arguments)
+
+
 @operators
 @pytest.mark.parametrize("kind", ["tensors", "ragged"])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")

@@ -34,6 +34,13 @@ def expect_close(result, expected):
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
+def test_too_large_results_are_rejected_before_they_are_allocated(backend, device):
+    image, settings = torch.zeros(4, 4, dtype=torch.uint8, device=device), {"mean": [0], "std": [1], "patch": 1024}
+    for keywords in ({}, settings):
+        with pytest.raises(ValueError, match="a batch may have at most 2147483647 rows, but has "):
+            nk.resize(image, (2**31 - 1, 2**31 - 1), backend=backend, **keywords)
+
+
 def test_images_without_channels(backend, device):
     batch = Ragged.of_shapes(torch.zeros(63, 0, device=device), [SIZES[0][0]])
     assert nk.resize(batch, SIZES[0][1], backend=backend).rows.shape == (70, 0)
