@@ -76,10 +76,11 @@ def dense_crf(
 
     Cost:
         On one core of a Zen 4, 42 ms for an image of 512 x 683 with 2 labels and 163 ms with 21; the images of a Ragged
-        batch are distributed over torch's threads. Proportional to pixels times labels, whatever the sigmas. On an
-        H100, an earlier version took 1.1 ms per image with 2 labels and 4.1 ms with 21, in a batch of 64 of up to that
-        size; no GPU has run this one. The CUDA version waits for the GPU once, to learn the number of lattice vertices,
-        and allocates about 155 bytes per pixel and 10 more per label for photos, several times as much for noise.
+        batch are distributed over torch's threads. Proportional to pixels times labels, whatever the sigmas, except in
+        images that are many times taller than wide, where a gaussian sigma_xy above the width costs more. On an H100,
+        an earlier version took 1.1 ms per image with 2 labels and 4.1 ms with 21, in a batch of 64 of up to that size;
+        no GPU has run this one. The CUDA version waits for the GPU once, to learn the number of lattice vertices, and
+        allocates about 155 bytes per pixel and 10 more per label for photos, several times as much for noise.
 
     Determinism:
         On the CPU, bit-identical for any batch and number of threads. On a GPU, bit-identical on every call and for any

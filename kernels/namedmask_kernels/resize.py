@@ -81,8 +81,9 @@ def resize(
         over the filter's reach.
 
     Cost:
-        2 k flops per channel and pixel of the new height and the old width, and of the new image, for filters of k
-        taps: 2 or 4, times the factor of a reduction. An axis that keeps its length costs nothing.
+        2 k flops per channel and pixel of the old height and the new width, and of the new image, for filters of k
+        taps: 2 or 4, times the factor of a reduction. An axis that keeps its length costs nothing. The CPU version
+        needs memory for an image of the old height and the new width.
 
     Determinism:
         Bit-identical for any batch and number of threads; uint8 on the CPU also at any instruction level. Otherwise

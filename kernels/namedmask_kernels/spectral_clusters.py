@@ -35,7 +35,9 @@ def spectral_clusters(features: Batch, k: int | Sequence[int], *, seed: int = 0,
         int32 labels, arranged like the features without C: [h, w], [B, h, w] or Ragged with rows [T]; for several k
         with one more dimension at the end, [h, w, len(k)] and so on. Labels are numbered in order of first occurrence,
         so the first token of every image has label 0. Fewer than k labels occur if fewer than k tokens differ in their
-        eigenvectors; all labels are 0 if all tokens are alike (cosines within 1e-6) and for a single token.
+        eigenvectors; all labels are 0 if all tokens are alike (cosines within 1e-6) and for a single token. If
+        eigenvalues are (nearly) equal, as in images of fewer than k - 1 channels, eigenvectors are not unique: labels
+        are the same on every call, but differ between backends.
 
     Raises:
         TypeError: If the features are not floating point.
