@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import operator
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -66,10 +67,16 @@ class Ragged(NamedTuple):
         """Wraps rows [T, ...] that are already packed, given the (height, width) of each grid.
 
         Raises:
-            TypeError: If a height or width is not an integer.
+            TypeError: If a shape is not a pair of integers.
             ValueError: If the shapes do not add up to T rows, one is negative, or there are more than 2^31 - 1 rows.
         """
-        sizes = [(expect_int("Ragged", "height", h), expect_int("Ragged", "width", w)) for h, w in shapes]
+        try:
+            pairs = [(h, w) for h, w in shapes]
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"Ragged: shapes must be pairs of a height and a width, but are {reprlib.repr(shapes)}"
+            ) from None
+        sizes = [(expect_int("Ragged", "height", h), expect_int("Ragged", "width", w)) for h, w in pairs]
         total = sum(h * w for h, w in sizes)
         if total != rows.shape[0]:
             raise ValueError(f"Ragged: shapes add up to {total} rows, but there are {rows.shape[0]}")

@@ -94,6 +94,9 @@ def test_sizes_are_checked():
             Ragged.of_shapes(rows, [shape])
     with pytest.raises(TypeError, match=r"Ragged: width must be an integer, but is 1.5"):
         Ragged.of_shapes(rows, [(4, 1.5)])
+    for shapes in ((2, 3), [(2, 3, 1)], [6], 6):
+        with pytest.raises(TypeError, match="Ragged: shapes must be pairs of a height and a width, but are "):
+            Ragged.of_shapes(rows, shapes)
     assert Ragged.of_shapes(rows, np.array([[2, 3]])).shapes.tolist() == [[2, 3]]
     with pytest.raises(ValueError, match="at most 2147483647 rows, but has 2147483648"):
         Ragged.of_shapes(torch.zeros(1).expand(2**31), [(2**30, 2)])
