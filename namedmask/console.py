@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from .errors import counted
 from .process import complain
 from .progress import ProgressEvent, handling, listening
 
@@ -60,11 +61,12 @@ class Printer(logging.Handler):
         elif event.seconds - self.last_line > LINE_EVERY:
             self.last_line = event.seconds
             left = f", {(event.total - event.done) / event.rate:.0f} s left" if event.rate else ""
-            print(f"{event.stage}: {event.done} of {event.total} photos, {event.rate:.1f}/s{left}{note}", flush=True)
+            done = f"{event.done:,} of {counted(event.total, 'photo')}"
+            print(f"{event.stage}: {done}, {event.rate:.1f}/s{left}{note}", flush=True)
         if event.finished:
             self.close_bar()
             self.last_line = 0.0
-            photos = f"{event.done} photos, {event.rate:.1f}/s, " if event.done > event.skipped else ""
+            photos = f"{counted(event.done, 'photo')}, {event.rate:.1f}/s, " if event.done > event.skipped else ""
             skipped = f"{event.skipped} done before, " if event.skipped else ""
             print(f"{event.stage}: {photos}{skipped}{event.seconds:.1f} s{note}", flush=True)
 

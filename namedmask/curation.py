@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from .errors import counted
 from .files import atomic_write
 from .masks import ONLY_FIELDS, Number, parse_line, read_lines
 
@@ -135,7 +136,7 @@ def summary(reasons: Mapping[Reason, int]) -> str:
     """How many photos were dropped for each reason, in words; "" if none."""
     duplicates, matches = reasons.get("near-duplicate", 0), reasons.get("better-match", 0)
     photos = "photos that match" if matches > 1 else "photo that matches"
-    parts = [f"{duplicates:,} near-duplicate{'s' * (duplicates > 1)}"] if duplicates else []
+    parts = [counted(duplicates, "near-duplicate")] if duplicates else []
     return " and ".join(parts + [f"{matches:,} {photos} another category better"] * (matches > 0))
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import hub, registry
 from .config import RunConfig
-from .errors import first_line
+from .errors import counted, first_line
 from .stages import STAGES
 
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "triton", "xformers", "numpy", "scipy", "pillow")
@@ -33,7 +33,8 @@ def examine() -> Iterator[str]:
             yield f"  {name} {version(name)}{_import_problem(name)}"
         except PackageNotFoundError:
             yield f"  {name}: not installed"
-    yield f"cpu: {os.cpu_count()} cores, of which this process may use {usable_cores()}; {thread_count()} threads"
+    cores, threads = counted(os.cpu_count() or 1, "core"), counted(thread_count(), "thread")
+    yield f"cpu: {cores}, of which this process may use {usable_cores()}; {threads}"
     if (native := backends.native()) is not None:
         yield f"  C++ kernels for {native.level()} (set NMK_LEVEL to choose another)"
     yield f"  with --precision bfloat16: {linear.explain(torch.device('cpu'), torch.bfloat16)}"

@@ -39,6 +39,13 @@ def listed(names: Sequence[str], count: int = 3) -> str:
     return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in names[:count]) + more
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 photo", "2,000 photos", "3 categories"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun[:-1]}ies" if noun.endswith("y") else f"{number:,} {noun}s"
+
+
 def quoted(names: Iterable[object]) -> str:
     """`listed`, with quotes and escapes."""
     return listed([repr(name) for name in names])

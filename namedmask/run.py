@@ -20,7 +20,7 @@ from . import distributed, hub, launcher
 from .archive import expect_distinct, read_archive
 from .config import RunConfig, flatten, make_config, merge, nest, to_toml
 from .distributed import Worker
-from .errors import UserError, listed
+from .errors import UserError, counted, listed
 from .files import (
     OLD,
     OUTDATED,
@@ -546,7 +546,7 @@ def _log_counts(out: Path) -> bool:
     masks = sum(1 for _ in read_masks(out / "masks"))
     errors = sum(1 for _ in read_errors(out / "errors.jsonl"))
     failed = f"; photos that could not be used: {errors}, see {out / 'errors.jsonl'}" if errors else ""
-    logger.info(f"{masks} masks in {out / 'masks'}{failed}")
+    logger.info(f"{counted(masks, 'mask')} in {out / 'masks'}{failed}")
     return masks > 0
 
 

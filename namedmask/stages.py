@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import NothingUsable, UserError
+from .errors import NothingUsable, UserError, counted
 from .files import is_file, make_folder, outdated_folders
 
 if TYPE_CHECKING:  # --help imports this module: what a stage needs is imported when it runs
@@ -170,7 +170,8 @@ def _index(ctx: Context) -> None:
         ctx.progress.note = embedder.about
     if known.places:
         gone = len(known.places) - kept
-        counts = f"{ctx.progress.total - kept:,} new photos indexed, {kept:,} kept" + f", {gone:,} gone" * (gone > 0)
+        counts = f"{counted(ctx.progress.total - kept, 'new photo')} indexed, {kept:,} kept"
+        counts += f", {gone:,} gone" * (gone > 0)
         ctx.progress.note = "; ".join(filter(None, (counts, ctx.progress.note)))
     ctx.worker.barrier("photos are indexed")
     if ctx.worker.is_main:
@@ -296,7 +297,7 @@ def _pseudolabel(ctx: Context) -> None:
         progress.note = labeler.times.summary()
     if known:
         kept = sum(unit in known for unit in units)
-        counts = f"{len(units) - kept:,} photos labeled, {kept:,} kept"
+        counts = f"{counted(len(units) - kept, 'photo')} labeled, {kept:,} kept"
         progress.note = "; ".join(filter(None, (counts, progress.note)))
     ctx.worker.barrier("masks are made")
     if not ctx.worker.is_main:
@@ -326,7 +327,7 @@ def _assemble_errors(ctx: Context) -> None:
     assemble_run_errors(ctx.out)
     errors = read_errors(ctx.out / "errors.jsonl")
     if failed := len({error.photo for error in errors if error.stage == ctx.progress.stage}):
-        note = f"{failed} photo{'s' * (failed > 1)} could not be used, see errors.jsonl"
+        note = f"{counted(failed, 'photo')} could not be used, see errors.jsonl"
         ctx.progress.note = "; ".join(filter(None, (ctx.progress.note, note)))
 
 

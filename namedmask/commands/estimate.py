@@ -11,7 +11,7 @@ import typer
 
 from ..command_line import CategoriesFile, command_with_settings, flags_of, given_settings, with_names
 from ..config import make_config, merge
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..files import absolute
 from ..stages import LABELING, STAGES
 from .options import PHOTOS_HELP, Config, Preset, Set
@@ -81,7 +81,7 @@ def _estimate(
             file.write(json.dumps(found.to_json(), indent=1).encode() + b"\n")
     if found.random_weights:
         print(f"random weights: {', '.join(found.random_weights)}")
-    print(f"{found.photos:,} photos, {found.categories:,} categories, one process on {found.device}")
+    print(f"{counted(found.photos, 'photo')}, {counted(found.categories, 'category')}, one process on {found.device}")
     print(found.table())
 
 

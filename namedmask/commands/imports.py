@@ -21,6 +21,7 @@ from ..command_line import (
     variable,
 )
 from ..config import find_setting, make_config
+from ..errors import counted
 from .options import PHOTOS_HELP, EncoderName, Out, Overwrite, PresetNames
 
 import_app = typer.Typer(cls=Commands, no_args_is_help=True, context_settings=HELP, **PLAIN)
@@ -52,7 +53,7 @@ def import_archive(
 
     archive = import_archive(file, photos, out, names_of(categories, categories_file, preset), overwrite)
     count = sum(map(len, archive.photos.values()))
-    print(f"{count:,} photos of {len(archive.categories)} categories are in {out / 'archive.json'}")
+    print(f"{counted(count, 'photo')} of {counted(len(archive.categories), 'category')} in {out / 'archive.json'}")
 
 
 @import_app.command("masks")
@@ -77,7 +78,7 @@ def import_masks(
     from ..imports.masks import import_masks
 
     count, _ = import_masks(path, out, photos, overwrite)
-    print(f"{count:,} masks are in {out / 'masks'}")
+    print(f"{counted(count, 'mask')} in {out / 'masks'}")
 
 
 @import_app.command("experts")
@@ -99,7 +100,7 @@ def import_experts(
     from ..imports.experts import import_experts
 
     files = import_experts(path, out, encoder, overwrite)
-    print(f"{len(files)} networks are in {out / 'experts'}; `namedmask experts {out}` relabels with them")
+    print(f"{len(files)} networks in {out / 'experts'}; `namedmask experts {out}` relabels with them")
 
 
 def _import_embeddings(
@@ -123,8 +124,8 @@ def _import_embeddings(
     config = make_config({"photos": "", **given_settings(["index"], None, [], clip)})
     names = names_of(categories, categories_file, preset) or []
     count = import_embeddings(path, out, photos, names, config.index, allow_pickle, overwrite)
-    texts = f"{len(names)} categories" if names else "no category; pass --categories to add their text embeddings"
-    print(f"{out}: embeddings of {count:,} photos and {texts}")
+    texts = counted(len(names), "category") if names else "no category; pass --categories to add their text embeddings"
+    print(f"{out}: embeddings of {counted(count, 'photo')} and {texts}")
 
 
 CLIP = ("index.clip_model", "index.clip_weights")

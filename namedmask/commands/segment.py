@@ -11,7 +11,7 @@ import typer
 
 from ..command_line import CategoriesFile, Debug, command, names_of
 from ..config import find_setting, make_config
-from ..errors import UserError
+from ..errors import UserError, counted
 from .options import (
     PHOTOS_HELP,
     Categories,
@@ -99,6 +99,6 @@ def segment(
         return
     made, failed = counts
     what = "masks" if overlays == "none" else "masks and overlays"
-    print(f"{what} are in {out}" + (f"; {failed} photos failed: {out / 'errors.jsonl'}" if failed else ""))
+    print(f"{what} are in {out}" + (f"; {counted(failed, 'photo')} failed: {out / 'errors.jsonl'}" if failed else ""))
     if not made:
         raise typer.Exit(3)

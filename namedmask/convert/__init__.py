@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..errors import NothingUsable, UserError, quoted
+from ..errors import NothingUsable, UserError, counted, quoted
 from ..selection import Selection
 
 PhotoMode = Literal["path", "link", "copy", "inside"]
@@ -148,20 +148,20 @@ def convert(
 def describe(converted: Converted, to: str, out: Path) -> list[str]:
     """What a command prints about a result, one line each."""
     splits = ", ".join(f"{count:,} {split}" for split, count in converted.photos.items())
-    total = f"{sum(converted.photos.values()):,}"
-    lines = [f"{converted.masks:,} masks of {total} photos ({splits}) are in {out}"]
+    total = counted(sum(converted.photos.values()), "photo")
+    lines = [f"{counted(converted.masks, 'mask')} of {total} ({splits}) in {out}"]
     if converted.left_out:
-        lines.append(f"left out by score: {converted.left_out:,} masks")
+        lines.append(f"left out by score: {counted(converted.left_out, 'mask')}")
     if converted.rejected:
-        lines.append(f"rejected by the review: {converted.rejected:,} masks")
+        lines.append(f"rejected by the review: {counted(converted.rejected, 'mask')}")
     if FORMATS[to].photos == "path" and converted.root != out:
         lines.append(f"paths of photos start from {converted.root}")
     if converted.rotated:
         names = quoted(converted.rotated)
         lines.append(
-            f"stored rotated (EXIF): {len(converted.rotated)} of {total} photos, {names}; {out / 'rotated.txt'} lists "
+            f"stored rotated (EXIF): {len(converted.rotated)} of {total}, {names}; {out / 'rotated.txt'} lists "
             "them. Masks fit photos as viewers show them; for tools that ignore EXIF, add --upright"
         )
     if converted.failed:
-        lines.append(f"could not be used: {converted.failed} photos, listed in {out / 'errors.jsonl'}")
+        lines.append(f"could not be used: {counted(converted.failed, 'photo')}, listed in {out / 'errors.jsonl'}")
     return lines

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from .. import hub
 from ..config import RunConfig
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..photos import open_source
 from .figures import MEASURED, Estimate
 from .figures import Row as Row
@@ -171,4 +171,4 @@ def _machine(device: str) -> tuple[str, int]:
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{thread_count()} threads of {next(names, platform.machine())}", 0
+    return f"{counted(thread_count(), 'thread')} of {next(names, platform.machine())}", 0

@@ -489,18 +489,18 @@ def test_other_commands(calls):
 
 def test_import_commands(calls):
     result = invoke("import", "archive", "f", "--photos", "p", "--categories", "cat,dog")
-    assert result.output == "1,001 photos of 2 categories are in run/archive.json\n"
+    assert result.output == "1,001 photos of 2 categories in run/archive.json\n"
     assert calls["import_archive"] == (Path("f"), "p", Path("run"), ["cat", "dog"], False)
     result = invoke("import", "masks", "f", "--out", "o", "--overwrite")
-    assert result.output == "1,234 masks are in o/masks\n"
+    assert result.output == "1,234 masks in o/masks\n"
     assert calls["import_masks"] == (Path("f"), Path("o"), None, True)
     result = invoke("import", "experts", "f", "--out", "o")
-    assert result.output == "2 networks are in o/experts; `namedmask experts o` relabels with them\n"
+    assert result.output == "2 networks in o/experts; `namedmask experts o` relabels with them\n"
     assert calls["import_experts"] == (Path("f"), Path("o"), "resnet50", False)
     result = invoke(
         "import", "embeddings", "f", "--out", "o", "--categories", "cat", "--clip-model", "m", "--allow-pickle"
     )
-    assert result.output == "o: embeddings of 1,234 photos and 1 categories\n"
+    assert result.output == "o: embeddings of 1,234 photos and 1 category\n"
     path, out, photos, names, index, allow_pickle, overwrite = calls["import_embeddings"]
     assert (path, out, photos, names, allow_pickle, overwrite) == (Path("f"), Path("o"), None, ["cat"], True, False)
     assert index.clip_model == "m" and index.clip_weights is None

@@ -484,7 +484,7 @@ def test_selection_and_review_choose_masks(run, records, truth, tmp_path):
     assert masks_in(tmp_path / "review") == {("1.jpg", CATEGORIES[2])}
     written = convert(reviewed, "coco", tmp_path / "rejected")
     assert (written.left_out, written.rejected) == (0, 1)
-    assert "rejected by the review: 1 masks" in describe(written, "coco", tmp_path / "rejected")
+    assert "rejected by the review: 1 mask" in describe(written, "coco", tmp_path / "rejected")
     assert masks_in(tmp_path / "rejected") == set(truth) - {("a.png", "cat")}
 
 

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from namedmask.errors import DamagedFile, NothingUsable, UserError, WriteError, explained, first_line, listed, quoted
+from namedmask.errors import (
+    DamagedFile,
+    NothingUsable,
+    UserError,
+    WriteError,
+    counted,
+    explained,
+    first_line,
+    listed,
+    quoted,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +38,11 @@ def test_listed_names_are_few_and_short():
     assert listed(list("abcde"), 2) == "a, b and 3 more"
     assert listed(["x" * 80, "y" * 81]) == "x" * 80 + ", " + "y" * 77 + "..."
     assert [quoted("abcd"[:n]) for n in (1, 3, 4)] == ["'a'", "'a', 'b', 'c'", "'a', 'b', 'c' and 1 more"]
+
+
+def test_counts_are_in_the_singular_and_plural():
+    assert [counted(n, "photo") for n in (0, 1, 2000)] == ["0 photos", "1 photo", "2,000 photos"]
+    assert [counted(n, "category") for n in (1, 2)] == ["1 category", "2 categories"]
 
 
 def test_errors_with_a_remedy_are_explained():

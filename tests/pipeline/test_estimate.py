@@ -106,7 +106,7 @@ def test_models_without_weights(photos, tmp_path):
     assert "--random-weights" in result.stderr
     result = command(*words, "--random-weights", "--json", tmp_path / "figures.json")
     assert result.exit_code == 0, result.stderr
-    assert "random weights: backbone vit_tiny_patch16_224\n6 photos, 1 categories" in result.stdout
+    assert "random weights: backbone vit_tiny_patch16_224\n6 photos, 1 category" in result.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
     stages = [row["stage"] for row in figures["rows"]]
     assert stages == ["index", "archive", "pseudolabel", "experts", "experts", "train"]

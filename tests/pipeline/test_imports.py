@@ -326,7 +326,7 @@ def test_masks_are_found_as_photos_are(photos, run, tmp_path, close_folder):
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "m")
     (tmp_path / "elsewhere" / "n01" / "._n01_0.json").write_bytes(b"a resource fork of macOS")
     output = succeed("import", "masks", tmp_path / "m", "--out", run)
-    assert "5 masks are in" in output and "not used" not in output
+    assert "5 masks in" in output and "not used" not in output
     before = files_of(run)
     close_folder(tmp_path / "m" / "link")
     message = fail("import", "masks", tmp_path / "m", "--out", run, "--overwrite")

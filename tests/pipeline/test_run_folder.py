@@ -152,7 +152,7 @@ def test_masks_and_errors_are_counted(tmp_path, printing, capsys, masks, failed)
     write_shard(tmp_path / "masks" / "00000.jsonl", [record] * masks)
     assert run._log_counts(tmp_path) == (masks > 0)
     more = f"; photos that could not be used: {failed}, see {tmp_path / 'errors.jsonl'}" if failed else ""
-    assert capsys.readouterr().out == f"{masks} masks in {tmp_path / 'masks'}{more}\n"
+    assert capsys.readouterr().out == f"{masks} mask{'s' * (masks != 1)} in {tmp_path / 'masks'}{more}\n"
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def test_run_moves_between_machines(world, tmp_path):
     succeed("experts", out, "--encoder-weights", world.root / "encoder.safetensors")  # relabels: the networks are there
     assert results(out) == before and (out / "refined").exists()
     shutil.copy(world.root / GONE, photos)
-    assert "1 new photos indexed" in succeed("run", photos, *world.options, "--out", out, "--update")
+    assert "1 new photo indexed" in succeed("run", photos, *world.options, "--out", out, "--update")
     shutil.copytree(photos, tmp_path / "third")
     assert f"{out}/report.html" in succeed("report", out, "--photos", tmp_path / "third").replace("\n", "")
     assert read_record(out).photos == str(tmp_path / "third")
