@@ -38,6 +38,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+AUGMENTATION = ("scales", "horizontal_flip")  # at test time: settings of the detector that segmenters have, too
 MADE_WITH = "made_with"  # the table of run.toml that holds versions and devices, not settings
 
 Precision = Literal["float32", "bfloat16"]
@@ -584,7 +585,8 @@ def make_config(values: dict) -> RunConfig:
             name = ".".join(map(str, e["loc"]))
             place = next((one for key, one in known.items() if name == key or name.startswith(key + ".")), None)
             if e["type"] == "extra_forbidden":
-                lines.append(f"there is no setting {name!r}{nearest(name, known)}")
+                hint = "; write it without quotes" if name in known else nearest(name, known)
+                lines.append(f"there is no setting {name!r}{hint}")
             else:
                 lines.append(describe(place or name, e))
         raise UserError("wrong settings: " + "; ".join(lines)) from None
@@ -608,7 +610,7 @@ def read_settings(path: Path) -> dict:
     Paths in the file are relative to the current folder, as on the command line.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"--config {path}: there is no such file") from None
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..command_line import CategoriesFile, Debug, command, names_of
-from ..config import find_setting, make_config
+from ..config import AUGMENTATION, find_setting, make_config
 from ..errors import UserError, counted
 from .options import (
     PHOTOS_HELP,
@@ -23,7 +23,7 @@ from .options import (
     Workers,
 )
 
-INFERENCE = ("precision", "scales", "horizontal_flip")  # settings of the detector, and options of a segmenter
+INFERENCE = ("precision", *AUGMENTATION)  # settings of the detector, and options of a segmenter
 
 
 def inference_of(given: dict[str, Any]) -> dict[str, Any]:

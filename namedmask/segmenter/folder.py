@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..config import AUGMENTATION, find_setting
 from ..errors import UserError
 from ..files import (
     OLD,
@@ -177,6 +178,9 @@ def settle(
     own = _own_files(out, known.values())
     has_results = any(mask_path(out, mask).exists() for mask in known.values())
     if old := record.stages.get(STAGE):
+        # Records of earlier versions lack settings that were added later: these had their defaults.
+        defaults = {name: find_setting(f"detector.{name}").default for name in AUGMENTATION}
+        old = StageRecord(defaults | old.settings, files=old.files)
         differences = old.differences(new)
         if differences and has_results and not overwrite:
             raise UserError(

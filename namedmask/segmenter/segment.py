@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import distributed, launcher
+from ..config import AUGMENTATION
 from ..distributed import Worker
 from ..errors import UserError
 from ..files import NAME_ERRORS, atomic_write, files_below, locked, remove_files, write_error
@@ -47,7 +48,7 @@ from .overlay import Overlays, overlay, shown_photos
 from .predict import MASK_BYTES, WINDOW, Prediction, Segmenter
 
 SHARD = WINDOW  # photos that a worker claims at a time
-LOADED = ("categories", "encoder", "precision", "scales", "horizontal_flip")  # settings that a worker loads it with
+LOADED = ("categories", "encoder", "precision", *AUGMENTATION)  # settings that a worker loads it with
 
 
 def segment_photos(

@@ -176,14 +176,16 @@ def test_choices_of_another_type_are_named(one, value):
 
 
 def test_all_wrong_values_are_named():
-    values = {"detector": {"scales": [1.0, 9.0], "tau": 5}, "refine": {"crf": {"odd": 1}}, "spead": 1}
+    values = {"detector": {"scales": [1.0, 9.0], "tau": 5}, "refine": {"crf": {"odd": 1}}}
+    values |= {"spead": 1, "refine.name": "crf"}
     with pytest.raises(UserError) as caught:
         make_config(values)
-    assert str(caught.value).startswith("wrong settings: ") and str(caught.value).count("; ") == 5
+    assert str(caught.value).startswith("wrong settings: ") and str(caught.value).count("; ") == 7
     for line in (
         "detector.scales (--scales): expected at most 4, got 9.0",
         "detector.tau (--tau): expected at most 1, got 5",
         "photos: required",
+        "there is no setting 'refine.name'; write it without quotes",
         "there is no setting 'refine.crf.odd'; did you mean 'refine.crf.confidence'?",
         "there is no setting 'spead'",
     ):
@@ -214,6 +216,8 @@ def test_settings_in_a_file(tmp_path, monkeypatch):
     assert read["photos"] == "/here/p" and read["detector"]["weights"] == "/here/w" and "made_with" not in read
     assert make_config(merge(read, {"photos": "p", "detector": {"weights": "w"}})) == made
     (tmp_path / "b.toml").write_text("[detector]\ntau = 0.5\n")
+    assert read_settings(tmp_path / "b.toml") == {"detector": {"tau": 0.5}}
+    (tmp_path / "b.toml").write_bytes(b"\xef\xbb\xbf[detector]\r\ntau = 0.5\r\n")  # as Windows' Notepad saves it
     assert read_settings(tmp_path / "b.toml") == {"detector": {"tau": 0.5}}
     for text, message in (("[detector]\ntau = 7\n", "expected at most 1, got 7"), ("x = ", "--config .*c.toml: ")):
         (tmp_path / "c.toml").write_text(text)

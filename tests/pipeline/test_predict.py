@@ -21,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from golden import GOLDEN, fill_weights
-from namedmask import cli
+from namedmask import cli, config
 from namedmask.backbones import untrained_encoder
 from namedmask.distributed import Worker
 from namedmask.formats import read_label_map, write_label_map
@@ -294,6 +294,22 @@ def test_segment_command(weights, tmp_path):
     write_label_map(out / "masks" / "other.png", np.zeros((3, 3), int), 3)
     done = evaluated(weights, out / "masks", "--photos", photos)
     assert done.exit_code == 2 and "there is no photo called other" in done.stderr
+
+
+@pytest.mark.parametrize("name", config.AUGMENTATION)
+def test_settings_that_an_earlier_version_has_not_recorded_had_their_defaults(weights, tmp_path, name):
+    out = tmp_path / "out"
+    draw_photos(tmp_path / "photos", 2)
+    words = weights, tmp_path / "photos", "--out", out
+    assert segment(*words).exit_code == 0
+    record = json.loads((out / "segment.json").read_text())
+    del record["stages"]["segment"]["settings"][name]
+    (out / "segment.json").write_text(json.dumps(record))
+    other = {"scales": ("--scales", "1,2"), "horizontal_flip": ("--horizontal-flip",)}[name]
+    assert f"made with other settings: {name}: " in segment(*words, *other).stderr
+    continued = segment(*words)
+    assert continued.exit_code == 0 and "2 done before" in continued.output, continued.output
+    assert name in json.loads((out / "segment.json").read_text())["stages"]["segment"]["settings"]
 
 
 def results_of(out: Path) -> dict[str, bytes]:
