@@ -78,6 +78,15 @@ def expect_distinct(names: Iterable[str], where: str) -> None:
         known[key] = name
 
 
+def key_of(name: str) -> str:
+    """Returns a name without letter case, spaces and punctuation: "TV/monitor" and "tvmonitor" are the same name.
+
+    Marks stay: in many scripts, vowels are marks.
+    """
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return "".join(c for c in folded if unicodedata.category(c)[0] not in "CPZ")
+
+
 def prompts() -> list[str]:
     """Returns CLIP's 80 ImageNet templates and the paper's 5, each with one ``{}`` for the name."""
     from open_clip import OPENAI_IMAGENET_TEMPLATES

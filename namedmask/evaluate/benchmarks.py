@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..archive import key_of
 from ..decoding import MAX_PIXELS
 from ..errors import DamagedFile, UserError
 from ..files import find_files, read_bytes
@@ -74,11 +76,6 @@ def category_names(benchmark: str) -> list[str] | None:
     """Returns the names of classes 1, 2, ... of a benchmark; None for ImageNet-S and for saliency benchmarks."""
     preset = benchmarks().get(benchmark)
     return None if preset is None else list(preset["names"])
-
-
-def key_of(name: str) -> str:
-    """Returns a name without letter case, spaces and punctuation: "TV/monitor" and "tvmonitor" are the same name."""
-    return "".join(filter(str.isalnum, name.casefold()))
 
 
 # -- the layouts -----------------------------------------------------------------------------------------------------
@@ -293,6 +290,9 @@ def read_instances(path: Path, label_of: Callable[[str], int | None], remedy: st
     """
     try:
         content = json.loads(read_bytes(path))
+        _expect_unique(content["categories"], "id", "categories")
+        _expect_unique(content["images"], "id", "images")
+        _expect_unique(content["images"], "file_name", "images")
         labels = {category["id"]: label_of(str(category["name"])) for category in content["categories"]}
         instances: dict[int, list[Instance]] = {image["id"]: [] for image in content["images"]}
         for one in content["annotations"]:
@@ -313,6 +313,13 @@ def read_instances(path: Path, label_of: Callable[[str], int | None], remedy: st
         return photos
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DamagedFile(path, error, remedy=remedy) from None
+
+
+def _expect_unique(entries: list[dict], key: str, what: str) -> None:
+    """Raises ValueError if two entries have the same value of a key, as in a file that was joined from several."""
+    counts = Counter(entry[key] for entry in entries)
+    if repeated := [value for value, count in counts.items() if count > 1]:
+        raise ValueError(f"several {what} have the {key} {repeated[0]!r}")
 
 
 def _coco_truth(path: Path) -> dict[str, Truth]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..archive import read_archive
+from ..archive import key_of, read_archive
 from ..console import plain_console
 from ..distributed import Worker
 from ..errors import UserError, listed
@@ -17,7 +17,7 @@ from ..formats import read_label_map
 from ..masks import MaskRecord
 from ..progress import Progress, warn
 from ..threads import map_ahead, thread_count
-from .benchmarks import key_of, read_instances
+from .benchmarks import read_instances
 from .folders import label_maps, new_confusion, percent
 from .scoring import matched_records
 
@@ -203,17 +203,19 @@ def read_png_labels(folder: Path, categories: Sequence[str], ignore: int | None,
 
 
 def read_coco_labels(path: Path, categories: Sequence[str]) -> Labels:
-    """The photos in a COCO file of instances that have an annotation; categories match as in `benchmarks.key_of`.
+    """The photos in a COCO file of instances that have an annotation; categories match by name, or by `archive.key_of`.
 
     Crowd regions of a category (`iscrowd`) are ignored where no object of it is, as in COCO's own evaluation. In a file
     that has nothing else they are objects: CVAT marks every painted mask as a crowd.
     """
-    label_of = {key_of(name): label for label, name in enumerate(categories, 1)}
+    numbered = {name: label for label, name in enumerate(categories, 1)}
+    label_of = {key_of(name): label for name, label in numbered.items()} | numbered
     labeled: set[int | None] = set()
 
     def label(name: str) -> int | None:
-        labeled.add(label_of.get(key_of(name)))
-        return label_of.get(key_of(name))
+        found = label_of.get(name, label_of.get(key_of(name)))
+        labeled.add(found)
+        return found
 
     photos = read_instances(path, label, "export it again, as COCO instances")
     photos = {name: photo for name, photo in photos.items() if photo.instances}
@@ -229,13 +231,13 @@ def read_coco_labels(path: Path, categories: Sequence[str]) -> Labels:
 
     def read(name: str, category: str) -> tuple[np.ndarray, np.ndarray]:
         try:
-            objects, crowds = photos[name].masks(label_of[key_of(category)])
+            objects, crowds = photos[name].masks(label_of[category])
         except ValueError as error:
             raise UserError(f"{path}: {name}: {error}") from None
         return (objects, crowds) if ignored else (objects | crowds, np.zeros_like(crowds))
 
     where = {name: f"{path}: {name}" for name in photos}
-    return Labels(where, read, [name for name in categories if label_of[key_of(name)] in labeled])
+    return Labels(where, read, [name for name in categories if label_of[name] in labeled])
 
 
 def _hold_only(paths: Iterable[Path], value: int) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..archive import read_archive
+from ..archive import key_of, read_archive
 from ..config import RunConfig
 from ..console import plain_console
 from ..decoding import as_stored
@@ -25,7 +25,7 @@ from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
 from ..progress import Progress, warn
 from ..suffixes import PHOTO_SUFFIXES
 from ..threads import map_ahead, thread_count
-from .benchmarks import BENCHMARKS, Split, category_names, key_of, read_gray
+from .benchmarks import BENCHMARKS, Split, category_names, read_gray
 from .folders import REMEDY, Confusion, as_json, compare, label_maps, masks_of, print_table
 from .saliency import SaliencyScores
 

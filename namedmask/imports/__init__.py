@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from ..archive import key_of
 from ..errors import UserError, first_line, quoted
 from ..files import absolute, read_bytes, remove_files
 from ..run import finish, put_back, settle
@@ -92,7 +93,7 @@ def category_of(name: str, categories: Collection[str]) -> str | None:
 
 @functools.lru_cache(1 << 16)
 def _letters(name: str) -> str:
-    return "".join(c for c in unicodedata.normalize("NFC", unquote(name)).casefold() if c.isalnum())
+    return key_of(unquote(name))
 
 
 def match_photos(paths: Collection[str], names: Iterable[str], root: str = "") -> tuple[dict[str, str], dict[str, str]]:
@@ -131,7 +132,9 @@ def match_photos(paths: Collection[str], names: Iterable[str], root: str = "") -
             matched[path] = found[0]
             rivals[found[0]].append((common, path))
         else:
-            reasons[path] = f"several photos match: {quoted(found)}" if common and found else "there is no such photo"
+            windows = "; write / in place of \\" if "\\" in path and len(parts) == 1 else ""
+            several = f"several photos match: {quoted(found)}" if common and found else ""
+            reasons[path] = several or f"there is no such photo{windows}"
     for name, claims in rivals.items():
         partial = [(common, path) for common, path in claims if common < len(parts_of[path])]
         best = max(common for common, _ in claims)

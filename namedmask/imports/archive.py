@@ -122,6 +122,8 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Any, Any, Any]]:
             where = f"line {rows.line_num}"
             if None in row:
                 raise ValueError(f'{where} has more cells than the header; put names with commas in "quotes"')
+            if not any(row.values()):  # Excel writes commas for rows that were cleared
+                continue
             score = row[columns["score"]] if "score" in columns else None
             yield where, row[named] and row[named].strip(), row[columns["photo"]], score or None
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from namedmask.archive import Archive, write_archive
+from namedmask.archive import Archive, key_of, write_archive
 from namedmask.backbones import untrained_encoder
 from namedmask.config import make_config
 from namedmask.errors import UserError
@@ -26,7 +26,6 @@ from namedmask.evaluate.benchmarks import (
     Instances,
     _rasterized,
     category_names,
-    key_of,
     read_gray,
     read_mask,
 )
@@ -575,7 +574,9 @@ def test_segmentations_of_coco():
 
 
 def test_names_of_classes_and_photos(printing, capsys):
-    assert key_of("TV/monitor 2") == key_of("tvMonitor2") == "tvmonitor2"
+    assert key_of("TV/monitor 2") == key_of("tvMonitor2") == "tvmonitor2" and key_of("Ka\u0308se") == "käse"
+    names = ["หมี", "หมู", "कार", "कर", "☕", "⚽", "c", "c++"]  # vowels are marks in Thai and Hindi
+    assert len(set(map(key_of, names))) == len(names)
     assert [_without_suffix(name) for name in ("a.jpg", "a.b.PNG", "a.b", "a", "jpg")] == [
         "a", "a.b", "a.b", "a", "jpg"]  # fmt: skip
     for name in (".jpg", "a/.jpg", "..jpg"):  # never without a name

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from namedmask.archive import Archive, Retrieved, write_archive
-from namedmask.evaluate.runs import best_cut, rank_correlation
+from namedmask.evaluate.runs import best_cut, rank_correlation, read_coco_labels
 from namedmask.masks import MaskRecord, write_shard
 from small_world import command
 
@@ -202,6 +202,12 @@ def test_errors_have_one_line(run, tmp_path):
             json.dumps(content | {"images": [content["images"][0] | {"id": 1} | change], "annotations": []})
         )
         expect_error(message, coco)
+    for key, other in (  # as in files that were joined from several
+        ("images", {"file_name": "cat/2.jpg"}), ("images", {"id": 1}), ("categories", {"id": 7})
+    ):  # fmt: skip
+        coco.write_text(json.dumps(content | {key: [content[key][0] | other, *content[key][1:]]}))
+        ((name, value),) = other.items()
+        expect_error(f"labels.json: several {key} have the {name} {value!r}; the file is damaged: export it", coco)
     own = [one for one in content["annotations"] if one["image_id"] == 0]
     for name in (".jpg", "cat/.jpg", "..jpg"):
         images = [content["images"][0] | {"file_name": name}]
@@ -210,6 +216,18 @@ def test_errors_have_one_line(run, tmp_path):
     content["annotations"][0]["segmentation"] = {"size": [4, 5], "counts": "zz"}
     coco.write_text(json.dumps(content))
     expect_error("cat/1.jpg: the segmentation of annotation 0 is damaged", coco)
+
+
+def test_names_that_differ_in_punctuation_are_told_apart(tmp_path):
+    truth = coco_file(tmp_path / "labels.json")
+    content = json.loads(truth.read_text())
+    truth.write_text(json.dumps(content | {"categories": [{"id": 3, "name": "C"}, {"id": 7, "name": "c#"}]}))
+    labels = read_coco_labels(truth, ["c#", "c"])
+    for name in labels.where:
+        category, _, label, _ = PHOTOS[name]
+        own, other = ("c", "c#") if category == "dog" else ("c#", "c")
+        np.testing.assert_array_equal(labels.read(name, own)[0], columns(label))
+        assert not labels.read(name, other)[0].any()
 
 
 @settings(max_examples=30)

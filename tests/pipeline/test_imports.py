@@ -127,7 +127,7 @@ def test_lists_of_ones_own(name, photos, tmp_path):
 
 def test_csv_without_scores_keeps_its_order_and_photos_may_repeat(photos, tmp_path):
     (tmp_path / "a.csv").write_text(
-        "name,photo\ncat,n01_1.JPEG\ndog,n01_1.JPEG\ncat,n01_0.JPEG\ncat,./n01/n01_1.JPEG\n"
+        "name,photo\ncat,n01_1.JPEG\ndog,n01_1.JPEG\n,\ncat,n01_0.JPEG\ncat,./n01/n01_1.JPEG\n,\n"
     )
     succeed("import", "archive", tmp_path / "a.csv", "--photos", photos, "--out", tmp_path / "run")
     assert entries(tmp_path / "run") == {
@@ -163,6 +163,8 @@ def test_paths_match_the_photos_with_the_longest_common_end():
     matched, reasons = match_photos(paths.keys(), names, "/data/train")
     assert matched == {path: name for path, name in paths.items() if name}
     assert reasons.keys() == paths.keys() - matched.keys()
+    _, reasons = match_photos(["b\\2.jpg", "C:\\x/2.jpg"], names)
+    assert [reason.endswith("; write / in place of \\") for reason in reasons.values()] == [True, False]
     # Of two folders that look alike the one with the name of the photos' folder is meant; of two others none.
     assert match_photos(["/x/train/a/1.jpg", "/x/val/a/1.jpg"], names, "/data/train")[0].keys() == {"/x/train/a/1.jpg"}
     assert not match_photos(["/x/test/a/1.jpg", "/x/val/a/1.jpg"], names, "/data/train")[0]
@@ -249,6 +251,7 @@ def test_files_are_named_for_categories():
         "T-Shirt": None, "Ka\u0308se": "Käse", "+": "+", "~": None, "dog": None,
     }  # fmt: skip
     assert {name: category_of(name, categories) for name in expected} == expected
+    assert category_of("หมี", ["หมู"]) is None and category_of("หมู", ["หมี", "หมู "]) == "หมู "  # bear and pig
 
 
 # -- masks -----------------------------------------------------------------------------------------------------------
