@@ -74,6 +74,8 @@ def launch(module: str, out: Path, device: str, workers: int, *arguments: str) -
             f"worker {rank} died ({how}) again after {MAX_RESTARTS} restarts; finished shards are kept: run the same "
             "command again to continue, or with --workers 1 to see where it fails"
         ) from None
+    finally:
+        failure.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -161,7 +161,8 @@ class PhotoSource:
         """Reads class folders: each first-level folder is a category.
 
         Args:
-            on_error: Called for each folder or shard that cannot be listed.
+            on_error: Called for each folder or shard that cannot be listed, and for each first-level folder without a
+                photo, which is no category.
 
         Returns:
             For each category, in order, the names of its photos.
@@ -175,7 +176,13 @@ class PhotoSource:
             )
         groups: dict[str, list[str]] = {}
         loose: list[str] = []
-        for name in self.names(on_error):
+        unlisted: set[str] = set()
+
+        def note(error: PhotoError) -> None:
+            unlisted.add(error.photo)
+            on_error(error)
+
+        for name in self.names(note):
             category, slash, _ = name.partition("/")
             if slash and (category in groups or os.path.isdir(os.path.join(self._root, category))):
                 groups.setdefault(category, []).append(name)
@@ -188,6 +195,11 @@ class PhotoSource:
                 f"photos: {self.path!r} holds photos outside class folders ({', '.join(map(repr, loose))}): "
                 "move each into a folder with the name of its category, or pass --categories or --categories-file"
             )
+        if self.path not in unlisted:
+            for entry, is_folder in _list_folder(self._root):
+                name = os.fsdecode(entry)
+                if is_folder and name not in groups and name not in unlisted:
+                    on_error(PhotoError(name, "no category: the folder holds no photo that can be read"))
         return groups
 
     def read(self, name: str) -> bytes:

@@ -88,7 +88,7 @@ def test_reason_of_a_failed_worker(launched, tmp_path, text, kind, message):
     launched.fail, launched.failure = died(2), (tmp_path / ".failed", text)
     with pytest.raises(kind, match=f"^{message}$") as caught:
         launcher.launch("namedmask.run", tmp_path, "cpu", 2)
-    assert type(caught.value) is kind
+    assert type(caught.value) is kind and not (tmp_path / ".failed").exists()
 
 
 def test_sigterm_of_the_launcher_is_an_interruption(launched, tmp_path):

@@ -352,7 +352,7 @@ def test_own_masks_and_overlays_are_no_photos(tmp_path):
 
 
 def test_class_folders(tmp_path):
-    for name in ("dog/2.jpg", "dog/1.jpg", "cat/deep/x.jpg", "empty/notes.txt", "sea lion/s.jpg"):
+    for name in ("dog/2.jpg", "dog/1.jpg", "cat/deep/x.jpg", "sea lion/s.jpg", ".hidden/x.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     make_tar(tmp_path / "dog" / "0.tar", {"a.jpg": PNG})
@@ -363,6 +363,13 @@ def test_class_folders(tmp_path):
         "sea lion": ["sea lion/s.jpg"],
     }
     assert list(source.categories(errors.append).items()) == list(expected.items()) and errors == []
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
+    for name in ("notes/a.txt", "raw/x.jxl", "sea lion/y.jxl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(source.categories(errors.append).items()) == list(expected.items())
+    assert [error.photo for error in errors] == ["raw/x.jxl", "sea lion/y.jxl", "empty", "notes", "raw"]
+    assert errors[-1].reason == "no category: the folder holds no photo that can be read"
     make_tar(tmp_path / "loose.tar", {"a.jpg": PNG, "b/c.jpg": PNG})
     for i in range(3):
         (tmp_path / f"z{i}.jpg").touch()
