@@ -267,7 +267,7 @@ def test_segment_command(weights, tmp_path):
     names = draw_photos(photos / "deep", 3)
     (photos / "bad.jpg").write_text("no photo")
     done = segment(weights, photos, "--out", out)
-    assert done.exit_code == 0 and "1 photos failed" in done.output, done.output
+    assert done.exit_code == 0 and "1 photo failed" in done.output, done.output
     segmenter = Segmenter.load(weights)
     for name in names:
         mask = segmenter(photos / "deep" / name).mask
