@@ -99,6 +99,7 @@ def segment(
         return
     made, failed = counts
     what = "masks" if overlays == "none" else "masks and overlays"
-    print(f"{what} are in {out}" + (f"; {counted(failed, 'photo')} failed: {out / 'errors.jsonl'}" if failed else ""))
+    failures = f"; {counted(failed, 'photo')} failed: {out / 'errors.jsonl'}" if failed else ""
+    print((f"{what} are in {out}" if made else "no photo could be segmented") + failures)
     if not made:
         raise typer.Exit(3)

@@ -112,7 +112,10 @@ def read_listing(file: Path) -> Listing:
 def _csv_rows(file: Path) -> Iterator[tuple[str, Any, Any, Any]]:
     with open_csv(file) as lines:
         rows = csv.DictReader(lines)
-        columns = {column.strip().lower(): column for column in rows.fieldnames or ()}
+        header = [column.strip().lower() for column in rows.fieldnames or ()]
+        if repeated := [column for column in ("name", "category", "photo", "score") if header.count(column) > 1]:
+            raise ValueError(f"the header has the column {repeated[0]!r} twice")
+        columns = dict(zip(header, rows.fieldnames or (), strict=True))
         named = columns.get("name", columns.get("category"))
         if named is None or "photo" not in columns:
             raise ValueError(

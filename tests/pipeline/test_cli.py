@@ -361,9 +361,10 @@ def test_segment_command(calls, tmp_path):
     assert calls["segment_photos"] == (Path("w.pth"), "photos", Path("out"), more | unset)
     calls["segment_photos returns"] = 0, 2
     result = invoke(*words)
-    assert result.exit_code == 3 and result.output.endswith("; 2 photos failed: out/errors.jsonl\n")
+    assert result.exit_code == 3 and result.output == "no photo could be segmented; 2 photos failed: out/errors.jsonl\n"
     more = {"categories": None, "encoder": "resnet50", "precision": None, "overwrite": False}
     assert calls["segment_photos"][-1] == more | unset
+    calls["segment_photos returns"] = 3, 2
     result = invoke(*words, "--overlays", "none", "--workers", 2, "--gpus", 0)
     assert calls["segment_photos"][-1] == more | unset | {"overlays": "none", "workers": 2, "gpus": 0}
     assert result.output.startswith("masks are in out; 2 photos failed")

@@ -192,6 +192,7 @@ def test_paths_match_the_photos_with_the_longest_common_end():
         ("a.csv", "name,photo,score\ncat,n01_0.JPEG,nan\n", "line 2"),
         ("a.csv", "name,photo\ncat,n01,_0.JPEG\n", "more cells"),
         ("a.csv", "name,photo\ncat\n", "line 2"),
+        ("a.csv", "name,photo,Photo \ncat,n01_0.JPEG,n01_1.JPEG\n", "the header has the column 'photo' twice"),
         ("a.csv", "name,photo\n", "lists no photos"),
     ],
 )
