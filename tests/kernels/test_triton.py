@@ -343,6 +343,23 @@ def test_random_walk_writes_all_weights_that_it_reads(monkeypatch):
     assert torch.equal(run_walk(soft, features, 2, 10.0).rows, expected.rows)
 
 
+@pytest.mark.parametrize("most, allocated", [(0, 0), (3, 2), (5, 5), (9, 6)])
+def test_random_walk_allocates_weights_once_for_all_images(most, allocated, monkeypatch):
+    from namedmask_kernels.triton import random_walk as kernels
+
+    features = tokens([(9, 17), (8, 8), (0, 4), (8, 8)], 5)  # of 4, 1, 0 and 1 tiles
+    monkeypatch.setattr(kernels, "MOST_KEPT", most * kernels.TILE**2)
+    plain, sizes = torch.Tensor.new_empty, []
+
+    def noted(tensor, size, **options):
+        sizes.append(size)
+        return plain(tensor, size, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", noted)
+    run_walk(features, features, 1, 10.0)
+    assert sum(sizes) == allocated * kernels.TILE**2
+
+
 def test_random_walk_of_empty_input_without_steps_and_of_features_that_are_not_finite():
     features = tokens([(3, 4), (2, 2)], 8)
     soft = features.with_rows(torch.rand(16, 2))

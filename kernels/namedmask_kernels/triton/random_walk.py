@@ -39,7 +39,7 @@ from .tables import Variant, block_table, table_on_device
 
 TILE = 128  # rows and columns of a tile that `_keep` computes
 KEEP_STEPS = COSINE_STEPS | {80: (16, {"num_warps": 8, "num_stages": 3})}  # 128 registers per thread would spill there
-MOST_KEPT = 2**28  # elements of S that are kept at a time, 1 GiB: 20 images of 3,600 tokens, or one of 16,384
+MOST_KEPT = 2**28  # elements of S that are kept at a time, 1 GiB: 19 images of 3,600 tokens, or one of 16,384
 MASKS = (16, 32)  # masks per block of `_step`: the first that holds all of them; more masks go to several blocks
 ROWS, COLUMNS = 128, 64  # of a tile that `_step` computes; larger tiles spill registers
 # Of a tile that `_step` reads. Two blocks fit a multiprocessor of sm_90, each with two tiles of 16 KB in flight.
@@ -171,6 +171,7 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
         spare = torch.empty_like(out) if steps > 1 else out
         lengths = np.diff(offsets.numpy())
         sizes = square_sizes(lengths, TILE)
+        kept = masks.new_empty(min(MOST_KEPT, int(sizes[sizes <= MOST_KEPT].sum())))  # of one group after the other
         count = masks.shape[1]
         together = next((m for m in MASKS if m >= count), MASKS[-1])
         factor, stride = sharpness * math.log2(math.e), unit.high.shape[1]
@@ -180,22 +181,21 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
                 continue
             own = offsets[images.start : images.stop + 1]
             if elements <= MOST_KEPT:
-                kept = masks.new_empty(elements)
                 table = table_on_device(image_table, masks, own, TILE)
                 channels, options = steps_on(KEEP_STEPS, unit.high)
                 _keep[upper_tiles(lengths[images], TILE), len(own) - 1](
                     unit.high, unit.low, table, kept, factor, stride, TILE=TILE, CHANNELS=channels, **options
                 )
-                rows, options = KEPT_ROWS, KEPT_OPTIONS
+                weights, rows, options = kept, KEPT_ROWS, KEPT_OPTIONS
             else:
-                kept, rows = None, ROWS
+                weights, rows = None, ROWS
                 channels, options = steps_on(STEPS, unit.high)
             table = table_on_device(_step_table, masks, own, rows)
             source = masks
             for i in reversed(range(steps)):  # the last one writes to out
                 target = spare if i % 2 else out
                 _step[len(table), triton.cdiv(count, together)](
-                    unit.high, unit.low, kept, source, target, table, factor, stride, count,
+                    unit.high, unit.low, weights, source, target, table, factor, stride, count,
                     ROWS=rows, COLUMNS=COLUMNS, CHANNELS=channels, MASKS=together, TILE=TILE, **options,
                 )  # fmt: skip
                 source = target
