@@ -34,6 +34,7 @@ from .decoding import (
 from .errors import UserError
 from .files import list_folder, walk
 from .memory import CACHE_SHARE, DECODE_SHARE, photo_budget
+from .record import FILE as RUN_RECORD
 from .remote import RemoteError
 from .suffixes import COMPRESSED, LISTED
 from .threads import map_ahead, thread_count
@@ -162,7 +163,7 @@ class PhotoSource:
 
         Args:
             on_error: Called for each folder or shard that cannot be listed, and for each first-level folder without a
-                photo, which is no category.
+                photo, which is no category, unless it is an output folder.
 
         Returns:
             For each category, in order, the names of its photos.
@@ -198,7 +199,8 @@ class PhotoSource:
         if self.path not in unlisted:
             for entry, is_folder in _list_folder(self._root):
                 name = os.fsdecode(entry)
-                if is_folder and name not in groups and name not in unlisted:
+                records = (os.path.join(self._root, name, record) for record in (RUN_RECORD, SEGMENT_RECORD))
+                if is_folder and name not in groups and name not in unlisted and not any(map(os.path.exists, records)):
                     on_error(PhotoError(name, "no category: the folder holds no photo that can be read"))
         return groups
 

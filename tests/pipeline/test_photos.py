@@ -364,8 +364,9 @@ def test_class_folders(tmp_path):
     }
     assert list(source.categories(errors.append).items()) == list(expected.items()) and errors == []
     (tmp_path / "empty" / "deep").mkdir(parents=True)
-    for name in ("notes/a.txt", "raw/x.jxl", "sea lion/y.jxl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    outputs = ("run/stages.json", "segmented/segment.json", "segmented/masks/a.png")
+    for name in ("notes/a.txt", "raw/x.jxl", "sea lion/y.jxl", *outputs):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert list(source.categories(errors.append).items()) == list(expected.items())
     assert [error.photo for error in errors] == ["raw/x.jxl", "sea lion/y.jxl", "empty", "notes", "raw"]
