@@ -102,7 +102,8 @@ def train_saliency(
             with precision:
                 masks, objectness = shared(images)
             dice, rank, pairs = losses(masks.float(), objectness.float(), targets, settings.loss)
-            if settings.loss == "sum":
+            share: Tensor | float = 1 / len(images)
+            if settings.loss == "sum":  # views without an object do not count
                 share = worker.count / worker.sum(shown(targets).sum()).clamp_min(1)
                 dice_loss, rank_loss = dice.sum() * share, rank * share
             else:
@@ -111,7 +112,7 @@ def train_saliency(
             (dice_loss + rank_loss).backward()
             if settings.clip_grad_norm:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip_grad_norm)
-            last = torch.stack([dice[-1].mean().detach(), rank_loss.detach()])
+            last = torch.stack([dice[-1].mean(1).sum().detach() * share, rank_loss.detach()])
             dice_last, ranking = worker.sum(last) / worker.count
             return {"dice": dice_last, "ranking": ranking}
 

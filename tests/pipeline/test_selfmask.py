@@ -394,11 +394,14 @@ def test_photos_without_an_object_do_not_count(run_of_discs, monkeypatch):
     assert torch.equal(dice[:, ::2], others) and not dice[:, 1].any()
     assert torch.equal(rank, rank_of_others) and pairs == pairs_of_others == 2 * 2 * 6
     for shown, scale in ((3, 20 * 6 / 3), (0, 20 * 6)):  # the mean is over the photos that count
-        dice = torch.full((6, 4, 20), 0.5, requires_grad=True)
+        dice = torch.full((6, 4, 20), 0.5)
+        dice[:, shown:] = 0
+        dice.requires_grad_()
         monkeypatch.setattr(selfmask_training, "losses", lambda *_, dice=dice: (dice, dice.sum() * 0, torch.tensor(0)))
         monkeypatch.setattr(selfmask_training, "shown", lambda targets, shown=shown: torch.arange(4) < shown)
         train_saliency(run_of_discs, overwrite=True, steps=1, batch_size=4)
         assert float(dice.grad.sum()) == pytest.approx(4 * scale)
+        assert last_metrics(run_of_discs)[0] == pytest.approx(0.5 if shown else 0)
 
 
 def test_mean_losses_equal_hand_computed_values():
