@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +124,7 @@ def required(monkeypatch):
         )
     monkeypatch.setattr("namedmask.hub.require", lambda weights: loaded.append("weights"))
     monkeypatch.setattr("namedmask.index.make_embedder", lambda *_: loaded.append("embedder") or embedder)
+    importlib.import_module("namedmask.pseudolabel")  # else it would keep the function below for later tests
     monkeypatch.setattr("namedmask.saliency.make_detector", lambda *_: loaded.append("detector"))
     monkeypatch.setattr("namedmask.experts.expect_imported_networks", lambda out: loaded.append("imported"))
     return loaded
