@@ -100,7 +100,7 @@ def import_experts(
     from ..imports.experts import import_experts
 
     files = import_experts(path, out, encoder, overwrite)
-    print(f"{len(files)} networks in {out / 'experts'}; `namedmask experts {out}` relabels with them")
+    print(f"{counted(len(files), 'network')} in {out / 'experts'}; `namedmask experts {out}` relabels with them")
 
 
 def _import_embeddings(

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..console import plain_console
 from ..distributed import Worker
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..files import atomic_write, find_files
 from ..formats import BACKGROUND, CATEGORIES, read_categories, read_label_map
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
@@ -289,7 +289,7 @@ def print_table(figures: dict, of: str = "") -> None:
     """Prints the result of `as_json` as a table, in percent; `of` says which photos they are."""
     from rich.table import Table
 
-    table = Table(title=f"{figures['photos']} photos{of}", title_justify="left")
+    table = Table(title=counted(figures["photos"], "photo") + of, title_justify="left")
     for column in ("class", "IoU %", "accuracy %"):
         table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
     for name, iou in figures["iou"].items():

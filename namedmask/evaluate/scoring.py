@@ -18,7 +18,7 @@ from ..config import RunConfig
 from ..console import plain_console
 from ..decoding import as_stored
 from ..distributed import Worker
-from ..errors import UserError, quoted
+from ..errors import UserError, counted, quoted
 from ..formats import BACKGROUND, CATEGORIES, read_categories, read_label_map
 from ..masks import MaskRecord, best_masks, read_masks
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
@@ -99,7 +99,7 @@ def print_benchmark(figures: dict) -> None:
     else:
         from rich.table import Table
 
-        table = Table(title=f"{figures['photos']} photos{of}", title_justify="left")
+        table = Table(title=counted(figures["photos"], "photo") + of, title_justify="left")
         columns = {"iou": "IoU", "pixel_accuracy": "pixel accuracy", "max_f_beta": "max F-beta"}
         columns |= {"s_measure": "S-measure", "mean_absolute_error": "MAE"}
         for title in columns.values():

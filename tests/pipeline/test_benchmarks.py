@@ -182,7 +182,7 @@ def test_root_may_be_any_folder_of_the_archive(tmp_path, below):
     masks = write_predictions("voc2012", tmp_path / "predictions")
     figures, done = figures_of(tmp_path, masks, "--benchmark", "voc2012", "--root", root / below, "--split", "train")
     assert figures["photos"] == 1 and figures["split"] == "train" and "were scored" not in done.stderr
-    assert "1 photos of voc2012, split train" in done.stdout
+    assert "1 photo of voc2012, split train" in done.stdout
 
 
 def test_released_weights_need_no_names_and_photos_are_not_rotated(tmp_path):
