@@ -545,7 +545,7 @@ def _log_counts(out: Path) -> bool:
     """Logs how many masks a finished run has; returns whether there are any."""
     masks = sum(1 for _ in read_masks(out / "masks"))
     errors = sum(1 for _ in read_errors(out / "errors.jsonl"))
-    failed = f"; photos that could not be used: {errors}, see {out / 'errors.jsonl'}" if errors else ""
+    failed = f"; photos and folders that could not be used: {errors}, see {out / 'errors.jsonl'}" if errors else ""
     logger.info(f"{counted(masks, 'mask')} in {out / 'masks'}{failed}")
     return masks > 0
 

@@ -243,7 +243,7 @@ def test_invalid_files_are_listed_in_errors(tmp_path, detector_options):
     assert {r.photo for r in read_masks(tmp_path / "out" / "masks")} == {f"things/{name}" for name in valid}
     errors = list(read_errors(tmp_path / "out" / "errors.jsonl"))
     assert {e.photo for e in errors} == {f"bad/{p.name}" for p in bad.iterdir()} and len(errors) == 20
-    assert "20 masks in" in result.output and "photos that could not be used: 20, see" in result.output
+    assert "20 masks in" in result.output and "photos and folders that could not be used: 20, see" in result.output
 
 
 def test_no_valid_photo_exits_with_code_3(tmp_path, detector_options):

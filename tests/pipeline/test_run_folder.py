@@ -151,7 +151,7 @@ def test_masks_and_errors_are_counted(tmp_path, printing, capsys, masks, failed)
     write_errors(tmp_path / "masks" / "00000.errors.jsonl", [ErrorRecord("x", "pseudolabel", "")])
     write_shard(tmp_path / "masks" / "00000.jsonl", [record] * masks)
     assert run._log_counts(tmp_path) == (masks > 0)
-    more = f"; photos that could not be used: {failed}, see {tmp_path / 'errors.jsonl'}" if failed else ""
+    more = f"; photos and folders that could not be used: {failed}, see {tmp_path / 'errors.jsonl'}" if failed else ""
     assert capsys.readouterr().out == f"{masks} mask{'s' * (masks != 1)} in {tmp_path / 'masks'}{more}\n"
 
 
