@@ -16,7 +16,7 @@ import typer.core
 from .config import Setting, find_setting, merge, nest, read_settings, settings
 from .console import printing
 from .errors import NothingUsable, UserError, explained, plain
-from .process import Interrupted, complain
+from .process import Interrupted, complain, keeping_interruption
 
 CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, of click or of typer's own copy of it
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -61,7 +61,7 @@ def command(function: Callable) -> Callable:
     @functools.wraps(function)
     def wrapper(debug: bool = False, **options: Any) -> None:
         try:
-            with printing():
+            with printing(), keeping_interruption():
                 function(**options)
         except UserError as error:
             if debug:

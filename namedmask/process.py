@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import io
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -29,6 +31,9 @@ class Interrupted(BaseException):
         super().__init__(signum)
         self.exit_code = 128 + signum
         self.reason = "interrupted" if signum == signal.SIGINT else f"ended by {signal.Signals(signum).name}"
+
+
+_received: Interrupted | None = None  # what `_interrupt` has raised in this process
 
 
 def prepare() -> None:
@@ -69,6 +74,19 @@ def handle_signals() -> None:
             signal.signal(signum, _interrupt)
 
 
+@contextlib.contextmanager
+def keeping_interruption() -> Iterator[None]:
+    """Raises `Interrupted` again if another exception has taken its place, as C code of other packages may do."""
+    global _received
+    _received = None
+    try:
+        yield
+    except Exception as error:
+        if _received is not None:
+            raise _received from error
+        raise
+
+
 def end_handling(action: signal.Handlers = signal.SIG_IGN) -> None:
     """Ends what `handle_signals` has begun. A finished command ignores signals while the interpreter exits."""
     for signum in SIGNALS:
@@ -77,6 +95,7 @@ def end_handling(action: signal.Handlers = signal.SIG_IGN) -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    global _received
     end_handling(signal.SIG_DFL)
     interrupted = Interrupted(signum)
     while frame is not None:
@@ -84,6 +103,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
             os.write(2, f"namedmask: {interrupted.reason}\n".encode())
             os._exit(interrupted.exit_code)
         frame = frame.f_back
+    _received = interrupted
     raise interrupted
 
 

@@ -68,6 +68,43 @@ def test_a_signal_is_one_line(tmp_path, signum, importing):
     assert run.returncode == 128 + signum
 
 
+# Ctrl-C in a callback of torch, whose C++ code replaces the exception by a ValueError.
+REPLACED = """
+import signal, sys
+import torch
+import namedmask.doctor
+from namedmask import __main__, errors
+class Sequence:
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        signal.raise_signal(signal.SIGINT)
+def examine(*_):
+    try:
+        torch.asarray(Sequence())
+    except ValueError as error:
+        if {explained}:
+            raise errors.UserError("DIR/file cannot be read") from error
+        raise
+namedmask.doctor.examine = examine
+sys.argv = ["namedmask", "doctor"]
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize("explained", [False, True])
+def test_a_signal_that_c_code_replaces_is_not_taken_for_an_error(explained):
+    with python(REPLACED.format(explained=explained)) as run:
+        _, errors = run.communicate()
+    assert run.returncode == 130 and errors == "namedmask: interrupted; run the same command again to continue\n"
+
+
+def test_errors_after_a_signal_of_an_earlier_command_stay_errors(monkeypatch):
+    monkeypatch.setattr(process, "_received", process.Interrupted())
+    with pytest.raises(ValueError, match="later"), process.keeping_interruption():
+        raise ValueError("later")
+
+
 def test_a_signal_in_an_import_ends_the_process_at_once(monkeypatch):
     """An exception in an import could be taken for a missing package."""
 
