@@ -153,7 +153,7 @@ def test_missing_masks_are_computed_and_scored_again(small):
 
 def test_worker_processes_of_the_ordinary_command_find_the_same_photos(small, tmp_path):
     out, _ = small
-    command = "from namedmask.cli import main_pseudolabel as m; m()"
+    command = "from namedmask.__main__ import main_pseudolabel as m; m()"
     options = ["--categories", ",".join(KINDS), "--photos-per-category", "4", "--clip-model", "namedmask-demo"]
     options += ["--backbone", "vit_namedmask_demo", "--features", "tokens", "--center-features", "--image-size", "96"]
     run = [sys.executable, "-c", command, out / "photos", "--out", tmp_path / "out", *options, "--workers", "2"]

@@ -35,7 +35,7 @@ def command(*arguments):
 
 
 def process(*arguments) -> list[str]:
-    return [sys.executable, "-c", "from namedmask.cli import main_pseudolabel as m; m()", *map(str, arguments)]
+    return [sys.executable, "-c", "from namedmask.__main__ import main_pseudolabel as m; m()", *map(str, arguments)]
 
 
 def masks_of(out: Path) -> dict[str, bytes]:
