@@ -205,7 +205,8 @@ def test_features_that_are_not_finite_raise_an_error():
 def test_unknown_taps_raise_value_error():
     backbone = make(FAMILIES[0])
     for tap in ("attention", "keys.3", "keys.-1", "keys.x", ""):
-        with pytest.raises(ValueError, match=r"extract: expected a tap of tokens, .* from 0 to 2 .*, got " + repr(tap)):
+        message = r"extract: expected a tap of tokens, .* from 0 to 2 as in 'keys\.2', got " + repr(tap)
+        with pytest.raises(ValueError, match=message):
             backbone.extract(patches_of(backbone, []), ["tokens", tap])
     without = make("vit_base_patch16_siglip_224.webli")
     with pytest.raises(UserError, match="no CLS token"):

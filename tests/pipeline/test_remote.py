@@ -33,7 +33,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         ranges: Obey Range headers.
         requests: (path with query, Range header) of each request.
-        trouble: Called with the number of a request; returns a status to send instead, or "cut", or None.
+        trouble: Called with the number of a request; returns a status to send instead, "cut", "slow" or None.
         redirects: Locations by path.
     """
 
@@ -55,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         server.requests.append((self.path, wanted))
         path = self.path.partition("?")[0]
         problem = server.trouble(len(server.requests))
+        if problem == "slow":
+            threading.Event().wait(1)
         if path in server.redirects:
             return self.answer(302, b"", {"Location": server.redirects[path]})
         if path not in server.files or isinstance(problem, int):
@@ -394,9 +396,10 @@ def test_threads_share_requests_unless_they_fail():
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-@pytest.mark.parametrize("problem", [503, 429, "cut"])
+@pytest.mark.parametrize("problem", [503, 429, "cut", "slow"])
 def test_requests_that_fail_at_times_are_repeated(server, monkeypatch, ranges, problem):
     monkeypatch.setattr(remote, "RETRY_SECONDS", 20)
+    monkeypatch.setattr(remote, "REQUEST_SECONDS", 0.3 if problem == "slow" else 600)
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     server.ranges = ranges
     server.trouble = lambda number: problem if number % 3 == 1 else None
