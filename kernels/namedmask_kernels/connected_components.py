@@ -225,7 +225,7 @@ _label = register(
     reference=_label_reference,
     cpu=_label_cpu,
     cuda=_label_cuda,
-    can_require_grad=False,
+    differentiable=False,
 )
 
 
@@ -234,7 +234,7 @@ def _register_mask(name: str, function: Callable[[np.ndarray, int], np.ndarray])
         f"{name}(Tensor mask, Tensor offsets, Tensor shapes, int connectivity) -> Tensor",
         reference=per_image(function, numpy=True),
         cuda_workspace=_workspace,
-        can_require_grad=False,
+        differentiable=False,
     )
 
 

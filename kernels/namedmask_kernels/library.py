@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
 from .ragged import Ragged, expect_rows
@@ -49,7 +50,7 @@ def register(
     cuda_workspace: Callable[[int, int], int] | None = None,
     cuda_needs_triton: bool = False,
     triton: Callable[..., Any] | None = None,
-    can_require_grad: bool = True,
+    differentiable: bool = True,
 ) -> Callable[..., Any]:
     """Registers an operator and its implementations.
 
@@ -67,7 +68,8 @@ def register(
             int32 elements of the workspace.
         cuda_needs_triton: Whether a part of the CUDA implementation is written in Triton.
         triton: The Triton implementation.
-        can_require_grad: False if no argument can require a gradient; the check costs half of a call's overhead.
+        differentiable: False if all arguments or all results are integers, which have no gradients; the check costs
+            half of a call's overhead.
 
     Returns:
         The operator: takes the arguments of the schema and the name of a backend.
@@ -92,13 +94,39 @@ def register(
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     qualified = f"namedmask_kernels::{name}"
     torch.library.register_fake(qualified, lambda *arguments: outputs(*arguments[:-1]), lib=LIBRARY)
-    if can_require_grad:
+    operator = getattr(torch.ops.namedmask_kernels, name)
+    if differentiable:
+        LIBRARY.impl(name, _without_gradient(name, tensors, operator), "Autograd")
+    return operator
 
-        def backward(context: object, *gradients: object) -> None:
-            raise RuntimeError(f"{name} has no gradient; call it under torch.no_grad() or on detached tensors")
 
-        torch.library.register_autograd(qualified, backward, lib=LIBRARY)
-    return getattr(torch.ops.namedmask_kernels, name)
+def _without_gradient(name: str, tensors: int, operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator's rule of differentiation: backward passes and tangents raise an error.
+
+    With torch.library.register_autograd, forward-mode tangents would become zero without an error.
+    """
+
+    def forward(context: object, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    def backward(context: object, *gradients: object) -> None:
+        raise RuntimeError(f"{name} has no gradient; call it under torch.no_grad() or on detached tensors")
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    def run(*arguments: Any) -> Any:
+        inputs = arguments[:tensors]
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+            raise RuntimeError(f"{name} has no forward-mode derivative; call it on detached tensors")
+        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
+            return forward(None, *arguments)
+        if torch._C._are_functorch_transforms_active():  # such as torch.func.grad, which cannot call the function
+            backward(None)
+        return function.apply(*arguments)
+
+    return run
 
 
 def per_image(

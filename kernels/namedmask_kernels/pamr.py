@@ -61,7 +61,7 @@ def pamr(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If shapes or devices do not match, a parameter is out of range, or the backend cannot run.
-        RuntimeError: On a backward pass, since there is no gradient.
+        RuntimeError: On a backward pass or a forward-mode derivative, since there is no gradient.
 
     Accuracy:
         Within 5e-5 of float64 for masks from 0 to 1 and the default settings, usually within 1e-6: the square roots of

@@ -70,7 +70,7 @@ def resize(
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If the image has the wrong shape, a size is not positive (or not 0 for an image without pixels),
             `mean`, `std`, `patch` and `dtype` do not fit the image or each other, or the backend cannot run.
-        RuntimeError: On a backward pass, since there is no gradient.
+        RuntimeError: On a backward pass or a forward-mode derivative, since there is no gradient.
 
     Accuracy:
         uint8 photos: at most 1 level from torchvision.transforms.v2.functional.resize on tensors, from Pillow, and from

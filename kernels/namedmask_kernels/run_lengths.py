@@ -159,5 +159,5 @@ _run_lengths = register(
     reference=_reference,
     cpu=_cpu,
     cuda=_cuda,
-    can_require_grad=False,
+    differentiable=False,
 )

@@ -123,4 +123,5 @@ _cluster = register(
     cpu=_cluster_cpu,
     cuda=_cluster_cuda,
     cuda_needs_triton=True,
+    differentiable=False,
 )

@@ -155,5 +155,5 @@ _vote = register(
     reference=_vote_reference,
     cpu=_vote_cpu,
     cuda=_vote_cuda,
-    can_require_grad=False,
+    differentiable=False,
 )

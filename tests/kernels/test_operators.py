@@ -334,6 +334,69 @@ def test_vmap(op):
         assert torch.equal(result, torch.stack([expected, expected]))
 
 
+DERIVATIVES = {
+    "backward": lambda f, x: f(x.clone().requires_grad_()).backward(),
+    "autograd.functional.jvp": lambda f, x: torch.autograd.functional.jvp(f, (x,), (x,)),
+    "func.grad": lambda f, x: torch.func.grad(f)(x),
+    "func.vjp": lambda f, x: torch.func.vjp(f, x),
+    "func.jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "func.jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "func.jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "func.hessian": lambda f, x: torch.func.hessian(f)(x),
+    "func.linearize": lambda f, x: torch.func.linearize(f, x),
+    "vmap of func.grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(x[None]),
+    "func.grad of vmap": lambda f, x: torch.func.grad(lambda y: torch.func.vmap(f)(y).sum())(x[None]),
+    "func.jvp of vmap": lambda f, x: torch.func.jvp(torch.func.vmap(f), (x[None],), (x[None],)),
+    "compiled backward": lambda f, x: torch.compile(f, backend="eager")(x.clone().requires_grad_()).backward(),
+    "compiled func.jvp": lambda f, x: torch.compile(
+        lambda y: torch.func.jvp(f, (y,), (y,)), backend="eager", fullgraph=True
+    )(x),
+}
+differentiated = pytest.mark.parametrize("derivative", DERIVATIVES)
+
+
+def weighted(op, *, detach=False):
+    """A differentiable number: an argument times the operator's results, or 0 for those of no float type."""
+
+    def number(first):
+        results = flat(op(first.detach() if detach else first, *CALLS[op][1:]))
+        return sum((first.mean() * result.sum() for result in results), first.sum())
+
+    return number
+
+
+@pytest.mark.parametrize(
+    "op",
+    [nk.attention_features, nk.bilateral_solver, nk.dense_crf, nk.mask_cut, nk.normalized_cut, nk.pamr, nk.random_walk,
+     nk.resize],
+    ids=label,
+)  # fmt: skip
+@differentiated
+@pytest.mark.filterwarnings("ignore")  # of torch.compile and of torch.autograd's anomaly mode
+def test_derivatives_raise(op, derivative):
+    torch.compiler.reset()
+    first = CALLS[op][0].float()
+    with pytest.raises(RuntimeError, match=f"{op.__name__} has no (gradient|forward-mode derivative); call it "):
+        DERIVATIVES[derivative](weighted(op), first)
+    DERIVATIVES[derivative](weighted(op, detach=True), first)
+
+
+@differentiated
+@pytest.mark.filterwarnings("ignore")
+def test_integers_have_no_derivative(derivative):
+    """Derivatives of a function of labels take them as constants."""
+    torch.compiler.reset()
+    DERIVATIVES[derivative](weighted(nk.spectral_clusters), CALLS[nk.spectral_clusters][0])
+
+
+def test_derivatives_where_labels_are_constant():
+    features = CALLS[nk.spectral_clusters][0]
+    function = weighted(nk.spectral_clusters)
+    expected = 1 + nk.spectral_clusters(features, 3).sum() / features.numel()
+    assert torch.allclose(torch.func.grad(function)(features), expected)
+    assert torch.allclose(torch.func.jvp(function, (features,), (features,))[1], expected * features.sum())
+
+
 # -- kinds of arrays --------------------------------------------------------------------------------------------------
 
 
