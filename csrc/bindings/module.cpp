@@ -3,7 +3,6 @@
 // that Python has allocated where their size is known. A wrong array raises ValueError.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <utility>
 #include <vector>
@@ -73,6 +72,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   using namedmask::Interpolation;
   using namedmask::TensorView;
   using namedmask::bindings::define;
+  using namedmask::bindings::kBilateralFields, namedmask::bindings::kCrfFields, namedmask::bindings::kCutFields;
   namespace cpu = namedmask::cpu;
 
   m.def("thread_count", &cpu::thread_count);
@@ -86,38 +86,12 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
 #endif
 
   define(m, "attention_features", &cpu::attention_features);
-  define(m, "bilateral_solver",
-         [](const TensorView& target, const TensorView& image, const TensorView& confidences, const TensorView& offsets,
-            const TensorView& shapes, const TensorView& out, double confidence, std::vector<double> sigma_spatial,
-            double sigma_luma, double sigma_chroma, double smoothness, int64_t iterations, double tolerance) {
-           cpu::bilateral_solver(
-               target, image, confidences, offsets, shapes, out,
-               {confidence, {std::move(sigma_spatial)}, sigma_luma, sigma_chroma, smoothness, iterations, tolerance});
-         });
+  define(m, "bilateral_solver", &cpu::bilateral_solver, kBilateralFields);
   define(m, "connected_components", &cpu::connected_components);
   define(m, "largest_component", &cpu::largest_component);
   define(m, "fill_holes", &cpu::fill_holes);
-  define(
-      m, "dense_crf",
-      [](const TensorView& probabilities, const TensorView& image, const TensorView& offsets, const TensorView& shapes,
-         const TensorView& out, int64_t iterations, std::vector<double> gaussian_sigma, double gaussian_weight,
-         std::vector<double> bilateral_sigma, double bilateral_sigma_rgb, double bilateral_weight) {
-        cpu::dense_crf(probabilities, image, offsets, shapes, out,
-                       {iterations,
-                        {std::move(gaussian_sigma)},
-                        gaussian_weight,
-                        {std::move(bilateral_sigma)},
-                        bilateral_sigma_rgb,
-                        bilateral_weight});
-      });
-  define(m, "normalized_cut",
-         [](const TensorView& features, const TensorView& offsets, const TensorView& shapes, const TensorView& vector,
-            const TensorView& value, const TensorView& residual, const TensorView& iterations,
-            const TensorView& partition, const TensorView& seed, const TensorView& foreground, double tau, double eps,
-            double tolerance, int64_t max_iterations) {
-           cpu::normalized_cut(features, offsets, shapes, vector, value, residual, iterations, partition, seed,
-                               foreground, {tau, eps, tolerance, max_iterations});
-         });
+  define(m, "dense_crf", &cpu::dense_crf, kCrfFields);
+  define(m, "normalized_cut", &cpu::normalized_cut, kCutFields);
   define(m, "pamr", &cpu::pamr);
   define(m, "random_walk", &cpu::random_walk);
   define(m, "resize",
