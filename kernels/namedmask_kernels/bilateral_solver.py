@@ -205,4 +205,5 @@ _solve = register(
     reference=_solve_reference,
     cpu=_solve_cpu,
     cuda_workspace=lambda pixels, images: 23 * pixels + 3 * images + 768 * min(images, 64),
+    capturable=True,
 )

@@ -234,6 +234,7 @@ def _register_mask(name: str, function: Callable[[np.ndarray, int], np.ndarray])
         f"{name}(Tensor mask, Tensor offsets, Tensor shapes, int connectivity) -> Tensor",
         reference=per_image(function, numpy=True),
         cuda_workspace=_workspace,
+        capturable=True,
         differentiable=False,
     )
 

@@ -50,6 +50,7 @@ def register(
     cuda_workspace: Callable[[int, int], int] | None = None,
     cuda_needs_triton: bool = False,
     triton: Callable[..., Any] | None = None,
+    capturable: bool = False,
     differentiable: bool = True,
 ) -> Callable[..., Any]:
     """Registers an operator and its implementations.
@@ -68,6 +69,8 @@ def register(
             int32 elements of the workspace.
         cuda_needs_triton: Whether a part of the CUDA implementation is written in Triton.
         triton: The Triton implementation.
+        capturable: Whether CUDA graphs may capture the GPU implementations: they only enqueue kernels, on memory of the
+            call itself. A cached table or a copy from pinned memory would be reused while the graph still reads it.
         differentiable: False if all arguments or all results are integers, which have no gradients; the check costs
             half of a call's overhead.
 
@@ -79,7 +82,7 @@ def register(
     if cuda_workspace is not None:
         cuda = _cuda_kernel(name, tensors, outputs, cuda_workspace)
     on_gpu = {"cuda": cuda, "triton": triton}
-    available = {backend: _naming_faults(name, run) for backend, run in on_gpu.items() if run is not None}
+    available = {backend: _on_gpu(name, run, capturable) for backend, run in on_gpu.items() if run is not None}
     available["cpu"] = cpu or _cpu_kernel(name, tensors, outputs)
     checked = _checked(name, tensors, packed, reference) if "Tensor shapes" in schema else reference
     available["reference"] = _without_autocast(checked)
@@ -197,13 +200,15 @@ def _checked(
     return run
 
 
-def _naming_faults(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_gpu(name: str, function: Callable[..., Any], capturable: bool) -> Callable[..., Any]:
     """A GPU implementation whose CUDA errors name the operator.
 
     With CUDA_LAUNCH_BLOCKING=1 it waits for its kernels, so that a fault in one of them is its own.
     """
 
     def run(*arguments: Any) -> Any:
+        if not capturable and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{name} cannot be captured in a CUDA graph; call it outside of the graph")
         blocking = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
         try:
             results = function(*arguments)

@@ -155,5 +155,6 @@ _vote = register(
     reference=_vote_reference,
     cpu=_vote_cpu,
     cuda=_vote_cuda,
+    capturable=True,
     differentiable=False,
 )

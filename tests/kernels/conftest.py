@@ -88,6 +88,7 @@ def emulated_cuda(request, monkeypatch, emulator_extension):
     monkeypatch.setattr(backends, "choose", choose)
     monkeypatch.setattr(backends.native(), "cuda", emulator.Cuda(), raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     emulator_extension.seed(zlib.crc32(request.node.nodeid.encode()))  # another order of threads for every test
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fills new memory

@@ -8,6 +8,8 @@ import types
 import numpy as np
 import pytest
 import torch
+from operator_calls import CALLS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import namedmask_kernels as nk
 from namedmask_kernels import Ragged, backends
@@ -147,3 +149,48 @@ def test_default_settings():
     }.items():
         parameters = inspect.signature(op).parameters.values()
         assert {p.name: p.default for p in parameters if p.default is not p.empty} == expected, op.__name__
+
+
+# -- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+CAPTURABLE = {nk.bilateral_solver, nk.fill_holes, nk.largest_component, nk.vote_masks}
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def test_operators_that_cuda_graphs_cannot_capture(capturing):
+    """They wait for the GPU, or keep tables in memory that the graph does not own."""
+    for name in backends.IMPLEMENTATIONS.keys() - {op.__name__ for op in CAPTURABLE}:
+        on_gpu = backends.IMPLEMENTATIONS[name].keys() & {"cuda", "triton"}
+        assert on_gpu
+        for backend in on_gpu:
+            with pytest.raises(RuntimeError, match=f"^{name} cannot be captured in a CUDA graph; call it outside"):
+                backends.IMPLEMENTATIONS[name][backend]()
+
+
+class Allocations(TorchDispatchMode):
+    """Lets torch only allocate and view memory: it launches no kernel, copies nothing and waits for nothing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "aten":
+            assert function.is_view or function.__name__.split(".")[0] in ("empty", "empty_like", "new_empty", "view")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", CAPTURABLE, ids=lambda op: op.__name__)
+def test_operators_that_cuda_graphs_can_capture_only_enqueue_kernels(op, capturing, monkeypatch):
+    implementations, enqueued = backends.IMPLEMENTATIONS[op.__name__], []
+
+    def on_gpu(*arguments):
+        with Allocations():
+            return implementations["cuda"](*arguments)
+
+    kernels = types.SimpleNamespace(**{op.__name__: lambda *arguments: enqueued.append(arguments)})
+    monkeypatch.setattr(backends.native(), "cuda", kernels, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setitem(implementations, "cpu", on_gpu)
+    op(*CALLS[op])
+    assert len(enqueued) == 1

@@ -182,7 +182,7 @@ def test_errors_that_are_not_of_cuda_and_lack_of_memory_keep_their_types():
             raise error
 
         with pytest.raises(type(error)) as raised:
-            library._naming_faults("erode", fail)(torch.zeros(1))
+            library._on_gpu("erode", fail, True)(torch.zeros(1))
         assert raised.value is error
 
 
