@@ -360,6 +360,41 @@ def test_random_walk_allocates_weights_once_for_all_images(most, allocated, monk
     assert sum(sizes) == allocated * kernels.TILE**2
 
 
+def test_random_walk_of_more_images_than_a_grid_takes(monkeypatch):
+    """Images without tokens count, too: they are the only ones of which MOST_KEPT allows that many."""
+    from namedmask_kernels.triton import random_walk as kernels
+
+    features = tokens([(0, 4), (2, 3), (0, 1), (0, 0), (5, 1), (4, 4), (0, 2), (0, 2), (0, 2), (1, 1)], 8)
+    expected = run_walk(features, features, 2, 10.0)
+    grids = []
+
+    class Launcher:
+        def __getitem__(self, grid, kernel=kernels._keep):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(kernels, "MOST_BLOCKS", 3)
+    monkeypatch.setattr(kernels, "_keep", Launcher())
+    assert torch.equal(run_walk(features, features, 2, 10.0).rows, expected.rows)
+    assert [images for _, images in grids] == [3, 3, 1]
+
+
+def test_dimensions_beyond_the_limits_of_a_grid_are_rejected(monkeypatch):
+    from namedmask_kernels.triton import pamr, tables
+
+    monkeypatch.setattr(tables, "MOST_BLOCKS", 2)
+    with pytest.raises(ValueError, match="attention_features: heads must be at most 2 on a GPU, but are 3"):
+        run(*random_qkv([4], 3, 8, torch.float32), 1.0, [0])
+    features = tokens([(3, 4)], 65)
+    with pytest.raises(ValueError, match="random_walk: masks must be at most 64 on a GPU, but are 65"):
+        run_walk(features, features, 1, 10.0)
+    most = 2 * pamr.MAX_VECTOR
+    masks, image = torch.rand(12, most + 1), torch.zeros(12, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"pamr: labels must be at most {most} on a GPU, but are {most + 1}"):
+        pamr.pamr(masks, image, features.offsets, features.shapes, masks.clone(), [1], [1], 1)
+    run_walk(features.with_rows(features.rows[:, :64]), features, 1, 10.0)
+
+
 def test_random_walk_of_empty_input_without_steps_and_of_features_that_are_not_finite():
     features = tokens([(3, 4), (2, 2)], 8)
     soft = features.with_rows(torch.rand(16, 2))

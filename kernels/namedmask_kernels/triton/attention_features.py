@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import Variant, block_table, table_on_device
+from .tables import Variant, block_table, expect_blocks, table_on_device
 
 LOG2_E = math.log2(math.e)
 
@@ -217,6 +217,7 @@ def attention_features(
     tokens, _, heads, dim = qkv.shape
     if tokens == 0 or heads == 0:
         return
+    expect_blocks("attention_features", "heads", heads)
     padded, blocks = _padded(dim, qkv.dtype)
     shape = {"D": dim, "PADDED_D": padded}
     strides = qkv.stride()[:3]

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tables import Variant, blocks_of, table_on_device
+from .tables import Variant, blocks_of, expect_blocks, table_on_device
 
 PIXELS = 128  # per block: one per thread
 MAX_VECTOR = 4  # labels that a thread reads at once: 16 bytes
@@ -282,6 +282,7 @@ def pamr(
         out.copy_(masks)
         return
     vector = min(MAX_VECTOR, triton.next_power_of_2(labels))
+    expect_blocks("pamr", "labels", labels, vector)
     groups = triton.cdiv(labels, vector)
     two = groups > 1
     planes = vector != labels  # else [tokens, labels] is the layout of the iterations

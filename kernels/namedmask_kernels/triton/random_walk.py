@@ -35,7 +35,7 @@ from .normalized_rows import (
     upper_tiles,
 )
 from .normalized_rows import STEPS as COSINE_STEPS
-from .tables import Variant, block_table, table_on_device
+from .tables import MOST_BLOCKS, Variant, block_table, expect_blocks, table_on_device
 
 TILE = 128  # rows and columns of a tile that `_keep` computes
 KEEP_STEPS = COSINE_STEPS | {80: (16, {"num_warps": 8, "num_stages": 3})}  # 128 registers per thread would spill there
@@ -137,10 +137,13 @@ def _step_table(offsets: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _groups(sizes: np.ndarray) -> Iterator[slice]:
-    """Splits a batch into groups of images whose S fits MOST_KEPT; an image that is larger is a group of its own."""
+    """Splits a batch into groups of images whose S fits MOST_KEPT; an image that is larger is a group of its own.
+
+    A group has at most MOST_BLOCKS images, with those without tokens.
+    """
     first = total = 0
     for b, size in enumerate(sizes.tolist()):
-        if total + size > MOST_KEPT and b > first:
+        if (total + size > MOST_KEPT and b > first) or b - first == MOST_BLOCKS:
             yield slice(first, b)
             first, total = b, 0
         total += size
@@ -174,6 +177,7 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
         kept = masks.new_empty(min(MOST_KEPT, int(sizes[sizes <= MOST_KEPT].sum())))  # of one group after the other
         count = masks.shape[1]
         together = next((m for m in MASKS if m >= count), MASKS[-1])
+        expect_blocks("random_walk", "masks", count, together)
         factor, stride = sharpness * math.log2(math.e), unit.high.shape[1]
         for images in _groups(sizes):
             elements = int(sizes[images].sum())

@@ -32,6 +32,15 @@ class Variant(NamedTuple):
     archs: tuple[int, ...] = (80, 90)
 
 
+MOST_BLOCKS = 2**16 - 1  # along the second axis of a grid; CUDA's limit
+
+
+def expect_blocks(op: str, name: str, size: int, each: int = 1) -> None:
+    """Raises ValueError if a dimension of `size` has more blocks of `each` than the second axis of a grid."""
+    if size > each * MOST_BLOCKS:
+        raise ValueError(f"{op}: {name} must be at most {each * MOST_BLOCKS} on a GPU, but are {size}")
+
+
 def table_on_device(build: Callable[..., np.ndarray], like: Tensor, *arguments: Tensor | Hashable) -> Tensor:
     """The table that `build` returns for the arguments, on the device of `like`, for use on the current stream.
 
