@@ -7,6 +7,7 @@
 #include "namedmask/dense_crf.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <string>
 #include <utility>
@@ -40,10 +41,12 @@ uint64_t scrambled(uint64_t key) {
 // Vertices, numbered in the order of insertion, and the steps between them that have been walked.
 class VertexTable {
  public:
-  void clear() {
+  // Removes all vertices. The slots, a quarter of which are used at most, suffice for that many pixels or grow.
+  void clear(int64_t pixels) {
     keys_.clear();
     steps_.clear();
-    slots_.assign(std::max<size_t>(slots_.size(), 1 << 16), Slot{});
+    const size_t most = std::bit_ceil(static_cast<size_t>(4 * kCorners * pixels));
+    slots_.assign(std::min(most, std::max<size_t>(slots_.size(), 1 << 16)), Slot{});
   }
 
   int32_t find(Key key) const {  // -1: not found
@@ -204,7 +207,7 @@ class Solver {
     const int64_t groups = s.height * s.step * s.cells / kGroup, band = CrfSystem::kBandNodes * s.step;
     corners_.reserve(groups * kCorners * kGroup);
     weights_.reserve(groups * kCorners * kGroup);
-    table_.clear();
+    table_.clear(s.height * s.width);
     int32_t* corners = corners_.data();
     float* weights = weights_.data();
     for (int64_t top = 0; top < s.height; top += band) {
