@@ -102,7 +102,7 @@ def numpy_arguments(op: str, backend: str, *arguments: tuple[object, int, tuple[
         arguments: For each array of the operator the value, its number of channels (0 for an array [h, w]) and its
             accepted dtypes.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(backend, str):
         return None
     arrays: list[np.ndarray] = []
     size: tuple[int, ...] = ()

@@ -100,7 +100,13 @@ def register(
     operator = getattr(torch.ops.namedmask_kernels, name)
     if differentiable:
         LIBRARY.impl(name, _without_gradient(name, tensors, operator), "Autograd")
-    return operator
+
+    def call(*arguments: Any) -> Any:
+        if not isinstance(arguments[-1], str):  # torch would print the schema
+            raise TypeError(f"{name}: backend must be a string, but is {arguments[-1]!r}")
+        return operator(*arguments)
+
+    return call
 
 
 def _without_gradient(name: str, tensors: int, operator: Callable[..., Any]) -> Callable[..., Any]:

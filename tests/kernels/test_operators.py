@@ -521,6 +521,15 @@ def test_soft_arguments_of_any_float_type(op, dtype):
         assert op(soft.numpy(), *(x.numpy() for x in rest)).dtype == np.float32
 
 
+@operators
+@pytest.mark.parametrize("backend", [None, 1, b"cpu", ["cpu"], torch.device("cpu")], ids=str)
+def test_backends_that_are_no_strings_are_rejected(op, backend):
+    for kind in ("tensors", "numpy") if op is not nk.attention_features else ("tensors",):
+        arguments = as_numpy(op, lambda array: array) if kind == "numpy" else CALLS[op]
+        with pytest.raises(TypeError, match=rf"^{op.__name__}: backend must be a string, but is .*$"):
+            op(*arguments, backend=backend)
+
+
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 # public operator -> its integer settings with their least valid values, and its float settings
