@@ -143,7 +143,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
         ValueError: If there is no such operator.
         TypeError: If the operator does not take these arguments.
     """
-    name = op if isinstance(op, str) else op.__name__
+    name = op if isinstance(op, str) else getattr(op, "__name__", op)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"explain: {name!r} is not an operator; the operators are {', '.join(sorted(IMPLEMENTATIONS))}"

@@ -38,19 +38,21 @@ class Ragged(NamedTuple):
     shapes: Tensor
 
     @classmethod
-    def pack(cls, grids: Sequence[Array]) -> Ragged:
+    def pack(cls, grids: Iterable[Array]) -> Ragged:
         """Packs grids [h_b, w_b, ...] (torch or numpy) of one dtype and device. The rows are a tensor.
 
         Raises:
-            TypeError: If a grid is neither a tensor nor a numpy array, or its dtype differs from that of the first.
+            TypeError: If `grids` are no iterable of tensors and numpy arrays, or their dtypes differ.
             ValueError: If a grid differs from the first in anything but height and width; or if `grids` is empty, since
                 an empty list has no dtype. For an empty batch call ``Ragged.of_shapes(rows[:0], [])``.
         """
-        if len(grids) == 0:
+        if not isinstance(grids, Iterable):
+            raise TypeError(f"Ragged.pack: grids must be a list of arrays, but are {grids!r}")
+        tensors = [as_tensor("Ragged.pack", f"grid {b}", grid) for b, grid in enumerate(grids)]
+        if not tensors:
             raise ValueError(
                 "Ragged.pack: grids must not be empty; for an empty batch call Ragged.of_shapes(rows[:0], [])"
             )
-        tensors = [as_tensor("Ragged.pack", f"grid {b}", grid) for b, grid in enumerate(grids)]
         first = tensors[0]
         for b, grid in enumerate(tensors):
             expect_dtype("Ragged.pack", f"grid {b}", grid, first.dtype)
@@ -78,8 +80,8 @@ class Ragged(NamedTuple):
             ) from None
         sizes = [(expect_int("Ragged", "height", h), expect_int("Ragged", "width", w)) for h, w in pairs]
         total = sum(h * w for h, w in sizes)
-        if total != rows.shape[0]:
-            raise ValueError(f"Ragged: shapes add up to {total} rows, but there are {rows.shape[0]}")
+        if rows.shape[:1] != (total,):
+            raise ValueError(f"Ragged: shapes add up to {total} rows, but rows have shape {list(rows.shape)}")
         return cls(rows, *packed_shapes(sizes))
 
     def grids(self) -> list[Tensor]:
@@ -97,7 +99,7 @@ class Ragged(NamedTuple):
         Raises:
             ValueError: If the number of rows differs.
         """
-        if rows.shape[0] != self.rows.shape[0]:
+        if rows.shape[:1] != self.rows.shape[:1]:
             raise ValueError(f"Ragged.with_rows: rows must be [{self.rows.shape[0]}, ...], but are {list(rows.shape)}")
         return Ragged(rows, self.offsets, self.shapes)
 

@@ -104,6 +104,9 @@ def test_explain(machine):
         ValueError, match=r"explain: 'erode' is not an operator; the operators are attention_features, "
     ):
         nk.explain("erode")
+    for value in (None, 3):
+        with pytest.raises(ValueError, match=f"explain: {value} is not an operator; the operators are "):
+            nk.explain(value)
     with pytest.raises(TypeError):
         nk.explain(nk.fill_holes, mask, size=3)
 

@@ -33,7 +33,7 @@ def test_grids_inverts_pack():
 
 
 def test_rows_and_shapes_that_do_not_match_raise():
-    with pytest.raises(ValueError, match="shapes add up to 7 rows, but there are 6"):
+    with pytest.raises(ValueError, match=r"shapes add up to 7 rows, but rows have shape \[6\]"):
         Ragged.of_shapes(torch.zeros(6), [(2, 3), (1, 1)])
     with pytest.raises(ValueError, match="grids must not be empty"):
         Ragged.pack([])
@@ -67,6 +67,23 @@ def test_non_contiguous_numpy_arrays():
     packed = arrange("op", "mask", value, 0, torch.float32)
     np.testing.assert_array_equal(packed.rows.numpy(), value.ravel())
     np.testing.assert_array_equal(packed.restore(packed.rows), value)
+
+
+def test_rows_without_dimensions_raise():
+    with pytest.raises(ValueError, match=r"Ragged: shapes add up to 1 rows, but rows have shape \[\]"):
+        Ragged.of_shapes(torch.tensor(1.0), [(1, 1)])
+    with pytest.raises(ValueError, match=r"Ragged.with_rows: rows must be \[1, ...\], but are \[\]"):
+        Ragged.of_shapes(torch.ones(1), [(1, 1)]).with_rows(torch.tensor(1.0))
+
+
+def test_pack_takes_any_iterable():
+    grids = [torch.rand(2, 3), torch.rand(1, 4)]
+    assert torch.equal(Ragged.pack(grid for grid in grids).rows, Ragged.pack(grids).rows)
+    for value in (None, 3):
+        with pytest.raises(TypeError, match=f"Ragged.pack: grids must be a list of arrays, but are {value}"):
+            Ragged.pack(value)
+    with pytest.raises(ValueError, match="grids must not be empty"):
+        Ragged.pack(iter(()))
 
 
 def test_pack_numpy_arrays():
