@@ -93,7 +93,9 @@ def register(
     def dispatch(*arguments: Any) -> Any:
         return available[backends.choose(name, arguments[-1], arguments[0].device)](*arguments[:-1])
 
-    LIBRARY.define(schema.replace(")", ", str backend)", 1))
+    # Where an operator cannot be captured, torch.compile(mode="reduce-overhead") splits its graphs.
+    tags = () if capturable else (torch.Tag.cudagraph_unsafe,)
+    LIBRARY.define(schema.replace(")", ", str backend)", 1), tags=tags)
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     qualified = f"namedmask_kernels::{name}"
     torch.library.register_fake(qualified, lambda *arguments: outputs(*arguments[:-1]), lib=LIBRARY)
