@@ -40,6 +40,7 @@ FILE = "stages.json"
 UPDATED = "updated"  # which settings the last --update has changed
 LEFT_BEHIND = "outdated"  # the update of earlier stages since
 IMPORTED = "imported"  # the file or folder that the results of a stage were imported from
+UNFINISHED = "unfinished"  # while they are being imported, or after that was killed
 REMEDY = "choose another --out, or restore the file from a copy"
 
 

@@ -43,6 +43,7 @@ from .progress import Progress, logger
 from .record import (
     IMPORTED,
     LEFT_BEHIND,
+    UNFINISHED,
     UPDATED,
     RunRecord,
     StageRecord,
@@ -93,7 +94,8 @@ def settle(
         workers: Number of processes that are about to run the stages, which are checked (`Stage.check`) unless they
             are complete. None: the stages do not run now and are not checked.
         imported: The file or folder from which the results of `stages` are imported, instead of running them. Only
-            the given settings are recorded for them. "": they are not imported.
+            the given settings are recorded for them, as `UNFINISHED`. What an import that was killed has left is
+            removed. "": they are not imported.
         update: Accept other category names and another size of the archive, and photos that were added or removed. The
             results of `stages` that this changes, and those made from them, are moved to OUT/.outdated, where the
             stages find what is still valid. A segmenter stays, unless `stages` name it.
@@ -129,11 +131,15 @@ def settle(
     for stage in (one for one in todo if one.sections):
         _expect_ours(out, stage, record)
         old, has_results = record.stages.get(stage.name), stage.has_results(out)
+        for one in (STAGES[name] for name in (*stage.made_from, stage.name)):
+            if one not in replaced and not (imported and one in todo):
+                _expect_whole_import(out, one, record)
         new = stage_record(config, stage.sections, record.digests)
         earlier = [name for name in stage.made_from if STAGES[name] in todo or STAGES[name].has_results(out)]
         _add_upstream(new, earlier, settled)
         differences = old.differences(new) if old else []
-        keeps = old is not None and has_results and not overwrite
+        again = imported and old is not None and UNFINISHED in old.made_with
+        keeps = old is not None and has_results and not overwrite and not again
         kept_import = old.made_with.get(IMPORTED) if old and keeps else None
         if old and keeps:
             if imported:
@@ -145,7 +151,7 @@ def settle(
                 outdated.append(stage)
                 if stage.name == "index" and differences:  # other embeddings: the file has all of them
                     leftovers.append(stage)
-        if differences and not has_results:
+        if again or (differences and not has_results):
             leftovers.append(stage)
         if imported:
             new.settings = {name: value for name, value in new.settings.items() if name in flatten(given)}
@@ -165,11 +171,10 @@ def settle(
     if workers is not None:
         ahead = [stage for stage in todo if stage in (*replaced, *outdated) or not stage.complete(out, config)]
         _check(out, config, source, stages, workers, ahead, frozenset(kept_imports))
+    _remove_stale(out)
     for stage in leftovers:
         remove_files(out, stage.own_files(out))
     for stage in replaced:
-        for folder in stage.outputs:
-            remove_stale(out / folder)
         if stage.name in aside:
             remove_files(out, stage.own_files(out))
         else:
@@ -181,12 +186,24 @@ def settle(
             settled.stages["train"].made_with[LEFT_BEHIND] = f"by an update of {', '.join(s.name for s in outdated)}"
         make_folder(out / OUTDATED / str(len(outdated_folders(out))))
         settled.outdating = [stage.name for stage in outdated]
+    text = to_toml(config, {name: stage.made_with for name, stage in settled.stages.items()})
+    for stage in todo if imported else ():
+        settled.stages[stage.name].made_with[UNFINISHED] = "true"
     settled.write(out)
     _outdate(out, settled)
     with atomic_write(out / "run.toml") as file:
-        text = to_toml(config, {name: stage.made_with for name, stage in settled.stages.items()})
         file.write(text.encode(errors="backslashreplace"))  # names that are not UTF-8
     return config
+
+
+def _expect_whole_import(out: Path, stage: Stage, record: RunRecord) -> None:
+    """Raises UserError if the results of a stage are what an import that was killed has left."""
+    made_with = record.stages.get(stage.name, StageRecord()).made_with
+    if UNFINISHED in made_with and stage.has_results(out):
+        raise UserError(
+            f"the import of {made_with[IMPORTED]} into {out} was interrupted: run it again, or replace what it has "
+            f"left with `namedmask {_command(stage, out)} --overwrite`"
+        )
 
 
 def _expect_continuation(
@@ -286,6 +303,12 @@ def _outdate(out: Path, record: RunRecord) -> None:
     if record.outdating:
         record.outdating = []
         record.write(out)
+
+
+def _remove_stale(out: Path) -> None:
+    """Removes what killed commands have left unfinished in a run folder and in the folders of its stages."""
+    for folder in (out, *(out / name for stage in STAGES.values() for name in stage.outputs)):
+        remove_stale(folder)
 
 
 def _check(
@@ -561,9 +584,8 @@ def work(out: Path, stages: Sequence[str], worker: Worker, device: str, trace: P
         source, asked = open_source(config.photos), stages
         if "archive" in stages and (not config.categories or (out / "archive.json").exists()):
             stages = [stage for stage in stages if stage != "index"]  # class folders, or retrieved already
-        for folder in (out, *(out / name for stage in STAGES.values() for name in stage.outputs)):
-            if worker.is_main and folder.is_dir():
-                remove_stale(folder)  # files that a killed run has left unfinished
+        if worker.is_main:
+            _remove_stale(out)  # also of a worker that was killed, when all are started again
         for stage in stages:
             worker.barrier(f"before {stage}")
             with Progress(stage, worker) as progress:

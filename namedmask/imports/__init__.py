@@ -21,6 +21,7 @@ from urllib.parse import unquote
 from ..archive import key_of
 from ..errors import UserError, first_line, quoted
 from ..files import absolute, read_bytes, remove_files
+from ..record import UNFINISHED, read_record
 from ..run import finish, put_back, settle
 from ..stages import STAGES, assemble_run_errors
 
@@ -29,7 +30,8 @@ from ..stages import STAGES, assemble_run_errors
 def imported_results(out: Path, given: dict, stages: Sequence[str], overwrite: bool, source: Path) -> Iterator[None]:
     """Records that the block writes the results of `stages` to the run folder, which must be locked.
 
-    If the block raises, its results are removed and those that it was to replace are restored.
+    If the block raises, its results are removed and those that it was to replace are restored. If it is killed, the
+    results stay recorded as `UNFINISHED`, and the next import replaces them.
 
     Args:
         out: The run folder.
@@ -51,6 +53,10 @@ def imported_results(out: Path, given: dict, stages: Sequence[str], overwrite: b
         raise
     assemble_run_errors(out)
     finish(out, stages)
+    record = read_record(out)
+    for name in stages:
+        del record.stages[name].made_with[UNFINISHED]
+    record.write(out)
 
 
 def read_json(path: Path) -> Any:

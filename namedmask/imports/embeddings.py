@@ -60,7 +60,8 @@ def import_embeddings(
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: expected a file name that ends with .safetensors")
     existing = [file for file in (out, names_path) if file.exists()]
-    if existing and not overwrite:
+    killed = existing == [names_path] and _unfinished(out).exists()  # between the two, in `_write`
+    if existing and not overwrite and not killed:
         raise UserError(f"{existing[0]} exists; --overwrite replaces it")
     expect_writable(out)
     try:
@@ -102,7 +103,7 @@ def _write(out: Path, names_path: Path, tensors: dict[str, np.ndarray], names: d
     from safetensors.numpy import save
 
     contents = {names_path: json.dumps(names).encode(), out: save(tensors)}
-    new = {path: path.with_name(fitted(f"{TEMPORARY_PREFIX}{path.name}")) for path in contents}
+    new = {path: _unfinished(path) for path in contents}
     try:
         for path, data in contents.items():  # both are complete before the old ones go
             with atomic_write(new[path]) as file:
@@ -113,6 +114,10 @@ def _write(out: Path, names_path: Path, tensors: dict[str, np.ndarray], names: d
     finally:
         for path in new.values():
             path.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(fitted(f"{TEMPORARY_PREFIX}{path.name}"))
 
 
 def _stacked(vectors: Iterator[tuple[Any, Any]]) -> tuple[list[str], np.ndarray, list[str]]:

@@ -21,7 +21,7 @@ from ..masks import ErrorRecord, MaskRecord, errors_path, mask_score, run_length
 from ..photos import PhotoError, decode_ahead, open_source
 from ..progress import logger, warn
 from ..pseudolabel import shard_path, work_of
-from ..record import read_config, read_record
+from ..record import UNFINISHED, StageRecord, read_config, read_record
 from ..suffixes import PHOTO_SUFFIXES
 from . import category_of, imported_results, match_photos, read_json, unreadable
 
@@ -50,8 +50,11 @@ def import_masks(
     """
     masks = _Masks(path)
     given: dict[str, Any] = {"photos": absolute(photos)} if photos is not None else {}
-    is_new = not (out / "archive.json").exists()
-    if is_new and (photos is None or read_record(out).photos is not None):
+    record = read_record(out)
+    made_with = [record.stages.get(name, StageRecord()).made_with for name in ("archive", "pseudolabel")]
+    begun = all(UNFINISHED in one for one in made_with)  # as a new run, by an import that has failed or was killed
+    is_new = begun or not (out / "archive.json").exists()
+    if is_new and not begun and (photos is None or record.photos is not None):
         raise UserError(
             f"{out / 'archive.json'} is missing; make it with `namedmask archive` or `namedmask import archive`, or "
             "start a new run of these masks with --photos"

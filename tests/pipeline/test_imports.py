@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from namedmask.archive import read_archive
 from namedmask.backbones import untrained, untrained_encoder
-from namedmask.imports import category_of, match_photos
+from namedmask.imports import category_of, masks, match_photos
 from namedmask.imports.embeddings import import_embeddings
 from namedmask.imports.masks import decode_rle
 from namedmask.index import PrecomputedEmbeddings
@@ -662,6 +664,75 @@ def test_unsuitable_experts_change_nothing(labeled, run, tmp_path):
 def test_experts_need_masks(run, tmp_path):
     write_expert(tmp_path / "e/expert_cat.pt")
     assert "has no masks" in fail("import", "experts", tmp_path / "e", "--out", run, "--encoder", ENCODER)
+
+
+# -- kills -----------------------------------------------------------------------------------------------------------
+
+
+def import_of(kind: str, folder: Path, photos: Path, request) -> list:
+    """The words of an import into `folder`/run, whose files are written."""
+    out = folder / "run"
+    if kind == "archive":
+        return ["archive", write_json(folder / "a.json", AUTHORS), "--photos", photos, "--out", out]
+    if kind == "embeddings":
+        out.mkdir()
+        return ["embeddings", write_vectors(folder / "v.safetensors", "safetensors"), "--out", out / "e.safetensors"]
+    if kind == "experts":
+        for name in ("cat", "dog"):
+            write_expert(folder / f"e/{name}.pt")
+        return ["experts", folder / "e", "--out", request.getfixturevalue("labeled"), "--encoder", ENCODER]
+    for path in photos.rglob("*.JPEG"):
+        write_json(folder / "m" / f"{path.stem}.json", rle(mask_of(path)))
+    words = ["masks", folder / "m", "--out", out]
+    return [*words, "--photos", photos] if "new" in kind else [*words[:-1], request.getfixturevalue("run")]
+
+
+@pytest.mark.parametrize("kind", ["archive", "masks", "masks of a new run", "experts", "embeddings"])
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_an_import_that_was_killed_is_begun_again(kind, options, photos, tmp_path, request, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(masks, "PseudolabelConfig", functools.partial(masks.PseudolabelConfig, shard_size=2))
+    words, kills, replace = ["import", *import_of(kind, tmp_path, photos, request)], [], Path.replace
+    if options:
+        succeed(*words)
+
+    def noted(path, target):
+        for place in (path, None):  # killed before and after the rename
+            if not place:
+                replace(path, target)
+            kills.append(tmp_path / f"kill{len(kills)}")
+            shutil.copytree(out, kills[-1])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", noted)
+        succeed(*words, *options)
+    expected = files_of(out)
+    assert "masks/00002.jsonl" in expected or "new" not in kind
+    for kill in kills[:-1]:
+        shutil.rmtree(out)
+        shutil.copytree(kill, out)
+        done = command(*words)
+        if done.exit_code:  # before the first change, or after the last
+            assert "already; --overwrite" in done.stderr or "exists; --overwrite" in done.stderr
+            assert options or kill == kills[-2], kill
+            succeed(*words, "--overwrite")
+        left = {name: data for name, data in files_of(out).items() if kind != "embeddings" or ".tmp-" not in name}
+        assert left == expected, kill
+
+
+def test_results_of_an_import_that_was_interrupted_are_not_used(photos, run, tmp_path, request, monkeypatch):
+    words = ["import", *import_of("masks", tmp_path, photos, request)]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("namedmask.imports.finish", interrupt)
+        assert command(*words).exit_code == 130
+    for stage in ("pseudolabel", "experts", "train"):
+        assert f"the import of {tmp_path / 'm'} into {run} was interrupted: run it again" in fail(stage, run)
+    succeed(*words)
+    assert "already; --overwrite" in fail(*words)
 
 
 # -- embeddings ------------------------------------------------------------------------------------------------------
