@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from .distributed import Worker
 from .errors import DamagedFile, UserError, first_line
-from .files import atomic_write, move, outdated_folders, remove_empty, write_error
+from .files import atomic_write, move, outdated_folders, remove_empty, write_error, writing
 from .masks import RESIZED, ErrorRecord, MaskRecord, errors_path
 from .memory import MemoryBudget
 from .photos import PhotoError, PhotoSource
@@ -157,7 +157,8 @@ class TrainingState:
 
     def __enter__(self) -> TrainingState:
         if self.worker.is_main:
-            self.board = _tensorboard(str(self.folder / "tensorboard"), self.step + 1)
+            with writing(self.folder / "tensorboard"):
+                self.board = _tensorboard(str(self.folder / "tensorboard"), self.step + 1)
         self.logged = self.saved = time.monotonic()
         return self
 
@@ -483,6 +484,12 @@ def _warn_that_tensorboard(reason: str) -> None:
     warn(f"tensorboard {reason}: metrics are in metrics.jsonl alone")
 
 
+def _report_unless_tensorboard(report: Callable[[Any], object], args: Any) -> None:
+    """Reports an exception in a thread, unless it is in TensorBoard's: the next call of the writer raises it again."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        report(args)
+
+
 def _fails(error: Exception) -> str:
     return f"fails ({type(error).__name__}: {first_line(error)})"
 
@@ -496,6 +503,7 @@ def _summary_writer() -> Any:
         missing = isinstance(error, ModuleNotFoundError) and error.name in ("tensorboard", "torch.utils.tensorboard")
         _warn_that_tensorboard("is not installed" if missing else _fails(error))
         return None
+    threading.excepthook = functools.partial(_report_unless_tensorboard, threading.excepthook)
     return SummaryWriter
 
 

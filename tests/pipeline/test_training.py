@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -290,6 +292,26 @@ def test_a_folder_that_tensorboard_cannot_write_is_an_error(tmp_path, no_tensorb
     (tmp_path / "tensorboard").symlink_to("missing")
     with pytest.raises(OSError, match="tensorboard"), new_state(tmp_path, 1):
         pass
+
+
+@pytest.mark.parametrize("event", [0, 1, 2])  # that fills the disk: the header, or metrics of the step
+def test_a_full_disk_is_one_error_of_tensorboard(event, tmp_path, monkeypatch, no_tensorboard_yet):
+    record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
+    printed, events, write = [], iter(range(100)), record_writer.write
+
+    def write_until_full(writer, data):
+        if next(events) >= event:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(writer, data)
+
+    monkeypatch.setattr(record_writer, "write", write_until_full)
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    with pytest.raises(OSError, match=r"tensorboard cannot be written: No space"), new_state(tmp_path, 1) as state:
+        state.end_step(3, {"loss": torch.tensor(1.0)})
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    assert [one.thread for one in printed] == [thread]
 
 
 def test_tensorboard_may_be_missing(monkeypatch, printing, capsys, no_tensorboard_yet):
