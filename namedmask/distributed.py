@@ -21,7 +21,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from . import process
-from .errors import UserError, first_line
+from .errors import UserError, counted, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,7 +243,8 @@ def count_gpus(requested: int | None, workers: int) -> int:
 
     available = torch.cuda.device_count()
     if workers > (limit := max(16, 4 * usable_cores())):
-        raise UserError(f"--workers {workers}: use at most {limit} here; this process may use {usable_cores()} cores")
+        cores = counted(usable_cores(), "core")
+        raise UserError(f"--workers {workers}: use at most {limit} here; this process may use {cores}")
     if requested and workers > 1:
         raise UserError("give --gpus or --workers, not both: each GPU has its own worker")
     if requested is None:

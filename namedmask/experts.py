@@ -48,7 +48,7 @@ from .archive import read_archive
 from .backbones import Encoder, untrained_encoder
 from .config import ExpertTraining
 from .distributed import Worker
-from .errors import DamagedFile, UserError, listed
+from .errors import DamagedFile, UserError, counted, listed
 from .files import atomic_write, fitted, make_folder, outdated_folders, remove_empty, remove_stale
 from .mask_counts import check_mask_counts, show_mask_counts
 from .masks import (
@@ -279,9 +279,10 @@ def train_experts(
     worker.barrier("all photos are relabeled")
     if worker.is_main:
         networks, kept, empty = (worker.count_done(name, 0) for name in (KEPT, KEPT_MASKS, EMPTY_MASKS))
-        counts = {f"network{'s' * (networks > 1)} kept": networks, "masks of the detector kept": kept}
-        counts["empty masks"] = empty
-        progress.note = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        counts = [f"{counted(networks, 'network')} kept"] if networks else []
+        counts += [f"{counted(kept, 'mask')} of the detector kept"] if kept else []
+        counts += [counted(empty, "empty mask")] if empty else []
+        progress.note = ", ".join(counts)
         if not all(experts.shard(number).exists() for number in range(experts.shard_count())):
             raise UserError("a worker died before it finished its shard; run the same command again to continue")
         _move_shards(out / "refining", out / "refined")

@@ -22,7 +22,7 @@ import numpy as np
 from . import hub, registry, weights
 from .config import IndexConfig
 from .distributed import Worker
-from .errors import DamagedFile, UserError, first_line, listed
+from .errors import DamagedFile, UserError, counted, first_line, listed
 from .files import atomic_write, read_bytes
 from .masks import ErrorRecord, errors_path, parse_photo, read_lines, write_errors
 from .photos import PhotoError, PhotoSource, decode_ahead
@@ -523,8 +523,8 @@ class PrecomputedEmbeddings:
             )
         if len(files) != len(image) or len(names) != len(text):
             raise UserError(
-                f"--embeddings {path}: {len(image)} image and {len(text)} text rows, "
-                f"but {names_path.name} lists {len(files)} image_files and {len(names)} names"
+                f"--embeddings {path}: image has {counted(len(image), 'row')} and text {len(text)}, but "
+                f"{names_path.name} lists {len(files)} in image_files and {len(names)} in names"
             )
         self.path, self.about, self.protocol = path, f"embeddings of {path}", ""
         self.image, self.rows = image, {file: row for row, file in enumerate(files)}

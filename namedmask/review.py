@@ -60,8 +60,7 @@ def warn_of_others(out: str | os.PathLike, review: Review, records: Iterable[Mas
     if others:
         photo, category = min(others)
         warn(
-            f"{Path(out, FILE)}: {len(others)} of {len(review)} verdicts are about no mask, such as {photo!r} "
-            f"({category})"
+            f"{Path(out, FILE)}: verdicts about no mask: {len(others)} of {len(review)}, such as {photo!r} ({category})"
         )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..files import fitted, name_digest, writing
 from ..formats import encode, read_label_map
 from ..masks import RESIZED, ErrorRecord, MaskRecord
@@ -258,7 +258,7 @@ class Dataset:
             labels = read_label_map(file)
             found = [int(label) for label in np.unique(labels) if label]
             if found and found[-1] > len(self.categories):
-                raise UserError(f"{file} has class {found[-1]}, but there are {len(self.categories)} categories")
+                raise UserError(f"{file} has class {found[-1]}; its categories end with class {len(self.categories)}")
             records = []
             for label in found:
                 category = self.categories[label - 1]
@@ -307,7 +307,7 @@ class Dataset:
                 raise UserError(f"no mask of {path} is left: its review.jsonl rejects them")
             raise UserError(f"{path} has no masks; `namedmask run` makes them")
         if not chosen and not empty:
-            raise UserError(f"none of the {len(places):,} masks of {path} is chosen; lower --min-score")
+            raise UserError(f"none of {counted(len(places), 'mask')} of {path} is chosen; lower --min-score")
         for record in chosen:
             entry = entries.setdefault(record.photo, _Entry(record.photo, record.size, []))
             entry.places.append(places[record.area])
@@ -413,7 +413,8 @@ def split_photos(photos: Sequence[str], shares: tuple[float, float, float] | Non
     for share, end, split in zip(shares, np.cumsum(shares), (TRAIN, VAL, TEST), strict=True):
         last = round(end * len(ranked))
         if share and ranked and last == first:
-            raise UserError(f"--split: {len(ranked)} photos are too few, {split} would be empty; choose other shares")
+            count = counted(len(ranked), "photo")
+            raise UserError(f"--split: of {count}, {split} would have none; choose other shares")
         result |= dict.fromkeys(ranked[first:last], split)
         first = last
     return result

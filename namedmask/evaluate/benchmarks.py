@@ -420,7 +420,7 @@ def _paired(
         else:
             without_truth.append(str(folder / name))
     if not pairs:
-        found = f"{len(without_truth)} photos without, {len(without_photo)} files of ground truth without photo"
+        found = f"without ground truth: {len(without_truth)}, ground truth without photo: {len(without_photo)}"
         example = next((f", such as {path}" for path in (*without_truth, *without_photo)), "")
         raise UserError(f"there is no photo with ground truth in {folder} ({found}{example})")
     return Split(folder, dict(sorted(pairs.items())), without_truth, without_photo, categories)

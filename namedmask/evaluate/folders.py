@@ -145,7 +145,7 @@ def _compare_folders(
     truth = {name: Truth(str(path), partial(read_label_map, path, red_green)) for name, path in paths.items()}
     if no_object := compare(predicted, truth, confusion):
         found = (
-            f"{len(no_object)} of {len(truth)} files of the ground truth have no pixel of a category, such as "
+            f"files of the ground truth without a pixel of a category: {len(no_object)} of {len(truth)}, such as "
             f"{no_object[0]}; {confusion.ignored:.1%} of all pixels have the ignored label {confusion.ignore}"
         )
         if len(no_object) == len(truth):

@@ -12,7 +12,7 @@ import numpy as np
 from ..archive import key_of, read_archive
 from ..console import plain_console
 from ..distributed import Worker
-from ..errors import UserError, listed
+from ..errors import UserError, counted, listed
 from ..formats import read_label_map
 from ..masks import MaskRecord
 from ..progress import Progress, warn
@@ -78,7 +78,7 @@ def evaluate_run(folder: Path, truth: Path, names: Sequence[str] | None, ignore:
         others = sorted({record.category for _, record in everything} - set(labels.categories))
         reason = f"{truth} has no category {listed(others)}"
     if len(pairs) < len(everything):
-        left_out = f"{len(everything) - len(pairs)} of {len(everything)} masks cannot be compared: {reason}"
+        left_out = f"{len(everything) - len(pairs)} of {counted(len(everything), 'mask')} cannot be compared: {reason}"
         if not pairs:
             raise UserError(left_out)
         warn(left_out)
@@ -225,7 +225,7 @@ def read_coco_labels(path: Path, categories: Sequence[str]) -> Labels:
     ignored = 0 if all(crowd) else sum(crowd)
     if ignored:
         warn(
-            f"{path}: {ignored} of {len(crowd)} annotations are crowd regions, which are ignored. CVAT marks all "
+            f"{path}: crowd regions are ignored, {ignored} of {counted(len(crowd), 'annotation')}. CVAT marks all "
             "painted masks so: where they are objects, set iscrowd to 0"
         )
 
@@ -272,8 +272,8 @@ def print_run(figures: dict) -> None:
     print(f"rank correlation of score and IoU: {'-' if correlation is None else f'{correlation:.2f}'}")
     cut, kept, masks = (figures[name] for name in ("suggested_min_score", "kept_masks", "masks"))
     print(
-        f"suggested --min-score {cut:g}: keeps {kept} of {masks} masks, with a mean IoU of "
+        f"suggested --min-score {cut:g}: keeps {kept} of {counted(masks, 'mask')}, with a mean IoU of "
         f"{percent(figures['kept_mean_iou'])} % (best F1 of mean IoU and share of the summed IoU kept)"
     )
     if figures["masks"] < FEW:
-        warn(f"only {figures['masks']} masks have a label: a few dozen are needed")
+        warn(f"only {counted(figures['masks'], 'mask')} with a label: a few dozen are needed")

@@ -79,7 +79,7 @@ def evaluate_benchmark(
     else:
         figures, note = _score_saliency(benchmark, data, predictions, device)
     if split in (None, about.split) and figures["photos"] != about.photos:
-        warn(f"{figures['photos']} photos were scored; the benchmark has {about.photos}")
+        warn(f"scored {counted(figures['photos'], 'photo')}; the benchmark has {about.photos}")
     return {
         "benchmark": benchmark,
         "split": split or about.split,
@@ -250,8 +250,8 @@ def matched_records(folder: Path, photos: Path, names: Collection[str]) -> tuple
             records.setdefault(record.photo, []).append(record)
         else:
             others.add(record.photo)
-    matched = f"{len(matcher.matches)} of {len(names)} photos"
-    note = f"{matched} have masks in {folder}, {len(others)} others are not scored"
+    found = f"{len(matcher.matches)} of {len(names)}"
+    note = f"photos with masks in {folder}: {found}; others, which are not scored: {len(others)}"
     if not records and not others:
         raise UserError(f"there are no masks in {folder}")
     if not records:
@@ -284,7 +284,7 @@ def _score_labels(
     """Scores label maps; returns figures and a note."""
     about = BENCHMARKS[benchmark]
     if names is not None and len(names) != about.classes:
-        raise UserError(f"{len(names)} category names were given; {benchmark} has {about.classes} categories")
+        raise UserError(f"{benchmark} has {about.classes} categories: expected as many names, got {len(names)}")
     known = names or category_names(benchmark)
     own: list[str] | None = None  # names of the classes of the predictions
     note, photos = "", list(data.truth)
@@ -307,8 +307,8 @@ def _score_labels(
         known = own or data.categories or [f"class {label}" for label in range(1, about.classes + 1)]
         if len(known) != about.classes:
             raise UserError(
-                f"{predictions} has {len(known)} categories, {benchmark} has {about.classes}: pass the names of the "
-                "benchmark, in the order of its ids, with --categories-file"
+                f"{predictions} has {counted(len(known), 'category')}, {benchmark} has {about.classes}: pass the names "
+                "of the benchmark, in the order of its ids, with --categories-file"
             )
     if own is not None and list(map(key_of, own)) != list(map(key_of, known)):
         table = class_table(own, known, str(predictions))
@@ -318,7 +318,8 @@ def _score_labels(
     no_object = compare(pairs, truth, confusion)
     if len(no_object) == len(truth):
         raise UserError(
-            f"none of {len(truth)} photos has a pixel of a category in its ground truth, such as {no_object[0]}"
+            f"none of {counted(len(truth), 'photo')} has a pixel of a category in its ground truth, such as "
+            f"{no_object[0]}"
         )
     return as_json(confusion, [BACKGROUND, *known], len(truth)), note
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..archive import Archive, Retrieved, expect_distinct, write_archive
-from ..errors import UserError, quoted
+from ..errors import UserError, counted, quoted
 from ..files import absolute, locked, open_csv
 from ..masks import ErrorRecord, errors_path, write_errors
 from ..photos import PhotoError, open_source
@@ -68,9 +68,10 @@ def import_archive(
         write_errors(errors_path(out / "archive.json"), errors)
         write_archive(out / "archive.json", archive)
     if reasons:
-        warn(f"{len(reasons):,} of {len(set(listed)):,} photos were not found: {quoted(reasons)}; see errors.jsonl")
+        count = counted(len(set(listed)), "photo")
+        warn(f"{len(reasons):,} of {count} not found: {quoted(reasons)}; see errors.jsonl")
     if left_out := [name for name in listing if name not in archive.photos]:
-        warn(f"{len(left_out)} categories of {file} were left out: {quoted(left_out)}")
+        warn(f"{counted(len(left_out), 'category')} of {file} left out: {quoted(left_out)}")
     return archive
 
 

@@ -18,7 +18,7 @@ import torch
 
 from .. import weights
 from ..config import IndexConfig
-from ..errors import UserError, quoted
+from ..errors import UserError, counted, quoted
 from ..files import TEMPORARY_PREFIX, atomic_write, expect_writable, fitted, open_file
 from ..index import is_direction, make_embedder
 from ..photos import open_source
@@ -73,12 +73,13 @@ def import_embeddings(
         rows = {matched[name]: row for row, name in enumerate(names) if name in matched}
         if not rows:
             first, reason = next(iter(reasons.items()))
-            raise UserError(f"{path}: {photos} has none of its {len(names):,} photos, such as {first!r} ({reason})")
+            count = counted(len(names), "photo")
+            raise UserError(f"{path}: {photos} has none of its {count}, such as {first!r} ({reason})")
         names, image = list(rows), image[list(rows.values())]
         if reasons:
-            warn(f"{len(reasons):,} embeddings are of no photo in {photos}: {quoted(reasons)}")
+            warn(f"{counted(len(reasons), 'embedding')} of no photo in {photos}: {quoted(reasons)}")
     if unusable:
-        warn(f"{len(unusable):,} embeddings are NaN, infinite or zero and were left out: {quoted(unusable)}")
+        warn(f"{counted(len(unusable), 'embedding')} left out as NaN, infinite or zero: {quoted(unusable)}")
     text = np.zeros((0, image.shape[1]), np.float32)
     if categories:
         clip = clip or IndexConfig()
@@ -213,7 +214,8 @@ def _clip_retrieval(folder: Path) -> Iterator[tuple[Any, Any]]:
             raise ValueError(f"{metadata[number].name} has no column image_path")
         names = table.read(columns=["image_path"])["image_path"].to_pylist()
         if rows.ndim != 2 or len(rows) != len(names):
-            raise ValueError(f"{file.name} is {list(rows.shape)}, {metadata[number].name} has {len(names)} rows")
+            count = counted(len(names), "row")
+            raise ValueError(f"{file.name} is {list(rows.shape)}, {metadata[number].name} has {count}")
         yield from zip(names, rows, strict=True)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..archive import Archive, Retrieved, expect_distinct, read_archive, write_archive
 from ..config import PseudolabelConfig
-from ..errors import UserError, quoted
+from ..errors import UserError, counted, quoted
 from ..files import absolute, find_files, locked, make_folder
 from ..masks import ErrorRecord, MaskRecord, errors_path, mask_score, run_lengths, write_errors, write_shard
 from ..photos import PhotoError, decode_ahead, open_source
@@ -96,7 +96,7 @@ def import_masks(
     if not count:
         reasons = [error.reason for found in errors.values() for error in found]
         first = f"{work[0][0]!r}: {reasons[0]}" if reasons else masks.unused(sources.values())[0]
-        which = f"photos in {source.path}" if is_new else f"{len(work):,} photos of {out}"
+        which = f"photos in {source.path}" if is_new else f"{counted(len(work), 'photo')} of {out}"
         raise UserError(f"{path} has no usable mask of the {which}, such as {first}")
     stages = ["archive", "pseudolabel"] if is_new else ["pseudolabel"]
     with locked(out), imported_results(out, given, stages, overwrite, path):
@@ -110,11 +110,11 @@ def import_masks(
             write_errors(errors_path(file), dict.fromkeys(error for name in names for error in errors[name]))
             write_shard(file, [record for name in names for record in records[name]])
     if failed:
-        warn(f"{failed:,} of {len(work):,} photos have no mask; see {out / 'errors.jsonl'}")
+        warn(f"photos without a mask: {failed:,} of {len(work):,}; see {out / 'errors.jsonl'}")
     if partly := sum(bool(found and errors[name]) for name, found in records.items()):
-        warn(f"{partly:,} photos have masks of some of their categories only; see {out / 'errors.jsonl'}")
+        warn(f"photos with masks of some of their categories only: {partly:,}; see {out / 'errors.jsonl'}")
     if unused := masks.unused(sources.values()):
-        warn(f"{len(unused):,} of {len(masks.keys):,} masks are not used, such as {unused[0]}")
+        warn(f"masks that are not used: {len(unused):,} of {len(masks.keys):,}, such as {unused[0]}")
     return count, failed
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..masks import best_masks, is_refined, read_masks
 from ..record import FILE, read_config
 from ..training import HELD_OUT
@@ -44,7 +44,7 @@ def model_card(weights: Path, categories: Sequence[str], encoder: str, license: 
     )
     names = "\n".join(f"{number}. {_text(name)}" for number, name in enumerate(categories, 1))
     parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# Segmenter of {len(categories)} categories",
+        f"---\n{data.to_yaml()}\n---\n\n# Segmenter of {counted(len(categories), 'category')}",
         f"A DeepLabv3+ with the encoder `{encoder}`, trained with NamedMask without a labeled pixel.",
         f"## Categories\n\nClass 0 is the background.\n\n{names}",
         *_sections(weights),
@@ -106,6 +106,7 @@ def _data(out: Path) -> str:
     )
     experts = " and relabeled by one network per category" if is_refined(out) else ""
     return (
-        f"{len(records):,} masks ({usable:,} not empty) of {photos:,} photos, {chosen}. The masks were made by the "
-        f"detector `{config.detector.name}` and the refiner `{config.refine.name}`{experts}. No person has labeled any."
+        f"{counted(len(records), 'mask')} ({usable:,} not empty) of {counted(photos, 'photo')}, {chosen}. The masks "
+        f"were made by the detector `{config.detector.name}` and the refiner `{config.refine.name}`{experts}. No "
+        "person has labeled any."
     )

@@ -25,7 +25,7 @@ from torch.nn.grad import conv2d_weight
 
 from .. import weights as stored
 from ..backbones import Encoder, padded, untrained_encoder
-from ..errors import DamagedFile, UserError
+from ..errors import DamagedFile, UserError, counted
 from ..files import atomic_write, read_bytes
 from .augment import IGNORE
 
@@ -373,7 +373,7 @@ def network_of(
     stored_classes, head_channels = state[last].shape[:2]
     if stored_classes != classes:
         raise UserError(
-            f"{path} has {stored_classes} classes, but {classes - 1} categories and the background were given"
+            f"{path} has {stored_classes} classes, but {counted(classes - 1, 'category')} and the background were given"
         )
     built, what = untrained_encoder(encoder), f"encoder {encoder!r}"
     with torch.device("meta"):  # the number of channels is the file's: all shapes are compared before the head is built

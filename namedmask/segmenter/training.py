@@ -38,7 +38,7 @@ from ..archive import read_archive
 from ..backbones import load_encoder
 from ..config import DeepLabTraining, SegmenterTraining
 from ..distributed import Worker
-from ..errors import UserError, listed
+from ..errors import UserError, counted, listed
 from ..evaluate.metrics import Confusion
 from ..files import make_folder, name_digest
 from ..mask_counts import check_mask_counts
@@ -229,9 +229,10 @@ def held_out_photos(samples: Sequence[Sample], settings: SegmenterTraining) -> t
             chosen.add(photo)
             left.subtract(labels[photo])
     if len(chosen) >= FEWEST_HELD_OUT:
-        return chosen, f"held out: {len(chosen)} of {len(labels)} photos, scored every {every} steps"
+        return chosen, f"held out: {len(chosen)} of {len(labels)} photos, scored every {counted(every, 'step')}"
     if most < FEWEST_HELD_OUT:
-        why = f"every {every} steps of {settings.batch_size} photos, at most {most} could be scored (--score-every)"
+        steps = f"{counted(every, 'step')} of {counted(settings.batch_size, 'photo')}"
+        why = f"every {steps}, at most {most} could be scored (--score-every)"
     else:
         why = f"it would be {len(chosen)} of {len(labels)} (--held-out)"
     return set(), f"no photo is held out: at least {FEWEST_HELD_OUT} are needed, and {why}"
@@ -377,8 +378,8 @@ def expect_even_batch(settings: DeepLabTraining, workers: int) -> None:
     """Raises UserError if a batch cannot be split evenly, or into parts of at least two photos."""
     if settings.batch_size % (workers * settings.grad_accum_steps):
         raise UserError(
-            f"a batch of {settings.batch_size} cannot be split evenly among {workers} workers in "
-            f"{settings.grad_accum_steps} parts each; choose another --batch-size or --grad-accum-steps"
+            f"a batch of {settings.batch_size} cannot be split evenly among {counted(workers, 'worker')} in "
+            f"{counted(settings.grad_accum_steps, 'part')} each; choose another --batch-size or --grad-accum-steps"
         )
     if settings.batch_size // settings.grad_accum_steps < 2:
         raise UserError(

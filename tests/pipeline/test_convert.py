@@ -460,7 +460,7 @@ def test_a_split_depends_on_names_and_seed_alone():
     assert sum(grown[photo] != split[photo] for photo in photos) <= 2
     with pytest.raises(UserError, match=r"sum to 1, such as \.8 \.1 \.1"):
         split_photos(photos, (0.8, 0.1, 0.2))
-    with pytest.raises(UserError, match="3 photos are too few, test would be empty"):
+    with pytest.raises(UserError, match="of 3 photos, test would have none"):
         split_photos(photos[:3], (0.8, 0.1, 0.1))
 
 

@@ -238,7 +238,7 @@ def test_count_gpus(monkeypatch):
 def test_up_to_four_workers_per_core(monkeypatch, cores, limit):
     monkeypatch.setattr("namedmask_kernels.threads.usable_cores", lambda: cores)
     assert distributed.count_gpus(None, limit) == 0
-    with pytest.raises(UserError, match=f"--workers {limit + 1}: use at most {limit} here; .* {cores} cores"):
+    with pytest.raises(UserError, match=f"--workers {limit + 1}: use at most {limit} here; .* {cores} core"):
         distributed.count_gpus(None, limit + 1)
 
 

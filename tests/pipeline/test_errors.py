@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import namedmask
 from namedmask.errors import (
     DamagedFile,
     NothingUsable,
@@ -43,6 +45,16 @@ def test_listed_names_are_few_and_short():
 def test_counts_are_in_the_singular_and_plural():
     assert [counted(n, "photo") for n in (0, 1, 2000)] == ["0 photos", "1 photo", "2,000 photos"]
     assert [counted(n, "category") for n in (1, 2)] == ["1 category", "2 categories"]
+
+
+SOURCES = sorted(path for suffix in ("py", "j2", "js") for path in Path(namedmask.__path__[0]).rglob(f"*.{suffix}"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_verb_in_the_plural_follows_a_count(path):
+    """Such as "1 photos have no mask"."""
+    number = r"\{[^{}]*(?:len\(|count|number|:,)[^{}]*\}+"
+    assert not re.findall(number + r" (?:of \S+ )?(?:[a-z-]+ ){0,3}[a-z]+s (?:are|were|have)\b", path.read_text())
 
 
 def test_errors_with_a_remedy_are_explained():

@@ -112,10 +112,10 @@ def test_figures_of_a_run(run, tmp_path, kind):
             "suggested_min_score": 0.55,  # F1 0.8, 0.857 and 0.667
             "kept_masks": 2,
             "kept_mean_iou": 0.75,
-            "predictions": f"4 of 4 photos have masks in {run / 'masks'}, 1 others are not scored",
+            "predictions": f"photos with masks in {run / 'masks'}: 4 of 4; others, which are not scored: 1",
         }
         assert "suggested --min-score 0.55: keeps 2 of 3 masks, with a mean IoU of 75.0 %" in done.stdout
-        assert "warning: only 3 masks have a label" in done.stderr
+        assert "warning: only 3 masks with a label" in done.stderr
 
 
 def test_ignored_pixels_do_not_count(run, tmp_path):
@@ -139,7 +139,7 @@ def test_crowd_regions_are_ignored_unless_there_is_nothing_else(run, tmp_path):
     figures, done = figures_of(run, truth)
     assert figures["categories"]["cat"]["mean_iou"] == 1.0
     assert figures["categories"]["dog"]["mean_iou"] == 0.0  # crowds where objects are, change nothing
-    assert "4 of 8 annotations are crowd regions, which are ignored" in done.stderr
+    assert "crowd regions are ignored, 4 of 8 annotations. " in done.stderr
     truth.write_text(json.dumps(content | {"annotations": crowds}))
     figures, done = figures_of(run, truth)  # 3 of 4 columns
     assert figures["categories"]["cat"]["mean_iou"] == (1 + 3 / 4) / 2 and "crowd" not in done.stderr

@@ -141,7 +141,7 @@ def test_csv_without_scores_keeps_its_order_and_photos_may_repeat(photos, tmp_pa
 def test_photos_that_are_not_found_are_listed(photos, tmp_path):
     file = write_json(tmp_path / "a.json", {**AUTHORS, "cat": [*AUTHORS["cat"], f"{THEIRS}/n09/x.JPEG"]})
     output = succeed("import", "archive", file, "--photos", photos, "--out", tmp_path / "run")
-    assert "1 of 6 photos were not found" in output
+    assert "1 of 6 photos not found: " in output
     (error,) = read_errors(tmp_path / "run" / "errors.jsonl")
     assert error == ErrorRecord(f"{THEIRS}/n09/x.JPEG", "archive", "there is no such photo")
     write_json(file, {**AUTHORS, "cow": [f"{THEIRS}/n09/x.JPEG"]})
@@ -344,7 +344,7 @@ def test_a_mask_of_all_categories_may_be_unused(photos, run, tmp_path):
     for name in ("n01_0", "cat/n01_0"):
         write_json(tmp_path / "m" / f"{name}.json", rle(mask_of(photos / "n01/n01_0.JPEG")))
     output = succeed("import", "masks", tmp_path / "m", "--out", run)
-    assert f"1 of 2 masks are not used, such as {tmp_path / 'm/n01_0.json'}: another mask of its photo" in output
+    assert f"masks that are not used: 1 of 2, such as {tmp_path / 'm/n01_0.json'}: another mask of its photo" in output
 
 
 def test_imported_masks_train_and_are_not_mixed_with_others(photos, run, tmp_path, detector_options):
@@ -456,7 +456,7 @@ def test_class_folders_of_masks_are_the_categories_of_a_new_run(photos, masks, e
 def test_masks_that_a_new_run_does_not_use_are_named(photos, masks, expected, reason, tmp_path):
     listed, output = new_run(masks, photos, tmp_path)
     assert listed == expected
-    assert f"1 of {len(masks)} masks are not used, such as {tmp_path / 'masks' / reason}" in output
+    assert f"masks that are not used: 1 of {len(masks)}, such as {tmp_path / 'masks' / reason}" in output
 
 
 def test_a_new_run_without_a_usable_mask_is_an_error(tmp_path):
@@ -513,8 +513,8 @@ def test_damaged_masks_are_listed_with_their_files(photos, run, tmp_path):
     (tmp_path / "m/n02_0.json").write_text('{"size": [30')
     write_json(tmp_path / "m/n09_9.json", DAMAGED["short"])
     output = succeed("import", "masks", tmp_path / "m", "--out", run)
-    assert "4 of 5 photos have no mask" in output
-    assert f"1 of 4 masks are not used, such as {tmp_path / 'm/n09_9.json'}: there is no such photo" in output
+    assert "photos without a mask: 4 of 5; see" in output
+    assert f"masks that are not used: 1 of 4, such as {tmp_path / 'm/n09_9.json'}: there is no such photo" in output
     reasons = {error.photo: error.reason for error in read_errors(run / "errors.jsonl")}
     assert set(reasons) == {"n01/n01_1.JPEG", "n01/Käse.JPEG", "n02/n02_0.JPEG", "n02/n02_1.JPEG"}
     assert "n01_1.json" in reasons["n01/n01_1.JPEG"] and "[40, 30]" in reasons["n01/n01_1.JPEG"]
@@ -528,7 +528,7 @@ def test_masks_of_some_of_the_categories_of_a_photo(photos, tmp_path):
     for name in ("cat/n01_0", "cat/n01_1", "dog/n01_1"):
         write_json(tmp_path / "m" / f"{name}.json", rle(mask_of(photos / "n01" / f"{name[4:]}.JPEG")))
     output = succeed("import", "masks", tmp_path / "m", "--out", tmp_path / "both")
-    assert "1 photos have masks of some of their categories only" in " ".join(output.split())
+    assert "photos with masks of some of their categories only: 1; see" in " ".join(output.split())
     assert set(masks_in(tmp_path / "both")) == {(paths[0], "cat"), (paths[1], "cat"), (paths[1], "dog")}
     assert [error.photo for error in read_errors(tmp_path / "both" / "errors.jsonl")] == [paths[0]]
 
@@ -814,7 +814,7 @@ UNSUITABLE = {
     "text": ({"n01_0.JPEG": "vector"}, "got str"),
     "two widths": ({"n01_0.JPEG": ROW, "n01_1.JPEG": ROW[:3]}, "'n01_1.JPEG' has 3 dimensions"),
     "NaN": ({"n01_0.JPEG": ROW * np.nan}, "'n01_0.JPEG'"),
-    "other photos": ({"n09_0.JPEG": ROW}, "none of its 1 photos"),
+    "other photos": ({"n09_0.JPEG": ROW}, "none of its 1 photo, "),
 }
 
 
@@ -834,7 +834,7 @@ def test_vectors_without_a_direction_are_left_out(photos, tmp_path):
     (tmp_path / "e.pkl").write_bytes(pickle.dumps(data))
     out = tmp_path / "e.safetensors"
     output = succeed("import", "embeddings", tmp_path / "e.pkl", "--photos", photos, "--out", out, "--allow-pickle")
-    assert "3 embeddings are NaN, infinite or zero" in output and "'n01_1.JPEG'" in output
+    assert "3 embeddings left out as NaN, infinite or zero: " in output and "'n01_1.JPEG'" in output
     assert list(embedded(out, photos)) == ["n01/n01_0.JPEG"]
 
 
@@ -896,7 +896,7 @@ def test_old_embeddings_stay_until_the_new_ones_are_complete(count, error, tmp_p
 def test_incomplete_output_of_clip_retrieval_is_named(photos, tmp_path):
     out = ["--photos", photos, "--out", tmp_path / "e.safetensors"]
     assert "no column image_path" in fail("import", "embeddings", clip_retrieval(tmp_path / "a", "caption"), *out)
-    assert "has 1 rows" in fail("import", "embeddings", clip_retrieval(tmp_path / "b", rows=1), *out)
+    assert "has 1 row" in fail("import", "embeddings", clip_retrieval(tmp_path / "b", rows=1), *out)
     folder = clip_retrieval(tmp_path / "c")
     (folder / "metadata" / "metadata_1.parquet").unlink()
     assert "as many" in fail("import", "embeddings", folder, *out)

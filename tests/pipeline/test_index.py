@@ -468,8 +468,8 @@ def test_middle_of_a_long_photo(shape, rows, columns):
         ((2, 2, 4), (2, 4), 2, 2, "expected image"),
         ((3, 4), (4,), 3, 4, "expected image"),
         ((3, 4), (2, 5), 3, 2, "expected image"),
-        ((3, 4), (2, 4), 2, 2, "3 image and 2 text rows, .* lists 2 image_files and 2 names"),
-        ((3, 4), (2, 4), 3, 3, "lists 3 image_files and 3 names"),
+        ((3, 4), (2, 4), 2, 2, "image has 3 rows and text 2, but .* lists 2 in image_files and 2 in names"),
+        ((3, 4), (2, 4), 3, 3, "lists 3 in image_files and 3 in names"),
     ],
 )
 def test_embeddings_must_fit_their_lists(tmp_path, image, text, files, names, message):

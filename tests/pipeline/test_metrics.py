@@ -281,7 +281,7 @@ def test_truth_of_0_and_255_is_an_error_and_a_single_file_of_it_a_warning(folder
         Image.fromarray(np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
     done = evaluate(folders / "predictions", folders / "truth", *names)
     assert done.exit_code == 2 and done.stderr.count("\n") == 1 and not (folders / "figures.json").exists()
-    assert "3 of 3 files of the ground truth have no pixel of a category" in done.stderr
+    assert "files of the ground truth without a pixel of a category: 3 of 3, such" in done.stderr
     assert (
         "If 255 marks the objects, replace it by the number of their category, from 1 (cat) to 2 (dog)" in done.stderr
     )
@@ -290,7 +290,7 @@ def test_truth_of_0_and_255_is_an_error_and_a_single_file_of_it_a_warning(folder
     Image.fromarray(np.where(labels == 255, 2, labels)).save(folders / "truth" / "b.png")
     done = evaluate(folders / "predictions", folders / "truth", *names)
     assert (
-        done.exit_code == 0 and "warning: 2 of 3 files of the ground truth have no pixel of a category" in done.stderr
+        done.exit_code == 0 and "warning: files of the ground truth without a pixel of a category: 2 of" in done.stderr
     )
     assert "a.png; " in done.stderr and json.loads((folders / "figures.json").read_text())["iou"]["dog"] > 0
 

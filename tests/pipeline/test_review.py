@@ -73,7 +73,7 @@ def test_verdicts_about_no_mask_are_said(tmp_path, printing, capsys):
     warn_of_others(tmp_path, {("a.jpg", "cat"): "reject"}, masks(0.5))
     assert not capsys.readouterr().err
     warn_of_others(tmp_path, {**REVIEW, ("a.jpg", "cta"): "reject"}, masks(0.5))
-    assert "review.jsonl: 1 of 4 verdicts are about no mask, such as 'a.jpg' (cta)" in capsys.readouterr().err
+    assert "review.jsonl: verdicts about no mask: 1 of 4, such as 'a.jpg' (cta)" in capsys.readouterr().err
 
 
 def test_a_missing_mask_of_the_detector_is_an_error(tmp_path):
