@@ -292,7 +292,7 @@ class PhotoSource:
             with open(path, "rb") as file:
                 yield _Part(file, offset, size), size
         except (FileNotFoundError, NotADirectoryError):
-            raise PhotoError(name, "vanished") from None
+            raise PhotoError(name, "no such file") from None
         except OSError as error:
             raise PhotoError(name, f"cannot be read: {error.strerror or error}") from error
         except (ValueError, MemoryError) as error:  # ValueError: a name that no file can have (NUL, lone surrogates)
@@ -597,7 +597,7 @@ def _index_of(path: str) -> tars.TarIndex:
 def _place(index: tars.TarIndex, member: str, name: str) -> tuple[int, int]:
     """Where a photo lies in its tar: offset and size."""
     if member not in index.members:
-        raise PhotoError(name, "vanished: no such photo in the tar")
+        raise PhotoError(name, "no such photo in the tar")
     place = index.members[member]
     if place is None:
         raise PhotoError(name, "a link or special file in a tar; these are never followed")

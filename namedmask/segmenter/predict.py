@@ -283,7 +283,7 @@ class Segmenter:
             try:
                 pixels = PhotoSource(folder or ".").decode(name).pixels
             except ValueError:  # there is no such folder
-                raise PhotoError(os.fsdecode(image), "vanished") from None
+                raise PhotoError(os.fsdecode(image), "no such file") from None
         return self.segmentations([pixels])[0]
 
     def segmentations(self, images: Sequence[np.ndarray]) -> list[Segmentation]:

@@ -641,7 +641,7 @@ def test_photos_that_cannot_be_used_are_left_out(run, records, tmp_path):
     result = command("convert", run, "--to", "png", "--out", tmp_path / "out", "--photos", photos)
     assert result.exit_code == 0 and "could not be used: 2 photos" in result.output
     errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
-    assert {error["photo"]: error["reason"][:8] for error in errors} == {"0.jpg": "vanished", "1.jpg": "has chan"}
+    assert {error["photo"]: error["reason"][:8] for error in errors} == {"0.jpg": "no such ", "1.jpg": "has chan"}
     (tmp_path / "none").mkdir()
     with pytest.raises(NothingUsable, match="no photo of the chosen masks"):
         convert(run, "png", tmp_path / "never", photos=tmp_path / "none")

@@ -293,7 +293,7 @@ def test_served_page_says_why_a_photo_is_not_shown(browser, out):
     page = browser.new_page()
     with serve(out) as server:
         page.goto(server.url)
-        expect(tile(page, "disc", 1).locator(".frame")).to_have_text("Cannot be shown: '01.png': vanished")
+        expect(tile(page, "disc", 1).locator(".frame")).to_have_text("Cannot be shown: '01.png': no such file")
         server.shutdown()
     page.close()
 

@@ -183,7 +183,7 @@ def test_accepts_arrays_pil_images_and_paths(weights, tmp_path):
         np.testing.assert_array_equal(segmenter(image_or_path).mask, mask)
     with pytest.raises(ValueError, match=r"expected an image .*, got float64 \[4, 4, 3\]"):
         segmenter(np.zeros((4, 4, 3)))
-    with pytest.raises(PhotoError, match="vanished"):
+    with pytest.raises(PhotoError, match="no such file"):
         segmenter(tmp_path / "none.png")
 
 

@@ -109,7 +109,7 @@ def test_page_lists_masks_scores_errors_and_settings(run):
     assert "0.580 mask · 0.280 match" in text and "0.530 mask 3.png" in text
     assert text.count("empty mask") == 1
     assert "the photo has changed: the mask is 64 x 48, the photo 20 x 20" in text
-    assert "Cannot be shown: vanished" in text
+    assert "Cannot be shown: no such file" in text
     assert text.count("truncated <at> 3 & more") == 200 and "and 7 more in errors.jsonl" in text
     assert "<b>CPU</b>" in text and "sigma_spatial = 16.0" in text
 

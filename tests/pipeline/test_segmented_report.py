@@ -95,7 +95,7 @@ def test_photos_and_masks_that_are_gone_are_said(out, segmented, tmp_path):
     (tmp_path / "photos" / "cat0000.jpg").unlink()
     (out / "masks" / "cat0002.png").unlink()
     shown = text(report.write_segmented_report(out).read_text())
-    assert "Photos 5" in shown and "Cannot be shown: vanished" in shown and "1 photo is not segmented yet" in shown
+    assert "Photos 5" in shown and "Cannot be shown: no such file" in shown and "1 photo is not segmented yet" in shown
     shutil.rmtree(tmp_path / "photos")
     assert text(report.write_segmented_report(out).read_text()).count("does not exist") == 5
     page = command("report", out, "--photos", segmented / "photos")  # where they are now
