@@ -3,7 +3,8 @@
 
 The index of a tar at a URL is also kept on disk, in `$XDG_CACHE_HOME/namedmask/tars` (default `~/.cache`), one file of
 about 20 bytes per photo for each tar. It serves while size, ETag and time of the tar are the same, and may be deleted.
-Above `STORED_BYTES`, the files that were used longest ago are removed.
+Where the server gives neither ETag nor time, it is not kept: another tar may have the same size. Above `STORED_BYTES`,
+the files that were used longest ago are removed.
 """
 
 from __future__ import annotations
@@ -141,6 +142,8 @@ def _stored(file: RemoteFile) -> TarIndex:
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "namedmask" / "tars"
     except RuntimeError:  # there is no home folder
+        cache = None
+    if cache is None or file.stamp.split() == [str(file.size)]:
         return _scan(cast(BinaryIO, _Headers(file)), file.size)
     url = clean_url(file.url)
     name = hashlib.blake2b(repr((url, LISTED)).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

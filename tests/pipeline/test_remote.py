@@ -35,6 +35,7 @@ class Server(ThreadingHTTPServer):
         requests: (path with query, Range header) of each request.
         trouble: Called with the number of a request; returns a status to send instead, "cut", "slow" or None.
         redirects: Locations by path.
+        marks: Called with the content of a file; returns the headers that tell whether it is still the same.
     """
 
     def __init__(self):
@@ -42,6 +43,7 @@ class Server(ThreadingHTTPServer):
         self.files, self.ranges, self.requests, self.redirects = {}, True, [], {}
         self.trouble = lambda number: None
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.marks = lambda data: {"ETag": f'"{hash(data)}"'}
 
     def handle_error(self, request, client_address):
         """Clients may go away."""
@@ -61,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(302, b"", {"Location": server.redirects[path]})
         if path not in server.files or isinstance(problem, int):
             return self.answer(problem if isinstance(problem, int) else 404, b"no")
-        data, headers, status = server.files[path], {"ETag": f'"{hash(server.files[path])}"'}, 200
+        data, headers, status = server.files[path], server.marks(server.files[path]), 200
         if server.ranges and (bounds := re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)):
             headers["Content-Range"] = f"bytes {bounds[1]}-{bounds[2]}/{len(data)}"
             data, status = data[int(bounds[1]) : int(bounds[2]) + 1], 206
@@ -279,6 +281,26 @@ def test_indexes_on_disk_that_were_used_longest_ago_are_removed(server, tmp_path
         list(PhotoSource(f"{server.url}/{number}.tar"))
     files = {json.loads(gzip.decompress(path.read_bytes()))["url"][-5]: path for path in cache.iterdir()}
     assert sorted(files) == ["0", "1", "2", "3"]
+MARKS = {
+    "ETag": lambda data: {"ETag": f'"{hash(data)}"'},
+    "time": lambda data: {"Last-Modified": f"Sat, 28 Nov 2026 00:00:{data[0] % 60:02} GMT"},
+    "none": lambda data: {},
+}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_another_tar_of_the_same_size_is_noticed(server, mark):
+    server.marks = MARKS[mark]
+    contents = [tar_of({f"{name}.png": png(1)}) for name in "ab"]
+    for name, content in zip("ab", contents, strict=True):
+        server.files["/0.tar"] = content
+        for _ in range(2):
+            server.requests.clear()
+            forget()
+            assert list(PhotoSource(f"{server.url}/0.tar")) == [f"0.tar/{name}.png"]
+    assert len(contents[0]) == len(contents[1]) and (len(server.requests) == 1) == (mark != "none")
+
+
     for number, path in files.items():
         os.utime(path, (int(number), int(number)))
     forget()
