@@ -341,7 +341,7 @@ class PhotoSource:
 
     def _list_names(self, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
         listed: set[bytes] = set()
-        repeats, example = 0, ""
+        repeats, example, shortened = 0, "", False
         for line in _lines(self.path):
             name = line
             if is_url(line):
@@ -357,11 +357,14 @@ class PhotoSource:
             if key in listed:
                 repeats += 1
                 example = example or name
+                shortened |= name != line
             else:
                 listed.add(key)
                 yield from self._file_names(name, on_error)
         if repeats:
             lines_repeat = "1 line repeats an earlier one" if repeats == 1 else f"{repeats} lines repeat earlier ones"
+            if shortened:
+                lines_repeat += " (names leave out parameters of URLs that may be secret)"
             on_error(RepeatedPhotos(self.path, f"{lines_repeat}, such as {example!r}; each photo is used once"))
 
     def _file_names(self, name: str, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
@@ -530,7 +533,7 @@ def _digest(text: bytes) -> bytes:
 
 def _expect_usable(url: str) -> None:
     """Raises ValueError if a source at a URL cannot be opened or must not be recorded. It requests nothing."""
-    shown, lower = clean_url(url), url.lower()
+    shown, lower = path_part(clean_url(url)), url.lower()
     problem = url_problem(url)
     if not problem and lower.endswith(COMPRESSED):
         problem = _UNPACK

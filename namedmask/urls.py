@@ -8,11 +8,13 @@ from urllib.parse import urlsplit
 
 # Brackets, apostrophes and punctuation are legal in a URL; at its end they belong to the text.
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"<>]*[^\s\"<>)\]'.,:;]")
-_SECRET = re.compile(  # names of parameters that carry a signature or a key, or change with it
-    r"(x-(amz|goog|oss|ms|cos)-.*|(.*[-_])?sig(nature)?|.*(token|auth|secret|passw|credential|hmac|apikey|hdnt).*"
-    r"|(.*[-_])?key([-_]?(pair[-_]?)?id)?|policy|expires|.*accesskeyid|googleaccessid)",
+_SECRET = re.compile(  # names of parameters that carry a signature, a key or a password, or change with it
+    r"(x-(amz|goog|oss|ms|cos|obs|tos)-.*|(.*[-_])?(sig(n|nature)?|sas|pass|passphrase|passcode|pwd)"
+    r"|.*(token|auth|secret|passw|credential|hmac|jwt|bearer|hdnt|hdnea).*|.*key([-_]?(pair[-_]?)?id)?"
+    r"|.*sess(ion)?[-_]?id|policy|expires|googleaccessid)",
     re.IGNORECASE,
 )
+_KEY_AS_CODE = re.compile(r"code=.{32,}", re.IGNORECASE)  # of Azure Functions; a shorter code may name a photo
 _AZURE = {"se", "sp", "sv", "sr", "st", "spr", "skoid", "sktid", "skt", "ske", "sks", "skv", "sip", "ss", "srt"}
 _LOCAL = {"file", "local", "dir"}
 # What a list that is itself at a URL may name.
@@ -41,7 +43,8 @@ def path_part(path: str) -> str:
 def clean_url(url: str) -> str:
     """A URL without user name, password and the parameters of a signature, which must not be written anywhere.
 
-    The query of a tar is dropped whole, so that names of its members can follow.
+    Other parameters stay, as they may tell photos apart. The query of a tar is dropped whole, so that names of its
+    members can follow.
     """
     protocol, _, rest = url.partition("://")
     if protocol.lower() in ("http", "https"):
@@ -59,7 +62,10 @@ def clean_url(url: str) -> str:
     kept = [
         part
         for part, name in zip(parts, names, strict=True)
-        if part and not _SECRET.fullmatch(name) and not (signed and name.lower() in _AZURE)
+        if part
+        and not _SECRET.fullmatch(name)
+        and not _KEY_AS_CODE.fullmatch(part)
+        and not (signed and name.lower() in _AZURE)
     ]
     return f"{protocol}://{path}" + ("?" + "&".join(kept) if kept else "")
 
@@ -89,5 +95,5 @@ def url_problem(url: str, remote_list: bool = False) -> str | None:
 
 
 def without_secrets(text: str) -> str:
-    """A text with the URLs in it as `clean_url` writes them."""
-    return _URL_IN_TEXT.sub(lambda url: clean_url(url[0]), text)
+    """A text with the URLs in it as `clean_url` writes them, without their queries."""
+    return _URL_IN_TEXT.sub(lambda url: path_part(clean_url(url[0])), text)
