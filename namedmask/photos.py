@@ -41,6 +41,7 @@ from .threads import map_ahead, thread_count
 from .urls import clean_url, is_url, path_part, url_problem
 
 SEGMENT_RECORD = "segment.json"  # in the output folders of `namedmask segment`
+CONVERT_RECORD = ".convert.json"  # in those of `namedmask convert`: the files that it has written
 MAX_BYTES = 1 << 30
 SCANS_AHEAD = 8  # tars at URLs, whose headers are read at the same time
 DECODING_BYTES = 16  # per pixel at the peak of decoding; measured: 10 (JPEG) to 18 (WebP)
@@ -75,9 +76,9 @@ class PhotoSource:
     Names are `str`; bytes that are not UTF-8 are kept by surrogateescape, so `os.fsencode(name)` restores them.
 
     - Folder: the name of a photo is its path below the folder, with `/`. Photos are the files whose suffix is in
-      `PHOTO_SUFFIXES`, in upper or lower case. Entries with a leading dot, `__MACOSX`, and the masks and overlays that
-      `namedmask segment` has written are skipped. Links to folders are followed, except back into a folder that is
-      being listed.
+      `PHOTO_SUFFIXES`, in upper or lower case. Entries with a leading dot, `__MACOSX`, the masks and overlays that
+      `namedmask segment` has written, and subfolders that `namedmask convert` has written are skipped. Links to folders
+      are followed, except back into a folder that is being listed.
     - List: one path per line, absolute or relative to the folder of the list. The name is the line as it is, with any
       suffix. Blank lines are skipped. A path that is listed again is yielded once; its lines are counted in an error.
     - Tar (webdataset layout), as the source itself or inside a folder or a list: members are named
@@ -235,8 +236,9 @@ class PhotoSource:
         """
         return self.layout(name)[0]
 
-    def layout(self, name: str) -> tuple[tuple[int, int], bool]:
-        """Returns the size of a photo as `size` does, and whether its EXIF orientation says to rotate or flip it.
+    def layout(self, name: str) -> tuple[tuple[int, int], bool, str]:
+        """Returns the size of a photo as `size` does, whether its EXIF orientation says to rotate or flip it, and its
+        format as Pillow names it.
 
         Raises:
             PhotoError: As `size`.
@@ -247,7 +249,8 @@ class PhotoSource:
                 image.load()  # see `pixels_of`
                 after, swapped = rotation(image)
                 turned = turned or after
-            return image.size if self.upright and swapped else image.size[::-1], turned
+            size = image.size if self.upright and swapped else image.size[::-1]
+            return size, turned, image.format or ""
 
     def file(self, name: str) -> str | None:
         """Returns the path of a photo's file; None if the photo is part of a tar or at a URL."""
@@ -627,7 +630,11 @@ def _list_folder(path: str) -> list[tuple[bytes, bool]]:
     entries = list_folder(path, LISTED)
     if os.path.exists(os.path.join(path, SEGMENT_RECORD)):  # its masks and overlays are no photos
         entries = [entry for entry in entries if entry not in ((b"masks", True), (b"overlays", True))]
-    return entries
+
+    def is_data_set(folder: bytes) -> bool:
+        return os.path.exists(os.path.join(path, os.fsdecode(folder), CONVERT_RECORD))
+
+    return [(name, is_folder) for name, is_folder in entries if not (is_folder and is_data_set(name))]
 
 
 def _archive_problem(member: str) -> str | None:

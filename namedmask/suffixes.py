@@ -7,6 +7,11 @@ PHOTO_SUFFIXES = (
     *(*JPEG_SUFFIXES, ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     *(".heic", ".heif", ".hif", ".avif"),
 )
+# By the format as Pillow names it. Readers of data sets choose files, and how to read them, by their suffixes.
+SUFFIXES = {
+    **{"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"},
+    **{"TIFF": ".tif", "GIF": ".gif", "AVIF": ".avif", "HEIF": ".heic"},
+}
 # Photos that are listed as errors, so that nobody believes that they were used.
 UNREAD_SUFFIXES = (
     *(".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".psd", ".exr", ".hdr", ".tga"),

@@ -29,6 +29,7 @@ from ..record import FILE, read_record
 from ..review import Review, current_masks, read_review
 from ..segmenter.folder import mask_path, read_scores, segmented_categories, segmented_photos
 from ..selection import Selection, select
+from ..suffixes import SUFFIXES
 from ..threads import map_ahead, thread_count
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Item:
     Attributes:
         photo: Name of the photo in its source.
         name: NAME of its files in the data set: unique, without folders and suffix.
-        file: NAME with the suffix of the photo.
+        file: NAME with the suffix of the photo's format.
         split: train, val or test.
         size: (height, width) of the upright photo.
         number: Number of the photo, from 1, over all splits.
@@ -81,6 +82,7 @@ class _Entry:
     number: int = 0
     first: int = 0
     rotated: bool = False
+    suffix: str = ""
 
 
 class Dataset:
@@ -325,7 +327,8 @@ class Dataset:
 
         def check(entry: _Entry) -> str | None:
             try:
-                size, entry.rotated = self.source.layout(entry.photo)
+                size, entry.rotated, kind = self.source.layout(entry.photo)
+                entry.suffix = SUFFIXES[kind]
                 return None if size == entry.size else RESIZED
             except PhotoError as error:
                 return error.reason
@@ -363,8 +366,7 @@ class Dataset:
         masks = list(map(MaskRecord.from_json, lines))
         if self.options.largest_part:
             masks = list(map(_largest_part, masks))
-        suffix = os.path.splitext(entry.photo)[1].lower()  # noqa: PTH122 (names are kept byte by byte)
-        file = entry.name + (suffix if re.fullmatch(r"\.\w+", suffix) else "")
+        file = entry.name + entry.suffix
         return Item(entry.photo, entry.name, file, entry.split, entry.size, entry.number, entry.first, masks)
 
 
@@ -374,7 +376,7 @@ def file_name(photo: str, taken: set[str]) -> str:
     It is the photo's name without its suffix. Characters other than letters, digits, "-" and "_" become "_", the "/" of
     folders included. If another photo has that NAME, or if it is too long, "~" and a digest of the photo's name follow.
     """
-    stem = os.path.splitext(photo)[0]  # noqa: PTH122
+    stem = os.path.splitext(photo)[0]  # noqa: PTH122 (names are kept byte by byte)
     name = re.sub(r"[^\w-]", "_", stem)
     if len(name.encode()) > MAX_NAME or name.lower() in taken:
         name = f"{fitted(name, MAX_NAME - 20).partition('~')[0]}~{name_digest(photo)}"

@@ -27,8 +27,7 @@ from ..files import (
     remove_files,
     write_error,
 )
-
-RECORD = ".convert.json"  # {"files": [...]}: what convert has written into the folder; hidden from readers of folders
+from ..photos import CONVERT_RECORD as RECORD
 
 
 @contextmanager

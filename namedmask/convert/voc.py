@@ -7,7 +7,6 @@ import re
 
 from ..errors import UserError
 from ..formats import JPEG_SIDE, encode_jpeg, encode_label_map, label_palette
-from ..suffixes import JPEG_SUFFIXES
 from .dataset import JPEG_QUALITY, TRAIN, VAL, Dataset, Item, printable
 from .png import list_photos
 
@@ -24,7 +23,7 @@ def write(dataset: Dataset) -> None:
 
     def labels(item: Item) -> None:
         path = dataset.folder / ROOT / "JPEGImages" / f"{item.name}.jpg"
-        dataset.place(item, path, None if item.file.endswith(JPEG_SUFFIXES) else _jpeg(dataset, item))
+        dataset.place(item, path, None if item.file.endswith(".jpg") else _jpeg(dataset, item))
         classes, objects = dataset.label_map(item), dataset.label_map(item, objects=True)
         for folder, labels in (("SegmentationClass", classes), ("SegmentationObject", objects)):
             data = encode_label_map(labels, 256, dataset.options.gray)

@@ -10,7 +10,6 @@ from itertools import islice
 
 from ..files import writing
 from ..formats import encode_label_map
-from ..suffixes import JPEG_SUFFIXES
 from .dataset import Dataset, Item, printable
 
 PER_FILE = 1000  # photos
@@ -28,11 +27,8 @@ def write(dataset: Dataset) -> None:
             masks.append(fields | ({"score": record.score} if dataset.has_scores else {}))
         height, width = item.size
         about = {"photo": printable(item.photo), "width": width, "height": height, "objects": masks}
-        suffix = item.file.removeprefix(item.name)
-        # One name per format, as columns are named after it.
-        photo = f"{item.name}{'.jpg' if suffix in JPEG_SUFFIXES else suffix}"
         return [
-            (photo, dataset.photo_bytes(item)),
+            (item.file, dataset.photo_bytes(item)),
             (f"{item.name}.seg.png", labels),
             (f"{item.name}.json", json.dumps(about).encode()),
         ]

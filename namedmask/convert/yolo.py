@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from PIL import Image
 
 from ..errors import UserError
-from ..formats import BACKGROUND, encode_label_map
-from .dataset import TRAIN, Dataset, Item, printable
+from ..formats import BACKGROUND, encode, encode_label_map
+from .dataset import TRAIN, VAL, Dataset, Item, printable
 from .png import list_photos
 
 # Added to the integer coordinates of a pixel: ultralytics cuts the fraction off and supervision rounds, to the same.
@@ -23,7 +24,7 @@ def write_segments(dataset: Dataset) -> None:
     """Writes labels/SPLIT/NAME.txt with one polygon per mask, and data.yaml. Classes start from 0."""
 
     def labels(item: Item) -> None:
-        dataset.reference(item)
+        _place(dataset, item)
         height, width = item.size
         lines = []
         for record in item.masks:
@@ -45,7 +46,7 @@ def write_label_maps(dataset: Dataset) -> None:
         raise UserError(f"--to yolo-semantic takes 254 categories, not {len(dataset.categories)}: 255 is ignored there")
 
     def labels(item: Item) -> None:
-        dataset.reference(item)
+        _place(dataset, item)
         data = encode_label_map(dataset.label_map(item), len(dataset.categories) + 1, gray=True)
         dataset.write(f"masks/{item.split}/{item.name}.png", data)
 
@@ -55,10 +56,21 @@ def write_label_maps(dataset: Dataset) -> None:
     list_photos(dataset)
 
 
+def _place(dataset: Dataset, item: Item) -> None:
+    """Puts a photo into images/SPLIT; a GIF as PNG, as ultralytics skips files in formats that it does not read."""
+    if item.file.endswith(".gif"):
+        path = dataset.folder / "images" / item.split / f"{item.name}.png"
+        dataset.place(item, path, encode(Image.fromarray(dataset.pixels(item)), "png"))
+    else:
+        dataset.reference(item)
+
+
 def _write_yaml(dataset: Dataset, names: Sequence[str], more: str = "") -> None:
-    """Writes data.yaml; its paths start from its folder. Ultralytics requires `val`: train, unless there is a split."""
+    """Writes data.yaml; its paths start from its folder. Ultralytics requires `train` and `val`: where there is no such
+    split, it is the first one that there is."""
     folders = {split: f"images/{split}" for split in dataset.splits}
-    lines = [f"{split}: {folder}\n" for split, folder in ({"val": f"images/{TRAIN}"} | folders).items()]
+    first = next(iter(folders.values()))
+    lines = [f"{split}: {folder}\n" for split, folder in ({TRAIN: first, VAL: first} | folders).items()]
     lines += [
         more,
         "names:\n",

@@ -719,7 +719,68 @@ def test_photos_of_every_format_are_written_upright(tmp_path):
             assert path.stem not in compressions or image.info["compression"] == path.stem
 
 
-@pytest.mark.parametrize(("name", "to", "option"), [("a.jpg", "coco", "--upright"), ("a.png", "voc", "--link")])
+@pytest.mark.parametrize("upright", [False, True])
+def test_photos_have_suffixes_that_readers_know(upright, tmp_path):
+    """Readers choose files, and how to decode them, by suffixes; names in lists and URLs may have others or none."""
+    kinds = {"scan": "png", "a.dat": "jpeg", "a.JFIF": "jpeg", "b.jpeg": "jpeg", "false.jpg": "png", "moving.gif": "gif"}
+    kinds |= {"b.tiff": "tiff", "two.jpe": "mpo"}
+    expected = {"scan": "png", "a.dat": "jpg", "a.JFIF": "jpg", "b.jpeg": "jpg", "false.jpg": "png", "moving.gif": "gif"}
+    expected |= {"b.tiff": "tif", "two.jpe": "jpg"}
+    for number, (name, kind) in enumerate(kinds.items()):
+        save_photo(tmp_path / name, number, 48, 72, orientation=1, format=kind)
+    (tmp_path / "list.txt").write_text("\n".join(kinds))
+    records = [MaskRecord.from_mask(name, blobs(0, 48, 72), "cat", 0.2, 0.5) for name in kinds]
+    run, original = write_run(tmp_path / "run", tmp_path / "list.txt", records), PhotoSource(tmp_path / "list.txt")
+    for to in FORMATS:
+        convert(run, to, tmp_path / to, Options(upright=upright))
+
+    def suffixes(files) -> dict[str, str]:
+        names = photos_of(tmp_path / "voc")
+        return {names[file.split(".")[0]]: file.split(".", 1)[1] for file in map(os.path.basename, files)}
+
+    for to in ("yolo-seg", "yolo-semantic"):
+        files = list((tmp_path / to / "images" / "train").iterdir())
+        assert suffixes(map(str, files)) == {**expected, "moving.gif": "png"}
+        for file in files:
+            pixels = np.asarray(Image.open(file).convert("RGB"))
+            assert (pixels == original.decode(photos_of(tmp_path / to)[file.stem]).pixels).all()
+    with tarfile.open(tmp_path / "webdataset" / "train-000000.tar") as tar:
+        names = [name for name in tar.getnames() if not name.endswith((".seg.png", ".json"))]
+    assert suffixes(names) == expected
+    pq = pytest.importorskip("pyarrow.parquet")
+    rows = pq.read_table(tmp_path / "parquet" / "data" / "train-00000-of-00001.parquet").to_pylist()
+    assert suffixes(row["image"]["path"] for row in rows) == expected
+    jpegs = list((tmp_path / "voc" / "VOCdevkit" / "VOC2012" / "JPEGImages").iterdir())
+    assert len(jpegs) == len(kinds) and all(file.read_bytes()[:2] == b"\xff\xd8" for file in jpegs)
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        (None, {"train": "train", "val": "train"}),
+        ((0, 1, 0), {"train": "val", "val": "val"}),
+        ((0, 0, 1), {"train": "test", "val": "test", "test": "test"}),
+        ((0.5, 0, 0.5), {"train": "train", "val": "train", "test": "test"}),
+    ],
+)
+def test_data_yaml_names_folders_that_exist(shares, expected, run, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    convert(run, "yolo-seg", tmp_path / "out", Options(split=shares))
+    data = yaml.safe_load((tmp_path / "out" / "data.yaml").read_bytes())
+    assert {split: data[split] for split in data if split != "names"} == {k: f"images/{v}" for k, v in expected.items()}
+    assert all((tmp_path / "out" / data[split]).is_dir() for split in expected)
+
+
+@pytest.mark.parametrize("to", ["png", "voc", "yolo-semantic"])
+def test_data_sets_among_the_photos_are_not_photos(to, run, tmp_path):
+    shutil.copytree(run.parent / "photos", tmp_path / "photos")
+    before = list(PhotoSource(tmp_path / "photos"))
+    convert(run, to, tmp_path / "photos" / "sub" / "labels", Options(photos="copy"), tmp_path / "photos")
+    assert list(PhotoSource(tmp_path / "photos")) == before
+    assert list(PhotoSource(tmp_path / "photos" / "sub" / "labels"))
+
+
+@pytest.mark.parametrize(("name", "to", "option"), [("a.jpg", "coco", "--upright"), ("a.png", "png", "--upright")])
 def test_photos_that_were_cut_off_since_are_named(name, to, option, tmp_path):
     save_photo(tmp_path / "a.jpg", 0, 480, 640, orientation=6)  # a JPEG, whatever its name
     (tmp_path / "photos").mkdir()
