@@ -253,7 +253,7 @@ def train_experts(
     masks = list(read_masks(out / "masks"))
     review = read_review(out)
     if worker.is_main:
-        warn_of_others(out, review, masks)
+        warn_of_others(out, review, (record.key for record in masks))
     selected = select(masks, settings.selection, review)
     records = _by_category(masks, read_archive(out / "archive.json").categories)
     training = _by_category(selected, list(records))

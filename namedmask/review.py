@@ -54,9 +54,15 @@ def _parse(line: bytes) -> tuple[Key, Verdict]:
     return (one.photo, one.category), one.verdict
 
 
-def warn_of_others(out: str | os.PathLike, review: Review, records: Iterable[MaskRecord]) -> None:
-    """Warns of verdicts that are about none of the masks: their names are mistyped, or the masks are gone."""
-    others = review.keys() - {record.key for record in records}
+def warn_of_others(out: str | os.PathLike, review: Review, keys: Iterable[Key]) -> None:
+    """Warns of verdicts that are about none of the masks: their names are mistyped, or the masks are gone.
+
+    Args:
+        out: The run folder.
+        review: Its verdicts.
+        keys: Photo and category of its masks.
+    """
+    others = review.keys() - set(keys)
     if others:
         photo, category = min(others)
         warn(

@@ -23,10 +23,10 @@ import numpy as np
 from ..errors import UserError, counted
 from ..files import fitted, name_digest, writing
 from ..formats import encode, read_label_map
-from ..masks import RESIZED, ErrorRecord, MaskRecord
+from ..masks import RESIZED, ErrorRecord, Key, MaskRecord
 from ..photos import SEGMENT_RECORD, PhotoError, open_source
 from ..record import FILE, read_record
-from ..review import Review, current_masks, read_review
+from ..review import Review, current_masks, read_review, warn_of_others
 from ..segmenter.folder import mask_path, read_scores, segmented_categories, segmented_photos
 from ..selection import Selection, select
 from ..suffixes import SUFFIXES
@@ -284,11 +284,14 @@ class Dataset:
     ) -> list[_Entry]:
         """Writes masks into the temporary file and selects those to use."""
         places: list[tuple[int, int]] = []
+        reviewed: set[Key] = set()
 
         def light() -> Iterator[MaskRecord]:
             """The records without their masks: `area` is the number of the mask in `places` instead."""
             end = 0
             for record in records:
+                if record.key in review:
+                    reviewed.add(record.key)
                 if not record.area:
                     continue
                 if review.get(record.key) == "reject":
@@ -302,6 +305,7 @@ class Dataset:
                 yield replace(record, rle="", area=len(places) - 1)
 
         chosen = select(light(), self.options.selection, review)
+        warn_of_others(path, review, reviewed)
         self.left_out = len(places) - len(chosen)
         entries: dict[str, _Entry] = {}
         if not places and not empty:

@@ -100,7 +100,7 @@ def train_segmenter(
         raise UserError(f"{masks} has masks of {listed(unknown)}, which {out / 'archive.json'} does not list")
     label = {name: number for number, name in enumerate(categories, 1)}
     if worker.is_main:
-        warn_of_others(out, review, records)
+        warn_of_others(out, review, (record.key for record in records))
     selected = select(records, settings.selection, review)
     used = training_records(selected, settings)
     weights = draw_weights(used, settings.score_power, review)

@@ -70,9 +70,10 @@ def test_masks_with_the_review_applied(tmp_path):
 
 
 def test_verdicts_about_no_mask_are_said(tmp_path, printing, capsys):
-    warn_of_others(tmp_path, {("a.jpg", "cat"): "reject"}, masks(0.5))
+    keys = [record.key for record in masks(0.5)]
+    warn_of_others(tmp_path, {("a.jpg", "cat"): "reject"}, keys)
     assert not capsys.readouterr().err
-    warn_of_others(tmp_path, {**REVIEW, ("a.jpg", "cta"): "reject"}, masks(0.5))
+    warn_of_others(tmp_path, {**REVIEW, ("a.jpg", "cta"): "reject"}, keys)
     assert "review.jsonl: verdicts about no mask: 1 of 4, such as 'a.jpg' (cta)" in capsys.readouterr().err
 
 
