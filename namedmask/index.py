@@ -24,7 +24,7 @@ from .config import IndexConfig
 from .distributed import Worker
 from .errors import DamagedFile, UserError, counted, first_line, listed
 from .files import atomic_write, read_bytes
-from .masks import ErrorRecord, errors_path, parse_photo, read_lines, write_errors
+from .masks import ErrorRecord, errors_path, parse_photo, read_errors, read_lines, write_errors
 from .photos import PhotoError, PhotoSource, decode_ahead
 from .threads import map_batches
 
@@ -65,11 +65,23 @@ class Embedder(Protocol):
 
 
 def lists_other_photos(folder: Path, source: PhotoSource) -> bool:
-    """Whether a source has other photos now than those in photos.jsonl, if there is such a list."""
+    """Whether a source has other photos now than those in photos.jsonl, or others that cannot be listed, if there is
+    such a list."""
     if not (folder / "photos.jsonl").exists():
         return False
-    pairs = itertools.zip_longest(read_photos(folder), source.names(lambda error: None))
-    return any(before != now for before, now in pairs)
+    errors: list[ErrorRecord] = []
+    pairs = itertools.zip_longest(read_photos(folder), source.names(_note_in(errors)))
+    return any(before != now for before, now in pairs) or errors != listing_errors(folder)
+
+
+def listing_errors(folder: Path) -> list[ErrorRecord]:
+    """What could not be listed when the list of the photos was made."""
+    path = errors_path(folder / "photos.jsonl")
+    return list(read_errors(path)) if path.exists() else []
+
+
+def _note_in(errors: list[ErrorRecord]) -> Callable[[PhotoError], None]:
+    return lambda error: errors.append(ErrorRecord(error.photo, "list", error.reason))
 
 
 def list_photos(source: PhotoSource, folder: Path) -> None:
@@ -80,7 +92,7 @@ def list_photos(source: PhotoSource, folder: Path) -> None:
     """
     errors: list[ErrorRecord] = []
     with atomic_write(folder / "photos.jsonl") as file:
-        for name in source.names(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason))):
+        for name in source.names(_note_in(errors)):
             file.write(json.dumps({"photo": name}).encode() + b"\n")
         if not file.tell():
             raise UserError(f"there are no photos in {source.path}")

@@ -238,12 +238,14 @@ def _class_folders(source: PhotoSource, errors: list[ErrorRecord] | None = None)
 
 def _lists_other_class_folders(out: Path, config: RunConfig, source: PhotoSource) -> bool:
     from .archive import read_archive
+    from .index import listing_errors
 
     if config.categories or not (out / "archive.json").exists():
         return False
     archive = read_archive(out / "archive.json")
+    errors: list[ErrorRecord] = []
     before = {name: [entry.photo for entry in archive.photos[name]] for name in archive.categories}
-    return _class_folders(source) != before
+    return _class_folders(source, errors) != before or errors != listing_errors(out / "index")
 
 
 def _archive_of_class_folders(ctx: Context) -> Archive:

@@ -258,6 +258,30 @@ def test_class_folders_grow(world, tmp_path):
     assert results(out) == results(tmp_path / "all")
 
 
+@pytest.mark.parametrize("class_folders", [False, True])
+@pytest.mark.parametrize(("name", "content"), [("new.jxl", b"?"), ("new.zip", b"?"), ("new.tar", b"?"), ("bird/", b"")])
+def test_what_cannot_be_listed_is_noticed(class_folders, name, content, world, tmp_path):
+    """An update says so, although no photo is new."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    if class_folders:
+        (photos / "cat").mkdir(parents=True)
+        draw_photo(0, "cat").save(photos / "cat/1.jpg")
+        words = ["run", photos, *world.options[2:-2], "--out"]
+    else:
+        shutil.copytree(world.photos, photos)
+        words = ["run", photos, *world.words[2:], "cat", "--out"]
+    succeed(*words, out)
+    path = photos / "cat" / name if class_folders and not name.endswith("/") else photos / name
+    path.mkdir() if name.endswith("/") else path.write_bytes(content)
+    printed = succeed(*words, out, "--update")
+    assert ("could not be used: 1" in printed) == (class_folders or name != "bird/")
+    before = {path: path.stat().st_mtime_ns for path in (out / "masks").iterdir()}
+    succeed(*words, out, "--update")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    succeed(*words, tmp_path / "all")
+    assert results(out) == results(tmp_path / "all")
+
+
 def test_run_moves_between_machines(world, tmp_path):
     """Photos, weights and embeddings lie elsewhere then; their old paths do not exist."""
     out = world.copy("all", tmp_path / "out")
