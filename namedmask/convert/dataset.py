@@ -285,14 +285,17 @@ class Dataset:
         """Writes masks into the temporary file and selects those to use."""
         places: list[tuple[int, int]] = []
         reviewed: set[Key] = set()
+        blank = 0
 
         def light() -> Iterator[MaskRecord]:
             """The records without their masks: `area` is the number of the mask in `places` instead."""
+            nonlocal blank
             end = 0
             for record in records:
                 if record.key in review:
                     reviewed.add(record.key)
                 if not record.area:
+                    blank += 1
                     continue
                 if review.get(record.key) == "reject":
                     self.rejected += 1
@@ -311,6 +314,8 @@ class Dataset:
         if not places and not empty:
             if self.rejected:
                 raise UserError(f"no mask of {path} is left: its review.jsonl rejects them")
+            if blank:
+                raise UserError(f"all masks of {path} are empty, so there is nothing to convert")
             raise UserError(f"{path} has no masks; `namedmask run` makes them")
         if not chosen and not empty:
             raise UserError(f"none of {counted(len(places), 'mask')} of {path} is chosen; lower --min-score")

@@ -827,6 +827,9 @@ def test_splits_and_cuts_that_select_nothing(run, tmp_path):
     with pytest.raises(UserError, match=r"its review\.jsonl rejects them"):
         convert(tmp_path / "run", "coco", tmp_path / "out")
     (tmp_path / "run" / "review.jsonl").unlink()
+    empty = [MaskRecord.from_mask(name, np.zeros((4, 5), bool), "cat", 0.2, 0.0) for name in ("0.jpg", "1.jpg")]
+    with pytest.raises(UserError, match="all masks of .*empty are empty"):
+        convert(write_run(tmp_path / "empty", run.parent / "photos", empty), "coco", tmp_path / "out")
     record = tmp_path / "run" / "stages.json"
     record.write_text(record.read_text().replace(str(run.parent / "photos"), "/gone"))
     with pytest.raises(UserError, match="'/gone' does not exist; if they have moved, say where they are"):
