@@ -373,7 +373,7 @@ class TrainingPhotos:
     def __init__(self, source: PhotoSource, records: Sequence[MaskRecord], folder: Path, progress: Progress):
         self.source, self.records, self.progress = source, records, progress
         self.path = errors_path(folder / f"{progress.worker.rank:05}.jsonl")
-        self.unusable: set[str] = set()
+        self.unusable: dict[str, str] = {}  # with the reason
         self.budget, self.lock = MemoryBudget(), threading.Lock()
 
     def use(self, numbers: Iterable[int], function: Callable[[int, np.ndarray], Result]) -> Result:
@@ -394,8 +394,8 @@ class TrainingPhotos:
                 return result
         record = self.records[number]
         raise UserError(
-            f"none of the photos of {record.category!r} can be read any more (the last one: {record.photo!r}): restore "
-            "them, or remove the category and its masks"
+            f"none of the photos of {record.category!r} can be used any more (the last one: {record.photo!r}: "
+            f"{self.unusable[record.photo]}): restore them, or remove the category and its masks"
         )
 
     def use_one(self, number: int, function: Callable[[int, np.ndarray], Result]) -> Result | None:
@@ -416,7 +416,7 @@ class TrainingPhotos:
     def _report(self, error: PhotoError) -> None:
         with self.lock:
             if error.photo not in self.unusable:
-                self.unusable.add(error.photo)
+                self.unusable[error.photo] = error.reason
                 with self.path.open("ab") as file:
                     file.write(ErrorRecord(error.photo, self.progress.stage, error.reason).to_line())
 

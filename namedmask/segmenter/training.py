@@ -269,7 +269,7 @@ def train(
         The trained network, or the average of its weights (`settings.ema_decay`), the same in every worker.
 
     Raises:
-        UserError: If the batch cannot be split evenly, if no photo of a category can be read any more, or if the
+        UserError: If the batch cannot be split evenly, if no photo of a category can be used any more, or if the
             checkpoint is of other settings or samples.
     """
     expect_even_batch(settings, worker.count)

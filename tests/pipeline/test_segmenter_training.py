@@ -909,7 +909,7 @@ def test_invalid_inputs_raise_user_error(run_of_discs, small):
     Image.new("RGB", (9, 9)).save(run_of_discs.parent / "photos" / "cat" / "0.png")
     (run_of_discs.parent / "photos" / "cat" / "1.png").unlink()
     for sample in samples[:2]:
-        with pytest.raises(UserError, match=f"none of the photos of 'cat' can be read any more.*{sample.record.photo}"):
+        with pytest.raises(UserError, match=f"none of the photos of 'cat' can be used any more.*{sample.record.photo}"):
             next(batches(photos_of(run_of_discs, [sample], source), [sample], settings, Worker(), range(1)))
     (run_of_discs / "masks" / "00000.jsonl").write_text("")
     with pytest.raises(UserError, match="there are no masks"):
@@ -941,7 +941,7 @@ def test_unreadable_photos_are_replaced_and_reported(run_of_discs, small):
     assert set(read_errors(run_of_discs / "errors.jsonl")) == errors
     shutil.rmtree(run_of_discs / "segmenter")
     shutil.rmtree(photos / "cat")
-    with pytest.raises(UserError, match="none of the photos of 'cat' can be read any more"):
+    with pytest.raises(UserError, match="none of the photos of 'cat' can be used any more"):
         train_run(run_of_discs, {**small, "steps": 3})
 
 
@@ -955,7 +955,7 @@ def test_unreadable_objects_are_not_replaced_by_background(run_of_discs, small):
     settings = SegmenterTraining(**small)
     for path in photos.glob("cat/[0-9]*.png"):
         path.unlink()
-    with pytest.raises(UserError, match="none of the photos of 'cat' can be read any more"):
+    with pytest.raises(UserError, match="none of the photos of 'cat' can be used any more"):
         next(batches(photos_of(run_of_discs, [cat, empty], source), [cat, empty], settings, Worker(), range(1)))
 
 

@@ -338,7 +338,7 @@ def test_unreadable_photos_are_replaced_and_reported(run_of_discs):
     assert train_saliency(run_of_discs, overwrite=True, steps=2).read_bytes() == expected
     for path in photos.iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="none of the photos of 'disc' can be read any more"):
+    with pytest.raises(UserError, match="none of the photos of 'disc' can be used any more"):
         train_saliency(run_of_discs, overwrite=True, steps=2)
 
 

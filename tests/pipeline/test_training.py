@@ -221,7 +221,9 @@ def test_replaced_photos(tmp_path):
         assert photos.use([2, 1, 0], lambda number, pixels: (number, pixels.shape)) == (0, (3, 5, 3))
     assert decoded == ["2.png", "1.png", "0.png", "0.png"] and held == [3 * 5 * 24] * 4
     assert photos.path.name == "00003.errors.jsonl" and len(photos.path.read_text().splitlines()) == 2
-    with pytest.raises(UserError, match=r"of 'cat' can be read any more \(the last one: '1.png'\)"):
+    with pytest.raises(
+        UserError, match=r"of 'cat' can be used any more \(the last one: '1.png': has changed since .*\)"
+    ):
         photos.use([2, 1], lambda number, pixels: None)
 
 
