@@ -80,6 +80,7 @@ class Pipeline:
         workers = operator.index(workers)
         if workers < 1:
             raise UserError(f"workers: expected at least 1, got {workers}")
+        gpus = None if gpus is None else operator.index(gpus)
         if gpus is not None and gpus < 0:
             raise UserError(f"gpus: expected at least 0, got {gpus}")
         given = _plain(settings)

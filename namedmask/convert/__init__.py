@@ -60,6 +60,10 @@ class Options:
         split: Shares of the photos for train, val and test; None: all photos are in train.
         seed: Which photos are in which split.
         gray: Write label maps as grayscale PNGs instead of indexed ones.
+
+    Raises:
+        UserError: If `photos` is none of these.
+        TypeError: If `selection` is no Selection.
     """
 
     selection: Selection = field(default_factory=Selection)
@@ -69,6 +73,12 @@ class Options:
     split: tuple[float, float, float] | None = None
     seed: int = 0
     gray: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.selection, Selection):
+            raise TypeError(f"selection: expected a Selection, got {self.selection!r}")
+        if self.photos not in (None, "link", "copy"):
+            raise UserError(f"photos: expected 'link', 'copy' or None, got {self.photos!r}")
 
 
 class Converted(NamedTuple):
@@ -122,6 +132,8 @@ def convert(
     from .dataset import Dataset
     from .folder import new_folder
 
+    if to not in FORMATS:
+        raise UserError(f"there is no format {to!r}; expected one of {', '.join(FORMATS)}")
     out, (writer, mode) = Path(out), FORMATS[to]
     if mode == "inside" and options.photos:
         raise UserError(f"--to {to} stores the photos in its files: leave out --{options.photos}")

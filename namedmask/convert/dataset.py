@@ -412,7 +412,7 @@ def split_photos(photos: Sequence[str], shares: tuple[float, float, float] | Non
     """
     if shares is None:
         return dict.fromkeys(photos, TRAIN)
-    if min(shares) < 0 or not abs(sum(shares) - 1) <= 1e-6:  # NaN is neither
+    if len(shares) != 3 or min(shares) < 0 or not abs(sum(shares) - 1) <= 1e-6:  # NaN is neither
         raise UserError(f"--split {' '.join(map(str, shares))}: expected three shares that sum to 1, such as .8 .1 .1")
 
     def key(photo: str) -> bytes:

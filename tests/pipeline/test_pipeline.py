@@ -134,7 +134,7 @@ def test_wrong_arguments_are_named(tmp_path, arguments, message):
         Pipeline("photos", out=tmp_path / "run", **arguments)
     with pytest.raises(UserError, match="the path is empty"):
         Pipeline("", out=tmp_path / "run")
-    for wrong in ({"workers": 1.5}, {"progress": 5}):
+    for wrong in ({"workers": 1.5}, {"progress": 5}, {"gpus": 1.5}, {"gpus": "all"}):
         with pytest.raises(TypeError):
             Pipeline("photos", out=tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
@@ -195,6 +195,22 @@ def test_a_run_is_converted(made, tmp_path):
     done = run.convert("coco", tmp_path / "coco", selection=cut, split=(0.5, 0.5, 0), photos="copy")
     assert (done.masks, done.left_out) == (sum(s >= scores[-2] for s in scores), sum(s < scores[-2] for s in scores))
     assert set(files_of(tmp_path / "coco")) >= {"annotations/instances_train.json", "annotations/instances_val.json"}
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "error", "message"),
+    [
+        ("cocoo", {}, UserError, "there is no format 'cocoo'; expected one of coco, yolo-seg"),
+        ("coco", {"photos": "lnk"}, UserError, "photos: expected 'link', 'copy' or None, got 'lnk'"),
+        ("coco", {"split": (0.5, 0.5)}, UserError, "--split 0.5 0.5: expected three shares that sum to 1"),
+        ("coco", {"selection": {"min_score": 0.5}}, TypeError, "selection: expected a Selection, got {'min_score'"),
+        ("coco", {"splits": (1, 0, 0)}, TypeError, "unexpected keyword argument 'splits'"),
+    ],
+)
+def test_wrong_arguments_of_convert_are_named(to, options, error, message, made, tmp_path):
+    with pytest.raises(error, match=message):
+        made[0].convert(to, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_run_holds(world, made, monkeypatch):
