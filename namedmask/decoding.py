@@ -130,7 +130,7 @@ def pixels_of(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarr
         uint8 RGB [H, W, 3], C-contiguous; the array itself if it is that already.
 
     Raises:
-        ValueError: If an array has another shape or dtype, or no pixels.
+        ValueError: If an array has another shape or dtype, or an image no pixels.
         OSError: If the file of a lazy image is damaged. Pillow may raise other exceptions, too.
     """
     if isinstance(image, np.ndarray):
@@ -142,6 +142,8 @@ def pixels_of(image: Image.Image | np.ndarray, upright: bool = True) -> np.ndarr
             return np.ascontiguousarray(image)
         image = image.reshape(image.shape[:2]) if kind[1] == 1 else image
         image = Image.fromarray(np.ascontiguousarray(image))
+    elif not all(image.size):
+        raise ValueError(f"expected an image with pixels, got {' x '.join(map(str, image.size))}")
     image.load()
     # After load: the EXIF of a PNG may follow the pixels, and Pillow itself rotates TIFFs while loading.
     transpose = _UPRIGHT.get(_orientation(image)) if upright else None

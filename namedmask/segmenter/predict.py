@@ -23,7 +23,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .. import hub
+from ..config import Precision
 from ..decoding import pixels_of
 from ..files import atomic_write, make_folder
 from ..formats import BACKGROUND
@@ -119,6 +120,8 @@ class Segmenter:
     ):
         if not scales or not all(0.01 <= scale <= 4 for scale in scales):
             raise ValueError(f"scales: expected numbers from 0.01 to 4, got {list(scales)}")
+        if precision not in (None, *get_args(Precision)):
+            raise ValueError(f"precision: expected {' or '.join(get_args(Precision))}, got {precision!r}")
         self.scales, self.horizontal_flip = tuple(scales), horizontal_flip
         self.names = [BACKGROUND, *categories]
         self.path: Path | None = None
@@ -155,7 +158,7 @@ class Segmenter:
 
         Raises:
             UserError: If a file is missing or damaged, or if weights, names and encoder do not match.
-            ValueError: If a scale is out of range.
+            ValueError: If a scale is out of range, or for another precision.
         """
         segmenter = cls(*load_segmenter(path, categories, encoder), device, precision, scales, horizontal_flip)
         path = Path(path)
@@ -274,16 +277,19 @@ class Segmenter:
 
         Raises:
             PhotoError: If the file cannot be read.
-            ValueError: If an array has another shape or dtype.
+            ValueError: If an array has another shape or dtype, or an image no pixels.
         """
         if isinstance(image, (np.ndarray, Image.Image)):
             pixels = pixels_of(image)
         else:
-            folder, name = os.path.split(os.fsdecode(image))
+            path = os.fsdecode(image)
+            folder, name = os.path.split(path)
             try:
                 pixels = PhotoSource(folder or ".").decode(name).pixels
+            except PhotoError as error:
+                raise PhotoError(path, error.reason) from error
             except ValueError:  # there is no such folder
-                raise PhotoError(os.fsdecode(image), "no such file") from None
+                raise PhotoError(path, "no such file") from None
         return self.segmentations([pixels])[0]
 
     def segmentations(self, images: Sequence[np.ndarray]) -> list[Segmentation]:

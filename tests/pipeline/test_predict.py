@@ -183,8 +183,15 @@ def test_accepts_arrays_pil_images_and_paths(weights, tmp_path):
         np.testing.assert_array_equal(segmenter(image_or_path).mask, mask)
     with pytest.raises(ValueError, match=r"expected an image .*, got float64 \[4, 4, 3\]"):
         segmenter(np.zeros((4, 4, 3)))
-    with pytest.raises(PhotoError, match="no such file"):
-        segmenter(tmp_path / "none.png")
+    with pytest.raises(ValueError, match="expected an image with pixels, got 0 x 5"):
+        segmenter(Image.new("RGB", (0, 5)))
+    (tmp_path / "text.png").write_text("hello")
+    for name, reason in (("none.png", "no such file"), ("gone/a.png", "no such file"), ("text.png", "not an image: text")):
+        with pytest.raises(PhotoError, match=f"'{tmp_path / name}': {reason}"):
+            segmenter(tmp_path / name)
+    for precision in ("bf16", "float16", "int8"):
+        with pytest.raises(ValueError, match=f"precision: expected float32 or bfloat16, got '{precision}'"):
+            Segmenter.load(weights / "model.safetensors", precision=precision)
 
 
 def test_bfloat16_agrees_at_most_pixels(weights):
