@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import counted
+
 MEASURED = ("index", "archive", "pseudolabel")  # stages of `namedmask run`
 
 
@@ -104,9 +106,8 @@ class Estimate:
         for row in self.rows:
             name = f"{row.stage}: {row.part}" if row.part else row.stage
             sizes = map(_gb, (row.disk, row.memory, row.gpu_memory))
-            lines.append(
-                (name, f"{_short(row.rate)} {row.unit}/s", f"{row.count:,} {row.unit}", _hours(row.seconds), *sizes)
-            )
+            count = counted(row.count, row.unit[:-1])
+            lines.append((name, f"{_short(row.rate)} {row.unit}/s", count, _hours(row.seconds), *sizes))
         for name, stages in (("namedmask run", MEASURED), ("everything", ())):
             chosen = [row for row in self.rows if not stages or row.stage in stages]
             if not stages or len(chosen) < len(self.rows):

@@ -3,6 +3,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,6 +167,7 @@ def test_the_table():
         Row("experts", "relabeling", "photos", 9, 5.0, 9_000, 0, 10**9, 0),
     )
     found = Estimate(90_000, 3, 0.3, "a CPU", rows, 100.0, (), 100 * 10**9, 10 * 10**9, 0)
+    assert " 1 photo  " in replace(found, rows=(replace(rows[0], count=1), *rows[1:])).table()
     assert found.seconds() == 36_000 + 360 + 18_000 + 1_800
     assert found.line() == "about 15 h 36 min: index 10 h, pseudolabel 6 min, experts 5 h 30 min"
     lines = found.table().splitlines()
