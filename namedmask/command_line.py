@@ -32,7 +32,7 @@ class OneLineErrors:
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})  # type: ignore[misc]  # a mixin
         except CLICK_ERROR as error:
-            message = error.format_message()
+            message = error.format_message().replace("\n\t", " ")  # it lists choices so
             if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help text
                 error.show()
             else:

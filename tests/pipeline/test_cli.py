@@ -556,6 +556,8 @@ def test_commands_without_arguments_show_their_help():
     result = CliRunner().invoke(cli.app, ["segment"], prog_name="namedmask")
     assert result.exit_code == 2
     assert result.stderr.startswith("namedmask: missing argument 'WEIGHTS' (see `namedmask segment --help`)")
+    result = CliRunner().invoke(cli.app, ["convert", "run", "--out", "o"], prog_name="namedmask")
+    assert "missing option '--to'. Choose from: coco, yolo-seg, " in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
