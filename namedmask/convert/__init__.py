@@ -153,7 +153,8 @@ def convert(
         if dataset.errors:
             write_errors(folder / "errors.jsonl", dataset.errors)
         counts = {split: len(entries) for split, entries in dataset.splits.items()}
-        root = Path(dataset.source.root) if mode == "path" else out
+        # The label maps of "png" do not refer to photos; photos.jsonl has their names in the source.
+        root = Path(dataset.source.root if to == "png" else dataset.root) if mode == "path" else out
         return Converted(counts, dataset.masks, dataset.left_out, dataset.rejected, len(dataset.errors), rotated, root)
 
 

@@ -103,6 +103,7 @@ class Dataset:
         left_out: Number of masks that the selection has left out.
         rejected: Number of masks that the review has left out.
         errors: Photos that cannot be used, with the reason.
+        root: Folder that `reference` starts from, if the data set refers to the photos where they are.
 
     Raises:
         UserError: If `path` is neither a run nor a folder of `segment`, if photos are not found or lie in tars and
@@ -143,6 +144,11 @@ class Dataset:
             self.splits: dict[str, list[str]] = {}
             self._entries = self._usable(entries)
             self._arrange()
+            self.root = self.source.root
+            # Readers that look below a folder do not find such names of a list.
+            self._moves_root = any(photo[:1] == "/" or ".." in photo.split("/") for photo in self._entries)
+            if mode == "path" and self._moves_root:
+                self.root = os.path.commonpath({os.path.dirname(self._resolved(photo)) for photo in self._entries})  # noqa: PTH120
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Dataset:
@@ -242,10 +248,10 @@ class Dataset:
         """Puts a photo into images/ unless the data set refers to it where it is.
 
         Returns:
-            Its path: below the source of the photos, or below images/.
+            Its path: below `root`, or below images/.
         """
         if self.mode == "path":
-            return item.photo
+            return os.path.relpath(self._resolved(item.photo), self.root) if self._moves_root else item.photo
         self.place(item, self.folder / "images" / item.split / item.file)
         return f"{item.split}/{item.file}"
 
@@ -324,6 +330,11 @@ class Dataset:
             entry.places.append(places[record.area])
         entries |= {photo: _Entry(photo, size, []) for photo, size in empty.items()}
         return list(entries.values())
+
+    def _resolved(self, photo: str) -> str:
+        """The path of the file of a photo, without ".." and links to folders."""
+        folder, name = os.path.split(self.source.file(photo) or "")
+        return os.path.join(os.path.realpath(folder), name)  # noqa: PTH118
 
     def _append(self, data: bytes) -> None:
         """Writes to the end of the temporary file."""

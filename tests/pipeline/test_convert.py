@@ -726,9 +726,23 @@ def test_photos_of_every_format_are_written_upright(tmp_path):
 @pytest.mark.parametrize("upright", [False, True])
 def test_photos_have_suffixes_that_readers_know(upright, tmp_path):
     """Readers choose files, and how to decode them, by suffixes; names in lists and URLs may have others or none."""
-    kinds = {"scan": "png", "a.dat": "jpeg", "a.JFIF": "jpeg", "b.jpeg": "jpeg", "false.jpg": "png", "moving.gif": "gif"}
+    kinds = {
+        "scan": "png",
+        "a.dat": "jpeg",
+        "a.JFIF": "jpeg",
+        "b.jpeg": "jpeg",
+        "false.jpg": "png",
+        "moving.gif": "gif",
+    }
     kinds |= {"b.tiff": "tiff", "two.jpe": "mpo"}
-    expected = {"scan": "png", "a.dat": "jpg", "a.JFIF": "jpg", "b.jpeg": "jpg", "false.jpg": "png", "moving.gif": "gif"}
+    expected = {
+        "scan": "png",
+        "a.dat": "jpg",
+        "a.JFIF": "jpg",
+        "b.jpeg": "jpg",
+        "false.jpg": "png",
+        "moving.gif": "gif",
+    }
     expected |= {"b.tiff": "tif", "two.jpe": "jpg"}
     for number, (name, kind) in enumerate(kinds.items()):
         save_photo(tmp_path / name, number, 48, 72, orientation=1, format=kind)
@@ -773,6 +787,41 @@ def test_data_yaml_names_folders_that_exist(shares, expected, run, tmp_path):
     data = yaml.safe_load((tmp_path / "out" / "data.yaml").read_bytes())
     assert {split: data[split] for split in data if split != "names"} == {k: f"images/{v}" for k, v in expected.items()}
     assert all((tmp_path / "out" / data[split]).is_dir() for split in expected)
+
+
+@pytest.mark.parametrize(
+    ("lines", "root"),
+    [
+        (["x.jpg", "sub/y.jpg"], "lists"),
+        (["{}/lists/x.jpg", "{}/lists/sub/y.jpg"], "lists"),
+        (["{}/lists/sub/y.jpg"], "lists/sub"),
+        (["x.jpg", "../other/z.jpg"], "."),
+        (["linked/../w.jpg", "x.jpg"], "."),
+    ],
+)
+def test_photos_of_a_list_are_below_one_folder(lines, root, tmp_path):
+    """CVAT and Label Studio find a photo by its path below a folder, others join that to the folder."""
+    for name in ("lists/x.jpg", "lists/sub/y.jpg", "other/z.jpg", "other/w.jpg"):
+        save_photo(tmp_path / name, 0, 48, 72)
+    (tmp_path / "other" / "in").mkdir()
+    (tmp_path / "lists" / "linked").symlink_to(tmp_path / "other" / "in")
+    names = [line.format(tmp_path) for line in lines]
+    (tmp_path / "lists" / "list.txt").write_text("\n".join(names))
+    records = [MaskRecord.from_mask(name, blobs(0, 48, 72), "cat", 0.2, 0.5) for name in names]
+    run, found = write_run(tmp_path / "run", tmp_path / "lists" / "list.txt", records), {}
+    for to in ("coco", "cvat", "label-studio"):
+        assert convert(run, to, tmp_path / to).root == (tmp_path / root).resolve()
+    coco = json.loads((tmp_path / "coco" / "annotations" / "instances_train.json").read_text())
+    found["coco"] = [image["file_name"] for image in coco["images"]]
+    found["cvat"] = [image.get("name") for image in ET.parse(tmp_path / "cvat" / "train.xml").iter("image")]
+    tasks = json.loads((tmp_path / "label-studio" / "train.json").read_text())
+    found["label-studio"] = [task["data"]["image"].partition("?d=")[2] for task in tasks]
+    assert [image["photo"] for image in coco["images"]] == [task["data"]["photo"] for task in tasks] == names
+    original = PhotoSource(tmp_path / "lists" / "list.txt")
+    for paths in found.values():
+        for path, name in zip(paths, names, strict=True):
+            assert not path.startswith("/") and ".." not in path.split("/")
+            assert (tmp_path / root / path).samefile(original.file(name))
 
 
 @pytest.mark.parametrize("to", ["png", "voc", "yolo-semantic"])
@@ -828,7 +877,7 @@ def test_splits_and_cuts_that_select_nothing(run, tmp_path):
         convert(tmp_path / "run", "coco", tmp_path / "out")
     (tmp_path / "run" / "review.jsonl").unlink()
     empty = [MaskRecord.from_mask(name, np.zeros((4, 5), bool), "cat", 0.2, 0.0) for name in ("0.jpg", "1.jpg")]
-    with pytest.raises(UserError, match="all masks of .*empty are empty"):
+    with pytest.raises(UserError, match=r"all masks of .*empty are empty"):
         convert(write_run(tmp_path / "empty", run.parent / "photos", empty), "coco", tmp_path / "out")
     record = tmp_path / "run" / "stages.json"
     record.write_text(record.read_text().replace(str(run.parent / "photos"), "/gone"))
