@@ -223,10 +223,19 @@ def require_gpu(title: str) -> None:
         pytest.skip("no CUDA device")
 
 
-def device_median(call: Callable[[], object], rounds: int = 30) -> float:
-    """Median seconds between CUDA events around a call, after three untimed calls."""
+def device_median(call: Callable[[], object], rounds: int = 30, seconds: float = 1.0) -> float:
+    """Median seconds between CUDA events around a call, after three untimed calls.
+
+    Args:
+        call: Function to time.
+        rounds: Maximum number of timed calls; one with --quick.
+        seconds: Maximum duration; at least five calls are timed.
+    """
     durations = []
+    deadline = time.perf_counter() + seconds
     for round_number in range(3 + (1 if QUICK else rounds)):
+        if round_number >= 8 and time.perf_counter() > deadline:
+            break
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()

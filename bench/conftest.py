@@ -29,5 +29,6 @@ def quick(request) -> bool:
 
 def pytest_sessionfinish(session, exitstatus):
     path = session.config.getoption("--results")
-    if path is not None and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.INTERRUPTED):
+    ran = pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED
+    if path is not None and exitstatus in ran:
         path.write_text(common.results_page())

@@ -18,8 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 LIMIT = 360  # seconds for all parts
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-BENCH = (*PYTEST, "--benchmark-only", "--benchmark-disable-gc")
+GRACE = 10  # seconds at the end of a part's time in which pytest writes the results of what has run
+# Unbuffered and in words, so that the output of a part that hangs in a kernel, and is killed, says where.
+PYTEST = (sys.executable, "-u", "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60")
+BENCH = (*PYTEST, "-s", "--continue-on-collection-errors", "--benchmark-only", "--benchmark-disable-gc")
+
+
+RESULTS = {"junit": "xml", "json": "json", "results": "md"}  # placeholders in commands -> endings of their files
 
 
 class Part(NamedTuple):
@@ -27,7 +32,7 @@ class Part(NamedTuple):
 
     Attributes:
         name: Its name in the report, and that of its files.
-        limit: Seconds after which it is killed.
+        limit: Seconds after which it is killed; a little earlier, it is interrupted.
         command: Command line; {junit}, {json} and {results} are replaced by the files for its results.
     """
 
@@ -46,7 +51,8 @@ ON_GPU = [
     bench("extract", 40, ENGINE, "-k", "extract"),
     bench("index", 60, ENGINE, "-k", "index"),
     bench("command", 40, ENGINE, "-k", "command"),
-    Part("tests", 120, (*PYTEST, "tests/kernels", "-n", "14", "--junitxml={junit}")),
+    # Processes with as many threads as there are cores would wait for each other.
+    Part("tests", 120, ("env", "OMP_NUM_THREADS=1", *PYTEST, "tests/kernels", "-n", "14", "--junitxml={junit}")),
     bench("operators", 90, "bench", "-k", "gpu and not extract"),
     Part("pipeline", 60, (*PYTEST, "tests/pipeline", "-k", "on_a_gpu or cuda", "--junitxml={junit}")),
 ]
@@ -59,24 +65,29 @@ ON_CPU = [
 
 def run_part(part: Part, folder: Path, limit: float) -> dict:
     """Runs a part; its output is folder/NAME.txt. Returns its entry of the report."""
-    files = {"junit": folder / f"{part.name}.xml", "json": folder / f"{part.name}.json"}
-    files["results"] = folder / f"{part.name}.md"
+    files = {name: folder / f"{part.name}.{ext}" for name, ext in RESULTS.items()}
+    for path in files.values():
+        path.unlink(missing_ok=True)  # of an earlier run
     began = time.monotonic()
     command = [word.format(**files) for word in part.command]
     with (folder / f"{part.name}.txt").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        grace = min(GRACE, limit / 3)
         try:
-            outcome = {0: "passed"}.get(code := process.wait(limit), f"exit code {code}")
+            outcome = {0: "passed"}.get(code := process.wait(limit - grace), f"exit code {code}")
         except subprocess.TimeoutExpired:
             outcome = f"stopped after {limit:.0f} s"
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # also what it has started
             process.wait()
     report = {"outcome": outcome, "seconds": round(time.monotonic() - began, 1)}
-    if files["junit"].exists():
+    with contextlib.suppress(FileNotFoundError, xml.etree.ElementTree.ParseError):  # the latter if it was killed
         report |= _test_results(files["junit"])
-    if files["json"].exists() and files["json"].stat().st_size:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         measured = json.loads(files["json"].read_text())["benchmarks"]
         report["figures"] = [bench["extra_info"] for bench in measured if bench["extra_info"]]
         report["medians, ms"] = {bench["fullname"]: 1e3 * bench["stats"]["median"] for bench in measured}
@@ -98,7 +109,10 @@ def about(cpu: bool) -> dict:
     import timm
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = ""
+    with contextlib.suppress(FileNotFoundError):  # no git
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     versions = {"torch": torch.__version__, "timm": timm.__version__, "python": sys.version.split()[0]}
     facts = {"device": "CPU", "cores": len(os.sched_getaffinity(0)), **versions, "commit": commit}
     if not cpu:

@@ -12,9 +12,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -n "${WHEELS:-}" ]; then
-  python -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
+  python3 -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
 fi
-if [ "${1:-}" != --cpu ] && ! python -c 'from namedmask_kernels import backends; assert backends.native().has_cuda()'; then
-  python -m pip install -q --no-build-isolation --no-deps -e . --config-settings=cmake.define.NMK_CUDA=ON
+if [ "${1:-}" != --cpu ] && ! python3 -c 'from namedmask_kernels import backends; assert backends.native().has_cuda()'; then
+  python3 -m pip install -q --no-build-isolation --no-deps -e . --config-settings=cmake.define.NMK_CUDA=ON
 fi
-exec python tools/gpu_check.py "$@"
+exec python3 tools/gpu_check.py "$@"

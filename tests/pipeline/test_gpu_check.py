@@ -30,20 +30,23 @@ def test_parts_that_fail_or_take_too_long_do_not_end_the_check(monkeypatch, tmp_
     (tmp_path / "tested").write_text(JUNIT)
     parts = [
         part("slow", "echo begun; sleep 60 & wait", 0.3),
+        part("interrupted", f"trap 'cp {tmp_path}/measured {{json}}' INT; sleep 60 & wait", 3),
         part("failing", f"cp {tmp_path}/tested {{junit}}; echo why >&2; exit 3"),
         part("passing", f"cp {tmp_path}/measured {{json}}; echo table > {{results}}"),
     ]
+    (tmp_path / "slow.json").write_text(json.dumps(BENCHMARK))  # of an earlier run
     assert not tool.check(parts, tmp_path, {"device": "none"})
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["device"] == "none" and list(report["parts"]) == ["slow", "failing", "passing"]
-    slow, failing, passing = report["parts"].values()
-    assert slow["outcome"] == "stopped after 0 s" and slow["seconds"] < 30
+    assert report["device"] == "none" and list(report["parts"]) == ["slow", "interrupted", "failing", "passing"]
+    slow, interrupted, failing, passing = report["parts"].values()
+    assert slow["outcome"] == "stopped after 0 s" and slow["seconds"] < 30 and "figures" not in slow
+    assert interrupted["outcome"] == "stopped after 3 s" and interrupted["figures"] == [{"photos/s": 7}]
     assert failing["outcome"] == "exit code 3" and failing["failed"] == ["t::b"] and failing["tests"] == 2
     assert passing["outcome"] == "passed" and passing["figures"] == [{"photos/s": 7}]
     assert passing["medians, ms"] == {"b": 500}
     assert (tmp_path / "slow.txt").read_text() == "begun\n" and (tmp_path / "failing.txt").read_text() == "why\n"
     assert (tmp_path / "tables.md").read_text() == "table\n"
-    assert tool.check(parts[2:], tmp_path, {}) and not tool.check(parts[2:], tmp_path, {}, limit=0)
+    assert tool.check(parts[3:], tmp_path, {}) and not tool.check(parts[3:], tmp_path, {}, limit=0)
     assert "not run" in capsys.readouterr().out
 
 
