@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The Triton kernels against the definition: on the GPU, or in Triton's interpreter on the CPU where there is none."""
 
+import ast
 import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import gpu_rounding
 import numpy as np
@@ -160,6 +165,36 @@ def test_every_stream_has_tables_of_its_own():
     with torch.cuda.stream(torch.cuda.Stream()):
         other = tables.table_on_device(tables.block_table, like, offsets, 2)
         assert other is not table and other.tolist() == table.tolist()
+
+
+def test_threads_launch_kernels_one_after_another():
+    from namedmask_kernels.triton.launch import launch
+
+    launches, running = [], threading.Lock()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                assert running.acquire(blocking=False), "two launches at once"
+                time.sleep(0.001)
+                running.release()
+                launches.append((grid, arguments, options))
+
+            return run
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(launch, Kernel(), (2, 3), i, TILE=4) for i in range(20)]:
+            done.result()
+    assert sorted(launches, key=str) == sorted([((2, 3), (i,), {"TILE": 4}) for i in range(20)], key=str)
+
+
+def test_all_kernels_are_launched_by_launch():
+    import namedmask_kernels.triton as package
+
+    for path in Path(package.__path__[0]).glob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        direct = [ast.unparse(call) for call in calls if isinstance(call, ast.Subscript)]
+        assert direct == (["kernel[grid]"] if path.stem == "launch" else []), path.name
 
 
 @pytest.mark.parametrize("scaled", [None, False, True], ids=["norm", "add", "add scaled"])

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .tables import Variant, block_table, expect_blocks, table_on_device
 
 LOG2_E = math.log2(math.e)
@@ -231,7 +232,8 @@ def attention_features(
             tapped = tuple(taps) if output is None and lse is None else None
             table = table_on_device(block_table, qkv, offsets, blocks.queries, tapped)
             sums = lse if lse is not None else qkv.new_empty(tokens, heads, dtype=torch.float32)
-            _attend[len(table), heads](
+            launch(
+                _attend, (len(table), heads),
                 qkv, table, output, sums, scale * LOG2_E, *strides, **shape, QUERIES=blocks.queries, KEYS=blocks.keys,
                 NEGATIVE=scale < 0, WRITE_OUTPUT=output is not None, num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
@@ -239,7 +241,8 @@ def attention_features(
             at = table_on_device(_positions, qkv, tuple(taps))
         if rows is not None or key_norms is not None:
             table = table_on_device(block_table, qkv, offsets, TOKENS)
-            _statistics[(len(table),)](
+            launch(
+                _statistics, (len(table),),
                 qkv, table, at, sums, rows, key_norms, scale * LOG2_E, heads, *strides, len(taps), **shape,
                 TOKENS=TOKENS, **STATISTICS,
             )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .tables import Variant
 
 ELEMENTS = 2048  # per block of either kernel
@@ -78,7 +79,8 @@ def residual_norm(
     if x.numel():
         shape = _shape(x.shape[1])
         with torch.cuda.device_of(x):
-            _residual_norm[(triton.cdiv(len(x), shape["ROWS"]),)](
+            launch(
+                _residual_norm, (triton.cdiv(len(x), shape["ROWS"]),),
                 x, y, gamma, weight, bias, out, len(x), x.stride(0), eps, **shape,
                 ADD=y is not None, SCALE=gamma is not None,
             )  # fmt: skip
@@ -89,7 +91,7 @@ def gelu(x: Tensor) -> Tensor:
     """Replaces x, contiguous on a GPU, by its GELU, computed in float32, and returns it; on the current stream."""
     if x.numel():
         with torch.cuda.device_of(x):
-            _gelu[(triton.cdiv(x.numel(), ELEMENTS),)](x, x.numel(), ELEMENTS=ELEMENTS)
+            launch(_gelu, (triton.cdiv(x.numel(), ELEMENTS),), x, x.numel(), ELEMENTS=ELEMENTS)
     return x
 
 

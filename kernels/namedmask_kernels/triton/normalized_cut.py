@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .normalized_rows import (
     SCALE,
     STEPS,
@@ -95,9 +96,10 @@ def affinity_bits(unit: NormalizedRows, offsets: Tensor, tau: float) -> Tensor:
         table = table_on_device(image_table, unit.high, offsets, TILE)
         threshold = math.inf if tau >= 1 else tau  # no cosine exceeds 1, whatever the rounding
         channels, options = steps_on(STEPS, unit.high)
-        _connect[upper_tiles(lengths, TILE), len(lengths)](
+        launch(
+            _connect, (upper_tiles(lengths, TILE), len(lengths)),
             unit.high, unit.low, table, bits, threshold, unit.high.shape[1], TILE=TILE, CHANNELS=channels, **options
-        )
+        )  # fmt: skip
     return bits
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .tables import Variant
 
 CHANNELS = 64  # per step of a product; rows are padded with zeros to a multiple of it
@@ -160,9 +161,10 @@ def normalized_rows(features: Tensor) -> NormalizedRows:
     high, low = torch.empty(2, tokens, padded, dtype=torch.float16, device=features.device).unbind()
     finite = torch.empty(tokens, dtype=torch.bool, device=features.device)
     if tokens:
-        _normalized_rows[(triton.cdiv(tokens, TOKENS),)](
+        launch(
+            _normalized_rows, (triton.cdiv(tokens, TOKENS),),
             features, high, low, finite, tokens, channels, TOKENS=TOKENS, CHANNELS=CHANNELS
-        )
+        )  # fmt: skip
     return NormalizedRows(high, low, finite)
 
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from .launch import launch
 from .tables import Variant, blocks_of, expect_blocks, table_on_device
 
 PIXELS = 128  # per block: one per thread
@@ -293,17 +294,19 @@ def pamr(
         weights = torch.empty(len(table), slots, PIXELS, dtype=torch.int16, device=masks.device)
         scales = torch.empty(len(table), PIXELS, dtype=torch.float32, device=masks.device)
         packed = F.pad(image, (0, 1)).view(torch.int32)
-        _affinities[(len(table),)](packed, table, steps, weights, scales, slots, PIXELS=PIXELS)
+        launch(_affinities, (len(table),), packed, table, steps, weights, scales, slots, PIXELS=PIXELS)
         spare = functools.partial(torch.empty, groups, tokens, vector, dtype=torch.float32, device=masks.device)
         # Iterations write to these in turn, but the last one to out.
         pair = [spare() if planes and iterations > 1 else out, spare() if planes or iterations > 1 else out]
         source = masks
         if planes:
             source = pair[iterations % 2]
-            _pack[triton.cdiv(tokens, PIXELS), groups](masks, source, tokens, labels, PIXELS=PIXELS, VECTOR=vector)
+            grid = triton.cdiv(tokens, PIXELS), groups
+            launch(_pack, grid, masks, source, tokens, labels, PIXELS=PIXELS, VECTOR=vector)
         for i in reversed(range(iterations)):
             target = pair[i % 2] if i else out
-            _average[(len(table) * triton.cdiv(groups, 1 + two),)](
+            launch(
+                _average, (len(table) * triton.cdiv(groups, 1 + two),),
                 source, target, table, steps, weights, scales, slots, tokens, labels, groups,
                 PIXELS=PIXELS, VECTOR=vector, TWO=two, LAST=planes and i == 0,
             )  # fmt: skip

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ragged import expect_finite
+from .launch import launch
 from .normalized_rows import (
     SCALE,
     Steps,
@@ -187,9 +188,10 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
             if elements <= MOST_KEPT:
                 table = table_on_device(image_table, masks, own, TILE)
                 channels, options = steps_on(KEEP_STEPS, unit.high)
-                _keep[upper_tiles(lengths[images], TILE), len(own) - 1](
+                launch(
+                    _keep, (upper_tiles(lengths[images], TILE), len(own) - 1),
                     unit.high, unit.low, table, kept, factor, stride, TILE=TILE, CHANNELS=channels, **options
-                )
+                )  # fmt: skip
                 weights, rows, options = kept, KEPT_ROWS, KEPT_OPTIONS
             else:
                 weights, rows = None, ROWS
@@ -198,7 +200,8 @@ def random_walk(masks: Tensor, features: Tensor, offsets: Tensor, out: Tensor, s
             source = masks
             for i in reversed(range(steps)):  # the last one writes to out
                 target = spare if i % 2 else out
-                _step[len(table), triton.cdiv(count, together)](
+                launch(
+                    _step, (len(table), triton.cdiv(count, together)),
                     unit.high, unit.low, weights, source, target, table, factor, stride, count,
                     ROWS=rows, COLUMNS=COLUMNS, CHANNELS=channels, MASKS=together, TILE=TILE, **options,
                 )  # fmt: skip

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .normalized_rows import SCALE, STEPS, NormalizedRows, image_table, image_tile, steps_on, tile_cosines, upper_tiles
 from .tables import Variant, table_on_device
 
@@ -53,9 +54,10 @@ def cosine_ranges(unit: NormalizedRows, offsets: Tensor) -> Tensor:
     if tiles:
         table = table_on_device(image_table, unit.high, offsets, TILE)
         channels, options = steps_on(STEPS, unit.high)
-        _range[tiles, len(lengths)](
+        launch(
+            _range, (tiles, len(lengths)),
             unit.high, unit.low, table, ranges, unit.high.shape[1], TILE=TILE, CHANNELS=channels, **options
-        )
+        )  # fmt: skip
     return torch.stack([ranges[..., 0].amin(1), ranges[..., 1].amax(1)], 1)
 
 
