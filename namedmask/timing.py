@@ -63,6 +63,8 @@ class StepTimes:
     def collect(self) -> None:
         """Adds the times of this thread's steps, whose results must be there."""
         pending, self._own.pending = self._pending, []
+        if self._on_gpu and pending:
+            pending[-1][2].synchronize()  # the end of the last step was recorded after its results came
         with self._lock:
             for name, begin, end in pending:
                 at = self._after(self._origin, begin), self._after(self._origin, end)

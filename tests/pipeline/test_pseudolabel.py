@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The labeler: batches, photos that cannot be labeled, times and traces."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -143,6 +144,44 @@ def test_trace_and_times(labeler, tmp_path, monkeypatch):
     assert {"network", "candidates", "refine", "encode"} <= events
     assert list(labeler.times.seconds) == ["decode", "upload", "network", "candidates", "refine", "encode", "score"]
     assert min(labeler.times.seconds.values()) > 0 and 0 < labeler.times.busy() <= 1
+
+
+def test_times_of_a_gpu_are_read_after_its_last_event(monkeypatch):
+    """Events of a simulated stream, which end when something waits for them; torch raises RuntimeError before."""
+
+    class Event:
+        recorded = 0
+        reached = 0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.recorded += 1
+            self.number = Event.recorded
+
+        def synchronize(self):
+            Event.reached = max(Event.reached, self.number)
+
+        def elapsed_time(self, end):
+            assert max(self.number, end.number) <= Event.reached, "both events must be completed"
+            return 1e3 * (end.number - self.number)
+
+    def reach_all():
+        Event.reached = Event.recorded
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", reach_all)
+    times = StepTimes("cuda:0")
+    for _ in range(2):
+        with times.step("detect"), times.step("network"):
+            pass
+        with times.step("score"):
+            reach_all()  # the results come, and then the end of the step is recorded
+        times.collect()
+    assert times.seconds == {"detect": 6, "network": 2, "score": 2}
+    times.collect()
 
 
 def test_busy_time_needs_no_memory_per_batch(monkeypatch):
