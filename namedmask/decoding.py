@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, features
 
+from .files import open_file
 from .suffixes import UNREAD_SUFFIXES
 
 MAX_PIXELS = 100_000_000
@@ -168,7 +169,7 @@ def as_stored(path: str | os.PathLike[str], pixels: np.ndarray) -> np.ndarray:
         PhotoError: If the file is not an image.
     """
     try:
-        with Image.open(path, formats=formats()) as image:
+        with open_file(path) as file, Image.open(file, formats=formats()) as image:
             orientation = _orientation(image)
     except Exception as error:  # broad on purpose, as in `decode`
         raise PhotoError(os.fsdecode(path), explain(error, b"")) from error

@@ -8,9 +8,11 @@ ImageNet-S, where the id is R + 256 G.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,25 @@ def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
     return encode(image, "jpeg", quality=quality)
 
 
+@contextlib.contextmanager
+def open_png(path: Path) -> Iterator[tuple[Image.Image, int]]:
+    """Opens a PNG file: the image, and its bits per value. Pillow's modes do not tell 16 bits of a color from 8.
+
+    Raises:
+        UserError: If the file cannot be read, here or in the block.
+    """
+    try:
+        with open_file(path) as file:
+            depth = file.read(25)[24:]  # in the header chunk
+            with Image.open(file, formats=("PNG",)) as image:
+                yield image, depth[0]
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{path} cannot be read as a PNG: it is another file, or its header is damaged") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read as a PNG: {reason}") from None
+
+
 def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:
     """Reads the label map in a PNG file.
 
@@ -97,24 +118,21 @@ def read_label_map(path: Path, red_green: bool = False) -> np.ndarray:
     Raises:
         UserError: If the file cannot be read or has another format.
     """
-    try:
-        with open_file(path) as file:
-            depth = file.read(25)[-1:]  # bits per value, in the header chunk
-            with Image.open(file, formats=("PNG",)) as image:
-                pixels = np.asarray(image)
-                mode = image.mode
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a PNG: {error}") from None
+    with open_png(path) as (image, depth):
+        pixels = np.asarray(image)
+        mode = image.mode
     if red_green:
         if mode not in ("RGB", "RGBA"):
             raise UserError(f"{path} holds one value per pixel, not colors with the id R + 256 G")
+        if depth == 16:
+            raise UserError(f"{path} has colors of 16 bits; expected 8, with the id R + 256 G")
         return pixels[..., 0] + (pixels[..., 1].astype(np.uint16) << 8)
     if mode == "1":
         return pixels.astype(np.uint8)  # not a view: in Pillow's bytes True is 255
     if mode not in ("L", "P") and not mode.startswith("I"):
-        raise UserError(f"{path} is a color picture (PNG mode {mode}), not a label map with one id per pixel")
-    if mode == "L" and depth in (b"\2", b"\4"):  # Pillow stretches gray values to 0..255
-        return pixels // (255 // ((1 << depth[0]) - 1))
+        raise UserError(f"{path} is a color picture (PNG mode {mode}), not a label map; save it with one id per pixel")
+    if mode == "L" and depth in (2, 4):  # Pillow stretches gray values to 0..255
+        return pixels // (255 // ((1 << depth) - 1))
     if mode.startswith("I"):
         if pixels.size and not 0 <= pixels.min() <= pixels.max() <= MAX_LABEL:
             raise UserError(f"{path} holds ids above {MAX_LABEL}")

@@ -178,7 +178,7 @@ class MaskRecord:
     def _check_rle(self) -> None:
         """Raises ValueError if the run lengths do not fit; pycocotools would read beyond the end of the string."""
         runs = run_lengths(self.rle)
-        if runs is None or runs.min() < 0 or runs.sum() != math.prod(self.size) or runs[1::2].sum() != self.area:
+        if runs is None or not cover(runs, math.prod(self.size)) or runs[1::2].sum() != self.area:
             raise ValueError(f"mask of {self.photo!r}: rle does not fit size {self.size} and area {self.area}")
 
     def to_json(self) -> str:
@@ -217,6 +217,12 @@ def run_lengths(rle: str) -> np.ndarray | None:
     runs[1::2] = runs[1::2].cumsum()
     runs[2::2] = runs[2::2].cumsum()
     return runs
+
+
+def cover(runs: np.ndarray, pixels: int) -> bool:
+    """Whether int64 run lengths are those of a mask of so many pixels."""
+    # Each alone as well: a sum that overflows may be right.
+    return runs.ndim == 1 and len(runs) > 0 and 0 <= runs.min() <= runs.max() <= pixels and runs.sum() == pixels
 
 
 def mask_score(mask: np.ndarray, confidence: float) -> float:

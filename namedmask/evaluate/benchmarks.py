@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ..archive import key_of
 from ..decoding import MAX_PIXELS
 from ..errors import DamagedFile, UserError
 from ..files import find_files, read_bytes
-from ..formats import read_label_map
+from ..formats import open_png, read_label_map
 from ..presets import benchmarks
 from ..suffixes import PHOTO_SUFFIXES
 from . import BenchmarkName
@@ -182,25 +181,24 @@ def read_gray(path: Path) -> np.ndarray:
     """Reads the gray values of a PNG, uint8 [H, W].
 
     Raises:
-        UserError: If it cannot be read, if it has colors or 16 bits, or if it holds 0 and 1 alone.
+        UserError: If it cannot be read, if it has colors, transparency or 16 bits, or if it holds 0 and 1 alone.
     """
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            wide = image.mode.startswith("I")
-            rgb = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a PNG: {error}") from None
-    gray = rgb[..., 0]
-    if wide or (rgb != gray[..., None]).any():
-        raise UserError(f"{path} is a picture of colors or 16 bits; expected gray values from 0 to 255")
+    with open_png(path) as (image, depth):
+        rgba = np.asarray(image.convert("RGBA"))
+    gray = rgba[..., 0]
+    if depth == 16 or (rgba[..., :3] != gray[..., None]).any() or (rgba[..., 3] < 255).any():
+        raise UserError(f"{path} is a picture of colors, transparency or 16 bits; expected gray values from 0 to 255")
     if gray.max(initial=0) == 1:
         raise UserError(f"{path} holds 0 and 1; expected gray values from 0 to 255")
     return gray
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Reads a binary mask of 0 and 255, bool [H, W]. Raises UserError as `read_gray` does."""
-    return read_gray(path) > MASK_THRESHOLD
+    """Reads a binary mask of 0 and 255, bool [H, W]. Raises UserError as `read_gray` does, or if no value is high."""
+    gray = read_gray(path)
+    if 0 < gray.max(initial=0) <= MASK_THRESHOLD:
+        raise UserError(f"{path} holds values from 0 to {gray.max()}; expected 0 and 255, the pixels of the object")
+    return gray > MASK_THRESHOLD
 
 
 def _png(path: Path, red_green: bool = False) -> Truth:
@@ -339,7 +337,7 @@ def _rasterized(segmentation: Any, height: int, width: int) -> np.ndarray:
     """The mask of a segmentation, which is a list of polygons, or an RLE with a list or a string of counts."""
     from pycocotools import mask as coco
 
-    from ..masks import run_lengths
+    from ..masks import cover, run_lengths
 
     if isinstance(segmentation, list):
         if not all(isinstance(polygon, list) and len(polygon) % 2 == 0 for polygon in segmentation):
@@ -355,7 +353,7 @@ def _rasterized(segmentation: Any, height: int, width: int) -> np.ndarray:
     if list(segmentation["size"]) != [height, width]:
         raise ValueError(f"its size is {segmentation['size']}, that of its photo [{height}, {width}]")
     runs = run_lengths(counts) if isinstance(counts, str) else np.asarray(counts, np.int64)
-    if runs is None or runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
+    if runs is None or not cover(runs, height * width):
         raise ValueError("its run lengths do not fit its size")
     pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return pixels.reshape(width, height).T
@@ -398,8 +396,13 @@ def _is_photo(name: str) -> bool:
 
 
 def _files(folder: Path, suffixes: tuple[str, ...] = PHOTO_SUFFIXES) -> dict[str, Path]:
-    """The files below a folder by their names without suffix, sorted."""
-    return {Path(name).with_suffix("").as_posix(): folder / name for name in find_files(folder, *suffixes)}
+    """The files below a folder by their names without suffix, sorted. Raises UserError if two have the same name."""
+    files: dict[str, Path] = {}
+    for name in find_files(folder, *suffixes):
+        path = folder / name
+        if (earlier := files.setdefault(Path(name).with_suffix("").as_posix(), path)) is not path:
+            raise UserError(f"{earlier} and {path} have the same name; remove one of them")
+    return files
 
 
 def _names_by_stem(folder: Path) -> dict[str, str]:

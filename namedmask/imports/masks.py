@@ -17,7 +17,7 @@ from ..archive import Archive, Retrieved, expect_distinct, read_archive, write_a
 from ..config import PseudolabelConfig
 from ..errors import UserError, counted, quoted
 from ..files import absolute, find_files, locked, make_folder
-from ..masks import ErrorRecord, MaskRecord, errors_path, mask_score, run_lengths, write_errors, write_shard
+from ..masks import ErrorRecord, MaskRecord, cover, errors_path, mask_score, run_lengths, write_errors, write_shard
 from ..photos import PhotoError, decode_ahead, open_source
 from ..progress import logger, warn
 from ..pseudolabel import shard_path, work_of
@@ -257,7 +257,7 @@ def decode_rle(value: Any, size: tuple[int, int]) -> np.ndarray:
         runs = np.array(counts, np.int64)
     else:
         runs = None
-    if runs is None or runs.min() < 0 or runs.sum() != pixels:
+    if runs is None or not cover(runs, pixels):
         raise ValueError(f"counts: expected run lengths of {pixels:,} pixels in all")
     columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[1], size[0])
     return np.ascontiguousarray(columns.T)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +39,17 @@ def draw_photos(folder: Path, count: int, size: tuple[int, int] = (120, 90)) -> 
         names.append(f"{category}{i:04}.jpg")
         draw_photo(i, category, (size[0] + i % 7, size[1] + i % 5)).save(folder / names[-1], quality=92)
     return names
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def encoded_png(width: int, height: int, depth: int, color: int, data: bytes) -> bytes:
+    """A PNG file of rows as PNG stores them, in forms that Pillow does not write."""
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 def write_embeddings(path: Path, names: list[str]) -> Path:

@@ -44,7 +44,7 @@ from namedmask.photos import PhotoSource
 from namedmask.pseudolabel import Labeler
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
 from namedmask.segmenter.predict import Segmenter
-from small_world import ENCODER, command
+from small_world import ENCODER, command, encoded_png
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_benchmark_miniatures.py"
 spec = importlib.util.spec_from_file_location("make_benchmark_miniatures", TOOL)
@@ -396,6 +396,18 @@ def test_photos_and_truth_without_counterpart_are_counted_and_named(tmp_path):
     assert "missing photos: 1, such as " in done.stderr and "2007_000042.jpg" in done.stderr
 
 
+@pytest.mark.parametrize("folder", ["image", "binary"])
+def test_files_of_the_same_name_are_named(tmp_path, folder):
+    root = miniatures.write("coca", tmp_path)
+    masks = write_predictions("coca", tmp_path / "predictions")
+    suffixes = {"image": (".jpg", ".png"), "binary": (".PNG", ".png")}[folder]
+    first, second = (root / folder / f"whisk/51499{suffix}" for suffix in suffixes)
+    for path in {first, second} - {*first.parent.iterdir()}:
+        Image.new("L", (6, 4)).save(path)
+    message = f"{first} and {second} have the same name; remove one of them"
+    expect_error(message, masks, "--benchmark", "coca", "--root", root)
+
+
 def test_splits(tmp_path):
     roots = {
         name: miniatures.write(name, tmp_path) for name in ("voc2012", "cityscapes-object", "imagenet-s50", "coca")
@@ -518,7 +530,7 @@ def test_published_figures():
 
 
 def test_gray_values(tmp_path):
-    """Above 127 is object; a file of 0 and 1, of colors or of 16 bits is none of 0 and 255."""
+    """Above 127 is object. A file of low values, colors, transparency or 16 bits does not hold 0 and 255."""
 
     def save(pixels, **options):
         Image.fromarray(pixels).save(tmp_path / "a.png", **options)
@@ -531,11 +543,19 @@ def test_gray_values(tmp_path):
     assert not read_mask(save(0 * values)).any()
     for pixels, message in (
         (values[:, :2], "holds 0 and 1; expected gray values from 0 to 255"),
-        (values.astype(np.uint16), "is a picture of colors or 16 bits"),
-        (np.stack([values, values, values + 1], -1), "is a picture of colors or 16 bits"),
+        (values.astype(np.uint16), "is a picture of colors, transparency or 16 bits"),
+        (np.stack([values, values, values + 1], -1), "is a picture of colors, transparency or 16 bits"),
+        (np.stack([values] * 4, -1), "is a picture of colors, transparency or 16 bits"),
     ):
         with pytest.raises(UserError, match=message):
             read_gray(save(pixels))
+    (tmp_path / "a.png").write_bytes(encoded_png(1, 1, 16, 2, b"\0" + b"\xff" * 6))
+    with pytest.raises(UserError, match="transparency or 16 bits"):
+        read_gray(tmp_path / "a.png")
+    for high in (2, 38, 127):
+        assert read_gray(save(values[:, :2] * np.uint8(high))).max() == high  # of a prediction
+        with pytest.raises(UserError, match=f"holds values from 0 to {high}; expected 0 and 255"):
+            read_mask(tmp_path / "a.png")
     (tmp_path / "a.png").write_text("no")
     with pytest.raises(UserError, match=r"a\.png cannot be read as a PNG"):
         read_gray(tmp_path / "a.png")
@@ -560,6 +580,8 @@ def test_segmentations_of_coco():
         ({"size": [4, 6], "counts": [25, -1]}, "run lengths do not fit"),
         ({"size": [4, 6], "counts": [[24]]}, "run lengths do not fit"),
         ({"size": [4, 6], "counts": [23]}, "run lengths do not fit"),
+        ({"size": [4, 6], "counts": []}, "run lengths do not fit"),
+        ({"size": [4, 6], "counts": [1 << 62] * 4 + [24]}, "run lengths do not fit"),  # the sum overflows to 24
     ):
         with pytest.raises(ValueError, match=message):
             _rasterized(segmentation, 4, 6)

@@ -24,6 +24,7 @@ from namedmask.masks import (
     MaskRecord,
     assemble_errors,
     best_masks,
+    cover,
     digest,
     encode_masks,
     errors_path,
@@ -141,6 +142,12 @@ def test_run_lengths_have_a_few_characters_of_6_bits():
     assert run_lengths("oooooo0").tolist() == [2**30 - 1] and run_lengths("ooooooo0") is None
     for text in ("/0", "p0", "0p", "\u00ff", "\ud800", "o", "P", "0 0", ""):
         assert run_lengths(text) is None, text
+
+
+def test_run_lengths_whose_sum_overflows_are_rejected():
+    runs = np.array([1 << 62] * 4 + [24])
+    assert runs.sum() == 24 and not cover(runs, 24)
+    assert cover(np.array([0, 24]), 24) and not cover(np.array([25, -1]), 24) and not cover(np.array([], int), 0)
 
 
 def test_masks_whose_fields_do_not_fit_are_rejected():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -19,9 +20,11 @@ from typer.testing import CliRunner
 
 from namedmask import cli
 from namedmask.errors import DamagedFile, UserError
+from namedmask.evaluate.benchmarks import read_gray
 from namedmask.evaluate.folders import as_json, default_ignore, percent
 from namedmask.evaluate.metrics import Confusion
 from namedmask.formats import label_palette, read_categories, read_label_map, write_label_map
+from small_world import encoded_png
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "running_score.npz"
 CASES = ("binary", "voc21", "voc21_absent_gt", "voc21_absent_both", "all_ignored", "perfect")
@@ -209,10 +212,26 @@ def test_reading_other_label_files(tmp_path):
     np.testing.assert_array_equal(read_label_map(tmp_path / "binary.png"), ids.astype(np.uint8) > 0)
     with pytest.raises(UserError, match="one value per pixel"):
         read_label_map(tmp_path / "binary.png", red_green=True)
+    (tmp_path / "wide.png").write_bytes(encoded_png(1, 1, 16, 2, b"\0\0\7" + b"\0" * 4))
+    with pytest.raises(UserError, match="has colors of 16 bits"):
+        read_label_map(tmp_path / "wide.png", red_green=True)
+
+
+def test_files_that_are_no_png_are_named_in_one_line(tmp_path):
     (tmp_path / "text.png").write_text("no")
-    for name in ("text.png", "none.png"):
-        with pytest.raises(UserError, match=f"{name} cannot be read"):
-            read_label_map(tmp_path / name)
+    Image.new("L", (4, 4)).save(tmp_path / "photo.png", "JPEG")
+    Image.effect_noise((40, 40), 50).save(tmp_path / "cut.png")
+    os.truncate(tmp_path / "cut.png", 200)
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    other = "it is another file, or its header is damaged"
+    reasons = {"text": other, "photo": other, "cut": "image file is truncated", "folder": "Is a directory"}
+    for name, reason in {**reasons, "pipe": "not a regular file", "none": "No such file or directory"}.items():
+        path = tmp_path / f"{name}.png"
+        for read in (read_label_map, read_gray):
+            with pytest.raises(UserError) as error:
+                read(path)
+            assert str(error.value) == f"{path} cannot be read as a PNG: {reason}"
 
 
 @pytest.mark.parametrize("transparent", [False, True], ids=["", "tRNS"])

@@ -12,7 +12,6 @@ import sys
 import tarfile
 import tempfile
 import threading
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from PIL import Image
 from namedmask import decoding, photos, tars
 from namedmask.decoding import as_stored, pixels_of
 from namedmask.photos import PhotoError, PhotoSource, decode_ahead
+from small_world import encoded_png
 
 
 def scene(height=24, width=40):
@@ -902,24 +902,10 @@ def test_big_endian_16_bit_tiff(tmp_path):
     np.testing.assert_array_equal(decoded(tmp_path, raw_tiff())[..., 0], WIDE >> 8)
 
 
-def png_chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width, height, depth, color, data):
-    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + png_chunk(b"IHDR", header)
-        + png_chunk(b"IDAT", zlib.compress(data))
-        + png_chunk(b"IEND", b"")
-    )
-
-
 def test_16_bit_color_png(tmp_path):
     wide = np.dstack([WIDE, WIDE[::-1], WIDE[:, ::-1]])
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
-    np.testing.assert_array_equal(decoded(tmp_path, png(40, 24, 16, 2, rows)), wide >> 8)
+    np.testing.assert_array_equal(decoded(tmp_path, encoded_png(40, 24, 16, 2, rows)), wide >> 8)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
@@ -983,7 +969,7 @@ def test_damaged_headers_are_told_from_other_formats(tmp_path, head, kind):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"<html>" * 20, b"\0\0\0 ftypmif1" + bytes(50), png(0, 24, 8, 2, b"\0"), PNG[:30]]
+    "data", [b"", b"<html>" * 20, b"\0\0\0 ftypmif1" + bytes(50), encoded_png(0, 24, 8, 2, b"\0"), PNG[:30]]
 )
 def test_header_alone_gives_the_same_reason(tmp_path, data):
     why = rejection(tmp_path, data)
@@ -1004,15 +990,15 @@ def test_truncated_files_are_errors(tmp_path, kind):
 
 
 def test_decompression_bombs_are_rejected_by_their_header(tmp_path):
-    assert "3600000000 pixels" in rejection(tmp_path, png(60_000, 60_000, 8, 2, b""))
-    assert rejection(tmp_path, png(13_000, 10_000, 8, 2, b"")) == "130 megapixels, more than the limit of 100"
+    assert "3600000000 pixels" in rejection(tmp_path, encoded_png(60_000, 60_000, 8, 2, b""))
+    assert rejection(tmp_path, encoded_png(13_000, 10_000, 8, 2, b"")) == "130 megapixels, more than the limit of 100"
     assert rejection(tmp_path, PNG, max_pixels=959) == "0.00096 megapixels, more than the limit of 0.000959"
     (tmp_path / "x.jpg").write_bytes(PNG)
     assert PhotoSource(tmp_path, max_pixels=960).decode("x.jpg").pixels.shape == (24, 40, 3)
 
 
 def test_zero_sizes_are_errors(tmp_path):
-    assert rejection(tmp_path, png(0, 24, 8, 2, b"\0")).startswith(("cannot be decoded", "truncated"))
+    assert rejection(tmp_path, encoded_png(0, 24, 8, 2, b"\0")).startswith(("cannot be decoded", "truncated"))
     bmp = bytearray(encoded(scene(), "BMP"))
     bmp[18:22] = bytes(4)
     assert rejection(tmp_path, bytes(bmp))
