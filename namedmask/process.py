@@ -44,7 +44,8 @@ def prepare() -> None:
     - torch's C++ code logs errors only: its warnings about sockets say nothing to the user of a command.
     - Threads of OpenMP sleep where they wait for each other. They would spin, and a training on a CPU, whose photos are
       loaded by other threads, would lose cores to that.
-    - Pillow does not warn of unusual photos. (The line that libtiff itself prints for a damaged TIFF stays.)
+    - Pillow does not warn of unusual photos. (The line that libtiff itself prints for a damaged TIFF stays.) torch does
+      not warn of unusual weights: `weights.read` says what is wrong with them.
 
     Raises:
         UserError: If OMP_NUM_THREADS is malformed, or if the current folder has been removed.
@@ -52,7 +53,7 @@ def prepare() -> None:
     sys.stdout, sys.stderr = (_robust(stream) for stream in (sys.stdout, sys.stderr))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # libgomp reads it when torch is imported
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", module=r"PIL\.|torch\.(serialization|_utils|_weights_only_unpickler)$")
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints its warnings
     if not os.environ.get("OMP_NUM_THREADS", "").strip():
         os.environ.pop("OMP_NUM_THREADS", None)  # libgomp complains about an empty value

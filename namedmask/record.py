@@ -84,7 +84,8 @@ class Digests(dict[str, tuple[int, int, str]]):
                 if key not in self or self[key][:2] != stamp:
                     self[key] = (*stamp, sha256(file))
             elif key not in self:
-                raise UserError(f"{one.flag or one.name} {file}: there is no such file")
+                reason = "not a regular file" if file.exists() else "there is no such file"
+                raise UserError(f"{one.flag or one.name} {file}: {reason}")
             yield self[key][2]
 
 

@@ -132,6 +132,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             "torch.save(network.state_dict(), FILE) or with safetensors"
         )
     line = first_line(error)
+    if "PytorchStreamReader" in line or "inline_container" in line:
+        return "it is damaged, or a zip file that torch has not written"
     if "weights_only" in line or line.startswith("Weights only"):  # torch advises to switch the protection off
         return "it is damaged, or holds Python objects, not only tensors"
     return line
@@ -159,7 +161,7 @@ def load(
 
     Raises:
         UserError: If a tensor is missing, has another shape or a value that is not finite, or if the file has more
-            layers than the network. The network is unchanged then.
+            layers than the network, or more tensors in its layers. The network is unchanged then.
     """
     own = network.state_dict()
     names = {flat(name): name for name in own}
@@ -191,14 +193,16 @@ def expect(own: State, given: State, source: str, what: str, needed: Sequence[st
         needed: Names that must be among the given ones; None: all.
 
     Raises:
-        UserError: If a needed tensor is missing or has another shape, or if the file has more layers than the network.
+        UserError: If a needed tensor is missing or has another shape, or if the file has more layers than the network,
+            or more tensors in its layers, such as scales of quantized or adapted weights.
     """
     needed = list(own) if needed is None else needed
     absent = [name for name in needed if name not in given]
     misfits = [name for name in needed if name in given and not _fits(given[name], own[name])]
     layers = {_layer(name) for name in own}
+    modules = {name.partition(".")[0] for name in own if "." in name}
     unknown = [name for name in given if name not in own]
-    surplus = [name for name in unknown if _layer(name) in layers]
+    surplus = [name for name in unknown if _layer(name) in layers or _is_used(name, given[name], modules)]
     if not (absent or misfits or surplus):
         return
     faults = [f"it has {len(needed) - len(absent) - len(misfits)} of {len(needed)} tensors"]
@@ -257,6 +261,13 @@ def flat(name: str) -> str:
     return name.replace(".", "_")
 
 
+def _is_used(name: str, tensor: Tensor, modules: Collection[str]) -> bool:
+    """Whether a tensor that a network does not know takes part in what these modules of it compute: not a head, not a
+    table of integers such as BatchNorm's counters."""
+    parts = name.split(".")
+    return parts[0] in modules and tensor.is_floating_point() and not set(parts) & {*HEADS}
+
+
 def _layer(name: str) -> str:
     """A name without the numbers of layers."""
     return re.sub(r"(?<=_)\d+(?=_)", "*", flat(name))
@@ -292,7 +303,9 @@ def _fits(tensor: Tensor, own: Tensor) -> bool:
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    kinds = {"sparse": tensor.layout != torch.strided, "without values (meta)": tensor.is_meta}
+    kind = "".join(f"{name} " for name, is_it in kinds.items() if is_it)
+    return f"{kind}{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 # -- timm and open_clip ------------------------------------------------------------------------------------------------

@@ -46,6 +46,13 @@ def test_files_are_compared_by_content():
     assert StageRecord().differences(old) == ["detector.weights: None -> '/a'"]
 
 
+def test_what_is_no_file_is_named(tmp_path):
+    one = find_setting("detector.weights")
+    for path, reason in ((tmp_path, "not a regular file"), (tmp_path / "none", "there is no such file")):
+        with pytest.raises(UserError, match=f"^--detector-weights {path}: {reason}$"):
+            list(Digests().of(one, str(path)))
+
+
 def test_long_values_are_shortened():
     old, new = StageRecord({"categories": "x" * 58}), StageRecord({"categories": "y" * 59})
     assert old.differences(new) == [f"categories: {'x' * 58!r} -> '{'y' * 56}..."]
