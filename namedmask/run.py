@@ -174,11 +174,12 @@ def settle(
     _remove_stale(out)
     for stage in leftovers:
         remove_files(out, stage.own_files(out))
+    own = {stage.name: stage.own_files(out) for stage in replaced}  # before archive.json is gone, which names experts
     for stage in replaced:
         if stage.name in aside:
-            remove_files(out, stage.own_files(out))
+            remove_files(out, own[stage.name])
         else:
-            set_aside(out, stage.own_files(out))
+            set_aside(out, own[stage.name])
             settled.replaced = settled.replaced or RunRecord(record.photos)
             settled.replaced.stages[stage.name] = record.stages.get(stage.name, StageRecord())
     if outdated:
@@ -295,8 +296,8 @@ def _add_upstream(stage: StageRecord, earlier: Iterable[str], settled: RunRecord
 
 def _outdate(out: Path, record: RunRecord) -> None:
     """Moves the results of the stages in record.outdating to OUT/.outdated. Imported networks stay."""
-    for name in record.outdating:
-        files = STAGES[name].present_files(out)
+    own = {name: STAGES[name].present_files(out) for name in record.outdating}  # before archive.json is gone
+    for name, files in own.items():
         if IMPORTED in record.stages[name].made_with:
             files = [path for path in files if path.parts[len(out.parts)] != "experts"]
         set_outdated(out, files)

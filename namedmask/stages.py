@@ -77,6 +77,7 @@ class Stage:
                valid from OUT/.outdated
     done:      what to print at the end, with {out} for the run folder
     continues_imported: whether it accepts imported results of its own; else they can only be replaced
+    select:    of the files in a folder that `files` match, those that it has made
     """
 
     name: str
@@ -91,6 +92,7 @@ class Stage:
     outdated: Callable[[Path, RunConfig, PhotoSource], bool] = lambda out, config, source: False
     done: str = ""
     continues_imported: bool = False
+    select: Callable[[Path, list[Path]], list[Path]] = lambda folder, paths: paths
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -109,7 +111,7 @@ class Stage:
     def present_files(self, folder: Path) -> list[Path]:
         """The files below a folder that have names of its results. A folder of such a name is the user's."""
         paths = (path for pattern in self.files for path in sorted(folder.glob(pattern)))
-        return list(filter(is_file, paths))
+        return self.select(folder, list(filter(is_file, paths)))
 
     def outdated_files(self, out: Path) -> list[Path]:
         """The files from before an update."""
@@ -425,6 +427,22 @@ def _experts(ctx: Context) -> None:
     _finish(ctx)
 
 
+def _without_other_networks(folder: Path, paths: list[Path]) -> list[Path]:
+    """The files of the experts of a run folder, without networks of the user, such as a copy of an expert.
+
+    Without an archive, as in OUT/.replaced, all of them.
+    """
+    from .archive import read_archive
+    from .experts import SHARED, network_path
+
+    try:
+        categories = read_archive(folder / "archive.json").categories
+    except UserError:
+        return paths
+    known = {network_path(folder, name) for name in (*categories, SHARED)}
+    return [path for path in paths if path.suffix != ".safetensors" or path in known]
+
+
 def _finish(ctx: Context) -> None:
     """Reports the photos that a training could not use, when all workers have finished it."""
     ctx.worker.barrier(f"{ctx.progress.stage} is finished")
@@ -532,6 +550,7 @@ STAGES = {
             outdated=lambda out, config, source: True,  # its digests of the masks decide what it takes
             done="the experts' masks are in {out}/refined",
             continues_imported=True,
+            select=_without_other_networks,
         ),
         Stage(
             "train",

@@ -93,13 +93,20 @@ def test_files_of_the_user_survive_in_a_new_run_folder(world, tmp_path, name):
 
 
 def test_files_of_the_user_in_folders_of_a_run_survive(copy):
-    names = ["masks/notes.txt", "segmenter/notes.txt", "experts/mine/data.txt", "index/my.txt"]
+    names = [
+        "masks/notes.txt",
+        "segmenter/notes.txt",
+        "experts/mine/data.txt",
+        "experts/copy.safetensors",
+        "index/my.txt",
+    ]
     for name in names:
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text("precious")
     assert command("run", "--out", copy, "--overwrite").exit_code == 0
     assert all((copy / name).read_text() == "precious" for name in names)
-    assert not (copy / "segmenter" / "model.safetensors").exists() and not (copy / OLD).exists()
+    for ours in ("segmenter/model.safetensors", "experts/cat.safetensors", OLD):
+        assert not (copy / ours).exists(), ours
 
 
 def test_demo_takes_no_photos_of_the_user_for_its_own(tmp_path):

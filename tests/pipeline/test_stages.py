@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +59,11 @@ def test_files_of_each_stage(tmp_path):
         own = sorted(str(path.relative_to(tmp_path)) for path in stage.own_files(tmp_path))
         assert own == sorted(FILES[name]) and stage.name == name
         assert set(stage.outputs) == {file.partition("/")[0] for file in own}
+    archive = {"categories": ["cat"], "photos": {"cat": []}}  # whose experts are not all of these networks
+    (tmp_path / "archive.json").write_text(json.dumps(archive))
+    touch(tmp_path, "experts/shared.safetensors", "experts/copy.safetensors")
+    networks = [path.name for path in STAGES["experts"].own_files(tmp_path) if path.suffix == ".safetensors"]
+    assert networks == ["cat.safetensors", "shared.safetensors"]
     (tmp_path / "masks" / "00002.jsonl").symlink_to("00001.jsonl")
     assert tmp_path / "masks" / "00002.jsonl" in STAGES["pseudolabel"].own_files(tmp_path)
 
