@@ -50,7 +50,7 @@ from .config import ExpertTraining
 from .distributed import Worker
 from .errors import DamagedFile, UserError, counted, listed
 from .files import atomic_write, fitted, make_folder, outdated_folders, remove_empty, remove_stale
-from .mask_counts import check_mask_counts, show_mask_counts
+from .mask_counts import check_mask_counts, expect_listed, show_mask_counts
 from .masks import (
     RESIZED,
     EncodedMask,
@@ -250,13 +250,13 @@ def train_experts(
     if is_refined(out) and not (out / "masks").is_dir():
         progress.note = "done before"
         return
-    masks = list(read_masks(out / "masks"))
+    masks, categories = list(read_masks(out / "masks")), read_archive(out / "archive.json").categories
+    expect_listed(masks, categories, out / "masks")
     review = read_review(out)
     if worker.is_main:
         warn_of_others(out, review, (record.key for record in masks))
     selected = select(masks, settings.selection, review)
-    records = _by_category(masks, read_archive(out / "archive.json").categories)
-    training = _by_category(selected, list(records))
+    records, training = _by_category(masks, categories), _by_category(selected, categories)
     experts = _Experts(out, source, settings, records, training, worker, device, progress, imported, scorer)
     if worker.is_main and not imported:
         experts.warn_of_other_masks()
@@ -290,10 +290,10 @@ def train_experts(
 
 
 def _by_category(records: Iterable[MaskRecord], categories: Sequence[str]) -> dict[str, list[MaskRecord]]:
-    """The masks of each category, in order; of these categories at least."""
+    """The masks of each of these categories, in order."""
     grouped: dict[str, list[MaskRecord]] = {name: [] for name in categories}
     for record in records:
-        grouped.setdefault(record.category, []).append(record)
+        grouped[record.category].append(record)
     return grouped
 
 

@@ -55,7 +55,7 @@ def show_mask_counts(
             console.print(table)
         logger.info(capture.get().removesuffix("\n"))
     if few:
-        warn(f"{_some(few)} fewer than {FEW} usable masks")
+        warn(f"{_some(few)} fewer than {FEW} usable masks in {masks}")
 
 
 def check_mask_counts(
@@ -88,6 +88,16 @@ def check_mask_counts(
             remedy = f"train the experts again with other settings, delete {masks} to use the detector's masks"
     more = ", leave the categories out, or train without them with --allow-empty" if usable else ""
     raise UserError(f"{which}: {remedy}{more}")
+
+
+def expect_listed(records: Sequence[MaskRecord], categories: Sequence[str], masks: Path) -> None:
+    """Raises UserError if masks are of categories that the archive of their run does not list."""
+    if unknown := sorted({record.category for record in records} - set(categories)):
+        run = masks.parent
+        raise UserError(
+            f"{masks} has masks of {listed(unknown)}, which {run / 'archive.json'} does not list; make the masks again "
+            f"with `namedmask pseudolabel {run} --overwrite`"
+        )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -41,7 +41,7 @@ from ..distributed import Worker
 from ..errors import UserError, counted, listed
 from ..evaluate.metrics import Confusion
 from ..files import make_folder, name_digest
-from ..mask_counts import check_mask_counts
+from ..mask_counts import check_mask_counts, expect_listed
 from ..masks import Key, MaskRecord, best_masks, digest
 from ..photos import PhotoSource
 from ..progress import Progress, logger
@@ -96,8 +96,7 @@ def train_segmenter(
     records = list(current_masks(out, review))
     if not records:
         raise UserError(f"there are no masks in {masks}; make them with `namedmask-pseudolabel`")
-    if unknown := sorted({record.category for record in records} - set(categories)):
-        raise UserError(f"{masks} has masks of {listed(unknown)}, which {out / 'archive.json'} does not list")
+    expect_listed(records, categories, masks)
     label = {name: number for number, name in enumerate(categories, 1)}
     if worker.is_main:
         warn_of_others(out, review, (record.key for record in records))

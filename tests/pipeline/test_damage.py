@@ -144,6 +144,19 @@ def test_damaged_file_is_named_with_the_remedy(world, copy, file, monkeypatch):
                 shutil.copytree(world[0].parent / folder, folder)
 
 
+@pytest.mark.parametrize(("folder", "stage"), [("masks", "experts"), ("refined", "train")])
+def test_masks_of_categories_that_the_archive_does_not_list_are_named(copy, folder, stage):
+    path = copy / folder / "00000.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"category": "cat"', b'"category": "bird"', 1))
+    before = files_of(copy)
+    result = command(stage, copy, "--overwrite")
+    assert result.exit_code == 2 and errors(result) == [
+        f"namedmask: {copy / folder} has masks of bird, which {copy / 'archive.json'} does not list; make the masks "
+        f"again with `namedmask pseudolabel {copy} --overwrite`"
+    ]
+    assert files_of(copy) == before
+
+
 # What replaces a file: a folder, a pipe that nobody writes, a link to nowhere, a link to itself, nothing.
 REPLACEMENTS = {
     "folder": Path.mkdir,

@@ -28,7 +28,7 @@ def test_prints_the_usable_masks_of_each_category_and_warns_of_few(printing, cap
     assert list(map(str.split, table)) == [
         ["category", "masks", "selected", "usable"], ["[cat]", "15", "15", "12"], ["dog", "9", "9", "9"],
     ]  # fmt: skip
-    assert printed.err == "namedmask: warning: 'dog' has fewer than 10 usable masks\n"
+    assert printed.err == "namedmask: warning: 'dog' has fewer than 10 usable masks in out/masks\n"
     check_mask_counts(["[cat]", "dog"], masks, masks, Path("out/masks"), False, Worker(1, 2))
     assert capsys.readouterr() == ("", "")
 
