@@ -73,8 +73,9 @@ def expect_distinct(names: Iterable[str], where: str) -> None:
         if key == BACKGROUND:
             raise UserError(f"{where}: {name!r} is the name of class 0; choose another name")
         if key in known:
-            how = "is listed twice" if known[key] == name else f"and {known[key]!r} differ only in case or Unicode form"
-            raise UserError(f"{where}: the name {name!r} {how}")
+            if known[key] == name:
+                raise UserError(f"{where}: the name {name!r} is listed twice")
+            raise UserError(f"{where}: the names {name!r} and {known[key]!r} differ only in case or Unicode form")
         known[key] = name
 
 

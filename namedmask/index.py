@@ -620,5 +620,8 @@ def _usable(name: str, row: np.ndarray, place: str = "") -> np.ndarray | PhotoEr
 def _normalized(row: torch.Tensor) -> np.ndarray:
     """An embedding [d] of any floating-point format, L2-normalized, float32."""
     values = row.float().numpy()
+    largest = np.abs(values).max(initial=0)
+    if 0 < largest < 1e-12 or 1e12 < largest < np.inf:
+        values = values / largest  # else the squares may underflow or overflow
     with np.errstate(invalid="ignore"):  # rows that are not finite are errors of their own
         return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)

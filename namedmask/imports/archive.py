@@ -45,7 +45,8 @@ def import_archive(
     names = list(listing) if categories is None else list(categories)
     expect_distinct(names, str(file) if categories is None else "--categories")
     if absent := [name for name in names if not listing.get(name)]:
-        raise UserError(f"{file} lists no photos of {quoted(absent)}; its categories are {quoted(listing)}")
+        having = [name for name in listing if listing[name]]
+        raise UserError(f"{file} lists no photos of {quoted(absent)}; pass --categories, such as {quoted(having)}")
     source = open_source(photos)
     errors: list[ErrorRecord] = []
 
@@ -97,15 +98,16 @@ def read_listing(file: Path) -> Listing:
         UserError: If the file cannot be read or is something else.
     """
     try:
-        rows = _csv_rows(file) if file.suffix.lower() == ".csv" else _json_rows(read_json(file))
-        listing: Listing = {}
-        for where, name, photo, score in rows:
+        is_csv = file.suffix.lower() == ".csv"
+        data = None if is_csv else _without_order(read_json(file))
+        listing: Listing = {name: [] for name in data} if isinstance(data, dict) else {}
+        for where, name, photo, score in _csv_rows(file) if is_csv else _json_rows(data):
             if not isinstance(name, str) or not isinstance(photo, str) or not photo.strip():
                 raise ValueError(f"{where}: expected a category name and the path of a photo, got {name!r}, {photo!r}")
             listing.setdefault(name, []).append(Retrieved(photo, _score(score, where)))
     except (OSError, ValueError, csv.Error) as error:
         raise unreadable(file, error) from None
-    if not listing:
+    if not any(listing.values()):
         raise UserError(f"{file} lists no photos")
     return listing
 
@@ -132,6 +134,12 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Any, Any, Any]]:
             yield where, row[named] and row[named].strip(), row[columns["photo"]], score or None
 
 
+def _without_order(data: Any) -> Any:
+    """The photos of an archive.json, which also lists the order of its categories; other data as they are."""
+    is_archive = isinstance(data, dict) and set(data) == {"categories", "photos"} and isinstance(data["photos"], dict)
+    return data["photos"] if is_archive else data
+
+
 def _json_rows(data: Any) -> Iterator[tuple[str, Any, Any, Any]]:
     if isinstance(data, list):
         for number, entry in enumerate(data):
@@ -139,8 +147,6 @@ def _json_rows(data: Any) -> Iterator[tuple[str, Any, Any, Any]]:
                 raise ValueError(f"entry {number}: expected an object with name, photo and score, got {entry!r:.60}")
             yield f"entry {number}", entry.get("name", entry.get("category")), entry.get("photo"), entry.get("score")
         return
-    if isinstance(data, dict) and set(data) == {"categories", "photos"} and isinstance(data["photos"], dict):
-        data = data["photos"]
     if not isinstance(data, dict) or not all(isinstance(entries, list) for entries in data.values()):
         raise ValueError("expected {category: [path, ...]}, or a list of objects with name, photo and score")
     for name, entries in data.items():

@@ -179,6 +179,11 @@ def test_paths_match_the_photos_with_the_longest_common_end():
         ("a.json", "[" * 100_000, "nested"),
         ("a.json", "[]", "lists no photos"),
         ("a.json", '{"cat": []}', "lists no photos"),
+        (
+            "a.json",
+            '{"cat": [], "dog": ["n01_0.JPEG"]}',
+            "no photos of 'cat'; pass --categories, such as 'dog'",
+        ),
         ("a.json", '{"cat": "n01_0.JPEG"}', "expected {category"),
         ("a.json", '{"cat": [7]}', "category 'cat', entry 0"),
         ("a.json", '{"cat": [["n01_0.JPEG"]]}', "category 'cat', entry 0"),

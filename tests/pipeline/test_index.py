@@ -442,9 +442,9 @@ def test_rows_with_a_direction():
         ([-1, 0], True),
     ):
         assert is_direction(np.array(row)) == usable
-    tiny = torch.tensor([3e-20, 4e-20])
-    np.testing.assert_allclose(_normalized(tiny), tiny.numpy() / 1e-12)
-    np.testing.assert_allclose(_normalized(torch.tensor([3.0, 4.0])), [0.6, 0.8], rtol=1e-6)
+    for scale in (1e-20, 1, 1e30):
+        np.testing.assert_allclose(_normalized(torch.tensor([3.0, 4.0]) * scale), [0.6, 0.8], rtol=1e-6)
+    assert not _normalized(torch.zeros(2)).any()
 
 
 @pytest.mark.parametrize(
@@ -522,6 +522,17 @@ def test_embeddings_of_any_floating_point_format(dtype, tmp_path):
     np.testing.assert_allclose(np.stack(rows), expected, atol=1e-6)
     expected = torch.nn.functional.normalize(text.float(), dim=1)
     np.testing.assert_allclose(embeddings.texts(["cat", "dog"], []), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 1e38])
+def test_embeddings_of_any_length_are_normalized(scale, tmp_path):
+    """Also where the squares of float32 would underflow or overflow."""
+    image, text = torch.randint(1, 4, (3, 8)).float(), torch.randint(1, 4, (2, 8)).float()
+    embeddings = write_embeddings(tmp_path / "e.safetensors", image * (scale / 4), text * (scale / 4))
+    rows = [row for _, row in embeddings.images(None, [["0.jpg", "1.jpg", "2.jpg"]])]
+    np.testing.assert_allclose(np.stack(rows), torch.nn.functional.normalize(image, dim=1), rtol=1e-4)
+    expected = torch.nn.functional.normalize(text, dim=1)
+    np.testing.assert_allclose(embeddings.texts(["cat", "dog"], []), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
