@@ -38,7 +38,7 @@ from ..archive import read_archive
 from ..backbones import load_encoder
 from ..config import DeepLabTraining, SegmenterTraining
 from ..distributed import Worker
-from ..errors import UserError, counted, listed
+from ..errors import UserError, counted
 from ..evaluate.metrics import Confusion
 from ..files import make_folder, name_digest
 from ..mask_counts import check_mask_counts, expect_listed

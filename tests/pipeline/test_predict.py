@@ -186,7 +186,11 @@ def test_accepts_arrays_pil_images_and_paths(weights, tmp_path):
     with pytest.raises(ValueError, match="expected an image with pixels, got 0 x 5"):
         segmenter(Image.new("RGB", (0, 5)))
     (tmp_path / "text.png").write_text("hello")
-    for name, reason in (("none.png", "no such file"), ("gone/a.png", "no such file"), ("text.png", "not an image: text")):
+    for name, reason in (
+        ("none.png", "no such file"),
+        ("gone/a.png", "no such file"),
+        ("text.png", "not an image: text"),
+    ):
         with pytest.raises(PhotoError, match=f"'{tmp_path / name}': {reason}"):
             segmenter(tmp_path / name)
     for precision in ("bf16", "float16", "int8"):
