@@ -48,11 +48,11 @@ def bench(name: str, limit: float, *arguments: str) -> Part:
 ENGINE = "bench/bench_engine.py"
 ON_GPU = [
     bench("labeling", 100, ENGINE, "-k", "labeling"),
-    bench("extract", 40, ENGINE, "-k", "extract"),
+    bench("extract", 50, ENGINE, "-k", "extract"),
     bench("index", 60, ENGINE, "-k", "index"),
-    bench("command", 40, ENGINE, "-k", "command"),
+    bench("command", 50, ENGINE, "-k", "command"),
     # Processes with as many threads as there are cores would wait for each other.
-    Part("tests", 120, ("env", "OMP_NUM_THREADS=1", *PYTEST, "tests/kernels", "-n", "14", "--junitxml={junit}")),
+    Part("tests", 100, ("env", "OMP_NUM_THREADS=1", *PYTEST, "tests/kernels", "-n", "14", "--junitxml={junit}")),
     bench("operators", 90, "bench", "-k", "gpu and not extract"),
     Part("pipeline", 60, (*PYTEST, "tests/pipeline", "-k", "on_a_gpu or cuda", "--junitxml={junit}")),
 ]

@@ -3,6 +3,9 @@
 
 import importlib.util
 import json
+import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +51,23 @@ def test_parts_that_fail_or_take_too_long_do_not_end_the_check(monkeypatch, tmp_
     assert (tmp_path / "tables.md").read_text() == "table\n"
     assert tool.check(parts[3:], tmp_path, {}) and not tool.check(parts[3:], tmp_path, {}, limit=0)
     assert "not run" in capsys.readouterr().out
+
+
+def test_an_interrupted_bench_keeps_what_was_measured_before(tmp_path):
+    for name in ("conftest.py", "common.py"):
+        shutil.copy(TOOL.parents[1] / "bench" / name, tmp_path)
+    (tmp_path / "test_benches.py").write_text(
+        "import os, signal\n"
+        "def test_fast(benchmark): benchmark(len, ())\n"
+        "def test_interrupted(benchmark): benchmark.pedantic(os.kill, (os.getpid(), signal.SIGINT))\n"
+    )
+    command = [sys.executable, "-m", "pytest", tmp_path, "-p", "no:cacheprovider"]
+    command += ["--benchmark-json=a.json", "--results=a.md"]
+    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  ignored in background jobs
+    done = subprocess.run(command, cwd=tmp_path, preexec_fn=restore, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout  # interrupted
+    (measured,) = json.loads((tmp_path / "a.json").read_text())["benchmarks"]
+    assert measured["name"] == "test_fast" and (tmp_path / "a.md").exists()
 
 
 def test_every_file_that_the_check_runs_exists(monkeypatch):
