@@ -315,7 +315,8 @@ def as_float(op: str, name: str, value: object) -> float:
     if type(value) is float:
         return value
     try:
-        if not hasattr(value, "__float__"):  # strings
+        # Not a string. torch.compile before torch 2.14 cannot ask a symbolic integer for its attributes.
+        if not isinstance(value, int) and not hasattr(value, "__float__"):
             raise TypeError
         return float(cast(Any, value))
     except OverflowError:
