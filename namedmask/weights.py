@@ -34,6 +34,8 @@ MAX_SHARING = 4
 AVERAGED = re.compile(r"(?<![a-z])(teacher|ema)(?![a-z])", re.IGNORECASE)  # of two copies, the better one
 MAX_CANDIDATES = 16
 
+# Buffers that networks compute themselves, or that profilers (thop) leave in a file.
+CONSTANTS = ("attn_mask", "filt", "total_ops", "total_params")
 HEADS = ("head", "head_dist", "fc", "fc_norm", "classifier", "attn_pool")  # of timm's models; not used here
 
 
@@ -263,9 +265,9 @@ def flat(name: str) -> str:
 
 def _is_used(name: str, tensor: Tensor, modules: Collection[str]) -> bool:
     """Whether a tensor that a network does not know takes part in what these modules of it compute: not a head, not a
-    table of integers such as BatchNorm's counters."""
+    constant, not a table of integers such as BatchNorm's counters."""
     parts = name.split(".")
-    return parts[0] in modules and tensor.is_floating_point() and not set(parts) & {*HEADS}
+    return parts[0] in modules and tensor.is_floating_point() and not set(parts) & {*HEADS, *CONSTANTS}
 
 
 def _layer(name: str) -> str:

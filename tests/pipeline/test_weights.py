@@ -497,6 +497,8 @@ def test_more_layers_are_told_from_other_names():
         ("blocks.head.weight", torch.ones(1), False),
         ("decoder.0.weight", torch.ones(1), False),  # of a pretraining task
         ("mask_token", torch.ones(1), False),
+        ("blocks.0.attn.attn_mask", torch.ones(1), False),
+        ("blocks.0.attn.qkv.total_ops", torch.ones(1).double(), False),  # of a profiler
     ],
 )
 def test_more_tensors_in_the_layers_of_a_network_do_not_fit(name, tensor, is_used):
