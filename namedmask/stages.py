@@ -102,7 +102,7 @@ class Stage:
     def has_results(self, out: Path) -> bool:
         """Whether `out` has results of it, present ones or those from before an update."""
         folders = (out, *outdated_folders(out))
-        return any(next(folder.glob(pattern), None) is not None for folder in folders for pattern in self.finished)
+        return any(self.select(folder, list(folder.glob(pattern))) for folder in folders for pattern in self.finished)
 
     def own_files(self, out: Path) -> list[Path]:
         """The files below `out` that it has made, those from before an update included."""

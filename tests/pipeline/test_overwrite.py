@@ -20,6 +20,7 @@ from namedmask.files import OLD
 from namedmask.formats import write_label_map
 from namedmask.record import read_record
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
+from namedmask.stages import STAGES
 from small_world import ENCODER, command, draw_photo, draw_photos, files_of, small_run, write_embeddings
 
 
@@ -107,6 +108,7 @@ def test_files_of_the_user_in_folders_of_a_run_survive(copy):
     assert all((copy / name).read_text() == "precious" for name in names)
     for ours in ("segmenter/model.safetensors", "experts/cat.safetensors", OLD):
         assert not (copy / ours).exists(), ours
+    assert not STAGES["experts"].has_results(copy)  # although there is a network in its folder
 
 
 def test_demo_takes_no_photos_of_the_user_for_its_own(tmp_path):
