@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Names are kept byte by byte: pathlib would normalize them ("./a", "a//b"), and it is slow for millions of names.
-# ruff: noqa: PTH110, PTH112, PTH113, PTH116, PTH118, PTH120, PTH123
+# ruff: noqa: PTH110, PTH112, PTH113, PTH116, PTH118, PTH119, PTH120, PTH123
 """Sources of photos.
 
 A `PhotoSource` is a folder, a list file or one or many tars, here or at a URL. It streams the names of its photos in a
@@ -368,7 +368,9 @@ class PhotoSource:
             lines_repeat = "1 line repeats an earlier one" if repeats == 1 else f"{repeats} lines repeat earlier ones"
             if shortened:
                 lines_repeat += " (names leave out parameters of URLs that may be secret)"
-            on_error(RepeatedPhotos(self.path, f"{lines_repeat}, such as {example!r}; each photo is used once"))
+            path = path_part(clean_url(self.path)) if is_url(self.path) else self.path
+            own = os.path.basename(path)  # without its folder: a list may move together with its photos
+            on_error(RepeatedPhotos(own, f"{lines_repeat}, such as {example!r}; each photo is used once"))
 
     def _file_names(self, name: str, on_error: Callable[[PhotoError], None]) -> Iterator[str]:
         """The names of a file in a folder or a list: its own, or those of the members of a shard."""

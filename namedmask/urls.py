@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"<>]*[^\s\"<>)\]'.,:;]")
 _SECRET = re.compile(  # names of parameters that carry a signature, a key or a password, or change with it
     r"(x-(amz|goog|oss|ms|cos|obs|tos)-.*|(.*[-_])?(sig(n|nature)?|sas|pass|passphrase|passcode|pwd)"
-    r"|.*(token|auth|secret|passw|credential|hmac|jwt|bearer|hdnt|hdnea).*|.*key([-_]?(pair[-_]?)?id)?"
+    r"|.*(token|auth|secret|passw|credential|hmac|jwt|bearer|hdnt|hdnea).*"
+    r"|(.*([-_]|api|access|private|account|storage|subscription|resource|rl))?key([-_]?(pair[-_]?)?id)?"
     r"|.*sess(ion)?[-_]?id|policy|expires|googleaccessid)",
     re.IGNORECASE,
 )
-_KEY_AS_CODE = re.compile(r"code=.{32,}", re.IGNORECASE)  # of Azure Functions; a shorter code may name a photo
+_KEY_AS_CODE = re.compile(r"code=.{36,}", re.IGNORECASE)  # of Azure Functions; a shorter code may name a photo
 _AZURE = {"se", "sp", "sv", "sr", "st", "spr", "skoid", "sktid", "skt", "ske", "sks", "skv", "sip", "ss", "srt"}
 _LOCAL = {"file", "local", "dir"}
 # What a list that is itself at a URL may name.

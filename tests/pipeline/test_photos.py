@@ -168,7 +168,7 @@ def test_list_keeps_its_lines(tmp_path):
     assert names == ["../b.jpg", "odd", "../s.tar/m.jpg", "gone.jpg"]
     assert names_and_errors(source.path) == (
         names,
-        [(source.path, f"3 lines repeat earlier ones, such as '{tmp_path}/b.jpg'; each photo is used once")],
+        [("l.txt", f"3 lines repeat earlier ones, such as '{tmp_path}/b.jpg'; each photo is used once")],
     )
     for name in names[:-1]:
         assert source.decode(name).pixels.shape == (24, 40, 3)
@@ -180,7 +180,7 @@ def test_list_with_a_byte_order_mark_and_one_repeated_line(tmp_path):
     path = str(tmp_path / "l.txt")
     assert names_and_errors(path) == (
         ["a.jpg", "\ufeffb.jpg"],
-        [(path, "1 line repeats an earlier one, such as 'a.jpg'; each photo is used once")],
+        [("l.txt", "1 line repeats an earlier one, such as 'a.jpg'; each photo is used once")],
     )
 
 

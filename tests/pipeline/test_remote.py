@@ -28,6 +28,7 @@ SECRET = "s3cr3t"
 SECRETS = ["pwd", "db_pwd", "pass", "passphrase", "Password", "jwt", "id_token", "bearer", "sign", "sas", "hdnea"]
 SECRETS += ["hmac", "rlkey", "resourcekey", "AWSAccessKeyId", "PHPSESSID", "session_id", "X-Tos-Signature"]
 PUBLIC = ["code=7", "design=7", "page=7", "compass=7", "sign_id=7", "id=monkey", "q=author", "id=token"]
+PUBLIC += ["imageKey=7", "objectkey=7", "monkey=7", f"code={32 * '7'}"]
 
 
 class Server(ThreadingHTTPServer):
@@ -532,7 +533,7 @@ def test_lists_of_urls(server, tmp_path, where):
         "http://127.0.0.1/u.png",
         "file:///etc/passwd.png",
         *([] if where == "here" else [lines[-1]]),
-        path,
+        "list.txt",
     ]
     assert "user name or password" in errors[0][1] and "file:// is not read" in errors[1][1]
     repeated = "1 line repeats an earlier one (names leave out parameters of URLs that may be secret), such as "

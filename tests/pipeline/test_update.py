@@ -282,6 +282,20 @@ def test_what_cannot_be_listed_is_noticed(class_folders, name, content, world, t
     assert results(out) == results(tmp_path / "all")
 
 
+def test_a_list_with_repeated_lines_moves(world, tmp_path):
+    """An update after it changes nothing."""
+    first, second, out = tmp_path / "a", tmp_path / "b", tmp_path / "out"
+    shutil.copytree(world.photos, first)
+    names = [path.name for path in sorted(first.iterdir())]
+    (first / "list.txt").write_text("\n".join([*names, names[0]]))
+    words = [*world.words[2:], "cat", "--out", out]
+    succeed("run", first / "list.txt", *words)
+    before = {path: path.stat().st_mtime_ns for path in (out / "masks").iterdir()}
+    first.rename(second)
+    succeed("run", second / "list.txt", *words, "--update")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 def test_run_moves_between_machines(world, tmp_path):
     """Photos, weights and embeddings lie elsewhere then; their old paths do not exist."""
     out = world.copy("all", tmp_path / "out")
