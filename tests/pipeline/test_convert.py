@@ -485,7 +485,7 @@ def test_selection_and_review_choose_masks(run, records, truth, tmp_path):
     with (reviewed / "review.jsonl").open("a") as file:
         file.write('{"photo": "a.png", "category": "cta", "verdict": "reject"}\n')
     warned = command("convert", reviewed, "--to", "coco", "--out", tmp_path / "warned")
-    assert warned.exit_code == 0 and "1 of 3 verdicts are about no mask, such as 'a.png' (cta)" in warned.stderr
+    assert warned.exit_code == 0 and "verdicts about no mask: 1 of 3, such as 'a.png' (cta)" in warned.stderr
     written = convert(reviewed, "coco", tmp_path / "rejected")
     assert (written.left_out, written.rejected) == (0, 1)
     assert "rejected by the review: 1 mask" in describe(written, "coco", tmp_path / "rejected")
