@@ -63,6 +63,11 @@ ON_CPU = [
 ]
 
 
+def _restore_sigint() -> None:
+    """Lets a part be interrupted even if this process is a background job, whose shell makes it ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_part(part: Part, folder: Path, limit: float) -> dict:
     """Runs a part; its output is folder/NAME.txt. Returns its entry of the report."""
     files = {name: folder / f"{part.name}.{ext}" for name, ext in RESULTS.items()}
@@ -71,7 +76,9 @@ def run_part(part: Part, folder: Path, limit: float) -> dict:
     began = time.monotonic()
     command = [word.format(**files) for word in part.command]
     with (folder / f"{part.name}.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_restore_sigint
+        )
         grace = min(GRACE, limit / 3)
         try:
             outcome = {0: "passed"}.get(code := process.wait(limit - grace), f"exit code {code}")

@@ -397,7 +397,7 @@ def test_one_source_of_names(calls, monkeypatch):
     assert result.exit_code == 2 and "--preset p has no category names" in result.stderr
     Path("names.txt").write_text("cat\nCat\n")
     result = invoke("evaluate", "a", "b", "--categories-file", "names.txt")
-    assert result.exit_code == 2 and "--categories-file names.txt: the name 'Cat'" in result.stderr
+    assert result.exit_code == 2 and "--categories-file names.txt: the names 'Cat'" in result.stderr
 
 
 @pytest.mark.parametrize("text", ["", " , "])

@@ -248,7 +248,7 @@ def test_save_and_load(tmp_path):
         load_segmenter(path)
     loaded, _ = load_segmenter(path, ["a", "b"], TINY)  # only weights, like the authors' files
     assert torch.equal(loaded(photos), network(photos))
-    with pytest.raises(UserError, match="has 3 classes, but 1 categories"):
+    with pytest.raises(UserError, match="has 3 classes, but 1 category"):
         load_segmenter(path, ["a"], TINY)
     with pytest.raises(UserError, match="does not fit encoder 'resnet10t'"):
         load_segmenter(path, ["a", "b"], "resnet10t")

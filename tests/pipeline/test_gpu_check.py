@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -64,7 +65,8 @@ def test_an_interrupted_bench_keeps_what_was_measured_before(tmp_path):
     command = [sys.executable, "-m", "pytest", tmp_path, "-p", "no:cacheprovider"]
     command += ["--benchmark-json=a.json", "--results=a.md"]
     restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  ignored in background jobs
-    done = subprocess.run(command, cwd=tmp_path, preexec_fn=restore, capture_output=True, text=True)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=tmp_path, env=own, preexec_fn=restore, capture_output=True, text=True)
     assert done.returncode == 2, done.stdout  # interrupted
     (measured,) = json.loads((tmp_path / "a.json").read_text())["benchmarks"]
     assert measured["name"] == "test_fast" and (tmp_path / "a.md").exists()

@@ -105,4 +105,4 @@ def test_wrong_number_of_names_is_named_for_every_command(released, tmp_path):
         ["export", released / "namedmask.pt", "--onnx", tmp_path / "model.onnx"],
     ):
         done = command(*words, *names)
-        assert done.exit_code == 2 and "has 3 classes, but 1 categories" in done.output, done.output
+        assert done.exit_code == 2 and "has 3 classes, but 1 category" in done.output, done.output

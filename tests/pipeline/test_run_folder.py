@@ -241,7 +241,7 @@ def test_categories_and_embeddings_are_checked(tmp_path, photos):
     (tmp_path / "list.txt").write_text("photos/cat/0.jpg")
     for source, stages, values, message in (
         (tmp_path / "list.txt", ["archive"], {}, "is not a folder of class folders: pass --categories"),
-        (photos, ["index"], {"categories": ["cat", "CAT"]}, "--categories: the name 'CAT'"),
+        (photos, ["index"], {"categories": ["cat", "CAT"]}, "--categories: the names 'CAT' and 'cat'"),
         (photos, ["index"], {"index": {"embeddings": "e", "clip_weights": "w"}}, "pass --embeddings or --clip-weights"),
     ):
         config = make_config({"photos": str(source), **values})
