@@ -17,7 +17,6 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
 sys.excepthook = _excepthook
 
 # ruff: noqa: E402
-from collections.abc import Callable
 from importlib.util import find_spec
 from types import TracebackType
 
@@ -43,35 +42,24 @@ PIPELINE_MODULES = (
 
 def main() -> None:
     """The command `namedmask`."""
-
-    def run() -> None:
-        _require_pipeline("namedmask")
-        from .cli import main
-
-        main()
-
-    _run(run)
+    _run("namedmask")
 
 
 def main_pseudolabel() -> None:
-    """The command `namedmask-pseudolabel`."""
-
-    def run() -> None:
-        _require_pipeline("namedmask-pseudolabel")
-        from .cli import main_pseudolabel
-
-        main_pseudolabel()
-
-    _run(run)
+    """The command `namedmask-pseudolabel`, another name of `namedmask run`."""
+    _run("namedmask-pseudolabel")
 
 
-def _run(command: Callable[[], None]) -> None:
+def _run(command: str) -> None:
     """Runs a command in a prepared process. An interruption or a wrong environment is one line on stderr."""
     try:
         process.handle_signals()
         process.prepare()
         try:
-            command()
+            _require_pipeline(command)
+            from .cli import app, pseudolabel_app
+
+            (app if command == "namedmask" else pseudolabel_app)()
         finally:
             process.expect_output()
     except process.Interrupted as interrupted:

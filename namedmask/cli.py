@@ -229,13 +229,3 @@ def _options(
     ] = False,
 ) -> None:
     """Segmentation masks from photos and category names, without labeled pixels."""
-
-
-def main() -> None:
-    """The command `namedmask`."""
-    app()
-
-
-def main_pseudolabel() -> None:
-    """The command `namedmask-pseudolabel`, another name of `namedmask run`."""
-    pseudolabel_app()

@@ -28,7 +28,7 @@ def test_help_imports_nothing_heavy():
     """What keeps --help under half a second; the time itself is not tested, since timed tests fail by chance."""
     code = (
         "import sys, namedmask.cli as c\n"
-        "try: c.main()\nexcept SystemExit: pass\n"
+        "try: c.app()\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'timm', 'open_clip', 'scipy', 'PIL', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)

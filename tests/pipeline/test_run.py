@@ -307,7 +307,7 @@ def peak_memory(*arguments) -> int:
         "import atexit, re, namedmask.cli as c, namedmask.estimate as e\n"
         "e.LONG['cpu'] = 10**9\n"  # no estimate, whose memory is its own
         "atexit.register(lambda: print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]))\n"
-        "c.main_pseudolabel()"
+        "c.pseudolabel_app()"
     )
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, check=True)
     return int(done.stdout.split()[-1])
