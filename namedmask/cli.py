@@ -25,9 +25,9 @@ from .command_line import (
     Debug,
     command,
     command_with_settings,
+    flags_of,
     given_settings,
     names_of,
-    variable,
 )
 from .commands.convert import convert
 from .commands.estimate import estimate
@@ -46,7 +46,7 @@ from .commands.options import (
 )
 from .commands.segment import segment
 from .commands.stages import run_labeling, stage_command
-from .config import find_setting, make_config, merge
+from .config import make_config, merge
 from .process import Interrupted
 from .stages import STAGES
 
@@ -164,13 +164,14 @@ def demo(
 
 app.add_typer(import_app, name="import", help="Import archives, masks, experts or embeddings.")
 
-FETCHED = ("index.clip_model", "detector.name", "detector.backbone", "detector.more_backbones", "segmenter.encoder")
+FETCH_FLAGS = flags_of(
+    ("index.clip_model", "detector.name", "detector.backbone", "detector.more_backbones", "segmenter.encoder")
+)
 
 
 def _fetch(config: Config = None, set_: Set = None, **options: str | None) -> None:
-    given = {one: options[variable(one)] for one in map(find_setting, FETCHED) if options.get(variable(one))}
     sections = [section for stage in STAGES.values() for section in stage.sections]
-    values = given_settings(sections, config, set_ or [], given)
+    values = given_settings(sections, config, set_ or [], FETCH_FLAGS, options)
     for trained, source, name in (("saliency", "detector", "backbone"), ("experts", "segmenter", "encoder")):
         if name in values.get(source, {}):  # unless the training is given another model, it uses the same one
             values = merge({trained: {name: values[source][name]}}, values)
@@ -181,7 +182,7 @@ def _fetch(config: Config = None, set_: Set = None, **options: str | None) -> No
 
 
 app.command("fetch", help="Download the weights of models before they are needed.")(
-    command_with_settings(_fetch, map(find_setting, FETCHED))
+    command_with_settings(_fetch, FETCH_FLAGS)
 )
 
 

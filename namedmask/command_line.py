@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,38 +98,34 @@ def give_signature(function: Callable, parameters: dict[str, tuple[Any, Any]]) -
     function.__annotations__ = {name: annotation for name, (annotation, _) in parameters.items()}
 
 
-def command_with_settings(function: Callable, generated: Iterable[Setting]) -> Callable:
-    """A command with the parameters of a function as options, and one for each of the settings, in its **options."""
+def command_with_settings(function: Callable, flags: dict[str, Setting]) -> Callable:
+    """A command with the parameters of a function as options, and one for each of the flags, in its **options."""
     wrapper = command(function)
     own = {
         name: (one.annotation, one.default)
         for name, one in signature(function, eval_str=True).parameters.items()
         if one.kind is not Parameter.VAR_KEYWORD
     }
-    options = options_of(generated)
+    options = options_of(flags)
     first = {name: one for name, one in own.items() if name not in options}
     give_signature(wrapper, {**first, **options, "debug": (Debug, False)})
     return wrapper
 
 
-def options_of(generated: Iterable[Setting]) -> dict[str, tuple[Any, Any]]:
-    """The parameters of settings that have a flag, as give_signature takes them, and --categories-file."""
+def options_of(flags: dict[str, Setting]) -> dict[str, tuple[Any, Any]]:
+    """The parameters of flags, as give_signature takes them, and --categories-file."""
     parameters: dict[str, tuple[Any, Any]] = {}
-    for one in generated:
-        parameters[variable(one)] = option(one), None
-        if one.name == "categories":
+    for name, one in flags.items():
+        parameters[name] = option(one), None
+        if name == "categories":
             parameters["categories_file"] = CategoriesFile, None
     return parameters
 
 
-def flags_of(sections: Sequence[str]) -> dict[str, Setting]:
-    """The settings of sections that have a flag, by the name of its parameter."""
-    return {variable(one): one for one in settings() if one.flag and one.name.split(".")[0] in sections}
-
-
-def variable(one: Setting) -> str:
-    """The name of the parameter of a setting's flag."""
-    return (one.flag or "").lstrip("-").replace("-", "_")
+def flags_of(names: Sequence[str]) -> dict[str, Setting]:
+    """The settings with these names, or in these sections, that have a flag, by the name of its parameter."""
+    found = [one for one in settings() if one.name in names or one.name.split(".")[0] in names]
+    return {one.flag.lstrip("-").replace("-", "_"): one for one in found if one.flag}
 
 
 def option(one: Setting) -> Any:
@@ -145,8 +141,14 @@ def option(one: Setting) -> Any:
     return Annotated[kind | None, typer.Option(one.flag, metavar=one.metavar, help=text)]
 
 
-def given_settings(sections: list[str], config: Path | None, pairs: list[str], options: dict[Setting, Any]) -> dict:
-    """The nested settings that a command line gives: --config, over it --set, over it options.
+def given_settings(
+    sections: Sequence[str],
+    config: Path | None,
+    pairs: list[str],
+    flags: dict[str, Setting],
+    options: dict[str, Any],
+) -> dict:
+    """The nested settings that a command line gives: --config, over it --set, over it the options that are not None.
 
     Raises UserError for names that do not exist, for values that do not fit, and for --set of what no stage of the
     command reads; a file may hold the settings of other stages too.
@@ -160,8 +162,9 @@ def given_settings(sections: list[str], config: Path | None, pairs: list[str], o
         if one.name.split(".")[0] not in sections:
             raise UserError(f"--set {one.name}: this command does not read it; it reads {', '.join(sections)}")
         flat[one.name] = one.parse(text.strip())
-    for one, value in options.items():
-        flat[one.name] = value if isinstance(value, bool) else one.parse(value)
+    for name, value in options.items():
+        if value is not None:
+            flat[flags[name].name] = value if isinstance(value, bool) else flags[name].parse(value)
     if "categories" in flat:
         _expect_names(flat["categories"], "--categories")
     return merge(read_settings(config) if config else {}, nest(flat))

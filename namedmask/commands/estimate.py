@@ -49,10 +49,8 @@ def _estimate(
     set_: Set = None,
     **options: str | None,
 ) -> None:
-    chosen = {ESTIMATE_FLAGS[name]: text for name, text in options.items() if text is not None}
-    given = with_names(
-        given_settings(ESTIMATED, config, set_ or [], chosen), options.get("categories"), categories_file
-    )
+    given = given_settings(ESTIMATED, config, set_ or [], ESTIMATE_FLAGS, options)
+    given = with_names(given, options.get("categories"), categories_file)
     if preset is not None:
         from .. import presets
 
@@ -85,4 +83,4 @@ def _estimate(
     print(found.table())
 
 
-estimate = command_with_settings(_estimate, ESTIMATE_FLAGS.values())
+estimate = command_with_settings(_estimate, ESTIMATE_FLAGS)

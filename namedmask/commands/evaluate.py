@@ -104,8 +104,7 @@ def _evaluate(
 
     predictions = predictions and local_weights(predictions)
     show: Callable[[dict], None] = print_table
-    given = {DETECTION_FLAGS[name]: text for name, text in options.items() if text is not None}
-    values = given_settings(list(DETECTION), config, set_ or [], given)
+    values = given_settings(DETECTION, config, set_ or [], DETECTION_FLAGS, options)
     if preset is not None and predictions is None:
         from .. import presets
 
@@ -158,4 +157,4 @@ def _evaluate(
     show(figures)
 
 
-evaluate = command_with_settings(_evaluate, DETECTION_FLAGS.values())
+evaluate = command_with_settings(_evaluate, DETECTION_FLAGS)

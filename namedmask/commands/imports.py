@@ -16,11 +16,11 @@ from ..command_line import (
     Debug,
     command,
     command_with_settings,
+    flags_of,
     given_settings,
     names_of,
-    variable,
 )
-from ..config import find_setting, make_config
+from ..config import make_config
 from ..errors import counted
 from .options import PHOTOS_HELP, EncoderName, Out, Overwrite, PresetNames
 
@@ -120,15 +120,14 @@ def _import_embeddings(
 ) -> None:
     from ..imports.embeddings import import_embeddings
 
-    clip = {one: options[variable(one)] for one in map(find_setting, CLIP) if options.get(variable(one))}
-    config = make_config({"photos": "", **given_settings(["index"], None, [], clip)})
+    config = make_config({"photos": "", **given_settings(["index"], None, [], CLIP_FLAGS, options)})
     names = names_of(categories, categories_file, preset) or []
     count = import_embeddings(path, out, photos, names, config.index, allow_pickle, overwrite)
     texts = counted(len(names), "category") if names else "no category; pass --categories to add their text embeddings"
     print(f"{out}: embeddings of {counted(count, 'photo')} and {texts}")
 
 
-CLIP = ("index.clip_model", "index.clip_weights")
+CLIP_FLAGS = flags_of(("index.clip_model", "index.clip_weights"))
 import_app.command("embeddings", help="Convert image embeddings for --embeddings.")(
-    command_with_settings(_import_embeddings, map(find_setting, CLIP))
+    command_with_settings(_import_embeddings, CLIP_FLAGS)
 )

@@ -66,8 +66,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
     ) -> None:
         if update and overwrite:
             raise UserError("pass --update, which keeps results that are still valid, or --overwrite, not both")
-        chosen = {flags[name]: text for name, text in options.items() if text is not None}
-        given = given_settings(sections, config, set_ or [], chosen)
+        given = given_settings(sections, config, set_ or [], flags, options)
         given = with_names(given, options.get("categories"), categories_file)
         if preset is not None:
             from .. import presets
@@ -86,7 +85,7 @@ def stage_command(*stages: str, takes_photos: bool) -> Callable:
 
     folder = {"photos": (Photos, None), "out": (Out, Path("run"))}
     parameters: dict[str, tuple[Any, Any]] = folder if takes_photos else {"out": (RunFolder, Parameter.empty)}
-    parameters |= options_of(flags.values())
+    parameters |= options_of(flags)
     if not takes_photos:
         parameters["photos"] = MovedPhotos, None
     parameters |= {"preset": (Preset, None), "config": (Config, None), "set_": (Set, None)}

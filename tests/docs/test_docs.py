@@ -29,8 +29,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import namedmask_kernels
-from namedmask import cli, config
-from namedmask.command_line import given_settings
+from namedmask import cli, command_line, config
 from namedmask.stages import LABELING, STAGES
 from namedmask_kernels import backends
 
@@ -177,12 +176,9 @@ def test_commands_parse(words):
     context = command.make_context(name, rest)
     stages = LABELING if name in ("run", "namedmask-pseudolabel") else (name,)
     sections = [section for stage in stages if stage in STAGES for section in STAGES[stage].sections]
-    options = {}
-    for one in SETTINGS.values():
-        text = context.params.get(one.flag.lstrip("-").replace("-", "_")) if one.flag else None
-        if text is not None and one.name.split(".")[0] in sections:
-            options[one] = text
-    given = given_settings(sections, None, context.params.get("set_") or [], options)
+    flags = command_line.flags_of(sections)
+    options = {name: context.params.get(name) for name in flags}
+    given = command_line.given_settings(sections, None, context.params.get("set_") or [], flags, options)
     config.make_config({"photos": "photos", **given})
 
 

@@ -106,12 +106,12 @@ def test_set_and_config_reach_every_setting(setting, tmp_path):
         text = "something" if default is None and not setting.name.endswith("steps") else "17"
     sections = [setting.name.split(".")[0]]
     detector = {"name": "cluster-vote"} if setting.name == "detector.more_backbones" else {}
-    given = command_line.given_settings(sections, None, [f"{setting.name}={text}"], {})
+    given = command_line.given_settings(sections, None, [f"{setting.name}={text}"], {}, {})
     made = config.make_config(config.merge({"photos": "p", "detector": detector}, given))
     value = config.flatten(made.model_dump())[setting.name]
     assert value != default or setting.name == "experts.paste_objects"
     (tmp_path / "run.toml").write_text(config.to_toml(made, {"torch": "2"}))
-    again = command_line.given_settings(sections, tmp_path / "run.toml", [], {})
+    again = command_line.given_settings(sections, tmp_path / "run.toml", [], {}, {})
     read = config.flatten(config.make_config(again).model_dump())
     assert read[setting.name] == value
 
@@ -119,11 +119,11 @@ def test_set_and_config_reach_every_setting(setting, tmp_path):
 def test_paths_of_files_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pairs = ["detector.name=cluster-vote", "detector.more_backbones=vit_a, vit_b=w/b.safetensors"]
-    given = command_line.given_settings(["detector"], None, [*pairs, "detector.weights=w"], {})
+    given = command_line.given_settings(["detector"], None, [*pairs, "detector.weights=w"], {}, {})
     assert given["detector"]["more_backbones"] == ["vit_a", f"vit_b={tmp_path}/w/b.safetensors"]
     assert given["detector"]["weights"] == str(tmp_path / "w")
     (tmp_path / "c.toml").write_text("photos = 'p'\n[detector]\nbackbone_weights = 'b'\n")
-    given = command_line.given_settings(["detector"], tmp_path / "c.toml", [], {})
+    given = command_line.given_settings(["detector"], tmp_path / "c.toml", [], {}, {})
     assert given == {"photos": str(tmp_path / "p"), "detector": {"backbone_weights": str(tmp_path / "b")}}
 
 
@@ -192,7 +192,7 @@ def test_shell_completion(shell):
 def test_run_toml_resets_what_its_run_has_not_set(tmp_path):
     """TOML has no null. The settings of another run are all of its settings."""
     (tmp_path / "run.toml").write_text(config.to_toml(config.RunConfig(photos="p")))
-    file = command_line.given_settings(["detector", "index"], tmp_path / "run.toml", [], {})
+    file = command_line.given_settings(["detector", "index"], tmp_path / "run.toml", [], {}, {})
     recorded = {"photos": "p", "detector": {"weights": "/x"}, "index": {"embeddings": "/e"}}
     merged = config.make_config(config.merge(recorded, file))
     assert merged.detector.weights is None and merged.index.embeddings is None
