@@ -19,7 +19,7 @@ import numpy as np
 from .config import ArchiveConfig
 from .curation import POOL, Candidate, Dropped, Flag, better_matches, fill_places, near_duplicates
 from .errors import DamagedFile, UserError
-from .files import atomic_write, read_bytes
+from .files import read_bytes, write_json
 from .formats import BACKGROUND
 from .index import read_shard
 from .threads import kernels_on_one_thread, map_ahead
@@ -303,8 +303,7 @@ def _read_rows(folder: Path, photos: np.ndarray) -> np.ndarray:
 def write_archive(path: Path, archive: Archive) -> None:
     """Writes archive.json; it appears whole or not at all."""
     photos = {category: [entry._asdict() for entry in entries] for category, entries in archive.photos.items()}
-    with atomic_write(path) as file:
-        file.write(json.dumps({"categories": archive.categories, "photos": photos}, indent=1).encode())
+    write_json(path, {"categories": archive.categories, "photos": photos})
 
 
 def read_archive(path: Path) -> Archive:

@@ -8,7 +8,6 @@ never smaller than without rules.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 import numpy as np
 
 from .errors import counted
-from .files import atomic_write
+from .files import write_json_lines
 from .masks import ONLY_FIELDS, Number, parse_line, read_lines
 
 if TYPE_CHECKING:
@@ -142,9 +141,7 @@ def summary(reasons: Mapping[Reason, int]) -> str:
 
 def write_dropped(path: Path, dropped: Iterable[Dropped]) -> None:
     """Writes archive.dropped.jsonl, one photo per line."""
-    with atomic_write(path) as file:
-        for one in dropped:
-            file.write(json.dumps(asdict(one)).encode() + b"\n")
+    write_json_lines(path, map(asdict, dropped))
 
 
 def read_dropped(path: Path) -> Iterator[Dropped]:

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import json
 import os
 import secrets
 import shutil
@@ -88,6 +89,19 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         if cause is None:
             raise
         raise write_error(path, cause) from error
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes an indented JSON file, in ASCII. Raises WriteError as `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+def write_json_lines(path: str | os.PathLike, values: Iterable) -> None:
+    """Writes a file of JSON values, one per line, in ASCII. Raises WriteError as `atomic_write`."""
+    with atomic_write(path) as file:
+        for value in values:
+            file.write(json.dumps(value).encode() + b"\n")
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:

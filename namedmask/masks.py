@@ -22,7 +22,7 @@ from pycocotools import mask as coco
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from namedmask.errors import DamagedFile, wrong_value
-from namedmask.files import atomic_write, open_file
+from namedmask.files import atomic_write, open_file, write_json_lines
 
 if TYPE_CHECKING:
     from namedmask_kernels import Ragged
@@ -330,9 +330,7 @@ def _has_no_errors(shard: Path) -> bool:
 
 def write_errors(path: str | os.PathLike, errors: Iterable[ErrorRecord]) -> None:
     """Writes the errors of a shard, even if there are none. Call it before the shard itself is written."""
-    with atomic_write(path) as file:
-        for error in errors:
-            file.write(error.to_line())
+    write_json_lines(path, map(asdict, errors))
 
 
 def read_errors(path: str | os.PathLike) -> Iterator[ErrorRecord]:

@@ -33,7 +33,7 @@ from typing import Any
 from . import __version__
 from .config import RunConfig, Setting, make_config, nest, settings
 from .errors import DamagedFile, UserError
-from .files import atomic_write, read_bytes, sha256
+from .files import read_bytes, sha256, write_json
 
 FILE = "stages.json"
 # Keys of made_with
@@ -108,8 +108,7 @@ class RunRecord:
         return merged
 
     def write(self, out: Path, file: str = FILE) -> None:
-        with atomic_write(out / file) as f:
-            f.write(json.dumps(asdict(self), indent=1).encode())
+        write_json(out / file, asdict(self))
 
 
 def read_record(out: Path, file: str = FILE) -> RunRecord:

@@ -27,7 +27,7 @@ from . import curation
 from .archive import read_archive
 from .config import to_toml
 from .errors import DamagedFile
-from .files import absolute, atomic_write
+from .files import absolute, atomic_write, write_json
 from .formats import encode
 from .masks import Key, MaskRecord, is_refined, mask_iou, read_masks
 from .memory import MemoryBudget
@@ -85,8 +85,7 @@ def write_report(out: str | os.PathLike[str], sheets: Mapping[str, str] | None =
     """
     out = Path(out)
     if sheets is not None:
-        with atomic_write(out / SHEETS) as file:
-            file.write(json.dumps({"sheets": dict(sheets), "results": results_digest(out)}, indent=1).encode())
+        write_json(out / SHEETS, {"sheets": dict(sheets), "results": results_digest(out)})
     contents = Contents(out)
     pictures = _read_sheets(out)
     limit = _tiles_per_category(len(contents.categories))  # now all of them are known

@@ -12,7 +12,6 @@ detector  the mask of the detector (OUT/masks) stays instead of the expert's (OU
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from .errors import UserError
-from .files import atomic_write
+from .files import write_json_lines
 from .masks import ONLY_FIELDS, Key, MaskRecord, best_masks, parse_line, read_lines, read_masks
 from .progress import warn
 
@@ -72,9 +71,7 @@ def warn_of_others(out: str | os.PathLike, review: Review, keys: Iterable[Key]) 
 
 def write_review(out: str | os.PathLike, verdicts: Mapping[Key, Verdict]) -> None:
     """Writes the verdicts of a run, in their order. The file appears whole or not at all."""
-    with atomic_write(Path(out, FILE)) as file:
-        for (photo, category), verdict in verdicts.items():
-            file.write(json.dumps(asdict(_Line(photo, category, verdict))).encode() + b"\n")
+    write_json_lines(Path(out, FILE), (asdict(_Line(*key, verdict)) for key, verdict in verdicts.items()))
 
 
 def reviewed_masks(out: str | os.PathLike) -> Iterator[MaskRecord]:

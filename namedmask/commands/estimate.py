@@ -12,7 +12,7 @@ import typer
 from ..command_line import CategoriesFile, command_with_settings, flags_of, given_settings, with_names
 from ..config import make_config, merge
 from ..errors import UserError, counted
-from ..files import absolute
+from ..files import absolute, write_json
 from ..stages import LABELING, STAGES
 from .options import PHOTOS_HELP, Config, Preset, Set
 
@@ -62,7 +62,6 @@ def _estimate(
         raise UserError("pass PHOTOS, or a run's run.toml as --config")
     from ..distributed import count_gpus
     from ..estimate import estimate
-    from ..files import atomic_write
     from ..threads import limit_torch_threads
 
     limit_torch_threads()
@@ -73,10 +72,7 @@ def _estimate(
 
     found = estimate(make_config(given), device, seconds, photos_total, random_weights=random_weights, report=report)
     if json_file is not None:
-        import json
-
-        with atomic_write(json_file) as file:
-            file.write(json.dumps(found.to_json(), indent=1).encode() + b"\n")
+        write_json(json_file, found.to_json())
     if found.random_weights:
         print(f"random weights: {', '.join(found.random_weights)}")
     print(f"{counted(found.photos, 'photo')}, {counted(found.categories, 'category')}, one process on {found.device}")

@@ -98,8 +98,9 @@ def _evaluate(
     PREDICTIONS: --detector and the options that follow it. --precision, --scales and --horizontal-flip also count for a
     segmenter.
     """
-    from ..evaluate.folders import evaluate_folders, evaluate_segmenter, print_table, write_json
+    from ..evaluate.folders import evaluate_folders, evaluate_segmenter, print_table
     from ..evaluate.scoring import evaluate_benchmark, print_benchmark, records_folder
+    from ..files import write_json
     from ..hub import local_weights
 
     predictions = predictions and local_weights(predictions)

@@ -21,7 +21,7 @@ from .. import run
 from ..config import DetectorConfig, RefineConfig
 from ..distributed import Worker, count_gpus
 from ..errors import UserError
-from ..files import atomic_write, locked, make_folder
+from ..files import atomic_write, locked, make_folder, write_json
 from ..progress import Progress
 from ..record import expect_no_files, read_record
 from ..report import results_digest, write_report
@@ -183,8 +183,7 @@ def run_demo(
                     sheet.save(file, "png")
             write_report(out, SHEETS)
         figures |= {"seconds": {**seconds, "all": round(sum(seconds.values()), 1)}, "made_of": results_digest(out)}
-        with atomic_write(out / FIGURES) as file:
-            file.write(json.dumps(figures, indent=1).encode() + b"\n")
+        write_json(out / FIGURES, figures)
     print_figures(figures)
     print(f"figures: {out / FIGURES}; sheets: {', '.join(str(out / name) for name in SHEETS)}")
     print(f"the gallery is {out / 'report.html'}")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from ..console import plain_console
 from ..distributed import Worker
 from ..errors import UserError, counted
-from ..files import atomic_write, find_files
+from ..files import find_files
 from ..formats import BACKGROUND, CATEGORIES, read_categories, read_label_map
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
 from ..progress import Progress, warn
@@ -277,12 +276,6 @@ def as_json(confusion: Confusion, classes: Sequence[str], photos: int) -> dict:
         "iou": {name: number(value) for name, value in zip(names, metrics.iou, strict=True)},
         "accuracy": {name: number(value) for name, value in zip(names, metrics.accuracy, strict=True)},
     }
-
-
-def write_json(path: Path, figures: dict) -> None:
-    """Writes the result of `as_json` to a file, which appears whole or not at all."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(figures, indent=1).encode() + b"\n")
 
 
 def print_table(figures: dict, of: str = "") -> None:

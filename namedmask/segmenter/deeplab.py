@@ -26,7 +26,7 @@ from torch.nn.grad import conv2d_weight
 from .. import weights as stored
 from ..backbones import Encoder, padded, untrained_encoder
 from ..errors import DamagedFile, UserError, counted
-from ..files import atomic_write, read_bytes
+from ..files import read_bytes, write_json
 from .augment import IGNORE
 
 DILATIONS = (12, 24, 36)  # at output stride 8, as published
@@ -293,8 +293,7 @@ def save_segmenter(folder: Path, network: DeepLab, categories: Sequence[str], ma
         "dilations": list(network.dilations),
         "masks": masks,
     }
-    with atomic_write(folder / "categories.json") as file:
-        file.write(json.dumps(about, indent=1).encode())
+    write_json(folder / "categories.json", about)
     path = folder / "model.safetensors"
     stored.write(path, network)
     return path

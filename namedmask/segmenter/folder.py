@@ -37,6 +37,8 @@ from ..files import (
     remove_stale,
     set_aside,
     sha256,
+    write_json,
+    write_json_lines,
 )
 from ..formats import read_categories
 from ..masks import ONLY_FIELDS, ErrorRecord, parse_line, read_lines
@@ -215,18 +217,14 @@ def settle(
         remove_files(out, own)
     make_folder(out / UNFINISHED)
     settled.write(out, SEGMENT_RECORD)
-    with atomic_write(out / "photos.jsonl") as file:
-        for name, mask in masks.items():
-            file.write(json.dumps({"photo": name, "mask": f"masks/{mask}.png"}).encode() + b"\n")
-    with atomic_write(out / "categories.json") as file:
-        file.write(json.dumps({"categories": settings["categories"]}, indent=1).encode())
+    listed = ({"photo": name, "mask": f"masks/{mask}.png"} for name, mask in masks.items())
+    write_json_lines(out / "photos.jsonl", listed)
+    write_json(out / "categories.json", {"categories": settings["categories"]})
     if scores := score_lines(out):  # of an interrupted command, too
         write_scores(out, scores, names, masks)
     for path in files_below(out / UNFINISHED):
         path.unlink()
-    with atomic_write(out / UNFINISHED / "photos.jsonl") as file:
-        for name in names:
-            file.write(json.dumps({"photo": name}).encode() + b"\n")
+    write_json_lines(out / UNFINISHED / "photos.jsonl", ({"photo": name} for name in names))
     return errors
 
 

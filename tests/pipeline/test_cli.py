@@ -282,7 +282,7 @@ def calls(monkeypatch, tmp_path):
         "evaluate.folders.evaluate_folders": "figures",
         "evaluate.folders.evaluate_segmenter": "figures",
         "evaluate.folders.print_table": None,
-        "evaluate.folders.write_json": None,
+        "files.write_json": None,
         "evaluate.scoring.evaluate_benchmark": "figures",
         "evaluate.scoring.print_benchmark": None,
         "imports.archive.import_archive": SimpleNamespace(photos={"cat": "ab", "dog": "c" * 999}, categories=[1, 2]),
