@@ -24,7 +24,7 @@ from .config import IndexConfig
 from .distributed import Worker
 from .errors import DamagedFile, UserError, counted, first_line, listed
 from .files import atomic_write, read_bytes
-from .masks import ErrorRecord, errors_path, parse_photo, read_errors, read_lines, write_errors
+from .masks import ErrorRecord, errors_path, note_unlisted, parse_photo, read_errors, read_lines, write_errors
 from .photos import PhotoError, PhotoSource, decode_ahead
 from .threads import map_batches
 
@@ -70,7 +70,7 @@ def lists_other_photos(folder: Path, source: PhotoSource) -> bool:
     if not (folder / "photos.jsonl").exists():
         return False
     errors: list[ErrorRecord] = []
-    pairs = itertools.zip_longest(read_photos(folder), source.names(_note_in(errors)))
+    pairs = itertools.zip_longest(read_photos(folder), source.names(note_unlisted(errors)))
     return any(before != now for before, now in pairs) or errors != listing_errors(folder)
 
 
@@ -78,10 +78,6 @@ def listing_errors(folder: Path) -> list[ErrorRecord]:
     """What could not be listed when the list of the photos was made."""
     path = errors_path(folder / "photos.jsonl")
     return list(read_errors(path)) if path.exists() else []
-
-
-def _note_in(errors: list[ErrorRecord]) -> Callable[[PhotoError], None]:
-    return lambda error: errors.append(ErrorRecord(error.photo, "list", error.reason))
 
 
 def list_photos(source: PhotoSource, folder: Path) -> None:
@@ -92,7 +88,7 @@ def list_photos(source: PhotoSource, folder: Path) -> None:
     """
     errors: list[ErrorRecord] = []
     with atomic_write(folder / "photos.jsonl") as file:
-        for name in source.names(_note_in(errors)):
+        for name in source.names(note_unlisted(errors)):
             file.write(json.dumps({"photo": name}).encode() + b"\n")
         if not file.tell():
             raise UserError(f"there are no photos in {source.path}")

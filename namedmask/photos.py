@@ -170,10 +170,10 @@ class PhotoSource:
             For each category, in order, the names of its photos.
 
         Raises:
-            ValueError: If the source is not a folder, or if it has photos or shards outside class folders.
+            UserError: If the source is not a folder, or if it has photos or shards outside class folders.
         """
         if self._kind != "folder":
-            raise ValueError(
+            raise UserError(
                 f"photos: {self.path!r} is not a folder with class folders: pass --categories or --categories-file"
             )
         groups: dict[str, list[str]] = {}
@@ -193,7 +193,7 @@ class PhotoSource:
             if len(loose) == 3:
                 break
         if loose:
-            raise ValueError(
+            raise UserError(
                 f"photos: {self.path!r} holds photos outside class folders ({', '.join(map(repr, loose))}): "
                 "move each into a folder with the name of its category, or pass --categories or --categories-file"
             )

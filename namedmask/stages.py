@@ -225,13 +225,9 @@ def _archive(ctx: Context) -> None:
 def _class_folders(source: PhotoSource, errors: list[ErrorRecord] | None = None) -> dict[str, list[str]]:
     """The photos of each class folder. Raises UserError if there are none, or if two names are too similar."""
     from .archive import expect_distinct
-    from .masks import ErrorRecord
+    from .masks import note_unlisted
 
-    errors = [] if errors is None else errors
-    try:
-        folders = source.categories(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason)))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    folders = source.categories(note_unlisted([] if errors is None else errors))
     if not folders:
         raise UserError(f"there are no photos in the folders of {source.path}")
     expect_distinct(folders, source.path)

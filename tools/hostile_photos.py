@@ -33,7 +33,7 @@ from namedmask.archive import Archive, Retrieved
 from namedmask.backbones import untrained_encoder
 from namedmask.config import RunConfig, make_config
 from namedmask.distributed import Worker
-from namedmask.masks import ErrorRecord, read_errors, read_masks
+from namedmask.masks import note_unlisted, read_errors, read_masks
 from namedmask.photos import PhotoSource
 from namedmask.pseudolabel import pseudolabel
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
@@ -195,7 +195,7 @@ def main() -> None:
                 {"photos": str(photos), "detector": detector, "refine": {"name": REFINERS[part % len(REFINERS)]}}
             )
             source, errors = PhotoSource(photos), []
-            names = list(source.names(lambda e, errors=errors: errors.append(ErrorRecord(e.photo, "list", e.reason))))
+            names = list(source.names(note_unlisted(errors)))
             figures["files"] += count
             figures["lost in the listing"] += count - len(names) - len(errors)
             try:

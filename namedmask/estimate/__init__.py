@@ -89,10 +89,7 @@ def _list(config: RunConfig) -> Photos:
         categories = len(config.categories)
         sample, count = _sample(source.names(lambda _: None), SAMPLE)
     else:
-        try:
-            folders = source.categories(lambda _: None)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        folders = source.categories(lambda _: None)
         categories = len(folders)
         sample, count = _sample(chain.from_iterable(folders.values()), SAMPLE)
     if not count:

@@ -13,8 +13,8 @@ from typing import Any
 from ..archive import Archive, Retrieved, expect_distinct, write_archive
 from ..errors import UserError, counted, quoted
 from ..files import absolute, locked, open_csv
-from ..masks import ErrorRecord, errors_path, write_errors
-from ..photos import PhotoError, open_source
+from ..masks import ErrorRecord, errors_path, note_unlisted, write_errors
+from ..photos import open_source
 from ..progress import warn
 from . import imported_results, match_photos, read_json, unreadable
 
@@ -49,12 +49,8 @@ def import_archive(
         raise UserError(f"{file} lists no photos of {quoted(absent)}; pass --categories, such as {quoted(having)}")
     source = open_source(photos)
     errors: list[ErrorRecord] = []
-
-    def unlisted(error: PhotoError) -> None:
-        errors.append(ErrorRecord(error.photo, "list", error.reason))
-
     listed = [photo for name in names for photo, _ in listing[name]]
-    matched, reasons = match_photos(dict.fromkeys(listed).keys(), source.names(unlisted), source.path)
+    matched, reasons = match_photos(dict.fromkeys(listed).keys(), source.names(note_unlisted(errors)), source.path)
     archive = Archive(names, {name: list(_found(listing[name], matched)) for name in names})
     if empty := [name for name in names if not archive.photos[name]]:
         raise UserError(

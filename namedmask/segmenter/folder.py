@@ -41,7 +41,7 @@ from ..files import (
     write_json_lines,
 )
 from ..formats import read_categories
-from ..masks import ONLY_FIELDS, ErrorRecord, parse_line, read_lines
+from ..masks import ONLY_FIELDS, ErrorRecord, note_unlisted, parse_line, read_lines
 from ..photos import SEGMENT_RECORD, PhotoSource
 from ..record import RunRecord, StageRecord, expect_no_files, made_with, read_record
 from .mask_names import MaskNames
@@ -164,7 +164,7 @@ def settle(
         The photos that could not be listed.
     """
     errors: list[ErrorRecord] = []
-    names = list(source.names(lambda e: errors.append(ErrorRecord(e.photo, "list", e.reason))))
+    names = list(source.names(note_unlisted(errors)))
     if not names and not errors:
         raise UserError(f"there are no photos in {source.path}")
     record, photos = read_record(out, SEGMENT_RECORD), absolute(source.path)

@@ -23,6 +23,7 @@ from PIL import Image
 
 from namedmask import decoding, photos, tars
 from namedmask.decoding import as_stored, pixels_of
+from namedmask.errors import UserError
 from namedmask.photos import PhotoError, PhotoSource, decode_ahead
 from small_world import encoded_png
 
@@ -374,10 +375,10 @@ def test_class_folders(tmp_path):
     make_tar(tmp_path / "loose.tar", {"a.jpg": PNG, "b/c.jpg": PNG})
     for i in range(3):
         (tmp_path / f"z{i}.jpg").touch()
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         source.categories(errors.append)
     assert "'loose.tar/a.jpg', 'loose.tar/b/c.jpg', 'z0.jpg')" in str(caught.value)
-    with pytest.raises(ValueError, match="not a folder with class folders"):
+    with pytest.raises(UserError, match="not a folder with class folders"):
         PhotoSource(tmp_path / "loose.tar").categories(errors.append)
 
 
