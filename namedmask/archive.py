@@ -21,7 +21,7 @@ from .curation import POOL, Candidate, Dropped, Flag, better_matches, fill_place
 from .errors import DamagedFile, UserError
 from .files import read_bytes, write_json
 from .formats import BACKGROUND
-from .index import read_shard
+from .index import damaged_list, read_shard, remedy
 from .threads import kernels_on_one_thread, map_ahead
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def search_index(
             if len(photo) and image.shape[1] != text.shape[1]:
                 raise UserError(
                     f"{folder}: embeddings have {image.shape[1]} dimensions, those of the names {text.shape[1]}; "
-                    f"make the index again with `namedmask index --out {folder.parent} --overwrite`"
+                    f"{remedy(folder)}"
                 )
             yield image, photo
 
@@ -247,11 +247,7 @@ def search_index(
     shown = {one[n].photo for one, (places, lost) in zip(results, filled, strict=True) for n in (*places, *lost)}
     name_of = {number: name for number, name in enumerate(names) if number in shown}
     if len(name_of) < len(shown):
-        raise DamagedFile(
-            folder / "photos.jsonl",
-            "it has fewer lines than the index has photos",
-            remedy=f"make the index again with `namedmask index --out {folder.parent} --overwrite`",
-        )
+        raise damaged_list(folder, "it has fewer lines than the index has photos")
     archive, dropped = Archive(list(categories), {}), []
     for category, candidates, (places, lost) in zip(categories, results, filled, strict=True):
         archive.photos[category] = [Retrieved(name_of[candidates[n].photo], candidates[n].score) for n in places]

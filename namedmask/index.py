@@ -39,6 +39,7 @@ SAME_KERNELS = 4  # photos; from here on, the matrix products of ViT-B/32 or lar
 
 _Pixels = TypeVar("_Pixels", np.ndarray, "torch.Tensor")
 Loaded = tuple[str, np.ndarray | PhotoError]  # a photo's name and pixels
+Embedded = tuple[str, np.ndarray | PhotoError]  # a photo's name and embedding
 
 
 class Embedder(Protocol):
@@ -52,9 +53,7 @@ class Embedder(Protocol):
     about: str
     protocol: str
 
-    def images(
-        self, source: PhotoSource, shards: Iterable[Sequence[str]]
-    ) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
+    def images(self, source: PhotoSource, shards: Iterable[Sequence[str]]) -> Iterator[Embedded]:
         """Yields each name with the photo's embedding, float32 [d] L2-normalized, or with the photo's error, in order.
 
         Shards, the names of some photos each, are taken ahead of the results. Different shards share no batch.
@@ -100,18 +99,19 @@ def read_photos(folder: Path) -> Iterator[str]:
     path = folder / "photos.jsonl"
     try:
         if not path.stat().st_size:
-            raise _damaged_list(folder, "it is empty")
+            raise damaged_list(folder, "it is empty")
     except FileNotFoundError:
-        raise _damaged_list(folder, "it is missing") from None
-    return read_lines(path, parse_photo, _remedy(folder))
+        raise damaged_list(folder, "it is missing") from None
+    return read_lines(path, parse_photo, remedy(folder))
 
 
-def _damaged_list(folder: Path, reason: str) -> DamagedFile:
-    return DamagedFile(folder / "photos.jsonl", reason, remedy=_remedy(folder))
+def damaged_list(folder: Path, reason: str) -> DamagedFile:
+    """The error to raise if photos.jsonl in the folder of the index does not fit the index."""
+    return DamagedFile(folder / "photos.jsonl", reason, remedy=remedy(folder))
 
 
-def _remedy(folder: Path) -> str:
-    """All shards of the index refer to the lines of photos.jsonl."""
+def remedy(folder: Path) -> str:
+    """What to do if a file of the index is damaged: all shards refer to the lines of photos.jsonl."""
     return f"make the index again with `namedmask index --out {folder.parent} --overwrite`"
 
 
@@ -130,7 +130,7 @@ def missing_shards(folder: Path, config: IndexConfig) -> list[int]:
     shards = -(-count // config.shard_size)
     last = shard_path(folder, shards - 1)
     if shard_path(folder, shards).exists() or (last.exists() and max(read_shard(last)[1], default=0) >= count):
-        raise _damaged_list(folder, "it has fewer lines than the index has photos")
+        raise damaged_list(folder, "it has fewer lines than the index has photos")
     return [s for s in range(shards) if not shard_path(folder, s).exists()]
 
 
@@ -256,7 +256,7 @@ def build_index(
     return embedder
 
 
-def _write_shard(path: Path, first: int, results: list[tuple[str, np.ndarray | PhotoError]], protocol: str) -> None:
+def _write_shard(path: Path, first: int, results: list[Embedded], protocol: str) -> None:
     """Writes the embeddings and errors of consecutive photos, whose first has the number `first`."""
     from safetensors.numpy import save
 
@@ -280,7 +280,7 @@ def expect_protocol(folder: Path, embedder: Embedder) -> None:
         if (used := _protocol(path)) != embedder.protocol:
             raise UserError(
                 f"{path} was computed with {used or 'an unknown activation and preprocessing'}, but the model has "
-                f"{embedder.protocol or 'none'}: their embeddings cannot be compared; {_remedy(folder)}"
+                f"{embedder.protocol or 'none'}: their embeddings cannot be compared; {remedy(folder)}"
             )
 
 
@@ -395,9 +395,7 @@ class Clip:
             size, mean=cfg["mean"], std=cfg["std"], dtype=self.dtype,
         ).rows.view(crops.shape).permute(0, 3, 1, 2)  # fmt: skip
 
-    def images(
-        self, source: PhotoSource, shards: Iterable[Sequence[str]]
-    ) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
+    def images(self, source: PhotoSource, shards: Iterable[Sequence[str]]) -> Iterator[Embedded]:
         import torch
 
         shard_of: deque[int] = deque()  # of the photos that are being decoded
@@ -408,7 +406,7 @@ class Clip:
                     shard_of.append(number)
                     yield name
 
-        def embed(batch: list[Loaded]) -> list[tuple[str, np.ndarray | PhotoError]]:
+        def embed(batch: list[Loaded]) -> list[Embedded]:
             photos = [photo for _, photo in batch if not isinstance(photo, PhotoError)]
             if photos:
                 with torch.inference_mode():
@@ -538,9 +536,7 @@ class PrecomputedEmbeddings:
         self.image, self.rows = image, {file: row for row, file in enumerate(files)}
         self.text, self.names = text, {name: row for row, name in enumerate(names)}
 
-    def images(
-        self, source: PhotoSource, shards: Iterable[Sequence[str]]
-    ) -> Iterator[tuple[str, np.ndarray | PhotoError]]:
+    def images(self, source: PhotoSource, shards: Iterable[Sequence[str]]) -> Iterator[Embedded]:
         for name in itertools.chain.from_iterable(shards):
             row = self.rows.get(name)
             if row is None:
