@@ -251,7 +251,7 @@ def count_gpus(requested: int | None, workers: int) -> int:
         return min(available, 1) if workers == 1 else 0
     if requested > available:
         raise UserError(
-            f"--gpus {requested}: this machine has {available} CUDA device{'s' if available != 1 else ''} "
+            f"--gpus {requested}: this machine has {counted(available, 'CUDA device')} "
             "(see `namedmask doctor`); use --workers N for N processes on the CPU"
         )
     return requested

@@ -224,14 +224,16 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        if path.is_symlink() and not path.exists():
-            target = path.readlink()
-            raise UserError(
-                f"{path} is a link to {target}, which does not exist; create it or remove the link"
-            ) from None
+        expect_target(path)
         raise UserError(f"{path} is in the way: a folder is needed here; move it away") from None
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def expect_target(path: Path) -> None:
+    """Raises UserError if a path is a link to nowhere."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {path.readlink()}, which does not exist; create it or remove the link")
 
 
 def set_aside(out: Path, files: Iterable[Path]) -> None:

@@ -33,7 +33,7 @@ from typing import Any
 from . import __version__
 from .config import RunConfig, Setting, make_config, nest, settings
 from .errors import DamagedFile, UserError
-from .files import read_bytes, sha256, write_json
+from .files import expect_target, read_bytes, sha256, write_json
 
 FILE = "stages.json"
 # Keys of made_with
@@ -192,10 +192,7 @@ def stage_record(config: RunConfig, sections: Sequence[str], digests: Digests) -
 def expect_no_files(out: Path, names: Sequence[str], file: str = FILE) -> None:
     """Raises UserError if one of the files or folders `names` exists, since the record `file` does not list it."""
     for path in (out / name for name in names):
-        if path.is_symlink() and not path.exists():
-            raise UserError(
-                f"{path} is a link to {path.readlink()}, which does not exist; create it or remove the link"
-            )
+        expect_target(path)
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise UserError(
                 f"{path} exists and was not made by a run ({out / file} does not list it); move it away or choose "
