@@ -99,7 +99,7 @@ def _evaluate(
     segmenter.
     """
     from ..evaluate.folders import evaluate_folders, evaluate_segmenter, print_table
-    from ..evaluate.scoring import evaluate_benchmark, print_benchmark, records_folder
+    from ..evaluate.scoring import evaluate_benchmark, is_weights, print_benchmark, records_folder
     from ..files import write_json
     from ..hub import local_weights
 
@@ -113,7 +113,7 @@ def _evaluate(
         values = merge({section: chosen[section] for section in DETECTION if section in chosen}, values)
         preset = None
     inference: dict[str, Any] = {}
-    if predictions is not None and (predictions.is_file() or (predictions / "model.safetensors").exists()):
+    if predictions is not None and is_weights(predictions):
         detector = values.get("detector", {})
         inference = {name: detector.pop(name) for name in INFERENCE if name in detector}
         values = {section: given for section, given in values.items() if given}

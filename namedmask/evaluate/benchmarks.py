@@ -21,12 +21,12 @@ import numpy as np
 from ..archive import key_of
 from ..decoding import MAX_PIXELS
 from ..errors import DamagedFile, UserError
-from ..files import find_files, read_bytes
+from ..files import read_bytes
 from ..formats import open_png, read_label_map
 from ..presets import benchmarks
 from ..suffixes import PHOTO_SUFFIXES
 from . import BenchmarkName
-from .folders import Truth
+from .folders import Truth, by_stem
 
 MAX_COORDINATE = 1e5  # of a polygon; pycocotools takes memory in proportion to its length
 MASK_THRESHOLD = 127  # pixels of a binary mask above this gray value are object
@@ -120,7 +120,7 @@ def read_coca(root: Path, split: str | None) -> Split:
     names = category_names("coca") or []
     classes = {key_of(name): number for number, name in enumerate(names, 1)}
     truth = {}
-    for name, path in _files(masks, (".png",)).items():
+    for name, path in by_stem(masks, ".png").items():
         folder = name.rpartition("/")[0]
         if key_of(folder) not in classes:
             raise UserError(f"{path}: {folder!r} is not a category of CoCA, such as {names[3]!r}")
@@ -138,7 +138,7 @@ def read_cityscapes(root: Path, split: str | None) -> Split:
     suffix = "_gtFine_labelIds"
     truth = {
         name.removesuffix(suffix): Truth(str(path), partial(_read_mapped, path, table))
-        for name, path in _files(labels, (".png",)).items()
+        for name, path in by_stem(labels, ".png").items()
         if name.endswith(suffix)
     }
     if not truth:
@@ -162,7 +162,7 @@ def read_imagenet_s(root: Path, split: str | None, classes: int) -> Split:
     _expect_split(split, [name for name, folder in folders.items() if (base / folder).is_dir()], base)
     folder = folders[split or "val"]
     photos, labels = _folder(base, folder), _folder(base, f"{folder}-segmentation")
-    truth = {name: _png(path, red_green=True) for name, path in _files(labels, (".png",)).items()}
+    truth = {name: _png(path, red_green=True) for name, path in by_stem(labels, ".png").items()}
     wordnet_ids = _subfolders(photos)
     return _paired(photos, _names_by_stem(photos), truth, wordnet_ids if len(wordnet_ids) == classes else None)
 
@@ -170,7 +170,7 @@ def read_imagenet_s(root: Path, split: str | None, classes: int) -> Split:
 def read_saliency(root: Path, split: str | None, bases: tuple[str, ...], photos: str, masks: str) -> Split:
     """A saliency benchmark: a folder of photos and a folder of masks of 0 and 255 with the same names."""
     photo_folder, mask_folder = (_base(root, name, *bases) / name for name in (photos, masks))
-    truth = {name: Truth(str(path), partial(read_mask, path)) for name, path in _files(mask_folder, (".png",)).items()}
+    truth = {name: Truth(str(path), partial(read_mask, path)) for name, path in by_stem(mask_folder, ".png").items()}
     return _paired(photo_folder, _names_by_stem(photo_folder), truth)
 
 
@@ -395,18 +395,8 @@ def _is_photo(name: str) -> bool:
     return name.lower().endswith(PHOTO_SUFFIXES) and not name.startswith(".")
 
 
-def _files(folder: Path, suffixes: tuple[str, ...] = PHOTO_SUFFIXES) -> dict[str, Path]:
-    """The files below a folder by their names without suffix, sorted. Raises UserError if two have the same name."""
-    files: dict[str, Path] = {}
-    for name in find_files(folder, *suffixes):
-        path = folder / name
-        if (earlier := files.setdefault(Path(name).with_suffix("").as_posix(), path)) is not path:
-            raise UserError(f"{earlier} and {path} have the same name; remove one of them")
-    return files
-
-
 def _names_by_stem(folder: Path) -> dict[str, str]:
-    return {stem: path.relative_to(folder).as_posix() for stem, path in _files(folder).items()}
+    return {stem: path.relative_to(folder).as_posix() for stem, path in by_stem(folder, *PHOTO_SUFFIXES).items()}
 
 
 def _paired(

@@ -44,6 +44,16 @@ class Truth(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
+def by_stem(folder: Path, *suffixes: str) -> dict[str, Path]:
+    """The files below a folder by their names without suffix, sorted. Raises UserError if two have the same name."""
+    files: dict[str, Path] = {}
+    for name in find_files(folder, *suffixes):
+        path = folder / name
+        if (earlier := files.setdefault(Path(name).with_suffix("").as_posix(), path)) is not path:
+            raise UserError(f"{earlier} and {path} have the same name; remove one of them")
+    return files
+
+
 def label_maps(folder: Path, instead: str = "") -> dict[str, Path]:
     """Returns the PNG files of a folder and its subfolders by name: "sub/photo" for sub/photo.png.
 
@@ -58,14 +68,9 @@ def label_maps(folder: Path, instead: str = "") -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of PNG masks" if folder.exists() else f"{folder} does not exist")
-    maps: dict[str, Path] = {}
-    for name in find_files(folder, ".png"):
-        path = folder / name
-        if (earlier := maps.setdefault(name[: -len(".png")], path)) is not path:
-            raise UserError(f"{earlier} and {path} are masks of the same name; remove one of them")
-    if not maps:
-        raise UserError(f"there are no PNG masks in {folder}{instead}")
-    return maps
+    if maps := by_stem(folder, ".png"):
+        return maps
+    raise UserError(f"there are no PNG masks in {folder}{instead}")
 
 
 def default_ignore(classes: int, red_green: bool) -> int:

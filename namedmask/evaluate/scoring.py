@@ -219,7 +219,8 @@ def _shared_end(a: list[str], b: list[str]) -> int:
 # -- predictions -----------------------------------------------------------------------------------------------------
 
 
-def _is_weights(path: Path) -> bool:
+def is_weights(path: Path) -> bool:
+    """Whether a path is the weights of a segmenter, a file or a folder."""
     return path.is_file() or (path / "model.safetensors").exists()
 
 
@@ -288,7 +289,7 @@ def _score_labels(
     known = names or category_names(benchmark)
     own: list[str] | None = None  # names of the classes of the predictions
     note, photos = "", list(data.truth)
-    if _is_weights(predictions):
+    if is_weights(predictions):
         segmenter = load(known or data.categories)
         own = segmenter.names[1:]
         pairs = masks_of(segmenter, PhotoSource(data.photos, upright=False), photos)
@@ -364,7 +365,7 @@ def _score_saliency(
     if isinstance(predictions, RunConfig):
         pairs = _detected(predictions, data, device)
         note = f"detector {predictions.detector.name}, refinement {predictions.refine.name}"
-    elif _is_weights(predictions):
+    elif is_weights(predictions):
         raise UserError(
             f"{predictions}: {benchmark} scores masks of objects: pass a run, a folder of PNG files or --detector"
         )

@@ -343,7 +343,7 @@ def test_hidden_files_are_no_masks_and_twins_are_an_error(folders):
     assert evaluate(*words).exit_code == 0
     shutil.copy(folders / "truth" / "a.png", folders / "truth" / "a.PNG")
     result = evaluate(*words)
-    assert result.exit_code == 2 and "are masks of the same name; remove one of them" in result.stderr
+    assert result.exit_code == 2 and "have the same name; remove one of them" in result.stderr
 
 
 def test_label_maps_are_found_as_photos_are(folders, close_folder):
