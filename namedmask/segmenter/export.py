@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import UserError, first_line
 from ..files import atomic_write
 from ..weights import replaced
+from .deeplab import DeepLab
 from .predict import Segmenter
 
 if TYPE_CHECKING:
@@ -37,17 +38,12 @@ CHECKED_SHAPES = ((1, 161, 203), (2, 96, 128))  # n, H, W of the random photos o
 class _Exported(nn.Module):
     """The exported computation: photos uint8 [n, 3, H, W] -> labels, logits."""
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, segmenter: Segmenter):
+    def __init__(self, network: DeepLab):
         super().__init__()
-        self.network = segmenter.network
-        self.register_buffer("mean", segmenter.mean)
-        self.register_buffer("std", segmenter.std)
+        self.network = network
 
     def forward(self, photos: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.network.coarse_logits((photos.float() / 255 - self.mean) / self.std)
+        logits = self.network.coarse_logits(self.network.normalized(photos))
         return F.interpolate(logits, photos.shape[2:], mode="bilinear").argmax(1), logits
 
 
@@ -74,7 +70,7 @@ def export_onnx(segmenter: Segmenter, path: Path) -> float:
         raise UserError(
             f"export requires packages that are not installed ({error}): pip install 'namedmask[onnx]'"
         ) from None
-    network = _Exported(segmenter).eval()
+    network = _Exported(segmenter.network).eval()
     # The sides of the example are unequal and not multiples of the strides, so that the exporter does not specialize.
     try:
         with replaced(pos_embed_sincos, "_build_grid", _grid):

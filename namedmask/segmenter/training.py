@@ -526,14 +526,7 @@ def at(weights: np.ndarray, positions: np.ndarray | float) -> np.ndarray:
 
 
 def make_view(sample: Sample, pixels: np.ndarray, settings: DeepLabTraining, rng: np.random.Generator) -> View:
-    """Augments the photo of a sample.
-
-    Args:
-        sample: The training sample.
-        pixels: Its photo, uint8 [H, W, 3].
-        settings: Settings of the augmentation.
-        rng: Source of randomness.
-    """
+    """Augments the photo of a sample, uint8 [H, W, 3], and its labels."""
     return augment(pixels, labels_of(sample), settings, rng)
 
 
