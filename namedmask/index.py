@@ -339,7 +339,7 @@ class Clip:
 
         torch.manual_seed(0)
         try:
-            model, _ = weights.clip_model(
+            model = weights.clip_model(
                 name, f"CLIP model {name!r}", source,
                 pretrained=tag or file, device=device, precision="fp32", force_quick_gelu=quick_gelu,
             )  # fmt: skip

@@ -114,6 +114,11 @@ class Progress:
         self._count(photos, existing)
         self._report()
 
+    def advance_new(self, photos: int, existing: bool = False) -> None:
+        """As `advance`, for a second pass over the same photos: existing results have been counted."""
+        if not existing:
+            self.advance(photos)
+
     def _count(self, photos: int, existing: bool = False) -> None:
         self.skipped = self.worker.count_done(f"{self.stage}/skipped", photos if existing else 0)
         self.done = self.worker.count_done(self.stage, photos)

@@ -303,12 +303,7 @@ def _pseudolabel(ctx: Context) -> None:
     if not ctx.worker.is_main:
         return
     if ctx.worker.count > 1:  # shards that a lost worker had claimed, unless all workers were restarted with it
-
-        def advance(photos: int, existing: bool = False) -> None:
-            if not existing:
-                progress.advance(photos)
-
-        pseudolabel(ctx.source, archive, folder, ctx.config, Worker(), ctx.device, advance, known=known)
+        pseudolabel(ctx.source, archive, folder, ctx.config, Worker(), ctx.device, progress.advance_new, known=known)
     _assemble_errors(ctx)
 
 

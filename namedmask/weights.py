@@ -362,8 +362,8 @@ def timm_model(
     return model
 
 
-def clip_model(name: str, what: str, source: Callable[[Any], Weights], **options: Any) -> tuple[Any, Callable]:
-    """Creates a CLIP model of open_clip with weights, and its preprocessing of a PIL image.
+def clip_model(name: str, what: str, source: Callable[[Any], Weights], **options: Any) -> Any:
+    """Creates a CLIP model of open_clip with weights.
 
     As in `timm_model`, `load` takes the place of open_clip's own loader, but its conversions stay.
 
@@ -399,5 +399,4 @@ def clip_model(name: str, what: str, source: Callable[[Any], Weights], **options
         load(model, source(used), what, convert)
 
     with replaced(factory, "download_pretrained", settle), replaced(factory, "load_checkpoint", load_checkpoint):
-        model, _, preprocess = open_clip.create_model_and_transforms(name, **options)
-    return model, preprocess
+        return open_clip.create_model_and_transforms(name, **options)[0]

@@ -179,12 +179,7 @@ def _work(out: Path, worker: Worker, device: str, overlays: Overlays, segmenter:
             _segment(work, worker, load, source, progress.advance)
             worker.barrier("photos are segmented")
             if worker.is_main and worker.count > 1:  # shards that a lost worker had claimed
-
-                def advance(photos: int, existing: bool = False) -> None:
-                    if not existing:
-                        progress.advance(photos)
-
-                _segment(_Work(out, overlays), Worker(), load, source, advance)
+                _segment(_Work(out, overlays), Worker(), load, source, progress.advance_new)
     except Exception as error:
         worker.fail(str(error))
         raise
