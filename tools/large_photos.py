@@ -63,7 +63,7 @@ def main() -> None:
         else:
             detector = {"backbone": BACKBONE, "backbone_weights": str(root / "vit.safetensors")}
             config = {"photos": str(root), "detector": detector, "refine": {"name": options.step}}
-            batches = Labeler(make_config(config), "cpu").label(source, names)
+            batches = Labeler(make_config(config), "cpu").label(source, [(name, None) for name in names])
         began, base, done = time.monotonic(), peak(), 0
         for batch in batches:
             done += sum(not isinstance(result[1], PhotoError) for result in batch)
