@@ -15,15 +15,7 @@ import torch
 from scipy import sparse
 
 import namedmask_kernels as nk
-from common import (
-    Work,
-    copy_bandwidth,
-    one_thread,
-    paired_medians,
-    report,
-    report_gpu,
-    report_two_threads,
-)
+from common import Work, copy_bandwidth, paired_medians, report, report_gpu, report_two_threads, threads
 from namedmask_kernels import Ragged
 from namedmask_kernels.reference import bilateral_solver as reference
 
@@ -86,7 +78,7 @@ def test_single_image(benchmark):
     expected = published_solver(target, image)
     np.testing.assert_allclose(soft, expected, atol=1e-4)
     assert 15_000 <= iteration_bytes(image)[0] <= 25_000
-    with one_thread():
+    with threads(1):
         seconds = paired_medians(
             {
                 "cpu": lambda: nk.bilateral_solver(target, image),

@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 
 import namedmask_kernels as nk
-from common import Work, blob_mask, copy_bandwidth, on_threads, one_thread, paired_medians, report, report_gpu, threads
+from common import Work, blob_mask, copy_bandwidth, on_threads, paired_medians, report, report_gpu, threads
 from namedmask_kernels import Ragged
 
 SIZE = 480
@@ -81,7 +81,7 @@ def test_single_masks(benchmark, pattern):
         medians = paired_medians({m: functools.partial(process, call) for m, call in calls.items()}, rounds=rounds)
         return {method: s / len(masks) for method, s in medians.items()}
 
-    with one_thread():
+    with threads(1):
         consecutive, single = time_calls(masks, 15), time_calls(masks[:1], 60)
         tiny = time_calls([mask[:2, :2].copy() for mask in masks], 20)
         benchmark.pedantic(nk.connected_components, masks[:1], rounds=20, warmup_rounds=2)
@@ -120,13 +120,13 @@ def test_largest_component_and_fill_holes(benchmark, pattern):
     rows = []
     for ours, peer in pairs:
         np.testing.assert_array_equal(ours(mask), peer(mask))
-        with one_thread():
+        with threads(1):
             seconds = paired_medians({"cpu": lambda f=ours: f(mask), "scipy": lambda f=peer: f(mask)}, rounds=30)
         rows.append(
             {"operator": ours.__name__, "us": 1e6 * seconds["cpu"], "scipy.ndimage us": 1e6 * seconds["scipy"]}
             | {"time / ours": seconds["scipy"] / seconds["cpu"]}
         )
-    with one_thread():
+    with threads(1):
         benchmark.pedantic(nk.fill_holes, (mask,), rounds=20, warmup_rounds=2)
     report(f"largest_component and fill_holes, {SIZE} x {SIZE}, {pattern.__name__}, one core", rows)
 

@@ -17,7 +17,6 @@ from common import (
     copy_bandwidth,
     device_copy_bandwidth,
     device_median,
-    one_thread,
     paired_medians,
     report,
     report_two_threads,
@@ -78,7 +77,7 @@ def test_single_image(benchmark, labels, quick):
         assert np.abs(marginals - expected).mean() < 2e-3
         assert (marginals.argmax(-1) == expected.argmax(-1)).mean() >= (0.998 if labels == 2 else 0.995)
         calls["pydensecrf2"] = lambda: pydensecrf(probabilities, image)
-    with one_thread():
+    with threads(1):
         seconds = paired_medians(calls, rounds=11, seconds=25)
         benchmark.pedantic(nk.dense_crf, (probabilities, image), rounds=5, warmup_rounds=1)
         operations, moved = cost(*image.shape[:2], labels)

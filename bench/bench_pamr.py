@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import namedmask_kernels as nk
-from common import Work, one_thread, paired_medians, report, report_gpu, report_two_threads, resident_memory
+from common import Work, paired_medians, report, report_gpu, report_two_threads, resident_memory, threads
 from namedmask_kernels import Ragged
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -73,7 +73,7 @@ def test_single_image(benchmark, labels, quick):
         "float32 product 1024^3": lambda: a @ a,
         "torch, unfolded": lambda: torch_pamr(masks, image),
     }
-    with one_thread():
+    with threads(1):
         seconds = paired_medians(calls, rounds=5, seconds=60)
         benchmark.pedantic(nk.pamr, (masks, image), rounds=5)
     ceiling = 2 * 1024**3 / seconds["float32 product 1024^3"]

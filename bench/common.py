@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Shared code of the benches: interleaved timing, numbers of threads, synthetic features, and tables of results.
 
-with one_thread():
+with threads(1):
     seconds = paired_medians({"ours": ours, "peer": peer}, rounds=20)
 report("operator, 512x683", [{"method": name, "ms": 1e3 * s} for name, s in seconds.items()])
 """
@@ -102,11 +102,6 @@ def threads(count: int) -> Iterator[None]:
     finally:
         for (set_threads, _), n in zip(libraries, before, strict=True):
             set_threads(n)
-
-
-def one_thread() -> contextlib.AbstractContextManager[None]:
-    """`threads(1)`."""
-    return threads(1)
 
 
 def on_threads(count: int, call: Callable[[], object]) -> Callable[[], object]:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from namedmask.archive import read_archive
 from namedmask.config import make_config
+from namedmask.demo.score import iou
 from namedmask.evaluate.folders import as_json, print_table
 from namedmask.evaluate.metrics import Confusion
 from namedmask.formats import read_label_map
@@ -79,10 +80,6 @@ def check_archive(photos: Path, standin: Path, out: Path, workers: int) -> None:
         hits = [label[entry.photo] == name for entry in archive.photos[name]]
         table.add_row(name, *(f"{np.mean(hits[:k]):.2f}" for k in (10, 20, 40)))
     Console().print(table)
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    return float((a & b).sum() / max(1, (a | b).sum()))
 
 
 def check_saliency(photos: Path, standin: Path, out: Path) -> None:

@@ -50,7 +50,7 @@ def connected_components(mask: Ragged | Array, *, connectivity: int = 4, backend
         A `Components`, with arrays of the kind of `mask`.
 
     Raises:
-        TypeError: If the mask is not a bool or uint8 array, tensor or Ragged, or the connectivity no integer.
+        TypeError: If the mask is not a bool or uint8 array, tensor or Ragged, or if the connectivity is not an integer.
         ValueError: If it has the wrong shape, the connectivity is not 4 or 8, or the backend cannot run.
 
     Cost:
@@ -98,7 +98,7 @@ def largest_component(mask: Batch, *, connectivity: int = 4, backend: str = "aut
         bool, arranged like `mask`.
 
     Raises:
-        TypeError: If the mask is not a bool or uint8 array, tensor or Ragged, or the connectivity no integer.
+        TypeError: If the mask is not a bool or uint8 array, tensor or Ragged, or if the connectivity is not an integer.
         ValueError: If it has the wrong shape, the connectivity is not 4 or 8, or the backend cannot run.
 
     Cost:
@@ -133,7 +133,7 @@ def fill_holes(mask: Batch, *, connectivity: int = 4, backend: str = "auto") -> 
         bool, arranged like `mask`.
 
     Raises:
-        TypeError: If the mask is not a bool or uint8 array, tensor or Ragged, or the connectivity no integer.
+        TypeError: If the mask is not a bool or uint8 array, tensor or Ragged, or if the connectivity is not an integer.
         ValueError: If it has the wrong shape, the connectivity is not 4 or 8, or the backend cannot run.
 
     Cost:

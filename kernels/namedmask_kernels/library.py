@@ -249,8 +249,7 @@ def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
 def _cpu_kernel(name: str, tensors: int, outputs: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         results = outputs(*arguments)
-        filled = results if isinstance(results, tuple) else (results,)
-        getattr(backends.native(), name)(*arguments[:tensors], *filled, *arguments[tensors:])
+        getattr(backends.native(), name)(*arguments[:tensors], *_as_tuple(results), *arguments[tensors:])
         return results
 
     return run

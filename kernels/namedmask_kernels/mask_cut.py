@@ -120,14 +120,7 @@ def _outputs(features: Tensor, offsets: Tensor, shapes: Tensor, objects: int, *s
 
 
 def _reference(
-    features: Tensor,
-    offsets: Tensor,
-    shapes: Tensor,
-    objects: int,
-    tau: float,
-    eps: float,
-    tolerance: float,
-    max_iterations: int,
+    features: Tensor, offsets: Tensor, shapes: Tensor, objects: int, tau: float, eps: float, *settings: float
 ) -> Outputs:
     expect_finite(NAME, "features", features.isfinite(), offsets)
     masks, value, seed = _outputs(features, offsets, shapes, objects)
