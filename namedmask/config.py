@@ -363,7 +363,7 @@ class SegmenterTraining(DeepLabTraining):
         le=100,
     )
     ema_decay: float = setting(
-        0.0, "Keep a moving average of the weights, of which each step keeps this share; 0: the last ones.", ge=0, lt=1
+        0.0, "Decay of a moving average of the weights (EMA), which is stored instead of them; 0: none.", ge=0, lt=1
     )
 
 

@@ -124,7 +124,7 @@ def _expect_photos(plan: Plan) -> None:
 
 
 def _check_embedder(plan: Plan) -> None:
-    """Of the stages index and archive, which share the model."""
+    """Checks the stages index and archive, which share the model."""
     from .hub import require
     from .index import make_embedder
 

@@ -46,7 +46,7 @@ def detector_settings(standin: Path) -> dict:
 
 
 def settings(photos: Path, standin: Path) -> dict:
-    """Of a run on the index photos. The segmenter is a head on the ViT, which stays as it is: minutes on two cores."""
+    """Settings of a run on the index photos. The segmenter is a head on the frozen ViT: minutes on two cores."""
     vit = detector_settings(standin.absolute())
     return {
         "photos": str((photos / "index").absolute()),

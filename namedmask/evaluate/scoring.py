@@ -52,7 +52,7 @@ def evaluate_benchmark(
         predictions: Weights or folder of a segmenter; a run, or a folder of its masks; a folder of PNG files, or the
             output of `namedmask segment`. For saliency benchmarks, also the settings of a detector and a refiner.
         names: Names of classes 1, 2, ... of the benchmark, instead of the published ones.
-        load: Loads the segmenter; its argument are the names of its classes if its weights have none.
+        load: Loads the segmenter; takes the names of its classes, for weights that have none.
         device: Device of the detector, as torch names it.
 
     Returns:
@@ -69,7 +69,7 @@ def evaluate_benchmark(
         raise UserError(f"leave out --categories and --categories-file: {benchmark} has no categories")
     if isinstance(predictions, RunConfig) and about.classes:
         raise UserError(
-            f"--detector is for ecssd, duts-te and dut-omron: a detector does not name what {benchmark} asks"
+            f"--detector is for ecssd, duts-te and dut-omron: a detector finds no categories, as {benchmark} requires"
         )
     data = about.read(root, split or about.split)
     _report_unpaired(data)

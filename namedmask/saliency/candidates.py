@@ -105,7 +105,7 @@ def shortlist(found: Prior) -> Tensor:
 
 
 def merit(found: Prior, numbers: Tensor, probabilities: Tensor | float) -> Tensor:
-    """What the candidate with the highest value of is selected, float32 [B, n].
+    """The value of each candidate, float32 [B, n]; the candidate with the highest one is selected.
 
     Args:
         found: The prior of all candidates.

@@ -149,7 +149,7 @@ def training_records(records: Iterable[MaskRecord], settings: DeepLabTraining) -
 def other_masks(
     records: Iterable[MaskRecord], used: Iterable[MaskRecord], label: Mapping[str, int]
 ) -> dict[Key, tuple[tuple[MaskRecord, int], ...]]:
-    """For each mask whose photo has masks of other categories, by its key: these, with their labels.
+    """The masks of other categories in the photo of each mask, with their labels, by the key of the mask.
 
     Args:
         records: All masks of the run.
