@@ -78,6 +78,7 @@ def bilateral_solver(
             image, the target is not finite or a confidence image not from 0 to 1 (the message names the image), or the
             backend cannot run. The CUDA version does not wait for the GPU to check the target and the confidence: the
             result of such an image is NaN.
+        RuntimeError: On a backward pass or a forward-mode derivative, since there is no gradient.
 
     Accuracy:
         The reference computes in float64, the other backends in float32. For targets from 0 to 1 they agree within

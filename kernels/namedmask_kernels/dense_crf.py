@@ -68,6 +68,7 @@ def dense_crf(
         ValueError: If shapes or devices do not match, a parameter is out of range, the probabilities are not finite
             (the message names the image), there is not one sigma_xy per image, an image is wider than about 3000
             bilateral sigmas, or the backend cannot run.
+        RuntimeError: On a backward pass or a forward-mode derivative, since there is no gradient.
 
     Accuracy:
         The reference evaluates the kernels exactly, between all pairs of pixels, in float64. The other backends compute

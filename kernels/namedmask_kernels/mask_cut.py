@@ -78,6 +78,7 @@ def mask_cut(
         TypeError: If the features are not floating point.
         ValueError: If a shape is wrong, a parameter is out of range, the features are not finite (the message names the
             image), or the backend cannot run.
+        RuntimeError: On a backward pass or a forward-mode derivative, since there is no gradient.
 
     Cost:
         N times that of `normalized_cut`.

@@ -83,6 +83,7 @@ def normalized_cut(
         TypeError: If the features are not floating point.
         ValueError: If a shape is wrong, a parameter is out of range, the features are not finite (the message names the
             image), or the backend cannot run.
+        RuntimeError: On a backward pass or a forward-mode derivative, since there is no gradient.
 
     Cost:
         n^2 C flops, and n^2 / 8 lookups per iteration (4 to 14 are common) for n tokens; n^2 bits of memory. On a GPU

@@ -57,6 +57,7 @@ def random_walk(
         TypeError: If an argument is not floating point.
         ValueError: If shapes or devices do not match, a parameter is out of range, the features are not finite (the
             message names the image), or the backend cannot run.
+        RuntimeError: On a backward pass or a forward-mode derivative, since there is no gradient.
 
     Cost:
         For n tokens, n^2 C flops and n^2 / 2 exponentials, and n^2 2 M flops per step. On a CPU, half of S is kept from
