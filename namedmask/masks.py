@@ -341,7 +341,7 @@ def write_errors(path: str | os.PathLike, errors: Iterable[ErrorRecord]) -> None
 
 def read_errors(path: str | os.PathLike) -> Iterator[ErrorRecord]:
     """Yields the errors in a file. Raises DamagedFile with the file and the line number at an invalid line."""
-    return read_lines(path, parse_error)
+    return read_lines(path, lambda line: parse_line(ErrorRecord, line))
 
 
 def assemble_errors(out: str | os.PathLike, parts: Iterable[str | os.PathLike]) -> None:
@@ -412,8 +412,3 @@ class _Listed:
 def parse_photo(line: bytes) -> str:
     """The name in a line of photos.jsonl. Raises ValueError if it is something else."""
     return parse_line(_Listed, line).photo
-
-
-def parse_error(line: bytes) -> ErrorRecord:
-    """The error in a line of errors.jsonl. Raises ValueError if it is something else."""
-    return parse_line(ErrorRecord, line)

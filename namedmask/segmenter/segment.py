@@ -22,7 +22,7 @@ from ..distributed import Worker
 from ..errors import UserError
 from ..files import NAME_ERRORS, atomic_write, files_below, locked, remove_files, write_error
 from ..formats import encode_jpeg, write_label_map
-from ..masks import ErrorRecord, parse_error, parse_photo, read_lines, write_errors
+from ..masks import ErrorRecord, parse_line, parse_photo, read_lines, write_errors
 from ..memory import DECODE_SHARE, photo_budget
 from ..photos import SEGMENT_RECORD, Photo, PhotoError, PhotoSource, open_source
 from ..progress import Progress
@@ -144,7 +144,8 @@ class _Work:
         self.names = list(read_lines(out / UNFINISHED / "photos.jsonl", parse_photo))
         self.shown = shown_photos(self.names, overlays)
         self.scores = score_lines(out)
-        self.errors = {error.photo: error for error in map(parse_error, unfinished_lines(out, ERRORS))}
+        errors = (parse_line(ErrorRecord, line) for line in unfinished_lines(out, ERRORS))
+        self.errors = {error.photo: error for error in errors}
 
     def is_done(self, name: str) -> bool:
         """Whether a photo has a mask, a score and, if wanted, an overlay, or cannot be used."""
