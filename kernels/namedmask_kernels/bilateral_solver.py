@@ -61,8 +61,8 @@ def bilateral_solver(
         sigma_luma: Side of the cells in luma, in levels of full-range BT.601 YCbCr (0 to 255), at least 1.
         sigma_chroma: Side of the cells in the two chroma channels, likewise.
         smoothness: Weight of the smoothness term against the data term, at least 0. Only its ratio to `confidence`
-            matters; ratios (or with a confidence image, weights) above 2^40 (1e12) count as 2^40, where float32 no
-            longer sees the data term.
+            matters; ratios (or with a confidence image, weights) above 2^40 (1e12) count as 2^40, where the data term
+            is lost in float32's rounding.
         iterations: Maximum number of conjugate gradient iterations. The default is the published one; images require
             about 140 iterations to converge, and after 25 the result is within 0.02 of the solution.
         tolerance: Stops when the norm of the residual is at most this fraction of the right-hand side's.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Scores the masks of the demo. The ground truth is rendered again from the seed; no stage of the pipeline sees it.
+"""Scores the masks of the demo. The ground truth is rendered again from the seed; no stage of the pipeline reads it.
 
 - `archive_precision_at_50`: fraction of the photos in the archive of a kind that show the kind.
 - `trivial_baseline_iou`, `spectral_iou`, `detector_iou`, `refined_iou`, `experts_iou`: mean IoU with the visible pixels

@@ -19,7 +19,7 @@ class Row:
     Attributes:
         stage: Name of the stage.
         part: Part of the stage; "" for all of it.
-        unit: What is counted: "photos", "prompts" or "views", which are photos as a training sees them.
+        unit: What is counted: "photos", "prompts" or "views", the photos as augmented for a training.
         measured: Number of units that were processed to measure the rate.
         rate: Units per second on this machine.
         count: Units of the job.

@@ -68,7 +68,7 @@ class Detector(ABC):
             return centered(features) if self.config.center_features else features
 
     def resize(self, images: Ragged) -> Ragged:
-        """Resizes photos, uint8 [P, 3], to the sizes at which the backbone sees them, without padding."""
+        """Resizes photos, uint8 [P, 3], to the sizes of the backbone's input, without padding."""
         return self.backbone.resize(images, self.config.image_size)
 
     @abstractmethod

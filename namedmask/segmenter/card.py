@@ -19,7 +19,7 @@ from ..training import HELD_OUT
 SHOWN = ("crop_size", "batch_size", "steps", "lr", "encoder_lr", "precision", "seed")  # of the training's settings
 LIMITS = """It was trained on masks that no person has drawn: a detector without labels found one object per photo, and
 the name of the object is that of the photo's retrieval or folder. Expect wrong edges, missed objects, and parts of the
-background that often accompany a category. It knows only the categories above and calls everything else background.
+background that often accompany a category. It has only the categories above; everything else is background.
 Evaluate it on labeled photos of your own before you rely on it."""
 
 
