@@ -292,8 +292,12 @@ def best_masks(out: str | os.PathLike) -> Path:
 
 def is_refined(out: str | os.PathLike) -> bool:
     """Returns whether the experts of a run have finished: their shards are in OUT/refined, none in OUT/refining."""
-    shards = next(Path(out, "refined").glob("*[0-9].jsonl"), None)
-    return shards is not None and next(Path(out, "refining").glob("*[0-9].jsonl"), None) is None
+    return has_shards(Path(out, "refined")) and not has_shards(Path(out, "refining"))
+
+
+def has_shards(folder: Path) -> bool:
+    """Returns whether a folder has shards of masks."""
+    return next(folder.glob("*[0-9].jsonl"), None) is not None
 
 
 def digest(records: Iterable[MaskRecord], labels: Sequence = ()) -> str:

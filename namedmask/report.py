@@ -29,7 +29,7 @@ from .config import to_toml
 from .errors import DamagedFile
 from .files import absolute, atomic_write, write_json
 from .formats import encode
-from .masks import Key, MaskRecord, is_refined, mask_iou, read_masks
+from .masks import Key, MaskRecord, has_shards, is_refined, mask_iou, read_masks
 from .memory import MemoryBudget
 from .pages import anchor, histogram, read_some_errors, script_json, template
 from .pages.pictures import (
@@ -125,7 +125,7 @@ class Contents:
     def __init__(self, out: Path, read: Callable[[Path], Iterable[MaskRecord]] = read_masks):
         self.out, self.config = out, read_config(out)
         names = ("refined", "masks", "detected") if is_refined(out) else ("masks", "detected")
-        self.folders = [out / name for name in names if next((out / name).glob("*[0-9].jsonl"), None) is not None]
+        self.folders = [out / name for name in names if has_shards(out / name)]
         self.labels = [_LABELS[folder.name] for folder in self.folders]
         self.review = read_review(out)
         archive = read_archive(out / "archive.json")

@@ -20,7 +20,7 @@ from ..decoding import as_stored
 from ..distributed import Worker
 from ..errors import UserError, counted, quoted
 from ..formats import BACKGROUND, CATEGORIES, read_categories, read_label_map
-from ..masks import MaskRecord, best_masks, read_masks
+from ..masks import MaskRecord, best_masks, has_shards, read_masks
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
 from ..progress import Progress, warn
 from ..suffixes import PHOTO_SUFFIXES
@@ -226,7 +226,7 @@ def is_weights(path: Path) -> bool:
 
 def records_folder(path: Path) -> Path | None:
     """The folder of the masks of a run, if `path` is a run or such a folder."""
-    return next((folder for folder in (best_masks(path), path) if next(folder.glob("*[0-9].jsonl"), None)), None)
+    return next((folder for folder in (best_masks(path), path) if has_shards(folder)), None)
 
 
 def matched_records(folder: Path, photos: Path, names: Collection[str]) -> tuple[dict[str, list[MaskRecord]], str]:
