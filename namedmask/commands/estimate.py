@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ from ..config import make_config, merge
 from ..errors import UserError, counted
 from ..files import absolute, write_json
 from ..stages import LABELING, STAGES
-from .options import PHOTOS_HELP, Config, Preset, Set
+from .options import PHOTOS_HELP, Config, JsonFile, Preset, Set
 
 ESTIMATED = [section for stage in (*LABELING, "experts", "train") for section in STAGES[stage].sections]
 ESTIMATE_FLAGS = flags_of([section for stage in LABELING for section in STAGES[stage].sections])
@@ -42,7 +41,7 @@ def _estimate(
             "--gpus", metavar="INTEGER", min=0, max=1, help="1: measure on the GPU, 0: on the CPU. Default: 1 if any."
         ),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE.")] = None,
+    json_file: JsonFile = None,
     categories_file: CategoriesFile = None,
     preset: Preset = None,
     config: Config = None,

@@ -14,7 +14,7 @@ from ..config import make_config, merge
 from ..errors import UserError
 from ..evaluate import BenchmarkName
 from ..files import absolute
-from .options import Categories, Config, EncoderName, Set
+from .options import Categories, Config, EncoderName, JsonFile, Set
 from .segment import INFERENCE, inference_of
 
 DETECTION = ("detector", "refine")  # sections of the settings that `evaluate` reads
@@ -85,7 +85,7 @@ def _evaluate(
     red_green: Annotated[
         bool, typer.Option("--red-green", help="TRUTH holds labels as R + 256 G and ignores 1000, as in ImageNet-S.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE.")] = None,
+    json_file: JsonFile = None,
     config: Config = None,
     set_: Set = None,
     **options: str | None,

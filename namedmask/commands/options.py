@@ -33,6 +33,7 @@ PresetNames = Annotated[
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings in the format of a run's run.toml.")
 ]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any setting, such as refine.crf.confidence=0.9. Repeatable."),

@@ -45,7 +45,7 @@ from ..masks import MaskRecord, digest, read_masks
 from ..photos import PhotoSource
 from ..progress import Progress
 from ..review import read_review
-from ..segmenter.augment import recolored
+from ..segmenter.augment import GRAY, TURN, recolored
 from ..selection import Selection, select
 from ..training import TrainingPhotos, TrainingState, fit, loaded_batches, trained_on
 from .selfmask import SelfMask
@@ -263,10 +263,8 @@ def relit(photo: Tensor, rng: np.random.Generator) -> Tensor:
 
     Saturation and hue are one matrix on RGB, a rotation about the gray axis: a tenth of the time of a way through HSV.
     """
-    gray = torch.full((3, 3), 1 / 3)
-    turn = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     angle, saturation = rng.uniform(-0.6, 0.6), 0.0 if rng.random() < 0.1 else rng.uniform(0.4, 1.6)
-    matrix = gray + saturation * (math.cos(angle) * (torch.eye(3) - gray) + math.sin(angle) * turn)
+    matrix = GRAY + saturation * (math.cos(angle) * (torch.eye(3) - GRAY) + math.sin(angle) * TURN)
     pixels = matrix @ (photo.flatten(1).float() / 255)
     middle = pixels.mean()
     pixels = (pixels - middle) * rng.uniform(0.6, 1.4) + middle * rng.uniform(0.6, 1.4)

@@ -27,6 +27,9 @@ from ..config import DeepLabTraining
 IGNORE = -1  # label of pixels that are excluded from the loss and never pasted
 BLUR_KERNEL = 39  # side in pixels; taps below 1/3000 of the central weight are omitted
 LUMA = torch.tensor([0.2989, 0.587, 0.114])
+# Matrices on RGB: the projection onto the gray axis, and a quarter turn about it.
+GRAY = torch.full((3, 3), 1 / 3)
+TURN = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
 
 
 class View(NamedTuple):
@@ -142,15 +145,13 @@ def color_jitter(photo: Tensor, strengths: Sequence[float], rng: np.random.Gener
     Returns:
         float32 [3, h, w] in [0, 1].
     """
-    gray = torch.full((3, 3), 1 / 3)
-    rotation = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     matrix, shift = torch.eye(3), torch.zeros(3)
     mean = photo.mean((1, 2))
     for change in rng.permutation(4).tolist():
         strength = strengths[change]
         if change == 3:  # hue
             angle = 2 * math.pi * rng.uniform(-strength, strength)
-            step, offset = gray + math.cos(angle) * (torch.eye(3) - gray) + math.sin(angle) * rotation, torch.zeros(3)
+            step, offset = GRAY + math.cos(angle) * (torch.eye(3) - GRAY) + math.sin(angle) * TURN, torch.zeros(3)
         else:
             factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
             step, offset = factor * torch.eye(3), torch.zeros(3)
