@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def emulator_extension():
 def emulated_cuda(request, monkeypatch, emulator_extension):
     """Makes `backend="cuda"` run on CPU tensors: CUDA kernels in the emulator, Triton kernels in Triton's interpreter.
 
-    Memory from torch.empty and its siblings holds NaN or the largest integer, so that reads of unwritten memory show.
+    New memory is filled (`filled_memory`).
     """
     real_choose = backends.choose
 
@@ -90,10 +91,22 @@ def emulated_cuda(request, monkeypatch, emulator_extension):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     emulator_extension.seed(zlib.crc32(request.node.nodeid.encode()))  # another order of threads for every test
+    with filled_memory():
+        yield
+
+
+@contextlib.contextmanager
+def filled_memory():
+    """Memory from torch.empty and its siblings holds NaN or the largest integer: reads of unwritten memory show."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory
-    yield
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+fill_memory = pytest.fixture(lambda: filled_memory)
 
 
 @pytest.fixture(scope="session")
