@@ -73,7 +73,7 @@ def command(*words):
 
     from namedmask import cli
 
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
+    return CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

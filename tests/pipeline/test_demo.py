@@ -19,9 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from namedmask import cli
 from namedmask.archive import read_archive
 from namedmask.demo import run as demo
 from namedmask.demo.scenes import KINDS, index_photo
@@ -30,6 +28,7 @@ from namedmask.demo.score_scenes import AUGMENTATION, render_scenes
 from namedmask.errors import UserError
 from namedmask.formats import write_label_map
 from namedmask.masks import read_masks
+from small_world import command
 
 IOUS = ("trivial_baseline_iou", "spectral_iou", "detector_iou", "refined_iou")
 FIGURES = ("archive_precision_at_50", *IOUS)
@@ -81,9 +80,8 @@ def test_segmenter_figure_equals_the_evaluate_command(small, tmp_path):
     truth.mkdir()
     for number, labels in enumerate(render_scenes(photos, demo.SEED, 20)):
         write_label_map(truth / f"{number:05}.png", labels, 1 + len(KINDS))
-    command = ["evaluate", out / "segmenter", truth, "--photos", photos, "--json", tmp_path / "figures.json"]
-    command += ["--scales", ",".join(map(str, AUGMENTATION["scales"])), "--horizontal-flip"]
-    result = CliRunner().invoke(cli.app, list(map(str, command)), catch_exceptions=False)
+    words = ["evaluate", out / "segmenter", truth, "--photos", photos, "--json", tmp_path / "figures.json"]
+    result = command(*words, "--scales", ",".join(map(str, AUGMENTATION["scales"])), "--horizontal-flip")
     assert result.exit_code == 0, result.output
     evaluated = json.loads((tmp_path / "figures.json").read_text())
     assert evaluated["mean_iou"] == pytest.approx(figures["segmenter_miou"]["mean"], abs=1e-4)
@@ -115,7 +113,7 @@ def test_report_command_shows_the_sheets_until_the_masks_change(small, tmp_path)
 
     def report_again() -> None:
         (out / "report.html").unlink()
-        result = CliRunner().invoke(cli.app, ["report", str(out)], catch_exceptions=False)
+        result = command("report", out)
         assert result.exit_code == 0, result.output
 
     before = sheets()
@@ -166,7 +164,7 @@ def test_worker_processes_of_the_ordinary_command_find_the_same_photos(small, tm
 def test_folder_with_other_photos_raises_user_error(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").touch()
-    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path), "--overwrite"], catch_exceptions=False)
+    result = command("demo", "--out", tmp_path, "--overwrite")
     assert result.exit_code == 2 and "holiday.jpg" in result.stderr and "choose another --out" in result.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["photos", "holiday.jpg"]
 

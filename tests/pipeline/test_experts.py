@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -17,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from namedmask import cli, experts, run
+from namedmask import experts, run
 from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained_encoder
 from namedmask.config import ExpertTraining, make_config
@@ -35,7 +35,7 @@ from namedmask.segmenter.predict import Segmenter
 from namedmask.segmenter.training import samples_digest
 from namedmask.selection import Selection, select
 from namedmask.training import trained_on
-from small_world import interrupted_after
+from small_world import command, interrupted_after
 
 ENCODER = "test_resnet"  # timm's, for tests
 COLORS = {"cat": (220, 60, 40), "hot/dog": (40, 90, 220)}  # one name cannot be a file name
@@ -201,7 +201,7 @@ def test_changed_settings_raise_with_the_difference(world, tmp_path):
     original, settings, _ = world
     out = copy_of(original, tmp_path)
     start(out, {**settings, "steps": 2})
-    experts = lambda *a: CliRunner().invoke(cli.app, ["experts", str(out), *map(str, a)], catch_exceptions=False)  # noqa: E731
+    experts = functools.partial(command, "experts", out)
     for changed, difference in (
         (["--steps", 3], "experts.steps: 2 -> 3"),
         (["--mode", "shared"], "'separate' -> 'shared'"),

@@ -12,14 +12,14 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from typer.testing import CliRunner
 
-from namedmask import backbones, cli
+from namedmask import backbones
 from namedmask.backbones import untrained_encoder
 from namedmask.errors import UserError
 from namedmask.segmenter import export
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
 from namedmask.segmenter.predict import Segmenter
+from small_world import command
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def weights(tmp_path_factory):
 
 def test_export_command(weights, tmp_path):
     path = tmp_path / "model.onnx"
-    done = CliRunner().invoke(cli.app, ["export", str(weights), "--onnx", str(path)], catch_exceptions=False)
+    done = command("export", weights, "--onnx", path)
     assert done.exit_code == 0 and "differ from torch's by at most" in done.output, done.output
     session = onnxruntime.InferenceSession(path)
     names = json.loads(session.get_modelmeta().custom_metadata_map["names"])

@@ -13,14 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from typer.testing import CliRunner
 
-from namedmask import cli, hub
+from namedmask import hub
 from namedmask.config import make_config
 from namedmask.doctor import examine
 from namedmask.errors import UserError
 from namedmask.hub import Published
 from namedmask.stages import STAGES
+from small_world import command, draw_photo
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -265,14 +265,10 @@ def test_the_settings_tell_which_weights_are_needed():
             needed(**values)
 
 
-def invoke(*words):
-    return CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
-
-
 def test_fetch_and_doctor(monkeypatch, tmp_path):
     fetched = []
     monkeypatch.setattr(hub, "fetch", lambda one: fetched.append(one.what) or tmp_path / "file")
-    result = invoke("fetch", "--backbone", "vit_base_patch16_224.dino", "--set", "index.embeddings=/e")
+    result = command("fetch", "--backbone", "vit_base_patch16_224.dino", "--set", "index.embeddings=/e")
     assert fetched == ["backbone vit_base_patch16_224.dino", "encoder resnet50.dino"]  # SelfMask's backbone is the same
     assert result.stdout == "".join(f"{what}: {tmp_path / 'file'}\n" for what in fetched)
     report = "\n".join(examine())
@@ -326,16 +322,14 @@ def test_doctor_with_two_gpus(monkeypatch):
 
 def test_a_run_looks_for_all_weights_before_any_work(monkeypatch, tmp_path):
     """In a folder of class folders, no CLIP is needed; a run without weights leaves no results and no settings."""
-    from small_world import draw_photo
-
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         draw_photo(0, name).save(tmp_path / "photos" / name / "0.jpg")
     monkeypatch.setattr(hub, "_find", lambda one: (_ for _ in ()).throw(OSError("no network")))
-    result = invoke("run", tmp_path / "photos", "--out", tmp_path / "out")
+    result = command("run", tmp_path / "photos", "--out", tmp_path / "out")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "no weights of backbone vit_small_patch8_224.dino in the caches" in result.stderr
-    result = invoke("run", tmp_path / "photos", "--categories", "cat", "--out", tmp_path / "out")
+    result = command("run", tmp_path / "photos", "--categories", "cat", "--out", tmp_path / "out")
     assert (
         result.exit_code == 2 and "no weights of CLIP model ViT-L-14-336-quickgelu:openai and backbone" in result.stderr
     )

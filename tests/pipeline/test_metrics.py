@@ -16,15 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from typer.testing import CliRunner
 
-from namedmask import cli
 from namedmask.errors import DamagedFile, UserError
 from namedmask.evaluate.benchmarks import read_gray
 from namedmask.evaluate.folders import as_json, default_ignore, percent
 from namedmask.evaluate.metrics import Confusion
 from namedmask.formats import label_palette, read_categories, read_label_map, write_label_map
-from small_world import encoded_png
+from small_world import command, encoded_png
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "running_score.npz"
 CASES = ("binary", "voc21", "voc21_absent_gt", "voc21_absent_both", "all_ignored", "perfect")
@@ -257,7 +255,7 @@ def png(labels: np.ndarray, depth: int, palette: bytes, transparency: bytes) -> 
 
 
 def evaluate(*arguments):
-    return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)], catch_exceptions=False)
+    return command("evaluate", *arguments)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -18,10 +19,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from typer.testing import CliRunner
 
 from golden import GOLDEN, fill_weights
-from namedmask import cli, config
+from namedmask import config
 from namedmask.backbones import untrained_encoder
 from namedmask.distributed import Worker
 from namedmask.formats import read_label_map, write_label_map
@@ -40,7 +40,7 @@ from namedmask.segmenter.predict import (
     upsampled_argmax,
 )
 from namedmask.segmenter.segment import segment_photos
-from small_world import draw_photo, draw_photos, files_of
+from small_world import command, draw_photo, draw_photos, files_of
 
 TINY = "test_resnet"
 SIZES = [(37, 53), (64, 48), (33, 1), (1, 1), (90, 121)]
@@ -270,7 +270,7 @@ def test_batches_give_the_masks_of_single_photos_in_order(weights, tmp_path, mon
 
 
 def segment(*arguments):
-    return CliRunner().invoke(cli.app, ["segment", *map(str, arguments)], catch_exceptions=False)
+    return command("segment", *arguments)
 
 
 def test_segment_command(weights, tmp_path):
@@ -296,7 +296,7 @@ def test_segment_command(weights, tmp_path):
     assert done.exit_code == 0 and "segment: 4 photos, " in done.output and ", 2 done before, " in done.output
     assert kept.stat().st_mtime_ns == before and len(list((out / "masks").rglob("*"))) == 4
     # Evaluated against its own masks.
-    evaluated = lambda *a: CliRunner().invoke(cli.app, ["evaluate", *map(str, a)], catch_exceptions=False)  # noqa: E731
+    evaluated = functools.partial(command, "evaluate")
     for arguments in ((out, out / "masks"), (weights, out / "masks", "--photos", photos)):
         done = evaluated(*arguments, "--json", tmp_path / "figures.json")
         assert done.exit_code == 0, done.output
@@ -426,8 +426,8 @@ def test_segment_reports_errors_in_one_line(weights, tmp_path):
     masks = tmp_path / "truth"
     masks.mkdir()
     write_label_map(masks / "cat0000.png", np.zeros((3, 3), int), 3)
-    words = ["evaluate", str(other), str(masks), "--photos", str(tmp_path / "photos")]
-    assert "would both become cat0000.png" in CliRunner().invoke(cli.app, words).stderr
+    result = command("evaluate", other, masks, "--photos", tmp_path / "photos")
+    assert "would both become cat0000.png" in result.stderr
     (tmp_path / "useless").mkdir()
     assert_error("there are no photos in", other, tmp_path / "useless", "--overwrite")
     (tmp_path / "useless" / "bad.jpg").write_text("no photo")

@@ -11,13 +11,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from namedmask import cli, distributed, process
+from namedmask import distributed, process
 from namedmask.config import make_config, nest, settings
 from namedmask.errors import UserError, explained
 from namedmask.evaluate.folders import print_table
 from namedmask.threads import thread_count
+from small_world import command
 
 # `namedmask doctor`, which waits for a signal, perhaps in an import.
 WAITING = """
@@ -318,10 +318,6 @@ def test_every_number_has_limits(one, text):
         make_config({"photos": "p", **nest({one.name: one.parse(",".join([text] * count))})})
 
 
-def invoke(*words):
-    return CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -342,7 +338,7 @@ def invoke(*words):
 def test_errors_of_the_command_line_have_the_form_of_all_others(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p" / "cat").mkdir(parents=True)
-    result = invoke(*words)
+    result = command(*words)
     assert result.exit_code == 2 and result.stdout == ""
     assert re.fullmatch(r"namedmask: [^\n]*\n", result.stderr) and message in result.stderr
 

@@ -21,17 +21,13 @@ from namedmask import cli, run
 from namedmask.archive import read_archive
 from namedmask.masks import read_errors, read_masks
 from namedmask.record import read_config, read_record
-from small_world import COLORS, draw_photo, draw_photos, write_embeddings
+from small_world import COLORS, command, draw_photo, draw_photos, write_embeddings
 
 PHOTOS = 70  # more than one shard of masks
 
 
 def invoke(*arguments):
     return CliRunner().invoke(cli.pseudolabel_app, [str(a) for a in arguments], catch_exceptions=False)
-
-
-def command(*arguments):
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
 
 
 def process(*arguments) -> list[str]:
@@ -175,7 +171,7 @@ def test_incomplete_index_raises_user_error(world, tmp_path):
     subprocess.run(["cp", "-r", out, copy], check=True)
     (copy / "archive.json").unlink()
     (copy / "index" / "00000.safetensors").unlink()
-    result = CliRunner().invoke(cli.app, ["archive", str(copy)], catch_exceptions=False)
+    result = command("archive", copy)
     assert result.exit_code == 2 and "is not finished; run `namedmask index" in result.stderr
 
 
@@ -200,7 +196,7 @@ def test_invalid_run_folder_is_reported_in_one_line(world, tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         result = invoke(*world[0], "--out", out)
         assert result.exit_code == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("namedmask: ")
-    result = CliRunner().invoke(cli.app, ["pseudolabel", str(tmp_path / "typo")], catch_exceptions=False)
+    result = command("pseudolabel", tmp_path / "typo")
     assert result.exit_code == 2 and "is not a run folder" in result.stderr
     assert not (tmp_path / "typo").exists()
 
@@ -291,12 +287,11 @@ def test_photos_without_embeddings_and_empty_folders(world, tmp_path):
 
 def test_single_stages_equal_the_whole_command(world, tmp_path, detector_options):
     options, out = world
-    run = lambda *a: CliRunner().invoke(cli.app, [str(x) for x in a], catch_exceptions=False)  # noqa: E731
     staged = tmp_path / "out"
-    assert run("index", options[0], "--out", staged, "--embeddings", options[4]).exit_code == 0
-    assert run("archive", staged, "--categories", "cat,dog").exit_code == 0
-    assert run("pseudolabel", staged, *detector_options).exit_code == 0
-    assert run("report", staged).exit_code == 0
+    assert command("index", options[0], "--out", staged, "--embeddings", options[4]).exit_code == 0
+    assert command("archive", staged, "--categories", "cat,dog").exit_code == 0
+    assert command("pseudolabel", staged, *detector_options).exit_code == 0
+    assert command("report", staged).exit_code == 0
     assert masks_of(staged) == masks_of(out)
     assert json.loads((staged / "archive.json").read_bytes()) == json.loads((out / "archive.json").read_bytes())
 

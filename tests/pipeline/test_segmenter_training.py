@@ -2,6 +2,8 @@
 """Training of a segmenter: accuracy, resuming, one worker and two, and errors."""
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import shutil
@@ -19,13 +21,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import two_workers
 from namedmask import run, training
 from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained_encoder
-from namedmask.cli import app
 from namedmask.config import SegmenterTraining
 from namedmask.distributed import Worker
 from namedmask.errors import UserError
@@ -53,7 +53,7 @@ from namedmask.segmenter.training import (
     train,
 )
 from namedmask.training import TrainingPhotos
-from small_world import interrupted_after
+from small_world import command, interrupted_after
 
 ENCODER = "test_resnet"  # timm's, for tests
 PLAIN = {"flip_prob": 0.0, "color_jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
@@ -252,20 +252,20 @@ def test_checkpoint_of_other_masks_raises_user_error(run_of_discs, small, monkey
 
 
 def test_segmenter_of_other_masks_raises_user_error(run_of_discs, small):
-    folder, words = run_of_discs / "segmenter", ["train", str(run_of_discs)]
+    folder, words = run_of_discs / "segmenter", ["train", run_of_discs]
     train_run(run_of_discs, {**small, "steps": 1})
     (folder / "checkpoint.pt").touch()  # killed just before it would have been removed
-    assert CliRunner().invoke(app, words).exit_code == 0 and not (folder / "checkpoint.pt").exists()
+    assert command(*words).exit_code == 0 and not (folder / "checkpoint.pt").exists()
     weights = (folder / "model.safetensors").read_bytes()
     (run_of_discs / "refined").mkdir()
     write_shard(run_of_discs / "refined" / "00000.jsonl", [s.record for s in samples_of(run_of_discs)[0][:9]])
-    result = CliRunner().invoke(app, words)
+    result = command(*words)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.stderr
     assert f"trained on other masks than {run_of_discs / 'refined'}" in result.stderr
     assert "--update` trains it again" in result.stderr and (folder / "model.safetensors").read_bytes() == weights
-    assert CliRunner().invoke(app, [*words, "--overwrite"]).exit_code == 0
+    assert command(*words, "--overwrite").exit_code == 0
     assert (folder / "model.safetensors").read_bytes() != weights
-    assert CliRunner().invoke(app, words).exit_code == 0
+    assert command(*words).exit_code == 0
 
 
 def test_training_uses_the_selected_masks_and_notices_a_changed_review(run_of_discs, small):
@@ -274,24 +274,20 @@ def test_training_uses_the_selected_masks_and_notices_a_changed_review(run_of_di
     write_shard(run_of_discs / "masks" / "00000.jsonl", scored)
     review = {("cat/0.png", "cat"): "accept", ("dog/7.png", "dog"): "reject"}
     write_review(run_of_discs, review)
-    words = ["train", str(run_of_discs)]
-
-    def command(*more):
-        return CliRunner().invoke(app, [*words, *map(str, more)])
-
+    retrain = functools.partial(command, "train", run_of_discs)
     train_run(run_of_discs, {**small, "steps": 1, "min_score": 0.3, "keep_fraction": 0.8, "per_category": 3})
     trained_on = json.loads((run_of_discs / "segmenter" / "categories.json").read_text())["masks"]
     kept = [scored[0], *scored[6:8], *scored[12:15]]
     assert trained_on == samples_digest([Sample(record, 1 + (record.category == "dog")) for record in kept])
     assert lines(run_of_discs)[0]["masks"] == trained_on
     write_review(run_of_discs, {**review, ("dog/6.png", "dog"): "accept"})  # as the selection has it already
-    assert command().exit_code == 0
-    changed = command("--min-score", 0.2)
+    assert retrain().exit_code == 0
+    changed = retrain("--min-score", 0.2)
     assert changed.exit_code == 2 and "segmenter.min_score: 0.3 -> 0.2" in changed.stderr
     write_review(run_of_discs, {**review, ("dog/6.png", "dog"): "reject"})
-    changed = command()
+    changed = retrain()
     assert changed.exit_code == 2 and "other masks than" in changed.stderr and "review.jsonl give" in changed.stderr
-    again = command("--overwrite")
+    again = retrain("--overwrite")
     assert again.exit_code == 0 and [line.split() for line in again.stdout.splitlines() if "dog" in line] == [
         ["dog", "8", "2", "2"]
     ]
@@ -302,7 +298,7 @@ def test_unfinished_masks_raise_user_error(run_of_discs):
     # With this size there would be two shards, of which one exists.
     (run_of_discs / "stages.json").write_text(record.replace('shard_size": 64', 'shard_size": 8'))
     for stage in ("experts", "train"):
-        result = CliRunner().invoke(app, [stage, str(run_of_discs)])
+        result = command(stage, run_of_discs)
         assert result.exit_code == 2 and "masks is not finished; run" in result.stderr, result.output
     assert not (run_of_discs / "refined").exists() and not (run_of_discs / "segmenter").exists()
 
@@ -323,14 +319,13 @@ def test_options_of_the_command(run_of_discs, encoder_weights):
                "--batch-size": 4, "--steps": 2, "--lr": 1e-3, "--encoder-lr": 0, "--precision": "bfloat16",
                "--grad-accum-steps": 2,
                "--seed": 3}  # fmt: skip
-    words = ["train", str(run_of_discs), *(str(word) for option in options.items() for word in option)]
-    result = CliRunner().invoke(app, [*words, "--paste-objects", "0,3"])
+    result = command("train", run_of_discs, *itertools.chain(*options.items()), "--paste-objects", "0,3")
     assert result.exit_code == 0, result.output
     assert f"the segmenter is in {run_of_discs / 'segmenter'}" in result.output
     settings = read_config(run_of_discs).segmenter
     assert settings.paste_objects == (0, 3) and settings.precision == "bfloat16" and settings.seed == 3
     # Without options, the recorded settings are used.
-    assert CliRunner().invoke(app, ["train", str(run_of_discs)]).exit_code == 0
+    assert command("train", run_of_discs).exit_code == 0
 
 
 def test_batches_depend_on_the_step_only_and_are_split_among_workers(run_of_discs, small):

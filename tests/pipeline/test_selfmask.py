@@ -16,13 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.spatial.transform import Rotation
 from torchvision.transforms import functional as TF
-from typer.testing import CliRunner
 
 from golden import GOLDEN, fill_weights
 from namedmask import run, training
 from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.backbones import untrained
-from namedmask.cli import app
 from namedmask.config import DetectorConfig, SaliencyTraining, make_config
 from namedmask.demo.scenes import index_photo
 from namedmask.distributed import Worker
@@ -48,6 +46,7 @@ from namedmask.saliency.selfmask_training import (
 )
 from namedmask_kernels import Ragged
 from namedmask_kernels.reference.bilateral_solver import bilateral_solver
+from small_world import command
 
 TINY = "vit_namedmask_demo"
 
@@ -352,10 +351,10 @@ def test_masks_and_training_in_one_call(run_of_discs):
 
 def test_concurrent_training_in_one_folder_raises(run_of_discs):
     with run.locked(run_of_discs):
-        result = CliRunner().invoke(app, ["train-saliency", str(run_of_discs), "--steps", "1"])
+        result = command("train-saliency", run_of_discs, "--steps", 1)
     assert result.exit_code == 2 and "is in use by another run" in result.stderr
     missing = run_of_discs / "none"
-    assert CliRunner().invoke(app, ["train-saliency", str(missing)]).exit_code == 2 and not missing.exists()
+    assert command("train-saliency", missing).exit_code == 2 and not missing.exists()
 
 
 def test_wrong_views_or_no_masks_raise_user_error(run_of_discs):
