@@ -11,7 +11,7 @@ import functools
 import json
 import unicodedata
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..files import absolute, read_bytes, remove_files
 from ..record import UNFINISHED, read_record
 from ..run import finish, put_back, settle
 from ..stages import STAGES, assemble_run_errors
+from ..suffixes import PHOTO_SUFFIXES
 
 
 @contextmanager
@@ -151,6 +152,40 @@ def match_photos(paths: Collection[str], names: Iterable[str], root: str = "") -
                 reasons[path] = f"other paths match the same photo: {name!r}"
                 del matched[path]
     return matched, reasons
+
+
+def match_stems(paths: Collection[str], names: Iterable[str], root: str = "") -> tuple[dict[str, str], dict[str, str]]:
+    """Finds photos by paths without regard to suffixes such as .jpg.
+
+    Args:
+        paths: The paths.
+        names: Names of the photos, each once.
+        root: As for `match_photos`.
+
+    Returns:
+        As `match_photos`. Photos or paths that differ in their suffix alone are not told apart: none of them matches.
+    """
+    by_stem: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_stem[without_suffix(name)].append(name)
+    stems, stem_reasons = match_photos({without_suffix(path): None for path in paths}.keys(), by_stem, root)
+    counts = Counter(map(without_suffix, paths))
+    matched: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for path in paths:
+        stem = without_suffix(path)
+        photos = by_stem.get(stems.get(stem, ""), [])
+        if len(photos) == 1 and counts[stem] == 1:
+            matched[path] = photos[0]
+        else:
+            reasons[path] = stem_reasons.get(stem, "several photos or masks have this name")
+    return matched, reasons
+
+
+def without_suffix(name: str) -> str:
+    """The name of a photo without its suffix; a name without one as it is."""
+    suffix = next((suffix for suffix in PHOTO_SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
 
 
 def _parts(path: str) -> tuple[str, ...]:

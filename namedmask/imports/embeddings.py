@@ -23,7 +23,7 @@ from ..files import TEMPORARY_PREFIX, atomic_write, expect_writable, fitted, ope
 from ..index import is_direction, make_embedder
 from ..photos import open_source
 from ..progress import warn
-from . import match_photos, unreadable
+from . import match_photos, match_stems, unreadable, without_suffix
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch's old file format, which `weights.read` reads
@@ -69,7 +69,14 @@ def import_embeddings(
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
     if photos is not None:
-        matched, reasons = match_photos(names, open_source(photos).names(lambda _: None), str(photos))
+        source = open_source(photos)
+        matched, reasons = match_photos(names, source.names(lambda _: None), source.path)
+        if keys := [name for name in reasons if without_suffix(name) == name]:  # clip-retrieval has keys of tars
+            taken = set(matched.values())
+            left = (name for name in source.names(lambda _: None) if name not in taken)
+            by_key, of_keys = match_stems(keys, left, source.path)
+            matched |= by_key
+            reasons = {name: of_keys.get(name, reason) for name, reason in reasons.items() if name not in by_key}
         rows = {matched[name]: row for row, name in enumerate(names) if name in matched}
         if not rows:
             first, reason = next(iter(reasons.items()))

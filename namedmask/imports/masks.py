@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,15 @@ from ..photos import PhotoError, decode_ahead, open_source
 from ..progress import logger, warn
 from ..pseudolabel import shard_path, work_of
 from ..record import UNFINISHED, StageRecord, read_config, read_record
-from ..suffixes import PHOTO_SUFFIXES
-from . import category_of, imported_results, match_photos, read_json, unreadable
+from . import (
+    category_of,
+    imported_results,
+    match_photos,
+    match_stems,
+    read_json,
+    unreadable,
+    without_suffix,
+)
 
 OBJECT = "object"  # the category of a new run whose masks are not in class folders
 
@@ -200,18 +207,10 @@ class _Masks:
     def _match(self, keys: dict[str, str], names: Iterable[str], root: str) -> dict[str, str]:
         """The key of each photo. Photos are found by their whole names, or by their names without suffix."""
         names = list(dict.fromkeys(names))  # an archive may be written by hand
-        matched, reasons = match_photos(keys.keys(), names, root)
-        by_stem: defaultdict[str, list[str]] = defaultdict(list)
-        for name in names:
-            by_stem[_stem(name)].append(name)
-        stems, stem_reasons = match_photos({_stem(path): None for path in reasons}.keys(), by_stem, root)
-        counts = Counter(map(_stem, reasons))
-        for path in reasons:
-            photos = by_stem.get(stems.get(_stem(path), ""), [])
-            if len(photos) == 1 and counts[_stem(path)] == 1:
-                matched.setdefault(path, photos[0])
-            else:
-                self.unmatched[keys[path]] = stem_reasons.get(_stem(path), "several photos or masks have this name")
+        matched, others = match_photos(keys.keys(), names, root)
+        by_stem, reasons = match_stems(others.keys(), names, root)
+        matched |= by_stem
+        self.unmatched |= {keys[path]: reason for path, reason in reasons.items()}
         result: dict[str, str] = {}
         for path, name in matched.items():
             if name in result:
@@ -221,12 +220,7 @@ class _Masks:
 
 
 def _file_stem(name: str) -> str:
-    return unicodedata.normalize("NFC", _stem(name.rpartition("/")[2]))
-
-
-def _stem(name: str) -> str:
-    suffix = next((suffix for suffix in PHOTO_SUFFIXES if name.lower().endswith(suffix)), "")
-    return name[: len(name) - len(suffix)]
+    return unicodedata.normalize("NFC", without_suffix(name.rpartition("/")[2]))
 
 
 def decode_rle(value: Any, size: tuple[int, int]) -> np.ndarray:

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -855,6 +856,22 @@ def clip_retrieval(folder: Path, column: str = "image_path", rows: int = 2) -> P
         table = pyarrow.table({column: [f"/data/{name}" for name in NAMES[first:last]][:rows]})
         parquet.write_table(table, folder / "metadata" / f"metadata_{number}.parquet")
     return folder
+
+
+def test_clip_retrieval_names_photos_of_tars_without_their_suffix(photos, tmp_path):
+    """Its metadata has the keys of webdataset's samples."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, name in enumerate(["n01_0.JPEG", "n01_1.JPEG"]):
+            tar.add(photos / "n01" / name, f"{number:09}.jpg")
+        tar.add(photos / "n01" / "n01_0.JPEG", "other/7.jpg")
+        tar.add(photos / "n01" / "n01_0.JPEG", "other/7.png")
+    keys = ["000000000", "000000001", "other/7", "000000002", "000000001.png"]
+    save_file({key: np.eye(8, dtype=np.float32)[row] for row, key in enumerate(keys)}, tmp_path / "v.safetensors")
+    out = tmp_path / "e.safetensors"
+    message = succeed("import", "embeddings", tmp_path / "v.safetensors", "--photos", tmp_path / "0.tar", "--out", out)
+    assert "3 embeddings of no photo" in message
+    rows = PrecomputedEmbeddings(str(out)).rows
+    assert list(rows) == ["0.tar/000000000.jpg", "0.tar/000000001.jpg"]
 
 
 def test_output_of_clip_retrieval(photos, tmp_path, monkeypatch):
