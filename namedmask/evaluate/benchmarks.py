@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from . import BenchmarkName
 from .folders import Truth, by_stem
 
 MAX_COORDINATE = 1e5  # of a polygon; pycocotools takes memory in proportion to its length
+LOCAL_FILE = "/data/local-files/?d="  # in a URL of Label Studio: a photo of its local files storage
 MASK_THRESHOLD = 127  # pixels of a binary mask above this gray value are object
 
 
@@ -221,7 +223,7 @@ class Instance(NamedTuple):
 
     Attributes:
         label: The label of its category; None: of no class.
-        segmentation: Polygons or run lengths.
+        segmentation: Polygons or run lengths; nothing for a box.
         number: Its id.
         crowd: Whether it is a region with several objects that are not separated (`iscrowd`).
     """
@@ -232,7 +234,9 @@ class Instance(NamedTuple):
     crowd: bool = False
 
     def mask(self, height: int, width: int) -> np.ndarray:
-        """Its pixels, bool [height, width]. Raises ValueError if its segmentation is damaged."""
+        """Its pixels, bool [height, width]. Raises ValueError if its segmentation is damaged or missing."""
+        if not self.segmentation:
+            raise ValueError(f"annotation {self.number} has no segmentation: a box or a point is no mask; remove it")
         try:
             return _rasterized(self.segmentation, height, width)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
@@ -288,21 +292,21 @@ def read_instances(path: Path, label_of: Callable[[str], int | None], remedy: st
     """
     try:
         content = json.loads(read_bytes(path))
-        _expect_unique(content["categories"], "id", "categories")
-        _expect_unique(content["images"], "id", "images")
-        _expect_unique(content["images"], "file_name", "images")
+        _expect_unique((category["id"] for category in content["categories"]), "categories have the id")
+        _expect_unique((image["id"] for image in content["images"]), "images have the id")
+        _expect_unique(names := [_file_name(image) for image in content["images"]], "images have the file name")
         labels = {category["id"]: label_of(str(category["name"])) for category in content["categories"]}
         instances: dict[int, list[Instance]] = {image["id"]: [] for image in content["images"]}
         for one in content["annotations"]:
             if one["image_id"] not in instances:
                 raise ValueError(f"annotation {one['id']} is of image {one['image_id']}, which is not listed")
             instance = Instance(
-                labels[one["category_id"]], one["segmentation"], one["id"], bool(one.get("iscrowd", False))
+                labels[one["category_id"]], one.get("segmentation"), one["id"], bool(one.get("iscrowd", False))
             )
             instances[one["image_id"]].append(instance)
         photos = {}
-        for image in content["images"]:
-            name, size = str(image["file_name"]), (int(image["height"]), int(image["width"]))
+        for name, image in zip(names, content["images"], strict=True):
+            size = int(image["height"]), int(image["width"])
             if not Path(name).name:
                 raise ValueError(f"image {image['id']} has the file name {name!r}")
             if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
@@ -313,11 +317,20 @@ def read_instances(path: Path, label_of: Callable[[str], int | None], remedy: st
         raise DamagedFile(path, error, remedy=remedy) from None
 
 
-def _expect_unique(entries: list[dict], key: str, what: str) -> None:
-    """Raises ValueError if two entries have the same value of a key, as in a file that was joined from several."""
-    counts = Counter(entry[key] for entry in entries)
-    if repeated := [value for value, count in counts.items() if count > 1]:
-        raise ValueError(f"several {what} have the {key} {repeated[0]!r}")
+def _file_name(image: Mapping[str, Any]) -> str:
+    """The name of a photo in a COCO file.
+
+    Label Studio's export of painted masks has the last part of the URL of the photo, and the URL itself as `path`.
+    """
+    name = str(image["file_name"])
+    url = next((text for text in (str(image.get("path")), name) if LOCAL_FILE in text), None)
+    return name if url is None else unquote(url.partition(LOCAL_FILE)[2], errors="surrogateescape")
+
+
+def _expect_unique(values: Iterable, what: str) -> None:
+    """Raises ValueError if a value occurs twice, as in a file that was joined from several."""
+    if repeated := [value for value, count in Counter(values).items() if count > 1]:
+        raise ValueError(f"several {what} {repeated[0]!r}")
 
 
 def _coco_truth(path: Path) -> dict[str, Truth]:

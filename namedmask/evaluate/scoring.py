@@ -148,11 +148,13 @@ def class_table(own: Sequence[str], names: Sequence[str], what: str) -> np.ndarr
 class PhotoMatcher:
     """Finds photos by the names that they have elsewhere.
 
-    Two names match if they agree in all their folders from the end, as far as the shorter one goes; suffixes such as
-    .jpg do not count. Of several names for a photo, the one that agrees in most folders counts.
+    Two names match if they agree in all their folders from the end, as far as the shorter one goes. Of several names
+    for a photo, the one that agrees in most folders counts. Suffixes such as .jpg decide only between names that agree
+    in as many.
 
     Attributes:
-        matches: By photo of the benchmark: the number of folders that agree, and the name elsewhere.
+        matches: By photo of the benchmark: how many parts of the names agree and whether the suffix does, and the name
+            elsewhere.
 
     Args:
         folder: Folder of the photos of the benchmark.
@@ -161,7 +163,7 @@ class PhotoMatcher:
 
     def __init__(self, folder: Path, names: Iterable[str]):
         self.folder = folder
-        self.matches: dict[str, tuple[int, str]] = {}
+        self.matches: dict[str, tuple[tuple[int, bool], str]] = {}
         above = _parts(folder.absolute().as_posix())
         self.by_last: dict[str, list[tuple[list[str], int, str]]] = {}
         for name in names:
@@ -179,23 +181,23 @@ class PhotoMatcher:
         for path, own, photo in self.by_last.get(parts[-1] if parts else "", ()):
             shared = _shared_end(path, parts)
             if shared >= min(own, len(parts)):
-                found.append((shared, photo))
+                found.append(((shared, _suffix(photo) == _suffix(name)), photo))
         if not found:
             return None
         found.sort(reverse=True)
-        (shared, photo), *others = found
-        if others and others[0][0] == shared:
+        (agreement, photo), *others = found
+        if others and others[0][0] == agreement:
             raise UserError(
                 f"{name!r} may be {others[0][1]} or {photo} in {self.folder}: names must include the folders"
             )
-        known, other = self.matches.get(photo, (0, ""))
-        if shared == known and other != name:
+        known, other = self.matches.get(photo, ((0, False), ""))
+        if agreement == known and other != name:
             raise UserError(
                 f"{other!r} and {name!r} may both be {self.folder / photo}: names must include the folders, or score "
                 "the photos apart"
             )
-        if shared > known:
-            self.matches[photo] = shared, name
+        if agreement > known:
+            self.matches[photo] = agreement, name
         return photo
 
 
@@ -203,6 +205,10 @@ def _without_suffix(name: str) -> str:
     stem, _, suffix = name.rpartition(".")
     is_photo = f".{suffix}".lower() in PHOTO_SUFFIXES
     return stem if is_photo and stem.rpartition("/")[2].strip(".") else name  # ".jpg" is a whole name
+
+
+def _suffix(name: str) -> str:
+    return name[len(_without_suffix(name)) :]
 
 
 def _parts(path: str) -> list[str]:

@@ -333,9 +333,21 @@ def test_photo_names_match_from_their_end():
     assert matcher.add("2") == "whisk/2.jpg"
     assert matcher.add("dog/2.jpg") is None and matcher.add("3.jpg") is None and matcher.add("") is None
     assert matcher.matches == {
-        "whisk/1.jpg": (2, "whisk/1.png"),
-        "whisk/2.jpg": (5, "/data/CoCA/image/whisk/2.jpg"),
+        "whisk/1.jpg": ((2, False), "whisk/1.png"),
+        "whisk/2.jpg": ((5, True), "/data/CoCA/image/whisk/2.jpg"),
     }
+
+
+def test_suffixes_tell_photos_of_the_same_name_apart():
+    names = ["a/1.jpg", "a/1.PNG"]
+    matcher = PhotoMatcher(Path("/photos"), names)
+    assert [matcher.add(name) for name in names] == names
+    with pytest.raises(UserError, match=r"'a/1\.gif' may be a/1\.PNG or a/1\.jpg in /photos"):
+        matcher.add("a/1.gif")
+    for order in (names, names[::-1]):
+        matcher = PhotoMatcher(Path("/photos"), names[:1])
+        assert [matcher.add(name) for name in order] == ["a/1.jpg"] * 2
+        assert matcher.matches == {"a/1.jpg": ((2, True), "a/1.jpg")}
 
 
 # -- wrong and incomplete folders ------------------------------------------------------------------------------------
@@ -567,7 +579,9 @@ def test_segmentations_of_coco():
     expected[1:3, 1:4] = True
     for polygons in ([square], [square, [5, 0, 5, 3]], [square, []], [square, square]):  # two points cover nothing
         np.testing.assert_array_equal(_rasterized(polygons, 4, 6), expected)
-    assert not _rasterized([], 4, 6).any()
+    for nothing in ([], None, {}):
+        with pytest.raises(ValueError, match="annotation 8 has no segmentation: a box or a point is no mask"):
+            Instance(3, nothing, 8).mask(4, 6)
     assert _rasterized([[-1e5, -1e5, 1e5, -1e5, 1e5, 1e5, -1e5, 1e5]], 4, 6).all()
     columns = {"size": [4, 6], "counts": [5, 2, 2, 2, 2, 2, 9]}
     np.testing.assert_array_equal(_rasterized(columns, 4, 6), expected)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from scipy.stats import spearmanr
 
 from namedmask.archive import Archive, Retrieved, write_archive
 from namedmask.evaluate.runs import best_cut, rank_correlation, read_coco_labels
-from namedmask.masks import MaskRecord, write_shard
+from namedmask.masks import MaskRecord, read_masks, write_shard
 from small_world import command
 
 SIZE = (4, 5)
@@ -145,6 +147,22 @@ def test_crowd_regions_are_ignored_unless_there_is_nothing_else(run, tmp_path):
     assert figures["categories"]["cat"]["mean_iou"] == (1 + 3 / 4) / 2 and "crowd" not in done.stderr
 
 
+@pytest.mark.parametrize("kind", ["brush", "url"])
+def test_photos_of_label_studio_are_found_by_their_urls(run, tmp_path, kind):
+    """Its export of painted masks has the last part of the URL, and the URL as `path`; others have the URL alone."""
+    truth = coco_file(tmp_path / "labels.json")
+    content = json.loads(truth.read_text())
+    names = {"cat/1.jpg": "cat/a b.jpg", "cat/2.jpg": "100%é.jpg", "dog/1.jpg": "dog/a b.jpg", "dog/2.jpg": "x/?d=.jpg"}
+    records = [replace(one, photo=names.get(one.photo, one.photo)) for one in read_masks(run / "masks")]
+    write_shard(run / "masks" / "00000.jsonl", records)
+    for image in content["images"]:
+        url = f"/data/local-files/?d={quote(names[image['file_name']])}"
+        image |= {"file_name": url.rpartition("/")[2], "path": url} if kind == "brush" else {"file_name": url}
+    truth.write_text(json.dumps(content))
+    figures, _ = figures_of(run, truth)
+    assert (figures["photos"], figures["mean_iou"]) == (4, 0.5)
+
+
 def test_labels_without_folders_and_other_orders_of_categories(run, tmp_path):
     write_png(tmp_path / "flat", "2.png", columns(slice(2, 4)) * 2)
     (run / "masks" / "00000.jsonl").write_text((run / "masks" / "00000.jsonl").read_text().replace("dog/2", "dog/3"))
@@ -207,12 +225,20 @@ def test_errors_have_one_line(run, tmp_path):
     ):  # fmt: skip
         coco.write_text(json.dumps(content | {key: [content[key][0] | other, *content[key][1:]]}))
         ((name, value),) = other.items()
-        expect_error(f"labels.json: several {key} have the {name} {value!r}; the file is damaged: export it", coco)
+        expect_error(
+            f"labels.json: several {key} have the {name.replace('_', ' ')} {value!r}; the file is damaged: export it",
+            coco,
+        )
     own = [one for one in content["annotations"] if one["image_id"] == 0]
     for name in (".jpg", "cat/.jpg", "..jpg"):
         images = [content["images"][0] | {"file_name": name}]
         coco.write_text(json.dumps(content | {"images": images, "annotations": own}))
         expect_error("no photo, such as 'cat/1.jpg', has the name of one in", coco)
+    for change in ({"segmentation": []}, {}):  # boxes of CVAT and Label Studio; of others
+        coco.write_text(json.dumps(content | {"annotations": [
+            {key: one[key] for key in ("id", "image_id", "category_id")} | change for one in content["annotations"]
+        ]}))  # fmt: skip
+        expect_error("labels.json: cat/1.jpg: annotation 0 has no segmentation: a box or a point is no mask", coco)
     content["annotations"][0]["segmentation"] = {"size": [4, 5], "counts": "zz"}
     coco.write_text(json.dumps(content))
     expect_error("cat/1.jpg: the segmentation of annotation 0 is damaged", coco)
