@@ -358,7 +358,7 @@ class SegmenterTraining(DeepLabTraining):
     score_every: int = setting(500, "Steps between two scores on the held-out masks.", ge=1, le=1_000_000_000)
     score_power: float = setting(
         0.0,
-        "Photos are drawn as often as (score of the mask / mean of its category) ** score_power; 0: all equally often.",
+        "Photos of a category are drawn in proportion to (score of the mask) ** score_power; 0: all equally often.",
         ge=0,
         le=100,
     )

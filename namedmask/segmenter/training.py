@@ -174,25 +174,31 @@ def other_masks(
 
 
 def draw_weights(records: Sequence[MaskRecord], power: float, review: Mapping[Key, Verdict] = {}) -> list[float]:
-    """How often to draw each mask: (score / mean score of the category) ** power.
+    """How often to draw each mask, relative to the mean of its category: as score ** power says.
 
-    A mask with a verdict counts as one with the mean score at least, so that it is drawn. Empty masks, whose score is
-    0, are not drawn if the power is above 0, unless all scores of the category are 0.
+    So a category is drawn as often as its number of masks says. A mask with a verdict has the mean score at least, so
+    that it is drawn. Empty masks, whose score is 0, are not drawn if the power is above 0, unless all scores of the
+    category are 0.
 
     Args:
         records: Masks of any categories.
         power: 0: all weights are 1.
         review: Verdicts by photo and category, see `namedmask.review`.
     """
-    scores: dict[str, list[float]] = {}
-    for record in records:
-        scores.setdefault(record.category, []).append(max(0.0, record.score))
-    means = {category: sum(own) / len(own) for category, own in scores.items()}
-    weights = []
-    for record in records:
-        mean = means[record.category]
-        relative = max(0.0, record.score) / mean if mean else 1.0
-        weights.append((max(1.0, relative) if record.key in review else relative) ** power)
+    weights = [1.0] * len(records)
+    places: dict[str, list[int]] = {}
+    for place, record in enumerate(records):
+        places.setdefault(record.category, []).append(place)
+    for own in places.values():
+        scores = [max(0.0, records[place].score) for place in own]
+        mean = sum(scores) / len(scores)
+        scores = [max(s, mean) if records[p].key in review else s for p, s in zip(own, scores, strict=True)]
+        if largest := max(scores):
+            # Not in numpy, whose powers differ between CPUs: weights are part of what a training is recognized by.
+            powers = [(score / largest) ** power for score in scores]
+            mean = sum(powers) / len(powers)
+            for place, one in zip(own, powers, strict=True):
+                weights[place] = one / mean
     return weights
 
 

@@ -772,12 +772,18 @@ def test_photos_with_better_masks_are_drawn_more_often(run_of_discs, small, monk
     records[8:10] = [replace(records[8], score=0.0), replace(records[9], score=-0.5)]
     assert draw_weights(records, 0.0) == [1.0] * 16
     weights = draw_weights(records, 2.0)
-    assert weights[:8] == pytest.approx([(score / 0.4) ** 2 for score in scores])
-    mean = sum(max(0.0, record.score) for record in records[8:]) / 8
-    assert weights[8:] == pytest.approx([(max(0.0, record.score) / mean) ** 2 for record in records[8:]])
+    squares = np.square(scores)
+    assert weights[:8] == pytest.approx(squares / squares.mean())
+    squares = np.square([max(0.0, record.score) for record in records[8:]])
+    assert weights[8:] == pytest.approx(squares / squares.mean())
     reviewed = draw_weights(records, 2.0, {records[n].key: "accept" for n in (0, 6)})
-    assert reviewed[0] == 1 and reviewed[1:] == weights[1:]
+    squares = np.square([0.4, *scores[1:]])
+    assert reviewed[:8] == pytest.approx(squares / squares.mean()) and reviewed[8:] == weights[8:]
     assert draw_weights([replace(record, score=0.0) for record in records], 2.0) == [1.0] * 16
+    for power in (1.0, 2.0, 100.0):  # cats are as many as dogs, also if nearly all of their masks are bad
+        cats = [replace(record, score=float(number == 0)) for number, record in enumerate(records[:8])]
+        weights_of_both = draw_weights(cats + records[8:], power)
+        assert sum(weights_of_both[:8]) == pytest.approx(8) and sum(weights_of_both[8:]) == pytest.approx(8)
 
     samples = [sample._replace(weight=weight) for sample, weight in zip(samples, weights, strict=True)]
     drawn = []
