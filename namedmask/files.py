@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -384,6 +385,16 @@ def remove_empty(folder: Path, out: Path) -> None:
         except OSError:  # not empty
             return
         folder = folder.parent
+
+
+def composed(name: str) -> str:
+    """A name with composed characters: files of macOS have "e" and an accent for "é"."""
+    return unicodedata.normalize("NFC", name)
+
+
+def path_parts(path: str) -> tuple[str, ...]:
+    """The folders of a path and its last part, to be compared with those of paths of other machines."""
+    return tuple(part for part in composed(path).split("/") if part not in ("", "."))
 
 
 def absolute(path: str | os.PathLike) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from ..console import plain_console
 from ..distributed import Worker
 from ..errors import UserError, counted
-from ..files import find_files
+from ..files import composed, find_files
 from ..formats import BACKGROUND, CATEGORIES, read_categories, read_label_map
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
 from ..progress import Progress, warn
@@ -45,17 +45,17 @@ class Truth(NamedTuple):
 
 
 def by_stem(folder: Path, *suffixes: str) -> dict[str, Path]:
-    """The files below a folder by their names without suffix, sorted. Raises UserError if two have the same name."""
+    """Files below a folder by their names without suffix, `composed`. Raises UserError if two have the same name."""
     files: dict[str, Path] = {}
     for name in find_files(folder, *suffixes):
         path = folder / name
-        if (earlier := files.setdefault(Path(name).with_suffix("").as_posix(), path)) is not path:
+        if (earlier := files.setdefault(composed(Path(name).with_suffix("").as_posix()), path)) is not path:
             raise UserError(f"{earlier} and {path} have the same name; remove one of them")
     return files
 
 
 def label_maps(folder: Path, instead: str = "") -> dict[str, Path]:
-    """Returns the PNG files of a folder and its subfolders by name: "sub/photo" for sub/photo.png.
+    """Returns the PNG files of a folder and its subfolders by name, `composed`: "sub/photo" for sub/photo.png.
 
     Hidden files are skipped and links to folders are followed, as those of photos are.
 
@@ -184,7 +184,7 @@ def evaluate_folders(
     masks = predictions / "masks" if (predictions / "masks").is_dir() else predictions
     predicted_paths, true_paths = label_maps(masks), label_maps(truth)
     if (predictions / SEGMENT_RECORD).exists():  # files of other origin do not count
-        segmented = set(segmented_photos(predictions).values())
+        segmented = set(map(composed, segmented_photos(predictions).values()))
         predicted_paths = {name: path for name, path in predicted_paths.items() if name in segmented}
     if missing := [name for name in true_paths if name not in predicted_paths]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -240,14 +240,14 @@ def _segmented(segmenter: Segmenter, source: PhotoSource, stems: set[str]) -> It
     errors: list[PhotoError] = []
     names: dict[str, str] = {}
     for name in source.names(errors.append):
-        if (key := stem(name)) in stems and (other := names.setdefault(key, name)) != name:
+        if (key := composed(stem(name))) in stems and (other := names.setdefault(key, name)) != name:
             raise UserError(f"{other} and {name} would both become {key}.png; rename one of them")
     if missing := sorted(stems - names.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         why = f" ({errors[0]})" if errors else ""
         raise UserError(f"there is no photo called {missing[0]}{more} in {source.path}{why}")
     for name, mask in masks_of(segmenter, source, sorted(names.values())):
-        yield stem(name), mask
+        yield composed(stem(name)), mask
 
 
 def masks_of(segmenter: Segmenter, source: PhotoSource, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:

@@ -19,6 +19,7 @@ from ..console import plain_console
 from ..decoding import as_stored
 from ..distributed import Worker
 from ..errors import UserError, counted, quoted
+from ..files import path_parts
 from ..formats import BACKGROUND, CATEGORIES, read_categories, read_label_map
 from ..masks import MaskRecord, best_masks, has_shards, read_masks
 from ..photos import SEGMENT_RECORD, PhotoError, PhotoSource
@@ -164,11 +165,11 @@ class PhotoMatcher:
     def __init__(self, folder: Path, names: Iterable[str]):
         self.folder = folder
         self.matches: dict[str, tuple[tuple[int, bool], str]] = {}
-        above = _parts(folder.absolute().as_posix())
-        self.by_last: dict[str, list[tuple[list[str], int, str]]] = {}
+        above = path_parts(folder.absolute().as_posix())
+        self.by_last: dict[str, list[tuple[tuple[str, ...], int, str]]] = {}
         for name in names:
-            parts = _parts(_without_suffix(name))
-            self.by_last.setdefault(parts[-1], []).append(([*above, *parts], len(parts), name))
+            parts = path_parts(_without_suffix(name))
+            self.by_last.setdefault(parts[-1], []).append((above + parts, len(parts), name))
 
     def add(self, name: str) -> str | None:
         """Adds a name from elsewhere; returns the photo of the benchmark, or None if there is none.
@@ -176,7 +177,7 @@ class PhotoMatcher:
         Raises:
             UserError: If several photos match equally well, or if another name matches the photo equally well.
         """
-        parts = _parts(_without_suffix(name))
+        parts = path_parts(_without_suffix(name))
         found = []
         for path, own, photo in self.by_last.get(parts[-1] if parts else "", ()):
             shared = _shared_end(path, parts)
@@ -211,11 +212,7 @@ def _suffix(name: str) -> str:
     return name[len(_without_suffix(name)) :]
 
 
-def _parts(path: str) -> list[str]:
-    return [part for part in path.split("/") if part not in ("", ".")]
-
-
-def _shared_end(a: list[str], b: list[str]) -> int:
+def _shared_end(a: Sequence[str], b: Sequence[str]) -> int:
     count = 0
     while count < min(len(a), len(b)) and a[-1 - count] == b[-1 - count]:
         count += 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import unicodedata
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from urllib.parse import unquote
 
 from ..archive import key_of
 from ..errors import UserError, first_line, quoted
-from ..files import absolute, read_bytes, remove_files
+from ..files import absolute, path_parts, read_bytes, remove_files
 from ..record import UNFINISHED, read_record
 from ..run import finish, put_back, settle
 from ..stages import STAGES, assemble_run_errors
@@ -118,10 +117,10 @@ def match_photos(paths: Collection[str], names: Iterable[str], root: str = "") -
         The photo of each path, and for each path without one the reason: no photo matches, several match equally well,
         or another path matches its photo better.
     """
-    parts_of = {path: _parts(path) for path in paths}
+    parts_of = {path: path_parts(path) for path in paths}
     wanted = {parts[-1] for parts in parts_of.values() if parts}
-    above = _parts(absolute(root)) if root else ()
-    own = {parts: name for name in names if (parts := _parts(name)) and parts[-1] in wanted}
+    above = path_parts(absolute(root)) if root else ()
+    own = {parts: name for name in names if (parts := path_parts(name)) and parts[-1] in wanted}
     backwards = sorted((above + parts)[::-1] for parts in own)  # photos with the same end are neighbors
     matched: dict[str, str] = {}
     reasons: dict[str, str] = {}
@@ -186,10 +185,6 @@ def without_suffix(name: str) -> str:
     """The name of a photo without its suffix; a name without one as it is."""
     suffix = next((suffix for suffix in PHOTO_SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]
-
-
-def _parts(path: str) -> tuple[str, ...]:
-    return tuple(part for part in unicodedata.normalize("NFC", path).split("/") if part not in ("", "."))
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:

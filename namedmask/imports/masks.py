@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import os
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from ..archive import Archive, Retrieved, expect_distinct, read_archive, write_archive
 from ..config import PseudolabelConfig
 from ..errors import UserError, counted, quoted
-from ..files import absolute, find_files, locked, make_folder
+from ..files import absolute, composed, find_files, locked, make_folder
 from ..masks import ErrorRecord, MaskRecord, cover, errors_path, mask_score, run_lengths, write_errors, write_shard
 from ..photos import PhotoError, decode_ahead, open_source
 from ..progress import logger, warn
@@ -220,7 +219,7 @@ class _Masks:
 
 
 def _file_stem(name: str) -> str:
-    return unicodedata.normalize("NFC", without_suffix(name.rpartition("/")[2]))
+    return composed(without_suffix(name.rpartition("/")[2]))
 
 
 def decode_rle(value: Any, size: tuple[int, int]) -> np.ndarray:

@@ -32,12 +32,12 @@ from namedmask.evaluate.benchmarks import (
 from namedmask.evaluate.scoring import (
     PhotoMatcher,
     _painted,
-    _parts,
     _shared_end,
     _united,
     _without_suffix,
     class_table,
 )
+from namedmask.files import path_parts
 from namedmask.formats import write_label_map
 from namedmask.masks import MaskRecord, write_shard
 from namedmask.photos import PhotoSource
@@ -618,7 +618,7 @@ def test_names_of_classes_and_photos(printing, capsys):
         "a", "a.b", "a.b", "a", "jpg"]  # fmt: skip
     for name in (".jpg", "a/.jpg", "..jpg"):  # never without a name
         assert _without_suffix(name) == name and PhotoMatcher(Path("/"), [name]).add(name) == name
-    assert _parts("/a//./b/c") == ["a", "b", "c"]
+    assert path_parts("/a//./b/c") == ("a", "b", "c")
     assert [_shared_end([*"abc"], list(other)) for other in ("abc", "xbc", "bc", "c", "cb", "", "zabc")] == [
         3, 2, 2, 1, 0, 0, 3]  # fmt: skip
     table = class_table(["Dog", "cat"], ["cat", "bird", "dog"], "it")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from namedmask.errors import DamagedFile, UserError
 from namedmask.evaluate.benchmarks import read_gray
 from namedmask.evaluate.folders import as_json, default_ignore, percent
 from namedmask.evaluate.metrics import Confusion
+from namedmask.evaluate.scoring import PhotoMatcher
 from namedmask.formats import label_palette, read_categories, read_label_map, write_label_map
 from small_world import command, encoded_png
 
@@ -354,6 +356,15 @@ def test_label_maps_are_found_as_photos_are(folders, close_folder):
     close_folder(folders / "truth" / "deep")
     result = evaluate(*words)
     assert result.exit_code == 2 and "deep: the folder cannot be listed: Permission denied" in result.stderr
+
+
+def test_names_from_macos_are_those_of_other_systems(folders, tmp_path):
+    """Its files have decomposed characters."""
+    (folders / "truth" / "a.png").rename(folders / "truth" / "crème.png")
+    (folders / "predictions" / "a.png").rename(folders / "predictions" / unicodedata.normalize("NFD", "crème.png"))
+    assert evaluate(folders / "predictions", folders / "truth", "--categories", "cat,dog").exit_code == 0
+    matcher = PhotoMatcher(tmp_path, ["crème/é.jpg"])
+    assert matcher.add(unicodedata.normalize("NFD", "crème/é.png")) == "crème/é.jpg"
 
 
 @pytest.mark.parametrize("names", ["cat,cat", "cat,Cat", "background,cat"])

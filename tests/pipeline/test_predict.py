@@ -12,6 +12,7 @@ import os
 import shutil
 import tarfile
 import types
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -305,6 +306,22 @@ def test_segment_command(weights, tmp_path):
     write_label_map(out / "masks" / "other.png", np.zeros((3, 3), int), 3)
     done = evaluated(weights, out / "masks", "--photos", photos)
     assert done.exit_code == 2 and "there is no photo called other" in done.stderr
+
+
+def test_photos_from_macos_have_labels_from_other_systems(weights, tmp_path):
+    """The names of its files have decomposed characters."""
+    (tmp_path / "photos").mkdir()
+    draw_photo(0, "cat").save(tmp_path / "photos" / unicodedata.normalize("NFD", "crème.jpg"))
+    assert segment(weights, tmp_path / "photos", "--out", tmp_path / "out").exit_code == 0
+    (tmp_path / "truth").mkdir()
+    (mask,) = (tmp_path / "out" / "masks").iterdir()
+    shutil.copy(mask, tmp_path / "truth" / "crème.png")
+    for words in (
+        [tmp_path / "out", tmp_path / "truth"],
+        [weights, tmp_path / "truth", "--photos", tmp_path / "photos"],
+    ):
+        done = command("evaluate", *words)
+        assert done.exit_code == 0 and "mIoU 100.0 %" in done.output, done.output
 
 
 @pytest.mark.parametrize("name", config.AUGMENTATION)
