@@ -20,28 +20,29 @@ namespace {
 
 const ResizeKernels& kernels() { return NMK_BEST(resize); }
 
-// The taps of all pixels of an axis, `count` for each. They are kept for the next image.
+// The taps of all pixels of an axis. They are kept for the next image.
 class AxisTaps {
  public:
   void compute(int64_t from, int64_t to, Interpolation interpolation) {
     if (from == from_ && to == to_ && interpolation == interpolation_) return;
     from_ = to_ = 0;  // until all is computed: memory may run out
-    count_ = 0;
-    for (int64_t i = 0; i < to; ++i) {
-      count_ = std::max<int64_t>(count_, taps_of(i, from, to, interpolation).count);
-    }
+    most_ = 0;
     first_.reserve(to);
-    weights_.reserve(to * count_);
+    counts_.reserve(to);
     for (int64_t i = 0; i < to; ++i) {
       const Taps taps = taps_of(i, from, to, interpolation);
-      // Pixels near the end have fewer taps: with weights of 0 before them, no pixel beyond the end is read.
-      const auto before = std::max<int32_t>(0, taps.first + static_cast<int32_t>(count_ - from));
-      first_[i] = taps.first - before;
-      double* const weights = weights_.data() + i * count_;
-      std::fill_n(weights, count_, 0.0);
+      first_[i] = taps.first;
+      counts_[i] = taps.count;
+      most_ = std::max<int64_t>(most_, taps.count);
+    }
+    weights_.reserve(to * most_);
+    for (int64_t i = 0; i < to; ++i) {
+      const Taps taps = taps_of(i, from, to, interpolation);
+      double* const weights = weights_.data() + i * most_;
       double sum = 0;
-      for (int32_t k = 0; k < taps.count; ++k) sum += weights[before + k] = weight_of(taps, k, interpolation);
-      for (int32_t k = 0; k < taps.count; ++k) weights[before + k] /= sum;
+      for (int32_t k = 0; k < taps.count; ++k) sum += weights[k] = weight_of(taps, k, interpolation);
+      for (int32_t k = 0; k < taps.count; ++k) weights[k] /= sum;
+      std::fill_n(weights + taps.count, most_ - taps.count, 0.0);
     }
     has_floats_ = has_integers_ = false;
     from_ = from, to_ = to, interpolation_ = interpolation;
@@ -49,10 +50,10 @@ class AxisTaps {
 
   FloatTaps floats() {
     if (!has_floats_) {
-      std::copy_n(weights_.data(), to_ * count_, float_weights_.reserve(to_ * count_));
+      std::copy_n(weights_.data(), to_ * most_, float_weights_.reserve(to_ * most_));
       has_floats_ = true;
     }
-    return {first_.data(), float_weights_.data(), count_};
+    return {first_.data(), counts_.data(), float_weights_.data(), most_};
   }
 
   ByteTaps integers() {
@@ -60,33 +61,34 @@ class AxisTaps {
       quantize();
       has_integers_ = true;
     }
-    return {first_.data(), integer_weights_.data(), shifts_.data(), count_};
+    return {first_.data(), counts_.data(), integer_weights_.data(), shifts_.data(), most_};
   }
 
   // Whether all taps of pixel i are among the first `count`.
-  bool end_before(int64_t i, int64_t count) const { return first_[i] + count_ <= count; }
+  bool end_before(int64_t i, int64_t count) const { return first_[i] + counts_[i] <= count; }
 
   size_t bytes() const {
-    return first_.bytes() + shifts_.bytes() + weights_.bytes() + float_weights_.bytes() + integer_weights_.bytes();
+    return first_.bytes() + counts_.bytes() + shifts_.bytes() + weights_.bytes() + float_weights_.bytes() +
+           integer_weights_.bytes();
   }
 
  private:
   // The weights of a pixel in the most bits with which none exceeds an int16, and no sum of 255 * weight an int32. The
   // sums of the weights so far are rounded instead of the weights, so that all sum to exactly 1 << shift.
   void quantize() {
-    const int64_t padded = count_ + count_ % 2;
+    const int64_t padded = most_ + most_ % 2;
     int16_t* weight = integer_weights_.reserve(to_ * padded);
     shifts_.reserve(to_);
     const double* exact = weights_.data();
-    for (int64_t i = 0; i < to_; ++i, exact += count_, weight += padded) {
-      const double largest = *std::max_element(exact, exact + count_);
+    for (int64_t i = 0; i < to_; ++i, exact += most_, weight += padded) {
+      const double largest = *std::max_element(exact, exact + most_);
       int32_t shift = 14;
       while (shift < 22 && largest * (2 << shift) < INT16_MAX - 1) ++shift;
       shifts_[i] = shift;
       weight[padded - 1] = 0;
       double sum = 0;
       long done = 0;
-      for (int64_t k = 0; k < count_; ++k) {
+      for (int64_t k = 0; k < most_; ++k) {
         sum += exact[k];
         const long upto = std::lround(sum * (1 << shift));
         weight[k] = static_cast<int16_t>(upto - done);
@@ -95,10 +97,10 @@ class AxisTaps {
     }
   }
 
-  int64_t from_ = 0, to_ = 0, count_ = 0;
+  int64_t from_ = 0, to_ = 0, most_ = 0;
   Interpolation interpolation_ = Interpolation::kBilinear;
   bool has_floats_ = false, has_integers_ = false;
-  Buffer<int32_t> first_, shifts_;
+  Buffer<int32_t> first_, counts_, shifts_;
   Buffer<double> weights_;
   Buffer<float> float_weights_;
   Buffer<int16_t> integer_weights_;

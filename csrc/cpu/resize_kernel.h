@@ -12,12 +12,13 @@ typedef VectorOf<float, 4>::Type Floats4;
 
 void blend_rows(const float* rows, const FloatTaps& taps, int64_t y, int64_t n, float* out) {
   constexpr int kTogether = 4;  // vectors, so that their sums hide each other's latency
-  const float* const weights = taps.weights + y * taps.count;
+  const float* const weights = taps.weights + y * taps.most;
+  const int64_t count = taps.counts[y];
   rows += taps.first[y] * n;
   int64_t i = 0;
   for (; i + kTogether * kLanes <= n; i += kTogether * kLanes) {
     Floats sums[kTogether] = {};
-    for (int64_t k = 0; k < taps.count; ++k) {
+    for (int64_t k = 0; k < count; ++k) {
       const Floats weight = broadcast<Floats>(weights[k]);
       for (int v = 0; v < kTogether; ++v) sums[v] = fma(load(rows + k * n + i + v * kLanes), weight, sums[v]);
     }
@@ -25,12 +26,12 @@ void blend_rows(const float* rows, const FloatTaps& taps, int64_t y, int64_t n, 
   }
   for (; i + kLanes <= n; i += kLanes) {
     Floats sum = {};
-    for (int64_t k = 0; k < taps.count; ++k) sum = fma(load(rows + k * n + i), broadcast<Floats>(weights[k]), sum);
+    for (int64_t k = 0; k < count; ++k) sum = fma(load(rows + k * n + i), broadcast<Floats>(weights[k]), sum);
     store(out + i, sum);
   }
   for (; i < n; ++i) {
     float sum = 0;
-    for (int64_t k = 0; k < taps.count; ++k) sum = __builtin_fmaf(rows[k * n + i], weights[k], sum);
+    for (int64_t k = 0; k < count; ++k) sum = __builtin_fmaf(rows[k * n + i], weights[k], sum);
     out[i] = sum;
   }
 }
@@ -38,15 +39,16 @@ void blend_rows(const float* rows, const FloatTaps& taps, int64_t y, int64_t n, 
 // A pixel of up to four channels is a vector; what it holds beyond them is overwritten by the next pixel.
 void blend_vectors(const float* row, const FloatTaps& taps, int64_t width, int64_t channels, float* out) {
   const float* weights = taps.weights;
-  for (int64_t x = 0; x < width; ++x, weights += taps.count) {
+  for (int64_t x = 0; x < width; ++x, weights += taps.most) {
     const float* pixel = row + taps.first[x] * channels;
+    const int64_t count = taps.counts[x];
     Floats4 even = {}, odd = {};
     int64_t k = 0;
-    for (; k + 2 <= taps.count; k += 2, pixel += 2 * channels) {
+    for (; k + 2 <= count; k += 2, pixel += 2 * channels) {
       even += load<Floats4>(pixel) * weights[k];
       odd += load<Floats4>(pixel + channels) * weights[k + 1];
     }
-    if (k < taps.count) even += load<Floats4>(pixel) * weights[k];
+    if (k < count) even += load<Floats4>(pixel) * weights[k];
     store(out + x * channels, even + odd);
   }
 }
@@ -54,10 +56,10 @@ void blend_vectors(const float* row, const FloatTaps& taps, int64_t width, int64
 void blend_pixels(const float* row, const FloatTaps& taps, int64_t width, int64_t channels, float* out) {
   if (channels == 3 || channels == 4) return blend_vectors(row, taps, width, channels, out);
   for (int64_t x = 0; x < width; ++x) {
-    const float *pixel = row + taps.first[x] * channels, *weights = taps.weights + x * taps.count;
+    const float *pixel = row + taps.first[x] * channels, *weights = taps.weights + x * taps.most;
     for (int64_t c = 0; c < channels; ++c) {
       float sum = 0;
-      for (int64_t k = 0; k < taps.count; ++k) sum += pixel[k * channels + c] * weights[k];
+      for (int64_t k = 0; k < taps.counts[x]; ++k) sum += pixel[k * channels + c] * weights[k];
       out[x * channels + c] = sum;
     }
   }
@@ -145,23 +147,24 @@ inline void transpose(Bytes (&v)[16]) {
 #endif
 
 void blend_bytes(const uint8_t* all, const ByteTaps& taps, int64_t y, int64_t count, int64_t n, uint8_t* out) {
-  const int64_t padded = taps.count + taps.count % 2;
+  const int64_t padded = taps.most + taps.most % 2;
   for (int64_t end = y + count; y < end; ++y, out += n) {
     const int32_t rounding = 1 << (taps.shifts[y] - 1);
     const uint8_t* const rows = all + taps.first[y] * n;
     const int16_t* const weights = taps.weights + y * padded;
+    const int64_t taps_of_row = taps.counts[y];
     int64_t i = 0;
 #if defined(__SSE2__)
     const Bytes half = ints(rounding);
     const __m128i shift = _mm_cvtsi32_si128(taps.shifts[y]);
     for (; i + 2 * kBytes <= n; i += 2 * kBytes) {
-      blend_vectors<2>(rows + i, weights, taps.count, n, half, shift, out + i);
+      blend_vectors<2>(rows + i, weights, taps_of_row, n, half, shift, out + i);
     }
-    for (; i + kBytes <= n; i += kBytes) blend_vectors<1>(rows + i, weights, taps.count, n, half, shift, out + i);
+    for (; i + kBytes <= n; i += kBytes) blend_vectors<1>(rows + i, weights, taps_of_row, n, half, shift, out + i);
 #endif
     for (; i < n; ++i) {
       int32_t sum = rounding;
-      for (int64_t k = 0; k < taps.count; ++k) sum += rows[k * n + i] * weights[k];
+      for (int64_t k = 0; k < taps_of_row; ++k) sum += rows[k * n + i] * weights[k];
       sum >>= taps.shifts[y];
       out[i] = static_cast<uint8_t>(sum < 0 ? 0 : sum > 255 ? 255 : sum);
     }

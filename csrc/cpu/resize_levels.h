@@ -11,19 +11,20 @@ namespace namedmask::cpu {
 constexpr int64_t kResizePad = 4;    // floats that blend_pixels may read and write beyond the end of a row
 constexpr int64_t kResizeRows = 32;  // that are transposed together
 
-// The taps of the pixels of an axis: pixel x has `count` taps from `first[x]` on. Missing ones have the weight 0.
+// The taps of the pixels of an axis: pixel x has counts[x] taps from first[x] on, at most `most`. No others are read:
+// times a weight of 0, NaN and Inf would be NaN.
 struct FloatTaps {
-  const int32_t* first;
-  const float* weights;  // [pixels, count]
-  int64_t count;
+  const int32_t *first, *counts;
+  const float* weights;  // [pixels, most]
+  int64_t most;
 };
 
 // The integer weights of pixel x sum to 1 << shifts[x].
 struct ByteTaps {
-  const int32_t* first;
-  const int16_t* weights;  // [pixels, count rounded up to even]
+  const int32_t *first, *counts;
+  const int16_t* weights;  // [pixels, most rounded up to even], 0 after the last tap
   const int32_t* shifts;
-  int64_t count;
+  int64_t most;
 };
 
 struct ResizeKernels {

@@ -157,6 +157,21 @@ def test_axes_that_keep_their_length_keep_their_values(dtype, backend, device):
         torch.testing.assert_close(narrow[y], row, equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_stay_within_the_reach_of_the_filter(
+    value, channels, interpolation, backend, device
+):
+    for image, (old, new) in zip(images_of(torch.float32, channels), SIZES, strict=True):
+        for y, x in {(0, 0), (old[0] // 2, old[1] // 3), (old[0] - 1, old[1] - 1)} if image.numel() else ():
+            broken = image.clone()
+            broken[y, x, -1] = value
+            result = nk.resize(broken.to(device), new, interpolation=interpolation, backend=backend).cpu()
+            expected = nk.resize(broken, new, interpolation=interpolation, backend="reference")
+            assert torch.equal(result.isfinite(), expected.isfinite())
+
+
 def test_uint8_is_bit_identical_at_the_portable_level(run_at_level, tmp_path):
     image = images_of(torch.uint8, 3)[3]
     new = (37, 29)
