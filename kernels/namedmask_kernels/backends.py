@@ -27,12 +27,18 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
 CUDA_WITH_TRITON: set[str] = set()
 
 
-@functools.cache
 def native() -> Any:
     """The C++ extension `namedmask_kernels._native`, or None if it was not built (in a bare source tree).
 
-    Unless OMP_NUM_THREADS is set, it uses at most `usable_cores` threads.
+    It uses as many threads as torch, but unless OMP_NUM_THREADS is set at most `usable_cores`.
     """
+    # OpenMP keeps a number of threads for each thread. Torch sets it when it first reads the number in a new thread.
+    torch.get_num_threads()
+    return _extension()
+
+
+@functools.cache
+def _extension() -> Any:
     try:
         extension = importlib.import_module("namedmask_kernels._native")
     except ModuleNotFoundError as error:

@@ -151,7 +151,7 @@ from namedmask_kernels import backends, threads
 import torch
 torch.set_num_threads(7)
 print(backends.native().thread_count())
-backends.native.cache_clear()
+backends._extension.cache_clear()
 backends.usable_cores = lambda: 3
 print(backends.native().thread_count())
 """
@@ -159,3 +159,28 @@ print(backends.native().thread_count())
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | variables
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert list(map(int, done.stdout.split())) == counts
+
+
+@pytest.mark.parametrize("kind", ["torch.from_numpy", ""], ids=["tensors", "numpy"])
+def test_kernels_use_torchs_number_of_threads_in_new_threads(kind):
+    """OpenMP's number is that of the environment there until torch sets it."""
+    code = f"""
+import threading
+import numpy as np
+import torch
+import namedmask_kernels as nk
+
+extension = nk.backends.native()
+torch.set_num_threads(7)
+
+def call():
+    nk.fill_holes({kind}(np.zeros((2, 3), np.bool_)))
+    print(extension.thread_count(), torch.get_num_threads())
+
+thread = threading.Thread(target=call)
+thread.start()
+thread.join()
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "5"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["7", "7"]
