@@ -85,7 +85,7 @@ def register(
     available = {backend: _on_gpu(name, run, capturable) for backend, run in on_gpu.items() if run is not None}
     available["cpu"] = cpu or _cpu_kernel(name, tensors, outputs)
     checked = _checked(name, tensors, packed, reference) if "Tensor shapes" in schema else reference
-    available["reference"] = _without_autocast(checked)
+    available["reference"] = _in_plain_mode(checked)
     backends.IMPLEMENTATIONS[name] = available
     if cuda_needs_triton:
         backends.CUDA_WITH_TRITON.add(name)
@@ -236,11 +236,14 @@ _MAY_BE_EARLIER = """
 This may be the fault of an earlier operation, since a GPU runs behind the CPU; CUDA_LAUNCH_BLOCKING=1 shows which."""
 
 
-def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference in the precision that it states, also under torch.autocast. Kernels do not depend on autocast."""
+def _in_plain_mode(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference in the precision that it states and without a graph of gradients, on which kernels do not depend.
+
+    Operators that are not `differentiable` get arguments that require gradients.
+    """
 
     def run(*arguments: Any) -> Any:
-        with torch.autocast(arguments[0].device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
             return reference(*arguments)
 
     return run

@@ -389,6 +389,13 @@ def test_integers_have_no_derivative(derivative):
     DERIVATIVES[derivative](weighted(nk.spectral_clusters), CALLS[nk.spectral_clusters][0])
 
 
+@pytest.mark.parametrize("op", [op for op in CALLS if op is not nk.attention_features], ids=label)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_arguments_may_require_gradients(op, backend):
+    arguments = [a.clone().requires_grad_() if hasattr(a, "dtype") and a.is_floating_point() else a for a in CALLS[op]]
+    assert_same(op(*arguments, backend=backend), op(*CALLS[op], backend=backend))
+
+
 def test_derivatives_where_labels_are_constant():
     features = CALLS[nk.spectral_clusters][0]
     function = weighted(nk.spectral_clusters)
