@@ -48,15 +48,17 @@ class Ragged(NamedTuple):
         """
         if not isinstance(grids, Iterable):
             raise TypeError(f"Ragged.pack: grids must be a list of arrays, but are {grids!r}")
-        tensors = [as_tensor("Ragged.pack", f"grid {b}", grid) for b, grid in enumerate(grids)]
+        tensors = [as_tensor("Ragged.pack", f"grid {b}", grid, ARRAYS) for b, grid in enumerate(grids)]
         if not tensors:
             raise ValueError(
                 "Ragged.pack: grids must not be empty; for an empty batch call Ragged.of_shapes(rows[:0], [])"
             )
         first = tensors[0]
         for b, grid in enumerate(tensors):
+            if grid.ndim < 2:
+                raise ValueError(f"Ragged.pack: grid {b} must be [h, w, ...], but has shape {list(grid.shape)}")
             expect_dtype("Ragged.pack", f"grid {b}", grid, first.dtype)
-            if grid.ndim < 2 or grid.shape[2:] != first.shape[2:] or grid.device != first.device:
+            if grid.shape[2:] != first.shape[2:] or grid.device != first.device:
                 raise ValueError(
                     f"Ragged.pack: all grids must be [h, w, ...] with the channels and the device of the first, which "
                     f"is {list(first.shape)} on {first.device}, but grid {b} is {list(grid.shape)} on {grid.device}"
@@ -65,13 +67,14 @@ class Ragged(NamedTuple):
         return cls.of_shapes(torch.cat([grid.flatten(0, 1) for grid in tensors]), shapes)
 
     @classmethod
-    def of_shapes(cls, rows: Tensor, shapes: Sequence[tuple[int, int]]) -> Ragged:
-        """Wraps rows [T, ...] that are already packed, given the (height, width) of each grid.
+    def of_shapes(cls, rows: Array, shapes: Sequence[tuple[int, int]]) -> Ragged:
+        """Wraps rows [T, ...] (torch or numpy) that are already packed, given the (height, width) of each grid.
 
         Raises:
-            TypeError: If a shape is not a pair of integers.
+            TypeError: If the rows are not an array, or a shape is not a pair of integers.
             ValueError: If the shapes do not add up to T rows, one is negative, or there are more than 2^31 - 1 rows.
         """
+        rows = as_tensor("Ragged", "rows", rows, ARRAYS)
         try:
             pairs = [(h, w) for h, w in shapes]
         except (TypeError, ValueError):
@@ -93,12 +96,14 @@ class Ragged(NamedTuple):
             )
         ]
 
-    def with_rows(self, rows: Tensor) -> Ragged:
-        """Returns a batch with the same grids and other rows [T, ...].
+    def with_rows(self, rows: Array) -> Ragged:
+        """Returns a batch with the same grids and other rows [T, ...] (torch or numpy).
 
         Raises:
+            TypeError: If the rows are not an array.
             ValueError: If the number of rows differs.
         """
+        rows = as_tensor("Ragged.with_rows", "rows", rows, ARRAYS)
         if rows.shape[:1] != self.rows.shape[:1]:
             raise ValueError(f"Ragged.with_rows: rows must be [{self.rows.shape[0]}, ...], but are {list(rows.shape)}")
         return Ragged(rows, self.offsets, self.shapes)
@@ -122,6 +127,7 @@ def packed_shapes(shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
 
 
 Array = np.ndarray | Tensor
+ARRAYS = "a numpy array or a torch tensor"
 # What an operator accepts; the result has the same kind and arrangement.
 Batch = TypeVar("Batch", bound=Ragged | np.ndarray | Tensor)
 
@@ -215,8 +221,14 @@ def pack_numpy(*grids: np.ndarray) -> tuple[np.ndarray, ...]:
     return *rows, np.array((0, h * w), np.int32), np.array(((h, w),), np.int32)
 
 
-def as_tensor(op: str, name: str, value: object) -> Tensor:
+def as_tensor(op: str, name: str, value: object, kinds: str = "a numpy array, a torch tensor or a Ragged") -> Tensor:
     """Returns a tensor as it is, and a numpy array as a tensor, without a copy if torch can read it in place.
+
+    Args:
+        op: Name of the operator, for error messages.
+        name: Name of the argument, for error messages.
+        value: The argument.
+        kinds: What the caller accepts, for error messages.
 
     Raises:
         TypeError: If the value is neither, a sparse or nested tensor, a masked array or of a dtype that torch does not
@@ -226,9 +238,7 @@ def as_tensor(op: str, name: str, value: object) -> Tensor:
         expect_dense(op, name, value)
         return value
     if not isinstance(value, np.ndarray):
-        raise TypeError(
-            f"{op}: {name} must be a numpy array, a torch tensor or a Ragged, but is {type(value).__name__}"
-        )
+        raise TypeError(f"{op}: {name} must be {kinds}, but is {type(value).__name__}")
     if torch.compiler.is_compiling():  # its numpy arrays are tensors, without byte order and flags
         return torch.as_tensor(value)
     if isinstance(value, np.ma.MaskedArray):

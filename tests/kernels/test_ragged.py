@@ -97,11 +97,31 @@ def test_grids_that_do_not_fit_together_raise():
     one = torch.zeros(2, 3, 4)
     with pytest.raises(TypeError, match=r"Ragged.pack: grid 1 must be float32, but is float64"):
         Ragged.pack([one, one.double()])
-    for other in (one[..., :2], one[0, 0], one.to("meta"), one[..., 0]):
+    for other in (one[..., :2], one.to("meta"), one[..., 0]):
         with pytest.raises(ValueError, match=r"Ragged.pack: all grids must be \[h, w, ...\] .* but grid 1 is "):
             Ragged.pack([one, other])
-    with pytest.raises(TypeError, match=r"Ragged.pack: grid 0 must be a numpy array, a torch tensor .* but is list"):
-        Ragged.pack([[[0.0]]])
+    with pytest.raises(ValueError, match=r"Ragged.pack: grid 0 must be \[h, w, ...\], but has shape \[4\]"):
+        Ragged.pack([one[0, 0]])
+
+
+@pytest.mark.parametrize("value", [[0.0], Ragged.of_shapes(torch.zeros(1), [(1, 1)]), None, "rows"], ids=str)
+def test_rows_and_grids_that_are_no_arrays_are_rejected(value):
+    batch = Ragged.of_shapes(torch.zeros(1), [(1, 1)])
+    message = f"must be a numpy array or a torch tensor, but is {type(value).__name__}"
+    for name, call in (
+        ("Ragged.pack: grid 0", lambda: Ragged.pack([value])),
+        ("Ragged: rows", lambda: Ragged.of_shapes(value, [(1, 1)])),
+        ("Ragged.with_rows: rows", lambda: batch.with_rows(value)),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} {message}$"):
+            call()
+
+
+def test_rows_of_numpy_become_tensors():
+    rows = np.arange(6.0)
+    batch = Ragged.of_shapes(rows, [(2, 3)])
+    for value in (batch, batch.with_rows(rows)):
+        assert isinstance(value.rows, torch.Tensor) and value.grids()[0].tolist() == rows.reshape(2, 3).tolist()
 
 
 def test_sizes_are_checked():
