@@ -63,9 +63,9 @@ class StageRecord:
             old = before.get(name)
             if name in self.files and name in other.files:
                 if self.files[name] != other.files[name]:
-                    lines.append(f"{name}: {_short(old)} -> {_short(new)} (different content)")
+                    lines.append(f"{name}: {_change(old, new)} (different content)")
             elif old != new:
-                lines.append(f"{name}: {_short(old)} -> {_short(new)}")
+                lines.append(f"{name}: {_change(old, new)}")
         return lines
 
 
@@ -218,6 +218,11 @@ def made_with() -> dict[str, str]:
     }
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _change(old: Any, new: Any) -> str:
+    """The two values, long ones around their first difference."""
+    texts = repr(old), repr(new)
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    if same > 40 and max(map(len, texts)) > 60:
+        texts = (f"...{texts[0][same - 17 :]}", f"...{texts[1][same - 17 :]}")
+    before, after = (text if len(text) <= 60 else text[:57] + "..." for text in texts)
+    return f"{before} -> {after}"

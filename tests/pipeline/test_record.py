@@ -58,6 +58,16 @@ def test_long_values_are_shortened():
     assert old.differences(new) == [f"categories: {'x' * 58!r} -> '{'y' * 56}..."]
 
 
+@pytest.mark.parametrize("kind", [list, "/".join])
+def test_shortened_values_show_where_they_differ(kind):
+    names = [f"category {number}" for number in range(30)]
+    before, after = (kind(one) for one in (names, [*names[:20], "another one", *names[21:]]))
+    (line,) = StageRecord({"categories": before}).differences(StageRecord({"categories": after}))
+    old, new = line.removeprefix("categories: ").split(" -> ")
+    assert "category 20" in old and "another one" in new and len(old) == len(new) == 60
+    assert old.startswith("...") and old.endswith("...")
+
+
 def test_digest_is_computed_again_when_the_file_changes(tmp_path, monkeypatch):
     computed = []
     monkeypatch.setattr(record, "sha256", lambda path: computed.append(path) or f"digest {len(computed)}")
