@@ -28,7 +28,8 @@ def error(result, masks, features, steps, sharpness, backend="cpu"):
     The error of that expression can be small by chance, so it counts as at least the expected rounding error of a sum
     of n terms, sqrt(n) units of the largest mask (Higham and Mary, 2019); the kernel adds 96 terms sequentially.
     Multiplied by the number of steps: if all weights are equal, as without channels, all row sums are off by the same
-    factor in every step.
+    factor in every step. Cosines are off by a unit or two, which the sharpness multiplies: both have errors of up to
+    16 units for a sharpness of 10 in 12,000 images of up to 20 tokens.
     """
     rows = masks.flatten(0, 1), features.flatten(0, 1)
     exact = reference.random_walk(rows[0].double(), rows[1].double(), steps, sharpness)
@@ -36,7 +37,7 @@ def error(result, masks, features, steps, sharpness, backend="cpu"):
         return 0.0
     plain = reference.random_walk(*rows, steps, sharpness)
     unit = 2.0**-24 * float(masks.abs().max())
-    least = unit * max(4, steps * min(len(exact), 96) ** 0.5)
+    least = unit * (max(4, steps * min(len(exact), 96) ** 0.5) + sharpness)
     allowed = 2 * max(float((plain - exact).abs().max()), least)
     if backend == "triton":
         allowed += float(masks.abs().max()) * gpu_rounding.random_walk(len(exact), steps, sharpness)
@@ -61,6 +62,7 @@ def test_equals_the_reference(run, backend, steps, sharpness):
     steps=st.integers(0, 3),
 )
 @example(h=3, w=12, channels=0, masks=1, seed=0, steps=2)  # equal weights: rounding errors that do not average out
+@example(h=1, w=3, channels=37, masks=9, seed=204, steps=2)  # torch happens to be almost exact
 def test_equals_the_reference_on_small_grids(h, w, channels, masks, seed, steps):
     soft, features = scene(h, w, channels, masks, seed)
     result = nk.random_walk(soft, features, steps=steps)
