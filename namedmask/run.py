@@ -37,7 +37,7 @@ from .files import (
     set_aside,
     set_outdated,
 )
-from .masks import read_errors, read_masks
+from .masks import is_refined, read_errors, read_masks
 from .photos import PhotoSource, open_source
 from .progress import Progress, logger
 from .record import (
@@ -135,8 +135,8 @@ def settle(
             if one not in replaced and not (imported and one in todo):
                 _expect_whole_import(out, one, record)
         new = stage_record(config, stage.sections, record.digests)
-        earlier = [name for name in stage.made_from if STAGES[name] in todo or STAGES[name].has_results(out)]
-        _add_upstream(new, earlier, settled)
+        stays = old if has_results and not overwrite and not update else None
+        _add_upstream(new, _earlier(stage, todo, out, stays), settled)
         differences = old.differences(new) if old else []
         again = imported and old is not None and UNFINISHED in old.made_with
         keeps = old is not None and has_results and not overwrite and not again
@@ -286,6 +286,19 @@ def _outdated_by(outdated: Sequence[Stage], todo: Sequence[Stage], settled: RunR
     return found
 
 
+def _earlier(stage: Stage, todo: Sequence[Stage], out: Path, stays: StageRecord | None) -> list[str]:
+    """The earlier stages whose results go into those of `stage`; `stays` is the record of its results if they stay."""
+    names = [name for name in stage.made_from if STAGES[name] in todo or STAGES[name].has_results(out)]
+    if stage.name == "train" and "experts" in names and not (_uses_experts(stays) if stays else is_refined(out)):
+        names.remove("experts")  # whose networks alone change no mask
+    return names
+
+
+def _uses_experts(segmenter: StageRecord) -> bool:
+    """Whether a segmenter was trained on the masks of experts: it may be older than they are."""
+    return any(name.startswith("experts.") for name in segmenter.upstream)
+
+
 def _add_upstream(stage: StageRecord, earlier: Iterable[str], settled: RunRecord) -> None:
     """Adds the settings and files of earlier stages to the record of a stage that is made from them."""
     for name in earlier:
@@ -392,6 +405,9 @@ def _made_from(stages: Sequence[Stage], record: RunRecord) -> list[Stage]:
     their results is interrupted, what is left was made from what is left."""
     names = {stage.name for stage in stages}
     made = [stage for stage in reversed(STAGES.values()) if stage in stages or not names.isdisjoint(stage.made_from)]
+    segmenter, trained = STAGES["train"], record.stages.get("train")
+    if trained and names.intersection((*segmenter.made_from, "train")) == {"experts"} and not _uses_experts(trained):
+        made.remove(segmenter)
     return [stage for stage in made if stage.name in record.stages or not stage.sections]
 
 
@@ -524,7 +540,8 @@ def _log_outdated(out: Path, stages: Sequence[str]) -> None:
         if name not in stages and stage.sections and stage.outdated_files(out):
             again = f"`namedmask {_command(stage, out)}` makes what is new"
             logger.info(f"the results of `{name}` are out of date: {again}")
-    if "train" in record.stages and LEFT_BEHIND in record.stages["train"].made_with:
+    segmenter = record.stages.get("train", StageRecord())
+    if LEFT_BEHIND in segmenter.made_with and STAGES["train"].has_results(out):
         logger.info(_left_behind(out))
 
 

@@ -294,7 +294,8 @@ def _pseudolabel(ctx: Context) -> None:
         ctx.source, archive, folder, ctx.config, ctx.worker, ctx.device, progress.advance, ctx.trace, known
     )
     if labeler is not None:
-        progress.note = labeler.times.summary()
+        whose = f"worker {ctx.worker.rank}: " if ctx.worker.count > 1 else ""
+        progress.note = whose + labeler.times.summary()
     if known:
         kept = sum(unit in known for unit in units)
         counts = f"{counted(len(units) - kept, 'photo')} labeled, {kept:,} kept"
@@ -443,7 +444,7 @@ def _finish(ctx: Context) -> None:
 
 def _check_train(plan: Plan) -> None:
     _expect_all_masks(plan)
-    if STAGES["experts"].outdated_files(plan.out):
+    if any(path.parent.name == "refined" for path in STAGES["experts"].outdated_files(plan.out)):
         raise UserError(
             f"the experts' masks of {plan.out} are from before the update; `namedmask experts {plan.out}` makes them "
             "again and keeps results that are still valid"

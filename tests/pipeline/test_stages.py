@@ -289,11 +289,11 @@ def test_archive_notes_if_every_photo_is_in_every_category(tmp_path, photos, mon
 
 
 @pytest.mark.parametrize(
-    ("worker", "calls", "done"),
-    [(Worker(), 1, 5), (Worker(0, 2), 2, 8), (Worker(1, 2), 1, 5)],
+    ("worker", "calls", "done", "whose"),
+    [(Worker(), 1, 5, ""), (Worker(0, 2), 2, 8, "worker 0: "), (Worker(1, 2), 1, 5, "worker 1: ")],
     ids=["one", "main", "other"],
 )
-def test_main_worker_computes_what_lost_workers_have_claimed(tmp_path, photos, monkeypatch, worker, calls, done):
+def test_main_worker_computes_what_lost_workers_have_claimed(tmp_path, photos, monkeypatch, worker, calls, done, whose):
     write_archive(tmp_path / "archive.json", Archive(["cat"], {"cat": [Retrieved(f"{n}", None) for n in range(3)]}))
     called = []
 
@@ -308,7 +308,7 @@ def test_main_worker_computes_what_lost_workers_have_claimed(tmp_path, photos, m
     STAGES["pseudolabel"].run(ctx)
     assert called[0] is worker and called[1:] == [Worker()] * (calls - 1)
     assert (ctx.progress.total, ctx.progress.done) == (3, done)
-    assert ctx.progress.note == "decode 1.2 s"
+    assert ctx.progress.note == f"{whose}decode 1.2 s"  # the times of this worker alone
     assert (tmp_path / "errors.jsonl").exists() == worker.is_main
 
 

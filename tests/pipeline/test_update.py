@@ -231,6 +231,28 @@ def test_training_after_an_update_of_some_stages_advises_update(world, tmp_path)
     succeed("train", out, "--update")
 
 
+def test_segmenter_follows_the_masks_and_not_the_networks_of_experts(world, tmp_path):
+    """The folder refined/ may be deleted: training then uses the detector's masks, before and after an update."""
+    out = world.copy("first", tmp_path / "out")
+    succeed("train", out, *world.training)
+    segmenter = (out / "segmenter/model.safetensors").read_bytes()
+    succeed("experts", out, *world.training)
+    changed = f"was trained on other masks than {out / 'refined'} has now; `namedmask train {out} --update`"
+    assert changed in fail("train", out).replace("\n", " ")
+    succeed("experts", out, "--overwrite")  # the segmenter is not made from them
+    assert (out / "segmenter/model.safetensors").read_bytes() == segmenter
+    shutil.rmtree(out / "refined")
+    assert "done before" in succeed("train", out)
+    assert "the results of `experts` are out of date" in succeed(*world.words, "cat", "--out", out, "--update")
+    succeed("train", out, "--update")
+    assert (out / "segmenter/model.safetensors").read_bytes() != segmenter
+    succeed("experts", out)
+    succeed("train", out, "--update")
+    succeed("experts", out, "--overwrite")  # now it is
+    assert not (out / "segmenter").exists()
+    assert "segmenter is from before" not in succeed(*world.words, "cat,dog", "--out", out, "--update")
+
+
 def test_what_is_not_growth_is_refused(world, tmp_path):
     out = world.copy("first", tmp_path / "out")
     before = files_of(out)
