@@ -24,8 +24,8 @@ from .config import IndexConfig
 from .distributed import Worker
 from .errors import DamagedFile, UserError, counted, first_line, listed
 from .files import atomic_write, read_bytes
-from .masks import ErrorRecord, errors_path, note_unlisted, parse_photo, read_errors, read_lines, write_errors
-from .photos import PhotoError, PhotoSource, decode_ahead
+from .masks import ErrorRecord, errors_path, parse_photo, read_errors, read_lines, write_errors
+from .photos import PhotoError, PhotoSource, decode_ahead, note_unlisted
 from .threads import map_batches
 
 if TYPE_CHECKING:

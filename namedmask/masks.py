@@ -25,7 +25,6 @@ from namedmask.errors import DamagedFile, wrong_value
 from namedmask.files import atomic_write, open_file, write_json_lines
 
 if TYPE_CHECKING:
-    from namedmask.photos import PhotoError
     from namedmask_kernels import Ragged
 
 RESIZED = "has changed since its mask was made: it has another size"  # the reason of an error
@@ -321,11 +320,6 @@ class ErrorRecord:
     def to_line(self) -> bytes:
         """Returns a line of JSON, in ASCII."""
         return json.dumps(asdict(self)).encode() + b"\n"
-
-
-def note_unlisted(errors: list[ErrorRecord]) -> Callable[[PhotoError], None]:
-    """Returns a function that notes in `errors` what cannot be listed, for `PhotoSource.names`."""
-    return lambda error: errors.append(ErrorRecord(error.photo, "list", error.reason))
 
 
 def errors_path(shard: str | os.PathLike) -> Path:

@@ -33,6 +33,7 @@ from .decoding import (
 )
 from .errors import UserError
 from .files import list_folder, walk
+from .masks import ErrorRecord
 from .memory import CACHE_SHARE, DECODE_SHARE, photo_budget
 from .record import FILE as RUN_RECORD
 from .remote import RemoteError
@@ -451,6 +452,11 @@ class PhotoSource:
         if self._kind == "txt" and (problem := url_problem(name, remote_list=is_url(self.path))):
             raise PhotoError(name, problem)
         return self._full("/".join(parts[:shard])), member
+
+
+def note_unlisted(errors: list[ErrorRecord]) -> Callable[[PhotoError], None]:
+    """Returns a function that notes in `errors` what cannot be listed, for `PhotoSource.names`."""
+    return lambda error: errors.append(ErrorRecord(error.photo, "list", error.reason))
 
 
 def open_source(photos: str | os.PathLike[str]) -> PhotoSource:

@@ -225,7 +225,7 @@ def _archive(ctx: Context) -> None:
 def _class_folders(source: PhotoSource, errors: list[ErrorRecord] | None = None) -> dict[str, list[str]]:
     """The photos of each class folder. Raises UserError if there are none, or if two names are too similar."""
     from .archive import expect_distinct
-    from .masks import note_unlisted
+    from .photos import note_unlisted
 
     folders = source.categories(note_unlisted([] if errors is None else errors))
     if not folders:

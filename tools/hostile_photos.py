@@ -33,8 +33,8 @@ from namedmask.archive import Archive, Retrieved
 from namedmask.backbones import untrained_encoder
 from namedmask.config import RunConfig, make_config
 from namedmask.distributed import Worker
-from namedmask.masks import note_unlisted, read_errors, read_masks
-from namedmask.photos import PhotoSource
+from namedmask.masks import read_errors, read_masks
+from namedmask.photos import PhotoSource, note_unlisted
 from namedmask.pseudolabel import pseudolabel
 from namedmask.segmenter.deeplab import DeepLab, save_segmenter
 from namedmask.segmenter.segment import segment_photos

@@ -13,8 +13,8 @@ from typing import Any
 from ..archive import Archive, Retrieved, expect_distinct, write_archive
 from ..errors import UserError, counted, quoted
 from ..files import absolute, locked, open_csv
-from ..masks import ErrorRecord, errors_path, note_unlisted, write_errors
-from ..photos import open_source
+from ..masks import ErrorRecord, errors_path, write_errors
+from ..photos import note_unlisted, open_source
 from ..progress import warn
 from . import imported_results, match_photos, read_json, unreadable
 

@@ -41,8 +41,8 @@ from ..files import (
     write_json_lines,
 )
 from ..formats import read_categories
-from ..masks import ONLY_FIELDS, ErrorRecord, note_unlisted, parse_line, read_lines
-from ..photos import SEGMENT_RECORD, PhotoSource
+from ..masks import ONLY_FIELDS, ErrorRecord, parse_line, read_lines
+from ..photos import SEGMENT_RECORD, PhotoSource, note_unlisted
 from ..record import RunRecord, StageRecord, expect_no_files, made_with, read_record
 from .mask_names import MaskNames
 from .predict import MaskScore, Scores
