@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,8 @@ from .score import ScoredPhoto
 from .score_scenes import ShownScene
 
 TILE = 128  # pixels per side
-LABEL = 16  # pixels for the label below a tile
+LABEL = 16  # pixels per line of the label below a tile
+LINE = 21  # most characters of a line, which fit the width of a tile
 TINT = (255, 40, 140)
 
 
@@ -63,13 +65,15 @@ def _tinted(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _grid(tiles: Sequence[tuple[np.ndarray, str]], columns: int) -> Image.Image:
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * (TILE + 4) + 4, rows * (TILE + LABEL) + 4), "white")
+    lines = [textwrap.wrap(label, LINE) for _, label in tiles]
+    rows, height = -(-len(tiles) // columns), TILE + LABEL * max(map(len, lines), default=1)
+    sheet = Image.new("RGB", (columns * (TILE + 4) + 4, rows * height + 4), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, (pixels, label) in enumerate(tiles):
-        x, y = 4 + number % columns * (TILE + 4), 4 + number // columns * (TILE + LABEL)
+    for number, (pixels, _) in enumerate(tiles):
+        x, y = 4 + number % columns * (TILE + 4), 4 + number // columns * height
         tile = Image.fromarray(pixels)
         tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
         sheet.paste(tile, (x + (TILE - tile.width) // 2, y + (TILE - tile.height) // 2))
-        pen.text((x + 2, y + TILE + 1), label, fill="black")
+        for line, text in enumerate(lines[number]):
+            pen.text((x + 2, y + TILE + 1 + line * LABEL), text, fill="black")
     return sheet

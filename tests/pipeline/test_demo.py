@@ -25,6 +25,7 @@ from namedmask.demo import run as demo
 from namedmask.demo.scenes import KINDS, index_photo
 from namedmask.demo.score import iou
 from namedmask.demo.score_scenes import AUGMENTATION, render_scenes
+from namedmask.demo.sheets import TILE, _grid
 from namedmask.errors import UserError
 from namedmask.formats import write_label_map
 from namedmask.masks import read_masks
@@ -93,6 +94,13 @@ def test_photos_are_the_rendered_scenes(small):
     for number in (0, 28, 52):
         with Image.open(out / "photos" / demo.photo_name(number)) as photo:
             assert (np.asarray(photo) == index_photo(demo.SEED, number).image).all()
+
+
+def test_labels_of_sheets_stay_below_their_tiles():
+    white = np.full((8, 8, 3), 255, np.uint8)
+    sheet = np.asarray(_grid([(white, f"segmenter: {name}, umbrella, snail") for name in KINDS], columns=12))
+    gaps = [(column + 1) * (TILE + 4) + offset for column in range(12) for offset in range(4)]
+    assert (sheet[:, gaps] == 255).all() and (sheet != 255).any()
 
 
 def test_report_shows_the_sheets(small):
