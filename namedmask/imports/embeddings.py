@@ -70,11 +70,11 @@ def import_embeddings(
         raise unreadable(path, error) from None
     if photos is not None:
         source = open_source(photos)
-        matched, reasons = match_photos(names, source.names(lambda _: None), source.path)
+        listed = list(source.names(lambda _: None))
+        matched, reasons = match_photos(names, listed, source.path)
         if keys := [name for name in reasons if without_suffix(name) == name]:  # clip-retrieval has keys of tars
             taken = set(matched.values())
-            left = (name for name in source.names(lambda _: None) if name not in taken)
-            by_key, of_keys = match_stems(keys, left, source.path)
+            by_key, of_keys = match_stems(keys, (name for name in listed if name not in taken), source.path)
             matched |= by_key
             reasons = {name: of_keys.get(name, reason) for name, reason in reasons.items() if name not in by_key}
         rows = {matched[name]: row for row, name in enumerate(names) if name in matched}
