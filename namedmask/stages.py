@@ -444,6 +444,7 @@ def _finish(ctx: Context) -> None:
 
 def _check_train(plan: Plan) -> None:
     _expect_all_masks(plan)
+    # Outdated networks alone do not matter: without refined/, training uses the detector's masks.
     if any(path.parent.name == "refined" for path in STAGES["experts"].outdated_files(plan.out)):
         raise UserError(
             f"the experts' masks of {plan.out} are from before the update; `namedmask experts {plan.out}` makes them "

@@ -174,10 +174,10 @@ def other_masks(
 
 
 def draw_weights(records: Sequence[MaskRecord], power: float, review: Mapping[Key, Verdict] = {}) -> list[float]:
-    """How often to draw each mask, relative to the mean of its category: as score ** power says.
+    """How often to draw each mask: score ** power, divided by the mean of the category.
 
-    So a category is drawn as often as its number of masks says. A mask with a verdict has the mean score at least, so
-    that it is drawn. Empty masks, whose score is 0, are not drawn if the power is above 0, unless all scores of the
+    So categories are drawn in proportion to their numbers of masks. A mask with a verdict has the mean score at least,
+    so that it is drawn. Empty masks, whose score is 0, are not drawn if the power is above 0, unless all scores of the
     category are 0.
 
     Args:
@@ -197,8 +197,8 @@ def draw_weights(records: Sequence[MaskRecord], power: float, review: Mapping[Ke
             # Not in numpy, whose powers differ between CPUs: weights are part of what a training is recognized by.
             powers = [(score / largest) ** power for score in scores]
             mean = sum(powers) / len(powers)
-            for place, one in zip(own, powers, strict=True):
-                weights[place] = one / mean
+            for place, value in zip(own, powers, strict=True):
+                weights[place] = value / mean
     return weights
 
 
